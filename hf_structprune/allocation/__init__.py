@@ -1,0 +1,46 @@
+"""How the budget is split over the coupled groups. One file is one way; `allocate` picks it."""
+
+from __future__ import annotations
+
+import torch
+
+from ..configuration import PruningConfig
+from ..structure import ModelStructure
+from .budget import Budget, Counts
+from .by_kind import allocate_by_kind
+from .global_ranking import allocate_global
+from .uniform import allocate_uniform
+
+
+__all__ = ["Budget", "Counts", "allocate"]
+
+
+def allocate(
+    structure: ModelStructure,
+    config: PruningConfig,
+    ratio: float | None,
+    scores: dict[tuple[int, str], torch.Tensor] | None = None,
+    head_counts: set[tuple[int, int]] | None = None,
+) -> Counts:
+    """Units to keep for every group that is cut.
+
+    Args:
+        structure: Coupled groups of the model.
+        config: What may be cut and how.
+        ratio: Share of all parameters to remove; `None` with ratios by kind.
+        scores: Importance of every unit by `(layer, kind)`; needed by the global allocation only.
+        head_counts: Pairs of (KV groups, query heads in each) that a checkpoint can express; `None` allows all.
+
+    Returns:
+        `{(layer, kind): units to keep}`; for query heads the number in each KV group.
+
+    Raises:
+        RatioError: More was asked than can go; names the largest possible ratio.
+    """
+    budget = Budget(structure, config, head_counts)
+    if config.by_kind:
+        return allocate_by_kind(budget)
+    target = budget.target(ratio)
+    if config.allocation == "global":
+        return allocate_global(budget, target, scores)
+    return allocate_uniform(budget, target)

@@ -1,0 +1,116 @@
+"""Arithmetic that all allocations share: which groups may be cut, how far, and what that removes."""
+
+from __future__ import annotations
+
+import math
+
+from ..configuration import PruningConfig
+from ..errors import ConfigurationError, RatioError, UnsupportedModelError
+from ..structure import CoupledGroup, LayerStructure, ModelStructure
+
+
+Counts = dict[tuple[int, str], int]
+
+
+class Budget:
+    """The groups that may be cut under a configuration.
+
+    Args:
+        structure: Coupled groups of the model.
+        config: What may be cut.
+        head_counts: Pairs of (KV groups, query heads in each) that a checkpoint can express; `None` allows all.
+    """
+
+    def __init__(
+        self, structure: ModelStructure, config: PruningConfig, head_counts: set[tuple[int, int]] | None = None
+    ) -> None:
+        self.structure, self.config, self.head_counts = structure, config, head_counts
+        self.layers = [structure.layers[index] for index in active_layers(config, len(structure.layers))]
+        self.attentions = [layer for layer in self.layers if layer.attention and self.attention_options(layer)[1:]]
+        self.mlps = [
+            g for layer in self.layers for g in layer.groups if g.kind == "mlp_neurons" and g.kind in config.units
+        ]
+        available = {group.kind for layer in self.layers for group in layer.groups}
+        if not available & set(config.units):
+            raise UnsupportedModelError(
+                f"`units` is {config.units}, but the layers that may be cut have {sorted(available) or 'none'}. "
+                f"{'; '.join(structure.notes)}"
+            )
+
+    def target(self, ratio: float | None) -> int:
+        """Parameters to remove for a share of all parameters; checks that so many can go."""
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0.0 <= ratio < 1.0:
+            raise RatioError(f"The ratio is {ratio!r}; it must be a number in [0, 1): 0.3 removes 30 %.")
+        largest = self.removable / self.structure.total_parameters
+        if ratio > largest:
+            raise RatioError(
+                f"The ratio {ratio:.2%} cannot be reached: units {', '.join(self.config.units)} in "
+                f"{len(self.layers)} of {len(self.structure.layers)} layers allow at most {largest:.2%} "
+                f"of all parameters. Ask for less, or allow more `units` or layers."
+            )
+        return round(ratio * self.structure.total_parameters)
+
+    @property
+    def removable(self) -> int:
+        """Parameters of everything that may go."""
+        heads = sum(max(self.attention_removed(layer, *o) for o in self.attention_options(layer)) for layer in self.attentions)
+        return heads + sum((g.num_units - self.smallest_width(g)) * g.unit_parameters for g in self.mlps)
+
+    def step(self, group: CoupledGroup) -> int:
+        """Kept MLP widths are multiples of this."""
+        if self.config.round_to is not None:
+            return min(self.config.round_to, group.num_units)
+        return min(128, 2 ** int(math.log2(max(1, group.num_units // 32))))
+
+    def smallest_width(self, group: CoupledGroup) -> int:
+        return self.step(group)
+
+    def attention_options(self, layer: LayerStructure) -> list[tuple[int, int]]:
+        """Allowed (KV groups, query heads in each) of a layer, the whole layer first."""
+        shape, units = layer.attention, self.config.units
+        if shape is None:
+            return []
+        kv_options = range(shape.kv_heads, 0, -1) if "kv_groups" in units else (shape.kv_heads,)
+        rep_options = range(shape.rep, 0, -1) if "query_heads" in units else (shape.rep,)
+        options = [(kv, rep) for kv in kv_options for rep in rep_options]
+        whole = (shape.kv_heads, shape.rep)
+        return [o for o in options if o == whole or self.head_counts is None or o in self.head_counts]
+
+    def attention_removed(self, layer: LayerStructure, kv_heads: int, rep: int) -> int:
+        """Parameters that go from a layer which keeps so many KV groups with so many query heads each."""
+        shape, group, head = layer.attention, layer.group("kv_groups"), layer.group("query_heads")
+        removed = (shape.kv_heads - kv_heads) * group.unit_parameters
+        return removed + (kv_heads * (shape.rep - rep) * head.unit_parameters if head else 0)
+
+    def keep_heads(self, layer: LayerStructure, kv_heads: int, rep: int) -> Counts:
+        """The counts of a layer's attention; groups that stay whole are left out."""
+        shape, counts = layer.attention, {}
+        if kv_heads < shape.kv_heads:
+            counts[layer.index, "kv_groups"] = kv_heads
+        if rep < shape.rep:
+            counts[layer.index, "query_heads"] = rep
+        return counts
+
+
+def active_layers(config: PruningConfig, num_layers: int) -> list[int]:
+    """Numbers of the layers that may be cut."""
+    chosen = set(range(num_layers))
+    if config.layers is not None:
+        chosen = set(config.layers)
+    if config.layer_range is not None:
+        chosen = set(range(*config.layer_range))
+    too_high = sorted(layer for layer in chosen if layer >= num_layers)
+    if too_high:
+        raise ConfigurationError(
+            f"Layer {too_high[0]} is asked for, but the model has layers 0 to {num_layers - 1} "
+            "(the end of `layer_range` is excluded)."
+        )
+    chosen &= set(range(config.protect_first, num_layers - config.protect_last))
+    if not chosen:
+        raise ConfigurationError("No layer is left to cut: check `layers`, `layer_range` and the protected layers.")
+    return sorted(chosen)
+
+
+def spread(total: int, parts: int) -> list[int]:
+    """Splits a whole number evenly: `spread(5, 3) == [2, 1, 2]`, larger shares interleaved."""
+    return [(i + 1) * total // parts - i * total // parts for i in range(parts)]

@@ -1,0 +1,275 @@
+"""`PruningConfig` and `CalibrationConfig`: what to cut, how to choose it and which text to look at."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigurationError
+
+
+CONFIG_NAME = "pruning_config.json"
+
+UNITS = ("kv_groups", "query_heads", "mlp_neurons")
+CRITERIA = ("random", "l1", "l2", "taylor", "wanda", "wifv", "activation", "obs")
+TAYLOR_VARIANTS = ("vectorize", "first", "second", "mix")
+AGGREGATIONS = ("sum", "mean", "max", "prod", "first", "last")
+ALLOCATIONS = ("uniform", "global")
+LAYOUTS = ("uniform", "per_layer")
+
+
+def _check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ConfigurationError(f"`{name}` is {value!r}; allowed values are {', '.join(allowed)}.")
+
+
+def _check_int(name: str, value: Any, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ConfigurationError(f"`{name}` is {value!r}; it must be an integer of at least {minimum}.")
+
+
+def _check_ratio(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
+        raise ConfigurationError(f"`{name}` is {value!r}; it must be a number in [0, 1): 0.3 removes 30 %.")
+
+
+def _check_keys(cls: type, values: dict[str, Any]) -> None:
+    known = [f.name for f in dataclasses.fields(cls)]
+    for key in values:
+        if key not in known:
+            raise ConfigurationError(f"`{key}` is not an option of {cls.__name__}; the options are {', '.join(known)}.")
+
+
+@dataclass
+class CalibrationConfig:
+    """Which text the statistics are computed on. The default is a small sample that travels with the package.
+
+    Args:
+        dataset (`str` or list of `str`, *optional*):
+            A text file, a `.jsonl` file, a folder made by `datasets.save_to_disk` or a dataset id of the Hub. A list
+            mixes several sources in equal shares, interleaved. `None` is the packaged sample (half Wikipedia
+            articles, half web pages; English).
+        name (`str`, *optional*): Configuration name of a Hub dataset, for example `"wikitext-2-raw-v1"`.
+        split (`str`): Split of a dataset.
+        column (`str`): Column of a dataset or key of a JSONL row; a text, or chat messages with `chat_template`.
+        texts (list of `str`, *optional*): Texts given in memory instead of a dataset.
+        tokens (`torch.Tensor`, *optional*): Token ids of shape `(num_samples, length)` given in memory.
+        num_samples (`int`): Number of sequences.
+        length (`int`): Tokens in a sequence. Sequences are full: no padding is ever calibrated on.
+        batch_size (`int`): Sequences that go through the model at once.
+        seed (`int`): Seed of the draw of documents.
+        chat_template (`bool`): Render rows that are lists of chat messages (or plain texts, as one user turn) with
+            the tokenizer's chat template.
+    """
+
+    dataset: str | list[str] | None = None
+    name: str | None = None
+    split: str = "train"
+    column: str = "text"
+    texts: list[str] | None = None
+    tokens: Any = None
+    num_samples: int = 128
+    length: int = 256
+    batch_size: int = 8
+    seed: int = 0
+    chat_template: bool = False
+    fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_int("num_samples", self.num_samples, 1)
+        _check_int("length", self.length, 2)
+        _check_int("batch_size", self.batch_size, 1)
+        _check_int("seed", self.seed, 0)
+        given = [n for n in ("dataset", "texts", "tokens") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise ConfigurationError(f"`{given[0]}` and `{given[1]}` both give calibration data; give one of them.")
+        if isinstance(self.dataset, os.PathLike):
+            self.dataset = str(self.dataset)
+        if isinstance(self.texts, str):
+            raise ConfigurationError("`texts` is one string; it must be a list of strings. Use `dataset` for a file.")
+        if self.texts is not None:
+            self.texts = list(self.texts)
+            self.fingerprint = hashlib.sha256("\0".join(map(str, self.texts)).encode()).hexdigest()[:16]
+        if self.tokens is not None:
+            if getattr(self.tokens, "ndim", None) != 2 or self.tokens.dtype.is_floating_point:
+                raise ConfigurationError("`tokens` must be an integer tensor of shape (num_samples, length).")
+            self.num_samples, self.length = self.tokens.shape
+            self.fingerprint = hashlib.sha256(self.tokens.cpu().numpy().tobytes()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Values that fit in JSON; data given in memory is represented by its `fingerprint` only."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {**values, "texts": None, "tokens": None}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CalibrationConfig:
+        _check_keys(cls, values)
+        return cls(**values)
+
+
+@dataclass
+class PruningConfig:
+    """What to cut, how to choose it, and how to make up for it. The defaults are the ones we measured to be best.
+
+    Args:
+        units (tuple of `str`, *optional*):
+            What may be cut: `"mlp_neurons"`, `"kv_groups"` (a key/value head with its query heads) and
+            `"query_heads"` (the same number in every KV group). Default: `("mlp_neurons",)`, or the kinds that
+            `attention_ratio` and `mlp_ratio` name.
+        criterion (`str`): How units are ranked: `"random"`, `"l1"`, `"l2"`, `"taylor"`, `"wanda"`, `"wifv"`,
+            `"activation"` or `"obs"`.
+        taylor (`str`): Variant of the Taylor criterion: `"vectorize"`, `"first"`, `"second"` or `"mix"`.
+        aggregation (`str`): Joins the scores of the tensors of a group: `"sum"`, `"mean"`, `"max"`, `"prod"`,
+            `"first"` (first producer) or `"last"` (the consumer).
+        compensation (`bool`): Re-fit the consumers of what is cut on the calibration text.
+        damping (`float`, *optional*): Ridge of the re-fit, as a multiple of the mean of `diag(E[x x^T])`. `None`
+            chooses it for each layer on held-out calibration text.
+        allocation (`str`): `"uniform"` cuts the same share of every group of a kind, `"global"` compares the
+            standardised scores of all groups.
+        layout (`str`): `"uniform"` keeps all layers alike, so that the result is a vanilla checkpoint; `"per_layer"`
+            lets widths differ and writes them as Transformers' `per_layer_config`.
+        layers (list of `int`, *optional*): The layers that may be cut, by number.
+        layer_range (pair of `int`, *optional*): The same as `(start, end)`, **end excluded**: `(4, 18)` is 4 to 17.
+        protect_first (`int`), protect_last (`int`): Number of layers left whole at either end.
+        attention_ratio (`float`, *optional*), mlp_ratio (`float`, *optional*): Instead of one ratio for the model:
+            the share of heads and of neurons that goes in every layer that may be cut. Rounded so that no more heads
+            than asked go (as LLM-Pruner does).
+        round_to (`int`, *optional*): Kept MLP widths are multiples of this. `None`: a power of two that suits the
+            hardware, at most 1/32 of the width and at most 128. `1`: exact ratios.
+        iterative_steps (`int`): Cut in so many equal steps, with statistics computed again at each.
+        gradient_checkpointing (`bool`): Save memory in the backward pass of gradient criteria.
+        seed (`int`): Seed of everything random.
+        calibration (`CalibrationConfig`): The text.
+    """
+
+    units: tuple[str, ...] | None = None
+    criterion: str = "obs"
+    taylor: str = "first"
+    aggregation: str = "sum"
+    compensation: bool = True
+    damping: float | None = None
+    allocation: str = "uniform"
+    layout: str = "uniform"
+    layers: list[int] | None = None
+    layer_range: tuple[int, int] | None = None
+    protect_first: int = 0
+    protect_last: int = 0
+    attention_ratio: float | None = None
+    mlp_ratio: float | None = None
+    round_to: int | None = None
+    iterative_steps: int = 1
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.calibration, dict):
+            self.calibration = CalibrationConfig.from_dict(self.calibration)
+        if not isinstance(self.calibration, CalibrationConfig):
+            raise ConfigurationError(f"`calibration` is {self.calibration!r}; it must be a CalibrationConfig.")
+        self._check_units()
+        _check_choice("criterion", self.criterion, CRITERIA)
+        _check_choice("taylor", self.taylor, TAYLOR_VARIANTS)
+        _check_choice("aggregation", self.aggregation, AGGREGATIONS)
+        _check_choice("allocation", self.allocation, ALLOCATIONS)
+        _check_choice("layout", self.layout, LAYOUTS)
+        if self.damping is not None and not (isinstance(self.damping, (int, float)) and self.damping > 0):
+            raise ConfigurationError(f"`damping` is {self.damping!r}; it must be a positive number, or None.")
+        for name in ("protect_first", "protect_last", "seed"):
+            _check_int(name, getattr(self, name), 0)
+        _check_int("iterative_steps", self.iterative_steps, 1)
+        if self.round_to is not None:
+            _check_int("round_to", self.round_to, 1)
+        self._check_layers()
+
+    def _check_units(self) -> None:
+        for name in ("attention_ratio", "mlp_ratio"):
+            if getattr(self, name) is not None:
+                _check_ratio(name, getattr(self, name))
+        if self.units is None:
+            by_kind = [("kv_groups", self.attention_ratio), ("mlp_neurons", self.mlp_ratio)]
+            self.units = tuple(unit for unit, ratio in by_kind if ratio is not None) or ("mlp_neurons",)
+        self.units = (self.units,) if isinstance(self.units, str) else tuple(self.units)
+        if not self.units:
+            raise ConfigurationError(f"`units` is empty; name at least one of {', '.join(UNITS)}.")
+        for unit in self.units:
+            _check_choice("units", unit, UNITS)
+        if self.attention_ratio is not None and not {"kv_groups", "query_heads"} & set(self.units):
+            raise ConfigurationError(f"`attention_ratio` is given, but `units` is {self.units}: no heads in it.")
+        if self.mlp_ratio is not None and "mlp_neurons" not in self.units:
+            raise ConfigurationError(f"`mlp_ratio` is given, but `units` is {self.units}: no 'mlp_neurons' in it.")
+
+    def _check_layers(self) -> None:
+        if self.layers is not None and self.layer_range is not None:
+            raise ConfigurationError("`layers` and `layer_range` are both given; give one of them.")
+        if self.layers is not None:
+            self.layers = list(self.layers)
+            for layer in self.layers:
+                _check_int("layers", layer, 0)
+        if self.layer_range is not None:
+            self.layer_range = tuple(self.layer_range)
+            if len(self.layer_range) != 2 or not 0 <= self.layer_range[0] < self.layer_range[1]:
+                raise ConfigurationError(
+                    f"`layer_range` is {self.layer_range}; it must be (start, end) with 0 <= start < end, end excluded."
+                )
+        if self.layout == "uniform":
+            chosen = [n for n in ("layers", "layer_range", "protect_first", "protect_last") if getattr(self, n)]
+            if chosen:
+                raise ConfigurationError(
+                    f"`{chosen[0]}` leaves some layers whole, so widths differ between layers: set layout='per_layer'."
+                )
+            if self.allocation != "uniform":
+                raise ConfigurationError(
+                    f"allocation={self.allocation!r} gives every layer a width of its own: set layout='per_layer'."
+                )
+
+    @property
+    def by_kind(self) -> bool:
+        """Whether `attention_ratio` / `mlp_ratio` stand in for one ratio of the whole model."""
+        return self.attention_ratio is not None or self.mlp_ratio is not None
+
+    @classmethod
+    def llm_pruner(
+        cls, ratio: float, *, layer_range: tuple[int, int] | None = None, taylor: str = "first", **kwargs: Any
+    ) -> PruningConfig:
+        """The settings of LLM-Pruner (Ma et al., 2023, https://huggingface.co/papers/2305.11627), block-wise.
+
+        `ratio` is the share of heads and neurons that goes **in each layer of `layer_range`** (end excluded), not of
+        the model; whole KV groups, kept neurons rounded down, one shot, Taylor importance, no re-fit.
+        """
+        settings: dict[str, Any] = dict(
+            criterion="taylor", taylor=taylor, compensation=False, layout="per_layer", round_to=1,
+            attention_ratio=ratio, mlp_ratio=ratio, layer_range=layer_range,
+            calibration=CalibrationConfig(num_samples=10, length=64, batch_size=10),
+        )  # fmt: skip
+        return cls(**{**settings, **kwargs})
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["calibration"] = self.calibration.to_dict()
+        return json.loads(json.dumps(values))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PruningConfig:
+        _check_keys(cls, values)
+        return cls(**values)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the configuration as JSON to a file."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> PruningConfig:
+        """Reads a configuration from a JSON file or from a checkpoint folder."""
+        path = Path(path)
+        path = path / CONFIG_NAME if path.is_dir() else path
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except json.JSONDecodeError as error:
+            raise ConfigurationError(f"{path} is not JSON: {error}") from error

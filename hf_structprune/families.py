@@ -1,0 +1,174 @@
+"""Where a decoder layer keeps its coupled matrices, for families that a tensor-parallel plan does not describe fully.
+
+Names are relative to the decoder layer. Most models need no entry: their `base_model_tp_plan` is read instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class AttentionNames:
+    """The projections of an attention module.
+
+    Attributes:
+        inputs: `(q, k, v)`, or one fused projection.
+        output: The projection that consumes the heads.
+        fused: How a fused projection is laid out: `"concat"` is `[q | k | v]`, `"grouped"` is, for each KV head,
+            `[its query heads | k | v]`.
+        attributes: Attributes of the attention module that hold head counts, for families whose configuration
+            cannot express a head count of its own (`head_dim = hidden_size / heads`). Values are formulas of `heads`,
+            `kv_heads` and `head_dim`.
+    """
+
+    inputs: tuple[str, ...]
+    output: str
+    fused: str | None = None
+    attributes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def parent(self) -> str:
+        return self.output.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class MlpNames:
+    """The projections of a feed-forward network; one producer twice as wide as the consumer is a fused gate_up."""
+
+    inputs: tuple[str, ...]
+    output: str
+
+    @property
+    def parent(self) -> str:
+        return self.output.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to find the coupled groups of a model type.
+
+    Attributes:
+        attention: The attention projections, or `None` where they cannot be cut.
+        mlps: Feed-forward networks a layer may have; a layer is searched for each.
+        layers: Path of the list of decoder layers below the base model.
+        width_key: Configuration key of the MLP width.
+        kv_heads_key: Configuration key of the number of KV heads, `None` where there is none.
+        notes: What is left alone, and why.
+    """
+
+    attention: AttentionNames | None
+    mlps: tuple[MlpNames, ...]
+    layers: str = "layers"
+    width_key: str = "intermediate_size"
+    kv_heads_key: str | None = "num_key_value_heads"
+    notes: tuple[str, ...] = ()
+
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_GATED = MlpNames(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
+_HEADS = {"num_heads": "heads"}
+
+FAMILIES: dict[str, Family] = {
+    "phi3": Family(
+        AttentionNames(("self_attn.qkv_proj",), "self_attn.o_proj", fused="concat"),
+        (MlpNames(("mlp.gate_up_proj",), "mlp.down_proj"),),
+    ),
+    "stablelm": Family(
+        AttentionNames(
+            _QKV,
+            "self_attn.o_proj",
+            attributes={
+                **_HEADS,
+                "num_key_value_heads": "kv_heads",
+                "num_key_value_groups": "heads // kv_heads",
+                "hidden_size": "heads * head_dim",
+            },
+        ),
+        (_GATED,),
+    ),
+    "cohere2": Family(
+        AttentionNames(_QKV, "self_attn.o_proj", attributes={"num_key_value_groups": "heads // kv_heads"}),
+        (_GATED,),
+    ),
+    "gpt_neox": Family(
+        AttentionNames(("attention.query_key_value",), "attention.dense", fused="grouped"),
+        (MlpNames(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),),
+        kv_heads_key=None,
+    ),
+    "falcon": Family(
+        AttentionNames(
+            ("self_attention.query_key_value",),
+            "self_attention.dense",
+            fused="grouped",
+            attributes={**_HEADS, "num_kv_heads": "kv_heads"},
+        ),
+        (MlpNames(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),),
+        layers="h",
+        width_key="ffn_hidden_size",
+        kv_heads_key="num_kv_heads",
+    ),
+    "opt": Family(
+        AttentionNames(_QKV, "self_attn.out_proj", attributes=_HEADS),
+        (MlpNames(("fc1",), "fc2"),),
+        layers="decoder.layers",
+        width_key="ffn_dim",
+        kv_heads_key=None,
+    ),
+    "gpt2": Family(
+        AttentionNames(
+            ("attn.c_attn",), "attn.c_proj", fused="concat", attributes={**_HEADS, "split_size": "heads * head_dim"}
+        ),
+        (MlpNames(("mlp.c_fc",), "mlp.c_proj"),),
+        layers="h",
+        width_key="n_inner",
+        kv_heads_key=None,
+    ),
+}
+
+
+def family_of(model_type: str, tp_plan: dict[str, str] | None) -> Family | None:
+    """The description of a model type: its entry in the table, else one read from its tensor-parallel plan.
+
+    Args:
+        model_type: `config.model_type`.
+        tp_plan: `config.base_model_tp_plan`, for example `{"layers.*.mlp.up_proj": "colwise", ...}`.
+
+    Returns:
+        The family, or `None` if neither describes the model.
+    """
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    if not tp_plan:
+        return None
+    return _from_tp_plan(tp_plan)
+
+
+def _from_tp_plan(tp_plan: dict[str, str]) -> Family | None:
+    producers: dict[str, list[str]] = {}
+    consumers: dict[str, str] = {}
+    notes: list[str] = []
+    for pattern, style in tp_plan.items():
+        prefix, _, name = pattern.partition(".*.")
+        parent = name.rpartition(".")[0]
+        if prefix != "layers" or not parent:
+            continue
+        if "experts" in name.split("."):
+            notes.append(f"{parent.split('.experts')[0]}.experts: the inner width of experts is left alone")
+        elif style.startswith("colwise"):
+            producers.setdefault(parent, []).append(name)
+        elif style.startswith("rowwise"):
+            consumers[parent] = name
+    attention, mlps = None, []
+    for parent, output in consumers.items():
+        inputs = tuple(producers.get(parent, ()))
+        leaves = tuple(name.rpartition(".")[2] for name in inputs)
+        if leaves == ("q_proj", "k_proj", "v_proj"):
+            attention = AttentionNames(inputs, output)
+        elif any(word in parent for word in ("attn", "attention")):
+            notes.append(f"{parent}: projections {', '.join(leaves) or 'unknown'} are not understood, left alone")
+        elif inputs:
+            mlps.append(MlpNames(inputs, output))
+    if attention is None and not mlps:
+        return None
+    return Family(attention, tuple(mlps), notes=tuple(dict.fromkeys(notes)))

@@ -1,0 +1,335 @@
+"""The coupled groups of a model: which rows and columns of which matrices hold the same unit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .errors import UnsupportedModelError
+from .families import AttentionNames, Family, MlpNames, family_of
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The entries of one dimension of one module that hold the units of a group.
+
+    Attributes:
+        module: Full name of the module.
+        axis: `"rows"` (output features, bias, norm weight) or `"columns"` (input features).
+        index: Shape `(num_units, width)`: the entries that belong to each unit.
+    """
+
+    module: str
+    axis: str
+    index: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class CoupledGroup:
+    """Units that can be cut from one layer, and everything that goes with them.
+
+    Attributes:
+        layer: Number of the decoder layer.
+        kind: `"kv_groups"`, `"query_heads"` or `"mlp_neurons"`.
+        num_units: Number of units.
+        blocks: Kept units are spread evenly over so many equal blocks (query heads over their KV groups).
+        producers: Rows of the matrices that compute the units.
+        consumer: Columns of the matrix that reads them.
+        norms: Weights of norms that span all units.
+        parent: Full name of the module whose output is the consumer's output.
+        unit_parameters: Parameters that go with one unit.
+        unit_matrix_parameters: Those of them that multiply tokens: matrices, without biases and norms.
+    """
+
+    layer: int
+    kind: str
+    num_units: int
+    blocks: int
+    producers: tuple[Part, ...]
+    consumer: Part
+    norms: tuple[Part, ...]
+    parent: str
+    unit_parameters: int
+    unit_matrix_parameters: int
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return (*self.producers, *self.norms, self.consumer)
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Numbers of heads of one attention module."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def rep(self) -> int:
+        """Query heads in a KV group."""
+        return self.heads // self.kv_heads
+
+
+@dataclass
+class LayerStructure:
+    """The coupled groups of one decoder layer."""
+
+    index: int
+    name: str
+    groups: list[CoupledGroup] = field(default_factory=list)
+    attention: AttentionShape | None = None
+
+    def group(self, kind: str) -> CoupledGroup | None:
+        return next((group for group in self.groups if group.kind == kind), None)
+
+
+@dataclass
+class ModelStructure:
+    """What can be cut from a model.
+
+    Attributes:
+        family: The description the groups were read from.
+        layers: The decoder layers in order.
+        notes: What is left alone, and why.
+        total_parameters: All distinct parameters of the model, tied ones once.
+        matrix_parameters: Weights of all linear maps that a token passes, the LM head included.
+    """
+
+    family: Family
+    layers: list[LayerStructure]
+    notes: list[str]
+    total_parameters: int
+    matrix_parameters: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> ModelStructure:
+        """Reads the coupled groups of a model; works on the meta device.
+
+        Raises:
+            UnsupportedModelError: No coupled group was understood; the message names what was not.
+        """
+        config = model.config
+        family = family_of(config.model_type, getattr(config, "base_model_tp_plan", None))
+        if family is None:
+            raise UnsupportedModelError(
+                f"Model type {config.model_type!r} has neither a usable tensor-parallel plan nor an entry in "
+                f"families.py: `{_first_layer_name(model)}` was not understood. Add an entry (see CONTRIBUTING.md)."
+            )
+        layers, notes = [], list(family.notes)
+        for index, (name, layer) in enumerate(decoder_layers(model, family)):
+            structure, layer_notes = _read_layer(config, family, index, name, layer)
+            layers.append(structure)
+            notes += layer_notes
+        notes = list(dict.fromkeys(notes))
+        if not any(layer.groups for layer in layers):
+            raise UnsupportedModelError(f"Nothing of this model can be cut. {'; '.join(notes)}.")
+        total = sum(p.numel() for p in model.parameters())
+        return cls(family, layers, notes, total, _matrix_parameters(model))
+
+    @property
+    def groups(self) -> list[CoupledGroup]:
+        return [group for layer in self.layers for group in layer.groups]
+
+    def kinds(self) -> list[str]:
+        return list(dict.fromkeys(group.kind for group in self.groups))
+
+
+def decoder_layers(model: PreTrainedModel, family: Family) -> list[tuple[str, nn.Module]]:
+    """Full names and modules of the decoder layers, in order."""
+    base = model.base_model
+    prefix = "" if base is model else f"{model.base_model_prefix}."
+    try:
+        layers = base.get_submodule(family.layers)
+    except AttributeError as error:
+        raise UnsupportedModelError(f"`{prefix}{family.layers}` is not a module of {type(model).__name__}.") from error
+    return [(f"{prefix}{family.layers}.{index}", layer) for index, layer in enumerate(layers)]
+
+
+def matrix(module: nn.Module) -> torch.Tensor:
+    """The weight of a linear map as (output features, input features), a view."""
+    return module.weight.t() if isinstance(module, Conv1D) else module.weight
+
+
+def is_linear(module: nn.Module | None) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def _first_layer_name(model: PreTrainedModel) -> str:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module):
+            return f"{name}.0 ({type(module[0]).__name__})"
+    return type(model).__name__
+
+
+def _submodule(layer: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return layer.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _read_layer(config, family, index, name, layer) -> tuple[LayerStructure, list[str]]:
+    structure, notes = LayerStructure(index, name), []
+    for names, read in [(family.attention, _read_attention), *((mlp, _read_mlp) for mlp in family.mlps)]:
+        if names is None or not is_linear(_submodule(layer, names.output)):
+            continue
+        reason = _not_understood(layer, names)
+        reason = reason or (isinstance(names, AttentionNames) and _position_bound(config))
+        if reason:
+            notes.append(f"{names.parent or names.output}: {reason}, left alone")
+        else:
+            notes += read(config, names, structure, layer) or []
+    return structure, notes
+
+
+def _not_understood(layer: nn.Module, names: AttentionNames | MlpNames) -> str | None:
+    """A reason not to touch a module: parameters in it that the description does not account for."""
+    for name in names.inputs:
+        if not is_linear(_submodule(layer, name)):
+            return f"`{name}` is not a linear map"
+    known = {*names.inputs, names.output}
+    if not names.parent:
+        return None
+    for name, _ in layer.get_submodule(names.parent).named_parameters(prefix=names.parent):
+        owner = name.rpartition(".")[0]
+        norm = isinstance(names, AttentionNames) and owner.rpartition(".")[2] in ("q_norm", "k_norm")
+        if owner not in known and not norm:
+            return f"parameter `{name}` is not understood"
+    return None
+
+
+def _position_bound(config) -> str | None:
+    """Reasons why heads depend on more than their own rows and columns."""
+    if getattr(config, "alibi", False):
+        return "ALiBi slopes are bound to the numbers of the heads"
+    if getattr(config, "num_kv_shared_layers", 0):
+        return "layers share their keys and values"
+    return None
+
+
+def _attention_shape(names: AttentionNames, layer: nn.Module, config) -> AttentionShape | None:
+    module = layer.get_submodule(names.parent)
+    head_dim = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
+    head_dim = head_dim or getattr(config, "head_dim", None)
+    if not head_dim:
+        return None
+    columns = matrix(layer.get_submodule(names.output)).shape[1]
+    rows = [matrix(layer.get_submodule(name)).shape[0] for name in names.inputs]
+    kv_rows = rows[1] if len(rows) == 3 else (rows[0] - columns) // 2
+    heads, kv_heads = columns // head_dim, kv_rows // head_dim
+    widths = [columns, kv_rows, kv_rows] if len(rows) == 3 else [columns + 2 * kv_rows]
+    if rows != widths or heads * head_dim != columns or kv_heads * head_dim != kv_rows or heads % kv_heads:
+        return None
+    return AttentionShape(heads, kv_heads, head_dim)
+
+
+def _qkv_index(shape: AttentionShape, fused: str | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows of each query, key and value head: shapes `(heads, head_dim)`, `(kv_heads, head_dim)` twice."""
+    dim = torch.arange(shape.head_dim)
+    q, kv = torch.arange(shape.heads)[:, None], torch.arange(shape.kv_heads)[:, None]
+    if fused == "grouped":
+        block = (shape.rep + 2) * shape.head_dim
+        q_rows = (q // shape.rep) * block + (q % shape.rep) * shape.head_dim + dim
+        k_rows = kv * block + shape.rep * shape.head_dim + dim
+        return q_rows, k_rows, k_rows + shape.head_dim
+    q_rows, k_rows = q * shape.head_dim + dim, kv * shape.head_dim + dim
+    if fused == "concat":
+        offset = shape.heads * shape.head_dim
+        return q_rows, k_rows + offset, k_rows + offset + shape.kv_heads * shape.head_dim
+    return q_rows, k_rows, k_rows.clone()
+
+
+def _read_attention(config, names: AttentionNames, structure: LayerStructure, layer: nn.Module) -> list[str] | None:
+    shape = _attention_shape(names, layer, config)
+    if shape is None:
+        return [f"{names.parent}: the shapes of its projections do not agree, left alone"]
+    modules = [f"{structure.name}.{name}" for name in names.inputs]
+    modules = modules if len(modules) == 3 else modules * 3
+    q, k, v = _qkv_index(shape, names.fused)
+    o = torch.arange(shape.heads * shape.head_dim).view(shape.heads, shape.head_dim)
+    output = f"{structure.name}.{names.output}"
+    norms = []  # (parts of the query heads, parts of the KV heads), where a norm spans all heads
+    for norm, index in (("q_norm", o), ("k_norm", k)):
+        module = _submodule(layer, f"{names.parent}.{norm}")
+        if module is not None and module.weight.numel() == index.numel() != shape.head_dim:
+            norms.append((norm, f"{structure.name}.{names.parent}.{norm}", index))
+        elif module is not None and module.weight.numel() != shape.head_dim:
+            return [f"{names.parent}.{norm}: a norm of {module.weight.numel()} weights is not understood, left alone"]
+
+    def by_group(index: torch.Tensor) -> torch.Tensor:
+        return index.reshape(shape.kv_heads, -1)
+
+    structure.attention = shape
+    common = dict(layer=structure.index, parent=f"{structure.name}.{names.parent}")
+    structure.groups.append(
+        _group(
+            layer, structure.name, kind="kv_groups", num_units=shape.kv_heads, blocks=1,
+            producers=tuple(Part(m, "rows", by_group(i)) for m, i in zip(modules, (q, k, v), strict=True)),
+            consumer=Part(output, "columns", by_group(o)),
+            norms=tuple(Part(module, "rows", by_group(index)) for _, module, index in norms), **common,
+        )
+    )  # fmt: skip
+    if shape.rep > 1:
+        structure.groups.append(
+            _group(
+                layer, structure.name, kind="query_heads", num_units=shape.heads, blocks=shape.kv_heads,
+                producers=(Part(modules[0], "rows", q),), consumer=Part(output, "columns", o),
+                norms=tuple(Part(module, "rows", index) for norm, module, index in norms if norm == "q_norm"),
+                **common,
+            )
+        )  # fmt: skip
+    return None
+
+
+def _read_mlp(config, names: MlpNames, structure: LayerStructure, layer: nn.Module) -> list[str] | None:
+    width = matrix(layer.get_submodule(names.output)).shape[1]
+    index = torch.arange(width)[:, None]
+    producers = []
+    for name in names.inputs:
+        rows = matrix(layer.get_submodule(name)).shape[0]
+        if rows not in (width, 2 * width):
+            return [f"{name}: {rows} rows do not match the {width} columns of {names.output}, left alone"]
+        producers += [Part(f"{structure.name}.{name}", "rows", index + half * width) for half in range(rows // width)]
+    parent = f"{structure.name}.{names.parent}" if names.parent else f"{structure.name}.{names.output}"
+    structure.groups.append(
+        _group(
+            layer, structure.name, layer=structure.index, kind="mlp_neurons", num_units=width, blocks=1,
+            producers=tuple(producers), consumer=Part(f"{structure.name}.{names.output}", "columns", index),
+            norms=(), parent=parent,
+        )
+    )  # fmt: skip
+    return None
+
+
+def _group(layer_module: nn.Module, layer_name: str, **values) -> CoupledGroup:
+    """A group with its `unit_parameters` counted from the shapes of its parts."""
+    weights = others = 0
+    for part in (*values["producers"], *values["norms"], values["consumer"]):
+        module = layer_module.get_submodule(part.module[len(layer_name) + 1 :])
+        width = part.index.shape[1]
+        if not is_linear(module):
+            others += width
+            continue
+        rows, columns = matrix(module).shape
+        weights += width * (columns if part.axis == "rows" else rows)
+        others += width if part.axis == "rows" and module.bias is not None else 0
+    return CoupledGroup(**values, unit_parameters=weights + others, unit_matrix_parameters=weights)
+
+
+def _matrix_parameters(model: PreTrainedModel) -> int:
+    """Weights that multiply each token: linear maps, and of stacked experts the ones a token is sent to."""
+    total = sum(matrix(module).numel() for module in model.modules() if is_linear(module))
+    active = getattr(model.config, "num_experts_per_tok", None)
+    for name, parameter in model.named_parameters():
+        if active and parameter.ndim == 3 and ".experts." in name:
+            total += parameter.numel() // parameter.shape[0] * active
+    return total
