@@ -43,7 +43,9 @@ def _check_keys(cls: type, values: dict[str, Any]) -> None:
     known = [f.name for f in dataclasses.fields(cls)]
     for key in values:
         if key not in known:
-            raise ConfigurationError(f"`{key}` is not an option of {cls.__name__}; the options are {', '.join(known)}.")
+            raise ConfigurationError(
+                f"`{key}` is not an option of {cls.__name__}; the options are {', '.join(known)}."
+            )
 
 
 @dataclass

@@ -5,7 +5,7 @@ Names are relative to the decoder layer. Most models need no entry: their `base_
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,15 @@ class AttentionNames:
         fused: How a fused projection is laid out: `"concat"` is `[q | k | v]`, `"grouped"` is, for each KV head,
             `[its query heads | k | v]`.
         attributes: Attributes of the attention module that hold head counts, for families whose configuration
-            cannot express a head count of its own (`head_dim = hidden_size / heads`). Values are formulas of `heads`,
-            `kv_heads` and `head_dim`.
+            cannot express a head count of its own, or not one for each layer; empty if the module holds none, `None`
+            if not known. Values are formulas of `heads`, `kv_heads` and `head_dim`; `config.` names an attribute of
+            the module's configuration.
     """
 
     inputs: tuple[str, ...]
     output: str
     fused: str | None = None
-    attributes: dict[str, str] = field(default_factory=dict)
+    attributes: dict[str, str] | None = None
 
     @property
     def parent(self) -> str:
@@ -68,10 +69,19 @@ class Family:
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATED = MlpNames(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
 _HEADS = {"num_heads": "heads"}
+_REP = {"num_key_value_groups": "heads // kv_heads"}
+_GEMMA = Family(AttentionNames(_QKV, "self_attn.o_proj", attributes=_REP), (_GATED,))
 
 FAMILIES: dict[str, Family] = {
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
     "phi3": Family(
-        AttentionNames(("self_attn.qkv_proj",), "self_attn.o_proj", fused="concat"),
+        AttentionNames(
+            ("self_attn.qkv_proj",),
+            "self_attn.o_proj",
+            fused="concat",
+            attributes={**_REP, "num_key_value_heads": "kv_heads", "config.num_attention_heads": "heads"},
+        ),
         (MlpNames(("mlp.gate_up_proj",), "mlp.down_proj"),),
     ),
     "stablelm": Family(
@@ -80,19 +90,19 @@ FAMILIES: dict[str, Family] = {
             "self_attn.o_proj",
             attributes={
                 **_HEADS,
+                **_REP,
                 "num_key_value_heads": "kv_heads",
-                "num_key_value_groups": "heads // kv_heads",
                 "hidden_size": "heads * head_dim",
             },
         ),
         (_GATED,),
     ),
     "cohere2": Family(
-        AttentionNames(_QKV, "self_attn.o_proj", attributes={"num_key_value_groups": "heads // kv_heads"}),
+        AttentionNames(_QKV, "self_attn.o_proj", attributes=_REP),
         (_GATED,),
     ),
     "gpt_neox": Family(
-        AttentionNames(("attention.query_key_value",), "attention.dense", fused="grouped"),
+        AttentionNames(("attention.query_key_value",), "attention.dense", fused="grouped", attributes={}),
         (MlpNames(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),),
         kv_heads_key=None,
     ),

@@ -292,6 +292,8 @@ def _read_attention(config, names: AttentionNames, structure: LayerStructure, la
 
 def _read_mlp(config, names: MlpNames, structure: LayerStructure, layer: nn.Module) -> list[str] | None:
     width = matrix(layer.get_submodule(names.output)).shape[1]
+    if structure.group("mlp_neurons") is not None or "shared" in names.parent:
+        return [f"{names.parent}: its width has a configuration key of its own, left alone"]
     index = torch.arange(width)[:, None]
     producers = []
     for name in names.inputs:

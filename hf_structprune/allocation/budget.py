@@ -53,7 +53,9 @@ class Budget:
     @property
     def removable(self) -> int:
         """Parameters of everything that may go."""
-        heads = sum(max(self.attention_removed(layer, *o) for o in self.attention_options(layer)) for layer in self.attentions)
+        heads = sum(
+            max(self.attention_removed(layer, *o) for o in self.attention_options(layer)) for layer in self.attentions
+        )
         return heads + sum((g.num_units - self.smallest_width(g)) * g.unit_parameters for g in self.mlps)
 
     def step(self, group: CoupledGroup) -> int:

@@ -1,0 +1,42 @@
+# `make demo` and `make test` do all set-up themselves: they need Python 3.10 or newer and a package index, no more.
+PYTHON ?= python3
+VENV ?= .venv
+MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
+RATIO ?= 0.2
+OUT ?= out
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+SOURCES := hf_structprune tests $(wildcard benchmarks)
+
+.PHONY: demo test style quality bench clean
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/hf-structprune demo "$(MODEL)" --ratio $(RATIO) --output-dir "$(OUT)"
+
+test: quality
+	$(BIN)/python -m pytest
+
+quality: $(VENV)/.installed-dev
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+style: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/core.py
+
+clean:
+	rm -rf "$(VENV)" build ./*.egg-info .pytest_cache .ruff_cache
+
+# torch comes first and at the version of constraints.txt; a stamp file records that an environment is up to date.
+$(VENV)/.installed-torch: constraints.txt
+	$(PYTHON) -m venv "$(VENV)"
+	$(INSTALL) torch
+	touch $@
+
+$(VENV)/.installed-%: $(VENV)/.installed-torch pyproject.toml
+	$(INSTALL) --editable ".[$*]"
+	touch $@

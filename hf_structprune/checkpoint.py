@@ -1,0 +1,113 @@
+"""Turns a model with cut tensors into one of the right class and configuration, and writes it as a checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from .errors import CheckpointError
+from .layout import Target
+
+
+def rebuild(model: PreTrainedModel, target: Target) -> PreTrainedModel:
+    """A model of the target's class with the tensors of another one; no tensor is copied.
+
+    Args:
+        model: A model whose tensors have been cut; not to be used afterwards.
+        target: Class and configuration that build these shapes.
+
+    Returns:
+        The model in eval mode, on the devices of the old one.
+    """
+    result = target.skeleton()
+    result.load_state_dict(model.state_dict(), assign=True, strict=True)
+    result.tie_weights()
+    buffers = dict(model.named_buffers())
+    for name, buffer in list(result.named_buffers()):
+        if buffer.device.type == "meta" and name in buffers:
+            parent, _, leaf = name.rpartition(".")
+            setattr(result.get_submodule(parent), leaf, buffers[name])
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for name, parameter in result.named_parameters():
+        parameter.requires_grad_(flags.get(name, True))
+    result.generation_config = copy.deepcopy(model.generation_config)
+    result.config.architectures = [type(result).__name__]
+    result.config._name_or_path = model.config._name_or_path
+    if getattr(model, "hf_device_map", None) and len(set(model.hf_device_map.values())) > 1:
+        from accelerate import dispatch_model
+
+        result = dispatch_model(result, device_map=model.hf_device_map)
+    return result.eval()
+
+
+def write_folder(folder: str | os.PathLike, write: Callable[[Path], None], size: int = 0) -> None:
+    """Fills a folder all at once: what is written appears only when everything has been.
+
+    The files are made in a hidden folder beside it and moved by renaming; after an error or an interrupt the folder is
+    as it was before.
+
+    Args:
+        folder: Where the files go. Other files in it stay, but weights of an earlier checkpoint go.
+        write: Writes the files into the folder it is given.
+        size: Bytes that will be written, to see before whether the disk has room for them.
+
+    Raises:
+        CheckpointError: There is too little room, or writing failed.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; give the name of a folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if size > free:
+        raise CheckpointError(f"{folder} needs {size / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB left.")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        write(temporary)
+        _move(temporary, folder)
+    except OSError as error:
+        raise CheckpointError(f"The checkpoint could not be written, {folder} is unchanged: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move(temporary: Path, folder: Path) -> None:
+    temporary.chmod(0o777 & ~_umask())
+    if not folder.exists():
+        temporary.rename(folder)
+        return
+    new = {path.name for path in temporary.iterdir()}
+    for old in folder.glob("*.safetensors*"):
+        if old.name not in new:
+            old.unlink()
+    for path in sorted(temporary.iterdir()):
+        path.replace(folder / path.name)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def has_weights(model: PreTrainedModel) -> bool:
+    """Whether all weights are in memory (and not on the meta device or offloaded)."""
+    return all(parameter.device.type != "meta" for parameter in model.parameters())
+
+
+def dense_copy(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A clean model with the weights of one that came out of a GGUF file, which Transformers would not save."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    dtype = dtype or next(model.parameters()).dtype
+    config.dtype = dtype
+    result = rebuild(model, Target(type(model), config))
+    return result.to(dtype)

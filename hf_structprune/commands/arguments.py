@@ -1,0 +1,191 @@
+"""Options of the command line, made from dataclasses; a YAML file gives them other defaults."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import re
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from transformers.hf_argparser import HfArgumentParser
+
+from ..configuration import CalibrationConfig, PruningConfig
+from ..errors import ConfigurationError
+
+
+# Fields that only Python can give, and the one that is a dataclass itself: its fields get a prefix instead.
+NOT_OPTIONS = ("calibration", "texts", "tokens", "fingerprint")
+PREFIXES = {CalibrationConfig: "calibration_"}
+POSITIONAL = "model"
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError(f"{message} (see `{self.prog} --help`)")
+
+
+def parse(argv: Sequence[str], command: str, description: str, *classes: type) -> list[Any]:
+    """Parses the options of one command.
+
+    Every field of the dataclasses is an option, `--round-to` as well as `--round_to`; the fields of
+    [`CalibrationConfig`] come along with [`PruningConfig`] under the prefix `--calibration-`. `--config FILE` reads
+    values of the same names from YAML (or JSON); what stands on the command line wins.
+
+    Args:
+        argv (sequence of `str`): The arguments after the command's name.
+        command (`str`): The command's name.
+        description (`str`): Shown above the options by `--help`.
+        classes (`type`): Dataclasses, documented with an `Args:` section. One may have a field `model`: it becomes
+            the positional argument.
+
+    Returns:
+        `list`: One instance of each class.
+
+    Raises:
+        ConfigurationError: An option is unknown, has a value of the wrong type, or none where one is needed.
+    """
+    sources = [*classes, *([CalibrationConfig] if PruningConfig in classes else [])]
+    parser = _make_parser(command, description, sources)
+    argv = [_with_hyphens(argument) for argument in argv]
+    values = parser.parse_args(argv)
+    if values.config is not None:
+        parser.set_defaults(**_read_defaults(parser, values.config))
+        values = parser.parse_args(argv)
+    return [_build(cls, vars(values), parser) for cls in classes]
+
+
+def _make_parser(command: str, description: str, sources: list[type]) -> _Parser:
+    parser = _Parser(
+        [_as_options(cls) for cls in sources],
+        prog=f"hf-structprune {command}",
+        usage=f"hf-structprune {command} MODEL [options]",
+        description=description,
+        formatter_class=argparse.HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file with values of the options; unknown keys are errors"
+    )
+    for cls in sources:
+        texts = _help_texts(cls)
+        for field in dataclasses.fields(cls):
+            if field.name == POSITIONAL:
+                default = None if field.default is dataclasses.MISSING else field.default
+                parser.add_argument(POSITIONAL, metavar="MODEL", nargs="?", default=default, help=texts[POSITIONAL])
+            elif _is_switch(cls, field):
+                # HfArgumentParser lets `--json` take a value, which would swallow the MODEL behind it.
+                name = PREFIXES.get(cls, "") + field.name
+                switch = argparse.BooleanOptionalAction
+                parser.add_argument(
+                    _with_hyphens(f"--{name}"), action=switch, default=field.default, help=texts[field.name]
+                )
+    for action in parser._actions:  # shown once by --help; both spellings are understood
+        action.option_strings = [name for name in action.option_strings if "_" not in name]
+    return parser
+
+
+def _with_hyphens(argument: str) -> str:
+    """`--round_to=8` as `--round-to=8`; what is not an option stays as it is."""
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else argument
+
+
+def _as_options(cls: type) -> type:
+    """A dataclass with the fields of `cls` that take a value, as `HfArgumentParser` understands them."""
+    hints, texts, prefix = get_type_hints(cls), _help_texts(cls), PREFIXES.get(cls, "")
+    options = []
+    for field in dataclasses.fields(cls):
+        if field.name in (*NOT_OPTIONS, POSITIONAL) or _is_switch(cls, field):
+            continue
+        text = texts[field.name] + ("" if field.default is None else " (default: %(default)s)")
+        metadata = {"help": text, "metavar": field.name.upper()}
+        option = dataclasses.field(default=field.default, metadata=metadata)
+        options.append((prefix + field.name, _option_type(hints[field.name]), option))
+    namespace = {"_argument_group_name": (inspect.getdoc(cls) or cls.__name__).split(".")[0].replace("`", "")}
+    return dataclasses.make_dataclass(cls.__name__, options, namespace=namespace)
+
+
+def _option_type(annotation: Any) -> Any:
+    """The one type of an option: sequences become lists, of a union the sequence or else the first member counts."""
+    is_union = get_origin(annotation) in (Union, types.UnionType)
+    members = [m for m in get_args(annotation) if m is not types.NoneType] if is_union else [annotation]
+    for member in members:
+        if get_origin(member) in (list, tuple):
+            return list[get_args(member)[0]]
+    return members[0]
+
+
+def _is_switch(cls: type, field: dataclasses.Field) -> bool:
+    return get_type_hints(cls)[field.name] is bool
+
+
+def _help_texts(cls: type) -> dict[str, str]:
+    """What the `Args:` section of a dataclass says about each of its fields."""
+    section = (inspect.getdoc(cls) or "").partition("Args:\n")[2].split("\n\n")[0]
+    texts = {field.name: "" for field in dataclasses.fields(cls)}
+    for entry in re.split(r"(?:^|\n)    (?=\w)", section)[1:]:
+        head, _, body = entry.partition("):")
+        for name in re.findall(r"(\w+) \(", head):
+            texts[name] = " ".join(re.sub("[`*]", "", body).replace("%", "%%").split())
+    return texts
+
+
+def _read_defaults(parser: _Parser, path: str) -> dict[str, Any]:
+    """The values of a YAML file, each through the parser, so that they are what the command line would give."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} is not YAML: {error}") from error
+    if content is not None and not isinstance(content, dict):
+        raise ConfigurationError(f"{path} holds a {type(content).__name__}; it must hold `option: value` lines.")
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    defaults = {}
+    for key, value in _flatten(content or {}).items():
+        if key not in actions and not (value is None and key.removeprefix("calibration_") in NOT_OPTIONS):
+            raise ConfigurationError(f"`{key}` in {path} is not an option; the options are {', '.join(actions)}.")
+        if value is not None:
+            defaults[key] = _parse_value(parser, actions[key], value, path)
+    return defaults
+
+
+def _flatten(content: dict[Any, Any]) -> dict[str, Any]:
+    values = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name == "calibration" and isinstance(value, dict):
+            values.update({f"calibration_{k}": v for k, v in _flatten(value).items()})
+        else:
+            values[name] = value
+    return values
+
+
+def _parse_value(parser: _Parser, action: argparse.Action, value: Any, path: str) -> Any:
+    is_switch, is_list = isinstance(action, argparse.BooleanOptionalAction), action.nargs == "+"
+    if isinstance(value, bool) != is_switch or isinstance(value, dict) or (isinstance(value, list) and not is_list):
+        wanted = "true or false" if is_switch else "a list" if is_list else "one value"
+        raise ConfigurationError(f"`{action.dest}` in {path} is {value!r}; it must be {wanted}.")
+    if is_switch or not action.option_strings:
+        return value if is_switch else str(value)
+    items = [str(item) for item in (value if isinstance(value, list) else [value])]
+    tokens = [action.option_strings[0], *items] if is_list else [f"{action.option_strings[0]}={items[0]}"]
+    return getattr(parser.parse_args(tokens), action.dest)
+
+
+def _build(cls: type, values: dict[str, Any], parser: _Parser) -> Any:
+    """An instance of `cls` from the parsed values."""
+    chosen = {}
+    for field in dataclasses.fields(cls):
+        name = PREFIXES.get(cls, "") + field.name
+        if field.name == "calibration":
+            chosen["calibration"] = _build(CalibrationConfig, values, parser)
+        elif name in values:
+            chosen[field.name] = values[name]
+            if values[name] is None and field.default is dataclasses.MISSING:
+                parser.error(f"{field.name.upper()} is missing")
+    return cls(**chosen)

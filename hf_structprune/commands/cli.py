@@ -1,0 +1,93 @@
+"""`hf-structprune`: chooses the subcommand and turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from ..errors import StructPruneError
+
+
+COMMANDS = {
+    "inspect": "what can be cut from a model: groups, units, sizes",
+    "plan": "what would go at a ratio and what it saves; changes nothing",
+    "prune": "prune a model and save the checkpoint",
+    "perplexity": "perplexity of a model on a text",
+    "demo": "prune a small model end to end and show what happened",
+}
+HELP = """usage: hf-structprune COMMAND [MODEL] [options]
+
+Structured pruning for Hugging Face causal language models. MODEL is a Hub id or a folder.
+
+commands:
+{commands}
+
+options:
+  -h, --help     this text; `hf-structprune COMMAND --help` lists the options of a command
+  --version      the version of hf_structprune
+
+exit codes: 0 done, 2 something was wrong with what was given, 130 interrupted"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line.
+
+    Args:
+        argv (sequence of `str`, *optional*): The arguments; those of the process when not given.
+
+    Returns:
+        `int`: The exit code. Mistakes of the user print one line on stderr and give 2.
+    """
+    try:
+        _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return 0
+    except SystemExit as stop:  # argparse after --help
+        return stop.code if isinstance(stop.code, int) else 0
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        message = _describe(error)
+        if message is None:
+            raise
+        return _fail(f"error: {message}", 2)
+
+
+def _dispatch(argv: list[str]) -> None:
+    name = argv[0] if argv else "--help"
+    if name in ("-h", "--help"):
+        print(HELP.format(commands="\n".join(f"  {command:<13}  {text}" for command, text in COMMANDS.items())))
+    elif name == "--version":
+        from .. import __version__
+
+        print(f"hf-structprune {__version__}")
+    elif name in COMMANDS:
+        importlib.import_module(f".{name}", __package__).run(argv[1:])
+    else:
+        raise StructPruneError(f"unknown command {name!r}; the commands are {', '.join(COMMANDS)}")
+
+
+def _describe(error: Exception) -> str | None:
+    """The line for an error that the user can do something about; `None` for a bug of ours."""
+    if isinstance(error, StructPruneError):
+        return str(error)
+    if "No space left on device" in str(error) or getattr(error, "errno", None) == errno.ENOSPC:
+        return f"the disk is full: {error}"  # safetensors has an exception of its own for it
+    if isinstance(error, OSError):
+        return f"{error.strerror}: {error.filename}" if error.filename is not None else str(error)
+    return None
+
+
+def _fail(message: str, code: int) -> int:
+    print("hf-structprune:", " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

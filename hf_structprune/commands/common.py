@@ -1,0 +1,187 @@
+"""What the subcommands share: options about the model, loading it, printing results."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, RenderableType
+
+from ..configuration import PruningConfig
+from ..errors import ConfigurationError, StructPruneError
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..plan import PruningPlan
+    from ..pruner import StructuredPruner
+
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+@dataclass
+class ModelArguments:
+    """The model and how to load it.
+
+    Args:
+        model (`str`): Id of a model on the Hub, or a folder.
+        dtype (`str`): `bf16`, `fp16`, `fp32`, or `auto` for the one it was saved in.
+        device (`str`, *optional*): `cpu`, `cuda`, `cuda:1`, `mps`. Default: the CPU.
+        device_map (`str`, *optional*): `auto` spreads the layers over what there is, through accelerate.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        gguf_file (`str`, *optional*): A GGUF file of the repository or folder to read the weights from.
+        trust_remote_code (`bool`): Run modelling code that comes with the model.
+        json (`bool`): Print one JSON object and nothing else on stdout.
+    """
+
+    model: str
+    dtype: str = "auto"
+    device: str | None = None
+    device_map: str | None = None
+    revision: str | None = None
+    gguf_file: str | None = None
+    trust_remote_code: bool = False
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in {"auto", *DTYPES, *DTYPES.values()}:
+            raise ConfigurationError(f"`dtype` is {self.dtype!r}; allowed values are auto, {', '.join(DTYPES)}.")
+        if self.device is not None and self.device_map is not None:
+            raise ConfigurationError("`device` and `device_map` are both given; give one of them.")
+
+    def loading_options(self) -> dict[str, Any]:
+        """The keyword arguments for `from_pretrained`."""
+        options = {
+            "dtype": DTYPES.get(self.dtype, self.dtype),
+            "device_map": self.device_map,
+            "revision": self.revision,
+            "gguf_file": self.gguf_file,
+            "trust_remote_code": self.trust_remote_code or None,
+        }
+        return {name: value for name, value in options.items() if value is not None}
+
+
+def load_pruner(arguments: ModelArguments, config: PruningConfig | None = None) -> StructuredPruner:
+    """Loads the model that the options name.
+
+    Raises:
+        StructPruneError: There is no such model, it cannot be read, or the device is not there.
+    """
+    from ..pruner import StructuredPruner
+
+    check_device(arguments.device)
+    with _loading(arguments.model):
+        pruner = StructuredPruner.from_pretrained(arguments.model, config, **arguments.loading_options())
+    if arguments.device is not None:
+        pruner.model.to(arguments.device)
+    return pruner
+
+
+def load_shapes(arguments: ModelArguments, config: PruningConfig | None = None) -> StructuredPruner:
+    """The model on the meta device: nothing but its configuration is read, which is enough to inspect and to plan.
+
+    Where a configuration does not describe a model alone (GGUF, per-layer checkpoints) the weights are loaded too.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ..pruner import StructuredPruner
+
+    check_device(arguments.device)
+    options = arguments.loading_options()
+    reading = {name: options[name] for name in ("revision", "gguf_file", "trust_remote_code") if name in options}
+    with _loading(arguments.model):
+        model_config = AutoConfig.from_pretrained(arguments.model, **reading)
+        if arguments.gguf_file or model_config.is_heterogeneous:
+            return load_pruner(arguments, config)
+        dtype = model_config.dtype if arguments.dtype == "auto" else options["dtype"]
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                model_config, dtype=dtype, trust_remote_code=arguments.trust_remote_code
+            )
+    return StructuredPruner.from_pretrained(model, config)
+
+
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Says which model could not be loaded; what Transformers raises then is of many kinds."""
+    if name.startswith(("/", "./", "../", "~")) and not Path(name).exists():
+        raise StructPruneError(f"cannot load {name!r}: there is no such folder.")
+    try:
+        yield
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        if isinstance(error, StructPruneError):
+            raise
+        raise StructPruneError(f"cannot load {name!r}: {error}") from error
+
+
+def check_device(name: str | None) -> None:
+    """Refuses a device that does not exist here."""
+    import torch
+
+    if name is None:
+        return
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigurationError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def check_ratio(ratio: float | None, config: PruningConfig) -> None:
+    """Refuses a ratio that cannot be meant, before any work is done."""
+    if ratio is None and not config.by_kind:
+        raise ConfigurationError("--ratio is missing (or --attention-ratio / --mlp-ratio); 0.3 removes 30 %.")
+    if ratio is not None and config.by_kind:
+        raise ConfigurationError("--ratio and --attention-ratio / --mlp-ratio are both given; give one or the other.")
+    if ratio is not None and not 0.0 <= ratio < 1.0:
+        raise ConfigurationError(f"--ratio is {ratio}; it must be a number in [0, 1): 0.3 removes 30 %.")
+
+
+def check_output_dir(path: str, overwrite: bool) -> None:
+    """Refuses to write over something, before any work is done."""
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigurationError(f"{path} is a file; --output-dir must be a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise ConfigurationError(f"{path} is not empty; choose another --output-dir or say --overwrite.")
+
+
+def default_window(model: PreTrainedModel) -> int:
+    """The usual window for perplexity, 2048 tokens, or the model's context where that is shorter."""
+    return min(2048, getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048)
+
+
+def plan_summary(plan: PruningPlan) -> dict[str, Any]:
+    """The figures of a plan, without the list of its groups."""
+    names = ("ratio_requested", "ratio", "layout")
+    sizes = [f"{name}_{when}" for name in ("parameters", "bytes", "macs") for when in ("before", "after")]
+    return {name: getattr(plan, name) for name in (*names, *sizes)}
+
+
+@contextlib.contextmanager
+def results_only_on_stdout() -> Iterator[None]:
+    """Sends what libraries print while they work to stderr."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def console() -> Console:
+    """A console on stdout, wide enough for the tables when it is not a terminal."""
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False, soft_wrap=False)
+
+
+def show(as_json: bool, data: dict[str, Any], *tables: RenderableType) -> None:
+    """Prints a result: the data as JSON, or the tables for people."""
+    if as_json:
+        print(json.dumps(data))
+        return
+    out = console()
+    for table in tables:
+        out.print(table)

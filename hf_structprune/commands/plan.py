@@ -1,0 +1,37 @@
+"""`hf-structprune plan MODEL --ratio 0.3`: what would go and what it saves; nothing is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..configuration import PruningConfig
+from .arguments import parse
+from .common import ModelArguments, check_ratio, load_pruner, load_shapes, results_only_on_stdout, show
+
+
+@dataclass
+class PlanArguments:
+    """Options of `plan`.
+
+    Args:
+        ratio (`float`, *optional*): Share of all parameters to remove: 0.3 removes 30 %.
+        output (`str`, *optional*): File to save the plan in, as JSON.
+    """
+
+    ratio: float | None = None
+    output: str | None = None
+
+
+def run(argv: Sequence[str]) -> None:
+    """Plans and prints."""
+    description = "Show what would go from MODEL at a ratio, and what it saves. Nothing is changed."
+    model, command, config = parse(argv, "plan", description, ModelArguments, PlanArguments, PruningConfig)
+    check_ratio(command.ratio, config)
+    with results_only_on_stdout():
+        # Only a global allocation looks at the weights; to count units their shapes are enough.
+        load = load_shapes if config.allocation == "uniform" else load_pruner
+        plan = load(model, config).plan(command.ratio)
+        if command.output is not None:
+            plan.save(command.output)
+    show(model.json, {"model": model.model, **plan.to_dict()}, plan.table())

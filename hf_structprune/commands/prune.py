@@ -1,0 +1,69 @@
+"""`hf-structprune prune MODEL --ratio 0.3 --output-dir out`: prunes and saves a checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..configuration import PruningConfig
+from ..errors import ConfigurationError
+from .arguments import parse
+from .common import (
+    ModelArguments,
+    check_output_dir,
+    check_ratio,
+    load_pruner,
+    plan_summary,
+    results_only_on_stdout,
+    show,
+)
+
+
+@dataclass
+class PruneArguments:
+    """Options of `prune`.
+
+    Args:
+        output_dir (`str`): Folder for the checkpoint.
+        ratio (`float`, *optional*): Share of all parameters to remove: 0.3 removes 30 %.
+        plan (`str`, *optional*): Apply this plan, saved by `hf-structprune plan --output`, instead of a ratio.
+        overwrite (`bool`): Write to the folder even if it is not empty.
+    """
+
+    output_dir: str | None = None
+    ratio: float | None = None
+    plan: str | None = None
+    overwrite: bool = False
+
+
+def run(argv: Sequence[str]) -> None:
+    """Prunes, saves and says what came out."""
+    description = "Prune MODEL and save a checkpoint that from_pretrained loads."
+    model, command, config = parse(argv, "prune", description, ModelArguments, PruneArguments, PruningConfig)
+    _check(command, config)
+    started = time.monotonic()
+    with results_only_on_stdout():
+        target = command.ratio if command.plan is None else _load_plan(command.plan)
+        pruner = load_pruner(model, config)
+        pruner.prune(target)
+        pruner.save_pretrained(command.output_dir)
+    plan, seconds = pruner.last_plan, round(time.monotonic() - started, 1)
+    data = {"model": model.model, "output_dir": command.output_dir, "seconds": seconds, **plan_summary(plan)}
+    show(model.json, data, plan.table(), f"Saved to {command.output_dir} after {seconds} s.")
+
+
+def _check(command: PruneArguments, config: PruningConfig) -> None:
+    if command.output_dir is None:
+        raise ConfigurationError("--output-dir is missing.")
+    check_output_dir(command.output_dir, command.overwrite)
+    if command.plan is None:
+        check_ratio(command.ratio, config)
+    elif command.ratio is not None:
+        raise ConfigurationError("--ratio and --plan are both given; the plan says how much goes.")
+
+
+def _load_plan(path: str):
+    from ..plan import PruningPlan
+
+    return PruningPlan.load(path)

@@ -1,0 +1,114 @@
+"""What a criterion is: a class with one method that gives every unit of a coupled group a score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..configuration import PruningConfig
+from ..statistics import InputStatistics
+from ..structure import CoupledGroup, Part, is_linear, matrix
+
+
+@dataclass
+class Scoring:
+    """Everything a criterion may look at.
+
+    Attributes:
+        group: The units to score.
+        model: The model; weights are read only.
+        statistics: Moments of the consumer's inputs, for criteria with `needs_inputs`.
+        salience: For criteria with `needs_gradients`: importance of every row and column, by `(module, axis)`.
+        drop: How many units will go, where that is known.
+    """
+
+    group: CoupledGroup
+    model: nn.Module
+    statistics: InputStatistics | None = None
+    salience: dict[tuple[str, str], torch.Tensor] | None = None
+    drop: int | None = None
+
+    def weight(self, part: Part) -> torch.Tensor:
+        """Weight of a part's module as (output features, input features), in the model's dtype."""
+        return matrix(self.model.get_submodule(part.module))
+
+
+class Criterion:
+    """Base class. Higher scores are more important.
+
+    Attributes:
+        needs_inputs: Looks at the inputs of the consumer.
+        needs_gram: Looks at their second moments.
+        needs_gradients: Looks at gradients of the loss.
+    """
+
+    needs_inputs = False
+    needs_gram = False
+    needs_gradients = False
+
+    def __init__(self, config: PruningConfig) -> None:
+        self.config = config
+
+    def score(self, scoring: Scoring) -> torch.Tensor:
+        """Importance of each unit, shape (num_units,), float32 or float64."""
+        raise NotImplementedError
+
+
+class TensorCriterion(Criterion):
+    """A criterion that scores the rows and columns of every matrix of the group and joins the matrices."""
+
+    def part_score(self, scoring: Scoring, part: Part) -> torch.Tensor:
+        """Score of each row or column of a part's matrix, shape (features,)."""
+        raise NotImplementedError
+
+    def score(self, scoring: Scoring) -> torch.Tensor:
+        parts = [p for p in scoring.group.parts if is_linear(scoring.model.get_submodule(p.module))]
+        channels = [self.part_score(scoring, p)[p.index.to(scoring.weight(p).device)].double() for p in parts]
+        return join(channels, self.config.aggregation)
+
+
+class ConsumerCriterion(Criterion):
+    """A criterion that scores the columns of the consumer by what comes in."""
+
+    needs_inputs = True
+
+    def column_score(self, weight: torch.Tensor, statistics: InputStatistics) -> torch.Tensor:
+        """Score of each column.
+
+        Args:
+            weight: Weight of the consumer, shape (out, d), float32.
+            statistics: Moments of its inputs.
+        """
+        raise NotImplementedError
+
+    def score(self, scoring: Scoring) -> torch.Tensor:
+        consumer = scoring.group.consumer
+        columns = self.column_score(scoring.weight(consumer).float(), scoring.statistics)
+        return columns[consumer.index.to(columns.device)].double().sum(1)
+
+
+def join(channels: list[torch.Tensor], aggregation: str) -> torch.Tensor:
+    """Joins the channel scores of the tensors of a group into one score for each unit.
+
+    Tensors whose units are equally wide are joined channel by channel and then summed over the channels of a unit, as
+    LLM-Pruner does; with grouped-query attention (a KV group is wider in `q` and `o` than in `k` and `v`) each tensor
+    is summed over the channels of a unit first.
+
+    Args:
+        channels: One tensor of shape (units, width) for each matrix, producers first, the consumer last.
+        aggregation: `"sum"`, `"mean"`, `"max"`, `"prod"`, `"first"` or `"last"`.
+    """
+    if len({c.shape[1] for c in channels}) > 1:
+        channels = [c.sum(1, keepdim=True) for c in channels]
+    stacked = torch.stack(channels)
+    joined = {
+        "sum": lambda: stacked.sum(0),
+        "mean": lambda: stacked.mean(0),
+        "max": lambda: stacked.amax(0),
+        "prod": lambda: stacked.prod(0),
+        "first": lambda: stacked[0],
+        "last": lambda: stacked[-1],
+    }[aggregation]()
+    return joined.sum(1)

@@ -1,0 +1,150 @@
+"""Taylor salience of rows and columns, reduced in the backward pass: no full set of gradients is ever held."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from .calibration import as_batches
+from .structure import CoupledGroup, is_linear, matrix
+
+
+Salience = dict[tuple[str, str], torch.Tensor]
+
+
+class _Probe(torch.autograd.Function):
+    """Passes the output of a linear map through and, in the backward pass, reports its input and output gradient.
+
+    The input is kept with `save_for_backward`, so that gradient checkpointing can drop and recompute it.
+    """
+
+    @staticmethod
+    def forward(ctx, output, inputs, report):
+        ctx.save_for_backward(inputs)
+        ctx.report = report
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.report(ctx.saved_tensors[0].detach(), gradient)
+        return gradient, None, None
+
+
+def taylor_salience(
+    model: nn.Module,
+    groups: Iterable[CoupledGroup],
+    tokens: torch.Tensor,
+    variant: str,
+    *,
+    batch_size: int = 8,
+    gradient_checkpointing: bool = False,
+) -> Salience:
+    """Importance of the rows and columns of the matrices of coupled groups.
+
+    For a batch with mean loss gradient `g` and per-sequence gradients `g_j` (`F = mean_j g_j^2`): `first` sums
+    `|w g|` over the row or column, `second` `w^2 F`, `mix` `|w g - w^2 F / 2|`, `vectorize` is `|sum(w g)|`. Several
+    batches are averaged, before the absolute value for `vectorize`; `second` does not depend on the batch size.
+
+    Args:
+        model: A causal language model.
+        groups: Groups whose parts are wanted.
+        tokens: Token ids, shape (sequences, length).
+        variant: `"vectorize"`, `"first"`, `"second"` or `"mix"`.
+        batch_size: Sequences in a backward pass.
+        gradient_checkpointing: Recompute activations in the backward pass.
+
+    Returns:
+        `{(module, "rows" | "columns"): scores}`, float32.
+    """
+    wanted = {(part.module, part.axis) for group in groups for part in group.parts}
+    wanted = {key for key in wanted if is_linear(model.get_submodule(key[0]))}
+    salience: Salience = {}
+    batches = list(as_batches(tokens, batch_size))
+
+    def report(module: str, length: int, weight: float, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
+        linear = matrix(model.get_submodule(module)).float()
+        inputs, gradient = inputs.reshape(-1, length, inputs.shape[-1]), gradient.reshape(-1, length, linear.shape[0])
+        change = _change(linear, inputs, gradient, variant)
+        for axis, dim in (("rows", 1), ("columns", 0)):
+            if (module, axis) in wanted:
+                reduced = change.sum(dim) * weight
+                key = (module, axis)
+                salience[key] = salience[key] + reduced if key in salience else reduced
+
+    bar = tqdm(batches, desc="Gradients", disable=not logging.is_progress_bar_enabled())
+    with _frozen(model, gradient_checkpointing):
+        for batch in bar:
+            share = len(batch) / len(tokens)
+            with _probed(model, {m for m, _ in wanted}, batch.shape[1], share, report):
+                _loss(model, batch).backward()
+    return {key: score.abs() for key, score in salience.items()}
+
+
+def _change(weight: torch.Tensor, inputs: torch.Tensor, gradient: torch.Tensor, variant: str) -> torch.Tensor:
+    """Change of the loss by each weight, to be summed over rows and columns; shape (out, in)."""
+    count = len(inputs)
+    if variant in ("vectorize", "first"):
+        mean = (gradient.flatten(0, 1).T @ inputs.flatten(0, 1)).float()
+        first = weight * mean
+        return first if variant == "vectorize" else first.abs_()
+    mean, fisher = torch.zeros_like(weight), torch.zeros_like(weight)
+    for x, g in zip(inputs, gradient, strict=True):
+        single = (g.T @ x).float()  # 1 / count of the gradient of this sequence's own loss
+        mean += single
+        fisher.addcmul_(single, single, value=count)  # mean_j (count * single_j)^2
+    second = weight.square() * fisher
+    return second if variant == "second" else (weight * mean - 0.5 * second).abs_()
+
+
+def _loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    device = model.get_input_embeddings().weight.device
+    batch = batch.to(device)
+    return model(input_ids=batch, labels=batch, use_cache=False).loss
+
+
+@contextmanager
+def _probed(model: nn.Module, modules: set[str], length: int, weight: float, report):
+    handles = []
+    for name in modules:
+
+        def hook(module, args, output, name=name):
+            return _Probe.apply(output, args[0], lambda x, g: report(name, length, weight, x, g))
+
+        handles.append(model.get_submodule(name).register_forward_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _frozen(model: nn.Module, gradient_checkpointing: bool):
+    """No parameter asks for a gradient; the embeddings' output starts the graph."""
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    for parameter in flags:
+        parameter.requires_grad_(False)
+    handle = model.get_input_embeddings().register_forward_hook(lambda m, a, output: output.requires_grad_(True))
+    was_checkpointing = getattr(model, "is_gradient_checkpointing", False)
+    training = model.training
+    if gradient_checkpointing and not was_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()  # checkpointing is off in eval mode; dropout is switched off below
+    dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout)]
+    for module in dropouts:
+        module.eval()
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        handle.remove()
+        if gradient_checkpointing and not was_checkpointing:
+            model.gradient_checkpointing_disable()
+        model.train(training)
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)

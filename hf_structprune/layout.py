@@ -1,0 +1,246 @@
+"""Which configuration a pruned model gets, and whether its class can build it: checked on the meta device."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, MistralConfig, MistralForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from .errors import CheckpointError
+from .modeling_structprune import per_layer_class
+from .plan import GroupPlan, PruningPlan
+from .structure import AttentionShape, LayerStructure, ModelStructure
+from .surgery import Kept, cut_units
+
+
+@dataclass
+class Target:
+    """The class and configuration of the pruned model."""
+
+    model_class: type[PreTrainedModel]
+    config: PreTrainedConfig
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model on the meta device: shapes without weights."""
+        with torch.device("meta"):
+            return self.model_class(copy.deepcopy(self.config))
+
+
+def target_of(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> Target:
+    """The class and configuration that describe the model after a plan.
+
+    Layers that are all alike give a vanilla configuration, others Transformers' `per_layer_config`. A Llama head count
+    that does not divide the hidden size, which `LlamaConfig` refuses, is written as a Mistral without sliding window:
+    the same weights, the same logits.
+
+    Raises:
+        CheckpointError: No configuration of this model type describes the result.
+    """
+    errors = []
+    for write in _WRITERS:
+        try:
+            target = write(model, structure, plan)
+            if target is not None:
+                check_shapes(model, structure, plan, target)
+                return target
+        except (*_REFUSED, CheckpointError) as error:
+            errors.append(f"{error}")
+    raise CheckpointError(f"No {type(model.config).__name__} describes the pruned model: {errors[0]}")
+
+
+def _changes(
+    model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan, heads: bool = True
+) -> dict[str, Any]:
+    """Configuration values after a plan: the dense ones with what all layers, or each of them, change."""
+    widths = [_widths(layer, structure, plan, model.config, heads) for layer in structure.layers]
+    values = model.config.to_dict()
+    for key in ("per_layer_config", "auto_map", "architectures"):
+        values.pop(key, None)
+    keys = {key for width in widths for key in width}
+    if all(len({width[key] for width in widths if key in width}) == 1 for key in keys) and heads:
+        return {**values, **{key: next(w[key] for w in widths if key in w) for key in keys}}
+    if plan.layout == "uniform":
+        raise CheckpointError(
+            "The uniform layout needs the same widths in all layers, but the layers of this model differ already. "
+            "Use layout='per_layer'."
+        )
+    for width in widths:  # one size of heads for the whole model
+        values.update({"head_dim": width.pop("head_dim")} if "head_dim" in width else {})
+    return {**values, "per_layer_config": {str(i): width for i, width in enumerate(widths) if width}}
+
+
+def _stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """The Transformers class of a model that may be a per-layer one."""
+    return next(base for base in type(model).__mro__ if base.__module__.startswith("transformers.models"))
+
+
+def _target(stock: type, config_class: type, values: dict[str, Any], model: PreTrainedModel) -> Target:
+    config = config_class.from_dict(values)
+    config_class.from_dict(json.loads(config.to_json_string(use_diff=False)))  # what is written can be read
+    config._attn_implementation = model.config._attn_implementation
+    config.dtype = model.config.dtype
+    return Target(per_layer_class(stock) if config.is_heterogeneous else stock, config)
+
+
+def _same_class(model, structure, plan) -> Target:
+    return _target(_stock_class(model), type(model.config), _changes(model, structure, plan), model)
+
+
+def _as_mistral(model, structure, plan) -> Target | None:
+    config = model.config
+    if type(config) is not LlamaConfig or config.attention_bias or config.mlp_bias:
+        return None
+    values = _changes(model, structure, plan)
+    for key in ("model_type", "attention_bias", "mlp_bias", "pretraining_tp"):
+        values.pop(key, None)
+    return _target(MistralForCausalLM, MistralConfig, {**values, "sliding_window": None}, model)
+
+
+def _with_overrides(model, structure, plan) -> Target | None:
+    """Head counts written as attributes of the modules, for classes that derive the size of a head from their number.
+
+    Only in the per-layer layout, whose modelling file travels with the checkpoint.
+    """
+    names = structure.family.attention
+    if plan.layout != "per_layer" or names is None or names.attributes is None:
+        return None
+    values = _changes(model, structure, plan, heads=False)
+    per_layer = values["per_layer_config"]
+    for layer in structure.layers:
+        dense, shape = _dense_shape(model, layer), shape_after(layer, plan)
+        if shape != dense:
+            per_layer.setdefault(str(layer.index), {})["module_overrides"] = _module_overrides(names, shape)
+    return _target(_stock_class(model), type(model.config), {**values, "module_overrides": {}}, model)
+
+
+def _dense_shape(model, layer: LayerStructure) -> AttentionShape | None:
+    """Head counts that the class builds from the global configuration."""
+    config, shape = model.config, layer.attention
+    heads = config.hidden_size // shape.head_dim if shape else 0
+    return shape and AttentionShape(heads, shape.kv_heads * heads // shape.heads, shape.head_dim)
+
+
+_WRITERS = (_same_class, _as_mistral, _with_overrides)
+_REFUSED = (ValueError, RuntimeError, TypeError, AttributeError, CheckpointError)  # what configuration classes raise
+
+
+def _module_overrides(names, shape: AttentionShape) -> dict[str, dict[str, int]]:
+    numbers = {"heads": shape.heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
+    # The formulas are constants of families.py.
+    attributes = {k: eval(formula, {"__builtins__": {}}, numbers) for k, formula in names.attributes.items()}
+    query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    rows = [query, kv, kv] if len(names.inputs) == 3 else [query + 2 * kv]
+    overrides = {name: {"out_features": size} for name, size in zip(names.inputs, rows, strict=True)}
+    overrides[names.output] = {"in_features": query}
+    return {**({names.parent: attributes} if attributes else {}), **overrides}
+
+
+def shape_after(layer: LayerStructure, plan: PruningPlan) -> AttentionShape | None:
+    """Head counts of a layer after a plan."""
+    if layer.attention is None:
+        return None
+    groups, before = plan.of_layer(layer.index), layer.attention
+    kv_heads = groups["kv_groups"].keep if "kv_groups" in groups else before.kv_heads
+    heads = groups["query_heads"].keep if "query_heads" in groups else kv_heads * before.rep
+    return AttentionShape(heads, kv_heads, before.head_dim)
+
+
+def _head_values(config: PreTrainedConfig, structure: ModelStructure, shape: AttentionShape) -> dict[str, int]:
+    names = getattr(config, "attribute_map", {})
+    values = {names.get("num_attention_heads", "num_attention_heads"): shape.heads}
+    if not isinstance(getattr(type(config), "head_dim", None), property):
+        values["head_dim"] = shape.head_dim
+    if structure.family.kv_heads_key is not None:
+        values[structure.family.kv_heads_key] = shape.kv_heads
+    return values
+
+
+def _widths(
+    layer: LayerStructure, structure: ModelStructure, plan: PruningPlan, config: PreTrainedConfig, heads: bool
+) -> dict[str, int]:
+    """Configuration values of one layer after a plan; head counts only where some layer's are not the original ones."""
+    widths: dict[str, int] = {}
+    mlp = layer.group("mlp_neurons")
+    if mlp is not None:
+        widths[structure.family.width_key] = plan.keep(layer.index, "mlp_neurons", mlp.num_units)
+    shapes = {one.attention for one in structure.layers if one.attention}
+    changed = len(shapes) > 1 or any(g.kind in ("kv_groups", "query_heads") for g in plan.groups)
+    if heads and layer.attention is not None and changed:
+        widths.update(_head_values(config, structure, shape_after(layer, plan)))
+    return widths
+
+
+def check_shapes(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan, target: Target) -> None:
+    """Checks that the target builds exactly the tensors the plan will leave.
+
+    Raises:
+        CheckpointError: Names the first tensor that would not fit.
+    """
+    with torch.device("meta"):
+        expected = type(model)(copy.deepcopy(model.config))
+    cut_units(expected, structure, first_units(structure, plan))
+    built = {name: p.shape for name, p in target.skeleton().named_parameters()}
+    for name, parameter in expected.named_parameters():
+        if built.get(name) != parameter.shape:
+            raise CheckpointError(
+                f"{type(target.config).__name__} cannot describe `{name}` of shape {tuple(parameter.shape)}: it builds "
+                f"{tuple(built[name]) if name in built else 'none'}."
+            )
+
+
+def first_units(structure: ModelStructure, plan: PruningPlan) -> Kept:
+    """Units that a plan without a choice could keep: the first ones, heads evenly from the first KV groups."""
+    kept: Kept = {}
+    for group in structure.groups:
+        decision: GroupPlan | None = plan.of_layer(group.layer).get(group.kind)
+        if decision is None:
+            continue
+        numbers = torch.arange(group.num_units)
+        if group.kind == "query_heads":
+            blocks = shape_after(structure.layers[group.layer], plan).kv_heads
+            numbers = numbers.view(group.blocks, -1)[:blocks, : decision.keep // blocks].flatten()
+        kept[group.layer, group.kind] = numbers[: decision.keep]
+    return kept
+
+
+def expressible_heads(model: PreTrainedModel, structure: ModelStructure, layout: str) -> set[tuple[int, int]]:
+    """Pairs of (KV groups, query heads in each) that a checkpoint of this model can have.
+
+    Each way to write a configuration is checked once against the tensors it builds, then only for what its
+    configuration class accepts.
+    """
+    shape = next((layer.attention for layer in structure.layers if layer.attention), None)
+    if shape is None:
+        return set()
+    result: set[tuple[int, int]] = set()
+    works: dict[Any, bool] = {}
+    for kv_heads in range(shape.kv_heads, 0, -1):
+        for rep in range(shape.rep, 0, -1):
+            if (kv_heads, rep) == (shape.kv_heads, shape.rep):
+                continue
+            keep = {(layer.index, "kv_groups"): kv_heads for layer in structure.layers if layer.attention}
+            keep |= {(layer.index, "query_heads"): rep for layer in structure.layers if layer.attention}
+            plan = PruningPlan.from_counts(structure, keep, model_type=model.config.model_type, layout=layout)
+            for write in _WRITERS:
+                try:
+                    target = works.get(write, True) and write(model, structure, plan)
+                    if target and write not in works:
+                        works[write] = _builds(model, structure, plan, target)
+                    if target and works[write]:
+                        result.add((kv_heads, rep))
+                        break
+                except _REFUSED:
+                    continue
+    return result
+
+
+def _builds(model, structure, plan, target) -> bool:
+    try:
+        check_shapes(model, structure, plan, target)
+    except CheckpointError:
+        return False
+    return True

