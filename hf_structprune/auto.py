@@ -1,4 +1,4 @@
-"""Lets `AutoModelForCausalLM` load per-layer checkpoints without `trust_remote_code`, once this package is imported."""
+"""Lets `AutoModelForCausalLM` load per-layer checkpoints without `trust_remote_code` after `import hf_structprune`."""
 
 from __future__ import annotations
 

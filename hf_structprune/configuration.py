@@ -218,7 +218,7 @@ class PruningConfig:
             self.layer_range = tuple(self.layer_range)
             if len(self.layer_range) != 2 or not 0 <= self.layer_range[0] < self.layer_range[1]:
                 raise ConfigurationError(
-                    f"`layer_range` is {self.layer_range}; it must be (start, end) with 0 <= start < end, end excluded."
+                    f"`layer_range` is {self.layer_range}; it must be (start, end), 0 <= start < end, end excluded."
                 )
         if self.layout == "uniform":
             chosen = [n for n in ("layers", "layer_range", "protect_first", "protect_last") if getattr(self, n)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, MistralConfig, MistralForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .errors import CheckpointError
@@ -47,7 +48,7 @@ def target_of(model: PreTrainedModel, structure: ModelStructure, plan: PruningPl
             if target is not None:
                 check_shapes(model, structure, plan, target)
                 return target
-        except (*_REFUSED, CheckpointError) as error:
+        except _REFUSED as error:
             errors.append(f"{error}")
     raise CheckpointError(f"No {type(model.config).__name__} describes the pruned model: {errors[0]}")
 
@@ -125,7 +126,8 @@ def _dense_shape(model, layer: LayerStructure) -> AttentionShape | None:
 
 
 _WRITERS = (_same_class, _as_mistral, _with_overrides)
-_REFUSED = (ValueError, RuntimeError, TypeError, AttributeError, CheckpointError)  # what configuration classes raise
+# What configuration and model classes raise when they are given numbers they do not take.
+_REFUSED = (StrictDataclassError, ValueError, RuntimeError, TypeError, AttributeError, CheckpointError)
 
 
 def _module_overrides(names, shape: AttentionShape) -> dict[str, dict[str, int]]:
@@ -162,7 +164,7 @@ def _head_values(config: PreTrainedConfig, structure: ModelStructure, shape: Att
 def _widths(
     layer: LayerStructure, structure: ModelStructure, plan: PruningPlan, config: PreTrainedConfig, heads: bool
 ) -> dict[str, int]:
-    """Configuration values of one layer after a plan; head counts only where some layer's are not the original ones."""
+    """Configuration values of one layer after a plan; head counts only where they change or differ between layers."""
     widths: dict[str, int] = {}
     mlp = layer.group("mlp_neurons")
     if mlp is not None:

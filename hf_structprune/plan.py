@@ -1,4 +1,4 @@
-"""`PruningPlan`: how many units of every coupled group stay, which ones, and what that saves. It touches no weights."""
+"""`PruningPlan`: how many units of every coupled group stay, which ones, and what that saves."""
 
 from __future__ import annotations
 

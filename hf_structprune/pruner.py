@@ -24,6 +24,10 @@ from .structure import ModelStructure
 from .surgery import Kept, cut_units
 
 
+# Options of loading that go to the tokenizer too.
+_TOKENIZER_OPTIONS = ("revision", "gguf_file", "trust_remote_code", "token", "cache_dir", "local_files_only")
+
+
 class StructuredPruner:
     """Makes a causal language model smaller: whole heads and neurons go, the rest is re-fitted and stays dense.
 

@@ -1,4 +1,4 @@
-"""Ratios by kind: the same share of heads and of neurons in every layer that may be cut, rounded as LLM-Pruner does."""
+"""Ratios by kind: the same share of heads and neurons in every layer that may be cut, rounded as LLM-Pruner does."""
 
 from __future__ import annotations
 
