@@ -1,12 +1,14 @@
-"""Closed-form maths of choosing and compensating: no framework code, every function tested against brute force.
+"""Closed-form maths of choosing and compensating: no framework code, each function tested against brute force.
 
-Notation: consumer `W` (out x d), second moment of its inputs `C = E[x x^T]` (d x d), kept columns `K`, pruned ones `P`,
-`lam = damping * mean(diag C)`.
+Notation: consumer `W` (out x d), second moment of its inputs `C = E[x x^T]` (d x d), kept columns `K`, pruned ones
+`P`, `lam = damping * mean(diag C)`.
 """
 
 from __future__ import annotations
 
 import torch
+
+from .statistics import Moments
 
 
 DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -20,50 +22,73 @@ def ridge(gram: torch.Tensor, damping: float) -> float:
     return damping * float(gram.diagonal().double().mean()) + 1e-30
 
 
-def refit(weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, damping: float) -> torch.Tensor:
+def refit(
+    weight: torch.Tensor,
+    gram: torch.Tensor,
+    kept: torch.Tensor,
+    damping: float,
+    target: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
     """Weights of the kept columns that best reproduce the consumer's outputs without the pruned inputs.
 
-    `W' = W_K + W_P C_PK (C_KK + lam I)^-1`: ridge regression that shrinks towards the original weights; equal to the
-    Optimal Brain Surgeon update with `H = C + lam I` (Hassibi & Stork, 1993).
+    `W' = W_K + (W_P C_PK + T_K) (C_KK + lam I)^-1`: ridge regression of `W x + t` on `x_K` that shrinks towards the
+    original weights; without `t` equal to the Optimal Brain Surgeon update with `H = C + lam I` (Hassibi & Stork,
+    1993).
 
     Args:
         weight: `W`, shape (out, d).
         gram: `C`, shape (d, d).
         kept: Numbers of the kept columns, ascending.
         damping: `lam / mean(diag C)`.
+        target: `T = E[t x^T]`, shape (out, d): what the output should change by.
+        dtype: Precision to compute in.
 
     Returns:
-        `W'`, shape (out, len(kept)), float64.
+        `W'`, shape (out, len(kept)).
     """
-    weight, gram = weight.double(), gram.double()
+    weight, gram = weight.to(dtype), gram.to(dtype)
     pruned = _others(kept, weight.shape[1])
     matrix = gram[kept][:, kept]
     matrix.diagonal().add_(ridge(gram, damping))
-    factor = torch.linalg.cholesky(matrix)
     right = weight[:, pruned] @ gram[pruned][:, kept]
-    return weight[:, kept] + torch.cholesky_solve(right.T, factor).T
+    if target is not None:
+        right += target.to(dtype)[:, kept]
+    return weight[:, kept] + torch.cholesky_solve(right.T, torch.linalg.cholesky(matrix)).T
 
 
-def output_error(weight: torch.Tensor, refitted: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor) -> float:
-    """`E ||W x - W' x_K||^2` for inputs with second moment `gram`."""
+def output_error(
+    weight: torch.Tensor,
+    refitted: torch.Tensor,
+    gram: torch.Tensor,
+    kept: torch.Tensor,
+    target: torch.Tensor | None = None,
+) -> float:
+    """`E ||W x + t - W' x_K||^2 - E ||t||^2` for inputs with second moment `gram` and `target = E[t x^T]`."""
     difference = weight.to(gram.dtype).clone()
     difference[:, kept] -= refitted.to(gram.dtype)
-    return float(((difference @ gram) * difference).sum())
+    error = ((difference @ gram) * difference).sum()
+    if target is not None:
+        error += 2 * (target.to(gram.dtype) * difference).sum()
+    return float(error)
 
 
-def choose_damping(
-    weight: torch.Tensor, gram_fit: torch.Tensor, gram_held_out: torch.Tensor, kept: torch.Tensor
-) -> float:
+def choose_damping(weight: torch.Tensor, fit: Moments, held_out: Moments, kept: torch.Tensor) -> float:
     """The damping whose re-fit on one part of the text has the least output error on the other part.
 
     The error falls and then rises with the damping, so that the search goes downhill from the middle of `DAMPINGS`.
+    float32 is enough to compare; the re-fit itself is done in float64.
     """
     errors: dict[int, float] = {}
+    gram, held_out_gram = fit.gram, held_out.gram
 
     def error(place: int) -> float:
         if place not in errors:
-            refitted = refit(weight, gram_fit, kept, DAMPINGS[place])
-            errors[place] = output_error(weight, refitted, gram_held_out, kept)
+            try:
+                refitted = refit(weight, gram, kept, DAMPINGS[place], fit.target, torch.float32)
+            except torch.linalg.LinAlgError:
+                refitted = refit(weight, gram, kept, DAMPINGS[place], fit.target)
+            errors[place] = output_error(weight, refitted, held_out_gram, kept, held_out.target)
         return errors[place]
 
     place = len(DAMPINGS) // 2

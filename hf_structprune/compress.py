@@ -1,4 +1,4 @@
-"""Carries a plan out on the weights, layer by layer: choose the units, re-fit the consumer, go on to the next layer.
+"""Carries a plan out on the weights, layer by layer: choose the units, re-fit the consumers, go on to the next layer.
 
 Consumers are re-fitted in place with zeros in the columns that will go; `surgery.cut_units` takes them out afterwards.
 """
@@ -14,6 +14,7 @@ from transformers.utils import logging
 from .compensation import DEFAULT_DAMPING, choose_damping, refit
 from .configuration import PruningConfig
 from .criteria import Criterion, Scoring
+from .gradients import Salience
 from .plan import PruningPlan
 from .selection import best_units
 from .statistics import InputStatistics
@@ -26,12 +27,12 @@ Scores = dict[tuple[int, str], torch.Tensor]
 
 
 def new_stream(
-    model: PreTrainedModel, structure: ModelStructure, tokens: torch.Tensor, config: PruningConfig
+    model: PreTrainedModel, structure: ModelStructure, tokens: torch.Tensor, config: PruningConfig, dense: bool = False
 ) -> LayerStream:
     """A stream of the calibration tokens that can replay the modules of all groups."""
     parents = dict.fromkeys((group.consumer.module, group.parent) for group in structure.groups)
     layers = decoder_layers(model, structure.family)
-    return LayerStream(model, layers, tokens, config.calibration.batch_size, parents)
+    return LayerStream(model, layers, tokens, config.calibration.batch_size, parents, dense)
 
 
 def score_inputs(
@@ -50,7 +51,10 @@ def score_inputs(
     scores: Scores = {}
     for layer in tqdm(structure.layers, desc="Scoring", disable=not logging.is_progress_bar_enabled()):
         for consumer, members in _by_consumer([g for g in groups if g.layer == layer.index]).items():
-            statistics = _statistics(stream.capture(layer.index, consumer), criterion.needs_gram)
+            inputs = stream.capture(layer.index, consumer)
+            statistics = InputStatistics(inputs[0].shape[-1], criterion.needs_gram, device=inputs[0].device)
+            for batch in inputs:
+                statistics.update(batch)
             for group in members:
                 scores[group.layer, group.kind] = criterion.score(Scoring(group, model, statistics)).cpu()
         stream.advance(layer.index)
@@ -66,12 +70,12 @@ def compress(
     config: PruningConfig,
     tokens: torch.Tensor | None = None,
     scores: Scores | None = None,
-    salience: dict | None = None,
+    salience: Salience | None = None,
 ) -> Kept:
-    """Chooses the units that stay and re-fits the consumers of those that go, in place.
+    """Chooses the units that stay and re-fits the consumers, in place.
 
     Args:
-        model: The model; consumers of planned groups change.
+        model: The model; its consumers change.
         structure: Its coupled groups.
         plan: How many units stay; units that it names are taken as they are.
         criterion: Ranks the units that the plan does not name.
@@ -83,37 +87,109 @@ def compress(
     Returns:
         The units that stay, by `(layer, kind)`.
     """
-    scores = scores or {}
-    choose_by_inputs = criterion.needs_inputs and not plan.chosen and not scores
-    needs_gram = config.compensation or (choose_by_inputs and criterion.needs_gram)
-    stream = new_stream(model, structure, tokens, config) if needs_gram or choose_by_inputs else None
-    last = max((group.layer for group in plan.groups), default=-1)
-    kept: Kept = {}
-    bar = tqdm(structure.layers[: last + 1], desc="Pruning", disable=not logging.is_progress_bar_enabled())
-    for layer in bar:
-        planned = plan.of_layer(layer.index)
-        for consumer, members in _by_consumer([g for g in layer.groups if g.kind in planned]).items():
-            inputs = stream.capture(layer.index, consumer) if stream else None
-            statistics = _statistics(inputs, needs_gram) if stream else None
-            for group in members:
-                key = (group.layer, group.kind)
-                if planned[group.kind].kept is not None:
-                    kept[key] = torch.tensor(planned[group.kind].kept)
-                    continue
-                drop = group.num_units - planned[group.kind].keep
-                score = scores.get(key)
-                if score is None:
-                    score = criterion.score(Scoring(group, model, statistics, salience, drop))
-                kept[key] = best_units(score, group, planned[group.kind].keep, _alive_blocks(group, layer, kept))
-            columns = _kept_columns(members, kept, matrix(model.get_submodule(consumer)).shape[1])
-            if stream:
-                weight = _new_weight(model.get_submodule(consumer), statistics, columns, config)
-                _write(model.get_submodule(consumer), weight, columns)
-                module = model.get_submodule(consumer)
-                stream.replace(members[0].parent, [_consume(module, x, columns) for x in inputs])
-        if stream and layer.index < last:
-            stream.advance(layer.index)
-    return kept
+    return _Compression(model, structure, plan, criterion, config, scores or {}, salience).run(tokens)
+
+
+class _Compression:
+    """The state of one run of `compress`."""
+
+    def __init__(self, model, structure, plan, criterion, config, scores, salience) -> None:
+        self.model, self.structure, self.plan = model, structure, plan
+        self.criterion, self.config, self.scores, self.salience = criterion, config, scores, salience
+        self.by_inputs = criterion.needs_inputs and not plan.chosen and not scores
+        self.needs_gram = config.compensation or (self.by_inputs and criterion.needs_gram)
+        self.last = max((group.layer for group in plan.groups), default=-1)
+        self.stream: LayerStream | None = None
+        self.correcting = False
+        self.error: list[torch.Tensor] = []  # what the hidden states lack of the dense model's, float32
+        self.kept: Kept = {}
+
+    def run(self, tokens: torch.Tensor | None) -> Kept:
+        if self.plan.groups and (self.needs_gram or self.by_inputs):
+            correcting = self.config.compensation and self.config.error_correction > 0
+            self.stream = new_stream(self.model, self.structure, tokens, self.config, dense=correcting)
+            self.correcting = correcting and self.stream.additive
+        layers = self.structure.layers if self.correcting else self.structure.layers[: self.last + 1]
+        for layer in tqdm(layers, desc="Pruning", disable=not logging.is_progress_bar_enabled()):
+            self._layer(layer)
+            if self.stream and layer is not layers[-1]:
+                self.stream.advance(layer.index)
+        return self.kept
+
+    def _layer(self, layer: LayerStructure) -> None:
+        planned = self.plan.of_layer(layer.index)
+        started = self.correcting and layer.index >= min(group.layer for group in self.plan.groups)
+        consumers = _by_consumer([g for g in layer.groups if g.kind in planned or started])
+        dense = {}
+        if self.correcting:
+            before = [d.float() - h.float() for d, h in zip(self.stream.dense_hidden, self.stream.hidden, strict=True)]
+            dense = self.stream.step_dense(layer.index, list(consumers))
+            self.error = before
+        for consumer, groups in consumers.items():
+            cut = [group for group in groups if group.kind in planned]
+            if self.stream is None:
+                self._choose(layer, cut, None)
+                continue
+            self._consumer(layer, consumer, groups[0].parent, cut, dense.get(consumer))
+
+    def _consumer(
+        self,
+        layer: LayerStructure,
+        consumer: str,
+        parent: str,
+        cut: list[CoupledGroup],
+        dense: list[torch.Tensor] | None,
+    ) -> None:
+        """Captures the inputs of a consumer, chooses what stays of them and re-fits it."""
+        module = self.model.get_submodule(consumer)
+        width = matrix(module).shape[1]
+        inputs = self.stream.capture(layer.index, consumer)
+        everything = torch.arange(width)
+        targets: list[torch.Tensor | None] = [None] * len(inputs)
+        if dense is not None:
+            lacking = zip(self.error, dense, inputs, strict=True)
+            targets = [e + d.float() - _consume(module, x, everything).float() for e, d, x in lacking]
+        size = targets[0].shape[-1] if dense is not None else 0
+        statistics = InputStatistics(width, self.needs_gram, size, inputs[0].device)
+        for x, target in zip(inputs, targets, strict=True):
+            statistics.update(x, None if target is None else self.config.error_correction * target)
+        self._choose(layer, cut, statistics)
+        columns = _kept_columns(cut, self.kept, width)
+        _write(module, self._refitted(module, statistics, columns), columns)
+        outputs = [_consume(module, x, columns) for x in inputs]
+        if dense is not None:
+            lacking = zip(self.error, dense, outputs, strict=True)
+            self.error = [e + d.float() - output.float() for e, d, output in lacking]
+        self.stream.replace(parent, outputs)
+
+    def _choose(self, layer: LayerStructure, groups: list[CoupledGroup], statistics: InputStatistics | None) -> None:
+        planned = self.plan.of_layer(layer.index)
+        for group in groups:
+            key, decision = (group.layer, group.kind), planned[group.kind]
+            if decision.kept is not None:
+                self.kept[key] = torch.tensor(decision.kept)
+                continue
+            score = self.scores.get(key)
+            if score is None:
+                drop = group.num_units - decision.keep
+                score = self.criterion.score(Scoring(group, self.model, statistics, self.salience, drop))
+            # Query heads stay only in KV groups that do.
+            blocks = self.kept.get((layer.index, "kv_groups")) if group.kind == "query_heads" else None
+            self.kept[key] = best_units(score, group, decision.keep, blocks)
+
+    def _refitted(self, module: nn.Module, statistics: InputStatistics, columns: torch.Tensor) -> torch.Tensor:
+        """The consumer's weight on the columns that stay, re-fitted if compensation is on."""
+        weight = matrix(module)
+        columns = columns.to(weight.device)
+        if not self.config.compensation:
+            return weight[:, columns]
+        damping = self.config.damping
+        if damping is None and not statistics.held_out.tokens:
+            damping = DEFAULT_DAMPING
+        elif damping is None:
+            damping = choose_damping(weight.float(), statistics.fit, statistics.held_out, columns)
+        moments = statistics.moments
+        return refit(weight, moments.gram, columns, damping, moments.target).to(weight.dtype)
 
 
 def _by_consumer(groups: list[CoupledGroup]) -> dict[str, list[CoupledGroup]]:
@@ -124,18 +200,6 @@ def _by_consumer(groups: list[CoupledGroup]) -> dict[str, list[CoupledGroup]]:
     return consumers
 
 
-def _statistics(inputs: list[torch.Tensor], gram: bool) -> InputStatistics:
-    statistics = InputStatistics(inputs[0].shape[-1], gram, inputs[0].device)
-    for batch in inputs:
-        statistics.update(batch)
-    return statistics
-
-
-def _alive_blocks(group: CoupledGroup, layer: LayerStructure, kept: Kept) -> torch.Tensor | None:
-    """KV groups that stay, for the choice of query heads in them."""
-    return kept.get((layer.index, "kv_groups")) if group.kind == "query_heads" else None
-
-
 def _kept_columns(groups: list[CoupledGroup], kept: Kept, width: int) -> torch.Tensor:
     stay = torch.ones(width, dtype=torch.bool)
     for group in groups:
@@ -143,24 +207,9 @@ def _kept_columns(groups: list[CoupledGroup], kept: Kept, width: int) -> torch.T
     return stay.nonzero().squeeze(1)
 
 
-def _new_weight(
-    module: nn.Module, statistics: InputStatistics, columns: torch.Tensor, config: PruningConfig
-) -> torch.Tensor:
-    """The consumer's weight on the columns that stay, re-fitted if compensation is on."""
-    weight = matrix(module)
-    columns = columns.to(weight.device)
-    if not config.compensation:
-        return weight[:, columns]
-    damping = config.damping
-    if damping is None and not statistics.has_held_out:
-        damping = DEFAULT_DAMPING
-    elif damping is None:
-        damping = choose_damping(weight.float(), statistics.gram_fit, statistics.gram_held_out, columns)
-    return refit(weight, statistics.gram, columns, damping).to(weight.dtype)
-
-
 def _write(module: nn.Module, weight: torch.Tensor, columns: torch.Tensor) -> None:
     full = matrix(module)
+    weight = weight.clone()  # may be a view of what is zeroed next
     full.zero_()
     full[:, columns.to(full.device)] = weight
 

@@ -130,6 +130,9 @@ class PruningConfig:
         aggregation (`str`): Joins the scores of the tensors of a group: `"sum"`, `"mean"`, `"max"`, `"prod"`,
             `"first"` (first producer) or `"last"` (the consumer).
         compensation (`bool`): Re-fit the consumers of what is cut on the calibration text.
+        error_correction (`float`): The share of the error that earlier cuts have left in the hidden states which every
+            re-fit tries to undo on top of its own layer's, 0 to 1; 0 re-fits the cut consumers to their own outputs
+            only. Needs compensation and a model whose layers simply add up; other models are re-fitted without it.
         damping (`float`, *optional*): Ridge of the re-fit, as a multiple of the mean of `diag(E[x x^T])`. `None`
             chooses it for each layer on held-out calibration text.
         allocation (`str`): `"uniform"` cuts the same share of every group of a kind, `"global"` compares the
@@ -155,6 +158,7 @@ class PruningConfig:
     taylor: str = "first"
     aggregation: str = "sum"
     compensation: bool = True
+    error_correction: float = 0.5
     damping: float | None = None
     allocation: str = "uniform"
     layout: str = "uniform"
@@ -183,6 +187,8 @@ class PruningConfig:
         _check_choice("layout", self.layout, LAYOUTS)
         if self.damping is not None and not (isinstance(self.damping, (int, float)) and self.damping > 0):
             raise ConfigurationError(f"`damping` is {self.damping!r}; it must be a positive number, or None.")
+        if isinstance(self.error_correction, bool) or not 0 <= self.error_correction <= 1:
+            raise ConfigurationError(f"`error_correction` is {self.error_correction!r}; it must be between 0 and 1.")
         for name in ("protect_first", "protect_last", "seed"):
             _check_int(name, getattr(self, name), 0)
         _check_int("iterative_steps", self.iterative_steps, 1)

@@ -174,7 +174,7 @@ def _from_tp_plan(tp_plan: dict[str, str]) -> Family | None:
         inputs = tuple(producers.get(parent, ()))
         leaves = tuple(name.rpartition(".")[2] for name in inputs)
         if leaves == ("q_proj", "k_proj", "v_proj"):
-            attention = AttentionNames(inputs, output)
+            attention = AttentionNames(inputs, output, attributes=_REP)
         elif any(word in parent for word in ("attn", "attention")):
             notes.append(f"{parent}: projections {', '.join(leaves) or 'unknown'} are not understood, left alone")
         elif inputs:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from .calibration import as_batches
@@ -132,17 +133,25 @@ def _frozen(model: nn.Module, gradient_checkpointing: bool):
     handle = model.get_input_embeddings().register_forward_hook(lambda m, a, output: output.requires_grad_(True))
     was_checkpointing = getattr(model, "is_gradient_checkpointing", False)
     training = model.training
-    if gradient_checkpointing and not was_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()  # checkpointing is off in eval mode; dropout is switched off below
-    dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout)]
-    for module in dropouts:
-        module.eval()
+    model.eval()
+    layers = []
+    if gradient_checkpointing:
+        if not was_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Layers checkpoint in training mode only; what is inside them stays in eval mode, without dropout.
+        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    dropouts = {layer: layer.dropout for layer in layers if isinstance(getattr(layer, "dropout", None), float)}
+    for layer in layers:
+        layer.training = True
+    for layer in dropouts:
+        layer.dropout = 0.0
     try:
         with torch.enable_grad():
             yield
     finally:
         handle.remove()
+        for layer, dropout in dropouts.items():
+            layer.dropout = dropout
         if gradient_checkpointing and not was_checkpointing:
             model.gradient_checkpointing_disable()
         model.train(training)

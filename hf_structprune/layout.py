@@ -83,6 +83,7 @@ def _target(stock: type, config_class: type, values: dict[str, Any], model: PreT
     config = config_class.from_dict(values)
     config_class.from_dict(json.loads(config.to_json_string(use_diff=False)))  # what is written can be read
     config._attn_implementation = model.config._attn_implementation
+    config._experts_implementation = model.config._experts_implementation
     config.dtype = model.config.dtype
     return Target(per_layer_class(stock) if config.is_heterogeneous else stock, config)
 
@@ -189,7 +190,7 @@ def check_shapes(model: PreTrainedModel, structure: ModelStructure, plan: Prunin
     for name, parameter in expected.named_parameters():
         if built.get(name) != parameter.shape:
             raise CheckpointError(
-                f"{type(target.config).__name__} cannot describe `{name}` of shape {tuple(parameter.shape)}: it builds "
+                f"{type(target.config).__name__} cannot describe `{name}` of shape {tuple(parameter.shape)}: it gives "
                 f"{tuple(built[name]) if name in built else 'none'}."
             )
 

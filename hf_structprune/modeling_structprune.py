@@ -52,7 +52,7 @@ class PerLayerMixin:
         bad = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
         if bad:
             raise RuntimeError(
-                f"{pretrained_model_name_or_path} lacks weights of the model its config.json describes, which would be "
+                f"{pretrained_model_name_or_path} lacks weights that config.json describes; they would be "
                 f"random: {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}."
             )
         return (model, info) if output_loading_info else model

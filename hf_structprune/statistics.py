@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 
@@ -16,6 +18,7 @@ class InputStatistics:
         width: Number of input features `d`.
         gram: Whether to accumulate the second moments `C = E[x x^T]` (d x d), once for fitting and once for the
             held-out sequences.
+        targets: Number of features of a target `t`, if `E[t x^T]` is wanted too; 0 otherwise.
         device: Where the statistics live.
 
     Attributes:
@@ -23,34 +26,32 @@ class InputStatistics:
         total: Sum of `x`, shape (d,).
         squares: Sum of `x^2`, shape (d,).
         activity: Sum over sequences of `(mean over tokens of |x|)^2`, shape (d,).
+        fit, held_out: Second moments over the two parts of the sequences; `None` without `gram`.
     """
 
-    def __init__(self, width: int, gram: bool, device: torch.device | str = "cpu") -> None:
+    def __init__(self, width: int, gram: bool, targets: int = 0, device: torch.device | str = "cpu") -> None:
         self.width, self.tokens, self.sequences = width, 0, 0
         self.total = torch.zeros(width, device=device)
         self.squares = torch.zeros(width, device=device)
         self.activity = torch.zeros(width, device=device)
-        self._gram = {held_out: torch.zeros(width, width, device=device) for held_out in (False, True)} if gram else {}
-        self._tokens = {False: 0, True: 0}
+        self.fit = Moments.zeros(width, targets, device) if gram else None
+        self.held_out = Moments.zeros(width, targets, device) if gram else None
 
-    def update(self, inputs: torch.Tensor) -> None:
-        """Adds inputs of shape (sequences, tokens, d)."""
-        sequences, length, _ = inputs.shape
-        numbers = torch.arange(self.sequences, self.sequences + sequences, device=inputs.device)
+    def update(self, inputs: torch.Tensor, targets: torch.Tensor | None = None) -> None:
+        """Adds inputs of shape (sequences, tokens, d) and targets of shape (sequences, tokens, targets)."""
+        numbers = torch.arange(self.sequences, self.sequences + len(inputs), device=inputs.device)
         # One in each eight, at a place that moves on, so that interleaved sources all take part.
         held_out = (numbers + numbers // HELD_OUT) % HELD_OUT == HELD_OUT - 1
-        for rows in inputs.split(1):
-            x = rows[0].float()
+        for rows in inputs:
+            x = rows.float()
             self.total += x.sum(0)
             self.squares += x.square().sum(0)
             self.activity += x.abs().mean(0).square()
-        for part in (False, True) if self._gram else ():
-            chosen = inputs if not part and not held_out.any() else inputs[held_out if part else ~held_out]
-            if len(chosen):
-                add_gram(self._gram[part], chosen.reshape(-1, self.width))
-                self._tokens[part] += chosen.shape[0] * length
-        self.tokens += sequences * length
-        self.sequences += sequences
+        for moments, chosen in ((self.fit, ~held_out), (self.held_out, held_out)) if self.fit else ():
+            if chosen.any():
+                moments.add(inputs[chosen].flatten(0, 1), None if targets is None else targets[chosen].flatten(0, 1))
+        self.tokens += inputs.shape[0] * inputs.shape[1]
+        self.sequences += len(inputs)
 
     @property
     def mean_square(self) -> torch.Tensor:
@@ -65,27 +66,48 @@ class InputStatistics:
         return (centred / max(self.tokens - 1, 1)).clamp_min(0).float()
 
     @property
+    def moments(self) -> Moments:
+        """Second moments over all tokens."""
+        both = (self.fit, self.held_out)
+        cross = None if self.fit.cross is None else self.fit.cross + self.held_out.cross
+        return Moments(self.fit.lower + self.held_out.lower, cross, sum(part.tokens for part in both))
+
+    @property
     def gram(self) -> torch.Tensor:
         """`E[x x^T]` over all tokens, shape (d, d)."""
-        return self._full(self._gram[False] + self._gram[True]) / self.tokens
+        return self.moments.gram
+
+
+@dataclass
+class Moments:
+    """Sums of `x x^T` (lower triangle) and of `t x^T` over tokens."""
+
+    lower: torch.Tensor
+    cross: torch.Tensor | None
+    tokens: int = 0
+
+    @classmethod
+    def zeros(cls, width: int, targets: int, device: torch.device | str) -> Moments:
+        cross = torch.zeros(targets, width, device=device) if targets else None
+        return cls(torch.zeros(width, width, device=device), cross)
+
+    def add(self, x: torch.Tensor, targets: torch.Tensor | None) -> None:
+        """Adds inputs of shape (tokens, d) and targets of shape (tokens, targets)."""
+        add_gram(self.lower, x)
+        if self.cross is not None:
+            # Rounded to the inputs' dtype: unlike the Gram matrix it is never inverted.
+            self.cross += (targets.to(x.dtype).T @ x).float()
+        self.tokens += len(x)
 
     @property
-    def has_held_out(self) -> bool:
-        return self._tokens[True] > 0
+    def gram(self) -> torch.Tensor:
+        """`E[x x^T]`, shape (d, d)."""
+        return (self.lower.tril() + self.lower.tril(-1).T) / max(self.tokens, 1)
 
     @property
-    def gram_fit(self) -> torch.Tensor:
-        """`E[x x^T]` over the tokens that are not held out."""
-        return self._full(self._gram[False]) / self._tokens[False]
-
-    @property
-    def gram_held_out(self) -> torch.Tensor:
-        """`E[x x^T]` over the held-out tokens."""
-        return self._full(self._gram[True]) / self._tokens[True]
-
-    @staticmethod
-    def _full(lower: torch.Tensor) -> torch.Tensor:
-        return lower.tril() + lower.tril(-1).T
+    def target(self) -> torch.Tensor | None:
+        """`E[t x^T]`, shape (targets, d)."""
+        return None if self.cross is None else self.cross / max(self.tokens, 1)
 
 
 def add_gram(lower: torch.Tensor, x: torch.Tensor) -> None:

@@ -30,6 +30,10 @@ class LayerStream:
         tokens: Token ids of shape (sequences, length).
         batch_size: Sequences in a batch.
         parents: Pairs of the full names of a consumer and of the module whose output should be the consumer's.
+        dense: Also carry the hidden states of the model as it was, see `step_dense`.
+
+    Attributes:
+        additive: Whether every layer's output is its input plus the outputs of its consumers, and nothing else.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class LayerStream:
         tokens: torch.Tensor,
         batch_size: int,
         parents: Iterable[tuple[str, str]] = (),
+        dense: bool = False,
     ) -> None:
         self.model = model
         self.layers = [layer for _, layer in layers]
@@ -48,6 +53,8 @@ class LayerStream:
         self._replaced: dict[str, list[torch.Tensor]] = {}
         self._leading: list[torch.Size] = []
         self.hidden = [self._enter(batch) for batch in self.batches]
+        self.dense_hidden = list(self.hidden) if dense else []
+        self.additive = True
         for batch in self.batches:
             if len(batch) not in self._arguments:
                 self._record(batch, list(parents) if not self._arguments else [])
@@ -76,30 +83,38 @@ class LayerStream:
 
     @torch.no_grad()
     def _record(self, batch: torch.Tensor, parents: list[tuple[str, str]]) -> None:
-        """One full forward pass that records the arguments of every layer and which modules can be replayed."""
+        """One full forward pass that records the arguments of every layer and how modules add up."""
         arguments: list[tuple[tuple, dict[str, Any]]] = []
-        outputs: dict[str, Any] = {}
-        handles = []
-        for layer in self.layers:
-            handles.append(
-                layer.register_forward_pre_hook(
-                    lambda _, args, kwargs: arguments.append(_without_hidden(args, kwargs)), with_kwargs=True
-                )
-            )
-        for consumer, parent in parents:
+        outputs: dict[str, torch.Tensor] = {}
+        entered: list[torch.Tensor] = []
 
-            def keep(_, __, output, consumer=consumer):
-                outputs[consumer] = output
+        def before_layer(_, args, kwargs):
+            arguments.append(_without_hidden(args, kwargs))
+            entered.append(_hidden(args, kwargs))
 
-            def compare(_, __, output, consumer=consumer, parent=parent):
-                first = output[0] if isinstance(output, tuple) else output
-                expected = outputs.pop(consumer)
-                same = first.numel() == expected.numel() and torch.equal(first.view_as(expected), expected)
-                if same:
+        def after_layer(_, __, output):
+            if outputs:
+                self.additive &= _is_sum(_first(output), [entered[-1], *outputs.values()])
+                outputs.clear()
+
+        def after_consumer(name):
+            return lambda _, __, output: outputs.update({name: output})
+
+        def after_parent(consumer, parent):
+            def compare(_, __, output):
+                first, expected = _first(output), outputs[consumer]
+                if first.numel() == expected.numel() and torch.equal(first.view_as(expected), expected):
                     self._replayable[parent] = len(output) - 1 if isinstance(output, tuple) else None
 
-            handles.append(self.model.get_submodule(consumer).register_forward_hook(keep))
-            handles.append(self.model.get_submodule(parent).register_forward_hook(compare))
+            return compare
+
+        handles = []
+        for layer in self.layers:
+            handles.append(layer.register_forward_pre_hook(before_layer, with_kwargs=True))
+            handles.append(layer.register_forward_hook(after_layer))
+        for consumer, parent in parents:
+            handles.append(self.model.get_submodule(consumer).register_forward_hook(after_consumer(consumer)))
+            handles.append(self.model.get_submodule(parent).register_forward_hook(after_parent(consumer, parent)))
         try:
             self._forward(batch)
         finally:
@@ -107,12 +122,10 @@ class LayerStream:
                 handle.remove()
         self._arguments[len(batch)] = arguments
 
-    def _run(self, index: int, number: int) -> torch.Tensor:
-        hidden = self.hidden[number]
+    def _run(self, index: int, number: int, hidden: torch.Tensor) -> torch.Tensor:
         args, kwargs = self._arguments[len(self.batches[number])][index]
         with _replay(self.model, self._replayable, self._replaced, number):
-            output = self.layers[index](hidden, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+            return _first(self.layers[index](hidden, *args, **kwargs))
 
     @torch.no_grad()
     def capture(self, index: int, consumer: str) -> list[torch.Tensor]:
@@ -129,12 +142,35 @@ class LayerStream:
         try:
             for number, batch in enumerate(self.batches):
                 try:
-                    self._run(index, number)
+                    self._run(index, number, self.hidden[number])
                 except _Stop:
                     seen[-1] = seen[-1].reshape(*batch.shape, -1)
         finally:
             handle.remove()
         return seen
+
+    @torch.no_grad()
+    def step_dense(self, index: int, consumers: list[str]) -> dict[str, list[torch.Tensor]]:
+        """Carries the dense hidden states through layer `index`, which must not have been changed yet.
+
+        Returns:
+            Outputs of the consumers, one tensor of shape (sequences, length, out) for each batch.
+        """
+        outputs: dict[str, list[torch.Tensor]] = {name: [] for name in consumers}
+
+        def keep(name):
+            return lambda _, __, output: outputs[name].append(output)
+
+        handles = [self.model.get_submodule(name).register_forward_hook(keep(name)) for name in consumers]
+        try:
+            for number, batch in enumerate(self.batches):
+                self.dense_hidden[number] = self._run(index, number, self.dense_hidden[number])
+                for name in consumers:
+                    outputs[name][-1] = outputs[name][-1].reshape(*batch.shape, -1)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return outputs
 
     def replace(self, parent: str, outputs: list[torch.Tensor]) -> None:
         """Lets later runs of the current layer use these outputs of a module instead of running it.
@@ -149,7 +185,7 @@ class LayerStream:
     def advance(self, index: int) -> None:
         """Replaces the hidden states by the outputs of layer `index`."""
         for number in range(len(self.batches)):
-            self.hidden[number] = self._run(index, number)
+            self.hidden[number] = self._run(index, number, self.hidden[number])
         self._replaced.clear()
 
 
@@ -171,6 +207,17 @@ def _replay(model: nn.Module, replayable: dict[str, int | None], replaced: dict[
                 del module.forward
             else:
                 module.forward = forward
+
+
+def _first(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _is_sum(total: torch.Tensor, terms: list[torch.Tensor]) -> bool:
+    """Whether a tensor is the sum of others, within the rounding of low-precision additions."""
+    parts = sum(term.reshape(total.shape).float() for term in terms[1:])
+    rest = (total.float() - terms[0].reshape(total.shape).float() - parts).norm(dim=-1)
+    return float((rest / parts.norm(dim=-1).clamp_min(1e-30)).median()) < 0.1
 
 
 def _hidden(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:

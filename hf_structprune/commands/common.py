@@ -85,10 +85,7 @@ def load_pruner(arguments: ModelArguments, config: PruningConfig | None = None) 
 
 
 def load_shapes(arguments: ModelArguments, config: PruningConfig | None = None) -> StructuredPruner:
-    """The model on the meta device: nothing but its configuration is read, which is enough to inspect and to plan.
-
-    Where a configuration does not describe a model alone (GGUF, per-layer checkpoints) the weights are loaded too.
-    """
+    """The model on the meta device: only its configuration is read, which is enough to inspect it and to plan."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -99,8 +96,6 @@ def load_shapes(arguments: ModelArguments, config: PruningConfig | None = None) 
     reading = {name: options[name] for name in ("revision", "gguf_file", "trust_remote_code") if name in options}
     with _loading(arguments.model):
         model_config = AutoConfig.from_pretrained(arguments.model, **reading)
-        if arguments.gguf_file or model_config.is_heterogeneous:
-            return load_pruner(arguments, config)
         dtype = model_config.dtype if arguments.dtype == "auto" else options["dtype"]
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(

@@ -54,13 +54,14 @@ def _table(name: str, structure: ModelStructure) -> Table:
     for layers, group in _runs(structure):
         size = len(layers) * group.num_units * group.unit_parameters
         first, last = layers[0], layers[-1]
+        producers = dict.fromkeys(_short(part.module) for part in group.producers)  # fused ones stand there twice
         table.add_row(
             str(first) if first == last else f"{first}-{last}",
             group.kind,
             f"{group.num_units:,}",
             f"{group.unit_parameters:,}",
             f"{size / total:.1%}",
-            f"{', '.join(_short(part.module) for part in group.producers)} -> {_short(group.consumer.module)}",
+            f"{', '.join(producers)} -> {_short(group.consumer.module)}",
         )
     return table
 
