@@ -50,7 +50,7 @@ def score_inputs(
     stream = new_stream(model, structure, tokens, config)
     scores: Scores = {}
     for layer in tqdm(structure.layers, desc="Scoring", disable=not logging.is_progress_bar_enabled()):
-        for consumer, members in _by_consumer([g for g in groups if g.layer == layer.index]).items():
+        for consumer, members in by_consumer([g for g in groups if g.layer == layer.index]).items():
             inputs = stream.capture(layer.index, consumer)
             statistics = InputStatistics(inputs[0].shape[-1], criterion.needs_gram, device=inputs[0].device)
             for batch in inputs:
@@ -102,6 +102,8 @@ class _Compression:
         self.stream: LayerStream | None = None
         self.correcting = False
         self.error: list[torch.Tensor] = []  # what the hidden states lack of the dense model's, float32
+        self.hidden: list[torch.Tensor] = []  # hidden states so far within the layer
+        self.weight_unit: float | None = None
         self.kept: Kept = {}
 
     def run(self, tokens: torch.Tensor | None) -> Kept:
@@ -119,12 +121,13 @@ class _Compression:
     def _layer(self, layer: LayerStructure) -> None:
         planned = self.plan.of_layer(layer.index)
         started = self.correcting and layer.index >= min(group.layer for group in self.plan.groups)
-        consumers = _by_consumer([g for g in layer.groups if g.kind in planned or started])
+        consumers = by_consumer([g for g in layer.groups if g.kind in planned or started])
         dense = {}
+        if self.stream is not None:
+            self.hidden, self.weight_unit = self.stream.hidden, None
         if self.correcting:
-            before = [d.float() - h.float() for d, h in zip(self.stream.dense_hidden, self.stream.hidden, strict=True)]
+            self.error = [d.float() - h for d, h in zip(self.stream.dense_hidden, self.stream.hidden, strict=True)]
             dense = self.stream.step_dense(layer.index, list(consumers))
-            self.error = before
         for consumer, groups in consumers.items():
             cut = [group for group in groups if group.kind in planned]
             if self.stream is None:
@@ -144,23 +147,31 @@ class _Compression:
         module = self.model.get_submodule(consumer)
         width = matrix(module).shape[1]
         inputs = self.stream.capture(layer.index, consumer)
-        everything = torch.arange(width)
-        targets: list[torch.Tensor | None] = [None] * len(inputs)
+        full = [_consume(module, x, torch.arange(width)) for x in inputs] if self.needs_gram else inputs
+        targets = [None] * len(inputs)
         if dense is not None:
-            lacking = zip(self.error, dense, inputs, strict=True)
-            targets = [e + d.float() - _consume(module, x, everything).float() for e, d, x in lacking]
+            targets = [e + d.float() - y.float() for e, d, y in zip(self.error, dense, full, strict=True)]
         size = targets[0].shape[-1] if dense is not None else 0
         statistics = InputStatistics(width, self.needs_gram, size, inputs[0].device)
-        for x, target in zip(inputs, targets, strict=True):
-            statistics.update(x, None if target is None else self.config.error_correction * target)
+        for x, y, target, hidden in zip(inputs, full, targets, self.hidden, strict=True):
+            weights = self._weights(hidden, y) if self.needs_gram and self.config.token_weighting else None
+            statistics.update(x, None if target is None else self.config.error_correction * target, weights)
         self._choose(layer, cut, statistics)
-        columns = _kept_columns(cut, self.kept, width)
-        _write(module, self._refitted(module, statistics, columns), columns)
+        columns = kept_columns(cut, self.kept, width)
+        write_columns(module, refitted(module, statistics, columns, self.config), columns)
         outputs = [_consume(module, x, columns) for x in inputs]
         if dense is not None:
-            lacking = zip(self.error, dense, outputs, strict=True)
-            self.error = [e + d.float() - output.float() for e, d, output in lacking]
+            self.error = [e + d.float() - y.float() for e, d, y in zip(self.error, dense, outputs, strict=True)]
+        if self.stream.additive:
+            self.hidden = [h + y for h, y in zip(self.hidden, outputs, strict=True)]
         self.stream.replace(parent, outputs)
+
+    def _weights(self, hidden: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """`1 / ||h||^2` of the hidden states `h` that an output is added to, relative to the first batch's mean."""
+        state = hidden.float() + output.float() if self.stream.additive else hidden.float()
+        weights = 1 / state.square().sum(-1).clamp_min(1e-12)
+        self.weight_unit = self.weight_unit or float(weights.mean())
+        return weights / self.weight_unit
 
     def _choose(self, layer: LayerStructure, groups: list[CoupledGroup], statistics: InputStatistics | None) -> None:
         planned = self.plan.of_layer(layer.index)
@@ -177,22 +188,25 @@ class _Compression:
             blocks = self.kept.get((layer.index, "kv_groups")) if group.kind == "query_heads" else None
             self.kept[key] = best_units(score, group, decision.keep, blocks)
 
-    def _refitted(self, module: nn.Module, statistics: InputStatistics, columns: torch.Tensor) -> torch.Tensor:
-        """The consumer's weight on the columns that stay, re-fitted if compensation is on."""
-        weight = matrix(module)
-        columns = columns.to(weight.device)
-        if not self.config.compensation:
-            return weight[:, columns]
-        damping = self.config.damping
-        if damping is None and not statistics.held_out.tokens:
-            damping = DEFAULT_DAMPING
-        elif damping is None:
-            damping = choose_damping(weight.float(), statistics.fit, statistics.held_out, columns)
-        moments = statistics.moments
-        return refit(weight, moments.gram, columns, damping, moments.target).to(weight.dtype)
+
+def refitted(
+    module: nn.Module, statistics: InputStatistics, columns: torch.Tensor, config: PruningConfig
+) -> torch.Tensor:
+    """A consumer's weight on the columns that stay, shape (out, columns), re-fitted if compensation is on."""
+    weight = matrix(module)
+    columns = columns.to(weight.device)
+    if not config.compensation:
+        return weight[:, columns]
+    damping = config.damping
+    if damping is None and not statistics.held_out.tokens:
+        damping = DEFAULT_DAMPING
+    elif damping is None:
+        damping = choose_damping(weight.float(), statistics.fit, statistics.held_out, columns)
+    moments = statistics.moments
+    return refit(weight, moments.gram, columns, damping, moments.target).to(weight.dtype)
 
 
-def _by_consumer(groups: list[CoupledGroup]) -> dict[str, list[CoupledGroup]]:
+def by_consumer(groups: list[CoupledGroup]) -> dict[str, list[CoupledGroup]]:
     """Groups of one layer by the module that consumes them, KV groups before the query heads in them."""
     consumers: dict[str, list[CoupledGroup]] = {}
     for group in groups:
@@ -200,14 +214,16 @@ def _by_consumer(groups: list[CoupledGroup]) -> dict[str, list[CoupledGroup]]:
     return consumers
 
 
-def _kept_columns(groups: list[CoupledGroup], kept: Kept, width: int) -> torch.Tensor:
+def kept_columns(groups: list[CoupledGroup], kept: Kept, width: int) -> torch.Tensor:
+    """Columns of a consumer that stay when units of these groups go, ascending."""
     stay = torch.ones(width, dtype=torch.bool)
     for group in groups:
         stay[group.consumer.index[dropped(group, kept[group.layer, group.kind])].flatten()] = False
     return stay.nonzero().squeeze(1)
 
 
-def _write(module: nn.Module, weight: torch.Tensor, columns: torch.Tensor) -> None:
+def write_columns(module: nn.Module, weight: torch.Tensor, columns: torch.Tensor) -> None:
+    """Sets these columns of a linear map and zeroes the others."""
     full = matrix(module)
     weight = weight.clone()  # may be a view of what is zeroed next
     full.zero_()

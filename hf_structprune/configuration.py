@@ -20,7 +20,7 @@ UNITS = ("kv_groups", "query_heads", "mlp_neurons")
 CRITERIA = ("random", "l1", "l2", "taylor", "wanda", "wifv", "activation", "obs")
 TAYLOR_VARIANTS = ("vectorize", "first", "second", "mix")
 AGGREGATIONS = ("sum", "mean", "max", "prod", "first", "last")
-ALLOCATIONS = ("uniform", "global")
+ALLOCATIONS = ("uniform", "global", "search")
 LAYOUTS = ("uniform", "per_layer")
 
 
@@ -133,10 +133,14 @@ class PruningConfig:
         error_correction (`float`): The share of the error that earlier cuts have left in the hidden states which every
             re-fit tries to undo on top of its own layer's, 0 to 1; 0 re-fits the cut consumers to their own outputs
             only. Needs compensation and a model whose layers simply add up; other models are re-fitted without it.
+        token_weighting (`bool`): Weigh every calibration token in the re-fit (and in `"obs"`) by the inverse square
+            of its hidden state's norm: the norm that follows divides by it, so that an error of a large hidden state
+            matters less. Without it a few tokens with massive activations rule the fit.
         damping (`float`, *optional*): Ridge of the re-fit, as a multiple of the mean of `diag(E[x x^T])`. `None`
             chooses it for each layer on held-out calibration text.
         allocation (`str`): `"uniform"` cuts the same share of every group of a kind, `"global"` compares the
-            standardised scores of all groups.
+            standardised scores of all groups, `"search"` measures how much the model's predictions change when each
+            group alone is cut and takes most where it costs least.
         layout (`str`): `"uniform"` keeps all layers alike, so that the result is a vanilla checkpoint; `"per_layer"`
             lets widths differ and writes them as Transformers' `per_layer_config`.
         layers (list of `int`, *optional*): The layers that may be cut, by number.
@@ -159,6 +163,7 @@ class PruningConfig:
     aggregation: str = "sum"
     compensation: bool = True
     error_correction: float = 0.5
+    token_weighting: bool = True
     damping: float | None = None
     allocation: str = "uniform"
     layout: str = "uniform"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,24 @@ from .errors import ConfigurationError, StructPruneError, UnsupportedModelError
 from .gradients import Salience, taylor_salience
 from .layout import expressible_heads, target_of
 from .plan import PLAN_NAME, PruningPlan
+from .sensitivity import Sensitivity, measure_sensitivity
 from .structure import ModelStructure
 from .surgery import Kept, cut_units
+
+
+@dataclass
+class Knowledge:
+    """What was found out about the model before it is cut.
+
+    Attributes:
+        scores: Scores of all units, to compare layers by.
+        sensitivity: Cost of cutting each group.
+        salience: Reduced gradients.
+    """
+
+    scores: Scores | None = None
+    sensitivity: Sensitivity | None = None
+    salience: Salience | None = None
 
 
 # Options of loading that go to the tokenizer too.
@@ -118,8 +135,7 @@ class StructuredPruner:
         Raises:
             RatioError: More than can be cut; says how much can.
         """
-        scores = self._scores()[0] if self.config.allocation == "global" else None
-        return self._plan(ratio, self.config, scores)
+        return self._plan(ratio, self.config, self._look() if self.config.allocation != "uniform" else Knowledge())
 
     def prune(self, ratio: float | PruningPlan | None = None) -> PreTrainedModel:
         """Prunes the model.
@@ -176,26 +192,30 @@ class StructuredPruner:
         check_token_ids(tokens, self.model.get_input_embeddings().weight.shape[0])
         return tokens
 
-    def _scores(self) -> tuple[Scores | None, Salience | None]:
-        """What has to be known of all layers before the first is cut: scores to compare them, reduced gradients."""
+    def _look(self) -> Knowledge:
+        """What has to be known of all layers before the first is cut."""
         criterion = make_criterion(self.config)
         groups = [group for group in self.structure.groups if group.kind in self.config.units]
-        salience = None
+        known = Knowledge()
         if criterion.needs_gradients:
-            salience = taylor_salience(
+            known.salience = taylor_salience(
                 self.model, groups, self._tokens(), self.config.taylor, batch_size=self.config.calibration.batch_size,
                 gradient_checkpointing=self.config.gradient_checkpointing,
             )  # fmt: skip
-        if self.config.allocation != "global":
-            return None, salience
-        if criterion.needs_inputs:
-            return score_inputs(self.model, self.structure, criterion, self.config, self._tokens(), groups), None
-        with torch.no_grad():
-            scorings = {(g.layer, g.kind): Scoring(g, self.model, salience=salience) for g in groups}
-            return {key: criterion.score(scoring).cpu() for key, scoring in scorings.items()}, salience
+        if self.config.allocation == "search":
+            known.sensitivity = measure_sensitivity(
+                self.model, self.structure, criterion, self.config, self._tokens(), groups, known.salience
+            )
+        elif self.config.allocation == "global" and criterion.needs_inputs:
+            known.scores = score_inputs(self.model, self.structure, criterion, self.config, self._tokens(), groups)
+        elif self.config.allocation == "global":
+            with torch.no_grad():
+                scorings = {(g.layer, g.kind): Scoring(g, self.model, salience=known.salience) for g in groups}
+                known.scores = {key: criterion.score(scoring).cpu() for key, scoring in scorings.items()}
+        return known
 
     def _plan(
-        self, ratio: float | None, config: PruningConfig, scores: Scores | None, dense: ModelStructure | None = None
+        self, ratio: float | None, config: PruningConfig, known: Knowledge, dense: ModelStructure | None = None
     ) -> PruningPlan:
         """A plan for the model as it is now; ratios by kind and shares refer to `dense`, the model as it was."""
         if ratio is None and not config.by_kind:
@@ -204,27 +224,26 @@ class StructuredPruner:
             raise ConfigurationError(
                 f"The ratio {ratio!r} is given, and the configuration has ratios by kind: give one or the other."
             )
-        counts = allocate(dense or self.structure, config, ratio, scores, self._head_counts(config))
+        head_counts = self._head_counts(config)
+        counts = allocate(dense or self.structure, config, ratio, known.scores, known.sensitivity, head_counts)
         plan = self._from_counts(self.structure, counts, ratio)
         target_of(self.model, self.structure, plan)  # raises if no checkpoint could hold the result
         return plan
 
-    def _plan_step(
-        self, ratio: float | None, dense: ModelStructure, share: float
-    ) -> tuple[PruningPlan, Scores | None, Salience | None]:
+    def _plan_step(self, ratio: float | None, dense: ModelStructure, share: float) -> tuple[PruningPlan, Knowledge]:
         """The plan of one of several steps, of which `share` will be done after it."""
         config = self.config
         if config.by_kind:
             ratios = {name: getattr(config, name) for name in ("attention_ratio", "mlp_ratio")}
             config = dataclasses.replace(config, **{name: r and r * share for name, r in ratios.items()})
         ratio = None if ratio is None else ratio * share
-        scores, salience = None, None
-        if make_criterion(config).needs_gradients or config.allocation == "global":
-            scores, salience = self._scores()
-        if config.allocation == "global" and ratio is not None:
+        known = Knowledge()
+        if make_criterion(config).needs_gradients or config.allocation != "uniform":
+            known = self._look()
+        if config.allocation != "uniform" and ratio is not None:
             ratio = 1 - (1 - ratio) * dense.total_parameters / self.structure.total_parameters
             dense = self.structure
-        return self._plan(ratio, config, scores, dense), scores, salience
+        return self._plan(ratio, config, known, dense), known
 
     def _head_counts(self, config: PruningConfig) -> set[tuple[int, int]] | None:
         """Head counts that a checkpoint of the dense model can have; looked up once."""
@@ -242,18 +261,16 @@ class StructuredPruner:
             self.structure.notes = list(dict.fromkeys([*self.structure.notes, note]))
         return self._expressible
 
-    def _carry_out(
-        self, plan: PruningPlan, scores: Scores | None = None, salience: Salience | None = None, *, stay: Kept
-    ) -> None:
+    def _carry_out(self, plan: PruningPlan, known: Knowledge | None = None, *, stay: Kept) -> None:
         """Cuts the model as planned; `stay` follows which of the original units are left."""
         target = target_of(self.model, self.structure, plan)
         criterion = make_criterion(self.config)
-        if criterion.needs_gradients and salience is None and not plan.chosen:
-            scores, salience = self._scores()
-        looks = self.config.compensation or (criterion.needs_inputs and not plan.chosen and scores is None)
+        if known is None:
+            known = self._look() if criterion.needs_gradients and not plan.chosen else Knowledge()
+        looks = self.config.compensation or (criterion.needs_inputs and not plan.chosen and known.scores is None)
         tokens = self._tokens() if looks and plan.groups else None
         self._started = True
-        kept = compress(self.model, self.structure, plan, criterion, self.config, tokens, scores, salience)
+        kept = compress(self.model, self.structure, plan, criterion, self.config, tokens, known.scores, known.salience)
         cut_units(self.model, self.structure, kept)
         self.model = rebuild(self.model, target)
         self.structure = ModelStructure.of(self.model)

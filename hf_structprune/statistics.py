@@ -37,8 +37,16 @@ class InputStatistics:
         self.fit = Moments.zeros(width, targets, device) if gram else None
         self.held_out = Moments.zeros(width, targets, device) if gram else None
 
-    def update(self, inputs: torch.Tensor, targets: torch.Tensor | None = None) -> None:
-        """Adds inputs of shape (sequences, tokens, d) and targets of shape (sequences, tokens, targets)."""
+    def update(
+        self, inputs: torch.Tensor, targets: torch.Tensor | None = None, weights: torch.Tensor | None = None
+    ) -> None:
+        """Adds calibration tokens.
+
+        Args:
+            inputs: `x`, shape (sequences, tokens, d).
+            targets: `t`, shape (sequences, tokens, targets).
+            weights: Weights of the tokens in the second moments, shape (sequences, tokens); default 1.
+        """
         numbers = torch.arange(self.sequences, self.sequences + len(inputs), device=inputs.device)
         # One in each eight, at a place that moves on, so that interleaved sources all take part.
         held_out = (numbers + numbers // HELD_OUT) % HELD_OUT == HELD_OUT - 1
@@ -47,6 +55,10 @@ class InputStatistics:
             self.total += x.sum(0)
             self.squares += x.square().sum(0)
             self.activity += x.abs().mean(0).square()
+        if weights is not None and self.fit:
+            root = weights.sqrt()[..., None]
+            inputs = (inputs * root).to(inputs.dtype)
+            targets = None if targets is None else targets * root
         for moments, chosen in ((self.fit, ~held_out), (self.held_out, held_out)) if self.fit else ():
             if chosen.any():
                 moments.add(inputs[chosen].flatten(0, 1), None if targets is None else targets[chosen].flatten(0, 1))

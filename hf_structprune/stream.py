@@ -51,6 +51,7 @@ class LayerStream:
         self._arguments: dict[int, list[tuple[tuple, dict[str, Any]]]] = {}
         self._replayable: dict[str, int | None] = {}
         self._replaced: dict[str, list[torch.Tensor]] = {}
+        self._layer_extras: int | None = None
         self._leading: list[torch.Size] = []
         self.hidden = [self._enter(batch) for batch in self.batches]
         self.dense_hidden = list(self.hidden) if dense else []
@@ -93,6 +94,7 @@ class LayerStream:
             entered.append(_hidden(args, kwargs))
 
         def after_layer(_, __, output):
+            self._layer_extras = len(output) - 1 if isinstance(output, tuple) else None
             if outputs:
                 self.additive &= _is_sum(_first(output), [entered[-1], *outputs.values()])
                 outputs.clear()
@@ -171,6 +173,34 @@ class LayerStream:
             for handle in handles:
                 handle.remove()
         return outputs
+
+    @torch.no_grad()
+    def finish(self, index: int, number: int, every: int = 1) -> torch.Tensor:
+        """Logits of a batch when the layers from `index` on run as they are now.
+
+        Args:
+            index: First layer to run, on the current hidden states, which stay as they are.
+            number: Number of the batch.
+            every: Only each so many-th position, to save the LM head work.
+
+        Returns:
+            Logits, shape (sequences, positions, vocabulary).
+        """
+        hidden = self.hidden[number]
+        for later in range(index, len(self.layers)):
+            hidden = self._run(later, number, hidden)
+        hidden = hidden[:, ::every]
+        value = hidden if self._layer_extras is None else (hidden, *[None] * self._layer_extras)
+        # What comes after the last layer (norm, head, scaling) is the model's own business: let it run with layers
+        # that return what is known already.
+        for layer in self.layers:
+            layer.forward = lambda *args, **kwargs: value
+        try:
+            device = self.model.get_input_embeddings().weight.device
+            return self.model(input_ids=self.batches[number].to(device), use_cache=False).logits
+        finally:
+            for layer in self.layers:
+                del layer.forward
 
     def replace(self, parent: str, outputs: list[torch.Tensor]) -> None:
         """Lets later runs of the current layer use these outputs of a module instead of running it.

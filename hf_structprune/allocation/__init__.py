@@ -9,6 +9,7 @@ from ..structure import ModelStructure
 from .budget import Budget, Counts
 from .by_kind import allocate_by_kind
 from .global_ranking import allocate_global
+from .search import allocate_search
 from .uniform import allocate_uniform
 
 
@@ -20,6 +21,7 @@ def allocate(
     config: PruningConfig,
     ratio: float | None,
     scores: dict[tuple[int, str], torch.Tensor] | None = None,
+    sensitivity: dict[tuple[int, str], float] | None = None,
     head_counts: set[tuple[int, int]] | None = None,
 ) -> Counts:
     """Units to keep for every group that is cut.
@@ -29,6 +31,7 @@ def allocate(
         config: What may be cut and how.
         ratio: Share of all parameters to remove; `None` with ratios by kind.
         scores: Importance of every unit by `(layer, kind)`; needed by the global allocation only.
+        sensitivity: Cost of cutting each group by `(layer, kind)`; needed by the search only.
         head_counts: Pairs of (KV groups, query heads in each) that a checkpoint can express; `None` allows all.
 
     Returns:
@@ -43,4 +46,6 @@ def allocate(
     target = budget.target(ratio)
     if config.allocation == "global":
         return allocate_global(budget, target, scores)
+    if config.allocation == "search":
+        return allocate_search(budget, target, sensitivity)
     return allocate_uniform(budget, target)

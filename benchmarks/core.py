@@ -1,0 +1,196 @@
+"""Speed, memory and perplexity of the core on SmolLM2-135M-Instruct, side by side from one run.
+
+    python benchmarks/core.py speed   --model DIR
+    python benchmarks/core.py quality --model DIR --wikitext FOLDER --c4 FILE.jsonl
+
+FOLDER holds the raw WikiText-2 splits `valid.txt` and `test.txt`; FILE.jsonl holds C4 documents (`{"text": ...}`), of
+which the last 300 are the test text and the others are calibrated on. Without them the packaged samples are used, and
+the JSON says so. Results go to benchmarks/results/*.json, tables to the terminal.
+
+Speed: the time of pruning 20 % over the time of ONE plain forward pass of the same 128 x 256 tokens through the body
+of the model, each measured in a process of its own, and the rise of the resident memory over that of the loaded model.
+Quality: perplexity over 12 evenly spaced windows of 2048 tokens, pruned over dense.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_structprune
+from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
+from hf_structprune.calibration import load_tokens
+from hf_structprune.evaluation import perplexity, read_text
+
+
+RESULTS = Path(__file__).parent / "results"
+C4_TEST_DOCUMENTS = 300
+DATA_FREE = {"random": {}, "l1": {}, "l2": {}}
+INPUTS = {"wanda": {}, "wifv": {}, "activation": {}, "obs": {}}
+GRADIENTS = {f"taylor {v}": {"criterion": "taylor", "taylor": v} for v in ("vectorize", "first", "second", "mix")}
+CRITERIA = {name: {"criterion": name, **options} for name, options in (DATA_FREE | INPUTS | GRADIENTS).items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("speed", "quality", "one-speed"))
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--wikitext", type=Path)
+    parser.add_argument("--c4", type=Path)
+    parser.add_argument("--settings", help="one-speed: JSON of the settings")
+    parser.add_argument("--runs", nargs="*", help="quality: only these rows")
+    parser.add_argument("--full", action="store_true", help="quality: the default settings on the whole test text too")
+    options = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    {"speed": speed, "quality": quality, "one-speed": one_speed}[options.what](options)
+
+
+def environment() -> dict[str, str | int]:
+    return {
+        "hf_structprune": hf_structprune.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def load(model: str) -> StructuredPruner:
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    return StructuredPruner.from_pretrained(loaded, tokenizer=AutoTokenizer.from_pretrained(model))
+
+
+# Speed ---------------------------------------------------------------------------------------------------------------
+
+
+def speed(options: argparse.Namespace) -> None:
+    """Every criterion without compensation, as peers work, then the default compensation on top."""
+    rows = []
+    plain = {name: {**settings, "compensation": False} for name, settings in CRITERIA.items()}
+    own = {f"{name} + re-fit": {**CRITERIA[name], "error_correction": 0.0} for name in ("l2", "wanda", "obs")}
+    default = {"default settings": {}}
+    table = Table(title="Pruning 20 %, 128 x 256 tokens")
+    for column in ("settings", "seconds", "x forward", "peak memory over loaded, MB"):
+        table.add_column(column)
+    for name, settings in {**plain, **own, **default}.items():
+        command = [sys.executable, __file__, "one-speed", "--model", options.model, "--settings", json.dumps(settings)]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        row = {"name": name, "settings": settings, **json.loads(output.splitlines()[-1])}
+        rows.append(row)
+        table.add_row(name, f"{row['seconds']:.1f}", f"{row['ratio']:.2f}", f"{row['memory_mb']:.0f}")
+        print(name, row, flush=True)
+    Console().print(table)
+    write("core_speed.json", {"environment": environment(), "model": Path(options.model).name, "rows": rows})
+
+
+def one_speed(options: argparse.Namespace) -> None:
+    """One row of `speed`: forward passes before and after, pruning in between."""
+    pruner = load(options.model)
+    pruner.config = PruningConfig(**json.loads(options.settings))
+    tokens = load_tokens(pruner.config.calibration, pruner.tokenizer)
+    batches = tokens.split(pruner.config.calibration.batch_size)
+    dense = pruner.model
+
+    def forward() -> float:
+        start = time.perf_counter()
+        with torch.no_grad():
+            for batch in batches:
+                dense.base_model(batch, use_cache=False)
+        return time.perf_counter() - start
+
+    with torch.no_grad():
+        dense.base_model(batches[0], use_cache=False)
+    plain = forward()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    pruner.prune(0.2)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(
+        json.dumps(
+            {"forward": plain, "seconds": seconds, "ratio": seconds / plain, "memory_mb": (peak - before) * 1024 / 1e6}
+        )
+    )
+
+
+# Quality -------------------------------------------------------------------------------------------------------------
+
+
+def quality_runs() -> dict[str, tuple[float, dict]]:
+    """Rows of the table: name, ratio and settings."""
+    runs = {}
+    for name, settings in CRITERIA.items():
+        runs[f"{name}, no compensation, 20 %"] = (0.2, {**settings, "compensation": False})
+        runs[f"{name}, 20 %"] = (0.2, settings)
+    for ratio in (0.1, 0.2, 0.3):
+        runs[f"default settings, {ratio:.0%}"] = (ratio, {})
+    return runs
+
+
+def quality(options: argparse.Namespace) -> None:
+    """The table of criteria, and the default settings at three ratios."""
+    calibration, texts, note = data(options)
+    pruner = load(options.model)
+    dense = {name: measure(pruner, text) for name, text in texts.items()}
+    rows = [{"name": "dense", "ratio": 0.0, "perplexity": dense}]
+    table = Table(title=f"Perplexity, pruned over dense ({', '.join(f'{n} {p:.2f}' for n, p in dense.items())} dense)")
+    for column in ("settings", "removed", *texts):
+        table.add_column(column)
+    for name, (ratio, settings) in quality_runs().items():
+        if options.runs and name not in options.runs:
+            continue
+        pruner = load(options.model)
+        pruner.config = PruningConfig(calibration=CalibrationConfig(dataset=calibration), **settings)
+        pruner.prune(ratio)
+        values = {text: measure(pruner, content) for text, content in texts.items()}
+        ratios = {text: values[text] / dense[text] for text in texts}
+        row = {"name": name, "asked": ratio, "ratio": pruner.last_plan.ratio, "settings": settings}
+        row |= {"perplexity": values, "over_dense": ratios}
+        if options.full and name.startswith("default"):
+            row["perplexity_whole_text"] = {t: measure(pruner, content, None) for t, content in texts.items()}
+        rows.append(row)
+        table.add_row(name, f"{row['ratio']:.2%}", *(f"{r:.2f}" for r in ratios.values()))
+        print(name, row, flush=True)
+        write("core_quality.json", {"environment": environment(), "data": note, "rows": rows})
+    Console().print(table)
+
+
+def measure(pruner: StructuredPruner, text: str, windows: int | None = 12) -> float:
+    return perplexity(pruner.model, pruner.tokenizer, text, max_windows=windows).perplexity
+
+
+def data(options: argparse.Namespace) -> tuple[list[str] | None, dict[str, str | None], str]:
+    """Calibration sources, test texts and what they are."""
+    if options.wikitext is None or options.c4 is None:
+        return None, {"WikiText-2 sample": None}, "packaged samples"
+    documents = options.c4.read_text(encoding="utf-8").splitlines()
+    folder = Path(tempfile.mkdtemp())
+    calibration, test = folder / "c4_calibration.jsonl", folder / "c4_test.jsonl"
+    calibration.write_text("\n".join(documents[:-C4_TEST_DOCUMENTS]) + "\n", encoding="utf-8")
+    test.write_text("\n".join(documents[-C4_TEST_DOCUMENTS:]) + "\n", encoding="utf-8")
+    texts = {"WikiText-2": read_text(options.wikitext / "test.txt"), "C4": read_text(test)}
+    note = "calibrated on 64 x 256 tokens of WikiText-2 valid and 64 x 256 of C4; C4 test: the last 300 documents"
+    return [str(options.wikitext / "valid.txt"), str(calibration)], texts, note
+
+
+def write(name: str, content: dict) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
