@@ -1,13 +1,38 @@
 """Structured pruning for Hugging Face Transformers: models get really smaller and stay dense."""
 
-from .auto import load_per_layer_checkpoints
-from .configuration import CalibrationConfig, PruningConfig
-from .errors import StructPruneError
-from .plan import PruningPlan
-from .pruner import StructuredPruner
+from importlib import import_module
+from typing import TYPE_CHECKING
 
+from .auto import load_per_layer_checkpoints
+
+
+if TYPE_CHECKING:
+    from .configuration import CalibrationConfig, PruningConfig
+    from .errors import StructPruneError
+    from .plan import PruningPlan
+    from .pruner import StructuredPruner
 
 __version__ = "0.1.0.dev0"
 __all__ = ["CalibrationConfig", "PruningConfig", "PruningPlan", "StructPruneError", "StructuredPruner"]
+
+_MODULES = {
+    "CalibrationConfig": ".configuration",
+    "PruningConfig": ".configuration",
+    "PruningPlan": ".plan",
+    "StructPruneError": ".errors",
+    "StructuredPruner": ".pruner",
+}
+
+
+def __getattr__(name: str):
+    # Names are imported when they are first used, so that the command line answers before torch is loaded.
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
 
 load_per_layer_checkpoints()

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from .errors import CheckpointError
@@ -72,7 +73,7 @@ def write_folder(folder: str | os.PathLike, write: Callable[[Path], None], size:
     try:
         write(temporary)
         _move(temporary, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"The checkpoint could not be written, {folder} is unchanged: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

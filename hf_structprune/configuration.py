@@ -29,13 +29,17 @@ def _check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
         raise ConfigurationError(f"`{name}` is {value!r}; allowed values are {', '.join(allowed)}.")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _check_int(name: str, value: Any, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ConfigurationError(f"`{name}` is {value!r}; it must be an integer of at least {minimum}.")
 
 
 def _check_ratio(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
+    if not _is_number(value) or not 0.0 <= value < 1.0:
         raise ConfigurationError(f"`{name}` is {value!r}; it must be a number in [0, 1): 0.3 removes 30 %.")
 
 
@@ -190,9 +194,12 @@ class PruningConfig:
         _check_choice("aggregation", self.aggregation, AGGREGATIONS)
         _check_choice("allocation", self.allocation, ALLOCATIONS)
         _check_choice("layout", self.layout, LAYOUTS)
-        if self.damping is not None and not (isinstance(self.damping, (int, float)) and self.damping > 0):
+        for name in ("compensation", "token_weighting", "gradient_checkpointing"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigurationError(f"`{name}` is {getattr(self, name)!r}; it must be True or False.")
+        if self.damping is not None and not (_is_number(self.damping) and 0 < self.damping < float("inf")):
             raise ConfigurationError(f"`damping` is {self.damping!r}; it must be a positive number, or None.")
-        if isinstance(self.error_correction, bool) or not 0 <= self.error_correction <= 1:
+        if not _is_number(self.error_correction) or not 0 <= self.error_correction <= 1:
             raise ConfigurationError(f"`error_correction` is {self.error_correction!r}; it must be between 0 and 1.")
         for name in ("protect_first", "protect_last", "seed"):
             _check_int(name, getattr(self, name), 0)
@@ -222,15 +229,18 @@ class PruningConfig:
         if self.layers is not None and self.layer_range is not None:
             raise ConfigurationError("`layers` and `layer_range` are both given; give one of them.")
         if self.layers is not None:
+            if isinstance(self.layers, (str, int)):
+                raise ConfigurationError(f"`layers` is {self.layers!r}; it must be a list of layer numbers.")
             self.layers = list(self.layers)
             for layer in self.layers:
                 _check_int("layers", layer, 0)
         if self.layer_range is not None:
-            self.layer_range = tuple(self.layer_range)
-            if len(self.layer_range) != 2 or not 0 <= self.layer_range[0] < self.layer_range[1]:
+            pair = tuple(self.layer_range) if isinstance(self.layer_range, (tuple, list)) else ()
+            if len(pair) != 2 or not all(type(end) is int for end in pair) or not 0 <= pair[0] < pair[1]:
                 raise ConfigurationError(
-                    f"`layer_range` is {self.layer_range}; it must be (start, end), 0 <= start < end, end excluded."
+                    f"`layer_range` is {self.layer_range!r}; it must be (start, end), 0 <= start < end, end excluded."
                 )
+            self.layer_range = pair
         if self.layout == "uniform":
             chosen = [n for n in ("layers", "layer_range", "protect_first", "protect_last") if getattr(self, n)]
             if chosen:

@@ -19,8 +19,8 @@ class AttentionNames:
             `[its query heads | k | v]`.
         attributes: Attributes of the attention module that hold head counts, for families whose configuration
             cannot express a head count of its own, or not one for each layer; empty if the module holds none, `None`
-            if not known. Values are formulas of `heads`, `kv_heads` and `head_dim`; `config.` names an attribute of
-            the module's configuration.
+            if not known. Values name properties of `structure.AttentionShape`; `config.` names an attribute of the
+            module's configuration.
     """
 
     inputs: tuple[str, ...]
@@ -69,7 +69,7 @@ class Family:
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATED = MlpNames(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
 _HEADS = {"num_heads": "heads"}
-_REP = {"num_key_value_groups": "heads // kv_heads"}
+_REP = {"num_key_value_groups": "rep"}
 _GEMMA = Family(AttentionNames(_QKV, "self_attn.o_proj", attributes=_REP), (_GATED,))
 
 FAMILIES: dict[str, Family] = {
@@ -92,7 +92,7 @@ FAMILIES: dict[str, Family] = {
                 **_HEADS,
                 **_REP,
                 "num_key_value_heads": "kv_heads",
-                "hidden_size": "heads * head_dim",
+                "hidden_size": "query_width",
             },
         ),
         (_GATED,),
@@ -127,7 +127,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt2": Family(
         AttentionNames(
-            ("attn.c_attn",), "attn.c_proj", fused="concat", attributes={**_HEADS, "split_size": "heads * head_dim"}
+            ("attn.c_attn",), "attn.c_proj", fused="concat", attributes={**_HEADS, "split_size": "query_width"}
         ),
         (MlpNames(("mlp.c_fc",), "mlp.c_proj"),),
         layers="h",

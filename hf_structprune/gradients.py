@@ -131,7 +131,7 @@ def _frozen(model: nn.Module, gradient_checkpointing: bool):
     for parameter in flags:
         parameter.requires_grad_(False)
     handle = model.get_input_embeddings().register_forward_hook(lambda m, a, output: output.requires_grad_(True))
-    was_checkpointing = getattr(model, "is_gradient_checkpointing", False)
+    was_checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     training = model.training
     model.eval()
     layers = []

@@ -132,10 +132,8 @@ _REFUSED = (StrictDataclassError, ValueError, RuntimeError, TypeError, Attribute
 
 
 def _module_overrides(names, shape: AttentionShape) -> dict[str, dict[str, int]]:
-    numbers = {"heads": shape.heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
-    # The formulas are constants of families.py.
-    attributes = {k: eval(formula, {"__builtins__": {}}, numbers) for k, formula in names.attributes.items()}
-    query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    attributes = {attribute: getattr(shape, name) for attribute, name in names.attributes.items()}
+    query, kv = shape.query_width, shape.kv_width
     rows = [query, kv, kv] if len(names.inputs) == 3 else [query + 2 * kv]
     overrides = {name: {"out_features": size} for name, size in zip(names.inputs, rows, strict=True)}
     overrides[names.output] = {"in_features": query}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from io import StringIO
@@ -45,8 +46,12 @@ class GroupPlan:
             raise ConfigurationError(
                 f"Layer {self.layer}: {self.keep} of {self.num_units} {self.kind} cannot be kept; at least one must."
             )
-        if self.kept is not None and (len(set(self.kept)) != self.keep or max(self.kept) >= self.num_units):
-            raise ConfigurationError(f"Layer {self.layer}: `kept` of {self.kind} does not name {self.keep} units.")
+        if self.kept is None:
+            return
+        if len(self.kept) != self.keep or sorted(set(self.kept) & set(range(self.num_units))) != self.kept:
+            raise ConfigurationError(
+                f"Layer {self.layer}: `kept` of {self.kind} must name {self.keep} of the {self.num_units} units, ascending."
+            )
 
 
 @dataclass
@@ -186,7 +191,10 @@ class PruningPlan:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the plan as JSON to a file."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(self.to_dict(), indent=1)
+        # One line for each list of units, not one for each unit.
+        text = re.sub(r"\[[\d,\s]+\]", lambda numbers: re.sub(r"\s+", "", numbers[0]), text)
+        Path(path).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> PruningPlan:

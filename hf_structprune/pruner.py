@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from .allocation import Counts, allocate
 from .calibration import check_token_ids, load_tokens
@@ -24,6 +25,9 @@ from .plan import PLAN_NAME, PruningPlan
 from .sensitivity import Sensitivity, measure_sensitivity
 from .structure import ModelStructure
 from .surgery import Kept, cut_units
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -104,25 +108,17 @@ class StructuredPruner:
         if kwargs.get("gguf_file"):
             from transformers import GgufConfig
 
-            kwargs = {"quantization_config": GgufConfig(dequantize=True), **kwargs}
+            # Quantised weights have fewer bits than bfloat16 holds, and the file names no dtype of its own.
+            kwargs = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16, **kwargs}
         model = AutoModelForCausalLM.from_pretrained(model_or_id, **{"dtype": "auto", **kwargs})
         if kwargs.get("gguf_file"):
             model = dense_copy(model)
         if tokenizer is None:
-            shared = (
-                "revision",
-                "gguf_file",
-                "trust_remote_code",
-                "token",
-                "cache_dir",
-                "subfolder",
-                "local_files_only",
-            )
-            given = {name: kwargs[name] for name in shared if name in kwargs}
+            given = {name: kwargs[name] for name in _TOKENIZER_OPTIONS if name in kwargs}
             try:
                 tokenizer = AutoTokenizer.from_pretrained(model_or_id, **given)
-            except (OSError, ValueError, KeyError):
-                tokenizer = None  # a checkpoint without one; needed for calibration on text only, which then says so
+            except (OSError, ValueError, KeyError) as error:
+                logger.warning(f"No tokenizer could be loaded, so that calibration needs token ids: {error}")
         return cls(model.eval(), config, tokenizer)
 
     def plan(self, ratio: float | None = None) -> PruningPlan:

@@ -78,6 +78,14 @@ class AttentionShape:
         """Query heads in a KV group."""
         return self.heads // self.kv_heads
 
+    @property
+    def query_width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        return self.kv_heads * self.head_dim
+
 
 @dataclass
 class LayerStructure:

@@ -43,6 +43,8 @@ class Budget:
             raise RatioError(f"The ratio is {ratio!r}; it must be a number in [0, 1): 0.3 removes 30 %.")
         largest = self.removable / self.structure.total_parameters
         if ratio > largest:
+            # Rounded down, so that the ratio that is named can be asked for.
+            largest = math.floor(largest * 10_000) / 10_000
             raise RatioError(
                 f"The ratio {ratio:.2%} cannot be reached: units {', '.join(self.config.units)} in "
                 f"{len(self.layers)} of {len(self.structure.layers)} layers allow at most {largest:.2%} "
