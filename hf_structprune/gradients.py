@@ -28,7 +28,7 @@ class _Probe(torch.autograd.Function):
     def forward(ctx, output, inputs, report):
         ctx.save_for_backward(inputs)
         ctx.report = report
-        return output.view_as(output)
+        return output.clone()  # not a view: some layers add to it in place
 
     @staticmethod
     def backward(ctx, gradient):
@@ -154,6 +154,7 @@ def _frozen(model: nn.Module, gradient_checkpointing: bool):
             layer.dropout = dropout
         if gradient_checkpointing and not was_checkpointing:
             model.gradient_checkpointing_disable()
+            model.disable_input_require_grads()
         model.train(training)
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)

@@ -50,7 +50,7 @@ class GroupPlan:
             return
         if len(self.kept) != self.keep or sorted(set(self.kept) & set(range(self.num_units))) != self.kept:
             raise ConfigurationError(
-                f"Layer {self.layer}: `kept` of {self.kind} must name {self.keep} of the {self.num_units} units, ascending."
+                f"Layer {self.layer}: `kept` of {self.kind} must name {self.keep} of {self.num_units}, ascending."
             )
 
 

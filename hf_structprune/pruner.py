@@ -221,7 +221,7 @@ class StructuredPruner:
                 f"The ratio {ratio!r} is given, and the configuration has ratios by kind: give one or the other."
             )
         head_counts = self._head_counts(config)
-        counts = allocate(dense or self.structure, config, ratio, known.scores, known.sensitivity, head_counts)
+        counts = allocate(dense or self.structure, config, ratio, known.scores, head_counts, known.sensitivity)
         plan = self._from_counts(self.structure, counts, ratio)
         target_of(self.model, self.structure, plan)  # raises if no checkpoint could hold the result
         return plan

@@ -100,7 +100,8 @@ class LayerStream:
                 outputs.clear()
 
         def after_consumer(name):
-            return lambda _, __, output: outputs.update({name: output})
+            # A copy: some layers add to the output in place.
+            return lambda _, __, output: outputs.update({name: output.clone()})
 
         def after_parent(consumer, parent):
             def compare(_, __, output):
@@ -161,7 +162,7 @@ class LayerStream:
         outputs: dict[str, list[torch.Tensor]] = {name: [] for name in consumers}
 
         def keep(name):
-            return lambda _, __, output: outputs[name].append(output)
+            return lambda _, __, output: outputs[name].append(output.clone())
 
         handles = [self.model.get_submodule(name).register_forward_hook(keep(name)) for name in consumers]
         try:
@@ -197,7 +198,7 @@ class LayerStream:
             layer.forward = lambda *args, **kwargs: value
         try:
             device = self.model.get_input_embeddings().weight.device
-            return self.model(input_ids=self.batches[number].to(device), use_cache=False).logits
+            return self.model(input_ids=self.batches[number][:, ::every].to(device), use_cache=False).logits
         finally:
             for layer in self.layers:
                 del layer.forward
@@ -225,7 +226,7 @@ def _replay(model: nn.Module, replayable: dict[str, int | None], replaced: dict[
     originals = []
     for name, outputs in replaced.items():
         module, others = model.get_submodule(name), replayable[name]
-        output = outputs[number]
+        output = outputs[number].clone()  # some layers add to it in place
         value = output if others is None else (output, *[None] * others)
         originals.append((module, module.__dict__.get("forward")))
         module.forward = lambda *args, value=value, **kwargs: value

@@ -21,8 +21,8 @@ def allocate(
     config: PruningConfig,
     ratio: float | None,
     scores: dict[tuple[int, str], torch.Tensor] | None = None,
-    sensitivity: dict[tuple[int, str], float] | None = None,
     head_counts: set[tuple[int, int]] | None = None,
+    sensitivity: dict[tuple[int, str], float] | None = None,
 ) -> Counts:
     """Units to keep for every group that is cut.
 
@@ -31,8 +31,8 @@ def allocate(
         config: What may be cut and how.
         ratio: Share of all parameters to remove; `None` with ratios by kind.
         scores: Importance of every unit by `(layer, kind)`; needed by the global allocation only.
-        sensitivity: Cost of cutting each group by `(layer, kind)`; needed by the search only.
         head_counts: Pairs of (KV groups, query heads in each) that a checkpoint can express; `None` allows all.
+        sensitivity: Cost of cutting each group by `(layer, kind)`; needed by the search only.
 
     Returns:
         `{(layer, kind): units to keep}`; for query heads the number in each KV group.
