@@ -137,7 +137,7 @@ def _frozen(model: nn.Module, gradient_checkpointing: bool):
     layers = []
     if gradient_checkpointing:
         if not was_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            _checkpointing(model, "enable")({"use_reentrant": False})
         # Layers checkpoint in training mode only; what is inside them stays in eval mode, without dropout.
         layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     dropouts = {layer: layer.dropout for layer in layers if isinstance(getattr(layer, "dropout", None), float)}
@@ -153,8 +153,13 @@ def _frozen(model: nn.Module, gradient_checkpointing: bool):
         for layer, dropout in dropouts.items():
             layer.dropout = dropout
         if gradient_checkpointing and not was_checkpointing:
-            model.gradient_checkpointing_disable()
+            _checkpointing(model, "disable")()
             model.disable_input_require_grads()
         model.train(training)
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
+
+
+def _checkpointing(model: nn.Module, verb: str):
+    """The method that switches checkpointing, under its newer name where there is one."""
+    return getattr(model, f"activation_checkpointing_{verb}", None) or getattr(model, f"gradient_checkpointing_{verb}")
