@@ -17,6 +17,10 @@ from .errors import CheckpointError
 from .layout import Target
 
 
+# Files of an earlier checkpoint that would be mistaken for part of a new one.
+_OURS = ("*.safetensors", "*.safetensors.index.json", "modeling_structprune.py")
+
+
 def rebuild(model: PreTrainedModel, target: Target) -> PreTrainedModel:
     """A model of the target's class with the tensors of another one; no tensor is copied.
 
@@ -85,9 +89,10 @@ def _move(temporary: Path, folder: Path) -> None:
         temporary.rename(folder)
         return
     new = {path.name for path in temporary.iterdir()}
-    for old in folder.glob("*.safetensors*"):
-        if old.name not in new:
-            old.unlink()
+    for pattern in _OURS:
+        for old in folder.glob(pattern):
+            if old.name not in new:
+                old.unlink()
     for path in sorted(temporary.iterdir()):
         path.replace(folder / path.name)
 

@@ -9,25 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging
+from transformers import PreTrainedModel
 
 from .allocation import Counts, allocate
 from .calibration import check_token_ids, load_tokens
-from .checkpoint import dense_copy, has_weights, rebuild, write_folder
+from .checkpoint import has_weights, rebuild, write_folder
 from .compress import Scores, compress, score_inputs
 from .configuration import CONFIG_NAME, PruningConfig
 from .criteria import Scoring, make_criterion
 from .errors import ConfigurationError, StructPruneError, UnsupportedModelError
 from .gradients import Salience, taylor_salience
 from .layout import expressible_heads, target_of
+from .loading import load_model, load_tokenizer
 from .plan import PLAN_NAME, PruningPlan
 from .sensitivity import Sensitivity, measure_sensitivity
 from .structure import ModelStructure
 from .surgery import Kept, cut_units
-
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -43,10 +40,6 @@ class Knowledge:
     scores: Scores | None = None
     sensitivity: Sensitivity | None = None
     salience: Salience | None = None
-
-
-# Options of loading that go to the tokenizer too.
-_TOKENIZER_OPTIONS = ("revision", "gguf_file", "trust_remote_code", "token", "cache_dir", "local_files_only")
 
 
 class StructuredPruner:
@@ -105,21 +98,8 @@ class StructuredPruner:
                     f"`{next(iter(kwargs))}` is an option of loading, but the model is loaded already."
                 )
             return cls(model_or_id, config, tokenizer)
-        if kwargs.get("gguf_file"):
-            from transformers import GgufConfig
-
-            # Quantised weights have fewer bits than bfloat16 holds, and the file names no dtype of its own.
-            kwargs = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16, **kwargs}
-        model = AutoModelForCausalLM.from_pretrained(model_or_id, **{"dtype": "auto", **kwargs})
-        if kwargs.get("gguf_file"):
-            model = dense_copy(model)
-        if tokenizer is None:
-            given = {name: kwargs[name] for name in _TOKENIZER_OPTIONS if name in kwargs}
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(model_or_id, **given)
-            except (OSError, ValueError, KeyError) as error:
-                logger.warning(f"No tokenizer could be loaded, so that calibration needs token ids: {error}")
-        return cls(model.eval(), config, tokenizer)
+        model = load_model(model_or_id, **kwargs)
+        return cls(model, config, load_tokenizer(model_or_id, **kwargs) if tokenizer is None else tokenizer)
 
     def plan(self, ratio: float | None = None) -> PruningPlan:
         """What `prune(ratio)` would do: how many units of each group go and what that saves. Changes nothing.

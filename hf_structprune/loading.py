@@ -1,0 +1,54 @@
+"""Loads models so that they can be pruned and saved again."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers.utils import logging
+
+from .checkpoint import dense_copy
+from .errors import CheckpointError
+
+
+logger = logging.get_logger(__name__)
+
+# Options of loading a model that go to the tokenizer too.
+_TOKENIZER_OPTIONS = ("revision", "gguf_file", "trust_remote_code", "token", "cache_dir", "local_files_only")
+
+
+def load_model(model_id: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
+    """A causal language model with all its weights, in eval mode.
+
+    Args:
+        model_id: Hub id or folder.
+        kwargs: Given to `AutoModelForCausalLM.from_pretrained`; `dtype` is the checkpoint's by default. Weights of a
+            `gguf_file` are de-quantised, to bfloat16 by default.
+
+    Raises:
+        CheckpointError: Weights are missing, which Transformers would make up at random.
+    """
+    gguf = bool(kwargs.get("gguf_file"))
+    if gguf:
+        # Quantised weights have fewer bits than bfloat16 holds, and the file names no dtype of its own.
+        kwargs = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16, **kwargs}
+    options = {"dtype": "auto", **kwargs, "output_loading_info": True}
+    model, info = AutoModelForCausalLM.from_pretrained(model_id, **options)
+    lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if lacking:
+        raise CheckpointError(
+            f"{model_id} lacks weights of a {type(model).__name__}, which would be random: "
+            f"{', '.join(lacking[:5])}{' ...' if len(lacking) > 5 else ''}."
+        )
+    return (dense_copy(model) if gguf else model).eval()
+
+
+def load_tokenizer(model_id: str | os.PathLike, **kwargs: Any) -> Any:
+    """The tokenizer of a model, or `None` with a warning where there is none: pruning without text needs none."""
+    try:
+        return AutoTokenizer.from_pretrained(model_id, **{k: v for k, v in kwargs.items() if k in _TOKENIZER_OPTIONS})
+    except (OSError, ValueError, KeyError) as error:
+        logger.warning(f"No tokenizer could be loaded, so that calibration needs token ids: {error}")
+        return None

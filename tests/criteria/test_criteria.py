@@ -1,0 +1,296 @@
+"""Every criterion against a naive loop over units, matrices and channels."""
+
+import copy
+import math
+
+import families
+import pytest
+import torch
+
+from hf_structprune import PruningConfig
+from hf_structprune.compensation import obs_scores
+from hf_structprune.configuration import AGGREGATIONS, CRITERIA, TAYLOR_VARIANTS
+from hf_structprune.criteria import BY_NAME, Scoring, make_criterion
+from hf_structprune.criteria.base import join
+from hf_structprune.gradients import taylor_salience
+from hf_structprune.statistics import InputStatistics
+from hf_structprune.structure import ModelStructure, matrix
+
+
+KINDS = ("kv_groups", "query_heads", "mlp_neurons")
+TOKENS = families.make_tokens(6, 12)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return families.make_model("llama_bias")
+
+
+@pytest.fixture(scope="module")
+def structure(model):
+    return ModelStructure.of(model)
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return families.make_model("gpt2")
+
+
+def consumer_inputs(model, module):
+    """What a forward pass hands to a module, shape (sequences, length, d)."""
+    seen = []
+    handle = model.get_submodule(module).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    families.logits(model, TOKENS)
+    handle.remove()
+    return seen[0].reshape(*TOKENS.shape, -1)
+
+
+def score(model, group, name, salience=None, drop=None, **options):
+    inputs = consumer_inputs(model, group.consumer.module)
+    statistics = InputStatistics(inputs.shape[-1], gram=True)
+    statistics.update(inputs)
+    criterion = make_criterion(PruningConfig(criterion=name, **options))
+    with torch.no_grad():
+        return criterion.score(Scoring(group, model, statistics, salience, drop))
+
+
+def close(got, expected):
+    torch.testing.assert_close(got.double(), torch.tensor(expected).double(), rtol=2e-5, atol=1e-9)
+
+
+def unit_sums(group, column):
+    """Sums a function of a consumer's column over the columns of each unit."""
+    return [sum(column(c) for c in columns) for columns in group.consumer.index.tolist()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_wanda_is_weight_magnitude_times_input_norm(model, structure, kind):
+    group = structure.layers[1].group(kind)
+    weight = model.get_submodule(group.consumer.module).weight.detach().double()
+    x = consumer_inputs(model, group.consumer.module).double().flatten(0, 1)
+    norms = [math.sqrt(float((x[:, c] ** 2).sum()) / len(x)) for c in range(x.shape[1])]  # of one token, on average
+    got = score(model, group, "wanda")
+    expected = unit_sums(group, lambda c: sum(abs(float(w)) for w in weight[:, c]) * norms[c])
+    scale = float(got[0]) / expected[0]  # the number of tokens is the same for every unit
+    assert scale == pytest.approx(1, rel=1e-4) or scale == pytest.approx(math.sqrt(len(x)), rel=1e-4)
+    close(got, [scale * e for e in expected])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_wifv_is_input_variance_times_squared_weights(model, structure, kind):
+    group = structure.layers[1].group(kind)
+    weight = model.get_submodule(group.consumer.module).weight.detach().double()
+    x = consumer_inputs(model, group.consumer.module).double().flatten(0, 1)
+    close(
+        score(model, group, "wifv"),
+        unit_sums(group, lambda c: float(x[:, c].var()) * sum(float(w) ** 2 for w in weight[:, c])),
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_activation_is_the_norm_over_sequences_of_the_mean_over_tokens(model, structure, kind):
+    group = structure.layers[1].group(kind)
+    x = consumer_inputs(model, group.consumer.module).double()
+
+    def column(c):
+        return math.sqrt(sum((sum(abs(float(t[c])) for t in sequence) / len(sequence)) ** 2 for sequence in x))
+
+    close(score(model, group, "activation"), unit_sums(group, column))
+
+
+def naive_tensors(model, group, value):
+    """Channel scores of every matrix of a group: `value(matrix, row or None, column or None)`."""
+    scores = []
+    for part in group.parts:
+        weight = matrix(model.get_submodule(part.module)).detach().double()
+        rows = part.axis == "rows"
+        lines = [weight[i] if rows else weight[:, i] for i in range(weight.shape[0 if rows else 1])]
+        scores.append([[value(lines[i]) for i in unit] for unit in part.index.tolist()])
+    return scores
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name, power", [("l1", 1), ("l2", 2)])
+def test_magnitude_sums_all_weights_of_a_unit(model, structure, kind, name, power):
+    group = structure.layers[1].group(kind)
+    tensors = naive_tensors(model, group, lambda line: sum(abs(float(w)) ** power for w in line))
+    expected = [sum(sum(tensor[unit]) for tensor in tensors) for unit in range(group.num_units)]
+    close(score(model, group, name), expected)
+
+
+def test_magnitude_reads_transposed_weights_the_right_way(gpt2):
+    group = ModelStructure.of(gpt2).layers[0].group("mlp_neurons")
+    block = gpt2.transformer.h[0].mlp
+    expected = (block.c_fc.weight.abs().sum(0) + block.c_proj.weight.abs().sum(1)).tolist()
+    close(score(gpt2, group, "l1"), expected)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_aggregation_joins_channel_by_channel_where_tensors_are_equally_wide(aggregation):
+    tensors = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rule = {
+        "sum": sum, "mean": lambda v: sum(v) / len(v), "max": max, "prod": math.prod,
+        "first": lambda v: v[0], "last": lambda v: v[-1],
+    }[aggregation]  # fmt: skip
+    expected = [sum(rule([float(t[u, c]) for t in tensors]) for c in range(5)) for u in range(4)]
+    torch.testing.assert_close(join(list(tensors), aggregation), torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_aggregation_sums_units_first_where_tensors_differ_in_width(aggregation):
+    wide, narrow = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]]), torch.tensor([[2.0, 3.0], [40.0, 50.0]])
+    expected = {
+        "sum": [15.0, 116.0], "mean": [7.5, 58.0], "max": [10.0, 90.0], "prod": [50.0, 2340.0],
+        "first": [10.0, 26.0], "last": [5.0, 90.0],
+    }[aggregation]  # fmt: skip
+    assert join([wide, narrow], aggregation).tolist() == expected
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_criteria_use_the_aggregation_of_the_configuration(model, structure, aggregation):
+    group = structure.layers[0].group("mlp_neurons")
+    tensors = naive_tensors(model, group, lambda line: float(line.abs().sum()))
+    rule = {"sum": sum, "mean": lambda v: sum(v) / 3, "max": max, "prod": math.prod}.get(aggregation)
+    rule = rule or (lambda v: v[0 if aggregation == "first" else -1])
+    expected = [rule([tensor[unit][0] for tensor in tensors]) for unit in range(group.num_units)]
+    close(score(model, group, "l1", aggregation=aggregation), expected)
+
+
+def test_a_kv_group_gets_the_scores_of_its_own_query_heads_by_hand(structure, model):
+    """Eight-wide heads: query heads 0 and 1 read KV head 0, heads 2 and 3 read KV head 1."""
+    group = structure.layers[0].group("kv_groups")
+    salience = {(part.module, part.axis): torch.zeros(32 if "k_" not in part.module and "v_" not in part.module else 16)
+                for part in group.parts}  # fmt: skip
+    for head, value in enumerate((1.0, 10.0, 100.0, 1000.0)):
+        salience["model.layers.0.self_attn.q_proj", "rows"][8 * head : 8 * head + 8] = value
+        salience["model.layers.0.self_attn.o_proj", "columns"][8 * head : 8 * head + 8] = 2 * value
+    for head, value in enumerate((0.1, 0.5)):
+        salience["model.layers.0.self_attn.k_proj", "rows"][8 * head : 8 * head + 8] = value
+    assert score(model, group, "taylor", salience).tolist() == pytest.approx([8 * (33 + 0.1), 8 * (3300 + 0.5)])
+    heads = structure.layers[0].group("query_heads")
+    assert score(model, heads, "taylor", salience).tolist() == [24.0, 240.0, 2400.0, 24000.0]
+
+
+def gradient(model, tokens):
+    """Gradients of the mean next-token loss by full backward passes, by parameter name."""
+    model = copy.deepcopy(model).requires_grad_(True)
+    model(tokens, labels=tokens, use_cache=False).loss.backward()
+    return {name: p.grad.double() for name, p in model.named_parameters()}
+
+
+def naive_taylor(weight, g, fisher, variant):
+    if variant in ("vectorize", "first"):
+        change = weight * g
+    elif variant == "second":
+        change = weight * fisher * weight
+    else:
+        change = weight * g - 0.5 * weight * fisher * weight
+    return change if variant == "vectorize" else change.abs()
+
+
+@pytest.mark.parametrize("variant", TAYLOR_VARIANTS)
+@pytest.mark.parametrize("name", ["llama_bias", "gpt2", "phi3"])
+def test_taylor_equals_full_gradients(name, variant):
+    model = families.make_model(name)
+    structure = ModelStructure.of(model)
+    got = taylor_salience(model, structure.groups, TOKENS, variant, batch_size=len(TOKENS))
+    full = gradient(model, TOKENS)
+    singles = [gradient(model, sequence[None]) for sequence in TOKENS]
+    assert got.keys() == {(p.module, p.axis) for g in structure.groups for p in g.parts}
+    for module, axis in got:
+        layer, key = model.get_submodule(module), f"{module}.weight"
+        fisher = sum(one[key].square() for one in singles) / len(singles)
+        change = naive_taylor(layer.weight.detach().double(), full[key], fisher, variant)
+        change = change.T if name == "gpt2" else change  # GPT-2 stores its matrices transposed
+        expected = change.sum(1 if axis == "rows" else 0).abs()
+        size = float(expected.max())
+        torch.testing.assert_close(got[module, axis].double(), expected, rtol=1e-3, atol=2e-5 * size)
+
+
+@pytest.mark.parametrize("variant", ["second", "vectorize"])
+def test_taylor_of_several_batches_is_that_of_one_where_the_order_of_sums_allows(model, structure, variant):
+    one, several = (
+        taylor_salience(model, structure.groups, TOKENS, variant, batch_size=size) for size in (6, 4)
+    )  # the last batch is smaller
+    for key in one:
+        torch.testing.assert_close(several[key], one[key], rtol=1e-3, atol=1e-5 * float(one[key].max()))
+
+
+def test_taylor_first_averages_batches_by_their_size(model, structure):
+    got = taylor_salience(model, structure.groups, TOKENS, "first", batch_size=4)
+    parts = [taylor_salience(model, structure.groups, t, "first", batch_size=4) for t in TOKENS.split(4)]
+    for key in got:
+        torch.testing.assert_close(got[key], parts[0][key] * 4 / 6 + parts[1][key] * 2 / 6)
+
+
+@pytest.mark.parametrize("name", ["llama_bias", "gpt2", "opt", "falcon"])
+def test_gradient_checkpointing_gives_the_same_salience(name):
+    model = families.make_model(name)
+    groups = ModelStructure.of(model).groups
+    plain, checkpointed = (
+        taylor_salience(model, groups, TOKENS, "mix", batch_size=3, gradient_checkpointing=on) for on in (False, True)
+    )
+    assert plain.keys() == checkpointed.keys()
+    assert all(torch.equal(plain[key], checkpointed[key]) for key in plain)
+    assert not model.training and not any(module.training for module in model.modules())
+    assert not model.is_gradient_checkpointing
+
+
+def test_gradient_checkpointing_that_was_on_stays_on(model):
+    model = copy.deepcopy(model)
+    model.gradient_checkpointing_enable()
+    taylor_salience(model, ModelStructure.of(model).groups, TOKENS, "first", gradient_checkpointing=True)
+    assert model.is_gradient_checkpointing
+
+
+def test_dropout_is_off_while_gradients_are_taken():
+    plain = families.make_model("gpt2", resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0)
+    dropping = families.make_model("gpt2", resid_pdrop=0.5, attn_pdrop=0.5, embd_pdrop=0.5)
+    groups = ModelStructure.of(plain).groups
+    expected = taylor_salience(plain, groups, TOKENS, "first")
+    for checkpointing in (False, True):
+        got = taylor_salience(dropping, groups, TOKENS, "first", gradient_checkpointing=checkpointing)
+        assert all(torch.equal(got[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_no_gradient_is_kept_and_flags_come_back(model, structure, checkpointing):
+    model = copy.deepcopy(model)
+    model.model.embed_tokens.weight.requires_grad_(False)
+    model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    taylor_salience(model, structure.groups, TOKENS, "mix", gradient_checkpointing=checkpointing)
+    assert all(p.grad is None for p in model.parameters())
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == hooks
+
+
+def test_a_training_model_stays_one(model, structure):
+    model = copy.deepcopy(model).train()
+    taylor_salience(model, structure.groups, TOKENS, "first")
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_obs_scores_the_consumer_with_the_second_moments_of_its_inputs(model, structure, kind):
+    group = structure.layers[1].group(kind)
+    x = consumer_inputs(model, group.consumer.module).double().flatten(0, 1)
+    weight = model.get_submodule(group.consumer.module).weight.detach()
+    drop = group.blocks * (group.num_units // group.blocks - 1)
+    expected = obs_scores(weight, x.T @ x / len(x), group.consumer.index, 0.3, drop, group.blocks)
+    got = score(model, group, "obs", damping=0.3, drop=drop)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * float(expected.max()))
+
+
+def test_random_scores_follow_seed_layer_and_kind(model, structure):
+    group, other = structure.layers[0].group("mlp_neurons"), structure.layers[1].group("mlp_neurons")
+    one = score(model, group, "random", seed=3)
+    assert torch.equal(one, score(model, group, "random", seed=3))
+    assert not torch.equal(one, score(model, group, "random", seed=4))
+    assert not torch.equal(one, score(model, other, "random", seed=3))
+    assert one.min() >= 0 and one.max() < 1
+
+
+def test_every_name_of_the_configuration_has_a_criterion():
+    assert tuple(BY_NAME) == CRITERIA
