@@ -35,8 +35,9 @@ class Source:
 def load_tokens(config: CalibrationConfig, tokenizer: Any) -> torch.LongTensor:
     """Token ids to calibrate on: full sequences, no padding, the same ones for the same config and data.
 
-    Documents are joined by the tokenizer's end-of-sequence token, lines of one running text (a `.txt` file, or rows
-    as WikiText has them) by two line breaks. The result is cut into sequences, and one is drawn in each of
+    Documents are joined by the tokenizer's end-of-sequence token, or by two line breaks if the model is a chat model
+    (has a chat template), where that token ends a turn; lines of one running text (a `.txt` file, or rows as WikiText
+    has them) by two line breaks. The result is cut into sequences, and one is drawn in each of
     `num_samples` equal stretches of it. A beginning-of-sequence token stands only where the tokenizer puts one by
     default, at the start of a document.
 
@@ -260,7 +261,9 @@ def _render(messages: list[dict[str, Any]], where: str, tokenizer: Any) -> str:
 
 
 def _tokenize(texts: list[str], running: bool, rendered: bool, tokenizer: Any) -> list[int]:
-    eos = tokenizer.eos_token_id
+    # The end token of a chat model ends a turn; between documents of plain text it would be a surprise.
+    chat = bool(getattr(tokenizer, "chat_template", None)) and not rendered
+    eos = None if chat else tokenizer.eos_token_id
     if not running:
         texts = [text for text in texts if text.strip()]
     if running or eos is None:

@@ -35,6 +35,7 @@ def new_stream(
     return LayerStream(model, layers, tokens, config.calibration.batch_size, parents, dense)
 
 
+@torch.no_grad()
 def score_inputs(
     model: PreTrainedModel,
     structure: ModelStructure,

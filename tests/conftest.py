@@ -4,6 +4,7 @@ import os
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it once
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: matrices this small lose time with more
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -55,6 +55,13 @@ def test_default_shape_and_determinism(tiny_tokenizer):
 # ---------------------------------------------------------------------------------------- joining and cutting
 
 
+def test_documents_of_a_chat_model_are_joined_by_line_breaks(make_tokenizer):
+    tokenizer, texts = make_tokenizer(bos=True, chat_template=CHAT_TEMPLATE), words(10)
+    stream = tokenizer("\n\n".join(texts))["input_ids"]
+    full = len(stream) // 16
+    assert load_all(tokenizer, full, texts=texts) == stream[: full * 16]
+
+
 def test_documents_are_joined_by_eos(tiny_tokenizer):
     texts = words(10)
     stream = [i for text in texts for i in [*tiny_tokenizer(text)["input_ids"], 2]]

@@ -119,9 +119,22 @@ def test_table_joins_only_neighbours_that_are_alike(plan):
         (dict(groups=[dict(layer=0, kind="mlp_neurons", num_units=4)]), "incomplete or of another kind"),
         (dict(groups=[dict(layer=0, kind="mlp_neurons", num_units=4, keep=0)]), "at least one must"),
         (dict(groups=[dict(layer=0, kind="mlp_neurons", num_units=4, keep=5)]), "5 of 4 mlp_neurons"),
-        (dict(groups=[dict(layer=0, kind="mlp_neurons", num_units=4, keep=2, kept=[1, 1])]), "does not name 2 units"),
-        (dict(groups=[dict(layer=0, kind="mlp_neurons", num_units=4, keep=2, kept=[1, 4])]), "does not name 2 units"),
-        (dict(groups=[dict(layer=0, kind="mlp_neurons", num_units=4, keep=2, kept=[-1, 0])]), "does not name 2 units"),
+        (
+            dict(groups=[dict(layer=0, kind="mlp_neurons", num_units=4, keep=2, kept=[1, 1])]),
+            "must name 2 of 4, ascending",
+        ),
+        (
+            dict(groups=[dict(layer=0, kind="mlp_neurons", num_units=4, keep=2, kept=[1, 4])]),
+            "must name 2 of 4, ascending",
+        ),
+        (
+            dict(groups=[dict(layer=0, kind="mlp_neurons", num_units=4, keep=2, kept=[-1, 0])]),
+            "must name 2 of 4, ascending",
+        ),
+        (
+            dict(groups=[dict(layer=0, kind="mlp_neurons", num_units=4, keep=2, kept=[3, 1])]),
+            "must name 2 of 4, ascending",
+        ),
     ],
 )
 def test_wrong_plans_raise(plan, change, message):

@@ -123,6 +123,15 @@ def test_compensation_lowers_the_loss(learnt, criterion):
     assert losses[True] < losses[False]
 
 
+def output_of(model, module, tokens):
+    """What a module gives in a forward pass."""
+    seen = []
+    handle = model.get_submodule(module).register_forward_hook(lambda _, __, output: seen.append(output.clone()))
+    families.logits(model, tokens)
+    handle.remove()
+    return seen[0]
+
+
 @pytest.mark.parametrize("name", ["llama_bias", "gpt2", "falcon", "opt"])
 def test_compensation_lowers_the_output_error_of_the_first_consumer(name):
     tokens = families.make_tokens(16, 16)
@@ -137,9 +146,7 @@ def test_compensation_lowers_the_output_error_of_the_first_consumer(name):
         parent = ModelStructure.of(dense).layers[0].group("mlp_neurons").consumer.module
         outputs = []
         for one in (dense, small):
-            handle = one.get_submodule(parent).register_forward_hook(lambda _, __, out: outputs.append(out.clone()))
-            families.logits(one, tokens)
-            handle.remove()
+            outputs.append(output_of(one, parent, tokens))
         errors[compensation] = float((outputs[0] - outputs[1]).square().sum())
     assert 0 < errors[True] < 0.9 * errors[False]
 

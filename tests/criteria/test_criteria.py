@@ -159,8 +159,7 @@ def test_criteria_use_the_aggregation_of_the_configuration(model, structure, agg
 def test_a_kv_group_gets_the_scores_of_its_own_query_heads_by_hand(structure, model):
     """Eight-wide heads: query heads 0 and 1 read KV head 0, heads 2 and 3 read KV head 1."""
     group = structure.layers[0].group("kv_groups")
-    salience = {(part.module, part.axis): torch.zeros(32 if "k_" not in part.module and "v_" not in part.module else 16)
-                for part in group.parts}  # fmt: skip
+    salience = {(part.module, part.axis): torch.zeros(part.index.numel()) for part in group.parts}
     for head, value in enumerate((1.0, 10.0, 100.0, 1000.0)):
         salience["model.layers.0.self_attn.q_proj", "rows"][8 * head : 8 * head + 8] = value
         salience["model.layers.0.self_attn.o_proj", "columns"][8 * head : 8 * head + 8] = 2 * value
