@@ -59,7 +59,7 @@ def write_folder(folder: str | os.PathLike, write: Callable[[Path], None], size:
     as it was before.
 
     Args:
-        folder: Where the files go. Other files in it stay, but weights of an earlier checkpoint go.
+        folder: Where the files go. Other files in it stay, but an earlier checkpoint in it goes.
         write: Writes the files into the folder it is given.
         size: Bytes that will be written, to see before whether the disk has room for them.
 
@@ -84,17 +84,23 @@ def write_folder(folder: str | os.PathLike, write: Callable[[Path], None], size:
 
 
 def _move(temporary: Path, folder: Path) -> None:
+    """Puts a finished folder in the place of another one by renaming; other files of the old one are carried over."""
     temporary.chmod(0o777 & ~_umask())
     if not folder.exists():
         temporary.rename(folder)
         return
-    new = {path.name for path in temporary.iterdir()}
-    for pattern in _OURS:
-        for old in folder.glob(pattern):
-            if old.name not in new:
-                old.unlink()
-    for path in sorted(temporary.iterdir()):
-        path.replace(folder / path.name)
+    old = folder.with_name(f"{temporary.name}.old")
+    folder.rename(old)
+    try:
+        temporary.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        raise
+    new = {path.name for path in folder.iterdir()}
+    for path in old.iterdir():
+        if path.name not in new and not any(path.match(pattern) for pattern in _OURS):
+            path.rename(folder / path.name)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _umask() -> int:
