@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from .calibration import as_batches
+from .language_head import has_plain_head, positions_at_once
 from .structure import CoupledGroup, is_linear, matrix
 
 
@@ -78,11 +79,12 @@ def taylor_salience(
                 salience[key] = salience[key] + reduced if key in salience else reduced
 
     bar = tqdm(batches, desc="Gradients", disable=not logging.is_progress_bar_enabled())
+    plain = has_plain_head(model, _on_device(model, batches[0][:1]))
     with _frozen(model, gradient_checkpointing):
         for batch in bar:
             share = len(batch) / len(tokens)
             with _probed(model, {m for m, _ in wanted}, batch.shape[1], share, report):
-                _loss(model, batch).backward()
+                _backward(model, batch, plain)
     return {key: score.abs() for key, score in salience.items()}
 
 
@@ -102,10 +104,30 @@ def _change(weight: torch.Tensor, inputs: torch.Tensor, gradient: torch.Tensor, 
     return second if variant == "second" else (weight * mean - 0.5 * second).abs_()
 
 
-def _loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
-    device = model.get_input_embeddings().weight.device
-    batch = batch.to(device)
-    return model(input_ids=batch, labels=batch, use_cache=False).loss
+def _on_device(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return batch.to(model.get_input_embeddings().weight.device)
+
+
+def _backward(model: nn.Module, batch: torch.Tensor, plain: bool) -> None:
+    """Backward pass of the mean next-token loss of a batch.
+
+    With a plain head the loss is taken a few positions at a time: float32 logits of a whole batch and their gradient
+    would need more memory than everything else.
+    """
+    batch = _on_device(model, batch)
+    if not plain:
+        model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+        return
+    states = model.base_model(input_ids=batch, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+    head, targets = model.get_output_embeddings(), batch[:, 1:].flatten()
+    # A quarter: the loss holds its logits, their softmax and two gradients at once.
+    chunk, gradients = max(1, positions_at_once(head.weight.shape[0]) // 4), []
+    for part, target in zip(states.detach().split(chunk), targets.split(chunk), strict=True):
+        part = part.requires_grad_(True)
+        logits = head(part).float()
+        loss = nn.functional.cross_entropy(logits, target.to(logits.device), reduction="sum") / len(targets)
+        gradients.append(torch.autograd.grad(loss, part)[0])
+    states.backward(torch.cat(gradients))
 
 
 @contextmanager

@@ -18,12 +18,7 @@ from transformers.utils import logging
 from ..calibration import read_jsonl, read_lines
 from ..data import wikitext2_sample
 from ..errors import ConfigurationError
-
-
-# Float32 logits that exist at once when the head is applied in chunks: 64 MiB.
-MAX_LOGITS = 2**24
-# Tokens on which the model's own logits are compared with those of the bare head.
-PROBE_LENGTH = 16
+from ..language_head import has_plain_head, positions_at_once
 
 
 @dataclass(frozen=True)
@@ -88,7 +83,7 @@ def perplexity(
     windows = _cut_windows(tokenizer, _join(text), window, max_windows).to(model.device)
     total = torch.zeros((), dtype=torch.float64)
     with _eval_mode(model):
-        plain = _has_plain_head(model, windows[:1, :PROBE_LENGTH])
+        plain = has_plain_head(model, windows[:1])
         batches = windows.split(batch_size)
         for ids in tqdm(batches, desc="Perplexity", disable=not logging.is_progress_bar_enabled()):
             total += _plain_nll(model, ids) if plain else _own_nll(model, ids)
@@ -153,27 +148,11 @@ def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
             module.training = training
 
 
-def _has_plain_head(model: PreTrainedModel, ids: torch.LongTensor) -> bool:
-    """Whether the model's logits are those of its output embedding, bit for bit, on a few tokens.
-
-    Some families scale or cap their logits afterwards (Gemma 2, Granite, Cohere). Trying it covers families that
-    nobody has listed, and a wrong "no" only costs memory.
-    """
-    head, base = model.get_output_embeddings(), getattr(model, "base_model", model)
-    if head is None or base is model:
-        return False
-    hidden = getattr(base(input_ids=ids, use_cache=False), "last_hidden_state", None)
-    if hidden is None or hidden.shape[-1] != head.weight.shape[-1]:
-        return False
-    own = model(input_ids=ids, use_cache=False).logits
-    return torch.equal(own.float(), head(hidden).float())
-
-
 def _plain_nll(model: PreTrainedModel, ids: torch.LongTensor) -> torch.Tensor:
     """Summed negative log-likelihood of `ids` of shape `(batch, window)`, with the head applied to chunks."""
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
     head, targets = model.get_output_embeddings(), ids[:, 1:].flatten()
-    chunk = _positions_at_once(head.weight.shape[0])
+    chunk = positions_at_once(head.weight.shape[0])
     pairs = zip(hidden.split(chunk), targets.split(chunk), strict=True)
     return sum(_summed_loss(head(part), target) for part, target in pairs)
 
@@ -183,14 +162,10 @@ def _own_nll(model: PreTrainedModel, ids: torch.LongTensor) -> torch.Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for row in ids:
         logits = model(input_ids=row[None], use_cache=False).logits[0, :-1]
-        chunk = _positions_at_once(logits.shape[-1])
+        chunk = positions_at_once(logits.shape[-1])
         pairs = zip(logits.split(chunk), row[1:].split(chunk), strict=True)
         total += sum(_summed_loss(part, target) for part, target in pairs)
     return total
-
-
-def _positions_at_once(vocab_size: int) -> int:
-    return max(1, MAX_LOGITS // vocab_size)
 
 
 def _summed_loss(logits: torch.Tensor, targets: torch.LongTensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from hf_structprune.evaluation import perplexity, read_text
 
 
 # The package exports a function of the module's name, so an attribute path does not reach the module.
-module = importlib.import_module("hf_structprune.evaluation.perplexity")
+module = importlib.import_module("hf_structprune.language_head")
 
 TEXT = "The quick brown fox jumps over the lazy dog, and 0123456789 more. " * 10  # 660 tokens
 SIZES = dict(
@@ -70,7 +70,7 @@ def test_equals_brute_force_in_every_family(name, max_logits, tiny_tokenizer, mo
 def test_plain_heads_are_recognised(name):
     model, plain = build(name)
     ids = torch.arange(3, 19)[None]
-    assert module._has_plain_head(model.eval(), ids) is plain
+    assert module.has_plain_head(model.eval(), ids) is plain
 
 
 def test_plain_head_needs_no_full_logits(tiny_llama, tiny_tokenizer, monkeypatch):
