@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -46,16 +48,18 @@ CRITERIA = {name: {"criterion": name, **options} for name, options in (DATA_FREE
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "quality", "one-speed"))
+    parser.add_argument("what", choices=("speed", "quality", "one-speed", "one-quality"))
     parser.add_argument("--model", required=True)
     parser.add_argument("--wikitext", type=Path)
     parser.add_argument("--c4", type=Path)
     parser.add_argument("--settings", help="one-speed: JSON of the settings")
-    parser.add_argument("--runs", nargs="*", help="quality: only these rows")
-    parser.add_argument("--full", action="store_true", help="quality: the default settings on the whole test text too")
+    parser.add_argument("--row", help="one-quality: name of the row")
+    parser.add_argument("--full", action="store_true", help="one-quality: on the whole test text too")
+    parser.add_argument("--jobs", type=int, default=2, help="quality: rows at once")
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
-    {"speed": speed, "quality": quality, "one-speed": one_speed}[options.what](options)
+    runs = {"speed": speed, "quality": quality, "one-speed": one_speed, "one-quality": one_quality}
+    runs[options.what](options)
 
 
 def environment() -> dict[str, str | int]:
@@ -81,8 +85,10 @@ def speed(options: argparse.Namespace) -> None:
     """Every criterion without compensation, as peers work, then the default compensation on top."""
     rows = []
     plain = {name: {**settings, "compensation": False} for name, settings in CRITERIA.items()}
+    for name in GRADIENTS:
+        plain[name]["gradient_checkpointing"] = True
     own = {f"{name} + re-fit": {**CRITERIA[name], "error_correction": 0.0} for name in ("l2", "wanda", "obs")}
-    default = {"default settings": {}}
+    default = {"default settings": {}, "per-layer search": {"layout": "per_layer", "allocation": "search"}}
     table = Table(title="Pruning 20 %, 128 x 256 tokens")
     for column in ("settings", "seconds", "x forward", "peak memory over loaded, MB"):
         table.add_column(column)
@@ -132,41 +138,68 @@ def one_speed(options: argparse.Namespace) -> None:
 
 def quality_runs() -> dict[str, tuple[float, dict]]:
     """Rows of the table: name, ratio and settings."""
-    runs = {}
-    for name, settings in CRITERIA.items():
-        runs[f"{name}, no compensation, 20 %"] = (0.2, {**settings, "compensation": False})
-        runs[f"{name}, 20 %"] = (0.2, settings)
-    for ratio in (0.1, 0.2, 0.3):
-        runs[f"default settings, {ratio:.0%}"] = (ratio, {})
+    search = {"layout": "per_layer", "allocation": "search"}
+    runs = {
+        "default settings, 20 %": (0.2, {}),
+        "default settings, 30 %": (0.3, {}),
+        "default settings, 10 %": (0.1, {}),
+        "per-layer search, 20 %": (0.2, search),
+        "per-layer search, 30 %": (0.3, search),
+        "default settings without error correction, 20 %": (0.2, {"error_correction": 0.0}),
+    }
+    for name in ("obs", "wanda", "wifv", "activation", "taylor first", "taylor second", "l2", "l1", "random"):
+        runs[f"{name}, no compensation, 20 %"] = (0.2, {**CRITERIA[name], "compensation": False})
+        if name != "obs":  # these are the default settings
+            runs[f"{name}, 20 %"] = (0.2, CRITERIA[name])
     return runs
 
 
 def quality(options: argparse.Namespace) -> None:
-    """The table of criteria, and the default settings at three ratios."""
-    calibration, texts, note = data(options)
-    pruner = load(options.model)
-    dense = {name: measure(pruner, text) for name, text in texts.items()}
-    rows = [{"name": "dense", "ratio": 0.0, "perplexity": dense}]
+    """The table of criteria, and the default settings at three ratios; rows run in processes of one thread each."""
+    names = ["dense", *quality_runs()]
+    rows: dict[str, dict] = {}
+    command = [sys.executable, __file__, "one-quality", "--model", options.model]
+    if options.wikitext and options.c4:
+        command += ["--wikitext", str(options.wikitext), "--c4", str(options.c4)]
+
+    def run(name: str) -> None:
+        full = ["--full"] if name in ("dense", "default settings, 20 %") else []
+        output = subprocess.run(
+            [*command, *full, "--row", name],
+            capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        ).stdout  # fmt: skip
+        rows[name] = json.loads(output.splitlines()[-1])
+        print(name, rows[name], flush=True)
+        ordered = [rows[name] for name in names if name in rows]
+        write("core_quality.json", {"environment": environment(), "data": data(options)[2], "rows": ordered})
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(run, names))
+    dense = rows["dense"]["perplexity"]
     table = Table(title=f"Perplexity, pruned over dense ({', '.join(f'{n} {p:.2f}' for n, p in dense.items())} dense)")
-    for column in ("settings", "removed", *texts):
+    for column in ("settings", "removed", *dense):
         table.add_column(column)
-    for name, (ratio, settings) in quality_runs().items():
-        if options.runs and name not in options.runs:
-            continue
-        pruner = load(options.model)
+    for name in names[1:]:
+        ratios = [f"{rows[name]['perplexity'][text] / dense[text]:.2f}" for text in dense]
+        table.add_row(name, f"{rows[name]['ratio']:.2%}", *ratios)
+    Console().print(table)
+
+
+def one_quality(options: argparse.Namespace) -> None:
+    """One row of `quality`, as JSON."""
+    calibration, texts, _ = data(options)
+    pruner = load(options.model)
+    row: dict = {"name": options.row, "ratio": 0.0}
+    if options.row != "dense":
+        ratio, settings = quality_runs()[options.row]
         pruner.config = PruningConfig(calibration=CalibrationConfig(dataset=calibration), **settings)
         pruner.prune(ratio)
-        values = {text: measure(pruner, content) for text, content in texts.items()}
-        ratios = {text: values[text] / dense[text] for text in texts}
-        row = {"name": name, "asked": ratio, "ratio": pruner.last_plan.ratio, "settings": settings}
-        row |= {"perplexity": values, "over_dense": ratios}
-        if options.full and name.startswith("default"):
-            row["perplexity_whole_text"] = {t: measure(pruner, content, None) for t, content in texts.items()}
-        rows.append(row)
-        table.add_row(name, f"{row['ratio']:.2%}", *(f"{r:.2f}" for r in ratios.values()))
-        print(name, row, flush=True)
-        write("core_quality.json", {"environment": environment(), "data": note, "rows": rows})
-    Console().print(table)
+        row |= {"asked": ratio, "ratio": pruner.last_plan.ratio, "settings": settings}
+        row["mlp_widths"] = [group.keep for group in pruner.last_plan.groups if group.kind == "mlp_neurons"]
+    row["perplexity"] = {name: measure(pruner, text) for name, text in texts.items()}
+    if options.full:
+        row["perplexity_whole_text"] = {name: measure(pruner, text, None) for name, text in texts.items()}
+    print(json.dumps(row))
 
 
 def measure(pruner: StructuredPruner, text: str, windows: int | None = 12) -> float:
