@@ -25,8 +25,10 @@ style: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-bench: $(VENV)/.installed-dev $(VENV)/.installed-report
-	$(BIN)/python benchmarks/core.py
+# WIKITEXT=FOLDER C4=FILE.jsonl give the texts of the published tables; without them the packaged samples are used.
+bench: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/core.py speed --model "$(MODEL)"
+	$(BIN)/python benchmarks/core.py quality --model "$(MODEL)" $(if $(WIKITEXT),--wikitext "$(WIKITEXT)") $(if $(C4),--c4 "$(C4)")
 
 clean:
 	rm -rf "$(VENV)" build ./*.egg-info .pytest_cache .ruff_cache

