@@ -149,28 +149,31 @@ class _Compression:
         module = self.model.get_submodule(consumer)
         width = matrix(module).shape[1]
         inputs = self.stream.capture(layer.index, consumer)
-        full = [_consume(module, x, torch.arange(width)) for x in inputs] if self.needs_gram else inputs
-        targets = [None] * len(inputs)
-        if dense is not None:
-            targets = [e + d.float() - y.float() for e, d, y in zip(self.error, dense, full, strict=True)]
-        size = targets[0].shape[-1] if dense is not None else 0
+        size = dense[0].shape[-1] if dense is not None else 0
         statistics = InputStatistics(width, self.needs_gram, size, inputs[0].device)
-        for x, y, target, hidden in zip(inputs, full, targets, self.hidden, strict=True):
-            weights = self._weights(hidden, y) if self.needs_gram and self.config.token_weighting else None
-            statistics.update(x, None if target is None else self.config.error_correction * target, weights)
+        for number, x in enumerate(inputs):
+            target = weights = None
+            if self.needs_gram and (dense is not None or self.config.token_weighting):
+                output = _consume(module, x, torch.arange(width)).float()
+                if dense is not None:
+                    lacking = self.error[number] + dense[number].float() - output
+                    target = self.config.error_correction * lacking
+                if self.config.token_weighting:
+                    weights = self._weights(self.hidden[number], output)
+            statistics.update(x, target, weights)
         self._choose(layer, cut, statistics)
         columns = kept_columns(cut, self.kept, width)
         write_columns(module, refitted(module, statistics, columns, self.config), columns)
         outputs = [_consume(module, x, columns) for x in inputs]
         if dense is not None:
-            self.error = [e + d.float() - y.float() for e, d, y in zip(self.error, dense, outputs, strict=True)]
+            self.error = [e.add_(d).sub_(y) for e, d, y in zip(self.error, dense, outputs, strict=True)]
         if self.stream.additive:
             self.hidden = [h + y for h, y in zip(self.hidden, outputs, strict=True)]
         self.stream.replace(parent, outputs)
 
     def _weights(self, hidden: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """`1 / ||h||^2` of the hidden states `h` that an output is added to, relative to the first batch's mean."""
-        state = hidden.float() + output.float() if self.stream.additive else hidden.float()
+        state = hidden.float() + output if self.stream.additive else hidden.float()
         weights = 1 / state.square().sum(-1).clamp_min(1e-12)
         self.weight_unit = self.weight_unit or float(weights.mean())
         return weights / self.weight_unit

@@ -29,7 +29,7 @@ def run(argv: Sequence[str]) -> None:
     model, command, config = parse(argv, "plan", description, ModelArguments, PlanArguments, PruningConfig)
     check_ratio(command.ratio, config)
     with results_only_on_stdout():
-        # Only a global allocation looks at the weights; to count units their shapes are enough.
+        # Only allocations that compare layers look at the weights; to count units their shapes are enough.
         load = load_shapes if config.allocation == "uniform" else load_pruner
         plan = load(model, config).plan(command.ratio)
         if command.output is not None:
