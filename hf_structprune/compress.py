@@ -135,7 +135,7 @@ class _Compression:
             if self.stream is None:
                 self._choose(layer, cut, None)
                 continue
-            self._consumer(layer, consumer, groups[0].parent, cut, dense.get(consumer))
+            self._consumer(layer, consumer, groups[0].parent, cut, dense.pop(consumer, None))
 
     def _consumer(
         self,
