@@ -145,9 +145,11 @@ def quality_runs() -> dict[str, tuple[float, dict]]:
     runs = {
         "default settings, 20 %": (0.2, {}),
         "default settings, 30 %": (0.3, {}),
+        "default settings, 10 %": (0.1, {}),
         "per-layer search, 20 %": (0.2, {"layout": "per_layer", "allocation": "search"}),
+        "per-layer search, 30 %": (0.3, {"layout": "per_layer", "allocation": "search"}),
     }
-    for name in ("obs", "wanda", "wifv", "activation", "taylor first", "l2", "l1", "random"):
+    for name in (*INPUTS, *GRADIENTS, *DATA_FREE):
         runs[f"{name}, no compensation, 20 %"] = (0.2, {**CRITERIA[name], "compensation": False})
         if name != "obs":  # these are the default settings
             runs[f"{name}, 20 %"] = (0.2, CRITERIA[name])
@@ -155,7 +157,7 @@ def quality_runs() -> dict[str, tuple[float, dict]]:
 
 
 def quality(options: argparse.Namespace) -> None:
-    """The table of criteria, and the default settings at two ratios; rows run in processes of one thread each."""
+    """The table of criteria, and the best settings at several ratios; rows run in processes of one thread each."""
     names = ["dense", *quality_runs()]
     rows: dict[str, dict] = {}
     command = [sys.executable, __file__, "one-quality", "--model", options.model]
