@@ -125,13 +125,13 @@ def obs_scores(
     """
     units, width = index.shape
     drop = units - blocks if drop is None else drop
-    inverse = gram.double().clone()
+    inverse = gram.to(torch.float64, copy=True)
     inverse.diagonal().add_(ridge(gram, damping))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(inverse))
     weight, index = weight.double().clone(), index.to(weight.device)
     alive = torch.arange(units, device=weight.device)  # units still there, in the order of the columns of `weight`
     columns = index.flatten()
-    weight, inverse = weight[:, columns], inverse[columns][:, columns]
+    weight, inverse = weight[:, columns], inverse[columns[:, None], columns]
     quota = torch.full((blocks,), drop // blocks, device=weight.device)
     scores = torch.zeros(units, dtype=torch.float64, device=weight.device)
     chunk = max(1, -(-drop // _CHUNKS)) if width == 1 and blocks == 1 else 1
@@ -168,10 +168,9 @@ def _remove(weight, inverse, order, width) -> tuple[torch.Tensor, torch.Tensor]:
     """Takes units out of `W` and `H^-1` and re-fits the rest."""
     gone = (order[:, None] * width + torch.arange(width, device=order.device)).flatten()
     left = _others(gone.sort().values, weight.shape[1])
-    solved = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, left])
-    weight = weight[:, left] - weight[:, gone] @ solved
-    inverse = inverse[left][:, left] - inverse[left][:, gone] @ solved
-    return weight, inverse
+    solved = torch.linalg.solve(inverse[gone[:, None], gone], inverse[gone[:, None], left])
+    rest = inverse[left[:, None], left].addmm_(inverse[left[:, None], gone], solved, alpha=-1)
+    return weight[:, left].addmm_(weight[:, gone], solved, alpha=-1), rest
 
 
 def _others(chosen: torch.Tensor, total: int) -> torch.Tensor:

@@ -126,9 +126,11 @@ class _Compression:
         dense = {}
         if self.stream is not None:
             self.stream.enter(layer.index)
-            self.hidden, self.weight_unit = self.stream.hidden, None
+            self.hidden, self.weight_unit = self.stream.copy(self.stream.hidden), None
         if self.correcting:
-            self.error = [d.float() - h for d, h in zip(self.stream.dense_hidden, self.stream.hidden, strict=True)]
+            self.error = self.stream.blank(self.hidden[0], torch.float32)
+            for error, before, now in zip(self.error, self.stream.dense_hidden, self.stream.hidden, strict=True):
+                error.copy_(before).sub_(now)
             dense = self.stream.step_dense(layer.index, list(consumers))
         for consumer, groups in consumers.items():
             cut = [group for group in groups if group.kind in planned]
@@ -164,11 +166,13 @@ class _Compression:
         self._choose(layer, cut, statistics)
         columns = kept_columns(cut, self.kept, width)
         write_columns(module, refitted(module, statistics, columns, self.config), columns)
-        outputs = [_consume(module, x, columns) for x in inputs]
-        if dense is not None:
-            self.error = [e.add_(d).sub_(y) for e, d, y in zip(self.error, dense, outputs, strict=True)]
-        if self.stream.additive:
-            self.hidden = [h + y for h, y in zip(self.hidden, outputs, strict=True)]
+        outputs = self.stream.blank(self.hidden[0])
+        for number, output in enumerate(outputs):
+            output.copy_(_consume(module, inputs[number], columns))
+            if dense is not None:
+                self.error[number].add_(dense[number]).sub_(output)
+            if self.stream.additive:
+                self.hidden[number].add_(output)
         self.stream.replace(parent, outputs)
 
     def _weights(self, hidden: torch.Tensor, output: torch.Tensor) -> torch.Tensor:

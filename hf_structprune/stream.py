@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -53,16 +53,39 @@ class LayerStream:
         self._replaced: dict[str, list[torch.Tensor]] = {}
         self._layer_extras: int | None = None
         self._leading: list[torch.Size] = []
-        self.hidden = [self._enter(batch) for batch in self.batches]
-        self.dense_hidden = list(self.hidden) if dense else []
+        self.hidden = self._entered()
+        self.dense_hidden = self.copy(self.hidden) if dense else []
         self.additive = True
         for batch in self.batches:
             if len(batch) not in self._arguments:
                 self._record(batch, list(parents) if not self._arguments else [])
 
+    def blank(self, like: torch.Tensor, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+        """Room for one tensor of shape (sequences, length, d) for each batch, `d` and device as in `like`.
+
+        One block of memory for all of them: freed blocks of this size go back to the system, while many smaller ones
+        would leave a heap full of holes.
+        """
+        shape = (sum(map(len, self.batches)), self.batches[0].shape[1], like.shape[-1])
+        block = torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+        return list(block.split([len(batch) for batch in self.batches]))
+
+    def copy(self, states: list[torch.Tensor]) -> list[torch.Tensor]:
+        """A copy of hidden states, in one block of memory."""
+        return [room.copy_(state) for room, state in zip(self.blank(states[0]), states, strict=True)]
+
+    def _entered(self) -> list[torch.Tensor]:
+        """The hidden states that enter the first layer."""
+        states = None
+        for number, batch in enumerate(self.batches):
+            state = self._enter(batch)
+            states = states or self.blank(state)
+            states[number].copy_(state)
+        return states
+
     @torch.no_grad()
     def _enter(self, batch: torch.Tensor) -> torch.Tensor:
-        """The hidden states that enter the first layer."""
+        """The hidden states of a batch that enter the first layer."""
         seen = []
 
         def stop(module, args, kwargs):
@@ -140,23 +163,25 @@ class LayerStream:
     def capture(self, index: int, consumer: str) -> list[torch.Tensor]:
         """Inputs of a consumer in layer `index`, one tensor of shape (sequences, length, d) for each batch."""
         seen: list[torch.Tensor] = []
+        inputs: list[torch.Tensor] = []
         self._leading = []  # some layers flatten sequences and tokens into one dimension
 
         def stop(module, args):
             seen.append(args[0])
-            self._leading.append(args[0].shape[:-1])
             raise _Stop
 
         handle = self.model.get_submodule(consumer).register_forward_pre_hook(stop)
         try:
             for number, batch in enumerate(self.batches):
-                try:
+                with suppress(_Stop):
                     self._run(index, number, self.hidden[number])
-                except _Stop:
-                    seen[-1] = seen[-1].reshape(*batch.shape, -1)
+                captured = seen.pop()
+                self._leading.append(captured.shape[:-1])
+                inputs = inputs or self.blank(captured)
+                inputs[number].copy_(captured.reshape(*batch.shape, -1))
         finally:
             handle.remove()
-        return seen
+        return inputs
 
     @torch.no_grad()
     def step_dense(self, index: int, consumers: list[str]) -> dict[str, list[torch.Tensor]]:
@@ -165,17 +190,21 @@ class LayerStream:
         Returns:
             Outputs of the consumers, one tensor of shape (sequences, length, out) for each batch.
         """
-        outputs: dict[str, list[torch.Tensor]] = {name: [] for name in consumers}
+        outputs: dict[str, list[torch.Tensor]] = {}
+        number = 0
 
         def keep(name):
-            return lambda _, __, output: outputs[name].append(output.clone())
+            def store(_, __, output):
+                if name not in outputs:
+                    outputs[name] = self.blank(output)
+                outputs[name][number].copy_(output.reshape(outputs[name][number].shape))
+
+            return store
 
         handles = [self.model.get_submodule(name).register_forward_hook(keep(name)) for name in consumers]
         try:
-            for number, batch in enumerate(self.batches):
-                self.dense_hidden[number] = self._run(index, number, self.dense_hidden[number])
-                for name in consumers:
-                    outputs[name][-1] = outputs[name][-1].reshape(*batch.shape, -1)
+            for number, states in enumerate(self.dense_hidden):
+                states.copy_(self._run(index, number, states))
         finally:
             for handle in handles:
                 handle.remove()
@@ -221,8 +250,8 @@ class LayerStream:
     @torch.no_grad()
     def advance(self, index: int) -> None:
         """Replaces the hidden states by the outputs of layer `index`."""
-        for number in range(len(self.batches)):
-            self.hidden[number] = self._run(index, number, self.hidden[number])
+        for number, states in enumerate(self.hidden):
+            states.copy_(self._run(index, number, states))
         self._replaced.clear()
 
 
