@@ -35,7 +35,7 @@ import hf_structprune
 from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
 from hf_structprune.calibration import load_tokens
 from hf_structprune.commands.common import load_pruner
-from hf_structprune.commands.demo import DEMO_MODEL, find_model
+from hf_structprune.commands.demo_model import DEMO_MODEL, find_model
 from hf_structprune.evaluation import perplexity, read_text
 
 
