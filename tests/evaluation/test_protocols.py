@@ -1,12 +1,14 @@
 """Every protocol against loops over single tokens, in float64."""
 
+import dataclasses
 import json
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_structprune.errors import ConfigurationError
 from hf_structprune.evaluation import (
@@ -95,13 +97,8 @@ def test_llm_pruner(model, make_tokenizer, bos_by_default, batch_size):
 def test_paper_with_a_shorter_window(model, tiny_tokenizer):
     result = measure_perplexity(model, tiny_tokenizer, TEXT, window=100, batch_size=3)
     check(result, non_overlapping(model, tiny_tokenizer(TEXT.text)["input_ids"], 100))
-    assert result == perplexity_of_text(model, tiny_tokenizer, 100)
-
-
-def perplexity_of_text(model, tokenizer, window):
-    from dataclasses import replace
-
-    return replace(perplexity(model, tokenizer, TEXT.text, window=window, batch_size=3), source="a test")
+    same = perplexity(model, tiny_tokenizer, TEXT.text, window=100, batch_size=3)
+    assert result == dataclasses.replace(same, source="a test")
 
 
 @pytest.mark.parametrize("bos_by_default", [False, True])
@@ -147,6 +144,18 @@ def test_sliding_scores_every_token_but_the_first(model, make_tokenizer, bos, ad
     assert result.words == len(re.split(r"\s+", text))
     assert result.bytes == len(text) - (ids == plain)  # without BOS, nothing predicts the first character
     assert "windows of 100 tokens, 25 apart up to the end of the text, every token predicted" in result.protocol
+
+
+def test_sliding_with_a_head_that_caps_its_logits(make_tokenizer):
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=256, final_logit_softcapping=2.0, pad_token_id=None,
+    )  # fmt: skip
+    capped, tokenizer = Gemma2ForCausalLM(config).eval().double(), make_tokenizer(bos=True)
+    text = EvaluationText("x", TEXT.text[:200], "")
+    result = measure_perplexity(capped, tokenizer, text, "sliding", window=60, batch_size=3)
+    check(result, sliding(capped, tokenizer(text.text)["input_ids"], 60, 15))
 
 
 def test_sliding_over_a_short_text(model, tiny_tokenizer):
@@ -198,8 +207,6 @@ def test_bytes_are_not_characters(model, make_tokenizer):
 
 
 def test_standard_error_of_a_ratio():
-    import numpy as np
-
     generator = np.random.default_rng(0)
     counts = generator.integers(5, 50, size=(4000, 30))
     sums = counts * 3.0 + generator.normal(size=counts.shape) * np.sqrt(counts)
