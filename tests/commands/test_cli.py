@@ -57,6 +57,9 @@ def test_version(capsys):
         (["prune", "m", "--output-dir", "o", "--plan", "no-such.json"], ["No such file", "no-such.json"]),
         (["perplexity", "m", "--window", "1"], ["`window` is 1"]),
         (["perplexity", "m", "--max-windows", "0"], ["`max_windows` is 0"]),
+        (["perplexity", "m", "--batch-size", "0"], ["`batch_size` is 0"]),
+        (["perplexity", "m", "--protocol", "papers"], ["`protocol` is 'papers'", "llm-pruner"]),
+        (["perplexity", "m", "--window", "64", "--stride", "65"], ["`stride` is 65", "64"]),
         (["demo", "m", "--ratio", "-1"], ["--ratio is -1"]),
     ],
 )
