@@ -1,4 +1,4 @@
-"""Writes files all at once: an interrupt leaves the old one, never half of the new one."""
+"""Writing single files so that an interrupt leaves what was there."""
 
 from __future__ import annotations
 
@@ -7,19 +7,14 @@ import tempfile
 from pathlib import Path
 
 
-def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
-    """Writes a file under a temporary name beside its place and renames it.
-
-    Args:
-        path: The file; folders on the way to it are made.
-        content: Its bytes; a string is written as UTF-8.
-    """
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a text file (UTF-8) all at once: into a temporary file beside it, which then takes its name."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:

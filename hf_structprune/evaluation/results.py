@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError
-from ..files import write_atomically
+from ..files import write_text
 
 
 SCHEMA_VERSION = 1
@@ -103,7 +103,7 @@ class EvaluationResult:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the results as JSON; an interrupt leaves the file as it was."""
-        write_atomically(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        write_text(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> EvaluationResult:
