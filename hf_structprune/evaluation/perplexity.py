@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from ..calibration import read_jsonl, read_lines
 from ..data import wikitext2_sample
 from ..errors import ConfigurationError
 from ..language_head import has_plain_head, positions_at_once
+from .modes import eval_mode
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def perplexity(
     _check_numbers(model, window, max_windows, batch_size)
     windows = _cut_windows(tokenizer, _join(text), window, max_windows).to(model.device)
     total = torch.zeros((), dtype=torch.float64)
-    with _eval_mode(model):
+    with eval_mode(model):
         plain = has_plain_head(model, windows[:1])
         batches = windows.split(batch_size)
         for ids in tqdm(batches, desc="Perplexity", disable=not logging.is_progress_bar_enabled()):
@@ -135,17 +134,6 @@ def _cut_windows(tokenizer: Any, text: str, window: int, max_windows: int | None
     windows = torch.tensor(ids[: full * window]).view(full, window)
     count = min(full, max_windows or full)
     return windows[[i * full // count for i in range(count)]]
-
-
-@contextmanager
-def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _plain_nll(model: PreTrainedModel, ids: torch.LongTensor) -> torch.Tensor:
