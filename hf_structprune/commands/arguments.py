@@ -120,7 +120,7 @@ def _option_type(annotation: Any) -> Any:
 
 
 def _is_switch(cls: type, field: dataclasses.Field) -> bool:
-    return get_type_hints(cls)[field.name] is bool
+    return get_type_hints(cls)[field.name] in (bool, bool | None)
 
 
 def _help_texts(cls: type) -> dict[str, str]:

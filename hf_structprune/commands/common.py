@@ -151,9 +151,11 @@ def check_output_dir(path: str, overwrite: bool) -> None:
         raise ConfigurationError(f"{path} is not empty; choose another --output-dir or say --overwrite.")
 
 
-def default_window(model: PreTrainedModel) -> int:
-    """The usual window for perplexity, 2048 tokens, or the model's context where that is shorter."""
-    return min(2048, getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048)
+def default_window(model: PreTrainedModel, protocol: str = "paper") -> int:
+    """The protocol's window for perplexity, or the model's context where that is shorter."""
+    from ..evaluation.protocol import find_protocol
+
+    return find_protocol(protocol).window_for(model)
 
 
 def plan_summary(plan: PruningPlan) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class EvaluationConfig:
         window (`int`, *optional*): Tokens in a window. Default: the protocol's, or the model's context where that is
             shorter.
         stride (`int`, *optional*): Tokens from one window to the next. Default: the protocol's.
+        bos (`bool`, *optional*): With or without a beginning-of-sequence token. Default: what the tokenizer does.
         max_windows (`int`, *optional*): At most so many windows of each text, evenly spaced. Default: all.
         tasks (list of `str`, *optional*): lm-eval tasks, groups, or suites (`llm-pruner`, `study-a`, `leaderboard`).
         num_fewshot (`int`, *optional*): Examples in the prompt of a task. Default: as the task says.
@@ -63,6 +64,7 @@ class EvaluationConfig:
     protocol: str = "paper"
     window: int | None = None
     stride: int | None = None
+    bos: bool | None = None
     max_windows: int | None = None
     tasks: Sequence[str] | None = None
     num_fewshot: int | None = None
@@ -78,7 +80,7 @@ class EvaluationConfig:
 
         self.texts = _listed("texts", ("sample",) if self.texts is None else self.texts)
         self.tasks = _listed("tasks", self.tasks or ())
-        find_protocol(self.protocol).change(window=self.window, stride=self.stride)
+        find_protocol(self.protocol).change(window=self.window, stride=self.stride, bos=self.bos)
         for name, minimum in (("max_windows", 1), ("num_fewshot", 0), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < minimum):
@@ -213,8 +215,8 @@ def _measure_text(model: Any, tokenizer: Any, config: EvaluationConfig, text: An
 
     window = config.window or PROTOCOLS[config.protocol].window_for(model)
     measured = measure_perplexity(
-        model, tokenizer, text, config.protocol, window=window, stride=config.stride, max_windows=config.max_windows,
-        batch_size=config.batch_size,
+        model, tokenizer, text, config.protocol, window=window, stride=config.stride, bos=config.bos,
+        max_windows=config.max_windows, batch_size=config.batch_size,
     )  # fmt: skip
     result.add(*measured.figures(text.name))
 
