@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,7 @@ class EvaluationConfig:
 
     Args:
         texts (list of `str`, *optional*): Texts for perplexity: `sample` (packaged), `wikitext2`, `ptb`, `c4`, a file,
-            a data set folder or a data set id of the Hub. Default: `sample`; an empty list measures none.
+            a data set folder or a data set id of the Hub. Default: `sample`; `none`, or an empty list, measures none.
         protocol (`str`): How a text is cut into windows: `paper`, `llm-pruner` or `sliding`.
         window (`int`, *optional*): Tokens in a window. Default: the protocol's, or the model's context where that is
             shorter.
@@ -60,7 +60,7 @@ class EvaluationConfig:
         ConfigurationError: A value is impossible, or there is nothing to measure.
     """
 
-    texts: Sequence[str] | None = None
+    texts: Sequence[str] | None = field(default=None, metadata={"aliases": ["--text"]})
     protocol: str = "paper"
     window: int | None = None
     stride: int | None = None
@@ -78,8 +78,9 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         from .protocol import find_protocol
 
-        self.texts = _listed("texts", ("sample",) if self.texts is None else self.texts)
-        self.tasks = _listed("tasks", self.tasks or ())
+        self.texts = _listed(("sample",) if self.texts is None else self.texts)
+        self.texts = () if self.texts == ("none",) else self.texts
+        self.tasks = _listed(self.tasks or ())
         find_protocol(self.protocol).change(window=self.window, stride=self.stride, bos=self.bos)
         for name, minimum in (("max_windows", 1), ("num_fewshot", 0), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
@@ -188,7 +189,7 @@ def check_output(path: str | os.PathLike) -> None:
         raise ConfigurationError(f"{path} cannot be written: {existing} is no folder that can be written to.")
 
 
-def _listed(name: str, values: Sequence[str]) -> tuple[str, ...]:
+def _listed(values: Sequence[str]) -> tuple[str, ...]:
     values = (values,) if isinstance(values, (str, os.PathLike)) else values
     return tuple(dict.fromkeys(os.fspath(value) for value in values))
 
