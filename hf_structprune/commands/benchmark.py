@@ -48,7 +48,9 @@ class BenchmarkArguments:
 def run(argv: Sequence[str]) -> None:
     """Measures, saves and prints."""
     description = "Measure size, memory and speed of MODEL."
-    model, command, config = parse(argv, "benchmark", description, ModelArguments, BenchmarkArguments, EfficiencyConfig)
+    model, command, config = parse(
+        argv, "benchmark", description, ModelArguments, BenchmarkArguments, EfficiencyConfig
+    )
     output = None if command.output is None else Path(command.output)
     with results_only_on_stdout():
         subject = find_subject(model, command.state)

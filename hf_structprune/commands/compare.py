@@ -48,7 +48,9 @@ class CompareArguments:
 
 def run(argv: Sequence[str]) -> None:
     """Joins and prints."""
-    description = "Show the results of several evaluations in one table; the first are what the others are compared with."
+    description = (
+        "Show the results of several evaluations in one table; the first are what the others are compared with."
+    )
     (command,) = parse(argv, "compare", description, CompareArguments)
     results = [EvaluationResult.load(path) for path in _paths(command.results)]
     table = ResultTable(results)

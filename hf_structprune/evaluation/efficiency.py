@@ -15,7 +15,7 @@ from .macs import count_macs, count_macs_with_attention
 from .memory import cache_growth, peak_memory, weight_bytes
 from .modes import eval_mode
 from .results import Figure
-from .speed import devices_of, median_figure, time_generation, time_prefill
+from .speed import devices_of, median_figure, time_generation, time_prefill, where
 
 
 logger = logging.get_logger(__name__)
@@ -62,7 +62,8 @@ def measure_efficiency(model: PreTrainedModel, config: EfficiencyConfig | None =
       `macs_with_attention`: all matrix products, counted by torch (`count_macs_with_attention`).
     - `kv_cache_bytes_per_token`: what one more token of one sequence adds to the cache while no sliding window is
       full; when all are, it is `without_windows` in the details.
-    - `peak_memory`: the highest memory during one generation: of the CUDA allocator, or of the process.
+    - `peak_memory`: the highest memory during one generation: of the CUDA allocator, or of the whole process, with
+      what earlier work left behind. To compare models on a CPU, measure each in a process of its own.
     - `time_to_first_token`: `generate` from the call to the first new token.
     - `prefill_throughput`: prompt tokens a second in a forward pass that fills the cache.
     - `decode_throughput`: new tokens a second after the first, all sequences together.
@@ -80,7 +81,7 @@ def measure_efficiency(model: PreTrainedModel, config: EfficiencyConfig | None =
     config = config or EfficiencyConfig()
     _check_context(model, config)
     ids = _random_ids(model, config)
-    figures = [*_size_figures(model, config, ids)]
+    figures = _size_figures(model, config, ids)
     return figures + _speed_figures(model, config, ids) if config.speed else figures
 
 
@@ -128,13 +129,11 @@ def _size_figures(model: PreTrainedModel, config: EfficiencyConfig, ids: torch.L
         logger.warning("efficiency/kv_cache_bytes_per_token is left out: the model has no cache of keys and values.")
         return figures
     protocol = "growth of the model's own cache from one token to two, one sequence"
-    windows = {"without_windows": growth.without_windows, "layers": growth.layers, "sliding_windows": growth.windows}
-    return [*figures, _smaller("kv_cache_bytes_per_token", growth.total, "B", protocol, **_listed(windows))]
-
-
-def _listed(values: dict) -> dict:
-    """Tuples as lists, as they come back from JSON."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    figure = _smaller(
+        "kv_cache_bytes_per_token", growth.total, "B", protocol, without_windows=growth.without_windows,
+        layers=growth.layers, sliding_windows=growth.windows,
+    )  # fmt: skip
+    return [*figures, figure]
 
 
 def _smaller(name: str, value: float, unit: str, protocol: str, **details) -> Figure:
@@ -159,9 +158,8 @@ def _speed_figures(model: PreTrainedModel, config: EfficiencyConfig, ids: torch.
             bar.update()
         with peak_memory(devices_of(model)) as peak:
             time_generation(model, ids, config.new_tokens)
-    what = (
-        f"batch {config.batch_size}, prompt of {config.length} tokens, {config.new_tokens} new ones, {_where(model)}"
-    )
+    prompt = f"batch {config.batch_size}, prompt of {config.length} tokens, {config.new_tokens} new ones"
+    what = f"{prompt}, {where(model)}"
     protocol = f"{what}; median of {config.repeats} runs after {config.warmup} to warm up"
     figures = []
     if peak.value is not None:
@@ -175,11 +173,3 @@ def _speed_figures(model: PreTrainedModel, config: EfficiencyConfig, ids: torch.
     ):
         figures.append(median_figure(f"efficiency/{name}", values, unit, protocol))
     return figures
-
-
-def _where(model: PreTrainedModel) -> str:
-    """Dtype and device in words: `"bfloat16 on cpu (2 threads)"`."""
-    dtype = str(model.dtype).removeprefix("torch.")
-    device = model.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{dtype} on {name}" + (f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else "")

@@ -56,8 +56,8 @@ class CacheGrowth:
             when its window is full.
     """
 
-    layers: tuple[int, ...]
-    windows: tuple[int | None, ...]
+    layers: list[int]
+    windows: list[int | None]
 
     @property
     def total(self) -> int:
@@ -77,8 +77,8 @@ def cache_growth(model: PreTrainedModel) -> CacheGrowth | None:
         first, second = (_cache_layers(model, tokens) for tokens in (1, 2))
     if not second or not any(size for size, _ in second):
         return None
-    layers = tuple(after - before for (before, _), (after, _) in zip(first, second, strict=True))
-    return CacheGrowth(layers, tuple(window for _, window in second))
+    layers = [after - before for (before, _), (after, _) in zip(first, second, strict=True)]
+    return CacheGrowth(layers, [window for _, window in second])
 
 
 def _cache_layers(model: PreTrainedModel, tokens: int) -> list[tuple[int, int | None]]:
@@ -110,18 +110,18 @@ class PeakMemory:
 @contextmanager
 def peak_memory(devices: set[torch.device]) -> Iterator[PeakMemory]:
     """Measures the peak of the CUDA allocator over the CUDA devices, or else of the process's resident memory."""
-    cuda = sorted((device for device in devices if device.type == "cuda"), key=str)
+    cuda = [device for device in devices if device.type == "cuda"]
     peak = PeakMemory()
     if cuda:
         for device in cuda:
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
-        peak.before = sum(map(torch.cuda.memory_allocated, cuda))
+        peak.before = memory_in_use(devices)
         yield peak
         peak.value = sum(map(torch.cuda.max_memory_allocated, cuda))
         peak.method = "peak of the CUDA allocator (max_memory_allocated, reset before)"
         return
-    peak.before = resident_memory()
+    peak.before = memory_in_use(devices)
     reset = _reset_resident_peak()
     yield peak
     peak.value = _status("VmHWM") if reset else _peak_since_start()
@@ -129,8 +129,11 @@ def peak_memory(devices: set[torch.device]) -> Iterator[PeakMemory]:
     peak.method = f"peak resident memory of the process ({how})"
 
 
-def resident_memory() -> int:
-    """Bytes of the process that are in memory now."""
+def memory_in_use(devices: set[torch.device]) -> int:
+    """Bytes that the CUDA allocator has given out on the CUDA devices, or else the resident memory of the process."""
+    cuda = [device for device in devices if device.type == "cuda"]
+    if cuda:
+        return sum(map(torch.cuda.memory_allocated, cuda))
     import psutil
 
     return psutil.Process().memory_info().rss

@@ -39,6 +39,13 @@ def devices_of(model: PreTrainedModel) -> set[torch.device]:
     return {parameter.device for parameter in model.parameters()}
 
 
+def where(model: PreTrainedModel) -> str:
+    """Dtype and device in words: `"bfloat16 on cpu (2 threads)"`."""
+    device, dtype = model.device, str(model.dtype).removeprefix("torch.")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{dtype} on {name}" + (f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else "")
+
+
 def synchronize(devices: set[torch.device]) -> None:
     """Waits until everything that was sent to accelerators is done."""
     for device in devices:
