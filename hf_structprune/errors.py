@@ -27,3 +27,7 @@ class CalibrationError(TextError):
 
 class CheckpointError(StructPruneError):
     """A checkpoint cannot be written or read without losing weights."""
+
+
+class EvaluationError(StructPruneError):
+    """Something cannot be measured here: a task without its data set, a missing extra, a command that failed."""

@@ -16,6 +16,9 @@ COMMANDS = {
     "plan": "what would go at a ratio and what it saves; changes nothing",
     "prune": "prune a model and save the checkpoint",
     "perplexity": "perplexity of a model on a text",
+    "evaluate": "perplexity, tasks, size and speed of a model, beside its dense one",
+    "compare": "results of several evaluations in one table",
+    "benchmark": "size, memory and speed of a model, beside its dense one",
     "demo": "prune a small model end to end and show what happened",
 }
 HELP = """usage: hf-structprune COMMAND [MODEL] [options]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -13,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..language_head import has_plain_head, positions_at_once
+from .modes import eval_mode
 
 
 @torch.no_grad()
@@ -29,7 +27,7 @@ def window_losses(model: PreTrainedModel, ids: torch.LongTensor, counts: list[in
         The sums, of shape `(windows,)`, in float64.
     """
     ids, sums = ids.to(model.device), []
-    with _eval_mode(model):
+    with eval_mode(model):
         score = _plain_losses if has_plain_head(model, ids[:1]) else _own_losses
         batches = list(zip(ids.split(batch_size), torch.tensor(counts).split(batch_size), strict=True))
         for rows, last in tqdm(batches, desc="Perplexity", disable=not logging.is_progress_bar_enabled()):
@@ -63,14 +61,3 @@ def _own_losses(model: PreTrainedModel, ids: torch.LongTensor, counts: torch.Lon
 def _token_losses(logits: torch.Tensor, targets: torch.LongTensor) -> torch.Tensor:
     loss = F.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
     return loss.cpu().double()  # not every accelerator knows float64
-
-
-@contextmanager
-def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
