@@ -143,7 +143,7 @@ def time_loading(
         kwargs: Further options of `from_pretrained` that JSON can hold, for example `gguf_file`.
 
     Raises:
-        EvaluationError: It could not be loaded; has the end of the message.
+        EvaluationError: It could not be loaded; says why.
     """
     if repeats < 1:
         raise ConfigurationError(f"`repeats` is {repeats}; it must be at least 1.")
@@ -154,7 +154,8 @@ def time_loading(
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )  # fmt: skip
     if process.returncode:
-        raise EvaluationError(f"{model} could not be loaded: {process.stderr.strip()[-500:]}")
+        reason = [f"the process ended with status {process.returncode}", *process.stderr.strip().splitlines()][-1]
+        raise EvaluationError(f"{model} could not be loaded: {reason}")
     seconds = json.loads(process.stdout.splitlines()[-1])
     protocol = f"from_pretrained in a fresh process onto {device}, files in the system's cache, median of {repeats}"
     return median_figure("efficiency/load_time", seconds, "s", protocol, device=device, dtype=dtype)
