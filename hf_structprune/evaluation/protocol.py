@@ -94,7 +94,7 @@ def _windows(count: int, kind: str = "") -> str:
 PROTOCOLS = {
     # Of compression papers: GPTQ, SparseGPT, Wanda, SliceGPT, ...
     "paper": PerplexityProtocol(),
-    # LLM-Pruner's LLMPruner/evaluator/ppl.py at its default length (https://github.com/horseee/LLM-Pruner). It runs four
+    # LLMPruner/evaluator/ppl.py at its default length (https://github.com/horseee/LLM-Pruner). It runs four
     # windows at once; that does not change the result, so the batch size is the caller's.
     "llm-pruner": PerplexityProtocol(window=128, stride=128),
     # Every token of the text but the first is predicted, with as much context as the window allows
