@@ -27,7 +27,7 @@ class PerplexityArguments:
         text (`str`): `sample` (packaged), `wikitext2`, `ptb` or `c4` (from the Hub), a .txt, .jsonl or .json file, a
             dataset folder, or the id of a dataset on the Hub.
         text_config_name (`str`, *optional*): Configuration name of a dataset.
-        split (`str`, *optional*): Split of a dataset. Default: `test`; of c4 `validation`.
+        split (`str`, *optional*): Split of a dataset. Default: `test`; `c4` has only `validation`.
         column (`str`, *optional*): Column of a dataset, or key in a JSON file. Default: `text`.
         protocol (`str`): `paper` (non-overlapping windows of 2048), `llm-pruner` (the same of 128) or `sliding`
             (windows of 2048, 512 apart; every token but the first counts).

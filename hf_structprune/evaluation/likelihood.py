@@ -40,7 +40,7 @@ def _plain_losses(model: PreTrainedModel, ids: torch.LongTensor, counts: torch.L
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     scored = torch.arange(ids.shape[1]) >= ids.shape[1] - counts[:, None]
     rows, columns = (index.to(hidden.device) for index in scored.nonzero(as_tuple=True))
-    hidden, targets = hidden[rows, columns - 1], ids[rows, columns]
+    hidden, targets = hidden[rows, columns - 1], ids.to(hidden.device)[rows, columns]
     head = model.get_output_embeddings()
     chunk = positions_at_once(head.weight.shape[0])
     pairs = zip(hidden.split(chunk), targets.split(chunk), strict=True)

@@ -94,8 +94,8 @@ def _windows(count: int, kind: str = "") -> str:
 PROTOCOLS = {
     # Of compression papers: GPTQ, SparseGPT, Wanda, SliceGPT, ...
     "paper": PerplexityProtocol(),
-    # LLMPruner/evaluator/ppl.py at its default length (https://github.com/horseee/LLM-Pruner). It runs four
-    # windows at once; that does not change the result, so the batch size is the caller's.
+    # LLMPruner/evaluator/ppl.py of https://github.com/horseee/LLM-Pruner at its default length. It runs four windows
+    # at once; that does not change the result, so the batch size is the caller's.
     "llm-pruner": PerplexityProtocol(window=128, stride=128),
     # Every token of the text but the first is predicted, with as much context as the window allows
     # (https://huggingface.co/docs/transformers/perplexity). A BOS token, if asked for, comes once, as in lm-eval's
