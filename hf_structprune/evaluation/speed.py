@@ -18,6 +18,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from ..errors import ConfigurationError, EvaluationError
+from .memory import read_weights
 from .results import Figure
 
 
@@ -133,7 +134,8 @@ def time_loading(
     """Seconds that loading a checkpoint takes, in a fresh process, as figure `efficiency/load_time`.
 
     The process loads it once without counting: that imports the code of the model and brings the files into the
-    system's cache. What is counted is reading, building and moving to the device.
+    system's cache. What is counted is building, reading all weights (Transformers maps files into memory and leaves
+    reading to the first use) and moving to the device.
 
     Args:
         model: Folder, or id of a model that is in the cache.
@@ -143,7 +145,7 @@ def time_loading(
         kwargs: Further options of `from_pretrained` that JSON can hold, for example `gguf_file`.
 
     Raises:
-        EvaluationError: It could not be loaded; has the end of the message.
+        EvaluationError: It could not be loaded; says why.
     """
     if repeats < 1:
         raise ConfigurationError(f"`repeats` is {repeats}; it must be at least 1.")
@@ -154,9 +156,11 @@ def time_loading(
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )  # fmt: skip
     if process.returncode:
-        raise EvaluationError(f"{model} could not be loaded: {process.stderr.strip()[-500:]}")
+        reason = [f"the process ended with status {process.returncode}", *process.stderr.strip().splitlines()][-1]
+        raise EvaluationError(f"{model} could not be loaded: {reason}")
     seconds = json.loads(process.stdout.splitlines()[-1])
-    protocol = f"from_pretrained in a fresh process onto {device}, files in the system's cache, median of {repeats}"
+    how = f"from_pretrained onto {device} in a fresh process, all weights read"
+    protocol = f"{how}; files in the system's cache, median of {repeats}"
     return median_figure("efficiency/load_time", seconds, "s", protocol, device=device, dtype=dtype)
 
 
@@ -167,6 +171,7 @@ def _load(model: str, dtype: str, device: str, repeats: int, kwargs: dict[str, A
     for _ in range(repeats + 1):
         start = time.perf_counter()
         loaded = load_model(model, dtype=dtype, **kwargs).to(device)
+        read_weights(loaded)
         synchronize(devices_of(loaded))
         seconds.append(time.perf_counter() - start)
         del loaded
