@@ -17,7 +17,7 @@ from ..configuration import CalibrationConfig, PruningConfig
 from ..errors import ConfigurationError
 
 
-# Fields that only Python can give, and the one that is a dataclass itself: its fields get a prefix instead.
+# Fields of the two that only Python can give, and the one that is a dataclass itself: its fields get a prefix instead.
 NOT_OPTIONS = ("calibration", "texts", "tokens", "fingerprint")
 PREFIXES = {CalibrationConfig: "calibration_"}
 # Fields that are arguments without a name: how they are shown and how many values they take.
@@ -104,7 +104,8 @@ def _as_options(cls: type) -> type:
     hints, texts, prefix = get_type_hints(cls), _help_texts(cls), PREFIXES.get(cls, "")
     options = []
     for field in dataclasses.fields(cls):
-        if field.name in (*NOT_OPTIONS, *POSITIONALS) or _is_switch(cls, field):
+        only_python = cls in (PruningConfig, CalibrationConfig) and field.name in NOT_OPTIONS
+        if only_python or field.name in POSITIONALS or _is_switch(cls, field):
             continue
         text = texts[field.name] + ("" if field.default is None else " (default: %(default)s)")
         metadata = {**field.metadata, "help": text, "metavar": field.name.upper()}
@@ -119,7 +120,7 @@ def _option_type(annotation: Any) -> Any:
     is_union = get_origin(annotation) in (Union, types.UnionType)
     members = [m for m in get_args(annotation) if m is not types.NoneType] if is_union else [annotation]
     for member in members:
-        if get_origin(member) in (list, tuple):
+        if get_origin(member) in (list, tuple, Sequence):
             return list[get_args(member)[0]]
     return members[0]
 

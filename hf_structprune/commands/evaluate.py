@@ -30,7 +30,7 @@ class EvaluateArguments:
             from it. The baseline's go beside it, with `_dense` in the name. Default: `evaluation_results.json` in
             MODEL if that is a folder made by `prune`; else they are only printed.
         state (`str`, *optional*): `dense`, `pruned`, `recovered` or `quantised`. Default: what the files of MODEL say.
-        base_model (`str`, *optional*): What MODEL was made from. Default: what its configuration says, or the baseline.
+        base_model (`str`, *optional*): What MODEL was made from. Default: what its files say, or the baseline.
         pictures (`bool`): Draw pictures (PNG) into a folder `pictures` beside the results.
         overwrite (`bool`): Measure anew what other settings or another model have left in the output.
     """

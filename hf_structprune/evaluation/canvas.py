@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import EvaluationError
 from ..files import write_bytes
@@ -12,6 +12,7 @@ from ..files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import XAxis, YAxis
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette (https://jfly.uni-koeln.de/color/), which colour-blind readers can tell apart.
@@ -45,7 +46,7 @@ def make_panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
         axis.set_facecolor(CARD)
         axis.set_axisbelow(True)
         axis.grid(axis="y", color=FAINT, linewidth=0.6)
-        axis.tick_params(colors=INK, labelsize=8)
+        axis.tick_params(which="both", colors=INK, labelsize=8)
         for where in ("xaxis", "yaxis"):
             getattr(axis, where).label.set(color=INK, fontsize=9)
         for side, spine in axis.spines.items():
@@ -59,16 +60,25 @@ def set_title(axis: Axes, text: str) -> None:
     axis.set_title(text, loc="left", fontsize=10, fontweight="bold", color=INK)
 
 
-def legend(axis: Axes, place: str, **options: Any) -> None:
-    """A legend in the colours of the card."""
-    axis.legend(loc=place, fontsize=8, framealpha=0.9, facecolor=CARD, edgecolor=FAINT, labelcolor=INK, **options)
+def legend_below(axis: Axes) -> None:
+    """The legend of one panel below the picture, where it hides nothing."""
+    handles, labels = axis.get_legend_handles_labels()
+    axis.figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=min(len(labels), 4),
+        fontsize=8,
+        frameon=False,
+        labelcolor=INK,
+    )
 
 
-def whole_numbers(axis: Axes) -> None:
-    """Ticks of the horizontal axis at whole numbers only."""
+def whole_numbers(axis: XAxis | YAxis) -> None:
+    """Ticks at whole numbers only."""
     from matplotlib.ticker import MaxNLocator
 
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_major_locator(MaxNLocator(integer=True, nbins=8))
 
 
 def save(figure: Figure, path: str | os.PathLike) -> None:

@@ -1,14 +1,14 @@
 """Pictures for cards and READMEs (PNG): widths, importance, quality against size, speed.
 
-The `*_figure` functions build a Matplotlib `Figure`, the `draw_*` functions save it. Colours are those of Okabe and Ito
-(https://jfly.uni-koeln.de/color/), which colour-blind readers can tell apart, on a light card of its own, so that a page
-may be light or dark. The same data gives the same bytes with the same version of Matplotlib.
+The `*_figure` functions build a Matplotlib `Figure`, the `draw_*` functions save it. Each picture is a light card, so
+that the page around it may be light or dark. The same data gives the same bytes with the same Matplotlib.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,18 @@ from typing import TYPE_CHECKING
 from transformers.utils import logging
 
 from ..errors import ConfigurationError
-from .canvas import COLOURS, FAINT, GREY, INK, legend, make_panels, require_matplotlib, save, set_title, whole_numbers
+from .canvas import (
+    COLOURS,
+    FAINT,
+    GREY,
+    INK,
+    legend_below,
+    make_panels,
+    require_matplotlib,
+    save,
+    set_title,
+    whole_numbers,
+)
 from .formatting import label_of, scale_of
 from .results import EvaluationResult
 from .table import Cell, ResultTable
@@ -51,15 +62,15 @@ def widths_figure(plan: PruningPlan, num_layers: int | None = None) -> Figure:
         whole = max(group.num_units for group in groups.values())
         before = [groups[layer].num_units if layer in groups else whole for layer in layers]
         kept = [groups[layer].keep if layer in groups else whole for layer in layers]
-        axis.bar(layers, before, width=0.8, color=FAINT, label="dense")
-        axis.bar(layers, kept, width=0.8, color=colour, label="kept")
+        axis.bar(layers, before, width=0.8, color=FAINT)
+        axis.bar(layers, kept, width=0.8, color=colour)
         axis.set_ylabel(KIND_NAMES[kind])
         axis.set_xlim(-0.6, len(layers) - 0.4)
         axis.set_ylim(0, 1.05 * max(before))
-        legend(axis, "lower right", ncols=2)
-    whole_numbers(axes[-1])
+        whole_numbers(axis.yaxis)
+    whole_numbers(axes[-1].xaxis)
     axes[-1].set_xlabel("layer")
-    set_title(axes[0], f"Kept width of each layer: {plan.ratio:.1%} of all parameters gone")
+    set_title(axes[0], f"Kept width of each layer (grey: cut), {100 * plan.ratio:.1f} % of all parameters gone")
     return figure
 
 
@@ -87,8 +98,8 @@ def importance_figure(scores: Mapping[tuple[int, str], torch.Tensor]) -> Figure:
             axis.set_yscale("log")
         axis.set_ylabel(f"importance of\n{KIND_NAMES.get(kind, kind)}")
         axis.set_xlim(-0.5, max(layers) + 0.5)
-    legend(axes[0], "best")
-    whole_numbers(axes[-1])
+    legend_below(axes[0])
+    whole_numbers(axes[-1].xaxis)
     axes[-1].set_xlabel("layer")
     set_title(axes[0], "Importance of the units in each layer")
     return figure
@@ -107,14 +118,20 @@ def quality_figure(
     """
     table = ResultTable(results)
     quality = quality or _first_quality(results, size)
-    points = [
-        (label, result.figures[size], result.figures[quality], result.state)
-        for label, result in zip(table.labels, results, strict=True)
-        if _is_finite(result, size) and _is_finite(result, quality)
-    ]
+    cells = next((row.cells for row in table.rows() if row.name == quality), [None] * len(results))
+    points = []
+    for label, result, cell in zip(table.labels, results, cells, strict=True):
+        if _is_finite(result, size) and _is_finite(result, quality):
+            if cell.comparable:
+                points.append((label, result.figures[size], result.figures[quality], result.state))
+            else:
+                logger.warning(f"{label} is not in the picture: {quality} was measured under other conditions.")
     if len(points) < 2:
-        raise ConfigurationError(f"{len(points)} of the results have both {size} and {quality}; a picture needs two.")
+        raise ConfigurationError(
+            f"{len(points)} of the results have both {size} and {quality}, measured alike; a picture needs two."
+        )
     across, up = (scale_of(points[0][i], [point[i].value for point in points]) for i in (1, 2))
+    middle = (min(point[1].value for point in points) + max(point[1].value for point in points)) / 2
     figure, (axis,) = make_panels(1, height=3.6)
     for number, (label, width, height, state) in enumerate(points):
         x, y = width.value * across.factor, height.value * up.factor
@@ -125,7 +142,11 @@ def quality_figure(
         axis.scatter([x], [y], s=area, marker=marker, color=colour, zorder=3, label=label)
         if dense:
             axis.axhline(y, color=GREY, linewidth=1, linestyle="--", zorder=0)
-        axis.annotate(label, (x, y), (0, 9), textcoords="offset points", fontsize=8, color=INK, ha="center")
+        side = 1 if width.value <= middle else -1
+        axis.annotate(
+            label, (x, y), (9 * side, 5), textcoords="offset points", fontsize=8, color=INK,
+            ha="left" if side > 0 else "right",
+        )  # fmt: skip
     values = [point[2].value for point in points]
     if "perplexity" in quality and max(values) > 10 * min(values):
         axis.set_yscale("log")
@@ -160,10 +181,10 @@ def speed_figure(results: Sequence[EvaluationResult]) -> Figure:
         texts = ["" if math.isnan(height) else f"{height:.2f}x" for height in heights]
         axis.bar_label(bars, texts, padding=2, fontsize=8, color=INK)
     axis.axhline(1.0, color=INK, linewidth=1.2, linestyle="--", label=table.labels[0])
-    axis.set_xticks(range(len(found)), [label_of(row.figure).replace(" ", "\n", 1) for row in found], fontsize=8)
+    axis.set_xticks(range(len(found)), [textwrap.fill(label_of(row.figure), 14) for row in found], fontsize=8)
     axis.set_ylabel(f"times {table.labels[0]}")
     axis.margins(y=0.15)
-    legend(axis, "upper right")
+    legend_below(axis)
     set_title(axis, f"Speed and memory relative to {table.labels[0]} (↑ more is better, ↓ less)")
     return figure
 
