@@ -90,7 +90,7 @@ def speed(options: argparse.Namespace) -> None:
     names = ("l2", "wanda", "wifv", "obs", "taylor mix")
     plain = {name: {**CRITERIA[name], "compensation": False} for name in names}
     for name in GRADIENTS.keys() & plain.keys():
-        plain[name]["gradient_checkpointing"] = True
+        plain[name] |= {"gradient_checkpointing": True, "calibration": {"batch_size": 4}}
     own = {"wanda, re-fit without error correction": {**CRITERIA["wanda"], "error_correction": 0.0}}
     default = {"default settings": {}}
     table = Table(title="Pruning 20 %, 128 x 256 tokens")
