@@ -23,3 +23,7 @@ class CalibrationError(StructPruneError, ValueError):
 
 class CheckpointError(StructPruneError):
     """A checkpoint cannot be written or read without losing weights."""
+
+
+class HubError(StructPruneError):
+    """Something cannot be read from the Hub or written to it."""

@@ -1,0 +1,7 @@
+"""Publishing: the model card, its machine-readable results, and the push to the Hub."""
+
+from .card import make_card, write_card
+from .push import push_folder
+
+
+__all__ = ["make_card", "push_folder", "write_card"]
