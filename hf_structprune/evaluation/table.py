@@ -1,0 +1,257 @@
+"""`ResultTable`: joins several results and compares each with the first one."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigurationError
+from .conditions import conditions_of, difference_in_words
+from .formatting import Scale, label_of, scale_of
+from .results import EvaluationResult, Figure
+
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MARK = "†"
+_FAMILIES = ("tasks", "efficiency")  # in this order, behind perplexities
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure of one model.
+
+    Attributes:
+        value: The number.
+        stderr: Its standard error, where it has one.
+        difference: The number minus that of the baseline; `None` for the baseline itself, where the baseline was not
+            measured, and where both were measured under different conditions.
+        ratio: The number divided by that of the baseline; `None` in the same cases, and where the baseline is 0.
+        significant: Whether the difference exceeds two standard errors, `|d| > 2 sqrt(s^2 + s_baseline^2)`; `None`
+            where there is no difference or one of the numbers has no standard error.
+        comparable: Whether it was measured under the conditions of the first result that has this figure.
+    """
+
+    value: float
+    stderr: float | None = None
+    difference: float | None = None
+    ratio: float | None = None
+    significant: bool | None = None
+    comparable: bool = True
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure of all models.
+
+    Attributes:
+        name: Name of the figure.
+        figure: The figure as the first result has it that measured it: unit, direction, protocol.
+        cells: One for each result; `None` where it was not measured.
+    """
+
+    name: str
+    figure: Figure
+    cells: tuple[Cell | None, ...]
+
+    @property
+    def scale(self) -> Scale:
+        """How the numbers of the row are shown."""
+        return scale_of(self.figure, [cell.value for cell in self.cells if cell is not None])
+
+
+class ResultTable:
+    """Several results side by side; the first is the baseline that the others are compared with.
+
+    Args:
+        results: The results: dense, pruned, recovered, quantised, those of other tools.
+
+    Attributes:
+        results: The same.
+        labels: A heading for each: its state, with the name of the model where states repeat.
+        notes: What was measured under different conditions, and is therefore not compared.
+
+    Raises:
+        ConfigurationError: There is no result.
+    """
+
+    def __init__(self, results: Sequence[EvaluationResult]) -> None:
+        if not results:
+            raise ConfigurationError("There are no results to put into a table; give at least one.")
+        self.results = tuple(results)
+        self.labels = _labels(self.results)
+        self._rows, self.notes = self._join()
+
+    def rows(self) -> list[Row]:
+        """One row for each figure that any of the results has: perplexities, tasks, efficiency."""
+        return list(self._rows)
+
+    def _join(self) -> tuple[list[Row], list[str]]:
+        names = list(dict.fromkeys(name for result in self.results for name in result.figures))
+        rows, deviations = [], {}
+        for name in sorted(names, key=_family):  # a stable sort: within a family as measured
+            reference = next(result for result in self.results if name in result.figures)
+            cells = []
+            for label, result in zip(self.labels, self.results, strict=True):
+                words = _deviation(name, result, reference)
+                cells.append(_compare(name, result, self.results[0], words is None))
+                if words is not None:
+                    key = (label, self.labels[self.results.index(reference)], words)
+                    deviations.setdefault(key, []).append(name)
+            rows.append(Row(name, reference.figures[name], tuple(cells)))
+        notes = [
+            f"{MARK} {label}: {', '.join(found)} measured under other conditions than {other}, not compared: {words}."
+            for (label, other, words), found in deviations.items()
+        ]
+        return rows, notes
+
+    def to_rich(self) -> Table:
+        """For the terminal."""
+        from rich.table import Table
+
+        names = [f"{label}: {result.model}" for label, result in zip(self.labels, self.results, strict=True)]
+        table = Table(title="\n".join(names), caption="\n".join(self._legend()) or None, caption_justify="left")
+        head, *columns = self._columns()
+        table.add_column(head)
+        for column in columns:
+            table.add_column(column, justify="right")
+        before = None
+        for row in self._rows:
+            if before is not None and _family(row.name) != before:
+                table.add_section()
+            before = _family(row.name)
+            table.add_row(*self._texts(row))
+        return table
+
+    def to_markdown(self) -> str:
+        """As GitHub and the Hub show it, with the notes below."""
+        columns = self._columns()
+        lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *map(self._texts, self._rows)]
+        text = "\n".join("| " + " | ".join(_escape(cell) for cell in line) + " |" for line in lines) + "\n"
+        return "\n".join([text, *(f"{_escape(note)}\n" for note in self._legend())])
+
+    def to_csv(self) -> str:
+        """One line for each figure, unrounded; empty cells for what was not measured or not compared."""
+        header = ["figure", "unit"]
+        for number, label in enumerate(self.labels):
+            parts = ("stderr", "difference", "ratio", "significant", "comparable") if number else ("stderr",)
+            header += [label, *(f"{label} {part}" for part in parts)]
+        file = io.StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        for row in self._rows:
+            line = [row.name, row.figure.unit]
+            for number, cell in enumerate(row.cells):
+                values = [None] * (6 if number else 2) if cell is None else _values(cell)[: 6 if number else 2]
+                line += values
+            writer.writerow(line)
+        return file.getvalue()
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, unrounded; infinite values are `None`."""
+        results = [
+            {"label": label, "model": result.model, "state": result.state, "base_model": result.base_model}
+            for label, result in zip(self.labels, self.results, strict=True)
+        ]
+        names = ("value", "stderr", "difference", "ratio", "significant", "comparable")
+        rows = []
+        for row in self._rows:
+            cells = [
+                None if cell is None else dict(zip(names, map(_finite, _values(cell)), strict=True))
+                for cell in row.cells
+            ]
+            figure = {"figure": row.name, "unit": row.figure.unit, "higher_is_better": row.figure.higher_is_better}
+            rows.append({**figure, "cells": dict(zip(self.labels, cells, strict=True))})
+        return {"baseline": self.labels[0], "results": results, "rows": rows, "notes": list(self.notes)}
+
+    def _columns(self) -> list[str]:
+        columns = ["", self.labels[0]]
+        for label in self.labels[1:]:
+            columns += [label, f"{label} vs {self.labels[0]}"]
+        return columns
+
+    def _texts(self, row: Row) -> list[str]:
+        texts = [label_of(row.figure)]
+        for number, cell in enumerate(row.cells):
+            mark = "" if cell is None or cell.comparable else f" {MARK}"
+            texts.append("" if cell is None else row.scale.value(cell.value, cell.stderr) + mark)
+            if number:
+                texts.append("" if cell is None or cell.difference is None else _change(cell, row.scale))
+        return texts
+
+    def _legend(self) -> list[str]:
+        found = {cell.significant for row in self._rows for cell in row.cells if cell is not None}
+        lines = (
+            [] if found <= {None} else ["± standard error; * differs by more than two standard errors, ≈ does not."]
+        )
+        return lines + self.notes
+
+
+def _labels(results: Sequence[EvaluationResult]) -> list[str]:
+    """The states; with the last part of the model's name where several share a state, numbered where that repeats."""
+    states = Counter(result.state for result in results)
+    labels = []
+    for result in results:
+        short = Path(result.model).name or result.model
+        labels.append(result.state if states[result.state] == 1 else f"{result.state} {short}")
+    repeated = Counter(labels)
+    seen: Counter[str] = Counter()
+    for number, label in enumerate(labels):
+        if repeated[label] > 1:
+            seen[label] += 1
+            labels[number] = f"{label} ({seen[label]})"
+    return labels
+
+
+def _family(name: str) -> int:
+    family = name.partition("/")[0]
+    return _FAMILIES.index(family) + 1 if family in _FAMILIES else 0
+
+
+def _deviation(name: str, result: EvaluationResult, reference: EvaluationResult) -> str | None:
+    """What differs between the conditions of a figure in two results, in words; `None` if nothing does."""
+    if name not in result.figures or result is reference:
+        return None
+    return difference_in_words(conditions_of(name, result), conditions_of(name, reference))
+
+
+def _compare(name: str, result: EvaluationResult, baseline: EvaluationResult, comparable: bool) -> Cell | None:
+    figure, base = result.figures.get(name), baseline.figures.get(name)
+    if figure is None:
+        return None
+    cell = Cell(figure.value, figure.stderr, comparable=comparable)
+    if result is baseline or base is None or not comparable:
+        return cell
+    difference = figure.value - base.value
+    if math.isnan(difference):  # both are infinite
+        return cell
+    ratio = figure.value / base.value if base.value else None
+    significant = None
+    if figure.stderr is not None and base.stderr is not None:
+        significant = abs(difference) > 2 * math.hypot(figure.stderr, base.stderr)
+    return Cell(figure.value, figure.stderr, difference, ratio, significant, comparable)
+
+
+def _change(cell: Cell, scale: Scale) -> str:
+    """`"-4.10 pp (0.93x) *"`."""
+    ratio = "" if cell.ratio is None or not math.isfinite(cell.ratio) else f" ({cell.ratio:,.2f}x)"
+    return scale.difference(cell.difference) + ratio + {True: " *", False: " ≈", None: ""}[cell.significant]
+
+
+def _values(cell: Cell) -> list[Any]:
+    return [cell.value, cell.stderr, cell.difference, cell.ratio, cell.significant, cell.comparable]
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|").replace("*", "\\*")

@@ -1,0 +1,202 @@
+"""Joining results: differences, ratios, standard errors, missing figures, other conditions."""
+
+import csv
+import io
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+from hf_structprune.errors import ConfigurationError
+from hf_structprune.evaluation.results import EvaluationResult, Figure
+from hf_structprune.evaluation.table import ResultTable
+
+
+def make(state="dense", model="m/dense", *figures, hardware=None):
+    result = EvaluationResult(model, state, environment={} if hardware is None else {"hardware": hardware})
+    result.add(*figures)
+    return result
+
+
+def acc(value, stderr=0.03, task="boolq", **details):
+    return Figure(f"tasks/{task}/acc", value, "", stderr, True, "0-shot", {"version": 2, "limit": None} | details)
+
+
+def cell(table, name, number):
+    return next(row for row in table.rows() if row.name == name).cells[number]
+
+
+def test_difference_ratio_and_two_standard_errors():
+    # 2 sqrt(0.03^2 + 0.04^2) is 0.1.
+    table = ResultTable([make("dense", "d", acc(0.75, 0.03)), make("pruned", "p", acc(0.625, 0.04))])
+    found = cell(table, "tasks/boolq/acc", 1)
+    assert (found.value, found.stderr, found.difference, found.ratio) == (0.625, 0.04, -0.125, 0.625 / 0.75)
+    assert found.significant is True
+    near = ResultTable([make("dense", "d", acc(0.75, 0.03)), make("pruned", "p", acc(0.6875, 0.04))])
+    assert cell(near, "tasks/boolq/acc", 1).significant is False
+    base = cell(table, "tasks/boolq/acc", 0)
+    assert (base.difference, base.ratio, base.significant, base.comparable) == (None, None, None, True)
+
+
+@pytest.mark.parametrize("errors", [(None, 0.01), (0.01, None), (None, None)])
+def test_without_a_standard_error_nothing_is_said_about_significance(errors):
+    table = ResultTable([make("dense", "d", acc(0.9, errors[0])), make("pruned", "p", acc(0.1, errors[1]))])
+    found = cell(table, "tasks/boolq/acc", 1)
+    assert (found.difference, found.significant) == (0.1 - 0.9, None)
+
+
+def test_figures_of_any_result_in_the_order_of_families():
+    dense = make("dense", "d", Figure("efficiency/macs", 4.0, "MAC"), acc(0.5), Figure("perplexity/a", 9.0))
+    pruned = make("pruned", "p", Figure("perplexity/b", 8.0), acc(0.5, task="piqa"))
+    table = ResultTable([dense, pruned])
+    names = ["perplexity/a", "perplexity/b", "tasks/boolq/acc", "tasks/piqa/acc", "efficiency/macs"]
+    assert [row.name for row in table.rows()] == names
+    assert [[c is not None for c in row.cells] for row in table.rows()] == [
+        [True, False], [False, True], [True, False], [False, True], [True, False],
+    ]  # fmt: skip
+    assert cell(table, "perplexity/b", 1).difference is None
+    assert "| perplexity, b |  | 8.00 |  |\n" in table.to_markdown()
+
+
+@pytest.mark.parametrize(
+    ("base", "value", "difference", "ratio"),
+    [(math.inf, math.inf, None, None), (2.0, math.inf, math.inf, math.inf), (0.0, 3.0, 3.0, None)],
+)
+def test_infinity_and_zero(base, value, difference, ratio):
+    figures = [Figure("perplexity/a", number, higher_is_better=False) for number in (base, value)]
+    table = ResultTable([make("dense", "d", figures[0]), make("pruned", "p", figures[1])])
+    found = cell(table, "perplexity/a", 1)
+    assert (found.difference, found.ratio) == (difference, ratio)
+    json.dumps(table.to_dict(), allow_nan=False)
+    table.to_markdown(), table.to_csv(), table.to_rich()
+
+
+@pytest.mark.parametrize(
+    ("base", "other", "words"),
+    [
+        (acc(0.5, limit=200), acc(0.4, limit=None), "limit is None instead of 200"),
+        (acc(0.5), acc(0.4, version=3), "version is 3 instead of 2"),
+        (acc(0.5), acc(0.4, num_fewshot=5), "num_fewshot is 5 instead of unknown"),
+        (
+            Figure("tasks/boolq/acc", 0.5, protocol="4 windows"),
+            Figure("tasks/boolq/acc", 0.5, protocol="6 windows"),
+            "protocol is '6 windows' instead of '4 windows'",
+        ),
+    ],
+)
+def test_other_conditions_are_marked_and_not_compared(base, other, words):
+    table = ResultTable([make("dense", "d", base), make("pruned", "p", other)])
+    found = cell(table, "tasks/boolq/acc", 1)
+    assert (found.comparable, found.difference, found.ratio, found.significant) == (False, None, None, None)
+    assert len(table.notes) == 1 and table.notes[0].startswith("† pruned: tasks/boolq/acc ")
+    assert words in table.notes[0] and table.notes[0] in table.to_markdown()
+    assert " †" in table.to_markdown().splitlines()[2]
+    assert table.to_dict()["notes"] == table.notes
+
+
+def test_one_note_for_all_figures_with_the_same_reason():
+    tasks = ("boolq", "piqa", "winogrande")
+    dense = make("dense", "d", *[acc(0.5, task=task) for task in tasks])
+    pruned = make("pruned", "p", *[acc(0.5, task=task, limit=10) for task in tasks])
+    assert [note.count("/acc") for note in ResultTable([dense, pruned]).notes] == [3]
+
+
+def test_counts_and_spreads_are_no_conditions():
+    table = ResultTable([make("dense", "d", acc(0.5, seconds=3)), make("pruned", "p", acc(0.4, seconds=4))])
+    assert table.notes == [] and cell(table, "tasks/boolq/acc", 1).comparable
+
+
+@pytest.mark.parametrize("unit", ["s", "tokens/s"])
+def test_times_of_other_machines_are_not_compared(unit):
+    figures = (Figure("efficiency/x", 2.0, unit), Figure("efficiency/weight_bytes", 4.0, "B"))
+    here, there = {"device": "CPU A", "threads": 2}, {"device": "CPU A", "threads": 8}
+    table = ResultTable([make("dense", "d", *figures, hardware=here), make("pruned", "p", *figures, hardware=there)])
+    assert [cell(table, f"efficiency/{name}", 1).comparable for name in ("x", "weight_bytes")] == [False, True]
+    assert "threads is 8 instead of 2" in table.notes[0]
+    same = ResultTable([make("dense", "d", *figures, hardware=here), make("pruned", "p", *figures, hardware=here)])
+    assert same.notes == []
+
+
+def test_figure_that_the_baseline_lacks_is_still_checked_between_the_others():
+    first, second = make("pruned", "p", acc(0.5, limit=1)), make("recovered", "r", acc(0.6, limit=2))
+    table = ResultTable([make("dense", "d"), first, second])
+    assert [c and c.comparable for c in table.rows()[0].cells] == [None, True, False]
+    assert "than pruned" in table.notes[0]
+
+
+def test_labels():
+    def labels(*pairs):
+        return ResultTable([make(state, model) for state, model in pairs]).labels
+
+    assert labels(("dense", "a"), ("pruned", "b")) == ["dense", "pruned"]
+    assert labels(("dense", "a"), ("pruned", "x/b/"), ("pruned", "me/c")) == ["dense", "pruned b", "pruned c"]
+    assert labels(("pruned", "a"), ("pruned", "a")) == ["pruned a (1)", "pruned a (2)"]
+
+
+@pytest.fixture
+def table():
+    dense = make(
+        "dense", "m/dense",
+        Figure("perplexity/wikitext2", 18.44, "", None, False, "paper"),
+        acc(0.6, 0.01), acc(0.5, 0.02, task="a|b"),
+        Figure("efficiency/weight_bytes", 270e6, "B", None, False),
+    )  # fmt: skip
+    pruned = make(
+        "pruned", "m/pruned",
+        Figure("perplexity/wikitext2", 36.88, "", None, False, "paper"),
+        acc(0.5, 0.01), acc(0.49, 0.02, task="a|b"),
+    )  # fmt: skip
+    return ResultTable([dense, pruned])
+
+
+def test_markdown(table):
+    assert table.to_markdown() == (
+        "|  | dense | pruned | pruned vs dense |\n"
+        "| --- | ---: | ---: | ---: |\n"
+        "| perplexity, wikitext2 ↓ | 18.44 | 36.88 | +18.44 (2.00x) |\n"
+        "| boolq, acc ↑ | 60.00 % ± 1.00 | 50.00 % ± 1.00 | -10.00 pp (0.83x) \\* |\n"
+        "| a\\|b, acc ↑ | 50.00 % ± 2.00 | 49.00 % ± 2.00 | -1.00 pp (0.98x) ≈ |\n"
+        "| weights ↓ | 270.0 MB |  |  |\n"
+        "\n"
+        "± standard error; \\* differs by more than two standard errors, ≈ does not.\n"
+    )
+
+
+def test_csv_is_unrounded(table):
+    rows = list(csv.DictReader(io.StringIO(table.to_csv())))
+    assert [row["figure"] for row in rows] == [row.name for row in table.rows()]
+    assert float(rows[1]["pruned ratio"]) == 0.5 / 0.6 and rows[1]["pruned significant"] == "True"
+    assert (rows[3]["dense"], rows[3]["unit"], rows[3]["pruned"], rows[3]["pruned ratio"]) == (
+        "270000000.0",
+        "B",
+        "",
+        "",
+    )
+    assert "dense ratio" not in rows[0]
+
+
+def test_dict_is_unrounded_json(table):
+    content = json.loads(json.dumps(table.to_dict(), allow_nan=False))
+    assert content["baseline"] == "dense"
+    assert [result["model"] for result in content["results"]] == ["m/dense", "m/pruned"]
+    row = content["rows"][1]
+    assert (row["figure"], row["higher_is_better"]) == ("tasks/boolq/acc", True)
+    assert row["cells"]["pruned"] == {
+        "value": 0.5, "stderr": 0.01, "difference": 0.5 - 0.6, "ratio": 0.5 / 0.6, "significant": True,
+        "comparable": True,
+    }  # fmt: skip
+    assert content["rows"][3]["cells"]["pruned"] is None
+
+
+def test_rich(table):
+    console = Console(file=io.StringIO(), width=120, color_system=None)
+    console.print(table.to_rich())
+    text = console.file.getvalue()
+    assert "pruned: m/pruned" in text and "-10.00 pp (0.83x) *" in text
+    assert text.count("270.0 MB") == 1
+
+
+def test_no_results():
+    with pytest.raises(ConfigurationError, match="no results"):
+        ResultTable([])
