@@ -39,8 +39,8 @@ def parse(argv: Sequence[str], command: str, description: str, *classes: type) -
         argv (sequence of `str`): The arguments after the command's name.
         command (`str`): The command's name.
         description (`str`): Shown above the options by `--help`.
-        classes (`type`): Dataclasses, documented with an `Args:` section. One may have a field `model`: it becomes
-            the positional argument.
+        classes (`type`): Dataclasses, documented with an `Args:` section. A field `model`, and fields with
+            `metadata={"positional": "NAME"}`, become positional arguments.
 
     Returns:
         `list`: One instance of each class.
@@ -59,10 +59,11 @@ def parse(argv: Sequence[str], command: str, description: str, *classes: type) -
 
 
 def _make_parser(command: str, description: str, sources: list[type]) -> _Parser:
+    positionals = [_positional(field) for cls in sources for field in dataclasses.fields(cls)]
     parser = _Parser(
         [_as_options(cls) for cls in sources],
         prog=f"hf-structprune {command}",
-        usage=f"hf-structprune {command} MODEL [options]",
+        usage=f"hf-structprune {command} {' '.join(filter(None, positionals))} [options]",
         description=description,
         formatter_class=argparse.HelpFormatter,
         allow_abbrev=False,
@@ -73,9 +74,10 @@ def _make_parser(command: str, description: str, sources: list[type]) -> _Parser
     for cls in sources:
         texts = _help_texts(cls)
         for field in dataclasses.fields(cls):
-            if field.name == POSITIONAL:
+            if _positional(field):
                 default = None if field.default is dataclasses.MISSING else field.default
-                parser.add_argument(POSITIONAL, metavar="MODEL", nargs="?", default=default, help=texts[POSITIONAL])
+                metavar, text = _positional(field), texts[field.name]
+                parser.add_argument(field.name, metavar=metavar, nargs="?", default=default, help=text)
             elif _is_switch(cls, field):
                 # HfArgumentParser lets `--json` take a value, which would swallow the MODEL behind it.
                 name = PREFIXES.get(cls, "") + field.name
@@ -99,7 +101,7 @@ def _as_options(cls: type) -> type:
     hints, texts, prefix = get_type_hints(cls), _help_texts(cls), PREFIXES.get(cls, "")
     options = []
     for field in dataclasses.fields(cls):
-        if field.name in (*NOT_OPTIONS, POSITIONAL) or _is_switch(cls, field):
+        if field.name in NOT_OPTIONS or _positional(field) or _is_switch(cls, field):
             continue
         text = texts[field.name] + ("" if field.default is None else " (default: %(default)s)")
         metadata = {"help": text, "metavar": field.name.upper()}
@@ -117,6 +119,11 @@ def _option_type(annotation: Any) -> Any:
         if get_origin(member) in (list, tuple):
             return list[get_args(member)[0]]
     return members[0]
+
+
+def _positional(field: dataclasses.Field) -> str | None:
+    """What a positional argument is called in the usage line; `None` for an option."""
+    return "MODEL" if field.name == POSITIONAL else field.metadata.get("positional")
 
 
 def _is_switch(cls: type, field: dataclasses.Field) -> bool:
@@ -187,5 +194,5 @@ def _build(cls: type, values: dict[str, Any], parser: _Parser) -> Any:
         elif name in values:
             chosen[field.name] = values[name]
             if values[name] is None and field.default is dataclasses.MISSING:
-                parser.error(f"{field.name.upper()} is missing")
+                parser.error(f"{_positional(field) or field.name.upper()} is missing")
     return cls(**chosen)

@@ -16,6 +16,8 @@ COMMANDS = {
     "plan": "what would go at a ratio and what it saves; changes nothing",
     "prune": "prune a model and save the checkpoint",
     "perplexity": "perplexity of a model on a text",
+    "card": "write the model card of a pruned checkpoint",
+    "push": "push a pruned checkpoint to the Hub",
     "demo": "prune a small model end to end and show what happened",
 }
 HELP = """usage: hf-structprune COMMAND [MODEL] [options]

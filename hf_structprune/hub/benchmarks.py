@@ -60,7 +60,10 @@ TEXTS = {
 
 
 def limit_of(figure: Figure, result: EvaluationResult) -> Any:
-    """How many rows a task was cut to; `None` for a full run."""
+    """How many documents a task was cut to; `None` for a full run."""
+    samples, total = figure.details.get("samples"), figure.details.get("samples_of_task")
+    if total is not None:
+        return samples if samples != total else None
     return figure.details.get("limit", result.settings.get("limit"))
 
 
@@ -98,9 +101,11 @@ def eval_results(result: EvaluationResult) -> dict[str, str]:
     """The content of `.eval_results/` by file name: one file for each full run of a known benchmark.
 
     A file each, so that one which the Hub does not list as a benchmark leaves the others valid. Limited runs are left
-    out: a leaderboard would compare them with full ones.
+    out, and tasks from YAML files of the user's (`include_path`): a leaderboard would compare them with full ones.
     """
-    files = {}
+    files: dict[str, str] = {}
+    if result.settings.get("include_path"):
+        return files
     for task, known in TASKS.items():
         figure = result.figures.get(f"tasks/{task}/{known.metric}")
         if figure is None or limit_of(figure, result) is not None or not math.isfinite(figure.value):

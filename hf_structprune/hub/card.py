@@ -13,6 +13,7 @@ from transformers.utils import logging
 from ..configuration import CONFIG_NAME, PruningConfig
 from ..errors import HubError
 from ..evaluation.results import RESULTS_NAME, EvaluationResult
+from ..evaluation.table import ResultTable
 from ..files import write_text
 from ..plan import PLAN_NAME, PruningPlan
 from .benchmarks import EVAL_RESULTS, WRITTEN_BY_US, eval_results
@@ -30,7 +31,7 @@ from .snippets import (
     quantising,
     recovering,
 )
-from .table import check_results, protocols, rows
+from .table import check_results, protocols, sides
 
 
 logger = logging.get_logger(__name__)
@@ -174,7 +175,7 @@ def _values(
     """What the template says, apart from the metadata."""
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     per_layer = "per_layer_config" in content
-    state = result.state if result is not None else "pruned"
+    columns = sides(plan, dense, result)
     base = origin.name if origin is not None else "the base model"
     link = f"[{base}](https://huggingface.co/{base})" if origin is not None and origin.on_hub else base
     texts = read_sections(previous)
@@ -185,7 +186,7 @@ def _values(
         "title": name.rsplit("/", 1)[-1],
         "name": name,
         "summary": (
-            f"{link}, made smaller by structured pruning: {plan.ratio:.1%} of all parameters are gone "
+            f"A smaller version of {link}: structured pruning took {plan.ratio:.1%} of all its parameters "
             f"({plan.parameters_before:,} before, {plan.parameters_after:,} now). What is left is dense: no masks, no "
             "zeros."
         ),
@@ -194,11 +195,9 @@ def _values(
             section(other, texts) for other in dict.fromkeys([*SECTIONS[1:], *texts]) if other != SECTIONS[0]
         ],
         "attribution": attribution(data.to_dict(), name),
-        "columns": ("dense", state),
-        "rows": rows(plan, dense, result),
-        "measured": result is not None or dense is not None,
-        "measured_dense": dense is not None,
-        "protocols": protocols(dense, result),
+        "table": ResultTable(columns).to_markdown().rstrip(),
+        "files": [file for file, side in ((RESULTS_NAME, result), (DENSE_RESULTS_NAME, dense)) if side is not None],
+        "protocols": protocols(*columns),
         "environment": _environment(dense, result),
         "pictures": [
             {"alt": p.stem.replace("_", " "), "path": p.relative_to(folder).as_posix()} for p in _pictures(folder)
@@ -240,17 +239,18 @@ def _environment(*results: EvaluationResult | None) -> list[str]:
     """Where each side was measured: one line if both were measured alike."""
     lines: dict[str, list[str]] = {}
     for result in filter(None, results):
-        line = ", ".join(f"{key} {value}" for key, value in _flat(result.environment))
+        line = _in_words(result.environment)
         if line:
             lines.setdefault(line, []).append(result.state)
-    return [f"Measured on the {' and the '.join(states)} model with: {line}" for line, states in lines.items()]
+    return [f"Measured on the {' and the '.join(states)} model with {line}." for line, states in lines.items()]
 
 
-def _flat(values: dict[str, Any]) -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        pairs += _flat(value) if isinstance(value, dict) else [(str(key), value)]
-    return [(key, value) for key, value in pairs if value not in (None, "", [])]
+def _in_words(environment: dict[str, Any]) -> str:
+    """`"AMD EPYC, 2 threads, torch 2.13.0, ..., 2026-01-31"`."""
+    hardware = environment.get("hardware", {})
+    words = [hardware.get("device"), f"{hardware['threads']} threads" if hardware.get("threads") else None]
+    words += [f"{name} {number}" for name, number in environment.get("versions", {}).items()]
+    return ", ".join(filter(None, [*words, (environment.get("date") or "").partition("T")[0]]))
 
 
 def _licence(metadata: dict[str, Any], link: str) -> str:

@@ -9,11 +9,16 @@ the required parts of `model-index`. Fields of other names are allowed, as on th
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
 
+from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+
+from ..errors import HubError
+from .network import is_network_error
 
 
 RELATIONS = ("finetune", "quantized", "merge", "adapter")
@@ -81,3 +86,30 @@ def _model_index(index: Any) -> list[str]:
             if not metrics or any("type" not in metric or metric.get("value") is None for metric in metrics):
                 found.append(f"{where} needs metrics with `type` and `value`")
     return found
+
+
+def validate_card(path: str | os.PathLike) -> bool:
+    """Checks the metadata of a card: here, and by the Hub (`ModelCard.validate`) if one answers.
+
+    Args:
+        path: The README.md.
+
+    Returns:
+        Whether the Hub was asked; `False` when offline (`HF_HUB_OFFLINE`) and where it cannot be reached.
+
+    Raises:
+        HubError: Says what is wrong.
+    """
+    card = ModelCard.load(path)
+    problems = violations(card.data.to_dict())
+    if problems:
+        raise HubError(f"The metadata of {path} is not valid: {'; '.join(problems)}.")
+    try:
+        card.validate()
+    except ValueError as error:
+        raise HubError(f"The Hub refuses the metadata of {path}: {error}") from error
+    except Exception as error:
+        if not is_network_error(error):
+            raise
+        return False
+    return True

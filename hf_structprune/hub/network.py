@@ -63,6 +63,21 @@ def clear_errors(repo_id: str, token: str | None = None) -> Iterator[None]:
         raise HubError(message) from error
 
 
+@contextmanager
+def gated_errors(repo_id: str) -> Iterator[None]:
+    """Turns what Transformers raises for a gated model into a `HubError` that says how to get access.
+
+    Raises:
+        HubError: The model is gated, and there is no token or its account has not accepted the conditions.
+    """
+    try:
+        yield
+    except OSError as error:
+        if any(isinstance(cause, GatedRepoError) for cause in causes(error)):
+            raise HubError(f"{explain(error, repo_id)}") from error
+        raise
+
+
 def explain(error: BaseException, repo_id: str) -> str | None:
     """One sentence for an error of the client and its causes; `None` for one that is not about the Hub."""
     chain = list(causes(error))

@@ -1,40 +1,23 @@
-"""The before/after table of a model card: sizes from the plan, everything else from what was measured."""
+"""The two sides of a model card's table: sizes from the plan, everything else from what was measured."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import dataclasses
 
 from ..errors import ConfigurationError
+from ..evaluation.formatting import label_of
 from ..evaluation.results import EvaluationResult, Figure
 from ..plan import PruningPlan
-from .benchmarks import TASKS, TEXTS, limit_of, shots_of
 
 
-NOT_MEASURED = "–"
-# Figures that the plan knows as well: name, value before, value after.
-_PLANNED = {
-    "efficiency/parameters": ("parameters_before", "parameters_after"),
-    "efficiency/weight_bytes": ("bytes_before", "bytes_after"),
-    "efficiency/macs": ("macs_before", "macs_after"),
-}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table, as text."""
-
-    name: str
-    dense: str
-    pruned: str
-    ratio: str
+_PROTOCOL = "counted from the shapes of the weights"
 
 
 def check_results(plan: PruningPlan, dense: EvaluationResult | None, result: EvaluationResult | None) -> None:
     """Refuses results of other models: their parameters must be those of the plan.
 
     Raises:
-        ConfigurationError: They differ, or the dense side is not that of a dense model.
+        ConfigurationError: They differ, or a side is of a model in the wrong state.
     """
     if dense is not None and dense.state != "dense":
         raise ConfigurationError(f"evaluation_results_dense.json is of a {dense.state} model ({dense.model}).")
@@ -49,25 +32,25 @@ def check_results(plan: PruningPlan, dense: EvaluationResult | None, result: Eva
             )
 
 
-def rows(plan: PruningPlan, dense: EvaluationResult | None, result: EvaluationResult | None) -> list[Row]:
-    """The table: what was measured on neither side has no row.
+def sides(
+    plan: PruningPlan, dense: EvaluationResult | None, result: EvaluationResult | None
+) -> tuple[EvaluationResult, EvaluationResult]:
+    """Both columns of the table.
+
+    Parameters, bytes and MACs are those of the plan where they were not measured on both sides; nothing else is added.
 
     Args:
-        plan: Gives parameters, bytes and MACs.
+        plan: What was pruned.
         dense: What was measured on the dense model.
         result: What was measured on this one.
     """
-    table = [
-        _row("parameters", plan.parameters_before, plan.parameters_after, "{:,.0f}"),
-        _row("weights, MB", plan.bytes_before / 1e6, plan.bytes_after / 1e6, "{:,.1f}"),
-        _row("GMACs, 1 x 64 tokens", plan.macs_before / 1e9, plan.macs_after / 1e9, "{:,.3f}"),
-    ]
-    before, after = dense.figures if dense else {}, result.figures if result else {}
-    for name in dict.fromkeys([*before, *after]):
-        figures = (before.get(name), after.get(name))
-        if not _is_planned(name, figures, plan):
-            table.append(_figure_row(figures, (dense, result)))
-    return table
+    columns = []
+    for side, state, after in ((dense, "dense", False), (result, "pruned", True)):
+        side = side or EvaluationResult("", state)
+        own = {f.name: f for f in _of_plan(plan, after) if not _measured(f.name, dense, result)}
+        rest = {name: figure for name, figure in side.figures.items() if name not in own}
+        columns.append(dataclasses.replace(side, figures={**own, **rest}))
+    return columns[0], columns[1]
 
 
 def protocols(*results: EvaluationResult | None) -> dict[str, list[str]]:
@@ -75,64 +58,24 @@ def protocols(*results: EvaluationResult | None) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for result in filter(None, results):
         for figure in result.figures.values():
-            if figure.protocol and _label(figure) not in found.setdefault(figure.protocol, []):
-                found[figure.protocol].append(_label(figure))
+            label = label_of(figure).rstrip(" ↑↓")
+            if figure.protocol and label not in found.setdefault(figure.protocol, []):
+                found[figure.protocol].append(label)
     return found
 
 
-def _is_planned(name: str, figures: tuple[Figure | None, Figure | None], plan: PruningPlan) -> bool:
-    values = [getattr(plan, attribute) for attribute in _PLANNED.get(name, ())]
-    return bool(values) and all(f is None or round(f.value) == value for f, value in zip(figures, values, strict=True))
+def _measured(name: str, *results: EvaluationResult | None) -> bool:
+    return all(result is not None and name in result.figures for result in results)
 
 
-def _figure_row(figures: tuple[Figure | None, Figure | None], results: tuple) -> Row:
-    known, of = next((f, r) for f, r in zip(figures, results, strict=True) if f is not None)
-    arrow = {True: " ↑", False: " ↓", None: ""}[known.higher_is_better]
-    scale, unit = _scale(known, max(abs(f.value) for f in figures if f is not None))
-    cells = [NOT_MEASURED if f is None else _cell(f, scale) for f in figures]
-    if None in figures or not all(math.isfinite(f.value) for f in figures) or not figures[0].value:
-        ratio = NOT_MEASURED
-    else:
-        ratio = f"{figures[1].value / figures[0].value:.3f}"
-    return Row(_label(known, of) + (f", {unit}" if unit else "") + arrow, *cells, ratio)
-
-
-def _row(name: str, before: float, after: float, form: str) -> Row:
-    return Row(name, form.format(before), form.format(after), f"{after / before:.3f}")
-
-
-def _label(figure: Figure, result: EvaluationResult | None = None) -> str:
-    kind, _, rest = figure.name.partition("/")
-    words = kind.replace("_", " ")
-    if kind == "efficiency":
-        return rest.replace("_", " ")
-    if kind != "tasks":
-        return f"{words}, {TEXTS[rest].name if rest in TEXTS else rest}"
-    task, _, metric = rest.rpartition("/")
-    label = f"{TASKS[task].name if task in TASKS else task}, {metric}"
-    if result is None:
-        return label
-    shots, limit = shots_of(figure, result), limit_of(figure, result)
-    label += f", {shots}-shot" if shots else ""
-    return label + (f", limit {limit}" if limit is not None else "")
-
-
-def _scale(figure: Figure, largest: float) -> tuple[float, str]:
-    """What values are divided by, and the unit that is left."""
-    names = {"B": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")), "MAC": ((1e9, "GMACs"), (1e6, "MMACs"))}
-    for size, name in names.get(figure.unit, ()):
-        if math.isfinite(largest) and largest >= size:
-            return size, name
-    return 1.0, figure.unit
-
-
-def _cell(figure: Figure, scale: float) -> str:
-    if not math.isfinite(figure.value):
-        return "∞"
-    form = "{:.4f}" if figure.name.startswith("tasks/") else "{:,.2f}"
-    if scale == 1.0 and float(figure.value).is_integer():
-        form = "{:,.0f}"
-    elif 0 < abs(figure.value / scale) < 0.1 and not figure.name.startswith("tasks/"):
-        form = "{:.4g}"
-    text = form.format(figure.value / scale)
-    return text if figure.stderr is None else f"{text} ± {form.format(figure.stderr / scale)}"
+def _of_plan(plan: PruningPlan, after: bool) -> list[Figure]:
+    parameters, size, macs = (
+        (plan.parameters_after, plan.bytes_after, plan.macs_after)
+        if after
+        else (plan.parameters_before, plan.bytes_before, plan.macs_before)
+    )
+    return [
+        Figure("efficiency/parameters", parameters, higher_is_better=False, protocol=_PROTOCOL),
+        Figure("efficiency/weight_bytes", size, "B", higher_is_better=False, protocol=_PROTOCOL),
+        Figure("efficiency/macs", macs, "MAC", higher_is_better=False, protocol=f"{_PROTOCOL}, at 1 x 64 tokens"),
+    ]

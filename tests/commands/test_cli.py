@@ -34,7 +34,8 @@ def test_help(argv, capsys):
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help_of_a_command(command, capsys):
     assert cli.main([command, "--help"]) == 0
-    assert f"hf-structprune {command} MODEL [options]" in capsys.readouterr().out
+    positionals = {"card": "DIR", "push": "DIR REPO"}.get(command, "MODEL")
+    assert f"hf-structprune {command} {positionals} [options]" in capsys.readouterr().out
 
 
 def test_version(capsys):
