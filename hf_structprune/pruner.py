@@ -106,7 +106,9 @@ class StructuredPruner:
                 )
             return cls(model_or_id, config, tokenizer)
         model = load_model(model_or_id, **kwargs)
-        return cls(model, config, load_tokenizer(model_or_id, **kwargs) if tokenizer is None else tokenizer)
+        pruner = cls(model, config, load_tokenizer(model_or_id, **kwargs) if tokenizer is None else tokenizer)
+        pruner.origin = origin_of(model, kwargs.get("revision"), kwargs.get("cache_dir"))
+        return pruner
 
     def plan(self, ratio: float | None = None) -> PruningPlan:
         """What `prune(ratio)` would do: how many units of each group go and what that saves. Changes nothing.

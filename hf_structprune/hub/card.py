@@ -178,6 +178,7 @@ def _values(
     columns = sides(plan, dense, result)
     base = origin.name if origin is not None else "the base model"
     link = f"[{base}](https://huggingface.co/{base})" if origin is not None and origin.on_hub else base
+    revision = origin.revision if origin is not None else None
     texts = read_sections(previous)
     libraries = record.get("versions", {})
     argument, public = origin.name if origin is not None else "BASE_MODEL", public_config(config)
@@ -209,7 +210,7 @@ def _values(
         "quantising": quantising(name, per_layer),
         "base_link": link,
         "base_name": base,
-        "revision": origin.revision if origin is not None else None,
+        "revision": revision,
         "asked": None if plan.ratio_requested is None else f"{plan.ratio_requested:.2%}",
         "got": f"{plan.ratio:.2%}",
         "layout": "per layer: widths differ between layers" if per_layer else "uniform: the same widths in all layers",
@@ -217,8 +218,8 @@ def _values(
         "calibration": text_in_words(config),
         "versions": ", ".join(f"{library} {number}" for library, number in libraries.items()),
         "notes": plan.notes,
-        "in_python": making_in_python(argument, public, plan.ratio_requested),
-        "on_the_command_line": making_on_the_command_line(argument, public, plan.ratio_requested),
+        "in_python": making_in_python(argument, public, plan.ratio_requested, revision),
+        "on_the_command_line": making_on_the_command_line(argument, public, plan.ratio_requested, revision),
         "configuration": full_configuration(public),
         "licence": _licence(data.to_dict(), link),
         "package_version": libraries.get("hf_structprune", ""),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 
+# By version: family, licence, words to show, and what the name of a derived model has to begin with.
 _LLAMA = {
-    "llama2": ("Llama 2", "LLAMA 2 Community License", None, None),
-    "llama3": ("Meta Llama 3", "Meta Llama 3 Community License", "Built with Meta Llama 3", "Llama 3"),
-    "llama3.1": ("Llama 3.1", "Llama 3.1 Community License", "Built with Llama", "Llama"),
-    "llama3.2": ("Llama 3.2", "Llama 3.2 Community License", "Built with Llama", "Llama"),
-    "llama3.3": ("Llama 3.3", "Llama 3.3 Community License", "Built with Llama", "Llama"),
-    "llama4": ("Llama 4", "Llama 4 Community License", "Built with Llama", "Llama"),
+    "2": ("Llama 2", "LLAMA 2 Community License", None, None),
+    "3": ("Meta Llama 3", "Meta Llama 3 Community License", "Built with Meta Llama 3", "Llama 3"),
+    "3.1": ("Llama 3.1", "Llama 3.1 Community License", "Built with Llama", "Llama"),
+    "3.2": ("Llama 3.2", "Llama 3.2 Community License", "Built with Llama", "Llama"),
+    "3.3": ("Llama 3.3", "Llama 3.3 Community License", "Built with Llama", "Llama"),
+    "4": ("Llama 4", "Llama 4 Community License", "Built with Llama", "Llama"),
 }
 
 
@@ -22,16 +24,16 @@ def attribution(metadata: dict[str, Any], name: str) -> list[str]:
         metadata: `license`, `license_name` and `license_link` of the base model.
         name: Hub id or name of the pruned model: Llama licences have a rule for it.
     """
-    for known in (metadata.get("license"), metadata.get("license_name")):
-        key = str(known or "").lower().replace("_", "-").replace("-community-license", "").replace("-license", "")
-        if key in _LLAMA or key.replace("llama-", "llama") in _LLAMA:
-            return _llama(*_LLAMA[key if key in _LLAMA else key.replace("llama-", "llama")], name)
-        if key.startswith("gemma"):
-            return [
-                "Gemma is provided under and subject to the Gemma Terms of Use found at "
-                "https://ai.google.dev/gemma/terms. The files of this model are modified. Whoever passes it on passes "
-                "on the terms and the restrictions of use in them."
-            ]
+    names = " ".join(str(metadata.get(key) or "").lower() for key in ("license", "license_name"))
+    llama = re.search(r"\bllama-?(\d(?:\.\d)?)", names)
+    if llama and llama[1] in _LLAMA:
+        return _llama(*_LLAMA[llama[1]], name)
+    if re.search(r"\bgemma", names):
+        return [
+            "Gemma is provided under and subject to the Gemma Terms of Use found at "
+            "https://ai.google.dev/gemma/terms. The files of this model are modified. Whoever passes it on passes "
+            "on the terms and the restrictions of use in them."
+        ]
     return []
 
 

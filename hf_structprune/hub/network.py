@@ -80,6 +80,8 @@ def gated_errors(repo_id: str) -> Iterator[None]:
 
 def explain(error: BaseException, repo_id: str) -> str | None:
     """One sentence for an error of the client and its causes; `None` for one that is not about the Hub."""
+    if isinstance(error, ValueError) and "README.md" in str(error):
+        return f"The Hub refuses the model card: {error}"
     chain = list(causes(error))
     for cause in chain:
         if isinstance(cause, OfflineModeIsEnabled):
@@ -99,12 +101,10 @@ def explain(error: BaseException, repo_id: str) -> str | None:
     for cause in chain:
         if is_network_error(cause):
             return (
-                f"The connection to the Hub was lost ({type(cause).__name__}: {cause}). Nothing was committed to "
-                f"{repo_id} and nothing is lost here; files that had arrived stay there, so that the same command "
-                "goes on where it stopped."
+                f"The connection to the Hub was lost while pushing to {repo_id} ({type(cause).__name__}: {cause}). "
+                "Nothing is lost here, and files that had arrived stay there: the same command uploads only what is "
+                "missing."
             )
-    if isinstance(error, ValueError) and "metadata" in str(error):
-        return f"The Hub refuses the model card: {error}"
     return None
 
 

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import validate_repo_id
@@ -49,7 +49,7 @@ class Origin:
     folder: Path | None = None
 
     @classmethod
-    def of(cls, name: str | os.PathLike, revision: str | None = None) -> Origin:
+    def of(cls, name: str | os.PathLike) -> Origin:
         """The model behind what was given to `from_pretrained`.
 
         Raises:
@@ -62,16 +62,30 @@ class Origin:
             validate_repo_id(str(name))
         except HFValidationError as error:
             raise ConfigurationError(f"`base_model` is {str(name)!r}: neither a folder nor a Hub id.") from error
-        return cls(str(name), True, revision)
+        return cls(str(name), True)
 
 
-def origin_of(model: PreTrainedModel) -> Origin | None:
-    """Where a model was loaded from; `None` for one that was made in memory."""
+def origin_of(
+    model: PreTrainedModel, revision: str | None = None, cache_dir: str | os.PathLike | None = None
+) -> Origin | None:
+    """Where a model was loaded from; `None` for one that was made in memory.
+
+    Args:
+        model: The model.
+        revision: Branch, tag or commit it was loaded from; the commit behind it is looked up in the cache.
+        cache_dir: The cache, if it is not the usual one.
+    """
     name = model.config._name_or_path
+    if not name:
+        return None
     try:
-        return Origin.of(name, getattr(model.config, "_commit_hash", None)) if name else None
+        origin = Origin.of(name)
     except ConfigurationError:  # a folder that is gone
         return Origin(Path(name).name, False)
+    if not origin.on_hub:
+        return origin
+    file = try_to_load_from_cache(name, "config.json", cache_dir=cache_dir, revision=revision)
+    return dataclasses.replace(origin, revision=Path(file).parent.name if isinstance(file, str) else None)
 
 
 def public_config(config: PruningConfig) -> PruningConfig:

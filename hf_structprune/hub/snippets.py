@@ -73,25 +73,29 @@ def config_expression(config: PruningConfig) -> str:
     return f"PruningConfig({', '.join(parts)})"
 
 
-def making_in_python(base: str, config: PruningConfig, ratio: float | None) -> str:
-    """The lines that make the model again."""
+def making_in_python(base: str, config: PruningConfig, ratio: float | None, revision: str | None = None) -> str:
+    """The lines that make the model again; `revision` is the commit of the base model."""
     names = ["CalibrationConfig"] if "CalibrationConfig(" in config_expression(config) else []
     names += (
         ["PruningConfig"] + ([] if ratio is not None or config.by_kind else ["PruningPlan"]) + ["StructuredPruner"]
     )
     what = "" if config.by_kind else 'PruningPlan.load("pruning_plan.json")' if ratio is None else repr(ratio)
+    commit = "" if revision is None else f', revision="{revision}"'
     return (
         f"from hf_structprune import {', '.join(names)}\n\n"
         f"config = {config_expression(config)}\n"
-        f'pruner = StructuredPruner.from_pretrained("{base}", config=config)\n'
+        f'pruner = StructuredPruner.from_pretrained("{base}", config=config{commit})\n'
         f"pruner.prune({what})\n"
         'pruner.save_pretrained("pruned")'
     )
 
 
-def making_on_the_command_line(base: str, config: PruningConfig, ratio: float | None) -> str:
+def making_on_the_command_line(
+    base: str, config: PruningConfig, ratio: float | None, revision: str | None = None
+) -> str:
     """The same as one command."""
     words = ["hf-structprune", "prune", base, "--output-dir", "pruned"]
+    words += [] if revision is None else ["--revision", revision]
     if ratio is not None:
         words += ["--ratio", str(ratio)]
     elif not config.by_kind:
