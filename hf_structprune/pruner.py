@@ -107,7 +107,7 @@ class StructuredPruner:
             return cls(model_or_id, config, tokenizer)
         model = load_model(model_or_id, **kwargs)
         pruner = cls(model, config, load_tokenizer(model_or_id, **kwargs) if tokenizer is None else tokenizer)
-        pruner.origin = origin_of(model, kwargs.get("revision"), kwargs.get("cache_dir"))
+        pruner.origin = origin_of(model, **kwargs)
         return pruner
 
     def plan(self, ratio: float | None = None) -> PruningPlan:

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 from transformers.utils import logging
 
-from ..configuration import CONFIG_NAME, PruningConfig
 from ..errors import HubError
-from ..evaluation.results import RESULTS_NAME, EvaluationResult
+from ..evaluation.results import EvaluationResult
 from ..evaluation.table import ResultTable
 from ..files import write_text
-from ..plan import PLAN_NAME, PruningPlan
 from .benchmarks import EVAL_RESULTS, WRITTEN_BY_US, eval_results
 from .citations import citations
+from .contents import Contents
 from .hand_text import SECTIONS, generated_for, generated_mark, is_ours, read_sections, section
 from .licences import attribution
 from .metadata import make_metadata, text_in_words
 from .metadata_rules import violations
-from .origin import Origin, public_config, read_origin, read_record
+from .origin import Origin, public_config, read_origin
 from .snippets import (
     full_configuration,
     loading,
@@ -31,13 +29,12 @@ from .snippets import (
     quantising,
     recovering,
 )
-from .table import check_results, protocols, sides
+from .table import protocols, sides
 
 
 logger = logging.get_logger(__name__)
 
 CARD_NAME = "README.md"
-DENSE_RESULTS_NAME = "evaluation_results_dense.json"
 _TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.jinja"
 
 
@@ -69,25 +66,24 @@ def make_card(
         HubError: The folder is no checkpoint of ours, or the metadata would be refused by the Hub.
         ConfigurationError: The results are those of another model.
     """
-    folder = Path(folder)
-    for needed in ("config.json", CONFIG_NAME, PLAN_NAME):
-        if not (folder / needed).is_file():
-            raise HubError(f"There is no {needed} in {folder}: it is no checkpoint that hf_structprune has pruned.")
+    contents = Contents.read(Path(folder))
     if previous is None:
-        previous = _read(folder / CARD_NAME)
-    config, plan, record = PruningConfig.load(folder), PruningPlan.load(folder), read_record(folder)
-    result, dense = _results(folder / RESULTS_NAME), _results(folder / DENSE_RESULTS_NAME)
-    check_results(plan, dense, result)
+        previous = _read(contents.folder / CARD_NAME)
     known = _read_metadata(previous)
-    name = name or _name(folder, previous)
-    origin = _origin(base_model, known, recorded or read_origin(record))
-    data = make_metadata(name, config, origin, result, known, base_first=base_model is not None)
+    name = name or _name(contents.folder, previous)
+    origin = _origin(base_model, known, recorded or read_origin(contents.record))
+    data = make_metadata(name, contents.config, origin, contents.result, known, base_first=base_model is not None)
     problems = violations(data.to_dict())
     if problems:
         raise HubError(f"The metadata of the card of {folder} is not valid: {'; '.join(problems)}.")
-    values = _values(folder, name, config, plan, record, origin, result, dense, previous, data)
+    values = {
+        **_about(name, contents, origin, data.to_dict()),
+        **_making(contents, origin),
+        **_measured(contents),
+        **_hand_text(previous),
+    }
     card = ModelCard.from_template(data, template_path=str(_TEMPLATE), **values)
-    card.text = "\n".join(line.rstrip() for line in card.text.strip().splitlines()) + "\n"
+    card.text = f"{card.text.strip()}\n"
     return card
 
 
@@ -141,10 +137,6 @@ def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
-def _results(path: Path) -> EvaluationResult | None:
-    return EvaluationResult.load(path) if path.is_file() else None
-
-
 def _name(folder: Path, previous: str) -> str:
     earlier = generated_for(previous) or ""
     return earlier if "/" in earlier else folder.absolute().name
@@ -160,28 +152,9 @@ def _origin(base_model: Any, known: dict[str, Any], recorded: Origin | None) -> 
     return recorded
 
 
-def _values(
-    folder: Path,
-    name: str,
-    config: PruningConfig,
-    plan: PruningPlan,
-    record: dict[str, Any],
-    origin: Origin | None,
-    result: EvaluationResult | None,
-    dense: EvaluationResult | None,
-    previous: str,
-    data: ModelCardData,
-) -> dict[str, Any]:
-    """What the template says, apart from the metadata."""
-    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    per_layer = "per_layer_config" in content
-    columns = sides(plan, dense, result)
-    base = origin.name if origin is not None else "the base model"
-    link = f"[{base}](https://huggingface.co/{base})" if origin is not None and origin.on_hub else base
-    revision = origin.revision if origin is not None else None
-    texts = read_sections(previous)
-    libraries = record.get("versions", {})
-    argument, public = origin.name if origin is not None else "BASE_MODEL", public_config(config)
+def _about(name: str, contents: Contents, origin: Origin | None, metadata: dict[str, Any]) -> dict[str, Any]:
+    """What it is and how to use it."""
+    plan, per_layer, link = contents.plan, contents.per_layer, _link(origin)
     return {
         "mark": generated_mark(name),
         "title": name.rsplit("/", 1)[-1],
@@ -191,55 +164,70 @@ def _values(
             f"({plan.parameters_before:,} before, {plan.parameters_after:,} now). What is left is dense: no masks, no "
             "zeros."
         ),
-        "introduction": section(SECTIONS[0], texts),
-        "sections": [
-            section(other, texts) for other in dict.fromkeys([*SECTIONS[1:], *texts]) if other != SECTIONS[0]
-        ],
-        "attribution": attribution(data.to_dict(), name),
-        "table": ResultTable(columns).to_markdown().rstrip(),
-        "files": [file for file, side in ((RESULTS_NAME, result), (DENSE_RESULTS_NAME, dense)) if side is not None],
-        "protocols": protocols(*columns),
-        "environment": _environment(dense, result),
-        "pictures": [
-            {"alt": p.stem.replace("_", " "), "path": p.relative_to(folder).as_posix()} for p in _pictures(folder)
-        ],
+        "attribution": attribution(metadata, name),
         "loading": loading(name, per_layer),
         "per_layer": per_layer,
-        "model_type": content.get("model_type"),
+        "model_type": contents.model_config.get("model_type"),
         "recovering": recovering(name, per_layer),
         "quantising": quantising(name, per_layer),
-        "base_link": link,
-        "base_name": base,
-        "revision": revision,
-        "asked": None if plan.ratio_requested is None else f"{plan.ratio_requested:.2%}",
-        "got": f"{plan.ratio:.2%}",
-        "layout": "per layer: widths differ between layers" if per_layer else "uniform: the same widths in all layers",
-        "config": config,
-        "calibration": text_in_words(config),
-        "versions": ", ".join(f"{library} {number}" for library, number in libraries.items()),
-        "notes": plan.notes,
-        "in_python": making_in_python(argument, public, plan.ratio_requested, revision),
-        "on_the_command_line": making_on_the_command_line(argument, public, plan.ratio_requested, revision),
-        "configuration": full_configuration(public),
-        "licence": _licence(data.to_dict(), link),
-        "package_version": libraries.get("hf_structprune", ""),
-        "citations": citations(config, _has_tasks(dense, result)),
+        "licence": _licence(metadata, link),
     }
 
 
-def _pictures(folder: Path) -> list[Path]:
-    widths = folder / "pruned_widths.png"
-    return ([widths] if widths.is_file() else []) + sorted((folder / "pictures").glob("*.png"))
+def _making(contents: Contents, origin: Origin | None) -> dict[str, Any]:
+    """How it was made."""
+    config, plan, versions = contents.config, contents.plan, contents.record.get("versions", {})
+    public, options = public_config(config), origin.options if origin is not None else {}
+    code = (origin.name if origin is not None else "BASE_MODEL", public, plan.ratio_requested, options)
+    return {
+        "base_name": origin.name if origin is not None else "the base model",
+        "base_link": _link(origin),
+        "revision": options.get("revision"),
+        "asked": None if plan.ratio_requested is None else f"{plan.ratio_requested:.2%}",
+        "got": f"{plan.ratio:.2%}",
+        "layout": "per layer: widths differ" if contents.per_layer else "uniform: the same widths in all layers",
+        "config": config,
+        "calibration": text_in_words(config),
+        "versions": ", ".join(f"{library} {number}" for library, number in versions.items()),
+        "package_version": versions.get("hf_structprune", ""),
+        "notes": plan.notes,
+        "in_python": making_in_python(*code),
+        "on_the_command_line": making_on_the_command_line(*code),
+        "configuration": full_configuration(public),
+        "citations": citations(config, any(n.startswith("tasks/") for side in contents.results for n in side.figures)),
+    }
 
 
-def _has_tasks(*results: EvaluationResult | None) -> bool:
-    return any(name.startswith("tasks/") for result in results if result for name in result.figures)
+def _measured(contents: Contents) -> dict[str, Any]:
+    """The table and what belongs to it."""
+    columns = sides(contents.plan, contents.dense, contents.result)
+    return {
+        "table": ResultTable(columns).to_markdown().rstrip(),
+        "files": contents.results_files,
+        "protocols": protocols(*columns),
+        "environment": _environment(*contents.results),
+        "pictures": [{"alt": path.stem.replace("_", " "), "path": path.as_posix()} for path in contents.pictures],
+        "samples": contents.samples,
+    }
 
 
-def _environment(*results: EvaluationResult | None) -> list[str]:
+def _hand_text(previous: str) -> dict[str, Any]:
+    """The marked sections, those that people added at the end."""
+    texts = read_sections(previous)
+    first, *others = dict.fromkeys([*SECTIONS, *texts])
+    return {"introduction": section(first, texts), "sections": [section(name, texts) for name in others]}
+
+
+def _link(origin: Origin | None) -> str:
+    if origin is None:
+        return "the base model"
+    return f"[{origin.name}](https://huggingface.co/{origin.name})" if origin.on_hub else origin.name
+
+
+def _environment(*results: EvaluationResult) -> list[str]:
     """Where each side was measured: one line if both were measured alike."""
     lines: dict[str, list[str]] = {}
-    for result in filter(None, results):
+    for result in results:
         line = _in_words(result.environment)
         if line:
             lines.setdefault(line, []).append(result.state)
@@ -269,7 +257,7 @@ def _licence(metadata: dict[str, Any], link: str) -> str:
 
 
 def _write_eval_results(folder: Path) -> None:
-    result = _results(folder / RESULTS_NAME)
+    result = Contents.read(folder).result
     files = eval_results(result) if result is not None else {}
     for path in (folder / EVAL_RESULTS).glob("*.yaml"):
         if path.name not in files and path.read_text(encoding="utf-8").startswith(WRITTEN_BY_US):

@@ -13,14 +13,15 @@ import os
 import re
 from typing import Any
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import get_session, validate_repo_id
 
 from ..errors import HubError
 from .network import is_network_error
 
 
+PROBE_SECONDS = 10.0
 RELATIONS = ("finetune", "quantized", "merge", "adapter")
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.\-]*")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]{2,4})?|code|multilingual")
@@ -105,6 +106,7 @@ def validate_card(path: str | os.PathLike) -> bool:
     if problems:
         raise HubError(f"The metadata of {path} is not valid: {'; '.join(problems)}.")
     try:
+        get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)  # `validate` has no time limit of its own
         card.validate()
     except ValueError as error:
         raise HubError(f"The Hub refuses the metadata of {path}: {error}") from error

@@ -105,6 +105,8 @@ def explain(error: BaseException, repo_id: str) -> str | None:
                 "Nothing is lost here, and files that had arrived stay there: the same command uploads only what is "
                 "missing."
             )
+    if isinstance(error, (OSError, RuntimeError)):  # the storage backend has errors of many kinds
+        return f"The push to {repo_id} failed: {error}. Nothing is lost here; push again."
     return None
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -39,14 +38,15 @@ class Origin:
     Attributes:
         name: Hub id, or the name of a folder, never its path: the card is public.
         on_hub: Whether the name is a Hub id.
-        revision: Commit on the Hub, if known.
         folder: The folder, while it is known.
+        options: What has to be given to `from_pretrained` to load the same weights: `revision` (the commit on the
+            Hub), `dtype`, `gguf_file`, `trust_remote_code`.
     """
 
     name: str
     on_hub: bool
-    revision: str | None = None
     folder: Path | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, name: str | os.PathLike) -> Origin:
@@ -57,7 +57,7 @@ class Origin:
         """
         path = Path(name)
         if path.is_dir():
-            return cls(path.absolute().name, False, None, path)
+            return cls(path.absolute().name, False, path)
         try:
             validate_repo_id(str(name))
         except HFValidationError as error:
@@ -65,15 +65,12 @@ class Origin:
         return cls(str(name), True)
 
 
-def origin_of(
-    model: PreTrainedModel, revision: str | None = None, cache_dir: str | os.PathLike | None = None
-) -> Origin | None:
+def origin_of(model: PreTrainedModel, **kwargs: Any) -> Origin | None:
     """Where a model was loaded from; `None` for one that was made in memory.
 
     Args:
         model: The model.
-        revision: Branch, tag or commit it was loaded from; the commit behind it is looked up in the cache.
-        cache_dir: The cache, if it is not the usual one.
+        kwargs: The options it was loaded with; the commit behind a `revision` is looked up in the cache.
     """
     name = model.config._name_or_path
     if not name:
@@ -81,11 +78,15 @@ def origin_of(
     try:
         origin = Origin.of(name)
     except ConfigurationError:  # a folder that is gone
-        return Origin(Path(name).name, False)
-    if not origin.on_hub:
-        return origin
-    file = try_to_load_from_cache(name, "config.json", cache_dir=cache_dir, revision=revision)
-    return dataclasses.replace(origin, revision=Path(file).parent.name if isinstance(file, str) else None)
+        origin = Origin(Path(name).name, False)
+    options = {key: kwargs[key] for key in ("gguf_file", "trust_remote_code") if kwargs.get(key)}
+    if kwargs.get("dtype", "auto") != "auto":
+        options["dtype"] = str(kwargs["dtype"]).removeprefix("torch.")
+    if origin.on_hub:
+        places = {key: kwargs.get(key) for key in ("cache_dir", "revision")}
+        file = try_to_load_from_cache(name, options.get("gguf_file", "config.json"), **places)
+        options |= {"revision": Path(file).parent.name} if isinstance(file, str) else {}
+    return dataclasses.replace(origin, options=options)
 
 
 def public_config(config: PruningConfig) -> PruningConfig:
@@ -109,9 +110,9 @@ def record(model: PreTrainedModel, origin: Origin | None, config: PruningConfig,
     Transformers saves both itself, so that this also travels with a plain `model.save_pretrained` or
     `model.push_to_hub`, through training and through merging adapters.
     """
-    base = {} if origin is None else {"base_model": origin.name, "base_model_on_hub": origin.on_hub}
-    if origin is not None and origin.revision is not None:
-        base["base_model_revision"] = origin.revision
+    base: dict[str, Any] = {}
+    if origin is not None:
+        base = {"base_model": origin.name, "base_model_on_hub": origin.on_hub, "base_model_options": origin.options}
     size = ("ratio_requested", "ratio", "layout", "parameters_before", "parameters_after")
     values = {
         **base,
@@ -123,18 +124,12 @@ def record(model: PreTrainedModel, origin: Origin | None, config: PruningConfig,
     model.add_model_tags(list(TAGS))
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """What `record` left in a checkpoint's config.json; empty if there is nothing."""
-    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return content.get(RECORD) or {}
-
-
 def read_origin(values: dict[str, Any]) -> Origin | None:
     """Where a checkpoint comes from, out of its record."""
     name = values.get("base_model")
     if name is None:
         return None
-    return Origin(name, values.get("base_model_on_hub", False), values.get("base_model_revision"))
+    return Origin(name, values.get("base_model_on_hub", False), None, values.get("base_model_options", {}))
 
 
 def versions() -> dict[str, str]:

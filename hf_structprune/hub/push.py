@@ -56,6 +56,8 @@ def push_folder(
     folder = Path(folder)
     check_checkpoint(folder)
     _check_token(token)
+    if create_pr and revision not in (None, "main"):
+        raise HubError(f"`create_pr` proposes a change to `main`; it cannot go to the branch {revision!r} as well.")
     with clear_errors(repo_id, token):
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

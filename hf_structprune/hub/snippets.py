@@ -10,6 +10,8 @@ from typing import Any
 from ..configuration import CalibrationConfig, PruningConfig
 
 
+# Calibration data that was given in memory: code can only name its place.
+_IN_MEMORY = ("texts", "tokens", "fingerprint")
 _LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}"{options})
@@ -63,49 +65,48 @@ def quantising(name: str, per_layer: bool) -> str:
 def config_expression(config: PruningConfig) -> str:
     """A Python expression that gives an equal configuration: what differs from the defaults."""
     changed = _changed(config)
-    calibration = _changed(config.calibration)
-    for name in ("texts", "tokens", "fingerprint"):
-        calibration.pop(name, None)
-    parts = [f"{name}={value!r}" for name, value in changed.items()]
+    calibration = {k: v for k, v in _changed(config.calibration).items() if k not in _IN_MEMORY}
+    parts = [f"{name}={_literal(value)}" for name, value in changed.items()]
     if calibration:
-        inner = ", ".join(f"{name}={value!r}" for name, value in calibration.items())
+        inner = ", ".join(f"{name}={_literal(value)}" for name, value in calibration.items())
         parts.append(f"calibration=CalibrationConfig({inner})")
     return f"PruningConfig({', '.join(parts)})"
 
 
-def making_in_python(base: str, config: PruningConfig, ratio: float | None, revision: str | None = None) -> str:
-    """The lines that make the model again; `revision` is the commit of the base model."""
+def making_in_python(base: str, config: PruningConfig, ratio: float | None, options: dict[str, Any]) -> str:
+    """The lines that make the model again.
+
+    Args:
+        base: The base model.
+        config: What it was pruned with.
+        ratio: What was asked for.
+        options: What has to be given to `from_pretrained` to load the same weights.
+    """
     names = ["CalibrationConfig"] if "CalibrationConfig(" in config_expression(config) else []
     names += (
         ["PruningConfig"] + ([] if ratio is not None or config.by_kind else ["PruningPlan"]) + ["StructuredPruner"]
     )
     what = "" if config.by_kind else 'PruningPlan.load("pruning_plan.json")' if ratio is None else repr(ratio)
-    commit = "" if revision is None else f', revision="{revision}"'
+    more = "".join(f", {name}={_literal(value)}" for name, value in options.items())
     return (
         f"from hf_structprune import {', '.join(names)}\n\n"
         f"config = {config_expression(config)}\n"
-        f'pruner = StructuredPruner.from_pretrained("{base}", config=config{commit})\n'
+        f'pruner = StructuredPruner.from_pretrained("{base}", config=config{more})\n'
         f"pruner.prune({what})\n"
         'pruner.save_pretrained("pruned")'
     )
 
 
-def making_on_the_command_line(
-    base: str, config: PruningConfig, ratio: float | None, revision: str | None = None
-) -> str:
+def making_on_the_command_line(base: str, config: PruningConfig, ratio: float | None, options: dict[str, Any]) -> str:
     """The same as one command."""
-    words = ["hf-structprune", "prune", base, "--output-dir", "pruned"]
-    words += [] if revision is None else ["--revision", revision]
+    words = ["hf-structprune", "prune", base, "--output-dir", "pruned", *_options(options, "")]
     if ratio is not None:
         words += ["--ratio", str(ratio)]
     elif not config.by_kind:
         words += ["--plan", "pruning_plan.json"]
     words += _options(_changed(config), "")
-    calibration = _changed(config.calibration)
-    words += _options(
-        {k: v for k, v in calibration.items() if k not in ("texts", "tokens", "fingerprint")}, "calibration-"
-    )
-    return shlex.join(words)
+    calibration = {k: v for k, v in _changed(config.calibration).items() if k not in _IN_MEMORY}
+    return shlex.join(words + _options(calibration, "calibration-"))
 
 
 def full_configuration(config: PruningConfig) -> str:
@@ -121,6 +122,11 @@ def _changed(values: PruningConfig | CalibrationConfig) -> dict[str, Any]:
         for field in dataclasses.fields(values)
         if field.name != "calibration" and getattr(values, field.name) != getattr(default, field.name)
     }
+
+
+def _literal(value: Any) -> str:
+    """As code formatters write it."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 def _options(values: dict[str, Any], prefix: str) -> list[str]:

@@ -8,10 +8,9 @@ import re
 from fnmatch import fnmatch
 from pathlib import Path
 
-from ..configuration import CONFIG_NAME
 from ..errors import HubError
-from ..plan import PLAN_NAME
 from .benchmarks import EVAL_RESULTS, TASKS
+from .contents import check_is_ours
 
 
 # Hidden files may hold secrets (.env, .netrc, .git); pickles run code when they are read; the others are of training.
@@ -46,14 +45,7 @@ def check_checkpoint(folder: Path) -> None:
     Raises:
         HubError: Says which file is missing.
     """
-    if not folder.is_dir():
-        raise HubError(f"There is no folder {folder}.")
-    for needed in ("config.json", CONFIG_NAME, PLAN_NAME):
-        if not (folder / needed).is_file():
-            raise HubError(
-                f"There is no {needed} in {folder}: it is no checkpoint that hf_structprune has pruned. Other "
-                "checkpoints go to the Hub with `hf upload REPO FOLDER`."
-            )
+    check_is_ours(folder)
     index = folder / "model.safetensors.index.json"
     names = (
         sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]

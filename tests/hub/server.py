@@ -68,6 +68,7 @@ class HubServer:
         large: LFS objects by SHA-256.
         requests: Everything that came in, in order.
         cut_uploads: After so many uploads of LFS objects every other is cut off in the middle; `None` never cuts.
+        cut_path: Requests to paths with this in them are cut off in the middle.
         refuse: Paths (as patterns) that are answered with a status: `{"/commit/": 409}`.
     """
 
@@ -77,6 +78,7 @@ class HubServer:
         self.large: dict[str, bytes] = {}
         self.requests: list[Request] = []
         self.cut_uploads: int | None = None
+        self.cut_path: str | None = None
         self.refuse: dict[str, int] = {}
         self.lock = threading.RLock()
 
@@ -168,6 +170,8 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
     def _is_cut(self, path: str) -> bool:
+        if self.hub.cut_path is not None and self.hub.cut_path in path:
+            return True
         if self.command != "PUT" or self.hub.cut_uploads is None:
             return False
         with self.hub.lock:

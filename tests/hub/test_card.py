@@ -301,6 +301,26 @@ def test_own_calibration_files_are_named_without_their_paths(tiny_llama, tiny_to
     assert ModelCard.load(tmp_path / "small" / "README.md").data.datasets is None
 
 
+def test_options_of_loading_are_in_the_lines_that_make_it_again(tiny_llama, tmp_path):
+    tiny_llama.save_pretrained(tmp_path / "base")
+    config = PruningConfig(criterion="l2", compensation=False)
+    pruner = StructuredPruner.from_pretrained(tmp_path / "base", config, dtype=torch.bfloat16, token="hf_secret")
+    pruner.prune(0.2)
+    pruner.save_pretrained(tmp_path / "small")
+    text = (tmp_path / "small" / "README.md").read_text()
+    assert 'from_pretrained("base", config=config, dtype="bfloat16")' in text
+    assert "hf-structprune prune base --output-dir pruned --dtype bfloat16 --ratio 0.2" in text
+    assert not any(b"hf_secret" in path.read_bytes() for path in (tmp_path / "small").iterdir())
+
+
+def test_samples_side_by_side(folder):
+    for name, state, text in (("_dense", "dense", "Paris."), ("", "pruned", "Rome ```")):
+        samples = [{"prompt": "Capital?", "text": text}, {"prompt": f"Only {state}", "text": "x"}]
+        EvaluationResult("m", state, samples=samples).save(folder / f"evaluation_results{name}.json")
+    text = make_card(folder).text
+    assert "prompt: Capital?\n\ndense:  Paris.\n\npruned: Rome ```\n" in text and "Only dense" not in text
+
+
 def test_pictures(folder):
     (folder / "pictures").mkdir()
     for name in ("pruned_widths.png", "pictures/quality.png"):

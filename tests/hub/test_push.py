@@ -142,6 +142,16 @@ def test_interrupted_upload_goes_on_where_it_stopped(online, pruner, tmp_path):
     assert all(online.files("me/small")[name] == before[name] for name in shards)
 
 
+def test_connection_lost_while_committing(online, folder):
+    online.cut_path = "/commit/"
+    with pytest.raises(HubError, match="connection to the Hub was lost"):
+        push_folder(folder, "me/small", token=online.token("me"))
+    assert len(online.large) == 1 and not online.files("me/small")
+    online.cut_path = None
+    push_folder(folder, "me/small", token=online.token("me"))
+    assert set(online.files("me/small")) == CHECKPOINT and len(online.sent("PUT", "/lfs/")) == 1
+
+
 def test_private_is_sent_and_a_public_repository_is_not_published_to(online, folder):
     token = online.token("me")
     push_folder(folder, "me/secret", token=token, private=True)
@@ -159,6 +169,8 @@ def test_pull_request(online, folder):
     commit = push_folder(folder, "me/small", token=online.token("other"), create_pr=True)
     branches = online.repos["me/small"].branches
     assert (commit.pr_num, len(branches["main"]), len(branches["refs/pr/1"])) == (1, 2, 3)
+    with pytest.raises(HubError, match="cannot go to the branch 'v2' as well"):
+        push_folder(folder, "me/small", token=online.token("me"), create_pr=True, revision="v2")
 
 
 def test_branch(online, folder):
