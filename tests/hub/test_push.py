@@ -28,12 +28,15 @@ CHECKPOINT = {
 
 
 LOAD = """
+import sys
+
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 AutoTokenizer.from_pretrained("me/small")
-model = AutoModelForCausalLM.from_pretrained("me/small")
+model = AutoModelForCausalLM.from_pretrained("me/small", trust_remote_code=sys.argv[1] == "True")
+assert "hf_structprune" not in sys.modules
 save_file({"logits": model(torch.arange(1, 41).view(2, 20)).logits.detach()}, "logits.safetensors")
 """
 
@@ -75,13 +78,15 @@ def test_card_and_results_parse_back(online, folder):
     assert (result.date, result.notes) == ("2026-01-31T12:00:00+00:00", "acc_norm, 0-shot")
 
 
-def test_pushed_model_is_the_model(online, pruner, logits, tmp_path):
+@pytest.mark.parametrize("which", ["pruner", pytest.param("per_layer_pruner", marks=pytest.mark.slow)])
+def test_pushed_model_is_the_model(online, which, request, logits, tmp_path):
+    pruner = request.getfixturevalue(which)
     expected = logits(pruner.model)
     pruner.push_to_hub("me/small", token=online.token("me"), max_shard_size="60KB")
     assert "model.safetensors.index.json" in online.files("me/small")
-    subprocess.run(
-        [sys.executable, "-c", LOAD], cwd=tmp_path, env=environment(online, tmp_path), check=True, timeout=300
-    )
+    remote_code = str(which == "per_layer_pruner")
+    command = [sys.executable, "-c", LOAD, remote_code]
+    subprocess.run(command, cwd=tmp_path, env=environment(online, tmp_path), check=True, timeout=300)
     assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], expected)
 
 
