@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from .configuration import CalibrationConfig
 from .data import calibration_sample
-from .errors import CalibrationError
+from .errors import CalibrationError, TextError
+from .reading import read_jsonl, read_rows
 
 
 # Of a source with far more text than needed, only this many characters per needed token are tokenised.
@@ -88,50 +86,7 @@ def check_token_ids(tokens: torch.LongTensor, vocab_size: int) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------- reading
-
-
-def read_lines(path: str | os.PathLike) -> list[str]:
-    """Rows of a text file as WikiText-2 has them: `""` for a blank line, else the line with its line break.
-
-    Language-model papers join these rows with two line breaks and tokenise the result once.
-    """
-    lines = _read(path).split("\n")
-    if not lines[-1]:
-        lines.pop()  # what follows the last line break is not a line
-    return [line + "\n" if line.strip() else "" for line in lines]
-
-
-def read_jsonl(path: str | os.PathLike, column: str = "text") -> list[Any]:
-    """Values under the key `column` in the rows of a `.jsonl` file."""
-    values = []
-    for number, line in enumerate(_read(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CalibrationError(f"Line {number} of {path} is not JSON: {error}.") from error
-        if not isinstance(row, dict):
-            raise CalibrationError(f'Line {number} of {path} is not an object such as {{"{column}": "..."}}.')
-        _check_column(f"Line {number} of {path}", column, list(row))
-        values.append(row[column])
-    return values
-
-
-def _read(path: str | os.PathLike) -> str:
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise CalibrationError(f"There is no file {path}.")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path} is not UTF-8 text: {error}.") from error
-
-
-def _check_column(where: str, column: str, columns: list[str]) -> None:
-    if column not in columns:
-        raise CalibrationError(f"{where} has no column {column!r}; it has {', '.join(map(repr, columns))}.")
+# ---------------------------------------------------------------------------------------------- sources
 
 
 def _open_sources(config: CalibrationConfig) -> list[Source]:
@@ -146,47 +101,10 @@ def _open_sources(config: CalibrationConfig) -> list[Source]:
 
 
 def _open_rows(dataset: str, config: CalibrationConfig) -> Sequence[Any]:
-    path = Path(dataset).expanduser()
-    if path.suffix == ".txt":
-        return read_lines(path)
-    if path.suffix == ".jsonl":
-        return read_jsonl(path, config.column)
-    if path.is_file():
-        raise CalibrationError(f"{path} is neither a .txt nor a .jsonl file; convert it, or give its folder.")
-    if not path.is_dir() and (dataset.startswith((".", "/", "~")) or dataset.count("/") > 1):
-        raise CalibrationError(f"There is no file or folder {path}.")
-    loaded = _load_folder(path, config) if path.is_dir() else _load_from_hub(dataset, config)
-    _check_column(dataset, config.column, loaded.column_names)
-    return loaded[config.column]
-
-
-def _load_folder(path: Path, config: CalibrationConfig) -> Any:
-    import datasets
-
     try:
-        if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            return datasets.load_dataset(str(path), config.name, split=config.split)
-        loaded = datasets.load_from_disk(str(path))
-    except Exception as error:  # `datasets` raises a different type for every builder
-        raise CalibrationError(f"The folder {path} cannot be read as a dataset: {error}") from error
-    if not isinstance(loaded, datasets.DatasetDict):
-        return loaded
-    if config.split not in loaded:
-        raise CalibrationError(f"{path} has no split {config.split!r}; it has {', '.join(map(repr, loaded))}.")
-    return loaded[config.split]
-
-
-def _load_from_hub(dataset: str, config: CalibrationConfig) -> Any:
-    import datasets
-
-    named = f"{dataset!r} (name {config.name!r}, split {config.split!r})"
-    try:
-        return datasets.load_dataset(dataset, config.name, split=config.split)
-    except Exception as error:  # `datasets` raises a different type for every builder
-        raise CalibrationError(
-            f"The dataset {named} cannot be loaded from the Hub: {error}. Check its id, name and split and the "
-            "network, or give local text: a .txt or .jsonl file, a dataset folder, or `texts`."
-        ) from error
+        return read_rows(dataset, name=config.name, split=config.split, column=config.column)
+    except TextError as error:
+        raise CalibrationError(str(error)) from error
 
 
 # ------------------------------------------------------------------------------------- rows to sequences

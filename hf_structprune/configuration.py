@@ -58,8 +58,8 @@ class CalibrationConfig:
 
     Args:
         dataset (`str` or list of `str`, *optional*):
-            A text file, a `.jsonl` file, a folder made by `datasets.save_to_disk` or a dataset id of the Hub. A list
-            mixes several sources in equal shares, interleaved. `None` is the packaged sample (half Wikipedia
+            A `.txt`, `.jsonl` or `.json` file, a folder made by `datasets.save_to_disk` or a dataset id of the Hub. A
+            list mixes several sources in equal shares, interleaved. `None` is the packaged sample (half Wikipedia
             articles, half web pages; English).
         name (`str`, *optional*): Configuration name of a Hub dataset, for example `"wikitext-2-raw-v1"`.
         split (`str`): Split of a dataset.

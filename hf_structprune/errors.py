@@ -17,12 +17,20 @@ class RatioError(ConfigurationError):
     """More was asked to be removed than can be removed."""
 
 
-class CalibrationError(StructPruneError, ValueError):
+class TextError(StructPruneError, ValueError):
+    """A text cannot be read: no such file, data set, split or column, no network, or nothing in it."""
+
+
+class CalibrationError(TextError):
     """The calibration data cannot be used: too little text, wrong column, empty rows."""
 
 
 class CheckpointError(StructPruneError):
     """A checkpoint cannot be written or read without losing weights."""
+
+
+class EvaluationError(StructPruneError):
+    """Something cannot be measured here: a task without its data set, a missing extra, a command that failed."""
 
 
 class HubError(StructPruneError):

@@ -4,10 +4,11 @@ import datasets
 import pytest
 import torch
 
-from hf_structprune.calibration import as_batches, check_token_ids, load_tokens, read_jsonl, read_lines
+from hf_structprune.calibration import as_batches, check_token_ids, load_tokens
 from hf_structprune.configuration import CalibrationConfig
 from hf_structprune.data import calibration_sample, wikitext2_sample
 from hf_structprune.errors import CalibrationError
+from hf_structprune.reading import read_lines
 
 
 CHAT_TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
@@ -130,12 +131,6 @@ def test_txt_follows_the_row_protocol(tmp_path, tiny_tokenizer):
     full = len(stream) // 16
     assert load_all(tiny_tokenizer, full, dataset=path) == stream[: full * 16]
     assert load_all(tiny_tokenizer, full, texts=rows) == stream[: full * 16]  # rows of WikiText from the Hub
-
-
-def test_txt_without_a_last_line_break(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("one\n\ntwo", encoding="utf-8")
-    assert read_lines(path) == ["one\n", "", "two\n"]
 
 
 def test_jsonl_and_dataset_folders_equal_texts(tmp_path, tiny_tokenizer):
@@ -291,8 +286,3 @@ def test_check_token_ids():
     for ids in ([[0, 128]], [[-1, 5]]):
         with pytest.raises(CalibrationError, match=r"128 entries \(0 to 127\)"):
             check_token_ids(torch.tensor(ids), 128)
-
-
-def test_read_jsonl_skips_blank_lines(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "x\\u2028y"}\n\n{"text": "z"}')
-    assert read_jsonl(tmp_path / "a.jsonl") == ["x\u2028y", "z"]

@@ -17,10 +17,11 @@ from ..configuration import CalibrationConfig, PruningConfig
 from ..errors import ConfigurationError
 
 
-# Fields that only Python can give, and the one that is a dataclass itself: its fields get a prefix instead.
+# Fields of the two that only Python can give, and the one that is a dataclass itself: its fields get a prefix instead.
 NOT_OPTIONS = ("calibration", "texts", "tokens", "fingerprint")
 PREFIXES = {CalibrationConfig: "calibration_"}
-POSITIONAL = "model"
+# Fields that are arguments without a name: how they are shown and how many values they take.
+POSITIONALS = {"model": ("MODEL", "?"), "results": ("RESULTS", "*"), "folder": ("DIR", "?"), "repo_id": ("REPO", "?")}
 
 
 class _Parser(HfArgumentParser):
@@ -39,8 +40,8 @@ def parse(argv: Sequence[str], command: str, description: str, *classes: type) -
         argv (sequence of `str`): The arguments after the command's name.
         command (`str`): The command's name.
         description (`str`): Shown above the options by `--help`.
-        classes (`type`): Dataclasses, documented with an `Args:` section. A field `model`, and fields with
-            `metadata={"positional": "NAME"}`, become positional arguments.
+        classes (`type`): Dataclasses, documented with an `Args:` section. Fields `model`, `folder` and `repo_id`
+            become positional arguments, a list `results` all positional arguments there are.
 
     Returns:
         `list`: One instance of each class.
@@ -59,11 +60,13 @@ def parse(argv: Sequence[str], command: str, description: str, *classes: type) -
 
 
 def _make_parser(command: str, description: str, sources: list[type]) -> _Parser:
-    positionals = [_positional(field) for cls in sources for field in dataclasses.fields(cls)]
+    fields = [field for cls in sources for field in dataclasses.fields(cls)]
+    shown = [POSITIONALS[field.name] for field in fields if field.name in POSITIONALS]
+    positionals = "".join(f" {name} ..." if count == "*" else f" {name}" for name, count in shown)
     parser = _Parser(
         [_as_options(cls) for cls in sources],
         prog=f"hf-structprune {command}",
-        usage=f"hf-structprune {command} {' '.join(filter(None, positionals))} [options]",
+        usage=f"hf-structprune {command}{positionals} [options]",
         description=description,
         formatter_class=argparse.HelpFormatter,
         allow_abbrev=False,
@@ -74,10 +77,10 @@ def _make_parser(command: str, description: str, sources: list[type]) -> _Parser
     for cls in sources:
         texts = _help_texts(cls)
         for field in dataclasses.fields(cls):
-            if _positional(field):
+            if field.name in POSITIONALS:
+                metavar, count = POSITIONALS[field.name]
                 default = None if field.default is dataclasses.MISSING else field.default
-                metavar, text = _positional(field), texts[field.name]
-                parser.add_argument(field.name, metavar=metavar, nargs="?", default=default, help=text)
+                parser.add_argument(field.name, metavar=metavar, nargs=count, default=default, help=texts[field.name])
             elif _is_switch(cls, field):
                 # HfArgumentParser lets `--json` take a value, which would swallow the MODEL behind it.
                 name = PREFIXES.get(cls, "") + field.name
@@ -101,10 +104,11 @@ def _as_options(cls: type) -> type:
     hints, texts, prefix = get_type_hints(cls), _help_texts(cls), PREFIXES.get(cls, "")
     options = []
     for field in dataclasses.fields(cls):
-        if field.name in NOT_OPTIONS or _positional(field) or _is_switch(cls, field):
+        only_python = cls in (PruningConfig, CalibrationConfig) and field.name in NOT_OPTIONS
+        if only_python or field.name in POSITIONALS or _is_switch(cls, field):
             continue
         text = texts[field.name] + ("" if field.default is None else " (default: %(default)s)")
-        metadata = {"help": text, "metavar": field.name.upper()}
+        metadata = {**field.metadata, "help": text, "metavar": field.name.upper()}
         option = dataclasses.field(default=field.default, metadata=metadata)
         options.append((prefix + field.name, _option_type(hints[field.name]), option))
     namespace = {"_argument_group_name": (inspect.getdoc(cls) or cls.__name__).split(".")[0].replace("`", "")}
@@ -116,18 +120,13 @@ def _option_type(annotation: Any) -> Any:
     is_union = get_origin(annotation) in (Union, types.UnionType)
     members = [m for m in get_args(annotation) if m is not types.NoneType] if is_union else [annotation]
     for member in members:
-        if get_origin(member) in (list, tuple):
+        if get_origin(member) in (list, tuple, Sequence):
             return list[get_args(member)[0]]
     return members[0]
 
 
-def _positional(field: dataclasses.Field) -> str | None:
-    """What a positional argument is called in the usage line; `None` for an option."""
-    return "MODEL" if field.name == POSITIONAL else field.metadata.get("positional")
-
-
 def _is_switch(cls: type, field: dataclasses.Field) -> bool:
-    return get_type_hints(cls)[field.name] is bool
+    return get_type_hints(cls)[field.name] in (bool, bool | None)
 
 
 def _help_texts(cls: type) -> dict[str, str]:
@@ -135,8 +134,8 @@ def _help_texts(cls: type) -> dict[str, str]:
     section = (inspect.getdoc(cls) or "").partition("Args:\n")[2].split("\n\n")[0]
     texts = {field.name: "" for field in dataclasses.fields(cls)}
     for entry in re.split(r"(?:^|\n)    (?=\w)", section)[1:]:
-        head, _, body = entry.partition("):")
-        for name in re.findall(r"(\w+) \(", head):
+        head, body = re.match(r"((?:\w+(?: \([^)]*\))?(?:, )?)+):(.*)", entry, re.DOTALL).groups()
+        for name in re.sub(r" \([^)]*\)", "", head).split(", "):
             texts[name] = " ".join(re.sub("[`*]", "", body).replace("%", "%%").split())
     return texts
 
@@ -173,13 +172,13 @@ def _flatten(content: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _parse_value(parser: _Parser, action: argparse.Action, value: Any, path: str) -> Any:
-    is_switch, is_list = isinstance(action, argparse.BooleanOptionalAction), action.nargs == "+"
+    is_switch, is_list = isinstance(action, argparse.BooleanOptionalAction), action.nargs in ("+", "*")
     if isinstance(value, bool) != is_switch or isinstance(value, dict) or (isinstance(value, list) and not is_list):
         wanted = "true or false" if is_switch else "a list" if is_list else "one value"
         raise ConfigurationError(f"`{action.dest}` in {path} is {value!r}; it must be {wanted}.")
-    if is_switch or not action.option_strings:
-        return value if is_switch else str(value)
     items = [str(item) for item in (value if isinstance(value, list) else [value])]
+    if is_switch or not action.option_strings:
+        return value if is_switch else items if is_list else items[0]
     tokens = [action.option_strings[0], *items] if is_list else [f"{action.option_strings[0]}={items[0]}"]
     return getattr(parser.parse_args(tokens), action.dest)
 
@@ -193,6 +192,6 @@ def _build(cls: type, values: dict[str, Any], parser: _Parser) -> Any:
             chosen["calibration"] = _build(CalibrationConfig, values, parser)
         elif name in values:
             chosen[field.name] = values[name]
-            if values[name] is None and field.default is dataclasses.MISSING:
-                parser.error(f"{_positional(field) or field.name.upper()} is missing")
+            if values[name] in (None, []) and field.default is dataclasses.MISSING:
+                parser.error(f"{POSITIONALS.get(field.name, (field.name.upper(),))[0]} is missing")
     return cls(**chosen)

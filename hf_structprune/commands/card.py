@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..errors import HubError
 from .arguments import parse
@@ -22,7 +22,7 @@ class CardArguments:
         json (`bool`): Print one JSON object and nothing else on stdout.
     """
 
-    folder: str = field(metadata={"positional": "DIR"})
+    folder: str
     name: str | None = None
     base_model: str | None = None
     overwrite: bool = False

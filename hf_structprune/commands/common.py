@@ -17,7 +17,7 @@ from ..errors import ConfigurationError, StructPruneError
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from ..plan import PruningPlan
     from ..pruner import StructuredPruner
@@ -84,20 +84,45 @@ def load_pruner(arguments: ModelArguments, config: PruningConfig | None = None) 
     return pruner
 
 
+def load_for_measuring(arguments: ModelArguments) -> tuple[PreTrainedModel, Any]:
+    """A model as it is, quantised ones too, and its tokenizer.
+
+    Raises:
+        StructPruneError: There is no such model, it cannot be read, it has no tokenizer, or the device is not there.
+    """
+    from ..loading import load_model, load_tokenizer
+
+    check_device(arguments.device)
+    options = arguments.loading_options()
+    with _loading(arguments.model):
+        model, tokenizer = load_model(arguments.model, **options), load_tokenizer(arguments.model, **options)
+    if tokenizer is None:
+        raise StructPruneError(f"{arguments.model} has no tokenizer, without which nothing can be measured.")
+    return (model if arguments.device is None else model.to(arguments.device)), tokenizer
+
+
+def load_config(arguments: ModelArguments) -> PretrainedConfig:
+    """The configuration of a model alone, which also tells whether there is such a model."""
+    from transformers import AutoConfig
+
+    options = arguments.loading_options()
+    with _loading(arguments.model):
+        reading = {name: options[name] for name in ("revision", "gguf_file", "trust_remote_code") if name in options}
+        return AutoConfig.from_pretrained(arguments.model, **reading)
+
+
 def load_shapes(arguments: ModelArguments, config: PruningConfig | None = None) -> StructuredPruner:
     """The model on the meta device: only its configuration is read, which is enough to inspect it and to plan."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from ..pruner import StructuredPruner
 
     check_device(arguments.device)
-    options = arguments.loading_options()
-    reading = {name: options[name] for name in ("revision", "gguf_file", "trust_remote_code") if name in options}
+    model_config = load_config(arguments)
     with _loading(arguments.model):
-        model_config = AutoConfig.from_pretrained(arguments.model, **reading)
         if arguments.dtype != "auto":
-            dtype = options["dtype"]
+            dtype = arguments.loading_options()["dtype"]
         else:  # as `loading.load_model` does it
             dtype = torch.bfloat16 if arguments.gguf_file else model_config.dtype
         with torch.device("meta"):
@@ -151,9 +176,11 @@ def check_output_dir(path: str, overwrite: bool) -> None:
         raise ConfigurationError(f"{path} is not empty; choose another --output-dir or say --overwrite.")
 
 
-def default_window(model: PreTrainedModel) -> int:
-    """The usual window for perplexity, 2048 tokens, or the model's context where that is shorter."""
-    return min(2048, getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048)
+def default_window(model: PreTrainedModel, protocol: str = "paper") -> int:
+    """The protocol's window for perplexity, or the model's context where that is shorter."""
+    from ..evaluation.protocol import find_protocol
+
+    return find_protocol(protocol).window_for(model)
 
 
 def plan_summary(plan: PruningPlan) -> dict[str, Any]:

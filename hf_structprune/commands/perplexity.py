@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -13,26 +15,49 @@ from .arguments import parse
 from .common import ModelArguments, default_window, load_pruner, results_only_on_stdout, show
 
 
+if TYPE_CHECKING:
+    from ..evaluation import PerplexityResult
+
+
 @dataclass
 class PerplexityArguments:
     """Options of `perplexity`.
 
     Args:
-        text (`str`, *optional*): A UTF-8 text file. Default: the WikiText-2 sample of the package.
-        window (`int`, *optional*): Tokens in a window; windows do not overlap. Default: 2048, or the model's context
-            where that is shorter.
+        text (`str`): `sample` (packaged), `wikitext2`, `ptb` or `c4` (from the Hub), a .txt, .jsonl or .json file, a
+            dataset folder, or the id of a dataset on the Hub.
+        text_config_name (`str`, *optional*): Configuration name of a dataset.
+        split (`str`, *optional*): Split of a dataset. Default: `test`; `c4` has only `validation`.
+        column (`str`, *optional*): Column of a dataset, or key in a JSON file. Default: `text`.
+        protocol (`str`): `paper` (non-overlapping windows of 2048), `llm-pruner` (the same of 128) or `sliding`
+            (windows of 2048, 512 apart; every token but the first counts).
+        window (`int`, *optional*): Tokens in a window. Default: the protocol's, or the model's context where that is
+            shorter.
+        stride (`int`, *optional*): Tokens from window to window. Default: the protocol's, in proportion to the window.
+        bos (`bool`, *optional*): With or without a beginning-of-sequence token: in every window, with `sliding` at the
+            start of the text. Default: what the tokenizer does.
         max_windows (`int`, *optional*): At most so many windows, evenly spaced over the text. Default: all.
+        batch_size (`int`): Windows that go through the model at once.
     """
 
-    text: str | None = None
+    text: str = "sample"
+    text_config_name: str | None = None
+    split: str | None = None
+    column: str | None = None
+    protocol: str = "paper"
     window: int | None = None
+    stride: int | None = None
+    bos: bool | None = None
     max_windows: int | None = None
+    batch_size: int = 1
 
     def __post_init__(self) -> None:
-        if self.window is not None and self.window < 2:
-            raise ConfigurationError(f"`window` is {self.window}; it must be at least 2.")
-        if self.max_windows is not None and self.max_windows < 1:
-            raise ConfigurationError(f"`max_windows` is {self.max_windows}; it must be at least 1.")
+        from ..evaluation.protocol import find_protocol
+
+        for name, value in (("max_windows", self.max_windows), ("batch_size", self.batch_size)):
+            if value is not None and value < 1:
+                raise ConfigurationError(f"`{name}` is {value}; it must be at least 1.")
+        find_protocol(self.protocol).change(window=self.window, stride=self.stride, bos=self.bos)
 
 
 def run(argv: Sequence[str]) -> None:
@@ -40,17 +65,39 @@ def run(argv: Sequence[str]) -> None:
     description = "Perplexity of MODEL, dense or pruned, on a text (lower is better)."
     model, command = parse(argv, "perplexity", description, ModelArguments, PerplexityArguments)
     with results_only_on_stdout():
-        from ..evaluation import perplexity, read_text
+        from ..evaluation import load_text, measure_perplexity
 
-        text = None if command.text is None else read_text(command.text)
+        text = load_text(
+            command.text, config_name=command.text_config_name, split=command.split, column=command.column
+        )
         pruner = load_pruner(model)
-        window = command.window or default_window(pruner.model)
-        result = perplexity(pruner.model, pruner.tokenizer, text, window=window, max_windows=command.max_windows)
-    data = {"perplexity": result.perplexity, "tokens": result.tokens, "windows": result.windows}
-    table = Table(title=f"Perplexity of {model.model}")
-    for name in ("text", *data):
-        table.add_column(name, justify="left" if name == "text" else "right")
-    text_name = command.text or "WikiText-2 sample"
-    table.add_row(text_name, f"{result.perplexity:,.2f}", f"{result.tokens:,}", f"{result.windows:,}")
-    data["perplexity"] = result.perplexity if math.isfinite(result.perplexity) else None  # JSON has no infinity
-    show(model.json, {"model": model.model, "text": text_name, "window": window, **data}, table)
+        result = measure_perplexity(
+            pruner.model,
+            pruner.tokenizer,
+            text,
+            command.protocol,
+            window=command.window or default_window(pruner.model, command.protocol),
+            stride=command.stride,
+            bos=command.bos,
+            max_windows=command.max_windows,
+            batch_size=command.batch_size,
+        )
+    values = dataclasses.asdict(result)
+    # JSON has no infinity and no NaN.
+    values = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+    data = {"model": model.model, "text": command.text, **values, "protocol": command.protocol}
+    show(model.json, {**data, "protocol_in_words": result.protocol}, _table(model.model, command, result))
+
+
+def _table(model: str, command: PerplexityArguments, result: PerplexityResult) -> Table:
+    table = Table(title=f"Perplexity of {model}", show_header=False)
+    table.add_row("text", f"{command.text} ({result.source})")
+    table.add_row("protocol", f"{command.protocol}: {result.protocol}")
+    for figure in result.figures(""):
+        places = 4 if figure.unit else 2
+        error = "" if figure.stderr is None else f" ± {figure.stderr:,.{places}f}"
+        table.add_row(figure.name.rstrip("/").replace("_", " "), f"{figure.value:,.{places}f}{error}")
+    for name in ("tokens", "words", "bytes", "windows"):
+        if getattr(result, name) is not None:
+            table.add_row(name, f"{getattr(result, name):,}")
+    return table

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .arguments import parse
 from .common import results_only_on_stdout, show
@@ -23,8 +23,8 @@ class PushArguments:
         json (`bool`): Print one JSON object and nothing else on stdout.
     """
 
-    folder: str = field(metadata={"positional": "DIR"})
-    repo_id: str = field(metadata={"positional": "REPO"})
+    folder: str
+    repo_id: str
     private: bool = False
     revision: str | None = None
     create_pr: bool = False

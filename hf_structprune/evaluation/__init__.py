@@ -1,6 +1,39 @@
-"""Measuring models: perplexity on any text."""
+"""Measuring models: perplexity on any text, zero-shot tasks, size, memory and speed, generated text."""
 
-from .perplexity import PerplexityResult, perplexity, read_text
+from .efficiency import EfficiencyConfig, measure_efficiency
+from .evaluator import EvaluationConfig, evaluate
+from .generation import QuestionResult, generate_samples, question_protocol
+from .perplexity import PerplexityResult, measure_perplexity, perplexity
+from .protocol import PROTOCOLS, PerplexityProtocol
+from .results import EvaluationResult, Figure
+from .speed import time_loading
+from .table import ResultTable
+from .tasks import SUITES, check_tasks, expand, run_tasks
+from .text import EvaluationText, load_text, read_text
 
 
-__all__ = ["PerplexityResult", "perplexity", "read_text"]
+__all__ = [
+    "PROTOCOLS",
+    "SUITES",
+    "EfficiencyConfig",
+    "EvaluationConfig",
+    "EvaluationResult",
+    "EvaluationText",
+    "Figure",
+    "PerplexityProtocol",
+    "PerplexityResult",
+    "QuestionResult",
+    "ResultTable",
+    "check_tasks",
+    "evaluate",
+    "expand",
+    "generate_samples",
+    "load_text",
+    "measure_efficiency",
+    "measure_perplexity",
+    "perplexity",
+    "question_protocol",
+    "read_text",
+    "run_tasks",
+    "time_loading",
+]

@@ -9,7 +9,7 @@ from .results import EvaluationResult
 
 # Details of a figure that say how it was measured; others (counts, spreads) say what came out.
 CONDITIONS = (
-    "version", "num_fewshot", "limit", "source", "fingerprint", "window", "stride", "bos", "max_windows",
+    "version", "num_fewshot", "samples", "filter", "source", "window", "stride", "bos",
     "batch_size", "length", "new_tokens", "device",
 )  # fmt: skip
 # Units of figures that depend on the machine.

@@ -11,7 +11,12 @@ from .results import Figure
 
 # Metrics of tasks that are shares of questions, shown in per cent.
 _SHARES = ("acc", "exact_match", "f1", "em", "pass@")
-_LABELS = {"macs": "MACs", "weight_bytes": "weights", "kv_cache_bytes_per_token": "KV cache per token"}
+_LABELS = {
+    "macs": "MACs",
+    "macs_with_attention": "MACs with attention",
+    "weight_bytes": "weights",
+    "kv_cache_bytes_per_token": "KV cache per token",
+}
 _ARROWS = {True: " ↑", False: " ↓", None: ""}
 
 
@@ -24,16 +29,18 @@ class Scale:
         decimals: Digits after the point.
         unit: Shown after the number, its space included.
         difference_unit: The same after a difference: percentage points where values are per cent.
+        scientific: `1.74e+10`, for perplexities of models that are broken.
     """
 
     factor: float = 1.0
     decimals: int = 2
     unit: str = ""
     difference_unit: str | None = None
+    scientific: bool = False
 
     def value(self, value: float, stderr: float | None = None) -> str:
         """`"61.20 % ± 1.53"`, `"108.0 M"`, `"∞"`."""
-        error = "" if stderr is None else f" ± {stderr * self.factor:,.{self.decimals}f}"
+        error = "" if stderr is None else f" ± {self._number(stderr, '')}"
         return self._number(value, "") + self.unit + error
 
     def difference(self, difference: float) -> str:
@@ -43,7 +50,8 @@ class Scale:
     def _number(self, value: float, sign: str) -> str:
         if not math.isfinite(value):
             return f"{'-' if value < 0 else sign}∞" if math.isinf(value) else "nan"
-        return f"{value * self.factor:{sign},.{self.decimals}f}"
+        form = f".{self.decimals}e" if self.scientific else f",.{self.decimals}f"
+        return format(value * self.factor, sign + form)
 
 
 def label_of(figure: Figure) -> str:
@@ -75,7 +83,7 @@ def scale_of(figure: Figure, values: Iterable[float]) -> Scale:
     if figure.unit == "tokens/s":
         return Scale(1.0, 1, " tokens/s")
     if "perplexity" in figure.name:
-        return Scale(1.0, 2)
+        return Scale(1.0, 2, scientific=largest >= 1e6)
     return Scale(1.0, 4, f" {figure.unit}" if figure.unit else "")
 
 

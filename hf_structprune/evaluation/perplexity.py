@@ -1,37 +1,57 @@
-"""Perplexity over non-overlapping windows, the protocol of language-model compression papers."""
+"""Perplexity of a text: token, word and byte perplexity with their standard errors."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
-from ..calibration import read_jsonl, read_lines
-from ..data import wikitext2_sample
 from ..errors import ConfigurationError
-from ..language_head import has_plain_head, positions_at_once
+from .encoding import EncodedText, encode
+from .likelihood import window_losses
+from .protocol import PerplexityProtocol, context_length, find_protocol
+from .results import Figure
+from .text import EvaluationText, load_text
+from .windows import Window, cut_windows, spread
 
 
 @dataclass(frozen=True)
 class PerplexityResult:
     """A perplexity and how it was measured.
 
+    With the summed negative log-likelihood `S` of the tokens that count, in nats, and their number `T`, words `W` and
+    bytes `B`: perplexity `exp(S / T)`, word perplexity `exp(S / W)`, byte perplexity `exp(S / B)`, bits per byte
+    `S / B / ln 2`, as lm-eval defines them for `wikitext`. Words and bytes are those of the same tokens, see
+    `encoding.encode`; so the figures are right for a part of the text too, and without a BOS token the first token of
+    the text is neither in `S` nor in `B`. They are missing (`None`) if the tokenizer does not tell the parts of the
+    text.
+
+    Standard errors are those of a ratio of sums over windows, linearised (delta method; Cochran, Sampling Techniques,
+    1977, section 6.4), with the windows taken as independent: for `m = S / T`, `e_k = S_k - m T_k` and `n` windows,
+    `se(m) = sqrt(n / (n - 1) sum_k e_k^2) / T` and `se(exp m) = exp(m) se(m)`; `None` for one window.
+
     Args:
         perplexity: `exp(nll)`.
         nll: Mean negative log-likelihood of a token, in nats.
-        tokens: Number of tokens that were predicted: `windows * (window - 1)`.
+        tokens: Number of tokens that were predicted.
         windows: Number of windows that were run.
         window: Tokens in a window.
         protocol: The same in words, for tables and cards.
+        stderr: Standard error of `perplexity`.
+        word_perplexity: Perplexity of a word.
+        word_perplexity_stderr: Its standard error.
+        byte_perplexity: Perplexity of a byte.
+        byte_perplexity_stderr: Its standard error.
+        bits_per_byte: Mean negative log-likelihood of a byte, in bits.
+        bits_per_byte_stderr: Its standard error.
+        words: Words that the predicted tokens stand for.
+        bytes: UTF-8 bytes that they stand for.
+        source: Where the text comes from, in words.
     """
 
     perplexity: float
@@ -40,9 +60,40 @@ class PerplexityResult:
     windows: int
     window: int
     protocol: str
+    stderr: float | None = None
+    word_perplexity: float | None = None
+    word_perplexity_stderr: float | None = None
+    byte_perplexity: float | None = None
+    byte_perplexity_stderr: float | None = None
+    bits_per_byte: float | None = None
+    bits_per_byte_stderr: float | None = None
+    words: int | None = None
+    bytes: int | None = None
+    source: str = ""
+
+    def figures(self, name: str) -> list[Figure]:
+        """The figures `perplexity/<name>`, `word_perplexity/<name>`, `byte_perplexity/<name>`, `bits_per_byte/<name>`.
+
+        Args:
+            name: What the text is called.
+
+        Returns:
+            The figures that there are; lower is better in all of them.
+        """
+        details = {key: getattr(self, key) for key in ("source", "tokens", "words", "bytes", "windows", "window")}
+        measured = (
+            ("perplexity", self.perplexity, "", self.stderr),
+            ("word_perplexity", self.word_perplexity, "", self.word_perplexity_stderr),
+            ("byte_perplexity", self.byte_perplexity, "", self.byte_perplexity_stderr),
+            ("bits_per_byte", self.bits_per_byte, "bit/B", self.bits_per_byte_stderr),
+        )
+        return [
+            Figure(f"{kind}/{name}", value, unit, stderr, False, self.protocol, dict(details))
+            for kind, value, unit, stderr in measured
+            if value is not None
+        ]
 
 
-@torch.no_grad()
 def perplexity(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -56,17 +107,13 @@ def perplexity(
 
     The text is tokenised once, as the tokenizer does by default, and cut into non-overlapping windows; an incomplete
     one at the end is dropped. Every token of a window but the first is predicted from those before it in the window:
-    `exp(-1 / (n (w - 1)) sum_windows sum_{t=2..w} log p(x_t | x_1 .. x_{t-1}))` for `n` windows of `w` tokens. Of
-    `N` windows, `max_windows=n` takes those numbered `floor(i N / n)` for `i = 0 .. n - 1`, from 0.
-
-    Logits are computed in the model's dtype and the likelihood in float32, for a part of the positions at a time;
-    where the model does more to its logits than apply the head, for one window at a time. The model is in eval mode
-    meanwhile and gets its modes back.
+    `exp(-1 / (n (w - 1)) sum_windows sum_{t=2..w} log p(x_t | x_1 .. x_{t-1}))` for `n` windows of `w` tokens. This
+    is the protocol `"paper"` of `measure_perplexity`.
 
     Args:
         model: The model, on the device it is to run on.
         tokenizer: Its tokenizer.
-        text: The text (not a path, see `read_text`); a list is joined with two line breaks. Default: a packaged
+        text: The text (not a path, see `load_text`); a list is joined with two line breaks. Default: a packaged
             sample, the leading articles of the WikiText-2 test split. It compares models with each other; numbers
             of papers are on the whole split.
         window: Tokens in a window, at most the model's context.
@@ -79,95 +126,136 @@ def perplexity(
     Raises:
         ConfigurationError: The window is longer than the text or the model's context, or a number is impossible.
     """
-    _check_numbers(model, window, max_windows, batch_size)
-    windows = _cut_windows(tokenizer, _join(text), window, max_windows).to(model.device)
-    total = torch.zeros((), dtype=torch.float64)
-    with _eval_mode(model):
-        plain = has_plain_head(model, windows[:1])
-        batches = windows.split(batch_size)
-        for ids in tqdm(batches, desc="Perplexity", disable=not logging.is_progress_bar_enabled()):
-            total += _plain_nll(model, ids) if plain else _own_nll(model, ids)
-    predicted = len(windows) * (window - 1)
-    nll = total / predicted
-    protocol = f"{len(windows)} non-overlapping windows of {window} tokens, {window - 1} predictions in each"
-    return PerplexityResult(nll.exp().item(), nll.item(), predicted, len(windows), window, protocol)
+    text = load_text("sample").text if text is None else text
+    given = EvaluationText("text", text if isinstance(text, str) else "\n\n".join(text), "")
+    return measure_perplexity(model, tokenizer, given, window=window, max_windows=max_windows, batch_size=batch_size)
 
 
-def read_text(path: str | os.PathLike, column: str = "text") -> str:
-    """Reads a text to evaluate on.
+def measure_perplexity(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    text: EvaluationText,
+    protocol: str = "paper",
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    bos: bool | None = None,
+    max_windows: int | None = None,
+    batch_size: int = 1,
+) -> PerplexityResult:
+    """Perplexity by one of the `PROTOCOLS`.
 
-    A `.jsonl` file gives its texts (key `column`) joined with two line breaks. Any other file is read by the row
-    protocol of WikiText-2: a blank line is an empty row, any other line a row with its line break, and rows are
-    joined with two line breaks: the text that `"\\n\\n".join(dataset["text"])` gives for the dataset of the Hub.
+    | protocol | window | stride | what counts | BOS if asked for |
+    | --- | --- | --- | --- | --- |
+    | `paper` | 2048 | 2048 | in each full window all tokens but the first | in every window |
+    | `llm-pruner` | 128 | 128 | the same | in every window |
+    | `sliding` | 2048 | 512 | every token but the first, in the first window that holds it | at the text's start |
+
+    A BOS token is one of the window's tokens. Of `N` windows, `max_windows=n` takes those numbered `floor(i N / n)`
+    for `i = 0 .. n - 1`, from 0; a token counts in the same window as it does without.
+
+    Logits are computed in the model's dtype and the likelihood in float32, for a part of the positions at a time;
+    where the model does more to its logits than apply the head, for one window at a time. The model is in eval mode
+    meanwhile and gets its modes back.
+
+    Args:
+        model: The model, on the device it is to run on.
+        tokenizer: Its tokenizer.
+        text: What to measure on, see `load_text`.
+        protocol: `"paper"`, `"llm-pruner"` or `"sliding"`.
+        window: Tokens in a window, at most the model's context. Default: the protocol's, even if that is too long for
+            the model; `PROTOCOLS[protocol].window_for(model)` is not.
+        stride: Tokens from the start of a window to the start of the next. Default: the protocol's; if `window` is
+            given, the same share of it.
+        bos: `None`: a BOS token where the tokenizer puts one by default; `True`: where the table says; `False`: none.
+        max_windows: Number of windows to run, spread evenly over the text. Default: all.
+        batch_size: Windows that go through the model at once; it does not change the result but for rounding.
 
     Raises:
-        CalibrationError: There is no such file or no such column, or the file is not UTF-8 text.
+        ConfigurationError: The window is longer than the text or the model's context, the tokenizer has no BOS token,
+            there is no such protocol, or a number is impossible.
     """
-    rows = read_jsonl(path, column) if Path(path).suffix == ".jsonl" else read_lines(path)
-    return "\n\n".join(rows)
-
-
-def _join(text: str | list[str] | None) -> str:
-    if text is None:
-        return read_text(wikitext2_sample())
-    return text if isinstance(text, str) else "\n\n".join(text)
+    chosen = find_protocol(protocol).change(window=window, stride=stride, bos=bos)
+    _check_numbers(model, chosen.window, max_windows, batch_size)
+    encoded = encode(tokenizer, text.text, chosen.bos, chosen.bos_everywhere)
+    found = _find_windows(encoded, chosen)
+    windows = spread(found, max_windows)
+    ids = _window_ids(encoded, windows, chosen)
+    losses = window_losses(model, ids, [window.stop - window.scored for window in windows], batch_size)
+    words = chosen.in_words(
+        windows=len(windows),
+        found=len(found),
+        window=ids.shape[1],
+        starts_with_bos=encoded.bos is not None,
+    )
+    return _result(losses, windows, encoded, window=ids.shape[1], protocol=words, source=text.source)
 
 
 def _check_numbers(model: PreTrainedModel, window: int, max_windows: int | None, batch_size: int) -> None:
-    for name, value, minimum in (
-        ("window", window, 2),
-        ("max_windows", max_windows, 1),
-        ("batch_size", batch_size, 1),
-    ):
-        if value is not None and value < minimum:
-            raise ConfigurationError(f"`{name}` is {value}; it must be at least {minimum}.")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, value in (("max_windows", max_windows), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ConfigurationError(f"`{name}` is {value}; it must be at least 1.")
+    context = context_length(model)
     if context is not None and window > context:
         raise ConfigurationError(f"`window` is {window}, but the model's context is {context} tokens: lower `window`.")
 
 
-def _cut_windows(tokenizer: Any, text: str, window: int, max_windows: int | None) -> torch.LongTensor:
+def _find_windows(encoded: EncodedText, protocol: PerplexityProtocol) -> list[Window]:
+    windows = cut_windows(
+        len(encoded.ids),
+        protocol.content,
+        min(protocol.stride, protocol.content),
+        keep_tail=protocol.keep_tail,
+        score_first=protocol.adds_bos_everywhere,
+    )
+    if not windows:
+        raise ConfigurationError(
+            f"`window` is {protocol.window}, but the text has only {len(encoded.ids)} tokens: give more text."
+        )
+    return windows
+
+
+def _window_ids(encoded: EncodedText, windows: list[Window], protocol: PerplexityProtocol) -> torch.LongTensor:
     """Token ids of shape `(windows, window)`."""
-    ids = tokenizer(text, verbose=False)["input_ids"]
-    full = len(ids) // window
-    if full == 0:
-        raise ConfigurationError(f"`window` is {window}, but the text has only {len(ids)} tokens: give more text.")
-    windows = torch.tensor(ids[: full * window]).view(full, window)
-    count = min(full, max_windows or full)
-    return windows[[i * full // count for i in range(count)]]
+    ids = torch.tensor(encoded.ids)
+    rows = torch.stack([ids[window.start : window.stop] for window in windows])
+    return F.pad(rows, (1, 0), value=encoded.bos) if protocol.adds_bos_everywhere else rows
 
 
-@contextmanager
-def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+def _result(losses: np.ndarray, windows: list[Window], encoded: EncodedText, **how: Any) -> PerplexityResult:
+    """The figures from the summed losses of the windows, and how they were measured."""
+    counts = np.array([window.stop - window.scored for window in windows])
+    nll, stderr = mean_and_stderr(losses, counts)
+    values: dict[str, Any] = {"perplexity": _exp(nll), "nll": nll, "stderr": _finite(_exp(nll) * stderr)}
+    for unit, upto in (("word", encoded.words), ("byte", encoded.bytes)):
+        units = None if upto is None else upto[[w.stop for w in windows]] - upto[[w.scored for w in windows]]
+        if units is None or not units.any():
+            continue
+        mean, stderr = mean_and_stderr(losses, units)
+        values |= {f"{unit}s": int(units.sum()), f"{unit}_perplexity": _exp(mean)}
+        values[f"{unit}_perplexity_stderr"] = _finite(_exp(mean) * stderr)
+        if unit == "byte":
+            values |= {"bits_per_byte": mean / math.log(2), "bits_per_byte_stderr": _finite(stderr / math.log(2))}
+    return PerplexityResult(tokens=int(counts.sum()), windows=len(windows), **values, **how)
+
+
+def mean_and_stderr(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
+    """`sum(sums) / sum(counts)` and its standard error over windows, NaN for one window; see `PerplexityResult`."""
+    n, total = len(sums), counts.sum()
+    mean = sums.sum() / total
+    if n == 1:
+        return float(mean), math.nan
+    with np.errstate(invalid="ignore"):  # infinite losses have no error
+        squares = np.square(sums - mean * counts).sum()
+    return float(mean), float(math.sqrt(n / (n - 1) * squares) / total)
+
+
+def _exp(value: float) -> float:
     try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
 
 
-def _plain_nll(model: PreTrainedModel, ids: torch.LongTensor) -> torch.Tensor:
-    """Summed negative log-likelihood of `ids` of shape `(batch, window)`, with the head applied to chunks."""
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-    head, targets = model.get_output_embeddings(), ids[:, 1:].flatten()
-    chunk = positions_at_once(head.weight.shape[0])
-    pairs = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    return sum(_summed_loss(head(part), target) for part, target in pairs)
-
-
-def _own_nll(model: PreTrainedModel, ids: torch.LongTensor) -> torch.Tensor:
-    """The same from the model's own logits, one window at a time."""
-    total = torch.zeros((), dtype=torch.float64)
-    for row in ids:
-        logits = model(input_ids=row[None], use_cache=False).logits[0, :-1]
-        chunk = positions_at_once(logits.shape[-1])
-        pairs = zip(logits.split(chunk), row[1:].split(chunk), strict=True)
-        total += sum(_summed_loss(part, target) for part, target in pairs)
-    return total
-
-
-def _summed_loss(logits: torch.Tensor, targets: torch.LongTensor) -> torch.Tensor:
-    loss = F.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
-    return loss.cpu().double().sum()  # not every accelerator knows float64
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

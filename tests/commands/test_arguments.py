@@ -110,6 +110,32 @@ def test_empty_yaml_changes_nothing(yaml_file):
     assert parse_plan("m", "--config", yaml_file("# nothing\n"))[2] == PruningConfig()
 
 
+@dataclasses.dataclass
+class Several:
+    """Any number of results.
+
+    Args:
+        results (list of `str`): Files.
+        text, other: Two at once, without types.
+    """
+
+    results: list[str]
+    text: str | None = dataclasses.field(default=None, metadata={"aliases": ["--words"]})
+    other: int = 3
+
+
+def test_several_positional_arguments_and_another_name(yaml_file):
+    assert parse(["a.json", "b.json", "--words", "x"], "compare", "", Several) == [Several(["a.json", "b.json"], "x")]
+    assert parse(["--config", yaml_file("results: [a, b]\nother: 4")], "compare", "", Several) == [
+        Several(["a", "b"], None, 4)
+    ]
+    assert parse(["c", "--config", yaml_file("results: a")], "compare", "", Several) == [Several(["c"])]
+    with pytest.raises(ConfigurationError, match="RESULTS is missing"):
+        parse([], "compare", "", Several)
+    parser = arguments_module._make_parser("compare", "", [Several])
+    assert {a.dest: a.help for a in parser._actions}["other"].startswith("Two at once, without types.")
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

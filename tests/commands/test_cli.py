@@ -34,8 +34,8 @@ def test_help(argv, capsys):
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help_of_a_command(command, capsys):
     assert cli.main([command, "--help"]) == 0
-    positionals = {"card": "DIR", "push": "DIR REPO"}.get(command, "MODEL")
-    assert f"hf-structprune {command} {positionals} [options]" in capsys.readouterr().out
+    positional = {"compare": "RESULTS ...", "card": "DIR", "push": "DIR REPO"}.get(command, "MODEL")
+    assert f"hf-structprune {command} {positional} [options]" in capsys.readouterr().out
 
 
 def test_version(capsys):
@@ -58,7 +58,23 @@ def test_version(capsys):
         (["prune", "m", "--output-dir", "o", "--plan", "no-such.json"], ["No such file", "no-such.json"]),
         (["perplexity", "m", "--window", "1"], ["`window` is 1"]),
         (["perplexity", "m", "--max-windows", "0"], ["`max_windows` is 0"]),
+        (["perplexity", "m", "--batch-size", "0"], ["`batch_size` is 0"]),
+        (["perplexity", "m", "--protocol", "papers"], ["`protocol` is 'papers'", "llm-pruner"]),
+        (["perplexity", "m", "--window", "64", "--stride", "65"], ["`stride` is 65", "64"]),
         (["demo", "m", "--ratio", "-1"], ["--ratio is -1"]),
+        (["card"], ["DIR is missing"]),
+        (["push", "no-such-folder"], ["REPO is missing"]),
+        (["push", "no-such-folder", "me/x"], ["There is no folder no-such-folder"]),
+        (["evaluate", "m", "--protocol", "mine"], ["`protocol` is 'mine'", "paper"]),
+        (["evaluate", "m", "--suite", "study-z"], ["`suite` is 'study-z'", "study-a"]),
+        (["evaluate", "m", "--pictures"], ["--pictures needs --output"]),
+        (["evaluate", "m", "--output", "/"], ["/ is a folder"]),
+        (["evaluate", "/no/such/model"], ["cannot load '/no/such/model'"]),
+        (["compare"], ["RESULTS is missing"]),
+        (["compare", "no-such.json"], ["There is no no-such.json"]),
+        (["compare", "a.json", "--format", "pdf"], ["`format` is 'pdf'", "csv"]),
+        (["benchmark", "m", "--rounds", "0"], ["`rounds` is 0"]),
+        (["benchmark", "m", "--repeats", "0"], ["`repeats` is 0"]),
     ],
 )
 def test_bad_values(argv, parts, capsys):

@@ -101,6 +101,40 @@ def test_perplexity(folder, tmp_path, capsys):
     assert str(text) in run_text(capsys, "perplexity", folder, "--text", str(text), "--window", "64")
 
 
+def test_perplexity_by_protocol(folder, tmp_path, capsys):
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"body": f"Text number {i}."}) for i in range(30)))
+    argv = ["perplexity", folder, "--text", str(text), "--column", "body"]
+    data = run_json(capsys, *argv, "--protocol", "sliding", "--window", "64", "--batch-size", "3")
+    size = len("\n\n".join(f"Text number {i}." for i in range(30)))
+    assert (data["protocol"], data["tokens"], data["bytes"], data["words"]) == ("sliding", size - 1, size - 1, 90)
+    assert data["windows"] == 1 + -(-(size - 64) // 16)
+    assert data["byte_perplexity"] == data["perplexity"] > 100 and data["bits_per_byte"] > 6
+    assert data["stderr"] > 0 and data["word_perplexity_stderr"] > 0
+    assert "16 apart" in data["protocol_in_words"] and data["source"] == "text.jsonl"
+    data = run_json(capsys, *argv, "--protocol", "llm-pruner")
+    assert (data["window"], data["windows"]) == (128, size // 128)
+    data = run_json(capsys, *argv, "--window", "64", "--stride", "32", "--no-bos", "--max-windows", "3")
+    assert (data["windows"], data["tokens"]) == (3, 63 + 2 * 32)
+    printed = run_text(capsys, *argv, "--window", "64")
+    for part in (
+        "paper: ",
+        "non-overlapping windows of 64 tokens",
+        "byte perplexity",
+        "bits per byte",
+        " ± ",
+        "words",
+    ):
+        assert part in printed
+
+
+def test_perplexity_options_from_a_file(folder, tmp_path, capsys):
+    options = tmp_path / "options.yaml"
+    options.write_text("protocol: sliding\nbos: false\nwindow: 128\nmax_windows: 2\n")
+    data = run_json(capsys, "perplexity", folder, "--config", str(options))
+    assert (data["protocol"], data["windows"], data["tokens"]) == ("sliding", 2, 127 + 32)
+
+
 @pytest.mark.parametrize(
     "argv, parts",
     [
@@ -111,6 +145,9 @@ def test_perplexity(folder, tmp_path, capsys):
         ),
         (["perplexity", "--text", "no-such.txt"], ["no-such.txt"]),
         (["perplexity", "--window", "100000"], ["100000"]),
+        (["perplexity", "--text", "ptb"], ["'ptb'", "ptb-text-only/ptb_text_only", ".txt"]),
+        (["perplexity", "--bos"], ["`bos` is True", "no beginning-of-sequence token"]),
+        (["perplexity", "--split", "train"], ["`split` is 'train'"]),
         (["inspect", "--device", "abacus"], ["abacus"]),
     ],
 )

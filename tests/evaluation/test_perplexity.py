@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, Cohere2Config, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig
 from transformers.utils import logging
 
-from hf_structprune.errors import CalibrationError, ConfigurationError
+from hf_structprune.errors import ConfigurationError
 from hf_structprune.evaluation import perplexity, read_text
 
 
@@ -165,12 +165,3 @@ def test_progress_bar_follows_transformers(tiny_llama, tiny_tokenizer, capsys):
 def test_errors(tiny_llama, tiny_tokenizer, options, match):
     with pytest.raises(ConfigurationError, match=match):
         perplexity(tiny_llama, tiny_tokenizer, **{"text": TEXT} | options)
-
-
-def test_read_text(tmp_path):
-    (tmp_path / "a.txt").write_text(" \n = T = \n \n Body . \n", encoding="utf-8")
-    assert read_text(tmp_path / "a.txt") == "\n\n".join(["", " = T = \n", "", " Body . \n"])
-    (tmp_path / "a.jsonl").write_text('{"text": "one", "n": 1}\n{"text": "two", "n": 2}\n', encoding="utf-8")
-    assert read_text(tmp_path / "a.jsonl") == "one\n\ntwo"
-    with pytest.raises(CalibrationError, match="There is no file"):
-        read_text(tmp_path / "b.txt")

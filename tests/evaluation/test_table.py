@@ -20,7 +20,7 @@ def make(state="dense", model="m/dense", *figures, hardware=None):
 
 
 def acc(value, stderr=0.03, task="boolq", **details):
-    return Figure(f"tasks/{task}/acc", value, "", stderr, True, "0-shot", {"version": 2, "limit": None} | details)
+    return Figure(f"tasks/{task}/acc", value, "", stderr, True, "0-shot", {"version": 2, "samples": 500} | details)
 
 
 def cell(table, name, number):
@@ -75,7 +75,7 @@ def test_infinity_and_zero(base, value, difference, ratio):
 @pytest.mark.parametrize(
     ("base", "other", "words"),
     [
-        (acc(0.5, limit=200), acc(0.4, limit=None), "limit is None instead of 200"),
+        (acc(0.5, samples=200), acc(0.4, samples=500), "samples is 500 instead of 200"),
         (acc(0.5), acc(0.4, version=3), "version is 3 instead of 2"),
         (acc(0.5), acc(0.4, num_fewshot=5), "num_fewshot is 5 instead of unknown"),
         (
@@ -98,7 +98,7 @@ def test_other_conditions_are_marked_and_not_compared(base, other, words):
 def test_one_note_for_all_figures_with_the_same_reason():
     tasks = ("boolq", "piqa", "winogrande")
     dense = make("dense", "d", *[acc(0.5, task=task) for task in tasks])
-    pruned = make("pruned", "p", *[acc(0.5, task=task, limit=10) for task in tasks])
+    pruned = make("pruned", "p", *[acc(0.5, task=task, samples=10) for task in tasks])
     assert [note.count("/acc") for note in ResultTable([dense, pruned]).notes] == [3]
 
 
@@ -119,7 +119,7 @@ def test_times_of_other_machines_are_not_compared(unit):
 
 
 def test_figure_that_the_baseline_lacks_is_still_checked_between_the_others():
-    first, second = make("pruned", "p", acc(0.5, limit=1)), make("recovered", "r", acc(0.6, limit=2))
+    first, second = make("pruned", "p", acc(0.5, samples=1)), make("recovered", "r", acc(0.6, samples=2))
     table = ResultTable([make("dense", "d"), first, second])
     assert [c and c.comparable for c in table.rows()[0].cells] == [None, True, False]
     assert "than pruned" in table.notes[0]

@@ -4,9 +4,10 @@ import types
 
 import pytest
 import torch
-from server import HubServer
 
 from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
+
+from .server import HubServer
 
 
 @pytest.fixture

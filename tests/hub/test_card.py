@@ -212,7 +212,7 @@ def test_base_model_its_licence_and_language(tiny_llama, tiny_tokenizer, tmp_pat
 
 
 def test_base_model_on_the_hub(online, tiny_llama, tmp_path):
-    from server import Commit, Repo
+    from .server import Commit, Repo
 
     tiny_llama.save_pretrained(tmp_path / "base")
     files = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}

@@ -316,7 +316,7 @@ def test_what_the_push_of_transformers_carries(online, which, request):
 
 def test_gated_base_model(online, tiny_llama, tmp_path):
     tiny_llama.save_pretrained(tmp_path / "base")
-    from server import Commit, Repo
+    from .server import Commit, Repo
 
     files = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
     online.repos["other/gated"] = Repo(gated=True, branches={"main": [Commit("model", files)]})

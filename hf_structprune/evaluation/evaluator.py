@@ -1,0 +1,268 @@
+"""`evaluate`: runs everything that was asked for on one model, saves after each step and goes on where it stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from ..errors import ConfigurationError
+from .environment import describe_environment
+from .fingerprint import model_fingerprint
+from .results import EvaluationResult
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .text import EvaluationText
+
+# Keys of `EvaluationResult.settings` besides the fields of the configuration.
+COMPLETED = "completed"
+MODEL = "model_fingerprint"
+TEXTS = "text_fingerprints"
+
+Step = Callable[[EvaluationResult], None]
+
+
+@dataclass
+class EvaluationConfig:
+    """What is measured.
+
+    Args:
+        texts (list of `str`, *optional*): Texts for perplexity: `sample` (packaged), `wikitext2`, `ptb`, `c4`, a file,
+            a data set folder or a data set id of the Hub. Default: `sample`; `none`, or an empty list, measures none.
+        protocol (`str`): How a text is cut into windows: `paper`, `llm-pruner` or `sliding`.
+        window (`int`, *optional*): Tokens in a window. Default: the protocol's, or the model's context where that is
+            shorter.
+        stride (`int`, *optional*): Tokens from one window to the next. Default: the protocol's.
+        bos (`bool`, *optional*): With or without a beginning-of-sequence token. Default: what the tokenizer does.
+        max_windows (`int`, *optional*): At most so many windows of each text, evenly spaced. Default: all.
+        tasks (list of `str`, *optional*): lm-eval tasks, groups, or suites (`llm-pruner`, `study-a`, `leaderboard`).
+        num_fewshot (`int`, *optional*): Examples in the prompt of a task. Default: as the task says.
+        limit (`float`, *optional*): Documents of each task, or their share if below 1. Default: all.
+        include_path (`str`, *optional*): Folder with YAML files of further tasks.
+        efficiency (`bool`): Measure size, memory and speed.
+        samples (`bool`): Generate sample texts.
+        batch_size (`int`): Windows and documents that go through the model at once.
+        seed (`int`): Seed of everything random.
+
+    Raises:
+        ConfigurationError: A value is impossible, or there is nothing to measure.
+    """
+
+    texts: Sequence[str] | None = field(default=None, metadata={"aliases": ["--text"]})
+    protocol: str = "paper"
+    window: int | None = None
+    stride: int | None = None
+    bos: bool | None = None
+    max_windows: int | None = None
+    tasks: Sequence[str] | None = None
+    num_fewshot: int | None = None
+    limit: float | None = None
+    include_path: str | None = None
+    efficiency: bool = True
+    samples: bool = True
+    batch_size: int = 8
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        from .protocol import find_protocol
+
+        self.texts = _listed(("sample",) if self.texts is None else self.texts)
+        self.texts = () if self.texts == ("none",) else self.texts
+        self.tasks = _listed(self.tasks or ())
+        find_protocol(self.protocol).change(window=self.window, stride=self.stride, bos=self.bos)
+        for name, minimum in (("max_windows", 1), ("num_fewshot", 0), ("batch_size", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < minimum):
+                raise ConfigurationError(f"`{name}` is {value!r}; it must be an integer of at least {minimum}.")
+        if self.limit is not None and (self.limit <= 0 or (self.limit > 1 and self.limit != int(self.limit))):
+            raise ConfigurationError(f"`limit` is {self.limit}; give a number of documents, or a share below 1.")
+        if self.limit is not None and self.limit >= 1:
+            self.limit = int(self.limit)
+        if self.include_path is not None:
+            self.include_path = os.fspath(self.include_path)
+        if not (self.texts or self.tasks or self.efficiency or self.samples):
+            raise ConfigurationError("There is nothing to measure: name texts or tasks, or set `efficiency`.")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def load(self) -> tuple[list[EvaluationText], list[str]]:
+        """Loads the texts and makes sure that the tasks can be run, without a model.
+
+        Returns:
+            The texts, and the names of the tasks with suites taken apart.
+
+        Raises:
+            StructPruneError: A text cannot be read, two have the same name, or a task or its data is missing.
+        """
+        from .text import load_text
+
+        texts = [load_text(spec) for spec in self.texts]
+        for number, text in enumerate(texts):
+            if text.name in [other.name for other in texts[:number]]:
+                raise ConfigurationError(
+                    f"`texts` are {', '.join(self.texts)}, of which two are called {text.name!r}: rename a file."
+                )
+        if not self.tasks:
+            return texts, []
+        from .tasks import check_tasks
+
+        return texts, check_tasks(self.tasks, self.include_path)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    config: EvaluationConfig | None = None,
+    *,
+    name: str,
+    state: str = "dense",
+    base_model: str | None = None,
+    output: str | os.PathLike | None = None,
+    overwrite: bool = False,
+) -> EvaluationResult:
+    """Measures perplexity on each text, each task, efficiency and sample texts, in this order.
+
+    Everything that can be checked is checked before the first step: texts, tasks with their data, the output. With
+    `output`, the result is saved after each step; a call with the same settings on the same model goes on where an
+    interrupted one stopped, and measures nothing again.
+
+    Args:
+        model: The model, on the device it is to run on.
+        tokenizer: Its tokenizer.
+        config: What to measure. Default: the packaged text, efficiency and samples.
+        name: Hub id or folder, for tables and cards.
+        state: `"dense"`, `"pruned"`, `"recovered"` or `"quantised"`.
+        base_model: What the model was made from, if that is known.
+        output: JSON file for the result.
+        overwrite: Start anew where `output` is of other settings, of another model or not ours at all.
+
+    Raises:
+        ConfigurationError: `output` holds something else, or cannot be written.
+        StructPruneError: A text or a task cannot be used.
+    """
+    config = config or EvaluationConfig()
+    if output is not None:
+        check_output(output)
+    texts, tasks = config.load()
+    result = EvaluationResult(name, state, base_model, environment=describe_environment(model.device))
+    result.settings = json.loads(json.dumps(config.to_dict()))
+    result.settings |= {
+        TEXTS: {text.name: hashlib.sha256(text.text.encode()).hexdigest()[:16] for text in texts},
+        MODEL: model_fingerprint(model),
+        COMPLETED: [],
+    }
+    steps = _steps(model, tokenizer, config, texts, tasks)
+    if output is not None and Path(output).exists() and not overwrite:
+        result = _continue(EvaluationResult.load(output), result, set(steps), output)
+    completed = result.settings[COMPLETED]
+    left = [step for step in steps if step not in completed]
+    bar = tqdm(left, desc="Evaluation", unit="step", disable=not logging.is_progress_bar_enabled())
+    for step in bar:
+        bar.set_postfix_str(step)
+        steps[step](result)
+        completed.append(step)
+        if output is not None:
+            result.save(output)
+    return result
+
+
+def check_output(path: str | os.PathLike) -> None:
+    """Refuses a file that cannot be written, before any work is done."""
+    path = Path(path).absolute()
+    if path.is_dir():
+        raise ConfigurationError(f"{path} is a folder; give the name of a JSON file.")
+    existing = next(parent for parent in path.parents if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigurationError(f"{path} cannot be written: {existing} is no folder that can be written to.")
+
+
+def _listed(values: Sequence[str]) -> tuple[str, ...]:
+    values = (values,) if isinstance(values, (str, os.PathLike)) else values
+    return tuple(dict.fromkeys(os.fspath(value) for value in values))
+
+
+def _steps(
+    model: PreTrainedModel, tokenizer: Any, config: EvaluationConfig, texts: list[EvaluationText], tasks: list[str]
+) -> dict[str, Step]:
+    """What is to be done, by names that stay the same between runs."""
+    steps: dict[str, Step] = {}
+    for text in texts:
+        steps[f"perplexity/{text.name}"] = partial(_measure_text, model, tokenizer, config, text)
+    for task in tasks:
+        steps[f"tasks/{task}"] = partial(_run_task, model, tokenizer, config, task)
+    if config.efficiency:
+        steps["efficiency"] = partial(_measure_efficiency, model, config)
+    if config.samples:
+        steps["samples"] = partial(_generate, model, tokenizer, config)
+    return steps
+
+
+def _measure_text(model: Any, tokenizer: Any, config: EvaluationConfig, text: Any, result: EvaluationResult) -> None:
+    from .perplexity import measure_perplexity
+    from .protocol import PROTOCOLS
+
+    window = config.window or PROTOCOLS[config.protocol].window_for(model)
+    measured = measure_perplexity(
+        model, tokenizer, text, config.protocol, window=window, stride=config.stride, bos=config.bos,
+        max_windows=config.max_windows, batch_size=config.batch_size,
+    )  # fmt: skip
+    result.add(*measured.figures(text.name))
+
+
+def _run_task(model: Any, tokenizer: Any, config: EvaluationConfig, task: str, result: EvaluationResult) -> None:
+    from .tasks import run_tasks
+
+    figures = run_tasks(
+        model, tokenizer, [task], num_fewshot=config.num_fewshot, limit=config.limit,
+        include_path=config.include_path, batch_size=config.batch_size, seed=config.seed,
+    )  # fmt: skip
+    result.add(*figures)
+
+
+def _measure_efficiency(model: Any, config: EvaluationConfig, result: EvaluationResult) -> None:
+    from .efficiency import EfficiencyConfig, measure_efficiency
+
+    result.add(*measure_efficiency(model, EfficiencyConfig(seed=config.seed)))
+
+
+def _generate(model: Any, tokenizer: Any, config: EvaluationConfig, result: EvaluationResult) -> None:
+    from .generation import generate_samples
+
+    result.samples = generate_samples(model, tokenizer, seed=config.seed)
+
+
+def _continue(
+    earlier: EvaluationResult, fresh: EvaluationResult, steps: set[str], output: str | os.PathLike
+) -> EvaluationResult:
+    """What an earlier run has left, if it was one of the same settings on the same model."""
+    mine, theirs = ({**r.settings, COMPLETED: None} for r in (fresh, earlier))
+    differing = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
+    if steps - set(earlier.settings.get(COMPLETED, [])):  # what is added must come from the same place
+        for key in ("versions", "hardware"):
+            if _without_memory(earlier.environment.get(key)) != _without_memory(fresh.environment[key]):
+                differing.append(key)
+    if differing:
+        raise ConfigurationError(
+            f"{output} holds an evaluation with other settings or of another model ({', '.join(differing)}): give "
+            "another --output, or say --overwrite to measure anew."
+        )
+    earlier.model, earlier.state = fresh.model, fresh.state
+    earlier.base_model = fresh.base_model or earlier.base_model
+    return earlier
+
+
+def _without_memory(values: Any) -> Any:
+    return {k: v for k, v in values.items() if "memory" not in k} if isinstance(values, dict) else values

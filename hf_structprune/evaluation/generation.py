@@ -1,0 +1,245 @@
+"""Text that a model writes: samples to read, and the five-question protocol for speed and memory."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..errors import ConfigurationError
+from ..files import write_text
+from .memory import memory_in_use
+from .modes import eval_mode
+from .results import Figure
+from .speed import devices_of, synchronize, where
+
+
+PROMPTS = (
+    "What is the capital of France?",
+    "Explain in two sentences why the sky is blue.",
+    "Write a short story about a robot that learns to paint.",
+)
+QUESTIONS = (
+    "What causes the seasons on Earth?",
+    "How does a vaccine protect the body from a disease?",
+    "Why did the Roman Empire fall?",
+    "What is the difference between supervised and unsupervised machine learning?",
+    "How can I save money on groceries without eating worse?",
+)
+# Tokens that are generated before the first question, so that it does not pay for setting things up.
+_WARMUP_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer to a question.
+
+    Attributes:
+        question: The question.
+        text: The answer.
+        prompt_tokens: Tokens of the question, chat template included.
+        new_tokens: Tokens of the answer.
+        seconds: Time of the generation.
+        memory: Bytes in use right after it.
+    """
+
+    question: str
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float
+    memory: int
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.new_tokens
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of question and answer over the time of the generation."""
+        return self.total_tokens / self.seconds
+
+
+@dataclass(frozen=True)
+class QuestionResult:
+    """The answers to all questions, and how they were measured in words."""
+
+    answers: list[Answer]
+    protocol: str
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a question, and one named `"mean"` with the means over them; memory in GiB to two decimals."""
+        rows = [_row(a.question, [a], a.text) for a in self.answers]
+        return [*rows, _row("mean", self.answers, "")]
+
+    def figures(self) -> list[Figure]:
+        """`efficiency/question_throughput` and `efficiency/question_memory`: the means over the questions."""
+        return [
+            Figure(
+                "efficiency/question_throughput", statistics.fmean(a.tokens_per_second for a in self.answers),
+                "tokens/s", higher_is_better=True, protocol=f"{self.protocol}; prompt tokens counted",
+                details={"values": [a.tokens_per_second for a in self.answers]},
+            ),
+            Figure(
+                "efficiency/question_memory", statistics.fmean(a.memory for a in self.answers), "B",
+                higher_is_better=False, protocol=f"{self.protocol}; memory in use after each answer",
+                details={"values": [a.memory for a in self.answers]},
+            ),
+        ]  # fmt: skip
+
+    def write_csv(self, path: str | os.PathLike) -> None:
+        """Writes `rows()` as CSV."""
+        rows, text = self.rows(), io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(path, text.getvalue())
+
+
+def _row(name: str, answers: Sequence[Answer], text: str) -> dict[str, Any]:
+    def mean(values: list[float], digits: int) -> float:
+        return round(values[0] if len(values) == 1 else statistics.fmean(values), digits)
+
+    return {
+        "question": name,
+        "prompt_tokens": mean([a.prompt_tokens for a in answers], 1),
+        "total_tokens": mean([a.total_tokens for a in answers], 1),
+        "seconds": mean([a.seconds for a in answers], 4),
+        "tokens_per_second": mean([a.tokens_per_second for a in answers], 2),
+        "memory_gib": mean([a.memory / 2**30 for a in answers], 2),
+        "answer": text,
+    }
+
+
+def generate_samples(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompts: str | Sequence[str] | None = None,
+    *,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Lets a model continue prompts, or answer them if its tokenizer has a chat template.
+
+    Args:
+        model: The model, on the device it is to run on; it gets its modes back.
+        tokenizer: Its tokenizer.
+        prompts: One or several. Default: `PROMPTS`.
+        max_new_tokens: Tokens at most.
+        seed: Seed for each prompt, for sampling; the state of torch's generators is as before afterwards.
+        options: Given to `generate`, for example `do_sample=True, temperature=0.7`. Default: greedy.
+
+    Returns:
+        One dictionary a prompt: `prompt`, `text` (what was generated), `tokens` (how many) and `seconds`.
+
+    Raises:
+        ConfigurationError: There is no room for a new token, or a prompt has no token.
+    """
+    if max_new_tokens < 1:
+        raise ConfigurationError(f"`max_new_tokens` is {max_new_tokens}; it must be at least 1.")
+    prompts = PROMPTS if prompts is None else [prompts] if isinstance(prompts, str) else prompts
+    samples = []
+    with eval_mode(model):
+        for prompt in tqdm(prompts, desc="Samples", disable=not logging.is_progress_bar_enabled()):
+            inputs = _encode(model, tokenizer, prompt)
+            answer = _answer(model, tokenizer, prompt, inputs, max_new_tokens, seed, **options)
+            samples.append(
+                {"prompt": prompt, "text": answer.text, "tokens": answer.new_tokens, "seconds": answer.seconds}
+            )
+    return samples
+
+
+def question_protocol(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    questions: Sequence[str] = QUESTIONS,
+    *,
+    max_length: int = 200,
+) -> QuestionResult:
+    """Speed and memory while a model answers five questions, greedily, one after another.
+
+    The protocol of a study of pruned and quantised chat models: for each question at most `max_length` tokens,
+    **prompt included** (an answer may end earlier), tokens of prompt and answer over the seconds of the generation,
+    memory in use after it (CUDA: `memory_allocated`; else the resident memory of the process), and the mean over the
+    questions. The study does not print its questions: these five are ours. A few tokens are generated before the
+    first question and not counted.
+
+    Args:
+        model: The model, on the device it is to run on; it gets its modes back.
+        tokenizer: Its tokenizer; its chat template is applied if there is one.
+        questions: The questions.
+        max_length: Tokens of prompt and answer.
+
+    Returns:
+        The answers, with rows, figures and a CSV file.
+
+    Raises:
+        ConfigurationError: A question leaves no room for an answer, or `max_length` is beyond the model's context.
+    """
+    if not questions:
+        raise ConfigurationError("`questions` is empty; give at least one.")
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and max_length > context:
+        raise ConfigurationError(f"`max_length` is {max_length}, but the model's context is {context} tokens.")
+    encoded = [_encode(model, tokenizer, question) for question in questions]
+    room = [max_length - inputs["input_ids"].shape[1] for inputs in encoded]
+    if min(room) < 1:
+        longest = questions[room.index(min(room))]
+        raise ConfigurationError(f"`max_length` is {max_length}, and {longest!r} alone has {max_length - min(room)}.")
+    answers = []
+    with eval_mode(model):
+        _answer(model, tokenizer, questions[0], encoded[0], min(_WARMUP_TOKENS, room[0]), 0)
+        runs = zip(questions, encoded, room, strict=True)
+        for run in tqdm(runs, "Questions", len(questions), disable=not logging.is_progress_bar_enabled()):
+            answers.append(_answer(model, tokenizer, *run, 0))
+    protocol = f"{len(questions)} questions, at most {max_length} tokens with the prompt, greedy, {where(model)}"
+    return QuestionResult(answers, protocol)
+
+
+def _encode(model: PreTrainedModel, tokenizer: Any, prompt: str) -> dict[str, torch.Tensor]:
+    """Token ids and mask of a prompt, as a user's message if the tokenizer has a chat template."""
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    if inputs["input_ids"].shape[1] == 0:
+        raise ConfigurationError(f"The prompt {prompt!r} has no token; write something in it.")
+    return {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+
+
+def _answer(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompt: str,
+    inputs: dict[str, torch.Tensor],
+    max_new_tokens: int,
+    seed: int,
+    **options: Any,
+) -> Answer:
+    devices = devices_of(model)
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    options = {"do_sample": False, "pad_token_id": pad, "max_new_tokens": max_new_tokens, **options}
+    with torch.random.fork_rng(device for device in devices if device.type == "cuda"):
+        torch.manual_seed(seed)
+        synchronize(devices)
+        start = time.perf_counter()
+        output = model.generate(**inputs, **options)
+        synchronize(devices)
+        seconds = time.perf_counter() - start
+    given = inputs["input_ids"].shape[1]
+    text = tokenizer.decode(output[0, given:], skip_special_tokens=True).strip()
+    return Answer(prompt, text, given, output.shape[1] - given, seconds, memory_in_use(devices))

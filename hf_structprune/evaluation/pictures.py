@@ -1,0 +1,271 @@
+"""Pictures for cards and READMEs (PNG): widths, importance, quality against size, speed.
+
+The `*_figure` functions build a Matplotlib `Figure`, the `draw_*` functions save it. Each picture is a light card, so
+that the page around it may be light or dark. The same data gives the same bytes with the same Matplotlib.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers.utils import logging
+
+from ..errors import ConfigurationError
+from .canvas import (
+    COLOURS,
+    FAINT,
+    GREY,
+    INK,
+    legend_below,
+    make_panels,
+    require_matplotlib,
+    save,
+    set_title,
+    whole_numbers,
+)
+from .formatting import label_of, scale_of
+from .results import EvaluationResult
+from .table import Cell, ResultTable
+
+
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.figure import Figure
+
+    from ..plan import PruningPlan
+
+logger = logging.get_logger(__name__)
+
+KIND_NAMES = {"kv_groups": "KV groups", "query_heads": "query heads", "mlp_neurons": "MLP neurons"}
+SPEED = ("prefill_throughput", "decode_throughput", "time_to_first_token", "peak_memory", "weight_bytes")
+
+
+def widths_figure(plan: PruningPlan, num_layers: int | None = None) -> Figure:
+    """Units kept in each layer, in front of those there were; one panel for each kind of unit.
+
+    Args:
+        plan: Names the layers that are cut; those between them are whole.
+        num_layers: Layers of the model, if whole ones behind the last that is cut are to be shown.
+    """
+    kinds = [kind for kind in KIND_NAMES if any(group.kind == kind for group in plan.groups)]
+    if not kinds:
+        raise ConfigurationError("The plan cuts nothing, so there are no widths to draw.")
+    layers = range(max(num_layers or 0, 1 + max(group.layer for group in plan.groups)))
+    figure, axes = make_panels(len(kinds), height=1.9)
+    for axis, kind, colour in zip(axes, kinds, COLOURS, strict=False):
+        groups = {group.layer: group for group in plan.groups if group.kind == kind}
+        whole = max(group.num_units for group in groups.values())
+        before = [groups[layer].num_units if layer in groups else whole for layer in layers]
+        kept = [groups[layer].keep if layer in groups else whole for layer in layers]
+        axis.bar(layers, before, width=0.8, color=FAINT)
+        axis.bar(layers, kept, width=0.8, color=colour)
+        axis.set_ylabel(KIND_NAMES[kind])
+        axis.set_xlim(-0.6, len(layers) - 0.4)
+        axis.set_ylim(0, 1.05 * max(before))
+        whole_numbers(axis.yaxis)
+    whole_numbers(axes[-1].xaxis)
+    axes[-1].set_xlabel("layer")
+    set_title(axes[0], f"Kept width of each layer (grey: cut), {100 * plan.ratio:.1f} % of all parameters gone")
+    return figure
+
+
+def importance_figure(scores: Mapping[tuple[int, str], torch.Tensor]) -> Figure:
+    """How important the units of each layer are: median, middle half and middle 90 %; one panel for each kind.
+
+    Args:
+        scores: For `(layer, kind)` the scores of the units, of shape `(units,)`, as a criterion gives them.
+    """
+    import torch
+
+    if not scores:
+        raise ConfigurationError("There are no scores to draw.")
+    kinds = list(dict.fromkeys(kind for _, kind in scores))
+    figure, axes = make_panels(len(kinds), height=2.2)
+    levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)
+    for axis, kind, colour in zip(axes, kinds, COLOURS * len(kinds), strict=False):
+        layers = sorted(layer for layer, other in scores if other == kind)
+        rows = [torch.quantile(scores[layer, kind].detach().double().cpu(), levels).tolist() for layer in layers]
+        low, lower, median, upper, high = zip(*rows, strict=True)
+        axis.fill_between(layers, low, high, color=colour, alpha=0.2, linewidth=0, label="5 % to 95 % of the units")
+        axis.fill_between(layers, lower, upper, color=colour, alpha=0.4, linewidth=0, label="25 % to 75 %")
+        axis.plot(layers, median, color=colour, linewidth=2, marker="o", markersize=3, label="median")
+        if min(low) > 0:
+            axis.set_yscale("log")
+        axis.set_ylabel(f"importance of\n{KIND_NAMES.get(kind, kind)}")
+        axis.set_xlim(-0.5, max(layers) + 0.5)
+    legend_below(axes[0])
+    whole_numbers(axes[-1].xaxis)
+    axes[-1].set_xlabel("layer")
+    set_title(axes[0], "Importance of the units in each layer")
+    return figure
+
+
+def quality_figure(
+    results: Sequence[EvaluationResult], quality: str | None = None, size: str = "efficiency/parameters"
+) -> Figure:
+    """One point for each model, quality against size; the dense model is the star with the dashed line.
+
+    Args:
+        results: At least two that have both figures with finite values.
+        quality: Name of the figure on the vertical axis. Default: the first perplexity that two of them have, else the
+            first task.
+        size: Name of the figure on the horizontal axis.
+    """
+    table = ResultTable(results)
+    quality = quality or _first_quality(results, size)
+    cells = next((row.cells for row in table.rows() if row.name == quality), [None] * len(results))
+    points = []
+    for label, result, cell in zip(table.labels, results, cells, strict=True):
+        if _is_finite(result, size) and _is_finite(result, quality):
+            if cell.comparable:
+                points.append((label, result.figures[size], result.figures[quality], result.state))
+            else:
+                logger.warning(f"{label} is not in the picture: {quality} was measured under other conditions.")
+    if len(points) < 2:
+        raise ConfigurationError(
+            f"{len(points)} of the results have both {size} and {quality}, measured alike; a picture needs two."
+        )
+    across, up = (scale_of(points[0][i], [point[i].value for point in points]) for i in (1, 2))
+    middle = (min(point[1].value for point in points) + max(point[1].value for point in points)) / 2
+    figure, (axis,) = make_panels(1, height=3.6)
+    for number, (label, width, height, state) in enumerate(points):
+        x, y = width.value * across.factor, height.value * up.factor
+        if height.stderr is not None:
+            axis.errorbar(x, y, 2 * height.stderr * up.factor, color=GREY, linewidth=1, capsize=3, zorder=1)
+        dense = state == "dense"
+        marker, area, colour = ("*", 220, INK) if dense else ("o", 60, COLOURS[number % len(COLOURS)])
+        axis.scatter([x], [y], s=area, marker=marker, color=colour, zorder=3, label=label)
+        if dense:
+            axis.axhline(y, color=GREY, linewidth=1, linestyle="--", zorder=0)
+        side = 1 if width.value <= middle else -1
+        axis.annotate(
+            label, (x, y), (9 * side, 5), textcoords="offset points", fontsize=8, color=INK,
+            ha="left" if side > 0 else "right",
+        )  # fmt: skip
+    values = [point[2].value for point in points]
+    if "perplexity" in quality and max(values) > 10 * min(values):
+        axis.set_yscale("log")
+    axis.margins(0.15, 0.2)
+    axis.set_xlabel(f"{label_of(points[0][1])[:-2]}{_in_brackets(across.unit)}")
+    axis.set_ylabel(f"{label_of(points[0][2])}{_in_brackets(up.unit)}")
+    errors = ", bars: two standard errors" if any(point[2].stderr is not None for point in points) else ""
+    set_title(axis, f"Quality against size{errors}")
+    return figure
+
+
+def speed_figure(results: Sequence[EvaluationResult]) -> Figure:
+    """Speed and memory of each model relative to the first, as bars; only figures measured alike.
+
+    Args:
+        results: The dense model first.
+    """
+    table = ResultTable(results)
+    rows = {row.name: row for row in table.rows()}
+    found = [rows[f"efficiency/{name}"] for name in SPEED if f"efficiency/{name}" in rows]
+    found = [row for row in found if any(cell is not None and cell.ratio is not None for cell in row.cells[1:])]
+    if not found:
+        raise ConfigurationError("No speed or memory was measured alike on the first model and on another.")
+    figure, (axis,) = make_panels(1, height=3.6)
+    others = range(1, len(results))
+    width = 0.8 / len(others)
+    for number in others:
+        heights = [_ratio(row.cells[number]) for row in found]
+        places = [i - 0.4 + width * (number - 0.5) for i in range(len(found))]
+        colour = COLOURS[(number - 1) % len(COLOURS)]
+        bars = axis.bar(places, heights, width=0.92 * width, color=colour, label=table.labels[number])
+        texts = ["" if math.isnan(height) else f"{height:.2f}x" for height in heights]
+        axis.bar_label(bars, texts, padding=2, fontsize=8, color=INK)
+    axis.axhline(1.0, color=INK, linewidth=1.2, linestyle="--", label=table.labels[0])
+    axis.set_xticks(range(len(found)), [textwrap.fill(label_of(row.figure), 14) for row in found], fontsize=8)
+    axis.set_ylabel(f"times {table.labels[0]}")
+    axis.margins(y=0.15)
+    legend_below(axis)
+    set_title(axis, f"Speed and memory relative to {table.labels[0]} (↑ more is better, ↓ less)")
+    return figure
+
+
+def draw_widths(plan: PruningPlan, path: str | os.PathLike, num_layers: int | None = None) -> None:
+    """Saves `widths_figure` as PNG."""
+    save(widths_figure(plan, num_layers), path)
+
+
+def draw_importance(scores: Mapping[tuple[int, str], torch.Tensor], path: str | os.PathLike) -> None:
+    """Saves `importance_figure` as PNG."""
+    save(importance_figure(scores), path)
+
+
+def draw_quality(results: Sequence[EvaluationResult], path: str | os.PathLike, quality: str | None = None) -> None:
+    """Saves `quality_figure` as PNG."""
+    save(quality_figure(results, quality), path)
+
+
+def draw_speed(results: Sequence[EvaluationResult], path: str | os.PathLike) -> None:
+    """Saves `speed_figure` as PNG."""
+    save(speed_figure(results), path)
+
+
+def draw_all(
+    results: Sequence[EvaluationResult], folder: str | os.PathLike, plan: PruningPlan | None = None
+) -> list[Path]:
+    """Draws what these results and this plan have the figures for: `widths.png`, `quality.png`, `speed.png`.
+
+    Args:
+        results: The dense model first.
+        folder: Where they go.
+        plan: How the model was pruned.
+
+    Returns:
+        The files.
+
+    Raises:
+        ConfigurationError: There is nothing to draw.
+        EvaluationError: Matplotlib is not installed.
+    """
+    require_matplotlib()
+    drawn, missing = [], []
+    for name, draw, data in (
+        ("widths.png", draw_widths, plan),
+        ("quality.png", draw_quality, results if len(results) > 1 else None),
+        ("speed.png", draw_speed, results if len(results) > 1 else None),
+    ):
+        path = Path(folder) / name
+        if data is None:
+            continue
+        try:
+            draw(data, path)
+            drawn.append(path)
+        except ConfigurationError as error:
+            missing.append(f"{name} is not drawn: {error}")
+            logger.warning(missing[-1])
+    if not drawn:
+        raise ConfigurationError("Nothing can be drawn: " + (" ".join(missing) or "give a plan or a second result."))
+    return drawn
+
+
+def _first_quality(results: Sequence[EvaluationResult], size: str) -> str:
+    """The first perplexity, else the first task, that two results have together with a size."""
+    names = [row.name for row in ResultTable(results).rows()]
+    wanted = [name for name in names if name.startswith("perplexity/")]
+    wanted += [name for name in names if name.startswith("tasks/")]
+    for name in wanted:
+        if sum(_is_finite(result, name) and _is_finite(result, size) for result in results) >= 2:
+            return name
+    raise ConfigurationError(f"No perplexity and no task was measured on two of the results together with {size}.")
+
+
+def _is_finite(result: EvaluationResult, name: str) -> bool:
+    value = result.value(name)
+    return value is not None and math.isfinite(value)
+
+
+def _ratio(cell: Cell | None) -> float:
+    return math.nan if cell is None or cell.ratio is None else cell.ratio
+
+
+def _in_brackets(unit: str) -> str:
+    return f" ({unit.strip()})" if unit else ""

@@ -1,0 +1,120 @@
+"""The protocols of perplexity by their names: window, stride, beginning-of-sequence token, what is left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigurationError
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class PerplexityProtocol:
+    """How a text is cut into windows for perplexity.
+
+    Args:
+        window: Tokens that go through the model at once, a BOS token in every window counted.
+        stride: Tokens of the text from the start of a window to the start of the next; `window` means no overlap.
+        keep_tail: Whether what is left behind the last full window is measured, or dropped.
+        bos: The beginning-of-sequence token: `None` as the tokenizer does by default (once at the start of the text,
+            if at all), `True` always, `False` never.
+        bos_everywhere: `bos=True` means one at the start of every window rather than at the start of the text.
+    """
+
+    window: int = 2048
+    stride: int = 2048
+    keep_tail: bool = False
+    bos: bool | None = None
+    bos_everywhere: bool = True
+
+    def __post_init__(self) -> None:
+        if self.window < 2:
+            raise ConfigurationError(f"`window` is {self.window}; it must be at least 2.")
+        if not 1 <= self.stride <= self.window:
+            raise ConfigurationError(
+                f"`stride` is {self.stride}; it must be 1 to {self.window}, the `window`, or tokens would be left out."
+            )
+
+    def change(
+        self, *, window: int | None = None, stride: int | None = None, bos: bool | None = None
+    ) -> PerplexityProtocol:
+        """The protocol with other values; a stride that is not given keeps its ratio to the window.
+
+        Raises:
+            ConfigurationError: A value is impossible.
+        """
+        window = self.window if window is None else window
+        stride = max(1, self.stride * window // self.window) if stride is None else stride
+        return replace(self, window=window, stride=stride, bos=self.bos if bos is None else bos)
+
+    @property
+    def adds_bos_everywhere(self) -> bool:
+        """Whether every window begins with a BOS token of its own."""
+        return self.bos is True and self.bos_everywhere
+
+    @property
+    def content(self) -> int:
+        """Tokens of the text in a window: all but a BOS token of its own."""
+        return self.window - self.adds_bos_everywhere
+
+    def window_for(self, model: PreTrainedModel) -> int:
+        """The protocol's window, or the model's context where that is shorter."""
+        return min(self.window, context_length(model) or self.window)
+
+    def in_words(self, *, windows: int, found: int, window: int, starts_with_bos: bool) -> str:
+        """What was done, for tables and cards.
+
+        Args:
+            windows: Number of windows that were run.
+            found: Number of windows there are in the text.
+            window: Their true size, which is smaller than the protocol's if the text is.
+            starts_with_bos: Whether the text's tokens begin with a BOS token.
+        """
+        if self.stride < self.content or self.keep_tail:
+            end = " up to the end of the text" if self.keep_tail else ""
+            words = f"{_windows(windows)} of {window} tokens, {self.stride} apart{end}"
+            words += ", every token predicted in the first window that holds it"
+        else:
+            words = f"{_windows(windows, 'non-overlapping ')} of {window} tokens, {window - 1} predictions in each"
+        if windows < found:
+            words += f", evenly spaced over {found}"
+        if self.adds_bos_everywhere:
+            return f"{words}, BOS in each"
+        return f"{words}, {'BOS once at the start of the text' if starts_with_bos else 'no BOS'}"
+
+
+def _windows(count: int, kind: str = "") -> str:
+    return f"{count} {kind}window{'s' if count > 1 else ''}"
+
+
+PROTOCOLS = {
+    # Of compression papers: GPTQ, SparseGPT, Wanda, SliceGPT, ...
+    "paper": PerplexityProtocol(),
+    # LLMPruner/evaluator/ppl.py of https://github.com/horseee/LLM-Pruner at its default length. It runs four windows
+    # at once; that does not change the result, so the batch size is the caller's.
+    "llm-pruner": PerplexityProtocol(window=128, stride=128),
+    # Every token of the text but the first is predicted, with as much context as the window allows
+    # (https://huggingface.co/docs/transformers/perplexity). A BOS token, if asked for, comes once, as in lm-eval's
+    # rolling likelihood; the first token of the text is then predicted too.
+    "sliding": PerplexityProtocol(window=2048, stride=512, keep_tail=True, bos_everywhere=False),
+}
+
+
+def find_protocol(name: str) -> PerplexityProtocol:
+    """The protocol of a name.
+
+    Raises:
+        ConfigurationError: There is none of that name.
+    """
+    if name not in PROTOCOLS:
+        raise ConfigurationError(f"`protocol` is {name!r}; allowed values are {', '.join(PROTOCOLS)}.")
+    return PROTOCOLS[name]
+
+
+def context_length(model: Any) -> int | None:
+    """The longest sequence the model was made for, if its configuration says so."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)

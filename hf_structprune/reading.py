@@ -1,0 +1,144 @@
+"""Rows of text from files, folders of data sets and the Hub: the one reader for calibration and evaluation."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import TextError
+
+
+FILES = (".txt", ".jsonl", ".json")
+
+
+def read_rows(
+    source: str | os.PathLike, *, name: str | None = None, split: str = "train", column: str = "text", **loading: Any
+) -> Sequence[Any]:
+    """Rows of one source of text; those of a data set are read only when asked for.
+
+    Args:
+        source: A `.txt`, `.jsonl` or `.json` file, a folder (made by `datasets.save_to_disk`, or with data files) or
+            the id of a data set of the Hub.
+        name: Configuration of a data set.
+        split: Split of a data set.
+        column: Column of a data set, key in the objects of a JSON file.
+        loading: More arguments of `datasets.load_dataset` for a data set of the Hub, for example `revision`.
+
+    Raises:
+        TextError: There is no such source, split or column, or it cannot be read.
+    """
+    source, path = str(source), Path(source).expanduser()
+    if path.suffix == ".txt":
+        return read_lines(path)
+    if path.suffix in FILES:
+        return read_json(path, column) if path.suffix == ".json" else read_jsonl(path, column)
+    if path.is_file():
+        raise TextError(f"{path} is neither a .txt nor a .jsonl or .json file; convert it, or give its folder.")
+    loaded = _load_folder(path, name, split) if is_local(source) else _load_from_hub(source, name, split, loading)
+    _check_column(source, column, loaded.column_names)
+    return loaded[column]
+
+
+def is_local(source: str) -> bool:
+    """Whether a source is a file or folder rather than the id of a data set of the Hub.
+
+    Raises:
+        TextError: It can only be a path, and there is nothing there.
+    """
+    path = Path(source).expanduser()
+    if path.exists() or path.suffix in FILES:
+        return True
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise TextError(f"There is no file or folder {path}.")
+    return False
+
+
+def read_lines(path: str | os.PathLike) -> list[str]:
+    """Rows of a text file as WikiText-2 has them: `""` for a blank line, else the line with its line break.
+
+    Language-model papers join these rows with two line breaks and tokenise the result once.
+    """
+    lines = _read(path).split("\n")
+    if not lines[-1]:
+        lines.pop()  # what follows the last line break is not a line
+    return [line + "\n" if line.strip() else "" for line in lines]
+
+
+def read_jsonl(path: str | os.PathLike, column: str = "text") -> list[Any]:
+    """Values under the key `column` in the rows of a `.jsonl` file."""
+    values = []
+    for number, line in enumerate(_read(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise TextError(f"Line {number} of {path} is not JSON: {error}.") from error
+        values.append(_value(row, f"Line {number} of {path}", column))
+    return values
+
+
+def read_json(path: str | os.PathLike, column: str = "text") -> list[Any]:
+    """The same of a `.json` file: one list of objects, or an object a line as in a `.jsonl` file."""
+    text = _read(path)
+    if not text.lstrip().startswith("["):
+        return read_jsonl(path, column)
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise TextError(f"{path} is not JSON: {error}.") from error
+    return [_value(row, f"Item {number} of {path}", column) for number, row in enumerate(rows)]
+
+
+def _read(path: str | os.PathLike) -> str:
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise TextError(f"There is no file {path}.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TextError(f"{path} is not UTF-8 text: {error}.") from error
+
+
+def _value(row: Any, where: str, column: str) -> Any:
+    if not isinstance(row, dict):
+        raise TextError(f'{where} is not an object such as {{"{column}": "..."}}.')
+    _check_column(where, column, list(row))
+    return row[column]
+
+
+def _check_column(where: str, column: str, columns: list[str]) -> None:
+    if column not in columns:
+        raise TextError(f"{where} has no column {column!r}; it has {', '.join(map(repr, columns))}.")
+
+
+def _load_folder(path: Path, name: str | None, split: str) -> Any:
+    import datasets
+
+    try:
+        if not any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):
+            return datasets.load_dataset(str(path), name, split=split)
+        loaded = datasets.load_from_disk(str(path))
+    except Exception as error:  # `datasets` raises a different type for every builder
+        raise TextError(f"The folder {path} cannot be read as a dataset: {error}") from error
+    if not isinstance(loaded, datasets.DatasetDict):
+        return loaded
+    if split not in loaded:
+        raise TextError(f"{path} has no split {split!r}; it has {', '.join(map(repr, loaded))}.")
+    return loaded[split]
+
+
+def _load_from_hub(dataset: str, name: str | None, split: str, loading: dict[str, Any]) -> Any:
+    import datasets
+
+    named = f"{dataset!r} (name {name!r}, split {split!r})"
+    try:
+        return datasets.load_dataset(dataset, name, split=split, **loading)
+    except Exception as error:  # `datasets` raises a different type for every builder
+        raise TextError(
+            f"The dataset {named} cannot be loaded from the Hub: {error}. Check its id, name and split and the "
+            "network, or give local text: a .txt, .jsonl or .json file, or a dataset folder."
+        ) from error

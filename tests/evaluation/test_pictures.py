@@ -1,0 +1,156 @@
+"""What is in the pictures, and that the files are what they should be."""
+
+import builtins
+import math
+
+import pytest
+import torch
+from matplotlib.collections import PathCollection
+
+from hf_structprune.errors import ConfigurationError, EvaluationError
+from hf_structprune.evaluation import pictures
+from hf_structprune.evaluation.results import EvaluationResult, Figure
+from hf_structprune.plan import GroupPlan, PruningPlan
+
+
+@pytest.fixture
+def plan():
+    groups = [
+        GroupPlan(1, "mlp_neurons", 64, 48),
+        GroupPlan(2, "mlp_neurons", 64, 32),
+        GroupPlan(2, "kv_groups", 4, 3),
+    ]
+    return PruningPlan(0.2, "llama", "per_layer", groups, 1000, 800, 900, 700, 10, 8, 2.0)
+
+
+def make(state, model, parameters, perplexity, speed=1.0, windows=6, **extra):
+    result = EvaluationResult(model, state)
+    result.add(
+        Figure("perplexity/sample", perplexity, "", 0.5, False, f"{windows} windows"),
+        Figure("efficiency/parameters", parameters, "", None, False),
+        Figure("efficiency/decode_throughput", 100 * speed, "tokens/s", None, True),
+        Figure("efficiency/peak_memory", 2 * parameters, "B", None, False),
+    )
+    result.add(*[Figure(f"tasks/{task}/acc", value, "", None, True) for task, value in extra.items()])
+    return result
+
+
+@pytest.fixture
+def results():
+    return [
+        make("dense", "d", 100e6, 18.0),
+        make("pruned", "p20", 80e6, 20.0, 1.25),
+        make("pruned", "p30", 70e6, 30.0),
+    ]
+
+
+def heights(container):
+    return [bar.get_height() for bar in container]
+
+
+def test_widths(plan):
+    axes = pictures.widths_figure(plan).axes
+    assert [axis.get_ylabel() for axis in axes] == ["KV groups", "MLP neurons"]
+    assert [heights(container) for container in axes[0].containers] == [[4, 4, 4], [4, 4, 3]]
+    assert [heights(container) for container in axes[1].containers] == [[64, 64, 64], [64, 48, 32]]
+    assert "20.0 % of all parameters" in axes[0].get_title(loc="left")
+    assert len(pictures.widths_figure(plan, num_layers=5).axes[0].containers[0]) == 5
+
+
+def test_importance():
+    scores = {(layer, "mlp_neurons"): torch.arange(1, 102) * (layer + 1.0) for layer in range(3)}
+    scores |= {(layer, "kv_groups"): torch.zeros(2) for layer in (0, 2)}
+    neurons, heads = pictures.importance_figure(scores).axes
+    assert neurons.get_lines()[0].get_ydata().tolist() == [51.0, 102.0, 153.0]
+    assert (neurons.get_yscale(), heads.get_yscale()) == ("log", "linear")
+    assert heads.get_lines()[0].get_xdata().tolist() == [0, 2]
+    low, high = neurons.collections[0].get_datalim(neurons.transData).intervaly
+    assert (low, high) == pytest.approx((6.0, 288.0))  # 5 % of layer 0, 95 % of layer 2
+
+
+def test_quality(results):
+    (axis,) = pictures.quality_figure(results).axes
+    points = [tuple(c.get_offsets()[0].tolist()) for c in axis.collections if isinstance(c, PathCollection)]
+    assert points == [(100.0, 18.0), (80.0, 20.0), (70.0, 30.0)]
+    assert [text.get_text() for text in axis.texts] == ["dense", "pruned p20", "pruned p30"]
+    assert any(line.get_linestyle() == "--" and set(line.get_ydata()) == {18.0} for line in axis.get_lines())
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("parameters (M)", "perplexity, sample ↓")
+    assert axis.get_yscale() == "linear"
+
+
+def test_quality_of_a_task_and_far_apart_perplexities():
+    dense, pruned = make("dense", "d", 9e6, 9.0, boolq=0.6), make("pruned", "p", 8e6, 900.0, boolq=0.5)
+    (axis,) = pictures.quality_figure([dense, pruned], "tasks/boolq/acc").axes
+    assert [c.get_offsets()[0].tolist() for c in axis.collections] == [[9.0, 60.0], [8.0, 50.0]]
+    assert axis.get_ylabel() == "boolq, acc ↑ (%)"
+    assert pictures.quality_figure([dense, pruned]).axes[0].get_yscale() == "log"
+
+
+def test_quality_measured_otherwise_is_left_out(results):
+    (axis,) = pictures.quality_figure([*results, make("recovered", "r", 70e6, 19.0, windows=1)]).axes
+    assert [text.get_text() for text in axis.texts] == ["dense", "pruned p20", "pruned p30"]
+    with pytest.raises(ConfigurationError, match="1 of the results"):
+        pictures.quality_figure([results[0], make("pruned", "p", 70e6, 19.0, windows=1)])
+
+
+def test_speed(results):
+    (axis,) = pictures.speed_figure(results).axes
+    assert [heights(container) for container in axis.containers] == [[1.25, 0.8], pytest.approx([1.0, 0.7])]
+    labels = [label.get_text() for label in axis.get_xticklabels()]
+    assert [" ".join(label.split()) for label in labels] == ["decode throughput ↑", "peak memory ↓"]
+    (legend,) = axis.figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["dense", "pruned p20", "pruned p30"]
+
+
+def test_files_are_png_with_the_same_bytes_each_time(plan, results, tmp_path):
+    first, second = (pictures.draw_all(results, tmp_path / name, plan) for name in ("a", "b"))
+    assert [path.name for path in first] == ["widths.png", "quality.png", "speed.png"]
+    for one, other in zip(first, second, strict=True):
+        content = one.read_bytes()
+        assert content.startswith(b"\x89PNG\r\n\x1a\n") and content == other.read_bytes()
+        assert b"Software" not in content and b"tEXt" not in content
+    pictures.draw_importance({(0, "mlp_neurons"): torch.rand(9)}, tmp_path / "importance.png")
+    assert (tmp_path / "importance.png").stat().st_size > 1000
+
+
+def test_pyplot_stays_out(plan, tmp_path):
+    import sys
+
+    sys.modules.pop("matplotlib.pyplot", None)
+    pictures.draw_widths(plan, tmp_path / "widths.png")
+    assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_only_what_there_is_is_drawn(plan, results, tmp_path):
+    assert [path.name for path in pictures.draw_all(results[:1], tmp_path, plan)] == ["widths.png"]
+    sizes = [make("dense", "d", 9e6, math.inf), make("pruned", "p", 8e6, math.inf)]
+    assert [path.name for path in pictures.draw_all(sizes, tmp_path)] == ["speed.png"]
+    with pytest.raises(ConfigurationError, match="Nothing can be drawn"):
+        pictures.draw_all(results[:1], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("build", "match"),
+    [
+        (lambda: pictures.widths_figure(PruningPlan(0, "x", "uniform", [], 1, 1, 1, 1, 1, 1, 2.0)), "cuts nothing"),
+        (lambda: pictures.importance_figure({}), "no scores"),
+        (lambda: pictures.speed_figure([EvaluationResult("d"), EvaluationResult("p")]), "No speed"),
+        (lambda: pictures.quality_figure([EvaluationResult("d"), EvaluationResult("p")]), "No perplexity"),
+    ],
+)
+def test_nothing_to_draw(build, match):
+    with pytest.raises(ConfigurationError, match=match):
+        build()
+
+
+def test_missing_extra_is_named(plan, monkeypatch):
+    original = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.split(".")[0] == "matplotlib":
+            raise ImportError(name)
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(EvaluationError, match=r"hf-structprune\[report\]"):
+        pictures.widths_figure(plan)
