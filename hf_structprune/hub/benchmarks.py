@@ -73,7 +73,10 @@ def shots_of(figure: Figure, result: EvaluationResult) -> Any:
 
 
 def model_index(result: EvaluationResult) -> list[EvalResult]:
-    """Perplexities and task results as the entries of `model-index`; a limited run says so in the metric's name."""
+    """Perplexities and task results as the entries of `model-index`.
+
+    The metric's name says how it was measured, for example on how few documents. Infinite values have no entry.
+    """
     entries = []
     for figure in result.figures.values():
         kind, _, rest = figure.name.partition("/")
@@ -87,6 +90,8 @@ def model_index(result: EvaluationResult) -> list[EvalResult]:
             arguments = {k: v for k, v in (("num_few_shot", shots), ("limit", limit)) if v is not None}
             words += f", {shots}-shot" if shots is not None else ""
             words += f", limit {limit}" if limit is not None else ""
+        elif figure.protocol:
+            words += f", {figure.protocol}"
         entries.append(
             EvalResult(
                 task_type="text-generation", task_name="Text Generation", dataset_type=known.dataset,

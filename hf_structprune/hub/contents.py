@@ -76,10 +76,9 @@ class Contents:
 
     @property
     def pictures(self) -> list[Path]:
-        """Pictures, relative to the folder."""
-        widths = self.folder / "pruned_widths.png"
-        found = ([widths] if widths.is_file() else []) + sorted((self.folder / "pictures").glob("*.png"))
-        return [path.relative_to(self.folder) for path in found]
+        """Pictures, relative to the folder; that of the widths first."""
+        found = [*self.folder.glob("pruned_widths.png"), *sorted((self.folder / "pictures").glob("*.png"))]
+        return [path.relative_to(self.folder) for path in sorted(found, key=lambda path: "widths" not in path.name)]
 
     @property
     def samples(self) -> list[dict[str, str]]:

@@ -99,6 +99,7 @@ def test_model_index_has_the_unrounded_numbers_and_names_the_limit(folder):
     assert set(entries) == {"perplexity", "acc_norm"}
     assert entries["perplexity"].metric_value == sides[""].value("perplexity/wikitext2")
     assert entries["perplexity"].dataset_type == "Salesforce/wikitext"
+    assert entries["perplexity"].metric_name == "perplexity, windows of 2048 tokens"
     task = entries["acc_norm"]
     assert (task.dataset_type, task.metric_value) == ("Rowan/hellaswag", sides[""].value("tasks/hellaswag/acc_norm"))
     assert task.metric_name == "acc_norm, 0-shot, limit 200" and task.dataset_args["limit"] == 200
@@ -323,10 +324,11 @@ def test_samples_side_by_side(folder):
 
 def test_pictures(folder):
     (folder / "pictures").mkdir()
-    for name in ("pruned_widths.png", "pictures/quality.png"):
+    for name in ("pruned_widths.png", "pictures/quality.png", "pictures/widths.png"):
         (folder / name).write_bytes(b"\x89PNG")
     text = str(make_card(folder))
-    assert "![pruned widths](pruned_widths.png)" in text and "![quality](pictures/quality.png)" in text
+    found = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert found == ["pruned_widths.png", "pictures/widths.png", "pictures/quality.png"]
 
 
 @pytest.mark.parametrize(
