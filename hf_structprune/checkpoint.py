@@ -18,7 +18,11 @@ from .layout import Target
 
 
 # Files of an earlier checkpoint that would be mistaken for part of a new one.
-_OURS = ("*.safetensors", "*.safetensors.index.json", "modeling_structprune.py")
+# What was measured on the earlier weights goes with them; the results of the dense model stay.
+_OURS = (
+    "*.safetensors", "*.safetensors.index.json", "modeling_structprune.py",
+    "evaluation_results.json", ".eval_results", "pruned_widths.png",
+)  # fmt: skip
 
 
 def rebuild(model: PreTrainedModel, target: Target) -> PreTrainedModel:

@@ -31,3 +31,7 @@ class CheckpointError(StructPruneError):
 
 class EvaluationError(StructPruneError):
     """Something cannot be measured here: a task without its data set, a missing extra, a command that failed."""
+
+
+class HubError(StructPruneError):
+    """Something cannot be read from the Hub or written to it."""

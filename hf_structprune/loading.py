@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from .checkpoint import dense_copy
 from .errors import CheckpointError
+from .hub.network import gated_errors
 
 
 logger = logging.get_logger(__name__)
@@ -29,13 +30,15 @@ def load_model(model_id: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
 
     Raises:
         CheckpointError: Weights are missing, which Transformers would make up at random.
+        HubError: The model is gated and the token has no access to it.
     """
     gguf = bool(kwargs.get("gguf_file"))
     if gguf:
         # Quantised weights have fewer bits than bfloat16 holds, and the file names no dtype of its own.
         kwargs = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16, **kwargs}
     options = {"dtype": "auto", **kwargs, "output_loading_info": True}
-    model, info = AutoModelForCausalLM.from_pretrained(model_id, **options)
+    with gated_errors(str(model_id)):
+        model, info = AutoModelForCausalLM.from_pretrained(model_id, **options)
     lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if lacking:
         raise CheckpointError(

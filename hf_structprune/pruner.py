@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel
 
 from .allocation import Counts, allocate
 from .calibration import check_token_ids, load_tokens
-from .checkpoint import has_weights, rebuild, write_folder
+from .checkpoint import has_weights, rebuild
 from .compress import Scores, compress, score_inputs
-from .configuration import CONFIG_NAME, PruningConfig
+from .configuration import PruningConfig
 from .criteria import Scoring, make_criterion
 from .errors import ConfigurationError, StructPruneError, UnsupportedModelError
 from .gradients import Salience, taylor_salience
+from .hub.origin import origin_of, record
+from .hub.push import push_folder
+from .hub.save import save_checkpoint, take_over
 from .layout import expressible_heads, target_of
 from .loading import load_model, load_tokenizer
-from .plan import PLAN_NAME, PruningPlan
+from .plan import PruningPlan
 from .sensitivity import Sensitivity, measure_sensitivity
 from .structure import ModelStructure
 from .surgery import Kept, cut_units
@@ -71,7 +76,9 @@ class StructuredPruner:
         self.model, self.tokenizer = model, tokenizer
         self.config = config or PruningConfig()
         self.structure = ModelStructure.of(model)
+        self.origin = origin_of(model)
         self.last_plan: PruningPlan | None = None
+        self._saved: Path | None = None
         self._started = False
         self._expressible: set[tuple[int, int]] | None = None
 
@@ -99,7 +106,9 @@ class StructuredPruner:
                 )
             return cls(model_or_id, config, tokenizer)
         model = load_model(model_or_id, **kwargs)
-        return cls(model, config, load_tokenizer(model_or_id, **kwargs) if tokenizer is None else tokenizer)
+        pruner = cls(model, config, load_tokenizer(model_or_id, **kwargs) if tokenizer is None else tokenizer)
+        pruner.origin = origin_of(model, **kwargs)
+        return pruner
 
     def plan(self, ratio: float | None = None) -> PruningPlan:
         """What `prune(ratio)` would do: how many units of each group go and what that saves. Changes nothing.
@@ -140,6 +149,7 @@ class StructuredPruner:
             for step in range(1, self.config.iterative_steps + 1):
                 self._carry_out(*self._plan_step(ratio, dense, step / self.config.iterative_steps), stay=stay)
         self.last_plan = self._describe(dense, stay, ratio)
+        record(self.model, self.origin, self.config, self.last_plan)
         return self.model
 
     def save_pretrained(self, folder: str | os.PathLike, **kwargs: Any) -> None:
@@ -147,20 +157,52 @@ class StructuredPruner:
 
         Args:
             folder: Folder for the weights (safetensors), configuration, generation configuration, tokenizer,
-                `pruning_config.json` and `pruning_plan.json`.
+                `pruning_config.json`, `pruning_plan.json` and the model card. A card in it that was not written by
+                this package stays.
             kwargs: Given to the model's `save_pretrained`, for example `max_shard_size`.
         """
-        if self.last_plan is None:
-            raise StructPruneError("Nothing has been pruned yet: call `prune` before `save_pretrained`.")
+        save_checkpoint(self, Path(folder), Path(folder).absolute().name, **kwargs)
+        self._saved = Path(folder)
 
-        def write(path: Path) -> None:
-            self.model.save_pretrained(path, **kwargs)
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(path)
-            self.config.save(path / CONFIG_NAME)
-            self.last_plan.save(path / PLAN_NAME)
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **save_kwargs: Any,
+    ) -> CommitInfo:
+        """Pushes the pruned model as it is now to the Hub, with everything that belongs to it, in one commit.
 
-        write_folder(folder, write, size=self.last_plan.bytes_after)
+        It is saved to a temporary folder and pushed from there. If the same weights were saved before, what has come
+        to stand in that folder since (results, pictures, recipe, text in the card) goes along; if the weights have
+        changed since, it would no longer be true of them and stays behind, with a warning.
+
+        `pruner.model.push_to_hub(...)`, Transformers' own, works as well and carries less: weights, configuration,
+        generation configuration, the modelling file of per-layer widths, tags, and in `config.json` under
+        `hf_structprune` what was pruned and how. It writes a card of its own.
+
+        Args:
+            repo_id: See `hub.push_folder`, also for the other arguments and for what is raised.
+            private: Make a new repository private.
+            token: Token with the right to write.
+            commit_message: First line of the commit.
+            revision: Branch to commit to.
+            create_pr: Open a pull request instead.
+            save_kwargs: Given to the model's `save_pretrained`, for example `max_shard_size`.
+        """
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "model"
+            save_checkpoint(self, folder, repo_id, **save_kwargs)
+            if self._saved is not None:
+                take_over(self._saved, folder)
+            return push_folder(
+                folder, repo_id, private=private, token=token, commit_message=commit_message, revision=revision,
+                create_pr=create_pr,
+            )  # fmt: skip
 
     def _tokens(self) -> torch.Tensor:
         """Calibration tokens, checked against the vocabulary."""

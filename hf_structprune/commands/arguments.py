@@ -21,7 +21,7 @@ from ..errors import ConfigurationError
 NOT_OPTIONS = ("calibration", "texts", "tokens", "fingerprint")
 PREFIXES = {CalibrationConfig: "calibration_"}
 # Fields that are arguments without a name: how they are shown and how many values they take.
-POSITIONALS = {"model": ("MODEL", "?"), "results": ("RESULTS", "*")}
+POSITIONALS = {"model": ("MODEL", "?"), "results": ("RESULTS", "*"), "folder": ("DIR", "?"), "repo_id": ("REPO", "?")}
 
 
 class _Parser(HfArgumentParser):
@@ -40,8 +40,8 @@ def parse(argv: Sequence[str], command: str, description: str, *classes: type) -
         argv (sequence of `str`): The arguments after the command's name.
         command (`str`): The command's name.
         description (`str`): Shown above the options by `--help`.
-        classes (`type`): Dataclasses, documented with an `Args:` section. A field `model` becomes the positional
-            argument, a list `results` all positional arguments there are.
+        classes (`type`): Dataclasses, documented with an `Args:` section. Fields `model`, `folder` and `repo_id`
+            become positional arguments, a list `results` all positional arguments there are.
 
     Returns:
         `list`: One instance of each class.
@@ -193,5 +193,5 @@ def _build(cls: type, values: dict[str, Any], parser: _Parser) -> Any:
         elif name in values:
             chosen[field.name] = values[name]
             if values[name] in (None, []) and field.default is dataclasses.MISSING:
-                parser.error(f"{field.name.upper()} is missing")
+                parser.error(f"{POSITIONALS.get(field.name, (field.name.upper(),))[0]} is missing")
     return cls(**chosen)

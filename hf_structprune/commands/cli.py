@@ -19,6 +19,8 @@ COMMANDS = {
     "evaluate": "perplexity, tasks, size and speed of a model, beside its dense one",
     "compare": "results of several evaluations in one table",
     "benchmark": "size, memory and speed of a model, beside its dense one",
+    "card": "write the model card of a pruned checkpoint",
+    "push": "push a pruned checkpoint to the Hub",
     "demo": "prune a small model end to end and show what happened",
 }
 HELP = """usage: hf-structprune COMMAND [MODEL] [options]

@@ -34,7 +34,7 @@ def test_help(argv, capsys):
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help_of_a_command(command, capsys):
     assert cli.main([command, "--help"]) == 0
-    positional = "RESULTS ..." if command == "compare" else "MODEL"
+    positional = {"compare": "RESULTS ...", "card": "DIR", "push": "DIR REPO"}.get(command, "MODEL")
     assert f"hf-structprune {command} {positional} [options]" in capsys.readouterr().out
 
 
@@ -62,6 +62,9 @@ def test_version(capsys):
         (["perplexity", "m", "--protocol", "papers"], ["`protocol` is 'papers'", "llm-pruner"]),
         (["perplexity", "m", "--window", "64", "--stride", "65"], ["`stride` is 65", "64"]),
         (["demo", "m", "--ratio", "-1"], ["--ratio is -1"]),
+        (["card"], ["DIR is missing"]),
+        (["push", "no-such-folder"], ["REPO is missing"]),
+        (["push", "no-such-folder", "me/x"], ["There is no folder no-such-folder"]),
         (["evaluate", "m", "--protocol", "mine"], ["`protocol` is 'mine'", "paper"]),
         (["evaluate", "m", "--suite", "study-z"], ["`suite` is 'study-z'", "study-a"]),
         (["evaluate", "m", "--pictures"], ["--pictures needs --output"]),

@@ -1,0 +1,125 @@
+"""Results for machines: `model-index` metadata and the Hub's `.eval_results/*.yaml`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
+
+from ..evaluation.results import EvaluationResult, Figure
+
+
+EVAL_RESULTS = ".eval_results"
+WRITTEN_BY_US = "# Written by hf_structprune; written again with the model card.\n"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A data set of the Hub that a task or a text is taken from.
+
+    Attributes:
+        dataset: Its id.
+        name: Its name for people.
+        config: The configuration that is used, if there are several.
+        split: The split that is measured on.
+        metric: The metric that counts for the task.
+        task_id: Its name in the data set's `eval.yaml`; by default the configuration.
+    """
+
+    dataset: str
+    name: str
+    config: str | None = None
+    split: str = "validation"
+    metric: str = "acc"
+    task_id: str | None = None
+
+
+TASKS = {
+    "boolq": Benchmark("google/boolq", "BoolQ"),
+    "piqa": Benchmark("ybisk/piqa", "PIQA", metric="acc_norm"),
+    "hellaswag": Benchmark("Rowan/hellaswag", "HellaSwag", metric="acc_norm"),
+    "winogrande": Benchmark("allenai/winogrande", "WinoGrande", "winogrande_xl"),
+    "arc_easy": Benchmark("allenai/ai2_arc", "ARC (easy)", "ARC-Easy", "test", "acc_norm"),
+    "arc_challenge": Benchmark("allenai/ai2_arc", "ARC (challenge)", "ARC-Challenge", "test", "acc_norm"),
+    "openbookqa": Benchmark("allenai/openbookqa", "OpenBookQA", "main", "test", "acc_norm"),
+    "truthfulqa_mc2": Benchmark("truthfulqa/truthful_qa", "TruthfulQA (mc2)", "multiple_choice"),
+    "mmlu": Benchmark("cais/mmlu", "MMLU", "all", "test"),
+    "mmlu_pro": Benchmark("TIGER-Lab/MMLU-Pro", "MMLU-Pro", None, "test", "exact_match", "mmlu_pro"),
+    "gsm8k": Benchmark("openai/gsm8k", "GSM8K", "main", "test", "exact_match", "gsm8k"),
+    "lambada_openai": Benchmark("EleutherAI/lambada_openai", "LAMBADA", "default", "test"),
+}
+TEXTS = {
+    "sample": Benchmark("Salesforce/wikitext", "WikiText-2 (first six articles)", "wikitext-2-raw-v1", "test"),
+    "wikitext2": Benchmark("Salesforce/wikitext", "WikiText-2", "wikitext-2-raw-v1", "test"),
+    "ptb": Benchmark("ptb-text-only/ptb_text_only", "Penn Treebank", None, "test"),
+    "c4": Benchmark("allenai/c4", "C4", "en"),
+}
+
+
+def limit_of(figure: Figure, result: EvaluationResult) -> Any:
+    """How many documents a task was cut to; `None` for a full run."""
+    samples, total = figure.details.get("samples"), figure.details.get("samples_of_task")
+    if total is not None:
+        return samples if samples != total else None
+    return figure.details.get("limit", result.settings.get("limit"))
+
+
+def shots_of(figure: Figure, result: EvaluationResult) -> Any:
+    """Examples in the prompt of a task; `None` where the task's own number was used and is not known."""
+    return figure.details.get("num_fewshot", result.settings.get("num_fewshot"))
+
+
+def model_index(result: EvaluationResult) -> list[EvalResult]:
+    """Perplexities and task results as the entries of `model-index`.
+
+    The metric's name says how it was measured, for example on how few documents. Infinite values have no entry.
+    """
+    entries = []
+    for figure in result.figures.values():
+        kind, _, rest = figure.name.partition("/")
+        if not math.isfinite(figure.value) or kind not in ("tasks", "perplexity"):
+            continue
+        name, metric = (rest, "perplexity") if kind == "perplexity" else rest.rsplit("/", 1)
+        known = (TEXTS if kind == "perplexity" else TASKS).get(name, Benchmark(name, name, split=None))
+        arguments, words = {}, metric
+        if kind == "tasks":
+            shots, limit = shots_of(figure, result), limit_of(figure, result)
+            arguments = {k: v for k, v in (("num_few_shot", shots), ("limit", limit)) if v is not None}
+            words += f", {shots}-shot" if shots is not None else ""
+            words += f", limit {limit}" if limit is not None else ""
+        elif figure.protocol:
+            words += f", {figure.protocol}"
+        entries.append(
+            EvalResult(
+                task_type="text-generation", task_name="Text Generation", dataset_type=known.dataset,
+                dataset_name=known.name, dataset_config=known.config, dataset_split=known.split,
+                dataset_args=arguments or None, metric_type=metric, metric_name=words, metric_value=figure.value,
+            )
+        )  # fmt: skip
+    return entries
+
+
+def eval_results(result: EvaluationResult) -> dict[str, str]:
+    """The content of `.eval_results/` by file name: one file for each full run of a known benchmark.
+
+    A file each, so that one which the Hub does not list as a benchmark leaves the others valid. Limited runs are left
+    out, and tasks from YAML files of the user's (`include_path`): a leaderboard would compare them with full ones.
+    """
+    files: dict[str, str] = {}
+    if result.settings.get("include_path"):
+        return files
+    for task, known in TASKS.items():
+        figure = result.figures.get(f"tasks/{task}/{known.metric}")
+        if figure is None or limit_of(figure, result) is not None or not math.isfinite(figure.value):
+            continue
+        shots = shots_of(figure, result)
+        notes = [known.metric, "" if shots is None else f"{shots}-shot", figure.protocol]
+        entry = EvalResultEntry(
+            dataset_id=known.dataset, task_id=known.task_id or known.config or "default", value=figure.value,
+            date=result.environment.get("date"), notes=", ".join(filter(None, notes)),
+        )  # fmt: skip
+        files[f"{task}.yaml"] = WRITTEN_BY_US + yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+    return files

@@ -1,0 +1,266 @@
+"""The model card of a checkpoint folder: every figure comes from the plan or from what was measured."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from transformers.utils import logging
+
+from ..errors import HubError
+from ..evaluation.results import EvaluationResult
+from ..evaluation.table import ResultTable
+from ..files import write_text
+from .benchmarks import EVAL_RESULTS, WRITTEN_BY_US, eval_results
+from .citations import citations
+from .contents import Contents
+from .hand_text import SECTIONS, generated_for, generated_mark, is_ours, read_sections, section
+from .licences import attribution
+from .metadata import make_metadata, text_in_words
+from .metadata_rules import violations
+from .origin import Origin, public_config, read_origin
+from .snippets import (
+    full_configuration,
+    loading,
+    making_in_python,
+    making_on_the_command_line,
+    quantising,
+    recovering,
+)
+from .table import protocols, sides
+
+
+logger = logging.get_logger(__name__)
+
+CARD_NAME = "README.md"
+_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.jinja"
+
+
+def make_card(
+    folder: str | os.PathLike,
+    *,
+    name: str | None = None,
+    base_model: str | os.PathLike | None = None,
+    previous: str | None = None,
+    recorded: Origin | None = None,
+) -> ModelCard:
+    """The model card of a checkpoint that this package made.
+
+    Reads `config.json`, `pruning_config.json`, `pruning_plan.json`, and if they are there
+    `evaluation_results.json`, `evaluation_results_dense.json`, `pruned_widths.png` and `pictures/*.png`. A figure that
+    is in none of them is not in the card.
+
+    Args:
+        folder: The checkpoint.
+        name: Hub id under which it will be found, for the lines that load it. Default: that of the card in the folder,
+            or the name of the folder.
+        base_model: Hub id or folder of the model that was pruned. Default: what the card in the folder says, or what
+            was recorded when it was pruned.
+        previous: Text of the card this one replaces: its marked sections and metadata that are not ours are kept.
+            Default: the `README.md` of the folder.
+        recorded: Where the checkpoint comes from. Default: what was recorded in its `config.json`.
+
+    Raises:
+        HubError: The folder is no checkpoint of ours, or the metadata would be refused by the Hub.
+        ConfigurationError: The results are those of another model.
+    """
+    contents = Contents.read(Path(folder))
+    if previous is None:
+        previous = _read(contents.folder / CARD_NAME)
+    known = _read_metadata(previous)
+    name = name or _name(contents.folder, previous)
+    origin = _origin(base_model, known, recorded or read_origin(contents.record))
+    data = make_metadata(name, contents.config, origin, contents.result, known, base_first=base_model is not None)
+    problems = violations(data.to_dict())
+    if problems:
+        raise HubError(f"The metadata of the card of {folder} is not valid: {'; '.join(problems)}.")
+    values = {
+        **_about(name, contents, origin, data.to_dict()),
+        **_making(contents, origin),
+        **_measured(contents),
+        **_hand_text(previous),
+    }
+    card = ModelCard.from_template(data, template_path=str(_TEMPLATE), **values)
+    card.text = f"{card.text.strip()}\n"
+    return card
+
+
+def write_card(
+    folder: str | os.PathLike,
+    *,
+    name: str | None = None,
+    base_model: str | os.PathLike | None = None,
+    previous: str | None = None,
+    recorded: Origin | None = None,
+    overwrite: bool = False,
+) -> Path | None:
+    """Writes `README.md` and `.eval_results/*.yaml` into a checkpoint folder.
+
+    A README.md that is not ours (neither generated here nor with marked sections) stays as it is, with a warning.
+
+    Args:
+        folder: The checkpoint.
+        name: See `make_card`.
+        base_model: See `make_card`.
+        previous: See `make_card`.
+        recorded: See `make_card`.
+        overwrite: Replace a README.md that is not ours.
+
+    Returns:
+        The file, or `None` if it was left alone.
+    """
+    folder = Path(folder)
+    previous = _read(folder / CARD_NAME) if previous is None else previous
+    ours = not previous.strip() or is_ours(previous)
+    card = make_card(folder, name=name, base_model=base_model, previous=previous if ours else "", recorded=recorded)
+    _write_eval_results(folder)
+    if not ours and not overwrite:
+        logger.warning(f"The README.md of {folder.name} was not written by hf_structprune and stays as it is.")
+        return None
+    write_text(folder / CARD_NAME, str(card))
+    return folder / CARD_NAME
+
+
+def _read_metadata(card: str) -> dict[str, Any]:
+    """The metadata of a card, empty if it has none."""
+    if not card.lstrip().startswith("---"):
+        return {}
+    try:
+        return ModelCard(card, ignore_metadata_errors=True).data.to_dict()
+    except Exception as error:  # YAML errors are of many kinds
+        raise HubError(f"The metadata at the top of the README.md cannot be read: {error}") from error
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _name(folder: Path, previous: str) -> str:
+    earlier = generated_for(previous) or ""
+    return earlier if "/" in earlier else folder.absolute().name
+
+
+def _origin(base_model: Any, known: dict[str, Any], recorded: Origin | None) -> Origin | None:
+    """What was pruned: as given, as the card says (where it may have been corrected by hand), or as recorded."""
+    if base_model is not None:
+        return Origin.of(base_model)
+    stated = known.get("base_model")
+    if isinstance(stated, str) and (recorded is None or stated != recorded.name):
+        return Origin(stated, True)
+    return recorded
+
+
+def _about(name: str, contents: Contents, origin: Origin | None, metadata: dict[str, Any]) -> dict[str, Any]:
+    """What it is and how to use it."""
+    plan, per_layer, link = contents.plan, contents.per_layer, _link(origin)
+    return {
+        "mark": generated_mark(name),
+        "title": name.rsplit("/", 1)[-1],
+        "name": name,
+        "summary": (
+            f"A smaller version of {link}: structured pruning took {plan.ratio:.1%} of all its parameters "
+            f"({plan.parameters_before:,} before, {plan.parameters_after:,} now). What is left is dense: no masks, no "
+            "zeros."
+        ),
+        "attribution": attribution(metadata, name),
+        "loading": loading(name, per_layer),
+        "per_layer": per_layer,
+        "model_type": contents.model_config.get("model_type"),
+        "recovering": recovering(name, per_layer),
+        "quantising": quantising(name, per_layer),
+        "licence": _licence(metadata, link),
+    }
+
+
+def _making(contents: Contents, origin: Origin | None) -> dict[str, Any]:
+    """How it was made."""
+    config, plan, versions = contents.config, contents.plan, contents.record.get("versions", {})
+    public, options = public_config(config), origin.options if origin is not None else {}
+    code = (origin.name if origin is not None else "BASE_MODEL", public, plan.ratio_requested, options)
+    return {
+        "base_name": origin.name if origin is not None else "the base model",
+        "base_link": _link(origin),
+        "revision": options.get("revision"),
+        "asked": None if plan.ratio_requested is None else f"{plan.ratio_requested:.2%}",
+        "got": f"{plan.ratio:.2%}",
+        "layout": "per layer: widths differ" if contents.per_layer else "uniform: the same widths in all layers",
+        "config": config,
+        "calibration": text_in_words(config),
+        "versions": ", ".join(f"{library} {number}" for library, number in versions.items()),
+        "package_version": versions.get("hf_structprune", ""),
+        "notes": plan.notes,
+        "in_python": making_in_python(*code),
+        "on_the_command_line": making_on_the_command_line(*code),
+        "configuration": full_configuration(public),
+        "citations": citations(config, any(n.startswith("tasks/") for side in contents.results for n in side.figures)),
+    }
+
+
+def _measured(contents: Contents) -> dict[str, Any]:
+    """The table and what belongs to it."""
+    columns = sides(contents.plan, contents.dense, contents.result)
+    return {
+        "table": ResultTable(columns).to_markdown().rstrip(),
+        "files": contents.results_files,
+        "protocols": protocols(*columns),
+        "environment": _environment(*contents.results),
+        "pictures": [{"alt": path.stem.replace("_", " "), "path": path.as_posix()} for path in contents.pictures],
+        "samples": contents.samples,
+    }
+
+
+def _hand_text(previous: str) -> dict[str, Any]:
+    """The marked sections, those that people added at the end."""
+    texts = read_sections(previous)
+    first, *others = dict.fromkeys([*SECTIONS, *texts])
+    return {"introduction": section(first, texts), "sections": [section(name, texts) for name in others]}
+
+
+def _link(origin: Origin | None) -> str:
+    if origin is None:
+        return "the base model"
+    return f"[{origin.name}](https://huggingface.co/{origin.name})" if origin.on_hub else origin.name
+
+
+def _environment(*results: EvaluationResult) -> list[str]:
+    """Where each side was measured: one line if both were measured alike."""
+    lines: dict[str, list[str]] = {}
+    for result in results:
+        line = _in_words(result.environment)
+        if line:
+            lines.setdefault(line, []).append(result.state)
+    return [f"Measured on the {' and the '.join(states)} model with {line}." for line, states in lines.items()]
+
+
+def _in_words(environment: dict[str, Any]) -> str:
+    """`"AMD EPYC, 2 threads, torch 2.13.0, ..., 2026-01-31"`."""
+    hardware = environment.get("hardware", {})
+    words = [hardware.get("device"), f"{hardware['threads']} threads" if hardware.get("threads") else None]
+    words += [f"{name} {number}" for name, number in environment.get("versions", {}).items()]
+    return ", ".join(filter(None, [*words, (environment.get("date") or "").partition("T")[0]]))
+
+
+def _licence(metadata: dict[str, Any], link: str) -> str:
+    licence = metadata.get("license")
+    if not licence:
+        return (
+            f"The licence of {link} could not be read, so that none is set here. This model is derived from it: its "
+            "licence applies. Look it up before you use or publish this model."
+        )
+    words = metadata.get("license_name") or (licence if isinstance(licence, str) else ", ".join(licence))
+    where = metadata.get("license_link")
+    return (
+        f"{f'[{words}]({where})' if where else f'`{words}`'}, the licence of {link}, which this model is derived from."
+    )
+
+
+def _write_eval_results(folder: Path) -> None:
+    result = Contents.read(folder).result
+    files = eval_results(result) if result is not None else {}
+    for path in (folder / EVAL_RESULTS).glob("*.yaml"):
+        if path.name not in files and path.read_text(encoding="utf-8").startswith(WRITTEN_BY_US):
+            path.unlink()
+    for name, content in files.items():
+        write_text(folder / EVAL_RESULTS / name, content)

@@ -1,0 +1,98 @@
+"""The metadata of a model card, and what of a configuration may be public."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from ..configuration import PruningConfig
+from ..evaluation.results import EvaluationResult
+from .benchmarks import model_index
+from .origin import TAGS, Origin, base_metadata, is_file
+
+
+# Of the Hub's values (finetune, quantized, merge, adapter) the one for weights derived from others in full precision.
+RELATION = "finetune"
+_SAMPLE = ["Salesforce/wikitext", "allenai/c4"]
+# Metadata that is made anew each time; whatever else a card has is kept.
+_MADE_ANEW = ("model-index", "base_model", "base_model_relation", "library_name", "pipeline_tag", "tags", "datasets")
+
+
+def make_metadata(
+    name: str,
+    config: PruningConfig,
+    origin: Origin | None,
+    result: EvaluationResult | None,
+    known: dict[str, Any],
+    *,
+    base_first: bool = False,
+) -> ModelCardData:
+    """The metadata of a card.
+
+    Args:
+        name: Hub id or folder of the pruned model.
+        config: What it was pruned with.
+        origin: What it was pruned from.
+        result: What was measured on it, for `model-index`.
+        known: Metadata of the card that this one replaces; what is not made anew here is kept, such as a licence or a
+            language set by hand.
+        base_first: Take licence and language from the base model even if the replaced card has others.
+    """
+    kept = {key: value for key, value in known.items() if key not in _MADE_ANEW}
+    base = base_metadata(origin) if origin is not None else {}
+    fields: dict[str, Any] = {
+        **({**kept, **base} if base_first else {**base, **kept}),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": list(dict.fromkeys([*TAGS, *(known.get("tags") or [])])),
+        "datasets": list(dict.fromkeys([*_datasets(config), *(known.get("datasets") or [])])) or None,
+    }
+    if origin is not None and origin.on_hub:
+        fields |= {"base_model": origin.name, "base_model_relation": RELATION}
+    entries = model_index(result) if result is not None else []
+    if entries:
+        fields |= {"model_name": name.rsplit("/", 1)[-1], "eval_results": entries}
+    order = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag", "base_model")
+    return ModelCardData(**{key: fields[key] for key in (*order, *fields) if key in fields})
+
+
+def _uses_text(config: PruningConfig) -> bool:
+    from ..criteria import make_criterion
+
+    criterion = make_criterion(config)
+    return config.compensation or criterion.needs_inputs or criterion.needs_gradients or config.allocation == "search"
+
+
+def _sources(config: PruningConfig) -> list[str]:
+    dataset = config.calibration.dataset
+    return [dataset] if isinstance(dataset, str) else list(dataset or [])
+
+
+def _datasets(config: PruningConfig) -> list[str]:
+    """Data sets of the Hub that were calibrated on."""
+    if not _uses_text(config) or config.calibration.fingerprint is not None:
+        return []
+    hub = [s for s in _sources(config) if not is_file(s) and s.count("/") <= 1 and not s.startswith((".", "~", "/"))]
+    return hub if _sources(config) else list(_SAMPLE)
+
+
+def text_in_words(config: PruningConfig) -> str:
+    """The calibration text; of local files the name only, since the card is public."""
+    calibration = config.calibration
+    if not _uses_text(config):
+        return "none"
+    size = f"{calibration.num_samples} x {calibration.length} tokens"
+    if calibration.fingerprint is not None:
+        return f"{size}, given in memory (SHA-256 begins with `{calibration.fingerprint}`)"
+    if not _sources(config):
+        return f"{size} of the sample of hf_structprune: half WikiText-2 (validation), half C4, English"
+    hub = _datasets(config)
+    names = [
+        f"[{s}](https://huggingface.co/datasets/{s})" if s in hub else f"`{Path(s).name}`" for s in _sources(config)
+    ]
+    which = "".join(
+        f", {k} `{v}`" for k, v in (("configuration", calibration.name), ("split", calibration.split)) if v
+    )
+    return f"{size} of {', '.join(names)}{which if hub else ''}"

@@ -1,0 +1,142 @@
+"""Lines of code for a model card: loading, recovering, quantising and making the model again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from typing import Any
+
+from ..configuration import CalibrationConfig, PruningConfig
+
+
+# Calibration data that was given in memory: code can only name its place.
+_IN_MEMORY = ("texts", "tokens", "fingerprint")
+_LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}"{options})
+tokenizer = AutoTokenizer.from_pretrained("{name}")"""
+
+
+def loading(name: str, per_layer: bool) -> list[tuple[str, str]]:
+    """Ways to load a checkpoint, each with a sentence about it.
+
+    Args:
+        name: Hub id or folder.
+        per_layer: Whether its layers differ in width.
+    """
+    plain = _LOAD.format(name=name, options="")
+    if not per_layer:
+        return [("It is a plain Transformers checkpoint; nothing else has to be installed:", plain)]
+    return [
+        (
+            "Its layers differ in width, which Transformers reads but does not build by itself yet. With "
+            "`pip install hf-structprune`:",
+            f"import hf_structprune  # before the model is loaded\n{plain}",
+        ),
+        (
+            "Or without it, by the modelling file that travels with the checkpoint:",
+            _LOAD.format(name=name, options=", trust_remote_code=True"),
+        ),
+    ]
+
+
+def recovering(name: str, per_layer: bool) -> str:
+    """The command that trains an adapter with TRL."""
+    options = " --trust_remote_code" if per_layer else ""
+    return (
+        f"trl sft --model_name_or_path {name}{options} --dataset_name YOUR_DATASET \\\n"
+        "  --use_peft --lora_r 8 --lora_alpha 16 --lora_target_modules all-linear --output_dir recovered"
+    )
+
+
+def quantising(name: str, per_layer: bool) -> str:
+    """Lines that load the model in 4 bits with bitsandbytes, and with GPTQ."""
+    first = "import hf_structprune  # before the model is loaded\n" if per_layer else ""
+    return (
+        f"{first}from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPTQConfig\n\n"
+        "bits = BitsAndBytesConfig(load_in_4bit=True)\n"
+        '# or: GPTQConfig(bits=4, dataset="c4", tokenizer=AutoTokenizer.from_pretrained('
+        f'"{name}"))\n'
+        f'model = AutoModelForCausalLM.from_pretrained("{name}", quantization_config=bits)'
+    )
+
+
+def config_expression(config: PruningConfig) -> str:
+    """A Python expression that gives an equal configuration: what differs from the defaults."""
+    changed = _changed(config)
+    calibration = {k: v for k, v in _changed(config.calibration).items() if k not in _IN_MEMORY}
+    parts = [f"{name}={_literal(value)}" for name, value in changed.items()]
+    if calibration:
+        inner = ", ".join(f"{name}={_literal(value)}" for name, value in calibration.items())
+        parts.append(f"calibration=CalibrationConfig({inner})")
+    return f"PruningConfig({', '.join(parts)})"
+
+
+def making_in_python(base: str, config: PruningConfig, ratio: float | None, options: dict[str, Any]) -> str:
+    """The lines that make the model again.
+
+    Args:
+        base: The base model.
+        config: What it was pruned with.
+        ratio: What was asked for.
+        options: What has to be given to `from_pretrained` to load the same weights.
+    """
+    names = ["CalibrationConfig"] if "CalibrationConfig(" in config_expression(config) else []
+    names += (
+        ["PruningConfig"] + ([] if ratio is not None or config.by_kind else ["PruningPlan"]) + ["StructuredPruner"]
+    )
+    what = "" if config.by_kind else 'PruningPlan.load("pruning_plan.json")' if ratio is None else repr(ratio)
+    more = "".join(f", {name}={_literal(value)}" for name, value in options.items())
+    return (
+        f"from hf_structprune import {', '.join(names)}\n\n"
+        f"config = {config_expression(config)}\n"
+        f'pruner = StructuredPruner.from_pretrained("{base}", config=config{more})\n'
+        f"pruner.prune({what})\n"
+        'pruner.save_pretrained("pruned")'
+    )
+
+
+def making_on_the_command_line(base: str, config: PruningConfig, ratio: float | None, options: dict[str, Any]) -> str:
+    """The same as one command."""
+    words = ["hf-structprune", "prune", base, "--output-dir", "pruned", *_options(options, "")]
+    if ratio is not None:
+        words += ["--ratio", str(ratio)]
+    elif not config.by_kind:
+        words += ["--plan", "pruning_plan.json"]
+    words += _options(_changed(config), "")
+    calibration = {k: v for k, v in _changed(config.calibration).items() if k not in _IN_MEMORY}
+    return shlex.join(words + _options(calibration, "calibration-"))
+
+
+def full_configuration(config: PruningConfig) -> str:
+    """Everything, as JSON."""
+    return json.dumps(config.to_dict(), indent=2)
+
+
+def _changed(values: PruningConfig | CalibrationConfig) -> dict[str, Any]:
+    """Fields that differ from the defaults; the calibration apart."""
+    default = type(values)()
+    return {
+        field.name: getattr(values, field.name)
+        for field in dataclasses.fields(values)
+        if field.name != "calibration" and getattr(values, field.name) != getattr(default, field.name)
+    }
+
+
+def _literal(value: Any) -> str:
+    """As code formatters write it."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+
+
+def _options(values: dict[str, Any], prefix: str) -> list[str]:
+    words: list[str] = []
+    for name, value in values.items():
+        option = f"--{prefix}{name}".replace("_", "-")
+        if isinstance(value, bool):
+            words.append(option if value else f"--no-{option[2:]}")
+        elif isinstance(value, (list, tuple)):
+            words += [option, *map(str, value)]
+        else:
+            words += [option, str(value)]
+    return words
