@@ -21,6 +21,7 @@ COMMANDS = {
     "benchmark": "size, memory and speed of a model, beside its dense one",
     "card": "write the model card of a pruned checkpoint",
     "push": "push a pruned checkpoint to the Hub",
+    "run": "run a recipe: prune, measure both sides, write the card, push",
     "demo": "prune a small model end to end and show what happened",
 }
 HELP = """usage: hf-structprune COMMAND [MODEL] [options]

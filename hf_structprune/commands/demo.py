@@ -6,18 +6,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from ..configuration import CONFIG_NAME, PruningConfig
+from ..evaluation import EvaluationConfig, EvaluationResult, ResultTable, evaluate, generate_samples
+from ..evaluation.pictures import draw_widths
+from ..evaluation.results import RESULTS_NAME
+from ..hub import write_card
+from ..hub.contents import DENSE_RESULTS_NAME, WIDTHS_NAME
+from ..hub.origin import Origin
 from .arguments import parse
-from .common import check_output_dir, check_ratio, console, default_window, load_pruner
+from .common import check_output_dir, check_ratio, console, load_pruner
 from .demo_model import DEMO_MODEL, find_model
 
 
 if TYPE_CHECKING:
-    from ..plan import PruningPlan
     from ..pruner import StructuredPruner
 
 
@@ -45,62 +48,40 @@ def run(argv: Sequence[str]) -> None:
     """Runs the demo."""
     (arguments,) = parse(argv, "demo", "Prune MODEL and show what happened.", DemoArguments)
     check_ratio(arguments.ratio, PruningConfig())
-    ours = (Path(arguments.output_dir) / CONFIG_NAME).exists()
-    check_output_dir(arguments.output_dir, overwrite=ours)
+    folder = Path(arguments.output_dir)
+    check_output_dir(arguments.output_dir, overwrite=(folder / CONFIG_NAME).exists())
     out, started = console(), time.monotonic()
-    pruner = load_pruner(find_model(arguments.model))
+    source = find_model(arguments.model)
+    pruner = load_pruner(source)
+    if source.model != arguments.model:
+        pruner.origin = Origin.of(arguments.model)
     out.print(f"1/4  Loaded {arguments.model}; measuring the dense model ...")
-    dense = _measure(pruner, arguments.prompt)
+    dense = _measure(pruner, arguments.model, "dense", arguments.prompt)
     out.print(f"2/4  Pruning {arguments.ratio:.0%} of all parameters ...")
     pruner.prune(arguments.ratio)
     out.print(pruner.last_plan.table())
     out.print("3/4  Measuring the pruned model ...")
-    pruned = _measure(pruner, arguments.prompt)
-    pruner.save_pretrained(arguments.output_dir)
-    out.print(f"4/4  Saved to {arguments.output_dir}/")
-    out.print(_comparison(pruner.last_plan, dense, pruned))
-    out.print(f"prompt: {arguments.prompt}\n dense: {dense['text']}\npruned: {pruned['text']}\n")
+    pruned = _measure(pruner, folder.name, "pruned", arguments.prompt)
+    pruned.base_model = arguments.model
+    pruner.save_pretrained(folder)
+    dense.save(folder / DENSE_RESULTS_NAME)
+    pruned.save(folder / RESULTS_NAME)
+    draw_widths(pruner.last_plan, folder / WIDTHS_NAME, pruner.model.config.num_hidden_layers)
+    write_card(folder)
+    out.print(f"4/4  Saved to {folder}/; the model card is {folder / 'README.md'}")
+    out.print(ResultTable([dense, pruned]).to_rich())
+    texts = [" ".join(result.samples[0]["text"].split()) for result in (dense, pruned)]
+    out.print(f"prompt: {arguments.prompt}\n dense: {texts[0]}\npruned: {texts[1]}\n")
     out.print(_how_to_load(arguments.output_dir, pruner.last_plan.layout))
     out.print(f"\nDone in {time.monotonic() - started:.0f} s.")
 
 
-def _measure(pruner: StructuredPruner, prompt: str) -> dict[str, Any]:
-    """Perplexity on the packaged text and the greedy answer to the prompt."""
-    from ..evaluation import perplexity
-
-    window = default_window(pruner.model)
-    result = perplexity(pruner.model, pruner.tokenizer, window=window, max_windows=MAX_WINDOWS)
-    return {"perplexity": result.perplexity, "text": _generate(pruner, prompt)}
-
-
-def _generate(pruner: StructuredPruner, prompt: str) -> str:
-    tokenizer, model = pruner.tokenizer, pruner.model
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    inputs = inputs.to(model.device)
-    output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
-    answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return " ".join(answer.split())
-
-
-def _comparison(plan: PruningPlan, dense: dict[str, Any], pruned: dict[str, Any]) -> Table:
-    table = Table(title="Dense and pruned")
-    for column in ("", "dense", "pruned", "pruned / dense"):
-        table.add_column(column, justify="right" if column else "left")
-    rows = (
-        ("parameters", plan.parameters_before, plan.parameters_after, "{:,.0f}"),
-        ("weights, MB", plan.bytes_before / 1e6, plan.bytes_after / 1e6, "{:,.1f}"),
-        ("GMACs, 1 x 64 tokens", plan.macs_before / 1e9, plan.macs_after / 1e9, "{:,.2f}"),
-        ("perplexity, WikiText-2 sample", dense["perplexity"], pruned["perplexity"], "{:,.2f}"),
-    )
-    for name, before, after, form in rows:
-        table.add_row(name, form.format(before), form.format(after), f"{after / before:.3f}")
-    return table
+def _measure(pruner: StructuredPruner, name: str, state: str, prompt: str) -> EvaluationResult:
+    """Perplexity on the packaged text, size, speed, and the greedy answer to the prompt."""
+    config = EvaluationConfig(max_windows=MAX_WINDOWS, samples=False)
+    result = evaluate(pruner.model, pruner.tokenizer, config, name=name, state=state)
+    result.samples = generate_samples(pruner.model, pruner.tokenizer, prompt, max_new_tokens=40)
+    return result
 
 
 def _how_to_load(folder: str, layout: str) -> str:

@@ -159,7 +159,9 @@ def evaluate(
     texts, tasks = config.load()
     result = EvaluationResult(name, state, base_model, environment=describe_environment(model.device))
     result.settings = json.loads(json.dumps(config.to_dict()))
-    result.settings |= {
+    result.settings |= {  # results are published: names, and no paths of this machine
+        "texts": [text.name for text in texts],
+        "include_path": config.include_path and Path(config.include_path).name,
         TEXTS: {text.name: hashlib.sha256(text.text.encode()).hexdigest()[:16] for text in texts},
         MODEL: model_fingerprint(model),
         COMPLETED: [],

@@ -16,6 +16,7 @@ from .table import check_results
 
 
 DENSE_RESULTS_NAME = "evaluation_results_dense.json"
+WIDTHS_NAME = "pruned_widths.png"
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Contents:
     @property
     def pictures(self) -> list[Path]:
         """Pictures, relative to the folder; that of the widths first."""
-        found = [*self.folder.glob("pruned_widths.png"), *sorted((self.folder / "pictures").glob("*.png"))]
+        found = [*self.folder.glob(WIDTHS_NAME), *sorted((self.folder / "pictures").glob("*.png"))]
         return [path.relative_to(self.folder) for path in sorted(found, key=lambda path: "widths" not in path.name)]
 
     @property

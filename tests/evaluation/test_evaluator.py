@@ -286,3 +286,19 @@ def test_fingerprint_notices_every_tensor(tiny_llama):
             parameter.mul_(1.001)
         seen.add(model_fingerprint(tiny_llama))
     assert len(seen) == 1 + len(list(tiny_llama.parameters()))
+
+
+def test_results_hold_no_paths(tiny_llama, tiny_tokenizer, folder, texts):
+    config = EvaluationConfig(
+        texts=texts,
+        window=64,
+        max_windows=1,
+        tasks=["odd"],
+        include_path=folder,
+        limit=2,
+        efficiency=False,
+        samples=False,
+    )
+    result = evaluate(tiny_llama, tiny_tokenizer, config, name="m")
+    assert result.settings["texts"] == ["one", "two"] and result.settings["include_path"] == Path(folder).name
+    assert str(Path(folder).parent) not in json.dumps(result.to_dict())

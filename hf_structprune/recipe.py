@@ -1,0 +1,138 @@
+"""`Recipe`: a YAML file that says how a model is pruned, measured, described and published."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .configuration import PruningConfig
+from .errors import ConfigurationError
+
+
+if TYPE_CHECKING:
+    from .evaluation.evaluator import EvaluationConfig
+
+
+RECIPE_NAME = "recipe.yaml"
+SECTIONS = ("model", "output_dir", "prune", "evaluate", "push")
+PRESETS = {"llm_pruner": PruningConfig.llm_pruner}
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+@dataclass
+class Recipe:
+    """What `hf-structprune run FILE` does: prune, measure both sides, write the card and, if asked to, push.
+
+    Attributes:
+        model: Options of loading, with the model's id or folder under `"model"`.
+        output_dir: Folder of the checkpoint.
+        ratio: Share of all parameters to remove; `None` if the configuration has ratios by kind.
+        pruning: How to prune.
+        evaluation: What to measure on both sides; `None` for nothing.
+        dense_results: Where the results of the dense model are kept, so that several recipes can share them.
+        push: Arguments of `push_to_hub`; empty if the recipe names no repository.
+        text: The file as it was written, variables included.
+    """
+
+    model: dict[str, Any]
+    output_dir: str
+    ratio: float | None
+    pruning: PruningConfig
+    evaluation: EvaluationConfig | None
+    dense_results: str | None
+    push: dict[str, Any]
+    text: str
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Recipe:
+        """Reads and checks a recipe. `${NAME}` stands for an environment variable, `${NAME:-value}` has a default.
+
+        Raises:
+            ConfigurationError: The file is no recipe, a variable is not set, or a value is not allowed.
+        """
+        import yaml
+
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+            content = yaml.safe_load(substitute(text))
+        except FileNotFoundError as error:
+            raise ConfigurationError(f"There is no recipe {path}.") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigurationError(f"{path} is not YAML: {error}") from error
+        try:
+            return cls.from_dict(content, text)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any], text: str = "") -> Recipe:
+        from .evaluation.evaluator import EvaluationConfig
+
+        _check_sections(content)
+        model = content["model"]
+        ratio, pruning = _pruning(dict(content["prune"]))
+        evaluation, dense_results = content.get("evaluate"), None
+        if evaluation is not None:
+            evaluation = {name: value for name, value in evaluation.items() if value is not None}
+            dense_results = evaluation.pop("dense_results", None)
+            evaluation = _build(EvaluationConfig, evaluation, "evaluate")
+        return cls(
+            model if isinstance(model, dict) else {"model": model},
+            str(content["output_dir"]), ratio, pruning, evaluation, dense_results, content.get("push") or {}, text,
+        )  # fmt: skip
+
+
+def substitute(text: str) -> str:
+    """Puts in environment variables: `${NAME}`, or `${NAME:-value}` with a default."""
+
+    def value(match: re.Match[str]) -> str:
+        name, default = match.groups()
+        if name not in os.environ and default is None:
+            raise ConfigurationError(f"The recipe needs the environment variable {name}, which is not set.")
+        return os.environ.get(name) or default or ""
+
+    return _VARIABLE.sub(value, text)
+
+
+def _check_sections(content: Any) -> None:
+    if not isinstance(content, dict):
+        raise ConfigurationError(
+            f"This is a {type(content).__name__}; a recipe has the sections {', '.join(SECTIONS)}."
+        )
+    for name in content:
+        if name not in SECTIONS:
+            raise ConfigurationError(f"`{name}` is not a section of a recipe; the sections are {', '.join(SECTIONS)}.")
+    for name in SECTIONS[:3]:
+        if not content.get(name):
+            raise ConfigurationError(f"The section `{name}` is missing.")
+    for name in SECTIONS[2:]:
+        if not isinstance(content.get(name) or {}, dict):
+            raise ConfigurationError(f"`{name}` is {content[name]!r}; it must hold `option: value` lines.")
+
+
+def _pruning(section: dict[str, Any]) -> tuple[float | None, PruningConfig]:
+    """The ratio and the configuration; a preset takes the ratio as its own."""
+    preset, ratio = section.pop("preset", None), section.pop("ratio", None)
+    if preset is None:
+        return ratio, _build(PruningConfig, section, "prune")
+    if preset not in PRESETS:
+        raise ConfigurationError(f"`preset` is {preset!r}; allowed values are {', '.join(PRESETS)}.")
+    if ratio is None:
+        raise ConfigurationError(f"`preset: {preset}` needs a `ratio`.")
+    known = {field.name for field in dataclasses.fields(PruningConfig)}
+    for name in section:
+        if name not in known:
+            raise ConfigurationError(f"`{name}` is not an option of `prune`; the options are {', '.join(known)}.")
+    return None, PRESETS[preset](ratio, **section)
+
+
+def _build(cls: type, values: dict[str, Any], section: str) -> Any:
+    known = [field.name for field in dataclasses.fields(cls)]
+    for name in values:
+        if name not in known:
+            raise ConfigurationError(f"`{name}` is not an option of `{section}`; the options are {', '.join(known)}.")
+    return cls(**values)
