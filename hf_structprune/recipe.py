@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 RECIPE_NAME = "recipe.yaml"
 SECTIONS = ("model", "output_dir", "prune", "evaluate", "push")
+PUSH_OPTIONS = ("repo_id", "private", "revision", "create_pr", "commit_message")
 PRESETS = {"llm_pruner": PruningConfig.llm_pruner}
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
@@ -75,6 +77,8 @@ class Recipe:
         _check_sections(content)
         model = content["model"]
         ratio, pruning = _pruning(dict(content["prune"]))
+        push = content.get("push") or {}
+        _check_options(push, PUSH_OPTIONS, "push")
         evaluation, dense_results = content.get("evaluate"), None
         if evaluation is not None:
             evaluation = {name: value for name, value in evaluation.items() if value is not None}
@@ -82,7 +86,7 @@ class Recipe:
             evaluation = _build(EvaluationConfig, evaluation, "evaluate")
         return cls(
             model if isinstance(model, dict) else {"model": model},
-            str(content["output_dir"]), ratio, pruning, evaluation, dense_results, content.get("push") or {}, text,
+            str(content["output_dir"]), ratio, pruning, evaluation, dense_results, push, text,
         )  # fmt: skip
 
 
@@ -123,16 +127,20 @@ def _pruning(section: dict[str, Any]) -> tuple[float | None, PruningConfig]:
         raise ConfigurationError(f"`preset` is {preset!r}; allowed values are {', '.join(PRESETS)}.")
     if ratio is None:
         raise ConfigurationError(f"`preset: {preset}` needs a `ratio`.")
-    known = {field.name for field in dataclasses.fields(PruningConfig)}
-    for name in section:
-        if name not in known:
-            raise ConfigurationError(f"`{name}` is not an option of `prune`; the options are {', '.join(known)}.")
+    _check_options(section, _fields(PruningConfig), "prune")
     return None, PRESETS[preset](ratio, **section)
 
 
 def _build(cls: type, values: dict[str, Any], section: str) -> Any:
-    known = [field.name for field in dataclasses.fields(cls)]
+    _check_options(values, _fields(cls), section)
+    return cls(**values)
+
+
+def _fields(cls: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def _check_options(values: dict[str, Any], known: Sequence[str], section: str) -> None:
     for name in values:
         if name not in known:
             raise ConfigurationError(f"`{name}` is not an option of `{section}`; the options are {', '.join(known)}.")
-    return cls(**values)

@@ -93,7 +93,7 @@ def test_recipes_of_the_cards_are_the_default_settings(percent):
     recipe = Recipe.load(RECIPES / "smollm2-135m-instruct" / f"prune-{percent}.yaml")
     assert recipe.pruning == PruningConfig() and recipe.ratio == percent / 100
     assert str(percent) in recipe.output_dir
-    assert recipe.evaluation.tasks == ["study-a"] and recipe.evaluation.limit == 200
+    assert recipe.evaluation.tasks == ("study-a",) and recipe.evaluation.limit == 200
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "l1", "l2", "random"])

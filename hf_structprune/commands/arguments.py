@@ -21,7 +21,13 @@ from ..errors import ConfigurationError
 NOT_OPTIONS = ("calibration", "texts", "tokens", "fingerprint")
 PREFIXES = {CalibrationConfig: "calibration_"}
 # Fields that are arguments without a name: how they are shown and how many values they take.
-POSITIONALS = {"model": ("MODEL", "?"), "results": ("RESULTS", "*"), "folder": ("DIR", "?"), "repo_id": ("REPO", "?")}
+POSITIONALS = {
+    "model": ("MODEL", "?"),
+    "results": ("RESULTS", "*"),
+    "folder": ("DIR", "?"),
+    "repo_id": ("REPO", "?"),
+    "recipe": ("RECIPE", "?"),
+}
 
 
 class _Parser(HfArgumentParser):

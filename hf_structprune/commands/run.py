@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..configuration import CONFIG_NAME, PruningConfig
 from ..errors import ConfigurationError
-from ..evaluation import EvaluationResult, ResultTable, check_tasks, evaluate
+from ..evaluation import EvaluationResult, ResultTable, evaluate
 from ..evaluation.pictures import draw_widths
 from ..evaluation.results import RESULTS_NAME
 from ..files import write_text
@@ -39,7 +39,7 @@ class RunArguments:
         dry_run (`bool`): Check the recipe and print its plan; loads no weights.
     """
 
-    recipe: str = field(metadata={"positional": "RECIPE"})
+    recipe: str
     push: bool = False
     overwrite: bool = False
     dry_run: bool = False
@@ -54,7 +54,7 @@ def run(argv: Sequence[str]) -> None:
     if arguments.push and not recipe.push.get("repo_id"):
         raise ConfigurationError(f"{arguments.recipe} names no `repo_id` in its section `push`.")
     if recipe.evaluation is not None:
-        check_tasks(recipe.evaluation.tasks, recipe.evaluation.include_path)
+        recipe.evaluation.load()  # what is wrong with texts and tasks shows before any work
     source = find_model(recipe.model["model"]) if len(recipe.model) == 1 else ModelArguments(**recipe.model)
     if arguments.dry_run:
         console().print(load_shapes(source, recipe.pruning).plan(recipe.ratio).table())
