@@ -12,6 +12,7 @@ from ..errors import ConfigurationError
 from ..evaluation.efficiency import EfficiencyConfig, measure_efficiency
 from ..evaluation.environment import describe_environment
 from ..evaluation.evaluator import check_output
+from ..evaluation.generation import question_protocol
 from ..evaluation.results import EvaluationResult, Figure
 from ..evaluation.speed import median_figure, time_loading
 from ..evaluation.table import ResultTable
@@ -29,6 +30,8 @@ class BenchmarkArguments:
             .gguf file), or the JSON of an earlier benchmark.
         rounds (`int`): How often each model is loaded and timed. With a baseline the two take turns, so that what else
             the machine does meets both.
+        questions (`str`, *optional*): Folder for the answers to five questions, timed: `questions.csv`, and
+            `questions_baseline.csv` for the baseline.
         output (`str`, *optional*): JSON file for the results; the baseline's go beside it, with `_dense` in the name.
         state (`str`, *optional*): `dense`, `pruned`, `recovered` or `quantised`. Default: what the files of MODEL say.
         overwrite (`bool`): Write over results that are there.
@@ -36,6 +39,7 @@ class BenchmarkArguments:
 
     baseline: str | None = None
     rounds: int = 3
+    questions: str | None = None
     output: str | None = None
     state: str | None = None
     overwrite: bool = False
@@ -60,6 +64,8 @@ def run(argv: Sequence[str]) -> None:
             _check(path, command.overwrite)
         others = [baseline] if isinstance(baseline, Subject) else []
         results = _take_turns([*others, subject], config, command.rounds)
+        if command.questions is not None:
+            _ask([*others, subject], results, Path(command.questions))
         if isinstance(baseline, EvaluationResult):
             results.insert(0, baseline)
         if output is not None:
@@ -99,6 +105,16 @@ def _take_turns(subjects: list[Subject], config: EfficiencyConfig, rounds: int) 
         if config.speed and subject.arguments.device_map is None:
             result.add(_load_time(subject.arguments))
     return results
+
+
+def _ask(subjects: list[Subject], results: list[EvaluationResult], folder: Path) -> None:
+    """The five-question protocol, with a CSV file for each model; the last one is MODEL."""
+    for subject, result in zip(subjects, results, strict=True):
+        model, tokenizer = load_for_measuring(subject.arguments)
+        asked = question_protocol(model, tokenizer)
+        result.add(*asked.figures())
+        asked.write_csv(folder / ("questions.csv" if subject is subjects[-1] else "questions_baseline.csv"))
+        del model
 
 
 def _pool(rounds: list[list[Figure]]) -> list[Figure]:

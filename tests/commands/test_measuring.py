@@ -235,3 +235,15 @@ def test_benchmark_of_sizes_only(pruned, capsys):
     assert "efficiency/macs" in names and not {n for n in names if "time" in n or "throughput" in n}
     assert not (Path(pruned) / "evaluation_results.json").exists()
     assert "MACs ↓" in run(capsys, "benchmark", pruned, "--no-speed")
+
+
+def test_benchmark_asks_questions_of_both(dense, pruned, tmp_path, capsys):
+    folder, output = tmp_path / "made" / "questions", tmp_path / "benchmark.json"
+    argv = ["--no-speed", "--questions", str(folder), "--output", str(output)]
+    run(capsys, "benchmark", pruned, "--baseline", dense, *argv)
+    for name in ("questions.csv", "questions_baseline.csv"):
+        rows = list(csv.DictReader((folder / name).open()))
+        assert len(rows) == 6 and rows[-1]["question"] == "mean"
+    measured = EvaluationResult.load(output).figures["efficiency/question_throughput"]
+    last = list(csv.DictReader((folder / "questions.csv").open()))[-1]
+    assert float(last["tokens_per_second"]) == round(measured.value, 2)
