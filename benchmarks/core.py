@@ -88,6 +88,10 @@ def load(model: str) -> StructuredPruner:
 def speed(options: argparse.Namespace) -> None:
     """Every criterion without compensation, as peers work, then the default compensation on top."""
     rows = []
+    folder = tempfile.mkdtemp()  # a plain checkpoint: what reading GGUF leaves in memory is none of ours
+    pruner = load(options.model)
+    pruner.model.save_pretrained(folder)
+    pruner.tokenizer.save_pretrained(folder)
     names = ("l2", "wanda", "wifv", "obs", "taylor mix")
     plain = {name: {**CRITERIA[name], "compensation": False} for name in names}
     for name in GRADIENTS.keys() & plain.keys():
@@ -98,7 +102,7 @@ def speed(options: argparse.Namespace) -> None:
     for column in ("settings", "seconds", "x forward", "peak memory over loaded process, MB", "over weights, MB"):
         table.add_column(column)
     for name, settings in {**plain, **own, **default}.items():
-        command = [sys.executable, __file__, "one-speed", "--model", options.model, "--settings", json.dumps(settings)]
+        command = [sys.executable, __file__, "one-speed", "--model", folder, "--settings", json.dumps(settings)]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         row = {"name": name, "settings": settings, **json.loads(output.splitlines()[-1])}
         rows.append(row)

@@ -127,7 +127,7 @@ def obs_scores(
     drop = units - blocks if drop is None else drop
     inverse = gram.to(torch.float64, copy=True)
     inverse.diagonal().add_(ridge(gram, damping))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(inverse))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(inverse, out=inverse))
     weight, index = weight.double().clone(), index.to(weight.device)
     alive = torch.arange(units, device=weight.device)  # units still there, in the order of the columns of `weight`
     columns = index.flatten()

@@ -103,7 +103,7 @@ class _Compression:
         self.stream: LayerStream | None = None
         self.correcting = False
         self.error: list[torch.Tensor] = []  # what the hidden states lack of the dense model's, float32
-        self.hidden: list[torch.Tensor] = []  # hidden states so far within the layer
+        self.outputs: list[list[torch.Tensor]] = []  # of the layer's consumers so far
         self.weight_unit: float | None = None
         self.kept: Kept = {}
 
@@ -126,9 +126,9 @@ class _Compression:
         dense = {}
         if self.stream is not None:
             self.stream.enter(layer.index)
-            self.hidden, self.weight_unit = self.stream.copy(self.stream.hidden), None
+            self.outputs, self.weight_unit = [], None
         if self.correcting:
-            self.error = self.stream.blank(self.hidden[0], torch.float32)
+            self.error = self.stream.blank(self.stream.hidden[0], torch.float32)
             for error, before, now in zip(self.error, self.stream.dense_hidden, self.stream.hidden, strict=True):
                 error.copy_(before).sub_(now)
             dense = self.stream.step_dense(layer.index, list(consumers))
@@ -161,19 +161,23 @@ class _Compression:
                     lacking = self.error[number] + dense[number].float() - output
                     target = self.config.error_correction * lacking
                 if self.config.token_weighting:
-                    weights = self._weights(self.hidden[number], output)
+                    weights = self._weights(self._hidden(number), output)
             statistics.update(x, target, weights)
         self._choose(layer, cut, statistics)
         columns = kept_columns(cut, self.kept, width)
         write_columns(module, refitted(module, statistics, columns, self.config), columns)
-        outputs = self.stream.blank(self.hidden[0])
+        outputs = self.stream.blank(self.stream.hidden[0])
         for number, output in enumerate(outputs):
             output.copy_(_consume(module, inputs[number], columns))
             if dense is not None:
                 self.error[number].add_(dense[number]).sub_(output)
-            if self.stream.additive:
-                self.hidden[number].add_(output)
+        if self.stream.additive:
+            self.outputs.append(outputs)
         self.stream.replace(parent, outputs)
+
+    def _hidden(self, number: int) -> torch.Tensor:
+        """The hidden states of a batch within the layer, what its consumers have added so far included."""
+        return sum((outputs[number] for outputs in self.outputs), self.stream.hidden[number])
 
     def _weights(self, hidden: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """`1 / ||h||^2` of the hidden states `h` that an output is added to, relative to the first batch's mean."""
