@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 from ..errors import ConfigurationError
@@ -63,7 +65,7 @@ def run(argv: Sequence[str]) -> None:
         for path in (output, beside if isinstance(baseline, Subject) else None):
             _check(path, command.overwrite)
         others = [baseline] if isinstance(baseline, Subject) else []
-        results = _take_turns([*others, subject], config, command.rounds)
+        results = take_turns([*others, subject], config, command.rounds)
         if command.questions is not None:
             _ask([*others, subject], results, Path(command.questions))
         if isinstance(baseline, EvaluationResult):
@@ -85,8 +87,23 @@ def _check(path: Path | None, overwrite: bool) -> None:
         raise ConfigurationError(f"{path} is there; choose another --output or say --overwrite.")
 
 
-def _take_turns(subjects: list[Subject], config: EfficiencyConfig, rounds: int) -> list[EvaluationResult]:
-    """One result for each model; only one of them is in memory at a time."""
+def take_turns_apart(subjects: list[Subject], config: EfficiencyConfig, rounds: int) -> list[EvaluationResult]:
+    """`take_turns` in a process of its own: what earlier work has left in memory is in no figure."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(take_turns, subjects, config, rounds).result()
+
+
+def take_turns(subjects: list[Subject], config: EfficiencyConfig, rounds: int) -> list[EvaluationResult]:
+    """Size, memory and speed of each model; only one of them is in memory at a time.
+
+    Args:
+        subjects: The models.
+        config: What is run.
+        rounds: How often each model is loaded and timed, one after the other.
+
+    Returns:
+        One result for each model.
+    """
     figures: list[list[list[Figure]]] = [[] for _ in subjects]
     results = []
     for number in range(rounds if config.speed else 1):

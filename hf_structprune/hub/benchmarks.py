@@ -72,6 +72,14 @@ def shots_of(figure: Figure, result: EvaluationResult) -> Any:
     return figure.details.get("num_fewshot", result.settings.get("num_fewshot"))
 
 
+def _known_text(name: str, figure: Figure) -> Benchmark | None:
+    """The data set behind a text; a file of the same name may hold anything."""
+    known = TEXTS.get(name)
+    if known is None or name == "sample" or str(figure.details.get("source", "")).startswith(known.dataset):
+        return known
+    return None
+
+
 def model_index(result: EvaluationResult) -> list[EvalResult]:
     """Perplexities and task results as the entries of `model-index`.
 
@@ -83,7 +91,8 @@ def model_index(result: EvaluationResult) -> list[EvalResult]:
         if not math.isfinite(figure.value) or kind not in ("tasks", "perplexity"):
             continue
         name, metric = (rest, "perplexity") if kind == "perplexity" else rest.rsplit("/", 1)
-        known = (TEXTS if kind == "perplexity" else TASKS).get(name, Benchmark(name, name, split=None))
+        known = _known_text(name, figure) if kind == "perplexity" else TASKS.get(name)
+        known = known or Benchmark(name, name, split=None)
         arguments, words = {}, metric
         if kind == "tasks":
             shots, limit = shots_of(figure, result), limit_of(figure, result)

@@ -59,8 +59,9 @@ def protocols(*results: EvaluationResult | None) -> dict[str, list[str]]:
     for result in filter(None, results):
         for figure in result.figures.values():
             label = label_of(figure).rstrip(" ↑↓")
-            if figure.protocol and label not in found.setdefault(figure.protocol, []):
-                found[figure.protocol].append(label)
+            words = ", of ".join(filter(None, (figure.protocol, figure.details.get("source"))))
+            if figure.protocol and label not in found.setdefault(words, []):
+                found[words].append(label)
     return found
 
 

@@ -247,3 +247,14 @@ def test_benchmark_asks_questions_of_both(dense, pruned, tmp_path, capsys):
     measured = EvaluationResult.load(output).figures["efficiency/question_throughput"]
     last = list(csv.DictReader((folder / "questions.csv").open()))[-1]
     assert float(last["tokens_per_second"]) == round(measured.value, 2)
+
+
+def test_turns_in_a_process_of_their_own_give_the_same_sizes(dense, pruned):
+    from hf_structprune.commands.benchmark import take_turns, take_turns_apart
+    from hf_structprune.commands.common import ModelArguments
+    from hf_structprune.commands.subjects import find_subject
+    from hf_structprune.evaluation import EfficiencyConfig
+
+    subjects = [find_subject(ModelArguments(name)) for name in (dense, pruned)]
+    here, apart = (turns(subjects, EfficiencyConfig(speed=False), 1) for turns in (take_turns, take_turns_apart))
+    assert [result.figures for result in here] == [result.figures for result in apart]

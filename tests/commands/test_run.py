@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_structprune import PruningConfig, PruningPlan
-from hf_structprune.commands import cli, run
+from hf_structprune.commands import benchmark, cli, run
+from hf_structprune.evaluation import EfficiencyConfig
 from hf_structprune.evaluation.results import EvaluationResult
 
 
@@ -181,3 +182,24 @@ def test_two_runs_give_the_same_weights(recipe):
     second = AutoModelForCausalLM.from_pretrained(recipe.parent / "out").state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert json.loads((recipe.parent / "out" / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_speed_is_measured_in_turns_and_once(recipe, monkeypatch):
+    recipe.write_text(recipe.read_text().replace("efficiency: false", "efficiency: true"))
+    turns = []
+
+    def take_turns(subjects, config, rounds):
+        turns.append([subject.state for subject in subjects])
+        return benchmark.take_turns(subjects, EfficiencyConfig(new_tokens=2, warmup=0, repeats=1), 1)
+
+    monkeypatch.setattr(run, "take_turns_apart", take_turns)
+    assert cli.main(["run", str(recipe)]) == 0
+    out = recipe.parent / "out"
+    dense, pruned = (EvaluationResult.load(out / f"evaluation_results{end}.json") for end in ("_dense", ""))
+    plan = PruningPlan.load(out)
+    sizes = (plan.parameters_before, plan.parameters_after)
+    assert (dense.value("efficiency/parameters"), pruned.value("efficiency/parameters")) == sizes
+    assert "efficiency/decode_throughput" in pruned.figures and "perplexity/some" in pruned.figures
+    assert "efficiency/parameters" not in EvaluationResult.load(recipe.parent / "out-dense.json").figures
+    assert cli.main(["run", str(recipe)]) == 0
+    assert turns == [["dense", "pruned"]]

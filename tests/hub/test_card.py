@@ -16,6 +16,7 @@ from hf_structprune.commands import cli
 from hf_structprune.errors import ConfigurationError, HubError
 from hf_structprune.evaluation.results import EvaluationResult, Figure
 from hf_structprune.hub import make_card, validate_card, write_card
+from hf_structprune.hub.benchmarks import model_index
 from hf_structprune.hub.snippets import config_expression
 
 
@@ -32,7 +33,11 @@ def results(folder, plan, **more):
         result = EvaluationResult("a-model", state, environment=ENVIRONMENT, **more)
         result.add(
             Figure(
-                "perplexity/wikitext2", 20.4321 * factor, higher_is_better=False, protocol="windows of 2048 tokens"
+                "perplexity/wikitext2",
+                20.4321 * factor,
+                higher_is_better=False,
+                protocol="windows of 2048 tokens",
+                details={"source": "Salesforce/wikitext, wikitext-2-raw-v1, test split"},
             ),
             Figure("tasks/hellaswag/acc_norm", 0.6125 / factor, stderr=0.0345, higher_is_better=True, details=DETAILS),
             Figure("efficiency/decode_throughput", 12.25 * factor, "tokens/s", higher_is_better=True),
@@ -366,3 +371,13 @@ def test_the_record_survives_training_and_pruning_again(pruner, tmp_path):
     record = second.model.config.hf_structprune
     assert (record["base_model"], record["pruning_config"]["criterion"]) == ("small", "l1")
     assert os.sep not in record["base_model"]
+
+
+def test_a_local_file_is_not_called_the_data_set_of_its_name():
+    for source, dataset in (
+        ("wikitext2.txt", "wikitext2"),
+        ("Salesforce/wikitext, test split", "Salesforce/wikitext"),
+    ):
+        result = EvaluationResult("m")
+        result.add(Figure("perplexity/wikitext2", 20.0, details={"source": source}))
+        assert model_index(result)[0].dataset_type == dataset
