@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +15,19 @@ from transformers import PreTrainedModel
 from .allocation import Counts, allocate
 from .calibration import check_token_ids, load_tokens
 from .checkpoint import has_weights, rebuild
-from .compress import Scores, compress, score_inputs
+from .compress import compress
 from .configuration import PruningConfig
-from .criteria import Scoring, make_criterion
+from .criteria import make_criterion
 from .errors import ConfigurationError, StructPruneError, UnsupportedModelError
-from .gradients import Salience, taylor_salience
 from .hub.origin import origin_of, record
 from .hub.push import push_folder
 from .hub.save import save_checkpoint, take_over
+from .knowledge import Knowledge, look
 from .layout import expressible_heads, target_of
 from .loading import load_model, load_tokenizer
 from .plan import PruningPlan
-from .sensitivity import Sensitivity, measure_sensitivity
 from .structure import ModelStructure
 from .surgery import Kept, cut_units
-
-
-@dataclass
-class Knowledge:
-    """What was found out about the model before it is cut.
-
-    Attributes:
-        scores: Scores of all units, to compare layers by.
-        sensitivity: Cost of cutting each group.
-        salience: Reduced gradients.
-    """
-
-    scores: Scores | None = None
-    sensitivity: Sensitivity | None = None
-    salience: Salience | None = None
 
 
 class StructuredPruner:
@@ -211,26 +194,7 @@ class StructuredPruner:
         return tokens
 
     def _look(self) -> Knowledge:
-        """What has to be known of all layers before the first is cut."""
-        criterion = make_criterion(self.config)
-        groups = [group for group in self.structure.groups if group.kind in self.config.units]
-        known = Knowledge()
-        if criterion.needs_gradients:
-            known.salience = taylor_salience(
-                self.model, groups, self._tokens(), self.config.taylor, batch_size=self.config.calibration.batch_size,
-                gradient_checkpointing=self.config.gradient_checkpointing,
-            )  # fmt: skip
-        if self.config.allocation == "search":
-            known.sensitivity = measure_sensitivity(
-                self.model, self.structure, criterion, self.config, self._tokens(), groups, known.salience
-            )
-        elif self.config.allocation == "global" and criterion.needs_inputs:
-            known.scores = score_inputs(self.model, self.structure, criterion, self.config, self._tokens(), groups)
-        elif self.config.allocation == "global":
-            with torch.no_grad():
-                scorings = {(g.layer, g.kind): Scoring(g, self.model, salience=known.salience) for g in groups}
-                known.scores = {key: criterion.score(scoring).cpu() for key, scoring in scorings.items()}
-        return known
+        return look(self.model, self.structure, self.config, self._tokens)
 
     def _plan(
         self, ratio: float | None, config: PruningConfig, known: Knowledge, dense: ModelStructure | None = None
