@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, try_to_load_from_cache
+from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import validate_repo_id
@@ -27,6 +27,7 @@ logger = logging.get_logger(__name__)
 # The key in config.json that holds the record.
 RECORD = "hf_structprune"
 TAGS = ["structured-pruning", "pruned", "hf_structprune"]
+_HUB_TIMEOUT = 10.0
 _LIBRARIES = ("torch", "transformers")
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 
@@ -155,9 +156,7 @@ def base_metadata(origin: Origin) -> dict[str, Any]:
             readme = origin.folder / "README.md"
             metadata = metadata_load(readme) if readme.is_file() else None
         else:
-            metadata = (
-                ModelCard.load(origin.name, ignore_metadata_errors=True).data.to_dict() if origin.on_hub else None
-            )
+            metadata = _metadata_on_hub(origin.name) if origin.on_hub else None
     except (OSError, ValueError) as error:
         metadata = None
         logger.warning(f"The card of {origin.name} could not be read, so that its licence is unknown: {error}")
@@ -167,3 +166,10 @@ def base_metadata(origin: Origin) -> dict[str, Any]:
         metadata = None
         logger.warning(f"The card of {origin.name} could not be read, so that its licence is unknown: {error}")
     return {key: value for key, value in (metadata or {}).items() if key in (*_LICENCE_KEYS, "language") and value}
+
+
+def _metadata_on_hub(name: str) -> dict[str, Any]:
+    """Metadata of a card in the cache, or else on the Hub, if that answers at once: a download would try for long."""
+    if not isinstance(try_to_load_from_cache(name, "README.md"), str):
+        HfApi().model_info(name, timeout=_HUB_TIMEOUT)
+    return ModelCard.load(name, ignore_metadata_errors=True).data.to_dict()
