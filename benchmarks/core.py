@@ -64,13 +64,13 @@ def main() -> None:
     runs[options.what](options)
 
 
-def environment() -> dict[str, str | int]:
+def environment(threads: int | None = None) -> dict[str, str | int]:
     return {
         "hf_structprune": hf_structprune.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
+        "threads": threads or torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -183,7 +183,7 @@ def quality(options: argparse.Namespace) -> None:
         rows[name] = json.loads(output.splitlines()[-1])
         print(name, rows[name], flush=True)
         ordered = [rows[name] for name in names if name in rows]
-        write("core_quality.json", {"environment": environment(), "data": data(options)[2], "rows": ordered})
+        write("core_quality.json", {"environment": environment(threads=1), "data": data(options)[2], "rows": ordered})
 
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(run, names))

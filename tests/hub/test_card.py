@@ -15,7 +15,7 @@ from hf_structprune import CalibrationConfig, PruningConfig, PruningPlan, Struct
 from hf_structprune.commands import cli
 from hf_structprune.errors import ConfigurationError, HubError
 from hf_structprune.evaluation.results import EvaluationResult, Figure
-from hf_structprune.hub import make_card, validate_card, write_card
+from hf_structprune.hub import make_card, origin, validate_card, write_card
 from hf_structprune.hub.benchmarks import model_index
 from hf_structprune.hub.snippets import config_expression
 
@@ -381,3 +381,16 @@ def test_a_local_file_is_not_called_the_data_set_of_its_name():
         result = EvaluationResult("m")
         result.add(Figure("perplexity/wikitext2", 20.0, details={"source": source}))
         assert model_index(result)[0].dataset_type == dataset
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    asked = []
+
+    def model_info(self, name, timeout):
+        asked.append(name)
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(origin.HfApi, "model_info", model_info)
+    monkeypatch.setattr(origin.ModelCard, "load", lambda *args, **kwargs: pytest.fail("this would try for long"))
+    assert origin.base_metadata(origin.Origin("some/never-cached", True)) == {}
+    assert asked == ["some/never-cached"]
