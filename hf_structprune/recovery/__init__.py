@@ -1,0 +1,1 @@
+"""Training a pruned model to get its quality back: LoRA, all weights, or distillation from the dense model."""

@@ -1,0 +1,216 @@
+"""`RecoveryConfig` and `DistillationConfig`: how a pruned model is trained to get its quality back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ConfigurationError
+
+
+METHODS = ("lora", "qlora", "full", "distill")
+WEIGHTS = ("lora", "qlora", "full")
+SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
+DTYPES = ("bf16", "fp16", "fp32")
+TEACHER_DTYPES = ("bf16", "fp16", "fp32", "int8", "auto")
+# Learning rates by what is trained, see `RecoveryConfig.learning_rate`.
+LEARNING_RATES = {"lora": 1e-4, "qlora": 1e-4, "full": 2e-5}
+
+
+@dataclass
+class RecoveryConfig:
+    """How a pruned model is trained. `batch_size`, `epochs`, `rank` and `alpha` are those of the published recipes.
+
+    Args:
+        method (`str`): `"lora"` trains adapters on the labels of the data, `"qlora"` the same over a 4-bit base,
+            `"full"` all weights, and `"distill"` makes the model predict what the dense one does.
+        weights (`str`): What `"distill"` trains: `"lora"`, `"qlora"` or `"full"`.
+        rank (`int`): Rank of the adapters.
+        alpha (`int`): Their scale: updates are multiplied by `alpha / rank`.
+        dropout (`float`): Dropout on the inputs of the adapters.
+        target_modules (`str` or list of `str`): Modules that get an adapter; `"all-linear"` is every Linear but the
+            head.
+        init_lora_weights (`str`, *optional*): How PEFT initialises adapters: `gaussian`, `pissa`, `pissa_niter_16`,
+            `olora`, `orthogonal`, ... Default: PEFT's.
+        use_dora (`bool`): Train magnitude and direction apart (DoRA).
+        use_rslora (`bool`): Scale by `alpha / sqrt(rank)` (rsLoRA).
+        max_length (`int`): Tokens in a training sequence.
+        packing (`bool`): Put several short examples into one sequence. A token sees only its own example if the model
+            runs with flash attention; other implementations get no such mask from TRL.
+        prompt_loss (`bool`): Learn prompts too, not only the answers.
+        max_samples (`int`, *optional*): At most so many examples, drawn at random. Default: all.
+        learning_rate (`float`, *optional*): Peak learning rate. Default: 1e-4 for adapters, 2e-5 for all weights.
+        scheduler (`str`): `"cosine"`, `"linear"`, `"constant"` or `"constant_with_warmup"`.
+        warmup (`float`): Share of the steps over which the learning rate rises.
+        weight_decay (`float`): Weight decay of AdamW.
+        epochs (`float`): Passes over the data.
+        max_steps (`int`, *optional*): Optimiser steps, instead of `epochs`.
+        batch_size (`int`): Sequences in an optimiser step, over all devices.
+        micro_batch_size (`int`): Sequences that go through a device at once; the rest is gradient accumulation.
+        gradient_checkpointing (`bool`): Compute activations again in the backward pass, which saves memory.
+        dtype (`str`): Computation: `"bf16"`, `"fp16"` (mixed precision) or `"fp32"`.
+        save_steps (`int`, *optional*): Steps between checkpoints to resume from. Default: a tenth of the training.
+        evaluations (`int`): How often the perplexity of held-out text is measured during training.
+        text (`str`): That text: `sample`, `wikitext2`, `c4`, a file, a folder or a data set id of the Hub.
+        max_windows (`int`): At most so many windows of it.
+        window (`int`): Tokens in a window.
+        target (`float`, *optional*): Stop when this share of the lost log-perplexity is back: 0.5 is half of it.
+        patience (`int`, *optional*): Stop after so many measurements without a new best; `None` never stops.
+        seed (`int`): Seed of everything random.
+
+    Raises:
+        ConfigurationError: A value is impossible.
+    """
+
+    method: str = "lora"
+    weights: str = "lora"
+    rank: int = 8
+    alpha: int = 16
+    dropout: float = 0.05
+    target_modules: str | Sequence[str] = "all-linear"
+    init_lora_weights: str | None = None
+    use_dora: bool = False
+    use_rslora: bool = False
+    max_length: int = 512
+    packing: bool = False
+    prompt_loss: bool = False
+    max_samples: int | None = None
+    learning_rate: float | None = None
+    scheduler: str = "cosine"
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    epochs: float = 2.0
+    max_steps: int | None = None
+    batch_size: int = 64
+    micro_batch_size: int = 4
+    gradient_checkpointing: bool = False
+    dtype: str = "bf16"
+    save_steps: int | None = None
+    evaluations: int = 10
+    text: str = "sample"
+    max_windows: int = 32
+    window: int = 512
+    target: float | None = None
+    patience: int | None = 3
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("method", METHODS), ("weights", WEIGHTS), ("scheduler", SCHEDULERS), ("dtype", DTYPES),
+        ):  # fmt: skip
+            _check_choice(name, getattr(self, name), allowed)
+        for name, least in (
+            ("rank", 1), ("alpha", 1), ("max_length", 8), ("max_samples", 1), ("max_steps", 1), ("batch_size", 1),
+            ("micro_batch_size", 1), ("save_steps", 1), ("evaluations", 1), ("max_windows", 1), ("window", 8),
+            ("patience", 1), ("seed", 0),
+        ):  # fmt: skip
+            _check_int(name, getattr(self, name), least)
+        for name, least, most in (
+            ("dropout", 0.0, 0.99), ("warmup", 0.0, 1.0), ("learning_rate", 1e-12, 10.0), ("weight_decay", 0.0, 10.0),
+            ("epochs", 1e-6, 1e6), ("target", 1e-6, 1.0),
+        ):  # fmt: skip
+            _check_float(name, getattr(self, name), least, most)
+        if self.batch_size % self.micro_batch_size:
+            raise ConfigurationError(
+                f"`batch_size` is {self.batch_size}, which is no multiple of `micro_batch_size` "
+                f"{self.micro_batch_size}: change one of them."
+            )
+        if not isinstance(self.target_modules, str):
+            self.target_modules = list(self.target_modules)
+            if len(self.target_modules) == 1:
+                self.target_modules = self.target_modules[0]
+
+    @property
+    def trained(self) -> str:
+        """What is trained: `"lora"`, `"qlora"` or `"full"`."""
+        return self.weights if self.method == "distill" else self.method
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate, or the default of what is trained."""
+        return LEARNING_RATES[self.trained] if self.learning_rate is None else self.learning_rate
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RecoveryConfig:
+        return _from_dict(cls, values)
+
+
+@dataclass
+class DistillationConfig:
+    """What `method="distill"` minimises: `(1 - label_weight) T^2 KL(dense || pruned) + label_weight CE + ...`.
+
+    Args:
+        temperature (`float`): `T`: both sides' logits are divided by it.
+        label_weight (`float`): Weight of the loss on the labels of the data; 0 learns from the dense model alone.
+        on_prompts (`bool`): Follow the dense model on every token, prompts included, not only on answers.
+        hidden_weight (`float`): Weight of the hidden states' error in layers that still match.
+        attention_weight (`float`): The same of the attention outputs.
+        teacher_dtype (`str`): Of the dense model: `"bf16"`, `"fp16"`, `"fp32"`, `"int8"` (bitsandbytes), or `"auto"`
+            for the one it was saved in.
+        cache (`str`, *optional*): Folder for the dense model's predictions, so that it runs once over the data.
+        top_k (`int`): Predictions kept for a token in the cache; the rest counts as one more class.
+
+    Raises:
+        ConfigurationError: A value is impossible.
+    """
+
+    temperature: float = 1.0
+    label_weight: float = 0.0
+    on_prompts: bool = True
+    hidden_weight: float = 0.0
+    attention_weight: float = 0.0
+    teacher_dtype: str = "auto"
+    cache: str | None = None
+    top_k: int = 64
+
+    def __post_init__(self) -> None:
+        _check_choice("teacher_dtype", self.teacher_dtype, TEACHER_DTYPES)
+        _check_int("top_k", self.top_k, 1)
+        for name, least, most in (
+            ("temperature", 0.05, 100.0), ("label_weight", 0.0, 1.0), ("hidden_weight", 0.0, 1e6),
+            ("attention_weight", 0.0, 1e6),
+        ):  # fmt: skip
+            _check_float(name, getattr(self, name), least, most)
+        if self.cache is not None and (self.hidden_weight or self.attention_weight):
+            raise ConfigurationError(
+                "`cache` keeps the dense model's predictions only, not its hidden states: leave it out, or set "
+                "`hidden_weight` and `attention_weight` to 0."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DistillationConfig:
+        return _from_dict(cls, values)
+
+
+def _from_dict(cls: type, values: dict[str, Any]) -> Any:
+    known = [field.name for field in dataclasses.fields(cls)]
+    for name in values:
+        if name not in known:
+            raise ConfigurationError(
+                f"`{name}` is not an option of {cls.__name__}; the options are {', '.join(known)}."
+            )
+    return cls(**values)
+
+
+def _check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ConfigurationError(f"`{name}` is {value!r}; allowed values are {', '.join(allowed)}.")
+
+
+def _check_int(name: str, value: Any, least: int) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        raise ConfigurationError(f"`{name}` is {value!r}; it must be an integer of at least {least}.")
+
+
+def _check_float(name: str, value: Any, least: float, most: float) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and not (number and least <= value <= most):
+        raise ConfigurationError(f"`{name}` is {value!r}; it must be a number from {least:g} to {most:g}.")
