@@ -35,7 +35,7 @@ class RecoveryConfig:
         dropout (`float`): Dropout on the inputs of the adapters.
         target_modules (list of `str`, *optional*): Names of the modules that get an adapter, for example `q_proj`.
             Default: every Linear but the head.
-        init_lora_weights (`str`, *optional*): How PEFT initialises adapters: `gaussian`, `orthogonal`, `mica`, `pissa`,
+        init_lora_weights (`str`, *optional*): How PEFT starts adapters: `gaussian`, `orthogonal`, `mica`, `pissa`,
             `pissa_niter_16` (or another number) or `olora`. Default: PEFT's, zero for the second matrix.
         use_dora (`bool`): Train magnitude and direction apart (DoRA).
         use_rslora (`bool`): Scale by `alpha / sqrt(rank)` (rsLoRA).
