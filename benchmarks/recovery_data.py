@@ -2,7 +2,7 @@
 
     python benchmarks/recovery_data.py --dolly FOLDER --c4 FILE.jsonl --tokenizer MODEL --output-dir data
 
-`dolly` holds instruction, context and response rows (`*train*.jsonl` and `heldout.jsonl`), `c4` rows `{"text": ...}`, of
+`dolly` holds instruction, input and output rows (`*train*.jsonl` and `heldout.jsonl`), `c4` rows `{"text": ...}`, of
 which the last 300 are held out. Held-out instructions are rendered with the chat template of the tokenizer.
 """
 

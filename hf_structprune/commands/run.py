@@ -64,7 +64,8 @@ def run(argv: Sequence[str]) -> None:
         dataclasses.replace(recipe.evaluation, efficiency=False).load()  # mistakes show before any work
     if recipe.recovery is not None:
         check_section(recipe.recovery)
-    source = find_model(recipe.model["model"]) if len(recipe.model) == 1 else ModelArguments(**recipe.model)
+    options = {name: value for name, value in recipe.model.items() if name != "model"}
+    source = dataclasses.replace(find_model(recipe.model["model"]), **options)
     if arguments.dry_run:
         console().print(load_shapes(source, recipe.pruning).plan(recipe.ratio).table())
     else:
