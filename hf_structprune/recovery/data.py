@@ -10,6 +10,7 @@ from uuid import uuid4
 from transformers.utils import logging
 
 from ..errors import ConfigurationError, TextError
+from ..extras import need
 from .encoding import IGNORED, Encoded, Encoder
 from .sources import COMMON, load_rows, restore, to_common
 
@@ -119,8 +120,9 @@ def prepare(
         max_length: Tokens in a sequence at most.
         context: Tokens that the model can take at most, if that is known.
         prompt_loss: Learn prompts too, not only answers.
-        packing: Put short sequences together, up to `max_length`; adds the column `seq_lengths`, with which TRL's
-            collator begins positions anew (`SFTConfig(padding_free=True, max_length=None)`).
+        packing: Put short sequences together, up to `max_length`, and add the column `seq_lengths`. Train on it with
+            `SFTConfig(padding_free=True, max_length=None)`: then positions begin anew in every example, from which
+            Transformers sees, in every implementation of attention, that a token may look at its own example only.
         seed: Of the shuffling before packing.
 
     Returns:
@@ -241,6 +243,7 @@ def learned(encoded: Encoded) -> int:
 
 
 def _pack(dataset: Any, max_length: int, seed: int) -> Any:
+    need("trl", extra="recover")
     from trl import pack_dataset
 
     return pack_dataset(dataset.shuffle(seed=seed), max_length, "bfd", {"load_from_cache_file": False})

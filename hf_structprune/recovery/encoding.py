@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import TextError
+from ..extras import need
 from .formats import Chat, Example, Instruction, Pair, Text
 
 
@@ -139,6 +140,7 @@ class Encoder:
     def _generation_marks(self) -> tuple[bool, str | None]:
         """Whether the answers are marked in the chat template, or in TRL's version of it, which is then given too."""
         if self._marked is None:
+            need("trl", extra="recover")
             from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
             try:

@@ -1,4 +1,5 @@
 import pytest
+import torch
 from datasets import Dataset
 
 from hf_structprune.errors import ConfigurationError, TextError
@@ -236,3 +237,21 @@ def test_faults(make_tokenizer):
     strict = make_tokenizer(chat_template="{{ raise_exception('only users') }}")
     with pytest.raises(TextError, match="the chat template cannot write it: only users"):
         prepare(Dataset.from_list([{"messages": CHAT}]), strict, max_length=32)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_packed_examples_do_not_see_each_other(attention, make_tokenizer, tiny_llama):
+    """The loss of all tokens is that of the loose sequences."""
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    tokenizer = make_tokenizer()
+    rows = [{"prompt": "p" * (i % 7), "completion": chr(97 + i % 26) * (1 + i % 11)} for i in range(30)]
+    tiny_llama.set_attn_implementation(attention)
+    totals = []
+    for packing in (False, True):
+        data, report = prepare(Dataset.from_list(rows), tokenizer, max_length=32, packing=packing)
+        collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=packing)
+        batch = collator([data[i] for i in range(len(data))])
+        with torch.no_grad():
+            totals.append(float(tiny_llama(**batch, use_cache=False).loss) * report.labelled)
+    assert totals[0] == pytest.approx(totals[1], rel=1e-5)
