@@ -126,7 +126,7 @@ def _in_float32(module: nn.Module, base: nn.Module) -> nn.Module:
 
 
 def _duplicate(module: nn.Module) -> nn.Module:
-    """A deep copy, without what the layer was made with: tied adapters keep computed tensors there, which have none."""
+    """A deep copy, without what the layer was made with: tied adapters keep tensors there that have none."""
     kept = [vars(part).get("kwargs") for part in module.modules()]
     return copy.deepcopy(module, {id(kwargs): kwargs for kwargs in kept if kwargs is not None})
 
