@@ -40,8 +40,8 @@ class RecoveryConfig:
         use_dora (`bool`): Train magnitude and direction apart (DoRA).
         use_rslora (`bool`): Scale by `alpha / sqrt(rank)` (rsLoRA).
         max_length (`int`): Tokens in a training sequence.
-        packing (`bool`): Put several short examples into one sequence. A token sees only its own example if the model
-            runs with flash attention; other implementations get no such mask from TRL.
+        packing (`bool`): Put several short examples into one sequence, which saves padding; a token sees only its own
+            example.
         prompt_loss (`bool`): Learn prompts too, not only the answers.
         max_samples (`int`, *optional*): At most so many examples, drawn at random. Default: all.
         learning_rate (`float`, *optional*): Peak learning rate. Default: 1e-4 for adapters, 2e-5 for all weights.

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.utils import logging
 
 from ..errors import ConfigurationError
 from ..evaluation.protocol import context_length
 from ..extras import need
 from ..loading import load_model, load_tokenizer
 from .configuration import DistillationConfig, RecoveryConfig
+from .curve import RecoveryCurve
 from .precision import DTYPES, choose_precision
 
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
     from .callback import LoraRecoveryCallback
     from .distillation.teacher import Teacher
+
+logger = logging.get_logger(__name__)
 
 # Beside the recovered checkpoint: checkpoints to resume from and the best adapter.
 TRAINING_SUFFIX = "-training"
@@ -45,7 +49,8 @@ class RecoveryResult:
     @property
     def recovered(self) -> float | None:
         """The share of the lost log-perplexity that is back; `None` if the dense model is not known."""
-        return self.report["recovered"]
+        curve = RecoveryCurve.from_dict(self.report["curve"])
+        return curve.recovered(curve.best.log_perplexity)
 
 
 def recover(
@@ -101,18 +106,20 @@ def recover(
         rows, tokenizer, max_length=config.max_length, context=context_length(student),
         prompt_loss=config.prompt_loss, packing=config.packing, seed=config.seed,
     )  # fmt: skip
+    for line in about_data.lines():
+        logger.info(line)
     loaded = None
     if teacher is not None:
         from .distillation.teacher import load_teacher
 
         loaded = load_teacher(teacher, student, distillation, trust_remote_code=trust_remote_code)
     callback = _callback(config, folder, teacher if dense is None else dense)
-    callback.about = {
-        "configuration": config.to_dict(),
-        "distillation": _public(distillation) if teacher is not None else None,
+    callback.configuration = config.to_dict()
+    callback.training = {
+        "model": _name(model),
         "data": about_data.to_dict(),
-        "model": Path(model).name if Path(model).is_dir() else str(model),
-        "teacher": teacher_name if teacher is not None and teacher_name else _name(teacher),
+        "teacher": (teacher_name or _name(teacher)) if teacher is not None else None,
+        "distillation": _public(distillation) if teacher is not None else None,
     }
     trainer = _trainer(student, tokenizer, prepared, config, training, callback, loaded, distillation)
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -46,6 +46,7 @@ def training_arguments(config: RecoveryConfig, output_dir: str | os.PathLike) ->
         fp16=precision == "fp16",
         max_length=None,
         packing=False,
+        padding_free=config.packing,  # positions begin anew in every packed example
         save_strategy="steps",
         save_steps=_SAVED_SHARE if config.save_steps is None else config.save_steps,
         save_total_limit=1,
