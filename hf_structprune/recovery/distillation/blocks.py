@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 IGNORED = -100
-# Logits of a block, a few rows: 512 KiB in float32. Only on CPUs; on an accelerator every block starts its own kernels.
+# Logits of a block, a few rows: 512 KiB in float32. For CPUs; on an accelerator every block starts its own kernels.
 CACHED_LOGITS = 2**17
 
 
@@ -74,8 +74,8 @@ def full_block(logits: Tensor, teacher: Tensor, rows: Rows, temperature: float, 
 
     Returns:
         `KL(teacher_T || student_T)` `(n,)`, cross-entropy `(n,)` or `None` (not computed), and the gradient
-        `follow (student_T - teacher_T) + answer (student_1 - label)` `(n, vocab)`. A factor `1 / T` of the first term is
-        not in it.
+        `follow (student_T - teacher_T) + answer (student_1 - label)` `(n, vocab)`. A factor `1 / T` of its first term
+        is not in it.
     """
     student = _log_softmax(logits, temperature)
     target = _log_softmax(teacher, temperature)

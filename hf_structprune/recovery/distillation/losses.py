@@ -3,7 +3,7 @@
     loss = (1 - w) T^2 sum_followed KL(teacher_T || student_T) / n_followed
          + w sum_labelled CE(student, label) / n_labelled
 
-(Hinton et al., Distilling the Knowledge in a Neural Network, arXiv:1503.02531, for the temperature `T` and its square.)
+(Hinton et al., Distilling the Knowledge in a Neural Network, arXiv:1503.02531: the temperature `T` and its square.)
 As in fused linear cross-entropy (Liger kernels, arXiv:2410.10989), the gradient with respect to hidden states and head
 is computed where the logits are, so that these are computed once and live for one chunk.
 """
