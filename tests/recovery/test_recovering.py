@@ -89,7 +89,7 @@ def test_every_method_brings_quality_back(checkpoints, changes):
     assert parameters(result.folder) == parameters(checkpoints / "pruned") < parameters(checkpoints / "dense")
     assert (result.folder / PICTURE_NAME).is_file() and (result.folder / "pruning_plan.json").is_file()
     report = json.loads((result.folder / RECOVERY_NAME).read_text())
-    assert report == result.report
+    assert result.report.items() <= report.items()
     assert report["configuration"]["max_steps"] == 12
     assert str(checkpoints) not in json.dumps(report)  # published: names, no paths
     card = (result.folder / "README.md").read_text()
