@@ -122,9 +122,7 @@ class LoraRecoveryCallback(TrainerCallback):
         self.report, self._active = None, True
         self._steps = measuring_steps(state.max_steps, self.evaluations)
         if self._trainer is None:
-            session.warn(
-                "The Trainer of this callback was not found: recovery/* is in recovery.json, not in its logs."
-            )
+            session.warn("The Trainer of this callback was not found: recovery.json has the curve, its logs have not.")
             return
         trainer_access.keep_in_card(self._trainer, self._card_section)
         if measured:

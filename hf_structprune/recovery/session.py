@@ -105,7 +105,7 @@ class Session:
         self.say_measured(was_worse)
         self.stopped = self.stopped or self.curve.verdict(target=self.target, patience=self.patience)
         if self.stopped:
-            self.say(f"Recovery stops after step {step}: {REASONS[self.stopped]}; {self.in_words()}.")
+            self.warn(f"Recovery stops after step {step}: {REASONS[self.stopped]}; {self.in_words()}.")
         return value
 
     def keep(self, model: nn.Module, point: Point) -> None:
