@@ -3,14 +3,15 @@
 KIND is `lora` or `full`; WHEN is a step, `save` (in the middle of the last save), or `never`.
 """
 
+import copy
 import os
 import signal
 import sys
 import types
 from pathlib import Path
 
-from training_setup import Listener, make_callback, make_lora, make_tiny, make_trainer
-from transformers import PreTrainedModel
+from training_setup import make_callback, make_lora, make_tiny, make_trainer
+from transformers import PreTrainedModel, TrainerCallback
 
 from hf_structprune.checkpoint import write_folder
 
@@ -22,7 +23,7 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-class Die(Listener):
+class Die(TrainerCallback):
     def __init__(self, step):
         self.step = step
 
@@ -38,7 +39,9 @@ def install_saving():
         import hf_structprune.recovery.save  # noqa: F401
     except ImportError:
         merge, save = (types.ModuleType(f"hf_structprune.recovery.{name}") for name in ("merge", "save"))
-        merge.merge_adapter = lambda model: model.merge_and_unload() if hasattr(model, "peft_config") else model
+        merge.merge_adapter = lambda model: (
+            copy.deepcopy(model).merge_and_unload() if hasattr(model, "peft_config") else model
+        )
         save.save_recovered = lambda model, tokenizer, folder, **kwargs: write_folder(folder, model.save_pretrained)
         save.card_section = lambda report: "## Recovery"
         sys.modules.update({module.__name__: module for module in (merge, save)})
@@ -59,7 +62,7 @@ def die_while_saving():
     PreTrainedModel.save_pretrained = save_half
 
 
-class DieAtTheEnd(Listener):
+class DieAtTheEnd(TrainerCallback):
     """Stands before the recovery callback, so that only its save is hit."""
 
     def on_train_end(self, args, state, control, **kwargs):
