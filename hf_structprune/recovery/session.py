@@ -14,7 +14,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .best import BestWeights
-from .curve import Point, RecoveryCurve
+from .curve import Point, RecoveryCurve, exp
 from .watch import Watch
 from .wrappers import as_before_training
 
@@ -187,8 +187,3 @@ def agreed(value: Any) -> Any:
     values = [value]
     torch.distributed.broadcast_object_list(values, src=0)
     return values[0]
-
-
-def exp(value: float) -> float:
-    """`exp`, infinite where the number is too large."""
-    return math.exp(value) if value < 700 else math.inf

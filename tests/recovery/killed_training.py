@@ -43,7 +43,7 @@ def install_saving():
             copy.deepcopy(model).merge_and_unload() if hasattr(model, "peft_config") else model
         )
         save.save_recovered = lambda model, tokenizer, folder, **kwargs: write_folder(folder, model.save_pretrained)
-        save.card_section = lambda report: "## Recovery"
+        save.card_section = lambda report: "<!-- a -->\n## Recovery\n<!-- z -->"
         sys.modules.update({module.__name__: module for module in (merge, save)})
 
 

@@ -42,8 +42,7 @@ def values(callback):
 
 def test_report(tmp_path):
     callback = make_callback(dense=20.0)
-    callback.configuration = {"method": "lora"}
-    callback.training = {"dataset": ["tiny"]}
+    callback.about = {"configuration": {"method": "lora"}, "data": ["tiny"]}
     trainer = run(tmp_path, callback)
     report = json.loads((tmp_path / "recovery.json").read_text())
     assert report == callback.report
@@ -55,7 +54,7 @@ def test_report(tmp_path):
     assert report["recovered"] == pytest.approx((curve["pruned"] - curve["points"][-1]["log_perplexity"]) / lost)
     assert report["best_step"] == 8 and report["stopped"] is None
     assert report["text"]["windows"] == 4 and report["text"]["name"] == "held-out"
-    assert report["configuration"] == {"method": "lora"} and report["training"]["dataset"] == ["tiny"]
+    assert report["configuration"] == {"method": "lora"} and report["data"] == ["tiny"]
     assert report["training"]["method"] == "lora" and report["training"]["steps"] == 8
     assert str(tmp_path) not in json.dumps(report)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["recovery.json", "recovery.png", "recovery_best"]
@@ -223,7 +222,7 @@ def saved(monkeypatch):
         calls.update(folder=folder, source=source, report=report, picture=picture, tokenizer=tokenizer)
 
     def card_section(report):
-        return f"## Recovery {report['best_step']}"
+        return f"<!-- a -->\n## Recovery {report['best_step']}\n<!-- z -->"
 
     for name, content in (
         ("merge", {"merge_adapter": merge_adapter}),

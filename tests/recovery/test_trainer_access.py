@@ -5,7 +5,7 @@ from training_setup import Listener, losses, make_callback, make_trainer
 from transformers import TrainerCallback
 
 from hf_structprune.recovery import trainer_access
-from hf_structprune.recovery.trainer_access import BEGIN, END, calling_trainer, keep_in_card, with_section
+from hf_structprune.recovery.trainer_access import calling_trainer, keep_in_card, with_section
 
 
 class Finder(TrainerCallback):
@@ -64,13 +64,15 @@ def test_without_a_trainer_the_report_has_the_curve(tmp_path, monkeypatch, caplo
     assert not any("recovery/perplexity" in logs for logs in trainer.state.log_history)
 
 
+def section(share):
+    return f"<!-- recovery -->\n\n## Recovery\n\n{share} back\n\n<!-- end -->"
+
+
 def test_section():
     card = "---\nlicense: mit\n---\n\n# A model\n"
-    once = with_section(card, "## Recovery\n\n10 %")
-    assert once.startswith(card.rstrip()) and once.rstrip().endswith(END) and BEGIN in once
-    twice = with_section(once + "\nbehind\n", "## Recovery\n\n20 %")
-    assert twice.count(BEGIN) == twice.count(END) == 1
-    assert "20 %" in twice and "10 %" not in twice and twice.rstrip().endswith("behind")
+    once = with_section(card, section("10 %"))
+    assert once == f"{card}\n{section('10 %')}\n"
+    assert with_section(once + "\nbehind\n", section("20 %")) == f"{card}\n{section('20 %')}\n\nbehind\n"
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -78,7 +80,7 @@ def test_card_of_a_trainer(tmp_path, times):
     trainer = make_trainer(tmp_path, max_steps=1)
     shares = iter(["10 %", "20 %"])
     for _ in range(times):  # a second training must not wrap the first one's wrapper
-        keep_in_card(trainer, lambda: f"## Recovery\n\n{next(shares)} back")
+        keep_in_card(trainer, lambda: section(next(shares)))
     trainer.train()
     for expected in ("10 %", "20 %"):
         trainer.create_model_card(model_name="tiny")
@@ -88,7 +90,7 @@ def test_card_of_a_trainer(tmp_path, times):
 
 def test_card_that_is_pushed(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, max_steps=1, hub_model_id="someone/tiny")
-    keep_in_card(trainer, lambda: "## Recovery\n\n10 % back")
+    keep_in_card(trainer, lambda: section("10 %"))
     trainer.train()
     pushed = {}
 
