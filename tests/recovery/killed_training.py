@@ -39,7 +39,7 @@ def install_saving():
         import hf_structprune.recovery.save  # noqa: F401
     except ImportError:
         merge, save = (types.ModuleType(f"hf_structprune.recovery.{name}") for name in ("merge", "save"))
-        merge.merge_adapter = lambda model: (
+        merge.merge_adapter = lambda model, dtype=None: (
             copy.deepcopy(model).merge_and_unload() if hasattr(model, "peft_config") else model
         )
         save.save_recovered = lambda model, tokenizer, folder, **kwargs: write_folder(folder, model.save_pretrained)

@@ -214,7 +214,7 @@ def saved(monkeypatch):
 
     calls = {}
 
-    def merge_adapter(model):
+    def merge_adapter(model, *, dtype=None):
         calls["value"], calls["model"] = WATCH.measure(model), model
         return model
 
