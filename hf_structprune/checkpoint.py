@@ -35,24 +35,41 @@ def rebuild(model: PreTrainedModel, target: Target) -> PreTrainedModel:
     Returns:
         The model in eval mode, on the devices of the old one.
     """
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    result = assemble(target, model.state_dict(), dict(model.named_buffers()), model)
+    for name, parameter in result.named_parameters():
+        parameter.requires_grad_(flags.get(name, True))
+    return result
+
+
+def assemble(
+    target: Target, state: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor], like: PreTrainedModel
+) -> PreTrainedModel:
+    """A model of the target's class out of tensors; none is copied.
+
+    Args:
+        target: Class and configuration that build these shapes.
+        state: Every parameter and saved buffer by name.
+        buffers: Buffers by name, also those that are not saved.
+        like: A model that lends its generation configuration, its name and its devices.
+
+    Returns:
+        The model in eval mode.
+    """
     result = target.skeleton()
-    result.load_state_dict(model.state_dict(), assign=True, strict=True)
+    result.load_state_dict(state, assign=True, strict=True)
     result.tie_weights()
-    buffers = dict(model.named_buffers())
     for name, buffer in list(result.named_buffers()):
         if buffer.device.type == "meta" and name in buffers:
             parent, _, leaf = name.rpartition(".")
             setattr(result.get_submodule(parent), leaf, buffers[name])
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    for name, parameter in result.named_parameters():
-        parameter.requires_grad_(flags.get(name, True))
-    result.generation_config = copy.deepcopy(model.generation_config)
+    result.generation_config = copy.deepcopy(like.generation_config)
     result.config.architectures = [type(result).__name__]
-    result.config._name_or_path = model.config._name_or_path
-    if getattr(model, "hf_device_map", None) and len(set(model.hf_device_map.values())) > 1:
+    result.config._name_or_path = like.config._name_or_path
+    if getattr(like, "hf_device_map", None) and len(set(like.hf_device_map.values())) > 1:
         from accelerate import dispatch_model
 
-        result = dispatch_model(result, device_map=model.hf_device_map)
+        result = dispatch_model(result, device_map=like.hf_device_map)
     return result.eval()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,47 @@ def read_rows(
     Raises:
         TextError: There is no such source, split or column, or it cannot be read.
     """
-    source, path = str(source), Path(source).expanduser()
-    if path.suffix == ".txt":
+    path = _file(source)
+    if path is not None and path.suffix == ".txt":
         return read_lines(path)
-    if path.suffix in FILES:
+    if path is not None:
         return read_json(path, column) if path.suffix == ".json" else read_jsonl(path, column)
-    if path.is_file():
-        raise TextError(f"{path} is neither a .txt nor a .jsonl or .json file; convert it, or give its folder.")
-    loaded = _load_folder(path, name, split) if is_local(source) else _load_from_hub(source, name, split, loading)
-    _check_column(source, column, loaded.column_names)
+    loaded = _load(str(source), name, split, loading)
+    _check_column(str(source), column, loaded.column_names)
     return loaded[column]
+
+
+def read_table(source: str | os.PathLike, *, name: str | None = None, split: str = "train", **loading: Any) -> Any:
+    """All columns of a source as a `datasets.Dataset`; a `.txt` file is one row, the whole text under `text`.
+
+    Args:
+        source, name, split, loading: As in `read_rows`.
+
+    Raises:
+        TextError: There is no such source or split, or it cannot be read.
+    """
+    path = _file(source)
+    if path is None:
+        return _load(str(source), name, split, loading)
+    if path.suffix == ".txt":
+        return as_table([{"text": _read(path)}], path.name)
+    return as_table([_object(row, where) for where, row in _json_rows(path)], path.name)
+
+
+def as_table(rows: Sequence[Any], name: str) -> Any:
+    """Objects as a `datasets.Dataset` with every key that one of them has; where it is missing, there is `None`.
+
+    Raises:
+        TextError: A row is not an object, or the values of one key are of different kinds.
+    """
+    import datasets
+    import pyarrow
+
+    columns = dict.fromkeys(key for number, row in enumerate(rows) for key in _object(row, f"Row {number} of {name}"))
+    try:
+        return datasets.Dataset.from_dict({key: [row.get(key) for row in rows] for key in columns})
+    except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise TextError(f"The rows of {name} are no table, a key has values of different kinds: {error}") from error
 
 
 def is_local(source: str) -> bool:
@@ -69,7 +100,29 @@ def read_lines(path: str | os.PathLike) -> list[str]:
 
 def read_jsonl(path: str | os.PathLike, column: str = "text") -> list[Any]:
     """Values under the key `column` in the rows of a `.jsonl` file."""
-    values = []
+    return [_value(row, where, column) for where, row in _json_lines(path)]
+
+
+def read_json(path: str | os.PathLike, column: str = "text") -> list[Any]:
+    """The same of a `.json` file: one list of objects, or an object a line as in a `.jsonl` file."""
+    return [_value(row, where, column) for where, row in _json_rows(Path(path))]
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Rows of a JSON file, each with the words for where it is."""
+    text = _read(path) if path.suffix == ".json" else ""
+    if not text.lstrip().startswith("["):
+        yield from _json_lines(path)
+        return
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise TextError(f"{path} is not JSON: {error}.") from error
+    for number, row in enumerate(rows):
+        yield f"Item {number} of {path}", row
+
+
+def _json_lines(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(_read(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -77,20 +130,21 @@ def read_jsonl(path: str | os.PathLike, column: str = "text") -> list[Any]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise TextError(f"Line {number} of {path} is not JSON: {error}.") from error
-        values.append(_value(row, f"Line {number} of {path}", column))
-    return values
+        yield f"Line {number} of {path}", row
 
 
-def read_json(path: str | os.PathLike, column: str = "text") -> list[Any]:
-    """The same of a `.json` file: one list of objects, or an object a line as in a `.jsonl` file."""
-    text = _read(path)
-    if not text.lstrip().startswith("["):
-        return read_jsonl(path, column)
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise TextError(f"{path} is not JSON: {error}.") from error
-    return [_value(row, f"Item {number} of {path}", column) for number, row in enumerate(rows)]
+def _file(source: str | os.PathLike) -> Path | None:
+    """The path of a source that is a file of text; `None` for a folder or an id.
+
+    Raises:
+        TextError: It is a file of another kind.
+    """
+    path = Path(source).expanduser()
+    if path.suffix in FILES:
+        return path
+    if path.is_file():
+        raise TextError(f"{path} is neither a .txt nor a .jsonl or .json file; convert it, or give its folder.")
+    return None
 
 
 def _read(path: str | os.PathLike) -> str:
@@ -104,15 +158,25 @@ def _read(path: str | os.PathLike) -> str:
 
 
 def _value(row: Any, where: str, column: str) -> Any:
+    _check_column(where, column, list(_object(row, where, column)))
+    return row[column]
+
+
+def _object(row: Any, where: str, column: str = "text") -> dict[str, Any]:
     if not isinstance(row, dict):
         raise TextError(f'{where} is not an object such as {{"{column}": "..."}}.')
-    _check_column(where, column, list(row))
-    return row[column]
+    return row
 
 
 def _check_column(where: str, column: str, columns: list[str]) -> None:
     if column not in columns:
         raise TextError(f"{where} has no column {column!r}; it has {', '.join(map(repr, columns))}.")
+
+
+def _load(source: str, name: str | None, split: str, loading: dict[str, Any]) -> Any:
+    if is_local(source):
+        return _load_folder(Path(source).expanduser(), name, split)
+    return _load_from_hub(source, name, split, loading)
 
 
 def _load_folder(path: Path, name: str | None, split: str) -> Any:

@@ -1,4 +1,4 @@
-"""`Recipe`: a YAML file that says how a model is pruned, measured, described and published."""
+"""`Recipe`: a YAML file that says how a model is pruned, recovered, measured, described and published."""
 
 from __future__ import annotations
 
@@ -16,25 +16,44 @@ from .errors import ConfigurationError
 
 if TYPE_CHECKING:
     from .evaluation.evaluator import EvaluationConfig
+    from .recovery.configuration import DistillationConfig, RecoveryConfig
 
 
 RECIPE_NAME = "recipe.yaml"
-SECTIONS = ("model", "output_dir", "prune", "evaluate", "push")
+SECTIONS = ("model", "output_dir", "prune", "recover", "evaluate", "push")
 PUSH_OPTIONS = ("repo_id", "private", "revision", "create_pr", "commit_message")
 PRESETS = {"llm_pruner": PruningConfig.llm_pruner}
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
 @dataclass
+class RecoverySection:
+    """The section `recover`: the fields of `RecoveryConfig`, those of `DistillationConfig` under `distillation`, and:
+
+    Attributes:
+        dataset: What to train on; several sources are mixed.
+        output_dir: Folder of the recovered checkpoint.
+        config: How to train.
+        distillation: How to distil.
+    """
+
+    dataset: list[str]
+    output_dir: str
+    config: RecoveryConfig
+    distillation: DistillationConfig
+
+
+@dataclass
 class Recipe:
-    """What `hf-structprune run FILE` does: prune, measure both sides, write the card and, if asked to, push.
+    """What `hf-structprune run FILE` does: prune, recover, measure all sides, write the card and, if asked to, push.
 
     Attributes:
         model: Options of loading, with the model's id or folder under `"model"`.
         output_dir: Folder of the checkpoint.
         ratio: Share of all parameters to remove; `None` if the configuration has ratios by kind.
         pruning: How to prune.
-        evaluation: What to measure on both sides; `None` for nothing.
+        recovery: How to train the pruned model; `None` for not at all.
+        evaluation: What to measure on all sides; `None` for nothing.
         dense_results: Where the results of the dense model are kept, so that several recipes can share them.
         push: Arguments of `push_to_hub`; empty if the recipe names no repository.
         text: The file as it was written, variables included.
@@ -44,6 +63,7 @@ class Recipe:
     output_dir: str
     ratio: float | None
     pruning: PruningConfig
+    recovery: RecoverySection | None
     evaluation: EvaluationConfig | None
     dense_results: str | None
     push: dict[str, Any]
@@ -85,8 +105,8 @@ class Recipe:
             dense_results = evaluation.pop("dense_results", None)
             evaluation = _build(EvaluationConfig, evaluation, "evaluate")
         return cls(
-            model if isinstance(model, dict) else {"model": model},
-            str(content["output_dir"]), ratio, pruning, evaluation, dense_results, push, text,
+            model if isinstance(model, dict) else {"model": model}, str(content["output_dir"]),
+            ratio, pruning, _recovery(content), evaluation, dense_results, push, text,
         )  # fmt: skip
 
 
@@ -110,10 +130,10 @@ def _check_sections(content: Any) -> None:
     for name in content:
         if name not in SECTIONS:
             raise ConfigurationError(f"`{name}` is not a section of a recipe; the sections are {', '.join(SECTIONS)}.")
-    for name in SECTIONS[:3]:
+    for name in ("model", "output_dir", "prune"):
         if not content.get(name):
             raise ConfigurationError(f"The section `{name}` is missing.")
-    for name in SECTIONS[2:]:
+    for name in ("prune", "recover", "evaluate", "push"):
         if not isinstance(content.get(name) or {}, dict):
             raise ConfigurationError(f"`{name}` is {content[name]!r}; it must hold `option: value` lines.")
 
@@ -129,6 +149,21 @@ def _pruning(section: dict[str, Any]) -> tuple[float | None, PruningConfig]:
         raise ConfigurationError(f"`preset: {preset}` needs a `ratio`.")
     _check_options(section, _fields(PruningConfig), "prune")
     return None, PRESETS[preset](ratio, **section)
+
+
+def _recovery(content: dict[str, Any]) -> RecoverySection | None:
+    """The section `recover`, if there is one; the checkpoint goes beside the pruned one unless it says where."""
+    from .recovery.configuration import DistillationConfig, RecoveryConfig
+
+    if not content.get("recover"):
+        return None
+    section = {name: value for name, value in content["recover"].items() if value is not None}
+    dataset, folder = section.pop("dataset", None), section.pop("output_dir", f"{content['output_dir']}-recovered")
+    if not dataset:
+        raise ConfigurationError("`recover` needs a `dataset`: a file, a folder or a data set of the Hub.")
+    distillation = _build(DistillationConfig, section.pop("distillation", None) or {}, "recover.distillation")
+    config = _build(RecoveryConfig, section, "recover")
+    return RecoverySection([dataset] if isinstance(dataset, str) else list(dataset), folder, config, distillation)
 
 
 def _build(cls: type, values: dict[str, Any], section: str) -> Any:

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from hf_structprune.errors import CalibrationError, StructPruneError, TextError
-from hf_structprune.reading import read_json, read_jsonl, read_lines, read_rows
+from hf_structprune.reading import read_json, read_jsonl, read_lines, read_rows, read_table
 
 
 def test_txt_without_a_last_line_break(tmp_path):
@@ -44,3 +44,21 @@ def test_json_errors(tmp_path, content, match):
 
 def test_errors_are_of_one_kind():
     assert issubclass(CalibrationError, TextError) and issubclass(TextError, (StructPruneError, ValueError))
+
+
+def test_tables_have_all_columns(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n\n{"text": "y", "n": 1}')
+    (tmp_path / "a.json").write_text('[{"text": "x"}, {"n": 1, "text": "y"}]')
+    for name in ("a.jsonl", "a.json"):
+        assert read_table(tmp_path / name)[:] == {"text": ["x", "y"], "n": [None, 1]}
+    (tmp_path / "a.txt").write_text("one\n\ntwo")
+    assert read_table(tmp_path / "a.txt")[:] == {"text": ["one\n\ntwo"]}
+    (tmp_path / "b.json").write_text('[{"text": "x"}, {"text": ["y"]}]')
+    with pytest.raises(TextError, match="The rows of b.json are no table"):
+        read_table(tmp_path / "b.json")
+    (tmp_path / "c.jsonl").write_text('{"text": "x"}\n[1]')
+    with pytest.raises(TextError, match="Line 2 of .*c.jsonl is not an object"):
+        read_table(tmp_path / "c.jsonl")
+    with pytest.raises(TextError, match="neither a .txt nor"):
+        (tmp_path / "d.csv").write_text("text")
+        read_table(tmp_path / "d.csv")

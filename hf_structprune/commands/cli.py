@@ -15,6 +15,7 @@ COMMANDS = {
     "inspect": "what can be cut from a model: groups, units, sizes",
     "plan": "what would go at a ratio and what it saves; changes nothing",
     "prune": "prune a model and save the checkpoint",
+    "recover": "train a pruned model to get its quality back",
     "perplexity": "perplexity of a model on a text",
     "evaluate": "perplexity, tasks, size and speed of a model, beside its dense one",
     "compare": "results of several evaluations in one table",

@@ -1,4 +1,4 @@
-"""`hf-structprune run RECIPE`: prunes, measures both sides, writes the card and, if asked to, pushes."""
+"""`hf-structprune run RECIPE`: prunes, recovers, measures all sides, writes the card and, if asked to, pushes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from ..evaluation.pictures import draw_widths
 from ..evaluation.results import RESULTS_NAME
 from ..files import write_text
 from ..hub import push_folder, write_card
-from ..hub.contents import DENSE_RESULTS_NAME, WIDTHS_NAME
+from ..hub.contents import DENSE_RESULTS_NAME, WIDTHS_NAME, Contents
 from ..hub.origin import Origin
 from ..plan import PruningPlan
-from ..recipe import RECIPE_NAME, Recipe
+from ..recipe import RECIPE_NAME, Recipe, RecoverySection
 from .arguments import parse
 from .benchmark import take_turns_apart
 from .common import ModelArguments, check_output_dir, check_ratio, console, load_pruner, load_shapes
 from .demo_model import find_model
+from .recipe_recovery import check_section, recover_section, recovered_already
 from .subjects import Subject
 
 
@@ -38,9 +39,10 @@ class RunArguments:
     """Options of `run`.
 
     Args:
-        recipe (`str`): A YAML file with the sections model, output_dir, prune, evaluate and push.
+        recipe (`str`): A YAML file with the sections model, output_dir, prune, recover, evaluate and
+            push.
         push (`bool`): Push the result to the repository that the recipe's section `push` names.
-        overwrite (`bool`): Prune and measure again even if the folder holds a checkpoint.
+        overwrite (`bool`): Do everything again even if the folders hold checkpoints.
         dry_run (`bool`): Check the recipe and print its plan; loads no weights.
     """
 
@@ -52,7 +54,7 @@ class RunArguments:
 
 def run(argv: Sequence[str]) -> None:
     """Runs the steps that are not done yet."""
-    description = "Run RECIPE: prune, measure, write the model card, push. What is done already is not done again."
+    description = "Run RECIPE: prune, recover, measure, write the card, push. What is done already is not done again."
     (arguments,) = parse(argv, "run", description, RunArguments)
     recipe = Recipe.load(arguments.recipe)
     check_ratio(recipe.ratio, recipe.pruning)
@@ -60,7 +62,10 @@ def run(argv: Sequence[str]) -> None:
         raise ConfigurationError(f"{arguments.recipe} names no `repo_id` in its section `push`.")
     if recipe.evaluation is not None:
         dataclasses.replace(recipe.evaluation, efficiency=False).load()  # mistakes show before any work
-    source = find_model(recipe.model["model"]) if len(recipe.model) == 1 else ModelArguments(**recipe.model)
+    if recipe.recovery is not None:
+        check_section(recipe.recovery)
+    options = {name: value for name, value in recipe.model.items() if name != "model"}
+    source = dataclasses.replace(find_model(recipe.model["model"]), **options)
     if arguments.dry_run:
         console().print(load_shapes(source, recipe.pruning).plan(recipe.ratio).table())
     else:
@@ -94,14 +99,27 @@ class _Run:
         if self.recipe.evaluation is not None:
             if not measured:
                 shutil.copyfile(self._dense_results(), self.folder / DENSE_RESULTS_NAME)
-            self.out.print(f"Measuring {self.folder} ...")
-            pruner = load_pruner(self._result())  # as its users will load it
-            self._evaluate(pruner, self.folder / RESULTS_NAME, self.folder.name, "pruned")
-            del pruner
+            self._evaluate_folder(self.folder, "pruned")
             self._time()
-        self._describe()
+        self._describe(self.folder)
+        if self.recipe.recovery is not None:
+            self._recover(self.recipe.recovery)
         if self.push:
-            self.out.print(f"Pushed: {push_folder(self.folder, **self.recipe.push).commit_url}")
+            self.out.print(f"Pushed: {push_folder(self._final(), **self.recipe.push).commit_url}")
+
+    def _recover(self, section: RecoverySection) -> None:
+        """Trains the pruned checkpoint and measures and describes what came out."""
+        folder = Path(section.output_dir)
+        if not recovered_already(section, self.again):
+            self.out.print(f"Recovering {self.folder} ...")
+            recover_section(section, self.folder, self.source, self.base, self.again)
+        if self.recipe.evaluation is not None:
+            self._evaluate_folder(folder, "recovered")
+        self._describe(folder)
+
+    def _final(self) -> Path:
+        """The checkpoint that the recipe is about."""
+        return self.folder if self.recipe.recovery is None else Path(self.recipe.recovery.output_dir)
 
     def _is_pruned(self) -> bool:
         """Whether the folder holds the checkpoint already.
@@ -134,6 +152,12 @@ class _Run:
             base_model=None if state == "dense" else self.base, output=output, overwrite=self.again,
         )  # fmt: skip
 
+    def _evaluate_folder(self, folder: Path, state: str) -> None:
+        """Measures a checkpoint as its users will load it."""
+        self.out.print(f"Measuring {folder} ...")
+        pruner = load_pruner(self._result(folder))
+        self._evaluate(pruner, folder / RESULTS_NAME, folder.name, state)
+
     def _time(self) -> None:
         """Size, memory and speed of both sides, in turns; recipes share other dense results, not these."""
         files = [self.folder / DENSE_RESULTS_NAME, self.folder / RESULTS_NAME]
@@ -141,22 +165,22 @@ class _Run:
         if not self.recipe.evaluation.efficiency or all("efficiency/parameters" in r.figures for r in results):
             return
         self.out.print("Measuring size, memory and speed of both ...")
-        subjects = [Subject(self.source, "dense", None), Subject(self._result(), "pruned", self.base)]
+        subjects = [Subject(self.source, "dense", None), Subject(self._result(self.folder), "pruned", self.base)]
         timed = take_turns_apart(subjects, EfficiencyConfig(seed=self.recipe.evaluation.seed), TURNS)
         for file, result, figures in zip(files, results, timed, strict=True):
             result.add(*figures.figures.values())
             result.save(file)
 
-    def _result(self) -> ModelArguments:
-        """The checkpoint, on the devices that the recipe names."""
-        return ModelArguments(str(self.folder), device=self.source.device, device_map=self.source.device_map)
+    def _result(self, folder: Path) -> ModelArguments:
+        """A checkpoint, on the devices that the recipe names."""
+        return ModelArguments(str(folder), device=self.source.device, device_map=self.source.device_map)
 
-    def _describe(self) -> None:
+    def _describe(self, folder: Path) -> None:
         """Picture, recipe and card in the folder, table on the screen."""
-        draw_widths(PruningPlan.load(self.folder), self.folder / WIDTHS_NAME)
-        write_text(self.folder / RECIPE_NAME, self.recipe.text)
-        write_card(self.folder)
+        draw_widths(PruningPlan.load(folder), folder / WIDTHS_NAME)
+        write_text(folder / RECIPE_NAME, self.recipe.text)
+        write_card(folder)
         if self.recipe.evaluation is not None:
-            files = (self.folder / DENSE_RESULTS_NAME, self.folder / RESULTS_NAME)
-            self.out.print(ResultTable([EvaluationResult.load(file) for file in files]).to_rich())
-        self.out.print(f"Checkpoint, results and card are in {self.folder}/")
+            contents = Contents.read(folder)
+            self.out.print(ResultTable(contents.results).to_rich())
+        self.out.print(f"Checkpoint, results and card are in {folder}/")

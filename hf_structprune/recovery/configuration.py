@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,10 @@ from ..errors import ConfigurationError
 METHODS = ("lora", "qlora", "full", "distill")
 WEIGHTS = ("lora", "qlora", "full")
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
-DTYPES = ("bf16", "fp16", "fp32")
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 TEACHER_DTYPES = ("bf16", "fp16", "fp32", "int8", "auto")
+# Those of PEFT that need no data. The last ones change the base weights as well.
+INITIALISATIONS = re.compile(r"gaussian|orthogonal|mica|pissa|pissa_niter_\d+|olora")
 # Learning rates by what is trained, see `RecoveryConfig.learning_rate`.
 LEARNING_RATES = {"lora": 1e-4, "qlora": 1e-4, "full": 2e-5}
 
@@ -30,15 +33,15 @@ class RecoveryConfig:
         rank (`int`): Rank of the adapters.
         alpha (`int`): Their scale: updates are multiplied by `alpha / rank`.
         dropout (`float`): Dropout on the inputs of the adapters.
-        target_modules (`str` or list of `str`): Modules that get an adapter; `"all-linear"` is every Linear but the
-            head.
-        init_lora_weights (`str`, *optional*): How PEFT initialises adapters: `gaussian`, `pissa`, `pissa_niter_16`,
-            `olora`, `orthogonal`, ... Default: PEFT's.
+        target_modules (list of `str`, *optional*): Names of the modules that get an adapter, for example `q_proj`.
+            Default: every Linear but the head.
+        init_lora_weights (`str`, *optional*): How PEFT starts adapters: `gaussian`, `orthogonal`, `mica`, `pissa`,
+            `pissa_niter_16` (or another number) or `olora`. Default: PEFT's, zero for the second matrix.
         use_dora (`bool`): Train magnitude and direction apart (DoRA).
         use_rslora (`bool`): Scale by `alpha / sqrt(rank)` (rsLoRA).
         max_length (`int`): Tokens in a training sequence.
-        packing (`bool`): Put several short examples into one sequence. A token sees only its own example if the model
-            runs with flash attention; other implementations get no such mask from TRL.
+        packing (`bool`): Put several short examples into one sequence, which saves padding; a token sees only its own
+            example.
         prompt_loss (`bool`): Learn prompts too, not only the answers.
         max_samples (`int`, *optional*): At most so many examples, drawn at random. Default: all.
         learning_rate (`float`, *optional*): Peak learning rate. Default: 1e-4 for adapters, 2e-5 for all weights.
@@ -50,8 +53,10 @@ class RecoveryConfig:
         batch_size (`int`): Sequences in an optimiser step, over all devices.
         micro_batch_size (`int`): Sequences that go through a device at once; the rest is gradient accumulation.
         gradient_checkpointing (`bool`): Compute activations again in the backward pass, which saves memory.
-        dtype (`str`): Computation: `"bf16"`, `"fp16"` (mixed precision) or `"fp32"`.
+        precision (`str`): Of the computation: `"bf16"`, `"fp16"`, `"fp32"`, or `"auto"`: bf16 where the hardware
+            multiplies in it, else fp32. Weights that are trained are float32 throughout.
         save_steps (`int`, *optional*): Steps between checkpoints to resume from. Default: a tenth of the training.
+        report_to (list of `str`, *optional*): Where the curves go besides the logs: `tensorboard`, `trackio`, `wandb`.
         evaluations (`int`): How often the perplexity of held-out text is measured during training.
         text (`str`): That text: `sample`, `wikitext2`, `c4`, a file, a folder or a data set id of the Hub.
         max_windows (`int`): At most so many windows of it.
@@ -69,7 +74,7 @@ class RecoveryConfig:
     rank: int = 8
     alpha: int = 16
     dropout: float = 0.05
-    target_modules: str | Sequence[str] = "all-linear"
+    target_modules: Sequence[str] | None = None
     init_lora_weights: str | None = None
     use_dora: bool = False
     use_rslora: bool = False
@@ -86,8 +91,9 @@ class RecoveryConfig:
     batch_size: int = 64
     micro_batch_size: int = 4
     gradient_checkpointing: bool = False
-    dtype: str = "bf16"
+    precision: str = "auto"
     save_steps: int | None = None
+    report_to: Sequence[str] | None = None
     evaluations: int = 10
     text: str = "sample"
     max_windows: int = 32
@@ -98,7 +104,7 @@ class RecoveryConfig:
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("method", METHODS), ("weights", WEIGHTS), ("scheduler", SCHEDULERS), ("dtype", DTYPES),
+            ("method", METHODS), ("weights", WEIGHTS), ("scheduler", SCHEDULERS), ("precision", PRECISIONS),
         ):  # fmt: skip
             _check_choice(name, getattr(self, name), allowed)
         for name, least in (
@@ -108,19 +114,29 @@ class RecoveryConfig:
         ):  # fmt: skip
             _check_int(name, getattr(self, name), least)
         for name, least, most in (
-            ("dropout", 0.0, 0.99), ("warmup", 0.0, 1.0), ("learning_rate", 1e-12, 10.0), ("weight_decay", 0.0, 10.0),
+            ("dropout", 0.0, 0.99), ("warmup", 0.0, 0.99), ("learning_rate", 1e-12, 10.0), ("weight_decay", 0.0, 10.0),
             ("epochs", 1e-6, 1e6), ("target", 1e-6, 1.0),
         ):  # fmt: skip
             _check_float(name, getattr(self, name), least, most)
+        if self.init_lora_weights is not None and not INITIALISATIONS.fullmatch(str(self.init_lora_weights)):
+            raise ConfigurationError(
+                f"`init_lora_weights` is {self.init_lora_weights!r}; allowed values are gaussian, orthogonal, mica, "
+                "pissa, pissa_niter_NUMBER and olora."
+            )
+        if self.trained == "qlora" and (self.init_lora_weights or "").startswith(("pissa", "olora")):
+            raise ConfigurationError(
+                f"`init_lora_weights` is {self.init_lora_weights!r}, which changes the base weights and cannot be "
+                "used over a quantised base; train 'lora', or choose another initialisation."
+            )
         if self.batch_size % self.micro_batch_size:
             raise ConfigurationError(
                 f"`batch_size` is {self.batch_size}, which is no multiple of `micro_batch_size` "
                 f"{self.micro_batch_size}: change one of them."
             )
-        if not isinstance(self.target_modules, str):
-            self.target_modules = list(self.target_modules)
-            if len(self.target_modules) == 1:
-                self.target_modules = self.target_modules[0]
+        if isinstance(self.report_to, str):
+            self.report_to = [self.report_to]
+        if isinstance(self.target_modules, str):
+            self.target_modules = [self.target_modules]
 
     @property
     def trained(self) -> str:
@@ -142,7 +158,7 @@ class RecoveryConfig:
 
 @dataclass
 class DistillationConfig:
-    """What `method="distill"` minimises: `(1 - label_weight) T^2 KL(dense || pruned) + label_weight CE + ...`.
+    """How the pruned model learns from the dense one. `(1 - label_weight) T^2 KL(dense || pruned) + label_weight CE`.
 
     Args:
         temperature (`float`): `T`: both sides' logits are divided by it.
@@ -153,7 +169,7 @@ class DistillationConfig:
         layer_map (`list` of `int`, *optional*): The dense model's layer, from 0, of each layer of the pruned one, for
             these two. Default: the one of the same number, or only the last layer if layers were dropped.
         teacher_dtype (`str`): Of the dense model: `"bf16"`, `"fp16"`, `"fp32"`, `"int8"` (bitsandbytes), or `"auto"`
-            for the one it was saved in.
+            for the precision of the computation.
         cache (`str`, *optional*): Folder for the dense model's predictions, so that it runs once over the data.
         top_k (`int`): Predictions kept for a token in the cache; the rest counts as one more class.
 

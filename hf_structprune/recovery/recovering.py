@@ -1,0 +1,243 @@
+"""`recover`: trains a pruned model with TRL and PEFT, watches itself while it does, and saves a plain checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.utils import logging
+
+from ..errors import ConfigurationError
+from ..evaluation.protocol import context_length
+from ..extras import need
+from ..loading import load_model, load_tokenizer
+from .configuration import DistillationConfig, RecoveryConfig
+from .precision import DTYPES, choose_precision
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel
+    from trl import SFTTrainer
+
+    from .callback import LoraRecoveryCallback
+    from .distillation.teacher import Teacher
+
+logger = logging.get_logger(__name__)
+
+# Beside the recovered checkpoint: checkpoints to resume from and the best adapter.
+TRAINING_SUFFIX = "-training"
+
+
+@dataclass(frozen=True)
+class RecoveryResult:
+    """What `recover` did.
+
+    Attributes:
+        folder: The recovered checkpoint.
+        report: What `recovery.json` in it says: the curve, the settings, what was trained on.
+    """
+
+    folder: Path
+    report: dict[str, Any]
+
+    @property
+    def recovered(self) -> float | None:
+        """The share of the lost log-perplexity that is back; `None` if the dense model is not known."""
+        return self.report["recovered"]
+
+
+def recover(
+    model: str | os.PathLike,
+    dataset: Any,
+    output_dir: str | os.PathLike,
+    config: RecoveryConfig | None = None,
+    *,
+    dense: Any = None,
+    teacher: Any = None,
+    distillation: DistillationConfig | None = None,
+    teacher_name: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> RecoveryResult:
+    """Trains a pruned checkpoint on some data and saves the recovered one: weights, tokenizer, curve and card.
+
+    The perplexity of text that is not trained on is measured before, during and after training; the best weights are
+    kept, also if these are the ones from before.
+
+    Args:
+        model: Folder or Hub id of the pruned checkpoint.
+        dataset: Rows of chats, instructions or plain text: see `data.load_rows`; a list mixes several sources.
+        output_dir: Folder of the recovered checkpoint. Checkpoints of the training go to `<output_dir>-training`.
+        config: How to train. Default: LoRA on the labels.
+        dense: The model before pruning, to tell which share of the loss is back: a folder, a Hub id, a model, its
+            perplexity on `config.text`, or a JSON with that perplexity. Default: the teacher, if there is one.
+        teacher: What `method="distill"` learns from. Default: the model that the checkpoint records as its origin.
+        distillation: How to distil.
+        teacher_name: What the report calls the teacher. Default: its id, or the name of its folder.
+        resume: Go on from the last checkpoint of an interrupted training.
+        overwrite: Replace what is in `output_dir`, and start a training that was interrupted anew.
+        trust_remote_code: Run modelling code that comes with the models.
+
+    Raises:
+        ConfigurationError: The settings, the data and the model do not fit each other, or there is something in the
+            folders already.
+        StructPruneError: A model or a data set cannot be read, or an extra is not installed.
+    """
+    config, distillation = config or RecoveryConfig(), distillation or DistillationConfig()
+    need("trl", "peft", extra="recover")
+    folder = Path(output_dir)
+    training = folder.with_name(folder.name + TRAINING_SUFFIX)
+    checkpoint = _check_folders(folder, training, resume, overwrite)
+    teacher = _find_teacher(model, teacher) if config.method == "distill" else None
+    from .data import load_rows, prepare
+
+    rows = load_rows(dataset, max_samples=config.max_samples, seed=config.seed)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    student = _load_student(model, config, trust_remote_code)
+    prepared, about_data = prepare(
+        rows, tokenizer, max_length=config.max_length, context=context_length(student),
+        prompt_loss=config.prompt_loss, packing=config.packing, seed=config.seed,
+    )  # fmt: skip
+    for line in about_data.lines():
+        logger.info(line)
+    loaded = None
+    if teacher is not None:
+        from .distillation.teacher import load_teacher
+
+        loaded = load_teacher(
+            teacher, student, _with_dtype(distillation, config, isinstance(teacher, torch.nn.Module)),
+            tokenizer=tokenizer, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        if dense is None or dense is teacher:
+            dense = loaded.model
+    callback = _callback(config, folder, dense)
+    callback.configuration = config.to_dict()
+    callback.training = {
+        "model": _name(model),
+        "data": about_data.to_dict(),
+        "teacher": (teacher_name or _name(teacher)) if teacher is not None else None,
+        "distillation": _public(distillation) if teacher is not None else None,
+    }
+    trainer = _trainer(student, tokenizer, prepared, config, training, callback, loaded, distillation)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return RecoveryResult(folder, callback.report)
+
+
+def _check_folders(folder: Path, training: Path, resume: bool, overwrite: bool) -> str | None:
+    """The checkpoint to resume from, if there is one.
+
+    Raises:
+        ConfigurationError: There is something in the way, or nothing to resume.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    if folder.is_file():
+        raise ConfigurationError(f"`output_dir` is {folder}, a file; give the name of a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite and not resume:
+        raise ConfigurationError(f"{folder} is not empty; choose another `output_dir` or say `overwrite`.")
+    last = get_last_checkpoint(str(training)) if training.is_dir() else None
+    if last is None and resume:
+        raise ConfigurationError(f"There is no checkpoint in {training} to resume from; leave out `resume`.")
+    if last is not None and not resume and not overwrite:
+        raise ConfigurationError(
+            f"{training} holds a training that was interrupted; say `resume` to go on, or `overwrite` to start anew."
+        )
+    return last if resume else None
+
+
+def _find_teacher(model: str | os.PathLike, teacher: Any) -> Any:
+    """The teacher given, or else the model that was pruned, if the checkpoint says which and it can be found.
+
+    Raises:
+        ConfigurationError: It cannot.
+    """
+    if teacher is not None:
+        return teacher
+    from transformers import AutoConfig
+
+    from ..hub.origin import RECORD
+
+    recorded = getattr(AutoConfig.from_pretrained(model), RECORD, None) or {}
+    if recorded.get("base_model") and recorded.get("base_model_on_hub"):
+        return recorded["base_model"]
+    raise ConfigurationError(
+        f"`method` is 'distill', which needs the dense model, and {model} does not say where it is: give `teacher`."
+    )
+
+
+def _load_student(model: str | os.PathLike, config: RecoveryConfig, trust_remote_code: bool) -> PreTrainedModel:
+    """The pruned model; weights that are trained are in float32, a frozen base in the precision of the computation."""
+    precision = choose_precision(config.precision)
+    if config.trained == "qlora":
+        from .qlora import load_quantised
+
+        compute = "bfloat16" if precision == "bf16" else str(DTYPES[precision]).removeprefix("torch.")
+        return load_quantised(model, dtype=compute, trust_remote_code=trust_remote_code)
+    frozen = config.trained == "lora" and precision != "fp16"
+    dtype = DTYPES[precision] if frozen else torch.float32
+    return load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def _with_dtype(distillation: DistillationConfig, config: RecoveryConfig, given: bool) -> DistillationConfig:
+    """A teacher that is loaded here computes as the student does unless another dtype was asked for."""
+    if distillation.teacher_dtype != "auto" or given:
+        return distillation
+    return dataclasses.replace(distillation, teacher_dtype=choose_precision(config.precision))
+
+
+def _callback(config: RecoveryConfig, folder: Path, dense: Any) -> LoraRecoveryCallback:
+    from .callback import LoraRecoveryCallback
+
+    return LoraRecoveryCallback(
+        dense, text=config.text, window=config.window, max_windows=config.max_windows,
+        batch_size=config.micro_batch_size, evaluations=config.evaluations, target=config.target,
+        patience=config.patience, output_dir=folder,
+    )  # fmt: skip
+
+
+def _trainer(
+    student: PreTrainedModel,
+    tokenizer: Any,
+    rows: Dataset,
+    config: RecoveryConfig,
+    training: Path,
+    callback: LoraRecoveryCallback,
+    teacher: Teacher | None,
+    distillation: DistillationConfig,
+) -> SFTTrainer:
+    from trl import SFTTrainer
+
+    from .adapters import adapter_config
+    from .training import training_arguments
+
+    options = {
+        "model": student,
+        "args": training_arguments(config, training),
+        "train_dataset": rows,
+        "processing_class": tokenizer,
+        "peft_config": adapter_config(config, student),
+        "callbacks": [callback],
+    }
+    if teacher is None:
+        return SFTTrainer(**options)
+    from .distillation.trainer import DistillationSFTTrainer
+
+    return DistillationSFTTrainer(**options, teacher=teacher, distillation=distillation)
+
+
+def _public(distillation: DistillationConfig) -> dict[str, Any]:
+    """The settings with the cache's name in place of its path: reports are published."""
+    cache = distillation.cache and Path(distillation.cache).name
+    return dataclasses.replace(distillation, cache=cache).to_dict()
+
+
+def _name(model: Any) -> str | None:
+    if isinstance(model, (str, os.PathLike)):
+        return Path(model).name if Path(model).exists() else str(model)
+    return None if model is None else getattr(getattr(model, "config", None), "_name_or_path", None) or "a model"

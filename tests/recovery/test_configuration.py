@@ -1,0 +1,79 @@
+"""`RecoveryConfig` and `DistillationConfig`: what they refuse, and JSON both ways."""
+
+import json
+
+import pytest
+
+from hf_structprune.errors import ConfigurationError
+from hf_structprune.recovery.configuration import DistillationConfig, RecoveryConfig
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("method", "lra"), ("weights", "none"), ("rank", 0), ("rank", True), ("alpha", 1.5), ("dropout", 1.0),
+        ("learning_rate", 0.0), ("learning_rate", "1e-4"), ("epochs", 0), ("max_steps", 0), ("warmup", 1.0),
+        ("target", 0.0), ("target", 1.5), ("patience", 0), ("precision", "int8"), ("scheduler", "cosinus"),
+        ("max_length", 1), ("init_lora_weights", "pisa"), ("init_lora_weights", "eva"), ("seed", -1),
+        ("evaluations", 0),
+    ],
+)  # fmt: skip
+def test_impossible_values_are_refused_by_name(name, value):
+    with pytest.raises(ConfigurationError, match=f"`{name}` is {value!r}"):
+        RecoveryConfig(**{name: value})
+
+
+def test_batch_must_be_made_of_whole_micro_batches():
+    with pytest.raises(ConfigurationError, match="`batch_size` is 10, which is no multiple of `micro_batch_size` 4"):
+        RecoveryConfig(batch_size=10, micro_batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", 0.0), ("label_weight", 1.1), ("top_k", 0), ("teacher_dtype", "int4"), ("hidden_weight", -1.0)],
+)
+def test_impossible_distillation_is_refused_by_name(name, value):
+    with pytest.raises(ConfigurationError, match=f"`{name}` is {value!r}"):
+        DistillationConfig(**{name: value})
+
+
+def test_a_cache_of_predictions_has_no_hidden_states():
+    with pytest.raises(ConfigurationError, match="`cache` keeps the dense model's predictions only"):
+        DistillationConfig(cache="folder", hidden_weight=1.0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RecoveryConfig(method="distill", weights="full", target_modules=["q_proj"], report_to="tensorboard"),
+        DistillationConfig(temperature=2.0, cache="folder"),
+    ],
+)
+def test_json_both_ways(config):
+    assert type(config).from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_initialisations_that_change_the_base_do_not_go_over_a_quantised_one():
+    assert RecoveryConfig(init_lora_weights="pissa_niter_4").init_lora_weights == "pissa_niter_4"
+    with pytest.raises(ConfigurationError, match="quantised base"):
+        RecoveryConfig(method="distill", weights="qlora", init_lora_weights="pissa")
+
+
+def test_unknown_keys_are_refused():
+    with pytest.raises(ConfigurationError, match="`ranks` is not an option of RecoveryConfig"):
+        RecoveryConfig.from_dict({"ranks": 8})
+
+
+@pytest.mark.parametrize(
+    ("options", "trained", "rate"),
+    [
+        ({}, "lora", 1e-4),
+        ({"method": "full"}, "full", 2e-5),
+        ({"method": "distill"}, "lora", 1e-4),
+        ({"method": "distill", "weights": "full"}, "full", 2e-5),
+        ({"method": "qlora", "learning_rate": 3e-4}, "qlora", 3e-4),
+    ],
+)
+def test_learning_rate_follows_what_is_trained(options, trained, rate):
+    config = RecoveryConfig(**options)
+    assert (config.trained, config.peak_learning_rate) == (trained, rate)
