@@ -91,7 +91,8 @@ class ModelTeacher:
             return LogitPredictions(self.model(**inputs).logits[positions])
         hidden = self.model.base_model(**inputs).last_hidden_state[positions]
         head = self.model.get_output_embeddings()
-        return HiddenPredictions(hidden, head.weight, getattr(head, "bias", None), self.transform)
+        bias = getattr(head, "bias", None)
+        return HiddenPredictions(hidden, head.weight.detach(), None if bias is None else bias.detach(), self.transform)
 
 
 def _moved(predictions: Predictions, device: torch.device) -> Predictions:

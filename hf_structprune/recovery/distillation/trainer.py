@@ -12,11 +12,12 @@ from trl import SFTTrainer
 
 from ...errors import ConfigurationError
 from ..configuration import DistillationConfig
+from .cached_teacher import cached_teacher
 from .heads import find_transform
 from .hidden import KINDS, LayerTerms
 from .student import Request, add_distillation
 from .targets import batch_targets, count_targets
-from .teacher import Teacher
+from .teacher import ModelTeacher, Teacher
 
 
 logger = logging.get_logger(__name__)
@@ -28,7 +29,7 @@ class DistillationSFTTrainer(SFTTrainer):
     Data, collation, masking, packing, PEFT and everything else are TRL's. The loss is that of
     `losses.distillation_loss`; each of its terms is divided by the number of its tokens in the whole optimiser step,
     over micro-batches and devices, so that neither changes what is learned. Logs, averages over tokens:
-    `distillation/kl` (at temperature `T`, without the factor `T^2`), `distillation/label_loss`, where they are followed
+    `distillation/kl` (at temperature `T`, without the factor `T^2`), `distillation/label_loss`, where followed
     `distillation/hidden` and `distillation/attention`, all without their weights, and TRL's `num_tokens`. The
     load-balancing loss of mixture-of-experts models is not added: their router follows the teacher with everything
     else.
@@ -51,12 +52,21 @@ class DistillationSFTTrainer(SFTTrainer):
         super().__init__(*args, **kwargs)
         _check_supported(self, teacher.terms, distillation)
         self.distillation = distillation
-        self.teacher = teacher.to(self.accelerator.device)
+        self.teacher = self._with_cache(teacher.to(self.accelerator.device))
         self._step_counts: Tensor | None = None
         self._sums: dict[str, dict[str, Tensor]] = {"train": defaultdict(float), "eval": defaultdict(float)}
         student = self.accelerator.unwrap_model(self.model)
         student = student.get_base_model() if hasattr(student, "get_base_model") else student
         add_distillation(student, find_transform(student))
+
+    def _with_cache(self, teacher: Teacher) -> Teacher:
+        """The teacher, or what it says about the data if that is kept on disk; the first process makes the files."""
+        if self.distillation.cache is None or not isinstance(teacher, ModelTeacher):
+            return teacher
+        given = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        datasets = [dataset for dataset in (self.train_dataset, *given) if dataset is not None]
+        with self.accelerator.main_process_first():
+            return cached_teacher(teacher, datasets, self.distillation, self.distillation.cache)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of an optimiser step; counts what they have in common on the way."""
