@@ -169,6 +169,8 @@ class DistillationConfig:
         on_prompts (`bool`): Follow the dense model on every token, prompts included, not only on answers.
         hidden_weight (`float`): Weight of the hidden states' error in layers that still match.
         attention_weight (`float`): The same of the attention outputs.
+        layer_map (`list` of `int`, *optional*): The dense model's layer, from 0, of each layer of the pruned one, for
+            these two. Default: the one of the same number, or only the last layer if layers were dropped.
         teacher_dtype (`str`): Of the dense model: `"bf16"`, `"fp16"`, `"fp32"`, `"int8"` (bitsandbytes), or `"auto"`
             for the precision of the computation.
         cache (`str`, *optional*): Folder for the dense model's predictions, so that it runs once over the data.
@@ -183,6 +185,7 @@ class DistillationConfig:
     on_prompts: bool = True
     hidden_weight: float = 0.0
     attention_weight: float = 0.0
+    layer_map: Sequence[int] | None = None
     teacher_dtype: str = "auto"
     cache: str | None = None
     top_k: int = 64
@@ -190,6 +193,10 @@ class DistillationConfig:
     def __post_init__(self) -> None:
         _check_choice("teacher_dtype", self.teacher_dtype, TEACHER_DTYPES)
         _check_int("top_k", self.top_k, 1)
+        if self.layer_map is not None:
+            self.layer_map = list(self.layer_map)
+            for layer in self.layer_map:
+                _check_int("layer_map", layer, 0)
         for name, least, most in (
             ("temperature", 0.05, 100.0), ("label_weight", 0.0, 1.0), ("hidden_weight", 0.0, 1e6),
             ("attention_weight", 0.0, 1e6),
