@@ -14,7 +14,7 @@ from .baseline import dense_log_perplexity
 from .curve import Point, RecoveryCurve
 from .session import Clock, Session, agreed, measure_now
 from .travelling import find_state, read_state
-from .wrappers import has_exact_start
+from .wrappers import has_exact_start, underneath
 
 
 def begin(
@@ -41,11 +41,13 @@ def begin(
     pruned = agreed(measure_now(session.watch, model, session.autocast, pruned=True))
     if not math.isfinite(pruned):
         raise ConfigurationError(
-            f"The log-perplexity of the pruned model is {pruned}: it is broken before training, or needs another dtype."
+            f"The log-perplexity of the pruned model is {pruned}: it is broken before training, or needs another "
+            "dtype."
         )
     value = None
     if session.best.writes:
-        value = dense_log_perplexity(dense, session.watch, device=device, autocast=session.autocast)
+        dtype = session.autocast or getattr(underneath(model).config, "dtype", None) or "auto"
+        value = dense_log_perplexity(dense, session.watch, device=device, autocast=session.autocast, dtype=dtype)
     session.curve = RecoveryCurve(pruned, agreed(value))
     _say_ends(session)
     if step:

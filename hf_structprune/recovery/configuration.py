@@ -167,7 +167,7 @@ class DistillationConfig:
         hidden_weight (`float`): Weight of the hidden states' error in layers that still match.
         attention_weight (`float`): The same of the attention outputs.
         teacher_dtype (`str`): Of the dense model: `"bf16"`, `"fp16"`, `"fp32"`, `"int8"` (bitsandbytes), or `"auto"`
-            for the one it was saved in.
+            for the precision of the computation.
         cache (`str`, *optional*): Folder for the dense model's predictions, so that it runs once over the data.
         top_k (`int`): Predictions kept for a token in the cache; the rest counts as one more class.
 

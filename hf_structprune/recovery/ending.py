@@ -15,7 +15,7 @@ from .curve import Point
 from .picture import draw_curve
 from .report import can_draw, write_report
 from .session import Session, agreed, measure_now
-from .setting import source_of
+from .setting import saved_dtype, source_of
 from .wrappers import is_sharded
 
 
@@ -87,6 +87,6 @@ def save_all(
     from .save import save_recovered
 
     picture = partial(draw_curve, session.curve, best_step=session.kept.step) if can_draw() else None
-    save_recovered(
-        merge_adapter(model), tokenizer, merged, source=source_of(model), report=report, picture=picture
-    )  # fmt: skip
+    source = source_of(model)
+    plain = merge_adapter(model, dtype=saved_dtype(source))
+    save_recovered(plain, tokenizer, merged, source=source, report=report, picture=picture)

@@ -16,7 +16,6 @@ from ..evaluation.protocol import context_length
 from ..extras import need
 from ..loading import load_model, load_tokenizer
 from .configuration import DistillationConfig, RecoveryConfig
-from .curve import RecoveryCurve
 from .precision import DTYPES, choose_precision
 
 
@@ -49,8 +48,7 @@ class RecoveryResult:
     @property
     def recovered(self) -> float | None:
         """The share of the lost log-perplexity that is back; `None` if the dense model is not known."""
-        curve = RecoveryCurve.from_dict(self.report["curve"])
-        return curve.recovered(curve.best.log_perplexity)
+        return self.report["recovered"]
 
 
 def recover(
@@ -112,8 +110,13 @@ def recover(
     if teacher is not None:
         from .distillation.teacher import load_teacher
 
-        loaded = load_teacher(teacher, student, distillation, trust_remote_code=trust_remote_code)
-    callback = _callback(config, folder, teacher if dense is None else dense)
+        loaded = load_teacher(
+            teacher, student, _with_dtype(distillation, config, isinstance(teacher, torch.nn.Module)),
+            tokenizer=tokenizer, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        if dense is None or dense is teacher:
+            dense = loaded.model
+    callback = _callback(config, folder, dense)
     callback.configuration = config.to_dict()
     callback.training = {
         "model": _name(model),
@@ -179,6 +182,13 @@ def _load_student(model: str | os.PathLike, config: RecoveryConfig, trust_remote
     frozen = config.trained == "lora" and precision != "fp16"
     dtype = DTYPES[precision] if frozen else torch.float32
     return load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def _with_dtype(distillation: DistillationConfig, config: RecoveryConfig, given: bool) -> DistillationConfig:
+    """A teacher that is loaded here computes as the student does unless another dtype was asked for."""
+    if distillation.teacher_dtype != "auto" or given:
+        return distillation
+    return dataclasses.replace(distillation, teacher_dtype=choose_precision(config.precision))
 
 
 def _callback(config: RecoveryConfig, folder: Path, dense: Any) -> LoraRecoveryCallback:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import AutoConfig, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from ..errors import ConfigurationError
@@ -62,3 +62,10 @@ def source_of(model: nn.Module) -> Path | None:
     """The pruned checkpoint that a model was loaded from, if it is one of ours."""
     folder = Path(str(getattr(underneath(model).config, "_name_or_path", "") or ""))
     return folder if (folder / "pruning_plan.json").is_file() else None
+
+
+def saved_dtype(source: Path | None) -> torch.dtype | None:
+    """The dtype of a checkpoint, in which the recovered one is saved too, whatever it was trained in."""
+    if source is None:
+        return None
+    return getattr(AutoConfig.from_pretrained(source), "dtype", None)

@@ -162,8 +162,8 @@ def _check_vocabulary(teacher: PreTrainedModel, student: PreTrainedModel) -> Non
     sizes = [model.config.get_text_config().vocab_size for model in (teacher, student)]
     if sizes[0] != sizes[1]:
         raise ConfigurationError(
-            f"The teacher knows {sizes[0]} tokens and the student {sizes[1]}. {CROSS_TOKENIZER} If they do share their "
-            "tokenizer and one was padded, use `resize_token_embeddings` on the student first."
+            f"The teacher knows {sizes[0]} tokens and the student {sizes[1]}. {CROSS_TOKENIZER} If they do share "
+            "their tokenizer and one was padded, use `resize_token_embeddings` on the student first."
         )
 
 

@@ -1,0 +1,192 @@
+"""`recover` and its command: from a pruned checkpoint to a recovered one, on tiny models."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+
+pytest.importorskip("trl")
+pytest.importorskip("peft")
+
+from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner  # noqa: E402
+from hf_structprune.commands import cli  # noqa: E402
+from hf_structprune.errors import ConfigurationError, StructPruneError, TextError  # noqa: E402
+from hf_structprune.recovery import (  # noqa: E402
+    DistillationConfig,
+    LoraRecoveryCallback,
+    RecoveryConfig,
+    recover,
+)
+from hf_structprune.recovery.save import PICTURE_NAME, RECOVERY_NAME  # noqa: E402
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ '</s>' if m['role'] == 'assistant' else '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+SENTENCE = "The quick brown fox jumps over the lazy dog. "
+ROWS = [{"instruction": f"Say {n}.", "context": "", "response": f"It is {n}, and {SENTENCE}"} for n in range(24)]
+SMALL = dict(
+    rank=4, alpha=8, dropout=0.0, max_length=64, batch_size=4, micro_batch_size=2, max_steps=4, evaluations=2,
+    max_windows=2, window=32, precision="fp32", learning_rate=3e-3,
+)  # fmt: skip
+
+
+@pytest.fixture
+def checkpoints(tiny_llama, make_tokenizer, tmp_path):
+    """A dense model that knows one sentence a little, its pruned child, data, and a text to watch."""
+    tokenizer = make_tokenizer(chat_template=TEMPLATE)
+    teach(tiny_llama, tokenizer)
+    tiny_llama.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    config = PruningConfig(
+        criterion="l2", compensation=False, round_to=1, calibration=CalibrationConfig(num_samples=4, length=16)
+    )
+    pruner = StructuredPruner.from_pretrained(tmp_path / "dense", config=config)
+    pruner.prune(0.4)
+    pruner.save_pretrained(tmp_path / "pruned")
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "watched.txt").write_text(SENTENCE * 10)
+    return tmp_path
+
+
+def teach(model, tokenizer):
+    ids = torch.tensor([tokenizer(SENTENCE * 2)["input_ids"]])
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(80):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def run(folder, name="out", *, dense=True, distillation=None, dataset=None, overwrite=False, resume=False, **changes):
+    config = RecoveryConfig(**{**SMALL, "text": str(folder / "watched.txt"), **changes})
+    data = dataset or folder / "data.jsonl"
+    return recover(
+        folder / "pruned", data, folder / name, config, dense=folder / "dense" if dense else None,
+        teacher=folder / "dense" if config.method == "distill" else None, distillation=distillation,
+        overwrite=overwrite, resume=resume,
+    )  # fmt: skip
+
+
+def parameters(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).num_parameters()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"method": "full"}, {"method": "distill"}, {"method": "distill", "weights": "full"}, {"packing": True}],
+    ids=["lora", "full", "distill", "distill-full", "packed"],
+)
+def test_every_method_brings_quality_back(checkpoints, changes):
+    texts = [{"text": SENTENCE * (1 + n % 2)} for n in range(24)]
+    result = run(checkpoints, max_steps=12, dataset=texts, **changes)
+    assert 0.05 < result.recovered < 2
+    assert parameters(result.folder) == parameters(checkpoints / "pruned") < parameters(checkpoints / "dense")
+    assert (result.folder / PICTURE_NAME).is_file() and (result.folder / "pruning_plan.json").is_file()
+    report = json.loads((result.folder / RECOVERY_NAME).read_text())
+    assert report == result.report
+    assert report["configuration"]["max_steps"] == 12
+    assert str(checkpoints) not in json.dumps(report)  # published: names, no paths
+    card = (result.folder / "README.md").read_text()
+    assert "## Recovery" in card and f"{result.recovered:.1%}".rstrip("%") in card.replace(" %", "")
+
+
+@pytest.mark.slow
+def test_distillation_from_a_cache_keeps_the_cache(checkpoints):
+    cached = DistillationConfig(cache=str(checkpoints / "cache"), top_k=128)
+    one = run(checkpoints, "one", method="distill", distillation=cached)
+    assert any((checkpoints / "cache").iterdir())
+    live = run(checkpoints, "two", method="distill")
+    points = [[p["log_perplexity"] for p in r.report["curve"]["points"]] for r in (one, live)]
+    assert points[0] == pytest.approx(points[1], abs=1e-3)
+
+
+def test_the_result_is_saved_in_the_dtype_of_the_checkpoint(checkpoints):
+    model = AutoModelForCausalLM.from_pretrained(checkpoints / "pruned").to(torch.bfloat16)
+    model.save_pretrained(checkpoints / "pruned")
+    result = run(checkpoints, max_steps=1)
+    assert AutoModelForCausalLM.from_pretrained(result.folder).dtype == torch.bfloat16
+
+
+def test_training_that_makes_it_worse_gives_the_pruned_model_back(checkpoints):
+    result = run(checkpoints, learning_rate=5.0, max_steps=3, evaluations=3, patience=2)
+    assert result.report["best_step"] == 0
+    pruned, kept = (AutoModelForCausalLM.from_pretrained(f) for f in (checkpoints / "pruned", result.folder))
+    assert all(torch.equal(a, b) for a, b in zip(pruned.parameters(), kept.parameters(), strict=True))
+    assert "worse" in (result.folder / "README.md").read_text()
+
+
+def test_nothing_is_written_over_without_being_asked(checkpoints):
+    run(checkpoints, max_steps=1)
+    with pytest.raises(ConfigurationError, match="is not empty"):
+        run(checkpoints, max_steps=1)
+    run(checkpoints, max_steps=1, overwrite=True)
+
+
+def test_an_interrupted_training_is_not_started_anew_without_being_asked(checkpoints, monkeypatch):
+    monkeypatch.setattr(LoraRecoveryCallback, "on_train_end", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoints)
+    monkeypatch.undo()
+    assert not (checkpoints / "out").exists()
+    with pytest.raises(ConfigurationError, match="holds a training that was interrupted"):
+        run(checkpoints)
+    resumed, whole = run(checkpoints, resume=True), run(checkpoints, "whole")
+    assert resumed.report["curve"]["points"][-1]["log_perplexity"] == pytest.approx(
+        whole.report["curve"]["points"][-1]["log_perplexity"], abs=1e-5
+    )
+
+
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def test_resuming_needs_a_checkpoint(checkpoints):
+    with pytest.raises(ConfigurationError, match="no checkpoint in .*out-training"):
+        run(checkpoints, resume=True)
+
+
+def test_unknown_columns_are_named_before_training(checkpoints):
+    with pytest.raises(TextError, match="colour"):
+        run(checkpoints, dataset=[{"colour": "blue"}])
+    assert not (checkpoints / "out").exists()
+
+
+def test_distilling_needs_to_know_the_dense_model(checkpoints):
+    config = RecoveryConfig(**SMALL, method="distill")
+    with pytest.raises(ConfigurationError, match="give `teacher`"):
+        recover(checkpoints / "pruned", checkpoints / "data.jsonl", checkpoints / "out", config)
+
+
+def test_a_missing_extra_is_named(checkpoints, monkeypatch):
+    monkeypatch.setattr("hf_structprune.extras.find_spec", lambda name: None)
+    with pytest.raises(StructPruneError, match=r'pip install "hf-structprune\[recover\]"'):
+        run(checkpoints)
+
+
+def test_the_command_prints_one_object(checkpoints, capsys):
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    argv = ["recover", str(checkpoints / "pruned"), "--dataset", str(checkpoints / "data.jsonl"), "--output-dir"]
+    argv += [str(checkpoints / "out"), "--dense", str(checkpoints / "dense"), "--json", *arguments]
+    assert cli.main([*argv, f"--text={checkpoints / 'watched.txt'}"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["curve"]["dense"] < data["curve"]["pruned"] and math.isfinite(data["curve"]["pruned"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["pruned", "--output-dir", "out"], "--dataset is missing"),
+        (["pruned", "--dataset", "d.jsonl"], "--output-dir is missing"),
+        (["pruned", "--dataset", "d.jsonl", "--output-dir", "out", "--rank", "0"], "`rank` is 0"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_line(argv, message, capsys):
+    assert cli.main(["recover", *argv]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
