@@ -37,7 +37,7 @@ def recovered_already(section: RecoverySection, again: bool) -> bool:
     report = Path(section.output_dir) / RECOVERY_NAME
     if again or not report.is_file():
         return False
-    if json.loads(report.read_text(encoding="utf-8"))["configuration"] != section.config.to_dict():
+    if json.loads(report.read_text(encoding="utf-8"))["configuration"] != section.config.to_public_dict():
         raise ConfigurationError(
             f"{section.output_dir} holds a checkpoint that was recovered with other settings; choose another "
             "`output_dir` in the section `recover`, or say --overwrite."

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError
@@ -154,6 +155,10 @@ class RecoveryConfig:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    def to_public_dict(self) -> dict[str, Any]:
+        """The same with the names of local files in place of their paths: reports are published."""
+        return {**self.to_dict(), "text": _public_name(self.text)}
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RecoveryConfig:
         return _from_dict(cls, values)
@@ -211,9 +216,17 @@ class DistillationConfig:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    def to_public_dict(self) -> dict[str, Any]:
+        """The same with the name of the cache in place of its path."""
+        return {**self.to_dict(), "cache": None if self.cache is None else Path(self.cache).name}
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DistillationConfig:
         return _from_dict(cls, values)
+
+
+def _public_name(source: str) -> str:
+    return Path(source).name if Path(source).expanduser().exists() else source
 
 
 def _from_dict(cls: type, values: dict[str, Any]) -> Any:

@@ -119,13 +119,10 @@ def recover(
         if dense is None or dense is teacher:
             dense = loaded.model
     callback = _callback(config, folder, dense)
-    callback.configuration = config.to_dict()
-    callback.training = {
-        "model": _name(model),
-        "data": about_data.to_dict(),
-        "teacher": (teacher_name or _name(teacher)) if teacher is not None else None,
-        "distillation": _public(distillation) if teacher is not None else None,
-    }
+    callback.configuration = config.to_public_dict()
+    callback.about = {"model": _name(model), "data": about_data.to_dict()}
+    if teacher is not None:
+        callback.about |= {"teacher": teacher_name or _name(teacher), "distillation": distillation.to_public_dict()}
     trainer = _trainer(student, tokenizer, prepared, config, training, callback, loaded, distillation)
     trainer.train(resume_from_checkpoint=checkpoint)
     return RecoveryResult(folder, callback.report)
@@ -234,12 +231,6 @@ def _trainer(
     from .distillation.trainer import DistillationSFTTrainer
 
     return DistillationSFTTrainer(**options, teacher=teacher, distillation=distillation)
-
-
-def _public(distillation: DistillationConfig) -> dict[str, Any]:
-    """The settings with the cache's name in place of its path: reports are published."""
-    cache = distillation.cache and Path(distillation.cache).name
-    return dataclasses.replace(distillation, cache=cache).to_dict()
 
 
 def _name(model: Any) -> str | None:
