@@ -32,7 +32,7 @@ def put_back_best(session: Session, model: nn.Module, step: int) -> None:
         model: The model, as the last step left it.
         step: That step.
     """
-    if session.curve.is_worse:
+    if session.curve.is_worse and session.stopped is None:  # otherwise it has been said
         session.warn_worse()
     if session.kept.step != step or session.stopped == "nan":
         session.best.restore(model)

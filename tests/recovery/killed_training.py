@@ -33,7 +33,7 @@ class Die(TrainerCallback):
 
 
 def install_saving():
-    """Stand-ins for merging and saving where there are none yet."""
+    """Stand-ins for merging and saving where the package has none."""
     try:
         import hf_structprune.recovery.merge
         import hf_structprune.recovery.save  # noqa: F401

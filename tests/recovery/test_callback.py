@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from training_setup import (
-    TEXT,
     Listener,
     Spoil,
     losses,
@@ -17,13 +16,10 @@ from training_setup import (
     rows,
     tokenizer,
 )
+from watching import WATCH
 
 from hf_structprune.errors import ConfigurationError
 from hf_structprune.recovery.callback import METRIC, LoraRecoveryCallback
-from hf_structprune.recovery.watch import Watch
-
-
-WATCH = Watch(tokenizer(), TEXT, window=32, max_windows=4)
 
 
 def run(folder, callback, **options):
