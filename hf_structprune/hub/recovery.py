@@ -147,7 +147,11 @@ def _method(report: dict[str, Any]) -> str:
     adapters += ", DoRA" if config.use_dora else ""
     adapters += ", rsLoRA" if config.use_rslora else ""
     adapters += f", {_INITIALISED.format(config.init_lora_weights)}" if config.init_lora_weights else ""
-    trained = {"lora": f"LoRA ({adapters})", "qlora": f"LoRA over a 4-bit base ({adapters})", "full": "all weights"}
+    trained = {
+        "lora": f"LoRA ({adapters})",
+        "qlora": f"LoRA over a {config.bits}-bit base ({adapters})",
+        "full": "all weights",
+    }
     what = trained[config.trained]
     if config.method != "distill":
         return f"{what}, trained on the labels of the data"

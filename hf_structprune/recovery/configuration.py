@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError
@@ -30,6 +31,7 @@ class RecoveryConfig:
         method (`str`): `"lora"` trains adapters on the labels of the data, `"qlora"` the same over a 4-bit base,
             `"full"` all weights, and `"distill"` makes the model predict what the dense one does.
         weights (`str`): What `"distill"` trains: `"lora"`, `"qlora"` or `"full"`.
+        bits (`int`): Of the frozen base under `"qlora"`: 4 (nf4) or 8.
         rank (`int`): Rank of the adapters.
         alpha (`int`): Their scale: updates are multiplied by `alpha / rank`.
         dropout (`float`): Dropout on the inputs of the adapters.
@@ -71,6 +73,7 @@ class RecoveryConfig:
 
     method: str = "lora"
     weights: str = "lora"
+    bits: int = 4
     rank: int = 8
     alpha: int = 16
     dropout: float = 0.05
@@ -118,6 +121,7 @@ class RecoveryConfig:
             ("epochs", 1e-6, 1e6), ("target", 1e-6, 1.0),
         ):  # fmt: skip
             _check_float(name, getattr(self, name), least, most)
+        _check_choice("bits", self.bits, (4, 8))
         if self.init_lora_weights is not None and not INITIALISATIONS.fullmatch(str(self.init_lora_weights)):
             raise ConfigurationError(
                 f"`init_lora_weights` is {self.init_lora_weights!r}; allowed values are gaussian, orthogonal, mica, "
@@ -151,6 +155,10 @@ class RecoveryConfig:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    def to_public_dict(self) -> dict[str, Any]:
+        """The same with the names of local files in place of their paths: reports are published."""
+        return {**self.to_dict(), "text": _public_name(self.text)}
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RecoveryConfig:
         return _from_dict(cls, values)
@@ -166,6 +174,8 @@ class DistillationConfig:
         on_prompts (`bool`): Follow the dense model on every token, prompts included, not only on answers.
         hidden_weight (`float`): Weight of the hidden states' error in layers that still match.
         attention_weight (`float`): The same of the attention outputs.
+        layer_map (`list` of `int`, *optional*): The dense model's layer, from 0, of each layer of the pruned one, for
+            these two. Default: the one of the same number, or only the last layer if layers were dropped.
         teacher_dtype (`str`): Of the dense model: `"bf16"`, `"fp16"`, `"fp32"`, `"int8"` (bitsandbytes), or `"auto"`
             for the precision of the computation.
         cache (`str`, *optional*): Folder for the dense model's predictions, so that it runs once over the data.
@@ -180,6 +190,7 @@ class DistillationConfig:
     on_prompts: bool = True
     hidden_weight: float = 0.0
     attention_weight: float = 0.0
+    layer_map: Sequence[int] | None = None
     teacher_dtype: str = "auto"
     cache: str | None = None
     top_k: int = 64
@@ -187,6 +198,10 @@ class DistillationConfig:
     def __post_init__(self) -> None:
         _check_choice("teacher_dtype", self.teacher_dtype, TEACHER_DTYPES)
         _check_int("top_k", self.top_k, 1)
+        if self.layer_map is not None:
+            self.layer_map = list(self.layer_map)
+            for layer in self.layer_map:
+                _check_int("layer_map", layer, 0)
         for name, least, most in (
             ("temperature", 0.05, 100.0), ("label_weight", 0.0, 1.0), ("hidden_weight", 0.0, 1e6),
             ("attention_weight", 0.0, 1e6),
@@ -201,9 +216,17 @@ class DistillationConfig:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    def to_public_dict(self) -> dict[str, Any]:
+        """The same with the name of the cache in place of its path."""
+        return {**self.to_dict(), "cache": None if self.cache is None else Path(self.cache).name}
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DistillationConfig:
         return _from_dict(cls, values)
+
+
+def _public_name(source: str) -> str:
+    return Path(source).name if Path(source).expanduser().exists() else source
 
 
 def _from_dict(cls: type, values: dict[str, Any]) -> Any:
@@ -216,9 +239,9 @@ def _from_dict(cls: type, values: dict[str, Any]) -> Any:
     return cls(**values)
 
 
-def _check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+def _check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
     if value not in allowed:
-        raise ConfigurationError(f"`{name}` is {value!r}; allowed values are {', '.join(allowed)}.")
+        raise ConfigurationError(f"`{name}` is {value!r}; allowed values are {', '.join(map(str, allowed))}.")
 
 
 def _check_int(name: str, value: Any, least: int) -> None:

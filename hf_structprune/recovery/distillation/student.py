@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ...errors import ConfigurationError
 from .blocks import LogitTransform
+from .hidden import record_outputs
 from .losses import DistillationLoss, StudentHead, Targets, distillation_loss
 from .targets import BatchTargets
 from .teacher import Lesson, Teacher
@@ -44,7 +45,7 @@ class Request:
 
 
 def add_distillation(model: PreTrainedModel, transform: LogitTransform | None) -> None:
-    """Lets `model(**inputs, distillation=Request(...))` return `{"loss", "kl_sum", "label_sum"}`.
+    """Lets `model(**inputs, distillation=Request(...))` return `{"loss", "kl_sum", "label_sum", ...}`.
 
     Args:
         model: The student, below PEFT.
@@ -67,24 +68,35 @@ def _losses(model, original, transform, request: Request, inputs: dict[str, Any]
     by_sequence = transform is None or request.teacher.by_sequence
     total: dict[str, Tensor] = {}
     for part, targets in _sequences(inputs, request.targets) if by_sequence else [(inputs, request.targets)]:
-        used = targets.used
-        lesson = request.teacher.lesson(part, used)
-        outputs = original(**part).logits if transform is None else model.base_model(**part).last_hidden_state
-        if outputs.shape[:2] != used.shape:
-            raise ConfigurationError(
-                f"The model returned {outputs.shape[1]} positions for {used.shape[1]} tokens. Adapters that add "
-                "virtual tokens (prompt tuning, prefix tuning) cannot be distilled: use LoRA."
-            )
-        loss = _loss(model, transform, outputs[used], lesson, targets, request)
-        for name, value in vars(loss).items():
-            if value is not None:
-                total[name] = total[name] + value if name in total else value
+        for name, value in _part_losses(model, original, transform, request, part, targets).items():
+            total[name] = total[name] + value if name in total else value
     return total
 
 
+def _part_losses(model, original, transform, request: Request, inputs, targets: BatchTargets) -> dict[str, Tensor]:
+    used, terms = targets.used, request.teacher.terms
+    lesson = request.teacher.lesson(inputs, used)
+    with record_outputs(terms.student_modules(model) if terms else {}) as states:
+        outputs = original(**inputs).logits if transform is None else model.base_model(**inputs).last_hidden_state
+    if outputs.shape[:2] != used.shape:
+        raise ConfigurationError(
+            f"The model returned {outputs.shape[1]} positions for {used.shape[1]} tokens. Adapters that add virtual "
+            "tokens (prompt tuning, prefix tuning) cannot be distilled: use LoRA."
+        )
+    losses = dict(vars(_loss(model, transform, outputs[used], lesson, targets, request)))
+    if terms:
+        followed = targets.followed[used]
+        own = {name: state[targets.followed.to(state.device)] for name, state in states.items()}
+        other = {name: state[followed.to(state.device)] for name, state in lesson.states.items()}
+        for kind, error in terms.errors(own, other).items():
+            error = error.to(losses["loss"].device)
+            losses["loss"] = losses["loss"] + terms.weights[kind] * error / request.counts[0].clamp(min=1)
+            losses[f"{kind}_sum"] = error.detach()
+    return {name: value for name, value in losses.items() if value is not None}
+
+
 def _loss(model, transform, outputs: Tensor, lesson: Lesson, targets: BatchTargets, request) -> DistillationLoss:
-    used = targets.used
-    head = StudentHead()
+    used, head = targets.used, StudentHead()
     if transform is not None:
         module = model.get_output_embeddings()
         head = StudentHead(_whole(module.weight), _whole(getattr(module, "bias", None)), transform)

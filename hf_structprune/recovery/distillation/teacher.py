@@ -16,6 +16,7 @@ from ...evaluation.modes import eval_mode
 from ...loading import load_model, load_tokenizer
 from ..configuration import DistillationConfig
 from .heads import find_transform
+from .hidden import LayerTerms, layer_terms, record_outputs
 from .predictions import HiddenPredictions, LogitPredictions, Predictions
 
 
@@ -43,6 +44,8 @@ class Teacher(Protocol):
 
     by_sequence: bool
     """Whether a lesson holds all logits, so that it should be asked for one sequence at a time."""
+    terms: LayerTerms | None
+    """What it shows of its layers."""
 
     def to(self, device: torch.device) -> Teacher:
         """Moves it to the device of the student."""
@@ -58,8 +61,9 @@ class ModelTeacher:
     they are. Only its device may change, see `to`.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, terms: LayerTerms | None = None) -> None:
         self.model = model
+        self.terms = terms
         self.transform = find_transform(model)
         self.by_sequence = self.transform is None
 
@@ -75,16 +79,20 @@ class ModelTeacher:
         device = self.model.device
         given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items() if k != "labels"}
         given["use_cache"] = False
-        with eval_mode(self.model), torch.autocast(positions.device.type, enabled=False):
+        taps = self.terms.teacher_modules(self.model) if self.terms else {}
+        off = torch.autocast(positions.device.type, enabled=False)
+        with eval_mode(self.model), off, record_outputs(taps) as outputs:
             predictions = self._predict(given, positions.to(device))
-        return Lesson(_moved(predictions, positions.device))
+        states = {name: output[positions.to(output.device)] for name, output in outputs.items()}
+        return Lesson(_moved(predictions, positions.device), states)
 
     def _predict(self, inputs: dict[str, Any], positions: Tensor) -> Predictions:
         if self.transform is None:
             return LogitPredictions(self.model(**inputs).logits[positions])
         hidden = self.model.base_model(**inputs).last_hidden_state[positions]
         head = self.model.get_output_embeddings()
-        return HiddenPredictions(hidden, head.weight, getattr(head, "bias", None), self.transform)
+        bias = getattr(head, "bias", None)
+        return HiddenPredictions(hidden, head.weight.detach(), None if bias is None else bias.detach(), self.transform)
 
 
 def _moved(predictions: Predictions, device: torch.device) -> Predictions:
@@ -107,7 +115,8 @@ def load_teacher(
     Args:
         teacher: A model, a folder or a Hub id.
         student: The model that is going to learn, plain or wrapped by PEFT.
-        config: `teacher_dtype` counts here. `"int8"` loads through bitsandbytes.
+        config: `teacher_dtype` counts here (`"int8"` loads through bitsandbytes), and what is followed inside the
+            layers.
         tokenizer: Of the student. With it, a teacher that comes from a folder or the Hub must have the same one.
         loading: Given to `load_model`: `revision`, `trust_remote_code`, ...
 
@@ -124,7 +133,7 @@ def load_teacher(
             _check_tokenizer(tokenizer, load_tokenizer(teacher, **loading), str(teacher))
         model = load_model(teacher, **{**_loading(config, student.device), **loading})
     _check_vocabulary(model, student)
-    return ModelTeacher(model)
+    return ModelTeacher(model, layer_terms(student, model, config))
 
 
 def _loading(config: DistillationConfig, device: torch.device) -> dict[str, Any]:
@@ -162,8 +171,8 @@ def _check_vocabulary(teacher: PreTrainedModel, student: PreTrainedModel) -> Non
     sizes = [model.config.get_text_config().vocab_size for model in (teacher, student)]
     if sizes[0] != sizes[1]:
         raise ConfigurationError(
-            f"The teacher knows {sizes[0]} tokens and the student {sizes[1]}. {CROSS_TOKENIZER} If they do share "
-            "their tokenizer and one was padded, use `resize_token_embeddings` on the student first."
+            f"The teacher knows {sizes[0]} tokens and the student {sizes[1]}. {CROSS_TOKENIZER} If they do share a "
+            "tokenizer and one was padded, use `resize_token_embeddings` on the student first."
         )
 
 

@@ -12,10 +12,12 @@ from trl import SFTTrainer
 
 from ...errors import ConfigurationError
 from ..configuration import DistillationConfig
+from .cached_teacher import cached_teacher
 from .heads import find_transform
+from .hidden import KINDS, LayerTerms
 from .student import Request, add_distillation
 from .targets import batch_targets, count_targets
-from .teacher import Teacher
+from .teacher import ModelTeacher, Teacher
 
 
 logger = logging.get_logger(__name__)
@@ -27,9 +29,10 @@ class DistillationSFTTrainer(SFTTrainer):
     Data, collation, masking, packing, PEFT and everything else are TRL's. The loss is that of
     `losses.distillation_loss`; each of its terms is divided by the number of its tokens in the whole optimiser step,
     over micro-batches and devices, so that neither changes what is learned. Logs, averages over tokens:
-    `distillation/kl` (at temperature `T`, without the factor `T^2`), `distillation/label_loss`, and TRL's
-    `num_tokens`. The load-balancing loss of mixture-of-experts models is not added: their router follows the teacher
-    with everything else.
+    `distillation/kl` (at temperature `T`, without the factor `T^2`), `distillation/label_loss`, where followed
+    `distillation/hidden` and `distillation/attention`, all without their weights, and TRL's `num_tokens`. The
+    load-balancing loss of mixture-of-experts models is not added: their router follows the teacher with everything
+    else.
 
     Args:
         args: Arguments of `trl.SFTTrainer`.
@@ -47,14 +50,23 @@ class DistillationSFTTrainer(SFTTrainer):
 
     def __init__(self, *args: Any, teacher: Teacher, distillation: DistillationConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _check_supported(self)
+        _check_supported(self, teacher.terms, distillation)
         self.distillation = distillation
-        self.teacher = teacher.to(self.accelerator.device)
+        self.teacher = self._with_cache(teacher.to(self.accelerator.device))
         self._step_counts: Tensor | None = None
         self._sums: dict[str, dict[str, Tensor]] = {"train": defaultdict(float), "eval": defaultdict(float)}
         student = self.accelerator.unwrap_model(self.model)
         student = student.get_base_model() if hasattr(student, "get_base_model") else student
         add_distillation(student, find_transform(student))
+
+    def _with_cache(self, teacher: Teacher) -> Teacher:
+        """The teacher, or what it says about the data if that is kept on disk; the first process makes the files."""
+        if self.distillation.cache is None or not isinstance(teacher, ModelTeacher):
+            return teacher
+        given = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        datasets = [dataset for dataset in (self.train_dataset, *given) if dataset is not None]
+        with self.accelerator.main_process_first():
+            return cached_teacher(teacher, datasets, self.distillation, self.distillation.cache)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of an optimiser step; counts what they have in common on the way."""
@@ -93,6 +105,7 @@ class DistillationSFTTrainer(SFTTrainer):
         values = {"kl": losses["kl_sum"], "followed": counts[0], "tokens": torch.as_tensor(tokens)}
         if "label_sum" in losses:
             values |= {"label_loss": losses["label_sum"], "labelled": counts[1]}
+        values |= {kind: losses[f"{kind}_sum"] for kind in KINDS if f"{kind}_sum" in losses}
         device = self.accelerator.device
         stacked = torch.stack([value.to(device, torch.float64) for value in values.values()])
         total = self.accelerator.reduce(stacked, "sum").tolist()
@@ -106,15 +119,22 @@ class DistillationSFTTrainer(SFTTrainer):
         """Adds the averages since the last log."""
         mode = "train" if self.model.training else "eval"
         sums = self._sums[mode]
-        for name, count in (("kl", "followed"), ("label_loss", "labelled")):
-            if sums.get(count):
+        for name, count in (("kl", "followed"), ("label_loss", "labelled"), *((kind, "followed") for kind in KINDS)):
+            if name in sums and sums[count]:
                 self._metrics[mode][f"distillation/{name}"] = [sums[name] / sums[count]]
         sums.clear()
         super().log(logs, start_time)
 
 
-def _check_supported(trainer: SFTTrainer) -> None:
+def _check_supported(trainer: SFTTrainer, terms: LayerTerms | None, config: DistillationConfig) -> None:
     args = trainer.args
+    for kind in KINDS:
+        weight = getattr(config, f"{kind}_weight")
+        if weight != (terms.weights.get(kind, 0.0) if terms else 0.0):
+            raise ConfigurationError(
+                f"`{kind}_weight` is {weight:g}, but the teacher was prepared for another one: give the same "
+                "configuration to `load_teacher`."
+            )
     for wrong, what in (
         (args.loss_type != "nll", f"`loss_type={args.loss_type!r}`"),
         (args.label_smoothing_factor > 0, "`label_smoothing_factor`"),
@@ -124,6 +144,12 @@ def _check_supported(trainer: SFTTrainer) -> None:
     ):
         if wrong:
             raise ConfigurationError(f"Distillation has a loss of its own and does not support {what}: leave it out.")
+    reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    if terms and reentrant:
+        raise ConfigurationError(
+            "Reentrant gradient checkpointing gives outputs of layers no gradient, so that `hidden_weight` and "
+            "`attention_weight` would do nothing: leave `use_reentrant` out of `gradient_checkpointing_kwargs`."
+        )
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     if plugin is not None and plugin.zero_stage == 3:
         raise ConfigurationError("Distillation does not run with DeepSpeed ZeRO-3: use ZeRO-2 or FSDP2.")
