@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -25,11 +26,11 @@ LAYOUTS = {
     "uniform": {"mlp_ratio": 0.3},
     "per_layer": {"layout": "per_layer", "layers": [1], "mlp_ratio": 0.3, "attention_ratio": 0.5},
 }
-STEPS = "--max_steps 3 --per_device_train_batch_size 4 --learning_rate 1e-2 --use_cpu --bf16 False --report_to none"
-TRL = (
-    f"--use_peft --lora_r 8 --lora_alpha 16 --lora_target_modules all-linear --max_length 128 --dtype float32 {STEPS}"
+# Put behind the commands of the README: for a tiny model and little time.
+SHORT = (
+    "--max_length 128 --max_steps 3 --per_device_train_batch_size 4 --learning_rate 1e-2 --use_cpu --bf16 False "
+    "--report_to none"
 )
-# Runs a module in an interpreter in which `import hf_structprune` fails, and so do all that this one starts.
 NO_PACKAGE = "raise ImportError('hf_structprune is not installed here')"
 
 
@@ -53,20 +54,24 @@ def world(tmp_path, tiny_llama, make_tokenizer):
             file.write(json.dumps({"prompt": [prompt], "completion": [answer]}) + "\n")
     (tmp_path / "stranger" / "hf_structprune").mkdir(parents=True)
     (tmp_path / "stranger" / "hf_structprune" / "__init__.py").write_text(NO_PACKAGE)
+    (tmp_path / "recipes").symlink_to(RECIPES)
     return SimpleNamespace(root=tmp_path, tokenizer=tokenizer)
 
 
-def run(world, *command, installed=True):
-    path = [str(RECIPES.parent)] if installed else [str(world.root / "stranger")]
+def run(world, start, layout, more="", installed=True):
+    """Runs the command of the README that starts so, on the checkpoint of a layout; gives what it printed."""
+    text = (RECIPES / "README.md").read_text().replace("\\\n", " ")
+    [command] = [line for line in text.splitlines() if line.startswith(start)]
+    words = [layout if word == "pruned" else word for word in shlex.split(f"{command} {more}")]
     environment = {
-        **os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path),
+        **os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": str(RECIPES.parent if installed else world.root / "stranger"),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "HF_MODULES_CACHE": str(world.root / "modules"), "HF_DATASETS_CACHE": str(world.root / "datasets"),
-        "TOKENIZERS_PARALLELISM": "false",
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=world.root, env=environment, capture_output=True, text=True,
-        stdin=subprocess.DEVNULL, timeout=300,
-    )  # fmt: skip
+        words, cwd=world.root, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 
@@ -82,34 +87,35 @@ def check_adapter(world, layout, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_trl_sft(world, layout):
-    """`trl sft` as it stands in recipes/README.md, where this package is not installed."""
-    trust = ["--trust_remote_code"] if layout == "per_layer" else []
-    run(
-        world, Path(sys.executable).with_name("trl"), "sft", "--model_name_or_path", layout, "--dataset_name", "rows",
-        *TRL.split(), *trust, "--output_dir", "out", installed=False,
-    )  # fmt: skip
-    check_adapter(world, layout, "out")
+def test_trl_sft(world):
+    """Where this package is not installed."""
+    run(world, "trl sft --model_name_or_path uniform", "uniform", installed=False)
+    check_adapter(world, "uniform", "out")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_trainer_script(world, layout):
-    said = run(
-        world, RECIPES / "scripts" / "train_with_trainer.py", "--model", layout, "--data", "rows",
-        "--dense", "dense", "--max_length", 128, *STEPS.split(), "--output_dir", "out",
-    )  # fmt: skip
-    assert "rows (prompt-completion): 32 rows, 32 sequences" in said
+def test_trl_sft_on_a_per_layer_checkpoint(world):
+    run(world, "trl sft --model_name_or_path per_layer", "per_layer", f"{SHORT} --dtype float32", installed=False)
+    check_adapter(world, "per_layer", "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("start", "layout", "processes"),
+    [
+        ("python recipes/scripts/train_with_trainer.py", "uniform", 1),
+        ("accelerate launch --config_file recipes/accelerate/cpu_2_processes.yaml", "per_layer", 2),
+    ],
+)
+def test_trainer_script(world, start, layout, processes):
+    said = run(world, start, layout, SHORT)
+    assert said.count("rows (prompt-completion): 32 rows, 32 sequences") == processes
     check_recovered(world, "out")
 
 
 @pytest.mark.slow
 def test_sft_script(world):
-    run(
-        world, RECIPES / "scripts" / "sft_with_callback.py", "--model_name_or_path", "per_layer",
-        "--dataset_name", "rows", "--dense", "dense", *TRL.split(), "--output_dir", "out",
-    )  # fmt: skip
+    run(world, "python recipes/scripts/sft_with_callback.py", "per_layer", f"{SHORT} --dtype float32")
     check_recovered(world, "out")
 
 
@@ -125,9 +131,7 @@ def check_recovered(world, folder):
 @pytest.mark.parametrize("path", sorted((RECIPES / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
 def test_accelerate_reads_the_configurations(path):
     config = load_config_from_file(str(path))
-    kind = {"fsdp2": "FSDP", "deepspeed_zero2": "DEEPSPEED", "deepspeed_zero3": "DEEPSPEED"}.get(
-        path.stem, "MULTI_CPU"
-    )
+    kind = {"fsdp2": "FSDP", "cpu_2_processes": "MULTI_GPU"}.get(path.stem, "DEEPSPEED")
     assert config.distributed_type == kind and config.num_processes > 1
     if kind == "FSDP":
         assert config.fsdp_config["fsdp_version"] == 2
@@ -135,4 +139,4 @@ def test_accelerate_reads_the_configurations(path):
         assert config.deepspeed_config["zero_stage"] == int(path.stem[-1])
     else:
         assert config.use_cpu and "NOT RUN HERE" not in path.read_text()
-    assert ("NOT RUN HERE" in path.read_text()) == (kind != "MULTI_CPU")
+    assert ("NOT RUN HERE" in path.read_text()) == (kind != "MULTI_GPU")
