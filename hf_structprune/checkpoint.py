@@ -21,7 +21,8 @@ from .layout import Target
 # What was measured on the earlier weights goes with them; the results of the dense model stay.
 _OURS = (
     "*.safetensors", "*.safetensors.index.json", "modeling_structprune.py",
-    "evaluation_results.json", ".eval_results", "pruned_widths.png",
+    "evaluation_results.json", "evaluation_results_pruned.json", ".eval_results", "pruned_widths.png",
+    "recovery.json", "recovery.png",
 )  # fmt: skip
 
 

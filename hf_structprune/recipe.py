@@ -32,12 +32,14 @@ class RecoverySection:
 
     Attributes:
         dataset: What to train on; several sources are mixed.
+        split: Split of data sets that have several.
         output_dir: Folder of the recovered checkpoint.
         config: How to train.
         distillation: How to distil.
     """
 
     dataset: list[str]
+    split: str
     output_dir: str
     config: RecoveryConfig
     distillation: DistillationConfig
@@ -159,11 +161,13 @@ def _recovery(content: dict[str, Any]) -> RecoverySection | None:
         return None
     section = {name: value for name, value in content["recover"].items() if value is not None}
     dataset, folder = section.pop("dataset", None), section.pop("output_dir", f"{content['output_dir']}-recovered")
+    split = section.pop("split", "train")
     if not dataset:
         raise ConfigurationError("`recover` needs a `dataset`: a file, a folder or a data set of the Hub.")
     distillation = _build(DistillationConfig, section.pop("distillation", None) or {}, "recover.distillation")
     config = _build(RecoveryConfig, section, "recover")
-    return RecoverySection([dataset] if isinstance(dataset, str) else list(dataset), folder, config, distillation)
+    dataset = [dataset] if isinstance(dataset, str) else list(dataset)
+    return RecoverySection(dataset, split, folder, config, distillation)
 
 
 def _build(cls: type, values: dict[str, Any], section: str) -> Any:

@@ -17,7 +17,7 @@ MINIMAL = "model: some/model\noutput_dir: out\nprune:\n  ratio: 0.2\n"
 
 @pytest.fixture(autouse=True)
 def no_variables(monkeypatch):
-    for name in ("OUT", "WIKITEXT2", "C4", "TASKS", "TASKS_PATH", "RATIO", "CRITERION"):
+    for name in ("OUT", "WIKITEXT2", "C4", "TASKS", "TASKS_PATH", "RATIO", "CRITERION", "DATA", "WATCHED"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -26,7 +26,8 @@ class CompareArguments:
 
     Args:
         results (list of `str`): JSON files made by `evaluate`, the baseline first; a folder stands for its
-            `evaluation_results.json`, a single one also for the results of its dense model beside it.
+            `evaluation_results.json`, a single one also for the results of the dense model beside it, and of a
+            recovered one also for those from before its recovery.
         format (`str`, *optional*): `table`, `md` (GitHub and the Hub), `csv` or `json`; the last two are not rounded.
             Default: by the name of the output, else `table`.
         output (`str`, *optional*): File to write instead of printing.
@@ -69,8 +70,10 @@ def run(argv: Sequence[str]) -> None:
 
 def _paths(names: list[str]) -> list[Path]:
     paths = [Path(name) for name in names]
-    dense = paths[0] / RESULTS_NAME.replace(".json", "_dense.json")
-    return [dense, *paths] if len(paths) == 1 and dense.is_file() else paths
+    if len(paths) > 1:
+        return paths
+    beside = [paths[0] / RESULTS_NAME.replace(".json", f"_{state}.json") for state in ("dense", "pruned")]
+    return [*(path for path in beside if path.is_file()), *paths]
 
 
 def _text(table: ResultTable, form: str) -> str:

@@ -23,7 +23,7 @@ def check_section(section: RecoverySection) -> None:
     need("trl", "peft", extra="recover")
     from ..recovery.data import load_rows
 
-    load_rows(section.dataset, max_samples=1)
+    load_rows(section.dataset, split=section.split, max_samples=1)
 
 
 def recovered_already(section: RecoverySection, again: bool) -> bool:
@@ -37,7 +37,7 @@ def recovered_already(section: RecoverySection, again: bool) -> bool:
     report = Path(section.output_dir) / RECOVERY_NAME
     if again or not report.is_file():
         return False
-    if json.loads(report.read_text(encoding="utf-8"))["configuration"] != section.config.to_dict():
+    if json.loads(report.read_text(encoding="utf-8"))["configuration"] != section.config.to_public_dict():
         raise ConfigurationError(
             f"{section.output_dir} holds a checkpoint that was recovered with other settings; choose another "
             "`output_dir` in the section `recover`, or say --overwrite."
@@ -53,6 +53,6 @@ def recover_section(
     resume = not again and training.is_dir() and get_last_checkpoint(str(training)) is not None
     recover(
         pruned, section.dataset, section.output_dir, section.config,
-        dense=dense.model, teacher=dense.model, distillation=section.distillation, teacher_name=dense_name,
-        resume=resume, overwrite=again, trust_remote_code=dense.trust_remote_code,
+        split=section.split, dense=dense.model, teacher=dense.model, teacher_name=dense_name,
+        distillation=section.distillation, resume=resume, overwrite=again, trust_remote_code=dense.trust_remote_code,
     )  # fmt: skip

@@ -23,6 +23,7 @@ class RecoverArguments:
         model (`str`): The pruned checkpoint: a folder, or an id of the Hub.
         dataset (list of `str`): Data to train on: chats, instructions or plain text, from a .jsonl, .json or .txt
             file, a folder or a data set of the Hub. Several are mixed.
+        split (`str`): Split of data sets that have several.
         output_dir (`str`): Folder for the recovered checkpoint.
         dense (`str`, *optional*): The model before pruning, to tell which share of the loss is back: a model, or its
             perplexity on the watched text. Default: the teacher, if there is one.
@@ -35,6 +36,7 @@ class RecoverArguments:
 
     model: str
     dataset: Sequence[str] | None = None
+    split: str = "train"
     output_dir: str | None = None
     dense: str | None = None
     teacher: str | None = None
@@ -56,7 +58,7 @@ def run(argv: Sequence[str]) -> None:
     with results_only_on_stdout():
         result = recover(
             command.model, list(command.dataset), command.output_dir, config,
-            dense=_dense(command.dense), teacher=command.teacher, distillation=distillation,
+            split=command.split, dense=_dense(command.dense), teacher=command.teacher, distillation=distillation,
             resume=command.resume, overwrite=command.overwrite, trust_remote_code=command.trust_remote_code,
         )  # fmt: skip
     data = {"model": command.model, "output_dir": command.output_dir, **result.report}

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..configuration import CONFIG_NAME
 from ..errors import ConfigurationError
 from ..evaluation.results import STATES, EvaluationResult
+from ..hub.recovery import RECOVERY_NAME
 from .common import ModelArguments, load_config
 
 
@@ -30,7 +31,8 @@ class Subject:
 def find_subject(arguments: ModelArguments, state: str | None = None) -> Subject:
     """Reads the configuration of a model, and no weights.
 
-    Quantised is what has a quantisation configuration, pruned what comes with a `pruning_config.json`.
+    Quantised is what has a quantisation configuration, recovered what comes with a `recovery.json`, and pruned what
+    comes with a `pruning_config.json`.
 
     Args:
         arguments: The model.
@@ -45,9 +47,14 @@ def find_subject(arguments: ModelArguments, state: str | None = None) -> Subject
     config = load_config(arguments)
     if state is None:
         quantised = getattr(config, "quantization_config", None) is not None and arguments.gguf_file is None
-        state = "quantised" if quantised else "pruned" if _has_file(arguments, CONFIG_NAME) else "dense"
+        state = "quantised" if quantised else _state(arguments)
     record = getattr(config, "hf_structprune", None) or {}
     return Subject(arguments, state, record.get("base_model"))
+
+
+def _state(arguments: ModelArguments) -> str:
+    files = ((RECOVERY_NAME, "recovered"), (CONFIG_NAME, "pruned"))
+    return next((state for name, state in files if _has_file(arguments, name)), "dense")
 
 
 def find_baseline(name: str, arguments: ModelArguments) -> Subject | EvaluationResult:

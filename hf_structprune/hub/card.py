@@ -21,6 +21,7 @@ from .licences import attribution
 from .metadata import make_metadata, text_in_words
 from .metadata_rules import violations
 from .origin import Origin, public_config, read_origin
+from .recovery import card_section, summary
 from .snippets import (
     full_configuration,
     loading,
@@ -49,8 +50,9 @@ def make_card(
     """The model card of a checkpoint that this package made.
 
     Reads `config.json`, `pruning_config.json`, `pruning_plan.json`, and if they are there
-    `evaluation_results.json`, `evaluation_results_dense.json`, `pruned_widths.png` and `pictures/*.png`. A figure that
-    is in none of them is not in the card.
+    `evaluation_results.json`, `evaluation_results_dense.json`, `pruned_widths.png` and `pictures/*.png`, and of a
+    recovered model `recovery.json`, `recovery.png` and `evaluation_results_pruned.json`. A figure that is in none of
+    them is not in the card.
 
     Args:
         folder: The checkpoint.
@@ -72,7 +74,10 @@ def make_card(
     known = _read_metadata(previous)
     name = name or _name(contents.folder, previous)
     origin = _origin(base_model, known, recorded or read_origin(contents.record))
-    data = make_metadata(name, contents.config, origin, contents.result, known, base_first=base_model is not None)
+    data = make_metadata(
+        name, contents.config, origin, contents.result, known,
+        base_first=base_model is not None, recovery=contents.recovery,
+    )  # fmt: skip
     problems = violations(data.to_dict())
     if problems:
         raise HubError(f"The metadata of the card of {folder} is not valid: {'; '.join(problems)}.")
@@ -162,16 +167,30 @@ def _about(name: str, contents: Contents, origin: Origin | None, metadata: dict[
         "summary": (
             f"A smaller version of {link}: structured pruning took {plan.ratio:.1%} of all its parameters "
             f"({plan.parameters_before:,} before, {plan.parameters_after:,} now). What is left is dense: no masks, no "
-            "zeros."
+            f"zeros.{_trained(contents)}"
         ),
         "attribution": attribution(metadata, name),
         "loading": loading(name, per_layer),
         "per_layer": per_layer,
         "model_type": contents.model_config.get("model_type"),
+        "recovered": contents.recovered,
+        "recovery": _recovery(contents),
         "recovering": recovering(name, per_layer),
         "quantising": quantising(name, per_layer),
         "licence": _licence(metadata, link),
     }
+
+
+def _trained(contents: Contents) -> str:
+    """What the summary says about training after pruning."""
+    if contents.recovery is not None:
+        return f" {summary(contents.recovery)}"
+    return " It was trained afterwards." if contents.recovered else ""
+
+
+def _recovery(contents: Contents) -> str:
+    """The section about it; without a report there is nothing to say in it."""
+    return "" if contents.recovery is None else card_section(contents.recovery, picture=contents.recovery_picture)
 
 
 def _making(contents: Contents, origin: Origin | None) -> dict[str, Any]:
@@ -200,7 +219,7 @@ def _making(contents: Contents, origin: Origin | None) -> dict[str, Any]:
 
 def _measured(contents: Contents) -> dict[str, Any]:
     """The table and what belongs to it."""
-    columns = sides(contents.plan, contents.dense, contents.result)
+    columns = sides(contents.plan, contents.dense, contents.result, contents.pruned, contents.recovery)
     return {
         "table": ResultTable(columns).to_markdown().rstrip(),
         "files": contents.results_files,

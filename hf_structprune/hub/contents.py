@@ -12,16 +12,18 @@ from ..errors import HubError
 from ..evaluation.results import RESULTS_NAME, EvaluationResult
 from ..plan import PLAN_NAME, PruningPlan
 from .origin import RECORD
+from .recovery import PICTURE_NAME, read_report
 from .table import check_results
 
 
 DENSE_RESULTS_NAME = "evaluation_results_dense.json"
+PRUNED_RESULTS_NAME = "evaluation_results_pruned.json"  # beside a recovered model: before its training
 WIDTHS_NAME = "pruned_widths.png"
 
 
 @dataclass(frozen=True)
 class Contents:
-    """A pruned checkpoint, apart from its weights.
+    """A pruned or recovered checkpoint, apart from its weights.
 
     Attributes:
         folder: Where it is.
@@ -30,6 +32,8 @@ class Contents:
         model_config: Its config.json.
         result: What was measured on it, if anything was.
         dense: What was measured on the dense model, if anything was.
+        pruned: What was measured on the pruned model before it was recovered, if it was and anything was.
+        recovery: The report of its recovery (recovery.json), if there is one.
     """
 
     folder: Path
@@ -38,6 +42,8 @@ class Contents:
     model_config: dict[str, Any]
     result: EvaluationResult | None
     dense: EvaluationResult | None
+    pruned: EvaluationResult | None = None
+    recovery: dict[str, Any] | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Contents:
@@ -49,10 +55,13 @@ class Contents:
         """
         check_is_ours(folder)
         plan = PruningPlan.load(folder)
-        result, dense = _results(folder / RESULTS_NAME), _results(folder / DENSE_RESULTS_NAME)
-        check_results(plan, dense, result)
+        names = (RESULTS_NAME, DENSE_RESULTS_NAME, PRUNED_RESULTS_NAME)
+        result, dense, pruned = (_results(folder / name) for name in names)
+        recovery = read_report(folder)
+        check_results(plan, dense, result, pruned, recovery)
         model_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return cls(folder, PruningConfig.load(folder), plan, model_config, result, dense)
+        config = PruningConfig.load(folder)
+        return cls(folder, config, plan, model_config, result, dense, pruned, recovery)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -65,14 +74,21 @@ class Contents:
         return "per_layer_config" in self.model_config
 
     @property
+    def recovered(self) -> bool:
+        """Whether it was trained after pruning."""
+        return self.recovery is not None or (self.result is not None and self.result.state == "recovered")
+
+    @property
     def results(self) -> list[EvaluationResult]:
         """What was measured, the dense side first."""
-        return [side for side in (self.dense, self.result) if side is not None]
+        return [side for side in (self.dense, self.pruned, self.result) if side is not None]
 
     @property
     def results_files(self) -> list[str]:
         """The names of the files with it."""
-        sides = ((RESULTS_NAME, self.result), (DENSE_RESULTS_NAME, self.dense))
+        sides = (
+            (RESULTS_NAME, self.result), (PRUNED_RESULTS_NAME, self.pruned), (DENSE_RESULTS_NAME, self.dense),
+        )  # fmt: skip
         return [name for name, side in sides if side is not None]
 
     @property
@@ -82,16 +98,18 @@ class Contents:
         return [path.relative_to(self.folder) for path in sorted(found, key=lambda path: "widths" not in path.name)]
 
     @property
-    def samples(self) -> list[dict[str, str]]:
-        """Answers of both models to the same prompts, side by side: `prompt`, `dense`, `pruned`."""
-        if self.dense is None or self.result is None:
+    def recovery_picture(self) -> str | None:
+        """The file with the curve of the recovery."""
+        return PICTURE_NAME if (self.folder / PICTURE_NAME).is_file() else None
+
+    @property
+    def samples(self) -> list[dict[str, Any]]:
+        """Answers to the prompts that all models were given: `prompt`, and under `answers` pairs of state and text."""
+        sides = [(side.state, {s["prompt"]: s["text"] for s in side.samples}) for side in self.results if side.samples]
+        if len(sides) < 2:
             return []
-        dense = {sample["prompt"]: sample["text"] for sample in self.dense.samples}
-        return [
-            {"prompt": sample["prompt"], "dense": dense[sample["prompt"]], "pruned": sample["text"]}
-            for sample in self.result.samples
-            if sample["prompt"] in dense
-        ]
+        common = [prompt for prompt in sides[-1][1] if all(prompt in texts for _, texts in sides)]
+        return [{"prompt": prompt, "answers": [(state, texts[prompt]) for state, texts in sides]} for prompt in common]
 
 
 def check_is_ours(folder: Path) -> None:

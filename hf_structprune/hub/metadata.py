@@ -11,6 +11,7 @@ from ..configuration import PruningConfig
 from ..evaluation.results import EvaluationResult
 from .benchmarks import model_index
 from .origin import TAGS, Origin, base_metadata, is_file
+from .recovery import dataset_names
 
 
 # Of the Hub's values (finetune, quantized, merge, adapter) the one for weights derived from others in full precision.
@@ -28,6 +29,7 @@ def make_metadata(
     known: dict[str, Any],
     *,
     base_first: bool = False,
+    recovery: dict[str, Any] | None = None,
 ) -> ModelCardData:
     """The metadata of a card.
 
@@ -39,6 +41,7 @@ def make_metadata(
         known: Metadata of the card that this one replaces; what is not made anew here is kept, such as a licence or a
             language set by hand.
         base_first: Take licence and language from the base model even if the replaced card has others.
+        recovery: The report of its recovery, whose data sets are named.
     """
     kept = {key: value for key, value in known.items() if key not in _MADE_ANEW}
     base = base_metadata(origin) if origin is not None else {}
@@ -47,7 +50,8 @@ def make_metadata(
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": list(dict.fromkeys([*TAGS, *(known.get("tags") or [])])),
-        "datasets": list(dict.fromkeys([*_datasets(config), *(known.get("datasets") or [])])) or None,
+        "datasets": list(dict.fromkeys([*_datasets(config), *_trained_on(recovery), *(known.get("datasets") or [])]))
+        or None,
     }
     if origin is not None and origin.on_hub:
         fields |= {"base_model": origin.name, "base_model_relation": RELATION}
@@ -76,6 +80,12 @@ def _datasets(config: PruningConfig) -> list[str]:
         return []
     hub = [s for s in _sources(config) if not is_file(s) and s.count("/") <= 1 and not s.startswith((".", "~", "/"))]
     return hub if _sources(config) else list(_SAMPLE)
+
+
+def _trained_on(recovery: dict[str, Any] | None) -> list[str]:
+    """Data sets of the Hub that were trained on; the report names files without their folders, so without a slash."""
+    names = [] if recovery is None else dataset_names(recovery)
+    return [name for name in names if name.count("/") == 1 and not is_file(name)]
 
 
 def text_in_words(config: PruningConfig) -> str:

@@ -7,7 +7,7 @@ import json
 import shlex
 from typing import Any
 
-from ..configuration import CalibrationConfig, PruningConfig
+from ..configuration import PruningConfig
 
 
 # Calibration data that was given in memory: code can only name its place.
@@ -42,7 +42,7 @@ def loading(name: str, per_layer: bool) -> list[tuple[str, str]]:
 
 
 def recovering(name: str, per_layer: bool) -> str:
-    """The command that trains an adapter with TRL."""
+    """The command that trains an adapter with TRL: on a pruned model, or once more on a recovered one."""
     options = " --trust_remote_code" if per_layer else ""
     return (
         f"trl sft --model_name_or_path {name}{options} --dataset_name YOUR_DATASET \\\n"
@@ -114,7 +114,12 @@ def full_configuration(config: PruningConfig) -> str:
     return json.dumps(config.to_dict(), indent=2)
 
 
-def _changed(values: PruningConfig | CalibrationConfig) -> dict[str, Any]:
+def changed_options(values: Any) -> list[str]:
+    """A configuration as options of the command line: what differs from the defaults, apart from `None`."""
+    return _options({name: value for name, value in _changed(values).items() if value is not None}, "")
+
+
+def _changed(values: Any) -> dict[str, Any]:
     """Fields that differ from the defaults; the calibration apart."""
     default = type(values)()
     return {

@@ -41,7 +41,8 @@ def begin(
     pruned = agreed(measure_now(session.watch, model, session.autocast, pruned=True))
     if not math.isfinite(pruned):
         raise ConfigurationError(
-            f"The log-perplexity of the pruned model is {pruned}: it is broken before training, or needs another dtype."
+            f"The log-perplexity of the pruned model is {pruned}: it is broken before training, or needs another "
+            "dtype."
         )
     value = None
     if session.best.writes:

@@ -11,9 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import CheckpointError
-from .wrappers import is_sharded, without_parallel
+from .wrappers import without_parallel
 
 
 WEIGHTS_NAME = "weights.safetensors"
@@ -82,32 +83,34 @@ class BestWeights:
             _link(path, self.path)
 
 
-def _collect(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of the trained parameters in main memory."""
-    if is_sharded(model):
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-        return {name: tensor.contiguous() for name, tensor in get_model_state_dict(model, options=options).items()}
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in trained.items()}
+
+def _collect(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the trained parameters in main memory, whole ones of those that are sharded."""
+    weights = {}
+    for name, parameter in _trained(model).items():
+        whole = parameter.detach()
+        whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+        weights[name] = whole.to("cpu", copy=True).contiguous()
+    return weights
 
 
 @torch.no_grad()
 def _put_back(model: nn.Module, weights: dict[str, torch.Tensor], has_weights: bool) -> None:
     """Writes the tensors of the first process into the parameters of all."""
-    if is_sharded(model):
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
-        set_model_state_dict(model, weights, options=options)
-        return
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = _trained(model)
     if has_weights and trained.keys() != weights.keys():
         odd = sorted(trained.keys() ^ weights.keys())
         raise CheckpointError(f"The best weights are of another model: {', '.join(odd[:5])} are in one of the two.")
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     for name, parameter in trained.items():
+        if isinstance(parameter, DTensor):
+            whole = weights[name] if has_weights else torch.empty(parameter.shape, dtype=parameter.dtype)
+            whole = whole.to(parameter.device_mesh.device_type)
+            parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements))
+            continue
         if has_weights:
             parameter.copy_(weights[name])
         if several:

@@ -90,8 +90,7 @@ class LoraRecoveryCallback(TrainerCallback):
         self.dense, self.text, self.target, self.patience = dense, text, target, patience
         self.window, self.windows = window, {"max_windows": max_windows, "batch_size": batch_size}
         self.evaluations, self.output_dir, self.merge = evaluations, output_dir, merge
-        self.configuration: dict[str, Any] = {}  # goes into recovery.json as it is
-        self.training: dict[str, Any] = {}  # the same, over what is found out about the training
+        self.about: dict[str, Any] = {}  # goes into recovery.json as it is: configuration, data, ...
         self.session: Session | None = None
         self.report: dict[str, Any] | None = None
         self._trainer, self._tokenizer, self._active = None, None, False
@@ -122,9 +121,7 @@ class LoraRecoveryCallback(TrainerCallback):
         self.report, self._active = None, True
         self._steps = measuring_steps(state.max_steps, self.evaluations)
         if self._trainer is None:
-            session.warn(
-                "The Trainer of this callback was not found: recovery/* is in recovery.json, not in its logs."
-            )
+            session.warn("The Trainer of this callback was not found: recovery.json has the curve, its logs have not.")
             return
         trainer_access.keep_in_card(self._trainer, self._card_section)
         if measured:
@@ -212,8 +209,7 @@ class LoraRecoveryCallback(TrainerCallback):
             put_back_best(session, model, state.global_step)
         if self.merge:
             merged = self.output_dir or Path(args.output_dir) / RECOVERED_FOLDER
-        training = {**describe_training(args, state, model, seconds), **self.training}
-        self.report = build_report(session, training, self.configuration)
+        self.report = build_report(session, describe_training(args, state, model, seconds), self.about)
         try:
             if state.is_world_process_zero:
                 save_all(session, model, self._tokenizer, self.report, Path(args.output_dir), merged)
@@ -239,4 +235,4 @@ class LoraRecoveryCallback(TrainerCallback):
     def _card_section(self) -> str:
         from .save import card_section
 
-        return card_section(self.report or build_report(self.session, self.training, self.configuration))
+        return card_section(self.report or build_report(self.session, {}, self.about))

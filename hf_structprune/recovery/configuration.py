@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError
@@ -30,6 +31,7 @@ class RecoveryConfig:
         method (`str`): `"lora"` trains adapters on the labels of the data, `"qlora"` the same over a 4-bit base,
             `"full"` all weights, and `"distill"` makes the model predict what the dense one does.
         weights (`str`): What `"distill"` trains: `"lora"`, `"qlora"` or `"full"`.
+        bits (`int`): Of the frozen base under `"qlora"`: 4 (nf4) or 8.
         rank (`int`): Rank of the adapters.
         alpha (`int`): Their scale: updates are multiplied by `alpha / rank`.
         dropout (`float`): Dropout on the inputs of the adapters.
@@ -71,6 +73,7 @@ class RecoveryConfig:
 
     method: str = "lora"
     weights: str = "lora"
+    bits: int = 4
     rank: int = 8
     alpha: int = 16
     dropout: float = 0.05
@@ -118,6 +121,7 @@ class RecoveryConfig:
             ("epochs", 1e-6, 1e6), ("target", 1e-6, 1.0),
         ):  # fmt: skip
             _check_float(name, getattr(self, name), least, most)
+        _check_choice("bits", self.bits, (4, 8))
         if self.init_lora_weights is not None and not INITIALISATIONS.fullmatch(str(self.init_lora_weights)):
             raise ConfigurationError(
                 f"`init_lora_weights` is {self.init_lora_weights!r}; allowed values are gaussian, orthogonal, mica, "
@@ -150,6 +154,10 @@ class RecoveryConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    def to_public_dict(self) -> dict[str, Any]:
+        """The same with the names of local files in place of their paths: reports are published."""
+        return {**self.to_dict(), "text": _public_name(self.text)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RecoveryConfig:
@@ -208,9 +216,17 @@ class DistillationConfig:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    def to_public_dict(self) -> dict[str, Any]:
+        """The same with the name of the cache in place of its path."""
+        return {**self.to_dict(), "cache": None if self.cache is None else Path(self.cache).name}
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DistillationConfig:
         return _from_dict(cls, values)
+
+
+def _public_name(source: str) -> str:
+    return Path(source).name if Path(source).expanduser().exists() else source
 
 
 def _from_dict(cls: type, values: dict[str, Any]) -> Any:
@@ -223,9 +239,9 @@ def _from_dict(cls: type, values: dict[str, Any]) -> Any:
     return cls(**values)
 
 
-def _check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+def _check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
     if value not in allowed:
-        raise ConfigurationError(f"`{name}` is {value!r}; allowed values are {', '.join(allowed)}.")
+        raise ConfigurationError(f"`{name}` is {value!r}; allowed values are {', '.join(map(str, allowed))}.")
 
 
 def _check_int(name: str, value: Any, least: int) -> None:

@@ -104,3 +104,8 @@ def measuring_steps(max_steps: int, evaluations: int | None) -> frozenset[int]:
     """
     count = min(evaluations or 1, max_steps)
     return frozenset(math.ceil(max_steps * number / count) for number in range(1, count + 1))
+
+
+def exp(log_perplexity: float) -> float:
+    """The perplexity, infinite where the number is too large."""
+    return math.exp(log_perplexity) if log_perplexity < 700 else math.inf

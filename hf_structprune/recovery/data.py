@@ -192,10 +192,10 @@ def _encode(rows: Any, encoder: Encoder, report: DataReport) -> Any:
         return result
 
     features = datasets.Features({name: datasets.List(datasets.Value("int32")) for name in ("input_ids", "labels")})
-    # A name of its own for the result: nothing here may come from a cache, the counts would be missing.
+    # In memory and under a name of its own: neither the counts here nor what TRL makes of it may come from a cache.
     result = rows.map(
         encode, batched=True, with_indices=True, remove_columns=rows.column_names, features=features,
-        load_from_cache_file=False, new_fingerprint=uuid4().hex, desc="Tokenizing",
+        keep_in_memory=True, new_fingerprint=uuid4().hex, desc="Tokenizing",
     )  # fmt: skip
     report.sources = [counts[key] for key in sorted(counts)]
     report.notes += [f"{note} ({count:,} chats)" for note, count in answers.items()]

@@ -32,7 +32,7 @@ def put_back_best(session: Session, model: nn.Module, step: int) -> None:
         model: The model, as the last step left it.
         step: That step.
     """
-    if session.curve.is_worse:
+    if session.curve.is_worse and session.stopped is None:  # otherwise it has been said
         session.warn_worse()
     if session.kept.step != step or session.stopped == "nan":
         session.best.restore(model)
@@ -43,9 +43,7 @@ def measure_chosen(session: Session, model: nn.Module, state: TrainerState) -> N
     step = state.best_global_step
     chosen = Point(step, agreed(measure_now(session.watch, model, session.autocast)))
     session.kept = chosen
-    session.say(
-        f"The Trainer has loaded its best checkpoint, of step {step}: log-perplexity {chosen.log_perplexity:.4f}."
-    )
+    session.say(f"The Trainer has loaded its checkpoint of step {step}: log-perplexity {chosen.log_perplexity:.4f}.")
     if chosen.log_perplexity > session.curve.pruned:
         session.warn(
             f"The model is worse than before training: log-perplexity {chosen.log_perplexity:.4f} in the checkpoint "

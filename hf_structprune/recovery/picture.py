@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import os
 from typing import TYPE_CHECKING
 
 from ..evaluation.canvas import COLOURS, GREY, INK, make_panels, save, set_title, whole_numbers
-from .curve import RecoveryCurve
+from .curve import Point, RecoveryCurve, exp
 
 
 if TYPE_CHECKING:
@@ -30,19 +29,13 @@ def curve_figure(curve: RecoveryCurve, best_step: int | None = None) -> Figure:
         [p.step for p in points], [p.log_perplexity for p in points],
         color=COLOURS[0], linewidth=2, marker="o", markersize=4, zorder=3,
     )  # fmt: skip
-    _line(axis, curve.pruned, "pruned", COLOURS[5])
+    _line(axis, curve.pruned, "pruned", COLOURS[5], above=not curve.is_worse)
     if curve.dense is not None:
         _line(axis, curve.dense, "dense", COLOURS[2])
     kept = next((p for p in points if p.step == best_step), curve.best)
     axis.plot([kept.step], [kept.log_perplexity], marker="*", markersize=14, color=COLOURS[0], zorder=4)
-    share = curve.recovered(kept.log_perplexity)
-    back = "" if share is None else f", {100 * share:.0f} % back"
-    label = f"perplexity {math.exp(kept.log_perplexity):.2f}{back}"
-    right = kept.step > points[-1].step / 2
-    axis.annotate(
-        label, (kept.step, kept.log_perplexity), (0, 10), textcoords="offset points",
-        ha="right" if right else "left", fontsize=8, color=INK, zorder=5,
-    )  # fmt: skip
+    if kept.step:  # the pruned model has its own line
+        _label(axis, kept, curve.recovered(kept.log_perplexity), at_right=kept.step > points[-1].step / 2)
     axis.margins(x=0.02, y=0.12)
     axis.set_ylabel("log-perplexity of held-out text (nats)")
     axis.set_xlabel("training steps")
@@ -57,11 +50,21 @@ def draw_curve(curve: RecoveryCurve, path: str | os.PathLike, best_step: int | N
     save(curve_figure(curve, best_step), path)
 
 
-def _line(axis: Axes, height: float, name: str, colour: str) -> None:
+def _line(axis: Axes, height: float, name: str, colour: str, above: bool = True) -> None:
     axis.axhline(height, color=colour, linewidth=1.2, linestyle="--", zorder=2)
     axis.annotate(
-        f"{name}, perplexity {math.exp(height):.2f}", (0.5, height), (0, 3),
-        xycoords=axis.get_yaxis_transform(), textcoords="offset points", ha="center", fontsize=8, color=colour,
+        f"{name}, perplexity {exp(height):.2f}", (0.5, height), (0, 3 if above else -4),
+        xycoords=axis.get_yaxis_transform(), textcoords="offset points", ha="center",
+        va="bottom" if above else "top", fontsize=8, color=colour,
+    )  # fmt: skip
+
+
+def _label(axis: Axes, point: Point, share: float | None, at_right: bool) -> None:
+    """What a point is worth; below it, where nothing is if it is the best."""
+    back = "" if share is None else f", {100 * share:.0f} % back"
+    axis.annotate(
+        f"perplexity {exp(point.log_perplexity):.2f}{back}", (point.step, point.log_perplexity), (0, -9),
+        textcoords="offset points", ha="right" if at_right else "left", va="top", fontsize=8, color=INK, zorder=5,
     )  # fmt: skip
 
 

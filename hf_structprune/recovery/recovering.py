@@ -57,6 +57,7 @@ def recover(
     output_dir: str | os.PathLike,
     config: RecoveryConfig | None = None,
     *,
+    split: str = "train",
     dense: Any = None,
     teacher: Any = None,
     distillation: DistillationConfig | None = None,
@@ -75,6 +76,7 @@ def recover(
         dataset: Rows of chats, instructions or plain text: see `data.load_rows`; a list mixes several sources.
         output_dir: Folder of the recovered checkpoint. Checkpoints of the training go to `<output_dir>-training`.
         config: How to train. Default: LoRA on the labels.
+        split: Split of data sets that have several.
         dense: The model before pruning, to tell which share of the loss is back: a folder, a Hub id, a model, its
             perplexity on `config.text`, or a JSON with that perplexity. Default: the teacher, if there is one.
         teacher: What `method="distill"` learns from. Default: the model that the checkpoint records as its origin.
@@ -97,7 +99,7 @@ def recover(
     teacher = _find_teacher(model, teacher) if config.method == "distill" else None
     from .data import load_rows, prepare
 
-    rows = load_rows(dataset, max_samples=config.max_samples, seed=config.seed)
+    rows = load_rows(dataset, split=split, max_samples=config.max_samples, seed=config.seed)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     student = _load_student(model, config, trust_remote_code)
     prepared, about_data = prepare(
@@ -117,13 +119,10 @@ def recover(
         if dense is None or dense is teacher:
             dense = loaded.model
     callback = _callback(config, folder, dense)
-    callback.configuration = config.to_dict()
-    callback.training = {
-        "model": _name(model),
-        "data": about_data.to_dict(),
-        "teacher": (teacher_name or _name(teacher)) if teacher is not None else None,
-        "distillation": _public(distillation) if teacher is not None else None,
-    }
+    callback.configuration = config.to_public_dict()
+    callback.about = {"model": _name(model), "data": about_data.to_dict()}
+    if teacher is not None:
+        callback.about |= {"teacher": teacher_name or _name(teacher), "distillation": distillation.to_public_dict()}
     trainer = _trainer(student, tokenizer, prepared, config, training, callback, loaded, distillation)
     trainer.train(resume_from_checkpoint=checkpoint)
     return RecoveryResult(folder, callback.report)
@@ -178,7 +177,10 @@ def _load_student(model: str | os.PathLike, config: RecoveryConfig, trust_remote
         from .qlora import load_quantised
 
         compute = "bfloat16" if precision == "bf16" else str(DTYPES[precision]).removeprefix("torch.")
-        return load_quantised(model, dtype=compute, trust_remote_code=trust_remote_code)
+        return load_quantised(
+            model, bits=config.bits, dtype=compute, gradient_checkpointing=config.gradient_checkpointing,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
     frozen = config.trained == "lora" and precision != "fp16"
     dtype = DTYPES[precision] if frozen else torch.float32
     return load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -229,12 +231,6 @@ def _trainer(
     from .distillation.trainer import DistillationSFTTrainer
 
     return DistillationSFTTrainer(**options, teacher=teacher, distillation=distillation)
-
-
-def _public(distillation: DistillationConfig) -> dict[str, Any]:
-    """The settings with the cache's name in place of its path: reports are published."""
-    cache = distillation.cache and Path(distillation.cache).name
-    return dataclasses.replace(distillation, cache=cache).to_dict()
 
 
 def _name(model: Any) -> str | None:

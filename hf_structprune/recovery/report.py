@@ -27,15 +27,13 @@ SCHEMA_VERSION = 1
 REPORT_NAME, PICTURE_NAME = "recovery.json", "recovery.png"
 
 
-def build_report(
-    session: Session, training: dict[str, Any], configuration: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def build_report(session: Session, training: dict[str, Any], about: dict[str, Any] | None = None) -> dict[str, Any]:
     """The report as it is saved.
 
     Args:
         session: The training.
         training: See `describe_training`.
-        configuration: `RecoveryConfig.to_dict()`, where there is one.
+        about: More that belongs into it: `configuration` (`RecoveryConfig.to_dict()`), `data`, ...
     """
     return {
         "schema_version": SCHEMA_VERSION,
@@ -44,9 +42,11 @@ def build_report(
         "stopped": session.stopped,
         "best_step": session.kept.step,
         "recovered": session.curve.recovered(session.kept.log_perplexity),
-        "configuration": configuration or {},
+        "configuration": {},
         "training": training,
+        **(about or {}),
         "versions": _versions(),
+        **(about or {}),
     }
 
 

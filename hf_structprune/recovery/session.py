@@ -14,7 +14,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .best import BestWeights
-from .curve import Point, RecoveryCurve
+from .curve import Point, RecoveryCurve, exp
 from .watch import Watch
 from .wrappers import as_before_training
 
@@ -105,7 +105,7 @@ class Session:
         self.say_measured(was_worse)
         self.stopped = self.stopped or self.curve.verdict(target=self.target, patience=self.patience)
         if self.stopped:
-            self.say(f"Recovery stops after step {step}: {REASONS[self.stopped]}; {self.in_words()}.")
+            self.warn(f"Recovery stops after step {step}: {REASONS[self.stopped]}; {self.in_words()}.")
         return value
 
     def keep(self, model: nn.Module, point: Point) -> None:
@@ -187,8 +187,3 @@ def agreed(value: Any) -> Any:
     values = [value]
     torch.distributed.broadcast_object_list(values, src=0)
     return values[0]
-
-
-def exp(value: float) -> float:
-    """`exp`, infinite where the number is too large."""
-    return math.exp(value) if value < 700 else math.inf

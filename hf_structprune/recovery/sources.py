@@ -174,10 +174,10 @@ def _mix(sources: list[tuple[Any, float | None]], split: str, max_samples: int |
     names = _distinct([rows.info.dataset_name for rows in opened])
     shares = [share for _, share in sources]
     counts = mix_counts([len(rows) for rows in opened], shares, max_samples)
-    for name, rows, count, share in zip(names, opened, counts, shares, strict=True):
+    reason = "no row is taken twice, and the shares ask for so many" if any(shares) else "`max_samples` asks for fewer"
+    for name, rows, count in zip(names, opened, counts, strict=True):
         if count < len(rows):
-            part = "" if share is None else f" for its share of {share:g}"
-            logger.warning(f"Of {name} {count:,} of {len(rows):,} rows are taken{part}.")
+            logger.warning(f"Of {name} {count:,} of {len(rows):,} rows are taken: {reason}.")
     # Which rows of a source are drawn does not depend on the other sources.
     drawn = [
         rows if count == len(rows) else rows.select(sorted(random.Random(seed).sample(range(len(rows)), count)))

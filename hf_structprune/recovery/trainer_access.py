@@ -16,7 +16,6 @@ from ..files import write_text
 
 _FRAMES = 12  # from an event up to the Trainer there are two, and one for each function of ours
 _ORIGINAL = "_without_recovery"
-BEGIN, END = "<!-- hf_structprune: recovery -->", "<!-- hf_structprune: end of recovery -->"
 
 
 def calling_trainer(callback: TrainerCallback) -> tuple[Trainer | None, str | None]:
@@ -83,7 +82,15 @@ def keep_in_card(trainer: Trainer, section: Callable[[], str]) -> None:
 
 
 def with_section(card: str, section: str) -> str:
-    """A card that ends with a section between two marks; one that is there already is replaced."""
-    before, mark, rest = card.partition(BEGIN)
-    after = rest.partition(END)[2] if mark else ""
-    return f"{before.rstrip()}\n\n{BEGIN}\n{section.strip()}\n{END}\n{after.lstrip()}"
+    """A card with a section that is in it once: in the place of an earlier one, or else at the end.
+
+    Args:
+        card: The card.
+        section: Its first and its last line are comments by which an earlier one is found.
+    """
+    lines = section.strip().splitlines()
+    before, begin, rest = card.partition(lines[0])
+    _, end, after = rest.partition(lines[-1])
+    if begin and end:
+        return f"{before}{section.strip()}{after}"
+    return f"{card.rstrip()}\n\n{section.strip()}\n"

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..errors import ConfigurationError
 from ..evaluation.encoding import encode
@@ -111,7 +112,7 @@ class Watch:
             )
         plain = _Whole(model) if is_sharded(model) else model
         mixed = contextlib.nullcontext() if autocast is None else torch.autocast(plain.device.type, autocast)
-        with unchanged_randomness(), mixed:
+        with unchanged_randomness(), _without_bars(), mixed:
             counts = [self.window - 1] * len(self.ids)
             losses = window_losses(plain, self.ids, counts, self.batch_size)
         return float(losses.sum() / self.tokens)
@@ -135,6 +136,18 @@ def unchanged_randomness() -> Iterator[None]:
         torch.set_rng_state(states[2])
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """No progress bars: the training has one."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 class _Whole(nn.Module):

@@ -33,12 +33,9 @@ def underneath(model: nn.Module) -> nn.Module:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether this process holds only a part of the weights (FSDP)."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
+    """Whether this process holds only a part of the weights (FSDP2)."""
     from torch.distributed.tensor import DTensor
 
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        return True
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
@@ -46,8 +43,11 @@ def check_trainable(model: nn.Module) -> None:
     """Refuses, before training, what cannot be kept or merged.
 
     Raises:
-        ConfigurationError: Nothing is trained, a prompt is trained, or the weights are split by DeepSpeed's stage 3.
+        ConfigurationError: Nothing is trained, a prompt is trained, or the weights are split by version 1 of FSDP or
+            stage 3 of DeepSpeed.
     """
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
     model = without_parallel(model)
     for name, config in getattr(model, "peft_config", {}).items():
         if getattr(config, "is_prompt_learning", False):
@@ -55,11 +55,15 @@ def check_trainable(model: nn.Module) -> None:
                 f"The adapter {name!r} is a {config.peft_type} prompt, which cannot be merged into the weights: train "
                 "LoRA, DoRA or all weights."
             )
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise ConfigurationError(
-            "DeepSpeed's ZeRO stage 3 splits the weights in a way that the best ones cannot be kept: use stage 2, or "
-            "FSDP."
-        )
+    for there, name in (
+        (any(hasattr(parameter, "ds_id") for parameter in model.parameters()), "DeepSpeed's ZeRO stage 3"),
+        (any(isinstance(module, FullyShardedDataParallel) for module in model.modules()), "version 1 of FSDP"),
+    ):
+        if there:
+            raise ConfigurationError(
+                f"The weights are split by {name}, so that the best ones cannot be kept: use ZeRO stage 2, or "
+                "`fsdp_version: 2`."
+            )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigurationError("No parameter of the model requires gradients, so there is nothing to train.")
 

@@ -89,7 +89,7 @@ def test_every_method_brings_quality_back(checkpoints, changes):
     assert parameters(result.folder) == parameters(checkpoints / "pruned") < parameters(checkpoints / "dense")
     assert (result.folder / PICTURE_NAME).is_file() and (result.folder / "pruning_plan.json").is_file()
     report = json.loads((result.folder / RECOVERY_NAME).read_text())
-    assert report == result.report
+    assert result.report.items() <= report.items()
     assert report["configuration"]["max_steps"] == 12
     assert str(checkpoints) not in json.dumps(report)  # published: names, no paths
     card = (result.folder / "README.md").read_text()
@@ -118,7 +118,7 @@ def test_training_that_makes_it_worse_gives_the_pruned_model_back(checkpoints):
     assert result.report["best_step"] == 0
     pruned, kept = (AutoModelForCausalLM.from_pretrained(f) for f in (checkpoints / "pruned", result.folder))
     assert all(torch.equal(a, b) for a, b in zip(pruned.parameters(), kept.parameters(), strict=True))
-    assert "worse" in (result.folder / "README.md").read_text()
+    assert "**Training did not help.**" in (result.folder / "README.md").read_text()
 
 
 def test_nothing_is_written_over_without_being_asked(checkpoints):

@@ -1,0 +1,340 @@
+"""The callback in trainings of a tiny model: what it measures, logs, keeps, stops and leaves alone."""
+
+import json
+import math
+
+import pytest
+import torch
+from training_setup import (
+    Listener,
+    Spoil,
+    losses,
+    make_callback,
+    make_lora,
+    make_tiny,
+    make_trainer,
+    rows,
+    tokenizer,
+)
+from watching import WATCH
+
+from hf_structprune.errors import ConfigurationError
+from hf_structprune.recovery.callback import METRIC, LoraRecoveryCallback
+
+
+def run(folder, callback, **options):
+    trainer = make_trainer(folder, callback, **options)
+    trainer.train()
+    return trainer
+
+
+def steps(callback):
+    return [point.step for point in callback.session.curve.points]
+
+
+def values(callback):
+    return [point.log_perplexity for point in callback.session.curve.points]
+
+
+def test_report(tmp_path):
+    callback = make_callback(dense=20.0)
+    callback.about = {"configuration": {"method": "lora"}, "data": ["tiny"]}
+    trainer = run(tmp_path, callback)
+    report = json.loads((tmp_path / "recovery.json").read_text())
+    assert report == callback.report
+    curve = report["curve"]
+    assert curve["pruned"] == WATCH.measure(make_tiny()) and curve["dense"] == math.log(20)
+    assert [point["step"] for point in curve["points"]] == [2, 4, 6, 8]
+    assert curve["points"][-1]["log_perplexity"] == WATCH.measure(trainer.model) < curve["pruned"]
+    lost = curve["pruned"] - curve["dense"]
+    assert report["recovered"] == pytest.approx((curve["pruned"] - curve["points"][-1]["log_perplexity"]) / lost)
+    assert report["best_step"] == 8 and report["stopped"] is None
+    assert report["text"]["windows"] == 4 and report["text"]["name"] == "held-out"
+    assert report["configuration"] == {"method": "lora"} and report["data"] == ["tiny"]
+    assert report["training"]["method"] == "lora" and report["training"]["steps"] == 8
+    assert str(tmp_path) not in json.dumps(report)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recovery.json", "recovery.png", "recovery_best"]
+
+
+def test_everyone_sees_the_logs(tmp_path):
+    before, after = Listener(), Listener()
+    callback = make_callback(dense=20.0)
+    trainer = make_trainer(tmp_path, callback, callbacks=[before])
+    trainer.add_callback(after)
+    trainer.train()
+    for logs in (before.logs, after.logs, [(line["step"], line) for line in trainer.state.log_history]):
+        ours = [(step, line) for step, line in logs if "recovery/log_perplexity" in line]
+        assert [step for step, _ in ours] == [0, 2, 4, 6, 8]
+        assert [line["recovery/log_perplexity"] for _, line in ours[1:]] == values(callback)
+        assert ours[0][1]["recovery/recovered"] == 0 and ours[-1][1]["recovery/recovered"] > 0
+        assert ours[-1][1]["recovery/perplexity"] == pytest.approx(math.exp(values(callback)[-1]))
+
+
+def test_evaluations_of_the_trainer(tmp_path):
+    callback = make_callback()
+    trainer = run(tmp_path, callback, eval_strategy="steps", eval_steps=3)
+    assert steps(callback) == [3, 6, 8]
+    trainer.evaluate()  # outside of training nothing is measured
+    assert steps(callback) == [3, 6, 8]
+
+
+def test_evaluation_every_epoch_and_several_sets(tmp_path):
+    callback = make_callback()
+    trainer = make_trainer(tmp_path, callback, eval_strategy="epoch", max_steps=-1, num_train_epochs=2)
+    trainer.eval_dataset = {"a": rows(8), "b": rows(4)}
+    trainer.train()
+    assert steps(callback) == [8, 16]
+    assert sum("recovery/perplexity" in logs for logs in trainer.state.log_history) == 3
+
+
+def test_only_at_the_end(tmp_path):
+    callback = make_callback(evaluations=None)
+    run(tmp_path, callback)
+    assert steps(callback) == [8]
+
+
+@pytest.mark.parametrize("evaluated", ["no", "steps"])
+def test_measuring_changes_nothing(tmp_path, evaluated):
+    options = {"eval_strategy": evaluated, "eval_steps": 2, "gradient_accumulation_steps": 2, "max_steps": 6}
+    plain = make_trainer(tmp_path / "a", model=make_lora(dropout=0.3), **options)
+    plain.train()
+    watched = make_trainer(tmp_path / "b", make_callback(patience=None), model=make_lora(dropout=0.3), **options)
+    watched.train()
+    assert losses(watched) == losses(plain) and len(losses(plain)) == 6
+    for one, other in zip(plain.model.parameters(), watched.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_accumulated_steps_are_steps(tmp_path):
+    callback = make_callback(evaluations=2)
+    run(tmp_path, callback, gradient_accumulation_steps=2, max_steps=4)
+    assert steps(callback) == [2, 4]
+
+
+def test_stops_at_the_target(tmp_path):
+    free = make_callback(dense=20.0)
+    run(tmp_path / "a", free)
+    share = free.session.curve.recovered(values(free)[1])
+    callback = make_callback(dense=20.0, target=share * 0.999)
+    trainer = run(tmp_path / "b", callback)
+    assert trainer.state.global_step == 4 and callback.report["stopped"] == "target"
+    assert values(callback) == values(free)[:2]
+
+
+def test_stops_when_it_gets_worse_and_puts_the_best_back(tmp_path, caplog):
+    callback = make_callback(patience=2)
+    with caplog.at_level("INFO"):
+        trainer = run(tmp_path, callback, callbacks=[Spoil(4, 3.0)], max_steps=16, logging_steps=100)
+    assert trainer.state.global_step == 8 and callback.report["stopped"] == "worse"
+    assert values(callback)[1] > callback.session.curve.pruned
+    assert callback.report["best_step"] == 0
+    assert WATCH.measure(trainer.model) == callback.session.curve.pruned
+    assert "worse than before training" in caplog.text and "keeping the pruned model" in caplog.text
+
+
+def test_puts_the_best_of_the_middle_back(tmp_path, caplog):
+    callback = make_callback(patience=None)
+    with caplog.at_level("WARNING"):
+        trainer = run(tmp_path, callback, callbacks=[Spoil(5, 3.0)])
+    assert callback.report["best_step"] == 4
+    assert WATCH.measure(trainer.model) == pytest.approx(values(callback)[1], abs=1e-6)
+    assert "keeping the best of step 4" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["model", "loss"])
+def test_nan_stops_and_keeps_the_best(tmp_path, caplog, name):
+    class BadLoss(Listener):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 5:
+                parameter = next(p for p in model.parameters() if p.requires_grad)
+                with torch.no_grad():
+                    parameter.fill_(math.nan)
+
+    callback = make_callback(evaluations=4)
+    with caplog.at_level("WARNING"):
+        trainer = run(
+            tmp_path, callback, callbacks=[BadLoss()], logging_nan_inf_filter=False,
+            logging_steps=1 if name == "loss" else 100, max_grad_norm=1.0,
+        )  # fmt: skip
+    assert trainer.state.global_step == 6 and callback.report["stopped"] == "nan"
+    assert callback.report["best_step"] == 4 and steps(callback) == [2, 4]
+    assert WATCH.measure(trainer.model) == pytest.approx(values(callback)[-1], abs=1e-6)
+    assert "Recovery stops after step 6" in caplog.text and "keeping the best of step 4" in caplog.text
+    json.loads((tmp_path / "recovery.json").read_text())
+
+
+def test_full_training(tmp_path):
+    callback = make_callback(patience=None)
+    trainer = run(tmp_path, callback, model=make_tiny(), callbacks=[Spoil(7, 3.0)], learning_rate=1e-2)
+    assert callback.report["training"]["method"] == "full" and callback.report["best_step"] == 6
+    assert WATCH.measure(trainer.model) == pytest.approx(values(callback)[2], abs=1e-6)
+
+
+def test_load_best_model_at_end(tmp_path, caplog):
+    callback = make_callback(patience=None)
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    with caplog.at_level("WARNING"):
+        trainer = run(
+            tmp_path, callback, callbacks=[Spoil(5, 3.0)], load_best_model_at_end=True, metric_for_best_model=METRIC,
+            **options,
+        )  # fmt: skip
+    assert trainer.state.best_global_step == 4 == callback.report["best_step"]
+    assert trainer.state.best_metric == values(callback)[1] and trainer.args.greater_is_better is False
+    assert "greater_is_better" in caplog.text
+    assert WATCH.measure(trainer.model) == pytest.approx(values(callback)[1], abs=1e-6)
+
+
+def test_the_trainers_choice_stands(tmp_path, caplog):
+    callback = make_callback(patience=None)
+    options = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4}
+    trainer = run(
+        tmp_path, callback, load_best_model_at_end=True, metric_for_best_model=METRIC.replace("log_", "worst_"),
+        callbacks=[Spoil(5, 3.0), Worst()], greater_is_better=True, **options,
+    )  # fmt: skip
+    assert trainer.state.best_global_step == 8 == callback.report["best_step"]
+    assert WATCH.measure(trainer.model) == pytest.approx(values(callback)[-1], abs=1e-6)
+
+
+class Worst(Listener):
+    """Adds a metric by which the worst model is the best."""
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        metrics[METRIC.replace("log_", "worst_")] = float(state.global_step)
+
+
+@pytest.fixture
+def saved(monkeypatch):
+    """Stand-ins for merging and saving that say what they were called with."""
+    import sys
+    import types
+
+    calls = {}
+
+    def merge_adapter(model, *, dtype=None):
+        calls["value"], calls["model"] = WATCH.measure(model), model
+        return model
+
+    def save_recovered(model, tokenizer, folder, *, source, report, picture=None):
+        calls.update(folder=folder, source=source, report=report, picture=picture, tokenizer=tokenizer)
+
+    def card_section(report):
+        return f"<!-- a -->\n## Recovery {report['best_step']}\n<!-- z -->"
+
+    for name, content in (
+        ("merge", {"merge_adapter": merge_adapter}),
+        (
+            "save",
+            {"save_recovered": save_recovered, "card_section": lambda report: f"## Recovery {report['best_step']}"},
+        ),
+    ):
+        module = types.ModuleType(f"hf_structprune.recovery.{name}")
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return calls
+
+
+def test_merges_and_saves_the_best(tmp_path, saved):
+    callback = make_callback(merge=True, patience=None)
+    trainer = run(tmp_path, callback, callbacks=[Spoil(5, 3.0)])
+    assert saved["value"] == pytest.approx(values(callback)[1], abs=1e-6)
+    assert saved["model"] is trainer.model
+    assert saved["folder"] == tmp_path / "recovered" and saved["source"] is None
+    assert saved["report"] == callback.report
+    saved["picture"](tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "recovery.png").read_bytes()
+    trainer.create_model_card()
+    assert (tmp_path / "README.md").read_text().count("## Recovery 4") == 1
+
+
+def test_source_is_the_pruned_checkpoint(tmp_path, saved):
+    make_tiny().save_pretrained(tmp_path / "pruned")
+    (tmp_path / "pruned" / "pruning_plan.json").write_text("{}")
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "pruned"), LoraConfig(target_modules="all-linear")
+    )
+    run(tmp_path / "out", make_callback(merge=True, output_dir=tmp_path / "there"), model=model, max_steps=1)
+    assert saved["source"] == tmp_path / "pruned" and saved["folder"] == tmp_path / "there"
+
+
+def test_two_trainings_with_one_callback(tmp_path):
+    callback = make_callback(evaluations=1)
+    trainer = make_trainer(tmp_path, callback, max_steps=2)
+    trainer.train()
+    first = callback.report
+    trainer.train()
+    assert callback.report["curve"]["pruned"] == first["curve"]["pruned"]
+    assert len(callback.report["curve"]["points"]) == 1
+
+
+def test_sft_trainer(tmp_path):
+    from datasets import Dataset
+    from peft import LoraConfig
+    from training_setup import LETTERS
+    from trl import SFTConfig, SFTTrainer
+
+    options = {
+        "max_steps": 4, "per_device_train_batch_size": 2, "report_to": "none", "logging_steps": 2, "bf16": False,
+        "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "max_length": 32, "learning_rate": 2e-2,
+        "gradient_checkpointing": False,
+    }  # fmt: skip
+    data = Dataset.from_list([{"text": LETTERS[i : i + 30]} for i in range(16)])
+
+    def train(name, callbacks):
+        torch.manual_seed(0)
+        trainer = SFTTrainer(
+            make_tiny(), SFTConfig(str(tmp_path / name), **options), train_dataset=data, callbacks=callbacks,
+            processing_class=tokenizer(), peft_config=LoraConfig(target_modules="all-linear"),
+        )  # fmt: skip
+        trainer.train()
+        return trainer
+
+    callback = make_callback(dense=20.0, evaluations=4)
+    watched, plain = train("a", [callback]), train("b", [])
+    assert callback.session.curve.pruned == WATCH.measure(make_tiny())
+    assert steps(callback) == [1, 2, 3, 4] and callback.report["training"]["tokens"] > 0
+    own = [
+        {k: v for k, v in logs.items() if not k.startswith("train_")}
+        for logs in watched.state.log_history
+        if "loss" in logs
+    ]
+    assert own == [logs for logs in plain.state.log_history if "loss" in logs]
+
+
+def test_refuses_before_training(tmp_path):
+    for options, message in (
+        ({"evaluations": 0}, "`evaluations` is 0"),
+        ({"patience": 0}, "`patience` is 0"),
+        ({"target": 0.5}, "give `dense` too"),
+        ({"target": 1.5, "dense": 3.0}, "`target` is 1.5"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            LoraRecoveryCallback(**options)
+    trainer = make_trainer(tmp_path, make_callback())
+    trainer.processing_class = trainer.callback_handler.processing_class = trainer.data_collator.tokenizer = None
+    with pytest.raises(ConfigurationError, match="processing_class"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_broken_from_the_start(tmp_path):
+    model = make_lora()
+    torch.nn.init.constant_(model.get_base_model().lm_head.weight, math.nan)
+    with pytest.raises(ConfigurationError, match="broken before training"):
+        make_trainer(tmp_path, make_callback(), model=model).train()
+
+
+def test_window_of_the_context(tmp_path, caplog):
+    callback = make_callback(window=512)
+    with caplog.at_level("WARNING"):
+        run(tmp_path, callback, max_steps=1)
+    assert callback.report["text"]["window"] == 64 and "context is 64 tokens" in caplog.text
+
+
+def test_a_dense_model_that_is_no_better_is_said(tmp_path, caplog):
+    callback = make_callback(dense=1000.0)
+    with caplog.at_level("WARNING"):
+        run(tmp_path, callback, max_steps=1)
+    assert "no share to bring back" in caplog.text and callback.report["recovered"] is None
