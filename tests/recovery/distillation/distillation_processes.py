@@ -1,6 +1,6 @@
 """One optimiser step of distillation on four rows, by as many processes as started this; writes what came out.
 
-Not a test: run by test_two_processes.py.
+Not a test: run by test_distillation_processes.py.
 """
 
 import json
@@ -24,9 +24,8 @@ CASES = ("lora", "full, cached")
 def main(folder: Path, processes: int) -> None:
     for case in CASES:
         lora = case == "lora"
-        config = DistillationConfig(
-            label_weight=0.3, temperature=2.0, top_k=128, hidden_weight=0.5 * lora, cache=cache
-        )
+        followed = {"hidden_weight": 0.5} if lora else {"cache": str(folder / "cache"), "top_k": 128}
+        config = DistillationConfig(label_weight=0.3, temperature=2.0, **followed)
         trainer = make_trainer(
             folder / "out", build_tokenizer(), make_llama(24, 0), make_llama(48, 1), config=config,
             per_device_train_batch_size=4 // processes, peft_config=peft.LoraConfig(**LORA) if lora else None,
