@@ -2,11 +2,12 @@
 
     python benchmarks/distillation.py
 
-At the size of SmolLM2-135M's head (hidden 576, vocabulary 49152) with 2048 tokens and a teacher that has the same
-head: `chunked` is this package's loss, `chunked top-64` the same with a cached teacher, `trl` the per-token divergence
-of `trl.kernels.chunked_divergence`, and `naive` is `kl_div` of the logits of the whole batch. Each runs in a process
-of its own on one thread; seconds are the best of some repetitions, memory is the peak of the resident memory above
-that before the first one. Results go to benchmarks/results/distillation.json.
+At the size of SmolLM2-135M's head (hidden 576, vocabulary 49152) with 2048 tokens and a teacher with the same head:
+`chunked` is this package's loss, `chunked top-64` the same with a cached teacher, `trl` the per-token divergence of
+`trl.kernels.chunked_divergence`, and `naive` is `kl_div` of the logits of the whole batch. Each runs in a process of
+its own on one thread; seconds are the best of some repetitions, memory is the peak of the resident memory above that
+before the first one. Results go to benchmarks/results/distillation.json, with the load average of the machine: other
+work slows all of them.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def main() -> None:
             rows.append({"variant": variant, "head_trained": train_head, **_in_a_process(variant, train_head, args)})
             print(rows[-1], file=sys.stderr)
     setting = {"hidden": HIDDEN, "vocab": VOCAB, "tokens": TOKENS, "dtype": args.dtype, "threads": 1}
+    setting["load_average_of_15_minutes"] = round(os.getloadavg()[2], 2)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cpu": _cpu()}
     write_text(RESULTS, json.dumps({"setting": setting, "versions": versions, "rows": rows}, indent=2) + "\n")
     _show(rows)
