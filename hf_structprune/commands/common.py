@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -195,6 +196,20 @@ def results_only_on_stdout() -> Iterator[None]:
     """Sends what libraries print while they work to stderr."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
+
+
+@contextlib.contextmanager
+def speaking() -> Iterator[None]:
+    """Lets the package say on stderr what it does; as a library it says only what is amiss."""
+    logger, handler = logging.getLogger(__name__.partition(".")[0]), logging.StreamHandler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def console() -> Console:

@@ -12,7 +12,7 @@ from rich.table import Table
 from ..errors import ConfigurationError
 from ..recovery.configuration import DistillationConfig, RecoveryConfig
 from .arguments import parse
-from .common import results_only_on_stdout, show
+from .common import results_only_on_stdout, show, speaking
 
 
 @dataclass
@@ -55,7 +55,7 @@ def run(argv: Sequence[str]) -> None:
     _check(command)
     from ..recovery.recovering import recover
 
-    with results_only_on_stdout():
+    with results_only_on_stdout(), speaking():
         result = recover(
             command.model, list(command.dataset), command.output_dir, config,
             split=command.split, dense=_dense(command.dense), teacher=command.teacher, distillation=distillation,

@@ -22,7 +22,7 @@ from ..plan import PruningPlan
 from ..recipe import RECIPE_NAME, Recipe, RecoverySection
 from .arguments import parse
 from .benchmark import take_turns_apart
-from .common import ModelArguments, check_output_dir, check_ratio, console, load_pruner, load_shapes
+from .common import ModelArguments, check_output_dir, check_ratio, console, load_pruner, load_shapes, speaking
 from .demo_model import find_model
 from .recipe_recovery import check_section, recover_section, recovered_already
 from .subjects import Subject
@@ -112,7 +112,8 @@ class _Run:
         folder = Path(section.output_dir)
         if not recovered_already(section, self.again):
             self.out.print(f"Recovering {self.folder} ...")
-            recover_section(section, self.folder, self.source, self.base, self.again)
+            with speaking():
+                recover_section(section, self.folder, self.source, self.base, self.again)
         if self.recipe.evaluation is not None:
             self._evaluate_folder(folder, "recovered")
         self._describe(folder)

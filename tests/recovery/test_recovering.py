@@ -174,7 +174,9 @@ def test_the_command_prints_one_object(checkpoints, capsys):
     argv = ["recover", str(checkpoints / "pruned"), "--dataset", str(checkpoints / "data.jsonl"), "--output-dir"]
     argv += [str(checkpoints / "out"), "--dense", str(checkpoints / "dense"), "--json", *arguments]
     assert cli.main([*argv, f"--text={checkpoints / 'watched.txt'}"]) == 0
-    data = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    assert "data.jsonl (instruction): 24 rows, 24 sequences" in printed.err and "Before training" in printed.err
+    data = json.loads(printed.out)
     assert data["curve"]["dense"] < data["curve"]["pruned"] and math.isfinite(data["curve"]["pruned"])
 
 
