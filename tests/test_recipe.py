@@ -1,14 +1,19 @@
 """Recipes: reading, variables, mistakes, and the committed ones on shapes."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+import yaml
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig
 
 from hf_structprune import PruningConfig, StructuredPruner
+from hf_structprune.commands import cli
 from hf_structprune.errors import ConfigurationError
 from hf_structprune.recipe import Recipe, substitute
+from hf_structprune.recovery.configuration import DistillationConfig, RecoveryConfig
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -110,3 +115,88 @@ def test_recipe_of_the_study_gives_the_published_counts(monkeypatch, criterion, 
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     assert StructuredPruner.from_pretrained(model, recipe.pruning).plan(recipe.ratio).parameters_after == parameters
+
+
+def test_section_recover(tmp_path):
+    section = (
+        "recover:\n  dataset: [a.jsonl@0.5, b.jsonl@0.5]\n  method: distill\n  distillation: {temperature: 2.0}\n"
+    )
+    recovery = load(tmp_path, MINIMAL + section).recovery
+    assert recovery.dataset == ["a.jsonl@0.5", "b.jsonl@0.5"] and recovery.split == "train"
+    assert recovery.output_dir == "out-recovered"
+    assert recovery.config == RecoveryConfig(method="distill")
+    assert recovery.distillation == DistillationConfig(temperature=2.0)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("recover: {method: lora}", "`recover` needs a `dataset`"),
+        ("recover: {dataset: d, ranks: 8}", "`ranks` is not an option of `recover`"),
+        ("recover: {dataset: d, distillation: {temp: 2}}", "`temp` is not an option of `recover.distillation`"),
+        ("recover: {dataset: d, rank: 0}", "`rank` is 0"),
+        ("recover: d", "`recover` is 'd'"),
+    ],
+)
+def test_mistakes_in_the_section_recover(tmp_path, section, message):
+    with pytest.raises(ConfigurationError, match=re.escape(message)):
+        load(tmp_path, MINIMAL + section)
+
+
+def test_no_section_recover_no_recovery(tmp_path):
+    assert load(tmp_path, MINIMAL).recovery is None
+
+
+STUDIES = ["llama-2-7b-chat", "llama-3-8b-instruct", "mistral-7b-instruct"]
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_recipes_of_the_depth_study_have_its_settings(study):
+    lora = Recipe.load(RECIPES / study / "prune-lora.yaml").recovery.config
+    assert (lora.rank, lora.alpha, lora.dropout, lora.learning_rate) == (8, 16, 0.1, 1e-4)
+    assert (lora.batch_size, lora.micro_batch_size, lora.epochs, lora.max_length) == (4, 1, 1, 768)
+    qlora = Recipe.load(RECIPES / study / "prune-qlora.yaml").recovery
+    assert qlora.split == "train_sft" and qlora.config.max_samples == 10_000
+    assert (qlora.config.bits, qlora.config.rank, qlora.config.alpha, qlora.config.dropout) == (8, 64, 16, 0.1)
+    assert qlora.config.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert (qlora.config.learning_rate, qlora.config.scheduler, qlora.config.max_length) == (2e-5, "cosine", 2048)
+
+
+def test_recipe_of_the_llm_pruner_study_recovers_as_its_recipe():
+    config = Recipe.load(RECIPES / "tinyllama-1.1b-chat" / "study-recovered.yaml").recovery.config
+    assert (config.rank, config.alpha, config.dropout, config.learning_rate) == (8, 16, 0.05, 1e-4)
+    assert (config.epochs, config.batch_size, config.max_length, config.prompt_loss) == (2, 64, 256, False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe",
+    ["tinyllama-1.1b-chat/study-recovered", *(f"{s}/prune-{m}" for s in STUDIES for m in ("lora", "qlora"))],
+)
+def test_recipes_run_on_tiny_models(recipe, tiny_llama, make_tokenizer, tmp_path, monkeypatch):
+    """A stand-in of the right class goes through what the recipe says, with one step of training."""
+    pytest.importorskip("trl")
+    if "qlora" in recipe:
+        pytest.importorskip("bitsandbytes")
+    mistral = "mistral" in recipe
+    config = tiny_llama.config.to_dict() | {"num_hidden_layers": 20, "model_type": "mistral" if mistral else "llama"}
+    config = (MistralConfig if mistral else LlamaConfig)(**{**config, "max_position_embeddings": 4096})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    make_tokenizer().save_pretrained(tmp_path / "dense")
+    rows = [{"instruction": f"Say {n}.", "input": "", "output": "All right, here it is."} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.setenv("DATA", str(tmp_path / "rows.jsonl"))
+    monkeypatch.setenv("WATCHED", str(tmp_path / "text.txt"))
+    content = yaml.safe_load(substitute((RECIPES / f"{recipe}.yaml").read_text()))
+    content["model"] = {**(content["model"] if isinstance(content["model"], dict) else {}), "device_map": None}
+    content["model"] |= {"model": str(tmp_path / "dense"), "dtype": "fp32"}
+    content["prune"]["calibration"] = {"num_samples": 4, "length": 16}
+    content["recover"] |= {"max_steps": 1, "evaluations": 1, "precision": "fp32"}
+    del content["evaluate"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    assert cli.main(["run", str(tmp_path / "recipe.yaml")]) == 0
+    folder = Recipe.load(tmp_path / "recipe.yaml").recovery.output_dir
+    assert "## Recovery" in (Path(folder) / "README.md").read_text()
+    AutoModelForCausalLM.from_pretrained(folder)

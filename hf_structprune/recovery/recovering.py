@@ -119,8 +119,11 @@ def recover(
         if dense is None or dense is teacher:
             dense = loaded.model
     callback = _callback(config, folder, dense)
-    callback.configuration = config.to_public_dict()
-    callback.about = {"model": _name(model), "data": about_data.to_dict()}
+    callback.about = {
+        "configuration": config.to_public_dict(),
+        "model": _name(model),
+        "data": about_data.to_dict(),
+    }
     if teacher is not None:
         callback.about |= {"teacher": teacher_name or _name(teacher), "distillation": distillation.to_public_dict()}
     trainer = _trainer(student, tokenizer, prepared, config, training, callback, loaded, distillation)

@@ -44,7 +44,6 @@ def build_report(session: Session, training: dict[str, Any], about: dict[str, An
         "recovered": session.curve.recovered(session.kept.log_perplexity),
         "configuration": {},
         "training": training,
-        **(about or {}),
         "versions": _versions(),
         **(about or {}),
     }
