@@ -2,20 +2,12 @@
 
     python benchmarks/distillation.py
 
-<<<<<<< HEAD
 At the size of SmolLM2-135M's head (hidden 576, vocabulary 49152) with 2048 tokens and a teacher with the same head:
 `chunked` is this package's loss, `chunked top-64` the same with a cached teacher, `trl` the per-token divergence of
 `trl.kernels.chunked_divergence`, and `naive` is `kl_div` of the logits of the whole batch. Each runs in a process of
 its own on one thread; seconds are the best of some repetitions, memory is the peak of the resident memory above that
 before the first one. Results go to benchmarks/results/distillation.json, with the load average of the machine: other
 work slows all of them.
-=======
-At the size of SmolLM2-135M's head (hidden 576, vocabulary 49152) with 2048 tokens and a teacher that has the same
-head: `chunked` is this package's loss, `chunked top-64` the same with a cached teacher, `trl` the per-token divergence
-of `trl.kernels.chunked_divergence`, and `naive` is `kl_div` of the logits of the whole batch. Each runs in a process
-of its own on one thread; seconds are the best of some repetitions, memory is the peak of the resident memory above
-that before the first one. Results go to benchmarks/results/distillation.json.
->>>>>>> main
 """
 
 from __future__ import annotations
