@@ -6,11 +6,11 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .checks import check_choice, check_int, check_keys, is_number
 from .errors import ConfigurationError
 
 
@@ -24,32 +24,9 @@ ALLOCATIONS = ("uniform", "global", "search")
 LAYOUTS = ("uniform", "per_layer")
 
 
-def _check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ConfigurationError(f"`{name}` is {value!r}; allowed values are {', '.join(allowed)}.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_int(name: str, value: Any, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ConfigurationError(f"`{name}` is {value!r}; it must be an integer of at least {minimum}.")
-
-
 def _check_ratio(name: str, value: Any) -> None:
-    if not _is_number(value) or not 0.0 <= value < 1.0:
+    if not is_number(value) or not 0.0 <= value < 1.0:
         raise ConfigurationError(f"`{name}` is {value!r}; it must be a number in [0, 1): 0.3 removes 30 %.")
-
-
-def _check_keys(cls: type, values: dict[str, Any]) -> None:
-    known = [f.name for f in dataclasses.fields(cls)]
-    for key in values:
-        if key not in known:
-            raise ConfigurationError(
-                f"`{key}` is not an option of {cls.__name__}; the options are {', '.join(known)}."
-            )
 
 
 @dataclass
@@ -88,10 +65,10 @@ class CalibrationConfig:
     fingerprint: str | None = None
 
     def __post_init__(self) -> None:
-        _check_int("num_samples", self.num_samples, 1)
-        _check_int("length", self.length, 2)
-        _check_int("batch_size", self.batch_size, 1)
-        _check_int("seed", self.seed, 0)
+        check_int("num_samples", self.num_samples, 1)
+        check_int("length", self.length, 2)
+        check_int("batch_size", self.batch_size, 1)
+        check_int("seed", self.seed, 0)
         given = [n for n in ("dataset", "texts", "tokens") if getattr(self, n) is not None]
         if len(given) > 1:
             raise ConfigurationError(f"`{given[0]}` and `{given[1]}` both give calibration data; give one of them.")
@@ -115,7 +92,7 @@ class CalibrationConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CalibrationConfig:
-        _check_keys(cls, values)
+        check_keys(cls, values)
         return cls(**values)
 
 
@@ -189,23 +166,23 @@ class PruningConfig:
         if not isinstance(self.calibration, CalibrationConfig):
             raise ConfigurationError(f"`calibration` is {self.calibration!r}; it must be a CalibrationConfig.")
         self._check_units()
-        _check_choice("criterion", self.criterion, CRITERIA)
-        _check_choice("taylor", self.taylor, TAYLOR_VARIANTS)
-        _check_choice("aggregation", self.aggregation, AGGREGATIONS)
-        _check_choice("allocation", self.allocation, ALLOCATIONS)
-        _check_choice("layout", self.layout, LAYOUTS)
+        check_choice("criterion", self.criterion, CRITERIA)
+        check_choice("taylor", self.taylor, TAYLOR_VARIANTS)
+        check_choice("aggregation", self.aggregation, AGGREGATIONS)
+        check_choice("allocation", self.allocation, ALLOCATIONS)
+        check_choice("layout", self.layout, LAYOUTS)
         for name in ("compensation", "token_weighting", "gradient_checkpointing"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigurationError(f"`{name}` is {getattr(self, name)!r}; it must be True or False.")
-        if self.damping is not None and not (_is_number(self.damping) and 0 < self.damping < float("inf")):
+        if self.damping is not None and not (is_number(self.damping) and 0 < self.damping < float("inf")):
             raise ConfigurationError(f"`damping` is {self.damping!r}; it must be a positive number, or None.")
-        if not _is_number(self.error_correction) or not 0 <= self.error_correction <= 1:
+        if not is_number(self.error_correction) or not 0 <= self.error_correction <= 1:
             raise ConfigurationError(f"`error_correction` is {self.error_correction!r}; it must be between 0 and 1.")
         for name in ("protect_first", "protect_last", "seed"):
-            _check_int(name, getattr(self, name), 0)
-        _check_int("iterative_steps", self.iterative_steps, 1)
+            check_int(name, getattr(self, name), 0)
+        check_int("iterative_steps", self.iterative_steps, 1)
         if self.round_to is not None:
-            _check_int("round_to", self.round_to, 1)
+            check_int("round_to", self.round_to, 1)
         self._check_layers()
 
     def _check_units(self) -> None:
@@ -219,7 +196,7 @@ class PruningConfig:
         if not self.units:
             raise ConfigurationError(f"`units` is empty; name at least one of {', '.join(UNITS)}.")
         for unit in self.units:
-            _check_choice("units", unit, UNITS)
+            check_choice("units", unit, UNITS)
         if self.attention_ratio is not None and not {"kv_groups", "query_heads"} & set(self.units):
             raise ConfigurationError(f"`attention_ratio` is given, but `units` is {self.units}: no heads in it.")
         if self.mlp_ratio is not None and "mlp_neurons" not in self.units:
@@ -233,7 +210,7 @@ class PruningConfig:
                 raise ConfigurationError(f"`layers` is {self.layers!r}; it must be a list of layer numbers.")
             self.layers = list(self.layers)
             for layer in self.layers:
-                _check_int("layers", layer, 0)
+                check_int("layers", layer, 0)
         if self.layer_range is not None:
             pair = tuple(self.layer_range) if isinstance(self.layer_range, (tuple, list)) else ()
             if len(pair) != 2 or not all(type(end) is int for end in pair) or not 0 <= pair[0] < pair[1]:
@@ -280,7 +257,7 @@ class PruningConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PruningConfig:
-        _check_keys(cls, values)
+        check_keys(cls, values)
         return cls(**values)
 
     def save(self, path: str | os.PathLike) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checks import check_choice, check_int, check_keys, check_number
 from ..errors import ConfigurationError
 
 
@@ -106,22 +107,28 @@ class RecoveryConfig:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("method", METHODS), ("weights", WEIGHTS), ("scheduler", SCHEDULERS), ("precision", PRECISIONS),
-        ):  # fmt: skip
-            _check_choice(name, getattr(self, name), allowed)
-        for name, least in (
-            ("rank", 1), ("alpha", 1), ("max_length", 8), ("max_samples", 1), ("max_steps", 1), ("batch_size", 1),
-            ("micro_batch_size", 1), ("save_steps", 1), ("evaluations", 1), ("max_windows", 1), ("window", 8),
-            ("patience", 1), ("seed", 0),
-        ):  # fmt: skip
-            _check_int(name, getattr(self, name), least)
-        for name, least, most in (
-            ("dropout", 0.0, 0.99), ("warmup", 0.0, 0.99), ("learning_rate", 1e-12, 10.0), ("weight_decay", 0.0, 10.0),
-            ("epochs", 1e-6, 1e6), ("target", 1e-6, 1.0),
-        ):  # fmt: skip
-            _check_float(name, getattr(self, name), least, most)
-        _check_choice("bits", self.bits, (4, 8))
+        _check_fields(
+            self, check_choice,
+            (
+                ("method", METHODS), ("weights", WEIGHTS), ("bits", (4, 8)), ("scheduler", SCHEDULERS),
+                ("precision", PRECISIONS),
+            ),
+        )  # fmt: skip
+        _check_fields(
+            self, check_int,
+            (
+                ("rank", 1), ("alpha", 1), ("max_length", 8), ("max_samples", 1), ("max_steps", 1), ("batch_size", 1),
+                ("micro_batch_size", 1), ("save_steps", 1), ("evaluations", 1), ("max_windows", 1), ("window", 8),
+                ("patience", 1), ("seed", 0),
+            ),
+        )  # fmt: skip
+        _check_fields(
+            self, check_number,
+            (
+                ("dropout", 0.0, 0.99), ("warmup", 0.0, 0.99), ("learning_rate", 1e-12, 10.0),
+                ("weight_decay", 0.0, 10.0), ("epochs", 1e-6, 1e6), ("target", 1e-6, 1.0),
+            ),
+        )  # fmt: skip
         if self.init_lora_weights is not None and not INITIALISATIONS.fullmatch(str(self.init_lora_weights)):
             raise ConfigurationError(
                 f"`init_lora_weights` is {self.init_lora_weights!r}; allowed values are gaussian, orthogonal, mica, "
@@ -161,7 +168,8 @@ class RecoveryConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RecoveryConfig:
-        return _from_dict(cls, values)
+        check_keys(cls, values)
+        return cls(**values)
 
 
 @dataclass
@@ -196,17 +204,19 @@ class DistillationConfig:
     top_k: int = 64
 
     def __post_init__(self) -> None:
-        _check_choice("teacher_dtype", self.teacher_dtype, TEACHER_DTYPES)
-        _check_int("top_k", self.top_k, 1)
+        check_choice("teacher_dtype", self.teacher_dtype, TEACHER_DTYPES)
+        check_int("top_k", self.top_k, 1)
         if self.layer_map is not None:
             self.layer_map = list(self.layer_map)
             for layer in self.layer_map:
-                _check_int("layer_map", layer, 0)
-        for name, least, most in (
-            ("temperature", 0.05, 100.0), ("label_weight", 0.0, 1.0), ("hidden_weight", 0.0, 1e6),
-            ("attention_weight", 0.0, 1e6),
-        ):  # fmt: skip
-            _check_float(name, getattr(self, name), least, most)
+                check_int("layer_map", layer, 0)
+        _check_fields(
+            self, check_number,
+            (
+                ("temperature", 0.05, 100.0), ("label_weight", 0.0, 1.0), ("hidden_weight", 0.0, 1e6),
+                ("attention_weight", 0.0, 1e6),
+            ),
+        )  # fmt: skip
         if self.cache is not None and (self.hidden_weight or self.attention_weight):
             raise ConfigurationError(
                 "`cache` keeps the dense model's predictions only, not its hidden states: leave it out, or set "
@@ -222,34 +232,17 @@ class DistillationConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DistillationConfig:
-        return _from_dict(cls, values)
+        check_keys(cls, values)
+        return cls(**values)
 
 
 def _public_name(source: str) -> str:
     return Path(source).name if Path(source).expanduser().exists() else source
 
 
-def _from_dict(cls: type, values: dict[str, Any]) -> Any:
-    known = [field.name for field in dataclasses.fields(cls)]
-    for name in values:
-        if name not in known:
-            raise ConfigurationError(
-                f"`{name}` is not an option of {cls.__name__}; the options are {', '.join(known)}."
-            )
-    return cls(**values)
-
-
-def _check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
-    if value not in allowed:
-        raise ConfigurationError(f"`{name}` is {value!r}; allowed values are {', '.join(map(str, allowed))}.")
-
-
-def _check_int(name: str, value: Any, least: int) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-        raise ConfigurationError(f"`{name}` is {value!r}; it must be an integer of at least {least}.")
-
-
-def _check_float(name: str, value: Any, least: float, most: float) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if value is not None and not (number and least <= value <= most):
-        raise ConfigurationError(f"`{name}` is {value!r}; it must be a number from {least:g} to {most:g}.")
+def _check_fields(config: Any, check: Callable[..., None], limits: Sequence[tuple[Any, ...]]) -> None:
+    """Applies a check to fields, each given as `(name, limits ...)`; `None` is fine where the field's type says so."""
+    types = {field.name: str(field.type) for field in dataclasses.fields(config)}
+    for name, *values in limits:
+        if getattr(config, name) is not None or "None" not in types[name]:
+            check(name, getattr(config, name), *values)
