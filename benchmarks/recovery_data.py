@@ -3,7 +3,8 @@
     python benchmarks/recovery_data.py --dolly FOLDER --c4 FILE.jsonl --tokenizer MODEL --output-dir data
 
 `dolly` holds instruction, input and output rows (`*train*.jsonl` and `heldout.jsonl`), `c4` rows `{"text": ...}`, of
-which the last 300 are held out. Held-out instructions are rendered with the chat template of the tokenizer.
+which the last 300 are held out. Held-out instructions are rendered with the chat template of the tokenizer. `watched`
+is a little of both, in turns, which is neither trained on nor held out: what is measured during training.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer
 
 
 HELD_OUT = 300
+WATCHED = 80  # rows of each source
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -46,11 +48,13 @@ def main() -> None:
     folder = arguments.output_dir
     folder.mkdir(parents=True, exist_ok=True)
     train = [row for path in sorted(arguments.dolly.glob("*train*.jsonl")) for row in read(path)]
-    write(folder / "dolly_train.jsonl", train)
+    write(folder / "dolly_train.jsonl", train[:-WATCHED])
     write(folder / "dolly.jsonl", [as_chat(row, tokenizer) for row in read(arguments.dolly / "heldout.jsonl")])
     pages = read(arguments.c4)
-    write(folder / "c4_train.jsonl", pages[:-HELD_OUT])
+    write(folder / "c4_train.jsonl", pages[: -HELD_OUT - WATCHED])
     write(folder / "c4.jsonl", pages[-HELD_OUT:])
+    watched = zip(train[-WATCHED:], pages[-HELD_OUT - WATCHED : -HELD_OUT], strict=True)
+    write(folder / "watched.jsonl", [row for chat, page in watched for row in (as_chat(chat, tokenizer), page)])
 
 
 if __name__ == "__main__":
