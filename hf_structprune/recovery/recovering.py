@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from trl import SFTTrainer
 
     from .callback import LoraRecoveryCallback
-    from .distillation.teacher import Teacher
+    from .distillation.teacher import ModelTeacher
 
 logger = logging.get_logger(__name__)
 
@@ -102,30 +103,20 @@ def recover(
     rows = load_rows(dataset, split=split, max_samples=config.max_samples, seed=config.seed)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     student = _load_student(model, config, trust_remote_code)
-    prepared, about_data = prepare(
+    prepared, data = prepare(
         rows, tokenizer, max_length=config.max_length, context=context_length(student),
         prompt_loss=config.prompt_loss, packing=config.packing, seed=config.seed,
     )  # fmt: skip
-    for line in about_data.lines():
+    for line in data.lines():
         logger.info(line)
+    about = {"configuration": config.to_public_dict(), "model": _name(model), "data": data.to_dict()}
     loaded = None
     if teacher is not None:
-        from .distillation.teacher import load_teacher
-
-        loaded = load_teacher(
-            teacher, student, _with_dtype(distillation, config, isinstance(teacher, torch.nn.Module)),
-            tokenizer=tokenizer, trust_remote_code=trust_remote_code,
-        )  # fmt: skip
-        if dense is None or dense is teacher:
-            dense = loaded.model
+        loaded = _load_teacher(teacher, student, tokenizer, config, distillation, trust_remote_code)
+        dense = loaded.model if dense is None or _same(dense, teacher) else dense
+        about |= {"teacher": teacher_name or _name(teacher), "distillation": distillation.to_public_dict()}
     callback = _callback(config, folder, dense)
-    callback.about = {
-        "configuration": config.to_public_dict(),
-        "model": _name(model),
-        "data": about_data.to_dict(),
-    }
-    if teacher is not None:
-        callback.about |= {"teacher": teacher_name or _name(teacher), "distillation": distillation.to_public_dict()}
+    callback.about = about
     trainer = _trainer(student, tokenizer, prepared, config, training, callback, loaded, distillation)
     trainer.train(resume_from_checkpoint=checkpoint)
     return RecoveryResult(folder, callback.report)
@@ -150,7 +141,20 @@ def _check_folders(folder: Path, training: Path, resume: bool, overwrite: bool) 
         raise ConfigurationError(
             f"{training} holds a training that was interrupted; say `resume` to go on, or `overwrite` to start anew."
         )
+    if not resume:
+        _remove_steps(training)
     return last if resume else None
+
+
+def _remove_steps(training: Path) -> None:
+    """Removes the checkpoints of an earlier training, which must not be resumed one day as if they were of this one."""
+    from accelerate import PartialState
+
+    state = PartialState()
+    if state.is_main_process:
+        for folder in (*training.glob("checkpoint-*"), training / "recovery_best"):
+            shutil.rmtree(folder, ignore_errors=True)
+    state.wait_for_everyone()
 
 
 def _find_teacher(model: str | os.PathLike, teacher: Any) -> Any:
@@ -189,11 +193,26 @@ def _load_student(model: str | os.PathLike, config: RecoveryConfig, trust_remote
     return load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
-def _with_dtype(distillation: DistillationConfig, config: RecoveryConfig, given: bool) -> DistillationConfig:
-    """A teacher that is loaded here computes as the student does unless another dtype was asked for."""
-    if distillation.teacher_dtype != "auto" or given:
-        return distillation
-    return dataclasses.replace(distillation, teacher_dtype=choose_precision(config.precision))
+def _load_teacher(
+    teacher: Any,
+    student: PreTrainedModel,
+    tokenizer: Any,
+    config: RecoveryConfig,
+    distillation: DistillationConfig,
+    trust_remote_code: bool,
+) -> ModelTeacher:
+    """The teacher; one that is loaded here computes as the student does unless another dtype was asked for."""
+    from .distillation.teacher import load_teacher
+
+    if distillation.teacher_dtype == "auto" and not isinstance(teacher, torch.nn.Module):
+        distillation = dataclasses.replace(distillation, teacher_dtype=choose_precision(config.precision))
+    return load_teacher(teacher, student, distillation, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two models are the same object, folder or id."""
+    named = isinstance(one, (str, os.PathLike)) and isinstance(other, (str, os.PathLike))
+    return str(one) == str(other) if named else one is other
 
 
 def _callback(config: RecoveryConfig, folder: Path, dense: Any) -> LoraRecoveryCallback:
@@ -213,7 +232,7 @@ def _trainer(
     config: RecoveryConfig,
     training: Path,
     callback: LoraRecoveryCallback,
-    teacher: Teacher | None,
+    teacher: ModelTeacher | None,
     distillation: DistillationConfig,
 ) -> SFTTrainer:
     from trl import SFTTrainer

@@ -125,7 +125,12 @@ def test_nothing_is_written_over_without_being_asked(checkpoints):
     run(checkpoints, max_steps=1)
     with pytest.raises(ConfigurationError, match="is not empty"):
         run(checkpoints, max_steps=1)
+    run(checkpoints, max_steps=2, overwrite=True)
+    (checkpoints / "out-training" / "mine.txt").write_text("mine")
     run(checkpoints, max_steps=1, overwrite=True)
+    steps = sorted(path.name for path in (checkpoints / "out-training").glob("checkpoint-*"))
+    assert steps == ["checkpoint-1"]  # none of an earlier training, which `resume` would take
+    assert (checkpoints / "out-training" / "mine.txt").is_file()
 
 
 def test_an_interrupted_training_is_not_started_anew_without_being_asked(checkpoints, monkeypatch):
