@@ -147,7 +147,7 @@ def _check_folders(folder: Path, training: Path, resume: bool, overwrite: bool) 
 
 
 def _remove_steps(training: Path) -> None:
-    """Removes the checkpoints of an earlier training, which must not be resumed one day as if they were of this one."""
+    """Removes the checkpoints of an earlier training, which must not be resumed as if they were of this one."""
     from accelerate import PartialState
 
     state = PartialState()
