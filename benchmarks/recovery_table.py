@@ -19,8 +19,12 @@ from hf_structprune.evaluation.results import EvaluationResult, Figure
 
 
 TASKS = {
-    "openbookqa": "acc_norm", "winogrande": "acc", "hellaswag": "acc_norm", "arc_challenge": "acc_norm", "boolq": "acc",
-}  # fmt: skip
+    "openbookqa": "acc_norm",
+    "winogrande": "acc",
+    "hellaswag": "acc_norm",
+    "arc_challenge": "acc_norm",
+    "boolq": "acc",
+}
 
 
 def read(folder: Path) -> tuple[dict, list[EvaluationResult]]:
