@@ -1,4 +1,4 @@
-"""Structured pruning for Hugging Face Transformers: models get really smaller and stay dense."""
+"""Structured pruning for Hugging Face Transformers: models get really smaller, stay dense, and are trained back."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -11,16 +11,33 @@ if TYPE_CHECKING:
     from .errors import StructPruneError
     from .plan import PruningPlan
     from .pruner import StructuredPruner
+    from .recovery.callback import LoraRecoveryCallback
+    from .recovery.configuration import DistillationConfig, RecoveryConfig
+    from .recovery.recovering import recover
 
 __version__ = "0.1.0.dev0"
-__all__ = ["CalibrationConfig", "PruningConfig", "PruningPlan", "StructPruneError", "StructuredPruner"]
+__all__ = [
+    "CalibrationConfig",
+    "DistillationConfig",
+    "LoraRecoveryCallback",
+    "PruningConfig",
+    "PruningPlan",
+    "RecoveryConfig",
+    "StructPruneError",
+    "StructuredPruner",
+    "recover",
+]
 
 _MODULES = {
     "CalibrationConfig": ".configuration",
+    "DistillationConfig": ".recovery.configuration",
+    "LoraRecoveryCallback": ".recovery.callback",
     "PruningConfig": ".configuration",
     "PruningPlan": ".plan",
+    "RecoveryConfig": ".recovery.configuration",
     "StructPruneError": ".errors",
     "StructuredPruner": ".pruner",
+    "recover": ".recovery.recovering",
 }
 
 

@@ -79,10 +79,22 @@ def parameters(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"method": "full"}, {"method": "distill"}, {"method": "distill", "weights": "full"}, {"packing": True}],
-    ids=["lora", "full", "distill", "distill-full", "packed"],
+    [
+        {},
+        {"method": "full"},
+        {"method": "qlora"},
+        {"method": "distill"},
+        {"method": "distill", "weights": "full"},
+        {"packing": True},
+        {"init_lora_weights": "pissa"},
+        {"use_dora": True, "use_rslora": True},
+        {"target_modules": ["down_proj"], "gradient_checkpointing": True},
+    ],
+    ids=["lora", "full", "qlora", "distill", "distill-full", "packed", "pissa", "dora", "down-proj"],
 )
 def test_every_method_brings_quality_back(checkpoints, changes):
+    if changes.get("method") == "qlora":
+        pytest.importorskip("bitsandbytes")
     texts = [{"text": SENTENCE * (1 + n % 2)} for n in range(24)]
     result = run(checkpoints, max_steps=12, dataset=texts, **changes)
     assert 0.05 < result.recovered < 2
