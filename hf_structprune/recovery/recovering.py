@@ -53,11 +53,12 @@ class RecoveryResult:
 
 
 def recover(
-    model: str | os.PathLike,
+    model: str | os.PathLike | PreTrainedModel,
     dataset: Any,
     output_dir: str | os.PathLike,
     config: RecoveryConfig | None = None,
     *,
+    tokenizer: Any = None,
     split: str = "train",
     dense: Any = None,
     teacher: Any = None,
@@ -73,10 +74,11 @@ def recover(
     kept, also if these are the ones from before.
 
     Args:
-        model: Folder or Hub id of the pruned checkpoint.
+        model: Folder or Hub id of the pruned checkpoint; or the model in memory, which is changed by the training.
         dataset: Rows of chats, instructions or plain text: see `data.load_rows`; a list mixes several sources.
         output_dir: Folder of the recovered checkpoint. Checkpoints of the training go to `<output_dir>-training`.
         config: How to train. Default: LoRA on the labels.
+        tokenizer: Its tokenizer. Default: that of the checkpoint.
         split: Split of data sets that have several.
         dense: The model before pruning, to tell which share of the loss is back: a folder, a Hub id, a model, its
             perplexity on `config.text`, or a JSON with that perplexity. Default: the teacher, if there is one.
@@ -93,6 +95,7 @@ def recover(
         StructPruneError: A model or a data set cannot be read, or an extra is not installed.
     """
     config, distillation = config or RecoveryConfig(), distillation or DistillationConfig()
+    _check_model(model, tokenizer, config)
     need("trl", "peft", extra="recover")
     folder = Path(output_dir)
     training = folder.with_name(folder.name + TRAINING_SUFFIX)
@@ -101,7 +104,7 @@ def recover(
     from .data import load_rows, prepare
 
     rows = load_rows(dataset, split=split, max_samples=config.max_samples, seed=config.seed)
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    tokenizer = tokenizer or load_tokenizer(model, trust_remote_code=trust_remote_code)
     student = _load_student(model, config, trust_remote_code)
     prepared, data = prepare(
         rows, tokenizer, max_length=config.max_length, context=context_length(student),
@@ -120,6 +123,16 @@ def recover(
     trainer = _trainer(student, tokenizer, prepared, config, training, callback, loaded, distillation)
     trainer.train(resume_from_checkpoint=checkpoint)
     return RecoveryResult(folder, callback.report)
+
+
+def _check_model(model: Any, tokenizer: Any, config: RecoveryConfig) -> None:
+    """Refuses a model in memory that lacks what a folder would have."""
+    if isinstance(model, (str, os.PathLike)):
+        return
+    if tokenizer is None:
+        raise ConfigurationError("`model` is a model in memory: give its `tokenizer` too.")
+    if config.trained == "qlora":
+        raise ConfigurationError("QLoRA loads the model in 4 or 8 bits: save it, and give the folder as `model`.")
 
 
 def _check_folders(folder: Path, training: Path, resume: bool, overwrite: bool) -> str | None:
@@ -169,15 +182,17 @@ def _find_teacher(model: str | os.PathLike, teacher: Any) -> Any:
 
     from ..hub.origin import RECORD
 
-    recorded = getattr(AutoConfig.from_pretrained(model), RECORD, None) or {}
+    config = AutoConfig.from_pretrained(model) if isinstance(model, (str, os.PathLike)) else model.config
+    recorded = getattr(config, RECORD, None) or {}
     if recorded.get("base_model") and recorded.get("base_model_on_hub"):
         return recorded["base_model"]
     raise ConfigurationError(
-        f"`method` is 'distill', which needs the dense model, and {model} does not say where it is: give `teacher`."
+        f"`method` is 'distill', which needs the dense model, and {_name(model)} does not say where it is: give "
+        "`teacher`."
     )
 
 
-def _load_student(model: str | os.PathLike, config: RecoveryConfig, trust_remote_code: bool) -> PreTrainedModel:
+def _load_student(model: Any, config: RecoveryConfig, trust_remote_code: bool) -> PreTrainedModel:
     """The pruned model; weights that are trained are in float32, a frozen base in the precision of the computation."""
     precision = choose_precision(config.precision)
     if config.trained == "qlora":
@@ -190,6 +205,8 @@ def _load_student(model: str | os.PathLike, config: RecoveryConfig, trust_remote
         )  # fmt: skip
     frozen = config.trained == "lora" and precision != "fp16"
     dtype = DTYPES[precision] if frozen else torch.float32
+    if isinstance(model, torch.nn.Module):
+        return model.to(dtype)
     return load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
 
 

@@ -180,6 +180,16 @@ def test_distilling_needs_to_know_the_dense_model(checkpoints):
         recover(checkpoints / "pruned", checkpoints / "data.jsonl", checkpoints / "out", config)
 
 
+def test_a_model_in_memory(checkpoints, make_tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(checkpoints / "pruned")
+    config = RecoveryConfig(**{**SMALL, "text": str(checkpoints / "watched.txt"), "max_steps": 1})
+    with pytest.raises(ConfigurationError, match="give its `tokenizer`"):
+        recover(model, ROWS, checkpoints / "out", config)
+    recover(model, ROWS, checkpoints / "out", config, tokenizer=make_tokenizer(chat_template=TEMPLATE))
+    assert parameters(checkpoints / "out") == parameters(checkpoints / "pruned")
+    assert (checkpoints / "out" / "pruning_plan.json").is_file()  # of the folder it came from
+
+
 def test_a_missing_extra_is_named(checkpoints, monkeypatch):
     monkeypatch.setattr("hf_structprune.extras.find_spec", lambda name: None)
     with pytest.raises(StructPruneError, match=r'pip install "hf-structprune\[recover\]"'):
