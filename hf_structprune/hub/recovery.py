@@ -210,7 +210,8 @@ def recover_command(report: dict[str, Any]) -> str | None:
     except ConfigurationError:  # written by another version, with other options
         return None
     words = ["hf-structprune", "recover", report.get("model") or "PRUNED_MODEL"]
-    words += ["--dataset", *(dataset_names(report) or ["YOUR_DATASET"]), "--output-dir", "recovered"]
+    words += ["--dataset", *(report.get("dataset") or dataset_names(report) or ["YOUR_DATASET"])]
+    words += ["--output-dir", "recovered"]
     dense = report["curve"]["dense"]
     if config.method == "distill":
         words += ["--teacher", report["teacher"]] if report.get("teacher") else []

@@ -12,10 +12,10 @@ from transformers.utils import logging
 from ..errors import ConfigurationError, TextError
 from ..extras import need
 from .encoding import IGNORED, Encoded, Encoder
-from .sources import COMMON, load_rows, restore, to_common
+from .sources import COMMON, load_rows, public_sources, restore, to_common
 
 
-__all__ = ["DataReport", "SourceReport", "load_rows", "prepare"]
+__all__ = ["DataReport", "SourceReport", "load_rows", "prepare", "public_sources"]
 
 logger = logging.get_logger(__name__)
 

@@ -101,7 +101,7 @@ def recover(
     training = folder.with_name(folder.name + TRAINING_SUFFIX)
     checkpoint = _check_folders(folder, training, resume, overwrite)
     teacher = _find_teacher(model, teacher) if config.method == "distill" else None
-    from .data import load_rows, prepare
+    from .data import load_rows, prepare, public_sources
 
     rows = load_rows(dataset, split=split, max_samples=config.max_samples, seed=config.seed)
     tokenizer = tokenizer or load_tokenizer(model, trust_remote_code=trust_remote_code)
@@ -112,7 +112,12 @@ def recover(
     )  # fmt: skip
     for line in data.lines():
         logger.info(line)
-    about = {"configuration": config.to_public_dict(), "model": _name(model), "data": data.to_dict()}
+    about = {
+        "configuration": config.to_public_dict(),
+        "model": _name(model),
+        "dataset": public_sources(dataset),
+        "data": data.to_dict(),
+    }
     loaded = None
     if teacher is not None:
         loaded = _load_teacher(teacher, student, tokenizer, config, distillation, trust_remote_code)

@@ -127,6 +127,13 @@ def _with_share(source: Any) -> tuple[Any, float | None]:
     return source, share
 
 
+def public_sources(source: Any) -> list[str]:
+    """Sources as they are given on the command line, with the names of local files in place of their paths."""
+    many = isinstance(source, (list, tuple)) and not _is_rows(source) and not _is_pair(source)
+    pairs = [_with_share(one) for one in (source if many else [source])]
+    return [_name(one) if share is None else f"{_name(one)}@{share:g}" for one, share in pairs]
+
+
 def _name(source: Any) -> str:
     if isinstance(source, (str, os.PathLike)):
         local = Path(source).expanduser()

@@ -5,7 +5,15 @@ from datasets import Dataset, DatasetDict
 
 from hf_structprune.errors import ConfigurationError, TextError
 from hf_structprune.recovery.formats import Chat, Instruction, Pair, Text
-from hf_structprune.recovery.sources import COMMON, dump, load_rows, mix_counts, restore, to_common
+from hf_structprune.recovery.sources import (
+    COMMON,
+    dump,
+    load_rows,
+    mix_counts,
+    public_sources,
+    restore,
+    to_common,
+)
 
 
 def texts(count, letter="t"):
@@ -141,3 +149,10 @@ def test_shares_in_names_and_pairs(tmp_path, caplog):
 def test_faults(source, error, match):
     with pytest.raises(error, match=match):
         load_rows(source)
+
+
+def test_public_sources_are_names_with_their_shares(tmp_path):
+    (tmp_path / "a.jsonl").write_text("")
+    assert public_sources([f"{tmp_path}/a.jsonl@0.25", "some/data@0.75"]) == ["a.jsonl@0.25", "some/data@0.75"]
+    assert public_sources(tmp_path / "a.jsonl") == ["a.jsonl"]
+    assert public_sources([{"text": "a"}]) == ["data"]
