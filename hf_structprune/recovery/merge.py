@@ -70,7 +70,7 @@ class _Walk:
 
     def go(self, module: nn.Module, skeleton: nn.Module, path: str, new: bool) -> None:
         """Takes what the skeleton has at a path; `new` says that the module was made here and nobody else's."""
-        source = _plain(module, path)
+        source = _plain(module, path, keep_dtype=self.dtype is None)
         new = new or source is not module
         for name in (name for name, tensor in skeleton._parameters.items() if tensor is not None):
             tensor = getattr(source, name)
@@ -88,12 +88,12 @@ class _Walk:
         return self._done[id(tensor)]
 
 
-def _plain(module: nn.Module, path: str) -> nn.Module:
+def _plain(module: nn.Module, path: str, keep_dtype: bool) -> nn.Module:
     """A module without the wrappers of PEFT and bitsandbytes, with what they compute in its weights."""
     if not _is_wrapper(module):
         return dequantised(module) if is_quantised(module) else module
     base = _innermost(module)
-    dtypes = {} if is_quantised(base) else {name: p.dtype for name, p in base.named_parameters()}
+    dtypes = {name: p.dtype for name, p in base.named_parameters()} if keep_dtype else {}
     one = _in_float32(module, base)
     try:
         if hasattr(one, "unload_and_optionally_merge_module"):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
 from ..errors import CheckpointError, ConfigurationError
+from ..extras import need
 from ..loading import load_model
 
 
@@ -42,17 +42,14 @@ def load_quantised(
         kwargs: Given to `from_pretrained`.
 
     Raises:
-        ConfigurationError: bitsandbytes or PEFT is missing, or `bits` or `dtype` is none of the possible ones.
+        ConfigurationError: `bits` or `dtype` is none of the possible ones.
+        StructPruneError: bitsandbytes or PEFT is missing.
         CheckpointError: The checkpoint is quantised already, or lacks weights.
     """
     if bits not in (4, 8):
         raise ConfigurationError(f"`bits` is {bits!r}; it must be 4 or 8.")
     compute = _dtype(dtype)
-    for package in ("bitsandbytes", "peft"):
-        if find_spec(package) is None:
-            raise ConfigurationError(
-                f'{package} is not installed, which quantised training needs: pip install "hf-structprune[qlora]"'
-            )
+    need("bitsandbytes", "peft", extra="qlora")
     from peft import prepare_model_for_kbit_training
 
     _check_plain(model_id, kwargs)

@@ -133,6 +133,8 @@ def test_merging_rounds_once_from_float32(tmp_path):
     weight = merged.model.layers[0].self_attn.q_proj.weight
     assert weight.dtype == torch.bfloat16 and torch.equal(weight, wanted.bfloat16())
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    exact = merge_adapter(model, dtype=torch.float32).model.layers[0].self_attn.q_proj.weight
+    assert torch.equal(exact, wanted)
     assert {p.dtype for p in merge_adapter(model, dtype=torch.float16).parameters()} == {torch.float16}
 
 

@@ -10,7 +10,8 @@ from peft.utils.integrations import dequantize_bnb_weight
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import hf_structprune  # noqa: F401, lets the auto class load per-layer checkpoints
-from hf_structprune.errors import CheckpointError, ConfigurationError
+from hf_structprune import extras
+from hf_structprune.errors import CheckpointError, ConfigurationError, StructPruneError
 from hf_structprune.recovery import qlora
 from hf_structprune.recovery.merge import merge_adapter
 from hf_structprune.structure import ModelStructure
@@ -126,9 +127,9 @@ def test_errors(checkpoint, monkeypatch):
     config = checkpoint / "config.json"
     content = json.loads(config.read_text())
     config.write_text(json.dumps({**content, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
-    monkeypatch.setattr(qlora, "find_spec", lambda name: object())
+    monkeypatch.setattr(extras, "find_spec", lambda name: object())
     with pytest.raises(CheckpointError, match="quantised already"):
         qlora.load_quantised(checkpoint)
-    monkeypatch.setattr(qlora, "find_spec", lambda name: None)
-    with pytest.raises(ConfigurationError, match=r'pip install "hf-structprune\[qlora\]"'):
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    with pytest.raises(StructPruneError, match=r'pip install "hf-structprune\[qlora\]"'):
         qlora.load_quantised(checkpoint)
