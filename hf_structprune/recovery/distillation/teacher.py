@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ...errors import ConfigurationError
+from ...errors import CheckpointError, ConfigurationError
 from ...evaluation.modes import eval_mode
 from ...loading import load_model, load_tokenizer
 from ..configuration import DistillationConfig
@@ -129,11 +129,21 @@ def load_teacher(
     if isinstance(teacher, PreTrainedModel):
         model = _check_given(teacher, student, config)
     else:
+        _check_found(teacher, loading)
         if tokenizer is not None:
             _check_tokenizer(tokenizer, load_tokenizer(teacher, **loading), str(teacher))
         model = load_model(teacher, **{**_loading(config, student.device), **loading})
     _check_vocabulary(model, student)
     return ModelTeacher(model, layer_terms(student, model, config))
+
+
+def _check_found(teacher: str | os.PathLike, loading: dict[str, Any]) -> None:
+    """Tells a teacher that cannot be reached from one without a tokenizer."""
+    options = {name: loading[name] for name in ("revision", "trust_remote_code") if name in loading}
+    try:
+        AutoConfig.from_pretrained(teacher, **options)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"The teacher {str(teacher)!r} cannot be loaded: {error}") from error
 
 
 def _loading(config: DistillationConfig, device: torch.device) -> dict[str, Any]:

@@ -65,6 +65,11 @@ def test_folders_are_loaded_in_the_dtype_asked_for(tmp_path, tiny_tokenizer, dty
     assert teacher.model.dtype == expected and not teacher.model.training
 
 
+def test_a_teacher_that_is_not_there_is_not_said_to_lack_a_tokenizer(tiny_llama, tiny_tokenizer):
+    with pytest.raises(CheckpointError, match="The teacher 'some/model' cannot be loaded"):
+        load_teacher("some/model", tiny_llama, DistillationConfig(), tokenizer=tiny_tokenizer)
+
+
 def test_other_vocabularies_are_refused(tmp_path, tiny_tokenizer, make_tokenizer):
     student, config = make_llama(24, 0), DistillationConfig()
     larger = make_llama(48, 1)
