@@ -107,8 +107,10 @@ def _evaluate(
     subject: Subject, config: EvaluationConfig, output: Path | None, base_model: str | None, overwrite: bool
 ) -> EvaluationResult:
     model, tokenizer = load_for_measuring(subject.arguments)
+    folder = Path(subject.arguments.model)
+    name = folder.absolute().name if folder.is_dir() else subject.arguments.model  # results are published: no paths
     return evaluate(
-        model, tokenizer, config, name=subject.arguments.model, state=subject.state, base_model=base_model,
+        model, tokenizer, config, name=name, state=subject.state, base_model=base_model,
         output=output, overwrite=overwrite,
     )  # fmt: skip
 

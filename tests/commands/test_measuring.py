@@ -77,8 +77,8 @@ def test_evaluate_writes_beside_a_checkpoint_of_ours(dense, pruned, text, capsys
     assert content["output"] == str(Path(pruned) / "evaluation_results.json")
     mine = EvaluationResult.load(pruned)
     base = EvaluationResult.load(Path(pruned) / "evaluation_results_dense.json")
-    assert (mine.state, mine.base_model, mine.model) == ("pruned", "dense", pruned)
-    assert (base.state, base.base_model, base.model) == ("dense", None, dense)
+    assert (mine.state, mine.base_model, mine.model) == ("pruned", "dense", Path(pruned).name)  # no paths
+    assert (base.state, base.base_model, base.model) == ("dense", None, Path(dense).name)
     assert mine.value("efficiency/parameters") == base.value("efficiency/parameters") - 2 * 3 * 32 * 32
     assert set(mine.figures) == set(base.figures) and "perplexity/words" in mine.figures
     rows = {row["figure"]: row["cells"] for row in content["rows"]}
