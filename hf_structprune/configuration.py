@@ -12,11 +12,11 @@ from typing import Any
 
 from .checks import check_choice, check_int, check_keys, is_number
 from .errors import ConfigurationError
+from .units import DEPTH_UNITS, UNITS, WIDTH_UNITS, check_depth, complete_units, parse_split, split_criterion
 
 
 CONFIG_NAME = "pruning_config.json"
 
-UNITS = ("kv_groups", "query_heads", "mlp_neurons")
 CRITERIA = ("random", "l1", "l2", "taylor", "wanda", "wifv", "activation", "obs")
 TAYLOR_VARIANTS = ("vectorize", "first", "second", "mix")
 AGGREGATIONS = ("sum", "mean", "max", "prod", "first", "last")
@@ -102,11 +102,14 @@ class PruningConfig:
 
     Args:
         units (tuple of `str`, *optional*):
-            What may be cut: `"mlp_neurons"`, `"kv_groups"` (a key/value head with its query heads) and
-            `"query_heads"` (the same number in every KV group). Default: `("mlp_neurons",)`, or the kinds that
-            `attention_ratio` and `mlp_ratio` name.
+            What may be cut. Widths: `"mlp_neurons"`, `"kv_groups"` (a key/value head with its query heads) and
+            `"query_heads"` (the same number in every KV group). Depth: `"layers"` (whole decoder layers),
+            `"attention"` and `"mlp"` (one sublayer of a layer). And `"hidden"` (channels of the residual stream).
+            Default: the kinds that other options name (`attention_ratio`, `mlp_ratio`, `num_layers`, `keep_first`,
+            `hidden_size`, `split`), else `("mlp_neurons",)`.
         criterion (`str`): How units are ranked: `"random"`, `"l1"`, `"l2"`, `"taylor"`, `"wanda"`, `"wifv"`,
-            `"activation"` or `"obs"`.
+            `"activation"` or `"obs"`. With nothing but depth or nothing but `"hidden"` to cut, it may also be one of
+            `depth_criterion` or `hidden_criterion` and sets that.
         taylor (`str`): Variant of the Taylor criterion: `"vectorize"`, `"first"`, `"second"` or `"mix"`.
         aggregation (`str`): Joins the scores of the tensors of a group: `"sum"`, `"mean"`, `"max"`, `"prod"`,
             `"first"` (first producer) or `"last"` (the consumer).
@@ -124,7 +127,18 @@ class PruningConfig:
             group alone is cut and takes most where it costs least.
         layout (`str`): `"uniform"` keeps all layers alike, so that the result is a vanilla checkpoint; `"per_layer"`
             lets widths differ and writes them as Transformers' `per_layer_config`.
-        layers (list of `int`, *optional*): The layers that may be cut, by number.
+        depth_criterion (`str`): How layers and sublayers are ranked: `"angular"` (the contiguous block with the least
+            angular distance between its two ends; PruneMe), `"block_influence"` (ShortGPT), `"perplexity"`, `"taylor"`,
+            `"magnitude"` (Shortened-LLM) or `"greedy"` (drop the one that costs least, measure again; SLEB).
+        num_layers (`int`, *optional*): Decoder layers to remove.
+        keep_first (`int`, *optional*): Keep so many decoder layers, the first ones, and remove all others.
+        hidden_criterion (`str`): How hidden channels are ranked: `"magnitude"`, `"taylor"` or `"activation"`.
+        hidden_size (`int`, *optional*): The hidden size after pruning.
+        split (`dict` of `str` to `float`, *optional*): The part of the budget of each kind of unit, for example
+            `{"layers": 0.5, "mlp_neurons": 0.5}`; on the command line `layers=0.5 mlp_neurons=0.5`. Without it, and
+            with layers or sublayers among several kinds, the split with the least measured cost is taken.
+        layers (list of `int`, *optional*): The layers that may be cut, by number. With only depth to cut and no
+            ratio or number given, exactly these go.
         layer_range (pair of `int`, *optional*): The same as `(start, end)`, **end excluded**: `(4, 18)` is 4 to 17.
         protect_first (`int`), protect_last (`int`): Number of layers left whole at either end.
         attention_ratio (`float`, *optional*), mlp_ratio (`float`, *optional*): Instead of one ratio for the model:
@@ -148,6 +162,12 @@ class PruningConfig:
     damping: float | None = None
     allocation: str = "uniform"
     layout: str = "uniform"
+    depth_criterion: str = "greedy"
+    num_layers: int | None = None
+    keep_first: int | None = None
+    hidden_criterion: str = "activation"
+    hidden_size: int | None = None
+    split: dict[str, float] | list[str] | None = None
     layers: list[int] | None = None
     layer_range: tuple[int, int] | None = None
     protect_first: int = 0
@@ -165,7 +185,9 @@ class PruningConfig:
             self.calibration = CalibrationConfig.from_dict(self.calibration)
         if not isinstance(self.calibration, CalibrationConfig):
             raise ConfigurationError(f"`calibration` is {self.calibration!r}; it must be a CalibrationConfig.")
+        self.split = parse_split(self.split)
         self._check_units()
+        split_criterion(self, CRITERIA)
         check_choice("criterion", self.criterion, CRITERIA)
         check_choice("taylor", self.taylor, TAYLOR_VARIANTS)
         check_choice("aggregation", self.aggregation, AGGREGATIONS)
@@ -184,15 +206,13 @@ class PruningConfig:
         if self.round_to is not None:
             check_int("round_to", self.round_to, 1)
         self._check_layers()
+        check_depth(self)
 
     def _check_units(self) -> None:
         for name in ("attention_ratio", "mlp_ratio"):
             if getattr(self, name) is not None:
                 _check_ratio(name, getattr(self, name))
-        if self.units is None:
-            by_kind = [("kv_groups", self.attention_ratio), ("mlp_neurons", self.mlp_ratio)]
-            self.units = tuple(unit for unit, ratio in by_kind if ratio is not None) or ("mlp_neurons",)
-        self.units = (self.units,) if isinstance(self.units, str) else tuple(self.units)
+        self.units = complete_units(self)
         if not self.units:
             raise ConfigurationError(f"`units` is empty; name at least one of {', '.join(UNITS)}.")
         for unit in self.units:
@@ -220,7 +240,7 @@ class PruningConfig:
             self.layer_range = pair
         if self.layout == "uniform":
             chosen = [n for n in ("layers", "layer_range", "protect_first", "protect_last") if getattr(self, n)]
-            if chosen:
+            if chosen and self.kinds(WIDTH_UNITS):
                 raise ConfigurationError(
                     f"`{chosen[0]}` leaves some layers whole, so widths differ between layers: set layout='per_layer'."
                 )
@@ -228,6 +248,16 @@ class PruningConfig:
                 raise ConfigurationError(
                     f"allocation={self.allocation!r} gives every layer a width of its own: set layout='per_layer'."
                 )
+
+    def kinds(self, among: tuple[str, ...]) -> tuple[str, ...]:
+        """The units of this configuration that are among these."""
+        return tuple(unit for unit in self.units if unit in among)
+
+    @property
+    def states_amount(self) -> bool:
+        """Whether the configuration itself says how much of the depth or the hidden size goes."""
+        listed = self.layers is not None and not set(self.units) - set(DEPTH_UNITS)
+        return listed or any(value is not None for value in (self.num_layers, self.keep_first, self.hidden_size))
 
     @property
     def by_kind(self) -> bool:

@@ -55,6 +55,27 @@ class GroupPlan:
 
 
 @dataclass
+class HiddenPlan:
+    """The decision for the residual stream.
+
+    Attributes:
+        before: Hidden size before.
+        keep: Hidden size after.
+        kept: Numbers of the channels that stay, ascending, once they are chosen.
+    """
+
+    before: int
+    keep: int
+    kept: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep < self.before:
+            raise ConfigurationError(f"A hidden size of {self.keep} is asked for; it must be 1 to {self.before - 1}.")
+        if self.kept is not None and sorted(set(self.kept) & set(range(self.before))) != self.kept:
+            raise ConfigurationError(f"`kept` of the hidden size must name channels of {self.before}, ascending.")
+
+
+@dataclass
 class PruningPlan:
     """What goes from a model. `print(plan)` shows it as a table.
 
@@ -68,6 +89,8 @@ class PruningPlan:
         neurons_before, neurons_after: MLP neurons a token passes, all layers together.
         bytes_per_parameter: Mean size of a parameter in memory.
         notes: What is left alone, and why.
+        dropped: Numbers of the layers (`"layers"`) and of the layers whose `"attention"` or `"mlp"` goes, ascending.
+        hidden: The residual stream; `None` if it stays as wide as it is.
     """
 
     ratio_requested: float | None
@@ -82,6 +105,8 @@ class PruningPlan:
     neurons_after: int
     bytes_per_parameter: float
     notes: list[str] = field(default_factory=list)
+    dropped: dict[str, list[int]] = field(default_factory=dict)
+    hidden: HiddenPlan | None = None
 
     @classmethod
     def from_counts(

@@ -1,0 +1,112 @@
+"""The kinds of units that can be cut, and the checks of the options that only some of them have."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .checks import check_choice, check_int, is_number
+from .errors import ConfigurationError
+
+
+if TYPE_CHECKING:
+    from .configuration import PruningConfig
+
+WIDTH_UNITS = ("kv_groups", "query_heads", "mlp_neurons")
+SUBLAYER_UNITS = ("attention", "mlp")
+DEPTH_UNITS = ("layers", *SUBLAYER_UNITS)
+UNITS = (*WIDTH_UNITS, *DEPTH_UNITS, "hidden")
+DEPTH_CRITERIA = ("angular", "block_influence", "perplexity", "taylor", "magnitude", "greedy")
+HIDDEN_CRITERIA = ("magnitude", "taylor", "activation")
+# Which kind an option speaks of; it is cut if nothing else is said.
+_NAMED_BY = {
+    "attention_ratio": "kv_groups", "mlp_ratio": "mlp_neurons", "num_layers": "layers", "keep_first": "layers",
+    "hidden_size": "hidden",
+}  # fmt: skip
+
+
+def complete_units(config: PruningConfig) -> tuple[str, ...]:
+    """`units` as a tuple; where none are given, those that other options name, else MLP neurons."""
+    units = config.units
+    if units is None:
+        named = [kind for option, kind in _NAMED_BY.items() if getattr(config, option) is not None]
+        units = tuple(dict.fromkeys([*named, *(config.split or {})])) or ("mlp_neurons",)
+    return (units,) if isinstance(units, str) else tuple(units)
+
+
+def parse_split(split: Any) -> dict[str, float] | None:
+    """`split` as a dictionary; `["layers=0.5", "mlp_neurons=0.5"]` is what the command line gives.
+
+    Raises:
+        ConfigurationError: It is of another form, names what is no unit, or its parts are not positive with sum 1.
+    """
+    if split is None:
+        return None
+    if isinstance(split, (list, tuple)) and all(isinstance(part, str) and part.count("=") == 1 for part in split):
+        split = dict(part.split("=") for part in split)
+    if not isinstance(split, dict) or not split:
+        raise ConfigurationError(f"`split` is {split!r}; it must be like {{'layers': 0.5, 'mlp_neurons': 0.5}}.")
+    for kind in split:
+        check_choice("split", kind, UNITS)
+    try:
+        parts = {kind: float(part) for kind, part in split.items()}
+    except (TypeError, ValueError):
+        parts = {}
+    if not parts or not all(is_number(part) and part > 0 for part in parts.values()):
+        raise ConfigurationError(f"`split` is {split!r}; every part must be a positive number.")
+    if abs(sum(parts.values()) - 1) > 1e-6:
+        raise ConfigurationError(f"`split` is {split!r}; its parts must add up to 1, not {sum(parts.values()):g}.")
+    return parts
+
+
+def split_criterion(config: PruningConfig, width_criteria: tuple[str, ...]) -> None:
+    """Lets `criterion` name the criterion of depth or of the hidden size where nothing else is cut."""
+    for kinds, criteria, field in (
+        (DEPTH_UNITS, DEPTH_CRITERIA, "depth_criterion"),
+        (("hidden",), HIDDEN_CRITERIA, "hidden_criterion"),
+    ):
+        if not set(config.units) - set(kinds) and config.criterion in criteria:
+            setattr(config, field, config.criterion)
+            config.criterion = "obs"
+        elif config.criterion in criteria and config.criterion not in width_criteria:
+            raise ConfigurationError(
+                f"`criterion` is {config.criterion!r}, which does not rank {', '.join(config.units)}; it is a value "
+                f"of `{field}`."
+            )
+    check_choice("depth_criterion", config.depth_criterion, DEPTH_CRITERIA)
+    check_choice("hidden_criterion", config.hidden_criterion, HIDDEN_CRITERIA)
+
+
+def check_depth(config: PruningConfig) -> None:
+    """Checks the options of depth and hidden size against the units.
+
+    Raises:
+        ConfigurationError: An option needs a kind of unit that is not cut, or two options contradict each other.
+    """
+    for name in ("num_layers", "keep_first", "hidden_size"):
+        value = getattr(config, name)
+        if value is None:
+            continue
+        check_int(name, value, 1)
+        if _NAMED_BY[name] not in config.units:
+            raise ConfigurationError(f"`{name}` is given, but `units` is {config.units}: no '{_NAMED_BY[name]}' in it.")
+    if config.num_layers is not None and config.keep_first is not None:
+        raise ConfigurationError("`num_layers` and `keep_first` are both given; give one of them.")
+    for kind in config.split or ():
+        if kind not in config.units:
+            raise ConfigurationError(f"`split` names '{kind}', but `units` is {config.units}.")
+    if config.split is not None and set(config.split) != set(config.units):
+        lacking = sorted(set(config.units) - set(config.split))
+        raise ConfigurationError(f"`split` does not say how much of the budget {', '.join(lacking)} gets.")
+    sublayers = [unit for unit in config.units if unit in SUBLAYER_UNITS]
+    if sublayers and config.layout == "uniform":
+        raise ConfigurationError(
+            f"`units` names '{sublayers[0]}': layers that lack a sublayer are not alike. Set layout='per_layer'."
+        )
+    if set(config.units) & {*DEPTH_UNITS, "hidden"}:
+        if config.by_kind:
+            raise ConfigurationError("`attention_ratio` and `mlp_ratio` are for heads and neurons alone; use `split`.")
+        if config.iterative_steps > 1:
+            raise ConfigurationError(
+                "`iterative_steps` is for heads and neurons alone: prune layers or the hidden size first, then the "
+                "result in steps. 'greedy' measures again after every layer as it is."
+            )
