@@ -23,9 +23,7 @@ def hidden_keys(config: PreTrainedConfig) -> tuple[str, ...]:
     return (first, *others)
 
 
-def shrunk_config_model(
-    model: PreTrainedModel, keep: int, structure: ModelStructure | None = None
-) -> PreTrainedModel:
+def shrunk_config_model(model: PreTrainedModel, keep: int, structure: ModelStructure | None = None) -> PreTrainedModel:
     """The model with hidden size `keep` on the meta device: configuration and shapes, no weights.
 
     Args:
