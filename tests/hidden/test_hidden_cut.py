@@ -119,7 +119,9 @@ def test_the_group_of_a_llama_is_every_reader_writer_norm_and_embedding(tied):
         expected |= {f"{layer}{n}_layernorm.weight": 0 for n in ("input", "post_attention")}
         expected |= {f"{layer}self_attn.{n}_proj.weight": 1 for n in "qkv"}
         expected |= {f"{layer}mlp.{n}_proj.weight": 1 for n in ("gate", "up")}
-        expected |= {f"{layer}{n}.{leaf}": 0 for n in ("self_attn.o_proj", "mlp.down_proj") for leaf in ("weight", "bias")}
+        expected |= {
+            f"{layer}{n}.{leaf}": 0 for n in ("self_attn.o_proj", "mlp.down_proj") for leaf in ("weight", "bias")
+        }
     assert group.dims() == expected and group.size == families.HIDDEN and group.keys == ("hidden_size",)
 
 
