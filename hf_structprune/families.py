@@ -96,6 +96,9 @@ NORMS = (
     NormNames(("self_attn_layer_norm",), ("final_layer_norm",)),
     NormNames(("ln_attn",), ("ln_mlp",)),
     NormNames(("ln_1",), ("ln_2",)),
+    NormNames(("input_layernorm",), ("pre_feedforward_layernorm",)),
+    NormNames(("attention_layernorm",), ("feedforward_layernorm",)),
+    NormNames(("input_layernorm", "post_norm1"), ("post_attention_layernorm", "post_norm2")),
     NormNames((), (), ("input_layernorm",)),
     NormNames((), (), ("ln_1",)),
 )

@@ -13,12 +13,12 @@ from transformers import LlamaConfig, MistralConfig, MistralForCausalLM, PreTrai
 
 from .depth_check import check_layers
 from .errors import CheckpointError
+from .expected import check_shapes, shape_after, skeleton
 from .layer_lists import without_layers
 from .modeling_structprune import per_layer_class
-from .plan import GroupPlan, PruningPlan
+from .plan import PruningPlan
 from .skipping import layers_left, overrides_of, skip_modules, skips_after, write_skips
 from .structure import AttentionShape, LayerStructure, ModelStructure, decoder_layers
-from .surgery import Kept, cut_units, drop
 
 
 @dataclass
@@ -63,7 +63,8 @@ def _changes(
     """Configuration values after a plan: the dense ones with what all layers, or each of them, change."""
     layers = layers_left(structure, plan)
     values = _without_dropped(model, structure, plan)
-    values.pop("per_layer_config", None)
+    for key in ("per_layer_config", "module_overrides", "skip_modules"):
+        values.pop(key, None)
     skips = skips_after(model.config, layers, plan)
     widths = [
         {**inherited, **_widths(layer, structure, plan, model.config, heads)}
@@ -186,16 +187,6 @@ def _module_overrides(names, shape: AttentionShape) -> dict[str, dict[str, int]]
     return {**({names.parent: attributes} if attributes else {}), **overrides}
 
 
-def shape_after(layer: LayerStructure, plan: PruningPlan) -> AttentionShape | None:
-    """Head counts of a layer after a plan."""
-    if layer.attention is None:
-        return None
-    groups, before = plan.of_layer(layer.index), layer.attention
-    kv_heads = groups["kv_groups"].keep if "kv_groups" in groups else before.kv_heads
-    heads = groups["query_heads"].keep if "query_heads" in groups else kv_heads * before.rep
-    return AttentionShape(heads, kv_heads, before.head_dim)
-
-
 def _head_keys(config: PreTrainedConfig, structure: ModelStructure) -> list[str]:
     """Configuration keys of the numbers of query heads and of KV heads, where there is one."""
     heads = getattr(config, "attribute_map", {}).get("num_attention_heads", "num_attention_heads")
@@ -224,25 +215,6 @@ def _widths(
     return widths
 
 
-def check_shapes(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan, target: Target) -> None:
-    """Checks that the target builds exactly the tensors the plan will leave.
-
-    Raises:
-        CheckpointError: Names the first tensor that would not fit.
-    """
-    expected = _skeleton(model)
-    cut_units(expected, structure, first_units(structure, plan))
-    drop(expected, structure, plan.dropped)
-    wanted = {name: tuple(p.shape) for name, p in expected.named_parameters()}
-    built = {name: tuple(p.shape) for name, p in target.skeleton().named_parameters()}
-    for name in (*wanted, *built):
-        if built.get(name) != wanted.get(name):
-            raise CheckpointError(
-                f"{type(target.config).__name__} cannot describe `{name}` of shape {wanted.get(name, 'none')}: it "
-                f"gives {built.get(name, 'none')}."
-            )
-
-
 def _check_depth(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> None:
     """Checks that the layers that are left stay as they were when others are dropped."""
     if not plan.dropped.get("layers"):
@@ -251,29 +223,8 @@ def _check_depth(model: PreTrainedModel, structure: ModelStructure, plan: Prunin
         raise CheckpointError("Layers share their keys and values with others; dropping one is not supported.")
     values = _without_dropped(model, structure, plan)
     shallow = _target(_stock_class(model), type(model.config), values, model).skeleton()
-    dense, cut = ([layer for _, layer in decoder_layers(m, structure.family)] for m in (_skeleton(model), shallow))
+    dense, cut = ([layer for _, layer in decoder_layers(m, structure.family)] for m in (skeleton(model), shallow))
     check_layers(dense, cut, [layer.index for layer in layers_left(structure, plan)])
-
-
-def _skeleton(model: PreTrainedModel) -> PreTrainedModel:
-    """The model as it is, on the meta device."""
-    with torch.device("meta"):
-        return type(model)(copy.deepcopy(model.config))
-
-
-def first_units(structure: ModelStructure, plan: PruningPlan) -> Kept:
-    """Units that a plan without a choice could keep: the first ones, heads evenly from the first KV groups."""
-    kept: Kept = {}
-    for group in structure.groups:
-        decision: GroupPlan | None = plan.of_layer(group.layer).get(group.kind)
-        if decision is None:
-            continue
-        numbers = torch.arange(group.num_units)
-        if group.kind == "query_heads":
-            blocks = shape_after(structure.layers[group.layer], plan).kv_heads
-            numbers = numbers.view(group.blocks, -1)[:blocks, : decision.keep // blocks].flatten()
-        kept[group.layer, group.kind] = numbers[: decision.keep]
-    return kept
 
 
 def expressible_heads(model: PreTrainedModel, structure: ModelStructure, layout: str) -> set[tuple[int, int]]:

@@ -113,7 +113,7 @@ def _skip(layer: nn.Module, kind: str, modules: dict, layer_idx: int) -> None:
     *others, output = modules[kind]
     for name in others:
         layer.set_submodule(name, nn.Identity())
-    layer.set_submodule(output, NoAttention(layer_idx) if kind == "attention" else NoMlp())
+    layer.set_submodule(output, NoAttn(layer_idx) if kind == "attention" else NoMlp())
 
 
 class NoMlp(nn.Module):
@@ -123,7 +123,7 @@ class NoMlp(nn.Module):
         return torch.zeros_like(hidden_states)
 
 
-class NoAttention(nn.Module):
+class NoAttn(nn.Module):  # by another name, Transformers would take this file for one that defines attention
     """Adds nothing to the residual stream, and keeps count of the tokens in the cache.
 
     Transformers reads the length of the past from the first layer of each type, so one that skipped the cache would

@@ -13,6 +13,8 @@ _NORM_NAMES = frozenset(name for row in NORMS for name in row.all)
 _ROUTERS = ("gate", "router", "shared_expert_gate")
 _EXPERTS = ("experts", "shared_expert", "shared_experts")
 _PROJECTIONS = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
+# Layers that are not `stream + sublayer(stream)`, although their modules have the usual names.
+_SCALED_STREAMS = ("minimax",)
 
 
 def read_sublayers(
@@ -66,6 +68,8 @@ def _stream_reason(config) -> str | None:
     """Reasons why a layer without a sublayer is more than its residual stream."""
     if getattr(config, "do_layer_norm_before", True) is False:
         return "the norms follow the sum with the residual stream"
+    if config.model_type in _SCALED_STREAMS:
+        return "the residual stream itself is normalised and scaled in each layer"
     return None
 
 

@@ -11,6 +11,7 @@ from ..structure import ModelStructure
 from .criteria import channel_importance
 from .group import hidden_group
 from .refit import refit_channels
+from .rotation import check_rotatable, principal_components, rotated
 from .surgery import cut_channels
 from .target import check_keep, shrunk_target
 
@@ -36,7 +37,8 @@ def cut_hidden(
         kept: Numbers of the channels that stay, where they are known; nothing is ranked then.
 
     Returns:
-        The smaller model in eval mode, and the numbers of the channels that stay, ascending.
+        The smaller model in eval mode, and the numbers of the channels that stay, ascending; `None` with `"pca"`,
+        whose channels are combinations of the dense model's.
 
     Raises:
         ConfigurationError: `keep` or `kept` do not fit the model, or tokens are needed and there are none.
@@ -53,6 +55,9 @@ def cut_hidden(
         raise ConfigurationError("Re-fitting needs calibration tokens: give them, or set compensation=False.")
     group = hidden_group(model, structure)
     target = shrunk_target(model, structure, keep)
+    if kept is None and config.hidden_criterion == "pca":
+        small = _cut_components(model, structure, group, keep, target, config, tokens)
+        return small, None
     if kept is None:
         kept = channel_importance(model, group, config, tokens).topk(keep).indices
     kept = _checked(kept, keep, size)
@@ -60,6 +65,19 @@ def cut_hidden(
     if config.compensation:
         refit_channels(model, small, structure, group, kept, config, tokens)
     return small, kept
+
+
+def _cut_components(model, structure, group, keep, target, config, tokens) -> PreTrainedModel:
+    """Turns the stream into its principal components, of which the first `keep` stay."""
+    check_rotatable(model, group)
+    if tokens is None:
+        raise ConfigurationError("The hidden criterion 'pca' looks at calibration text, and there is none.")
+    turned = rotated(model, group, principal_components(model, group, config, tokens))
+    kept = torch.arange(keep)
+    small = cut_channels(turned, group, kept, target)
+    if config.compensation:
+        refit_channels(turned, small, structure, group, kept, config, tokens)
+    return small
 
 
 def _checked(kept: torch.Tensor, keep: int, size: int) -> torch.Tensor:

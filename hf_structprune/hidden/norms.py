@@ -34,13 +34,13 @@ def norm_kind(module: nn.Module) -> NormKind | None:
     twin = copy.deepcopy(module).to_empty(device="cpu").float()
     for parameter in twin.parameters():
         parameter.zero_()
-    x = torch.linspace(-1, 2, weight.numel() * 2).cos().view(2, -1) + 0.5
+    x = 1e4 * (torch.linspace(-1, 2, weight.numel() * 2).cos().view(2, -1) + 0.5)  # no epsilon matters beside it
     offset = float(twin(x).abs().max() > 1e-6)
     twin.weight.fill_(1 - offset)
     y = twin(x)
     if not torch.allclose(twin(2 * x), y, atol=1e-3) or torch.allclose(y, x):
         return None
-    return NormKind(centred=torch.allclose(twin(x + 1), y, atol=1e-3), offset=offset)
+    return NormKind(centred=torch.allclose(twin(x + 1e4), y, atol=1e-3), offset=offset)
 
 
 def stream_norms(model: PreTrainedModel, names: set[str]) -> dict[str, NormKind]:

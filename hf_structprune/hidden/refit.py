@@ -108,15 +108,17 @@ class _Refit:
         return statistics
 
     def _fit(self, parameter: nn.Parameter, weight: torch.Tensor, statistics: InputStatistics) -> None:
-        """Re-fits a matrix whose columns are channels, or each of a stack of them."""
-        for small, large in zip(_matrices(parameter), _matrices(weight), strict=True):
-            sample = slice(None, None, -(-len(small) // _ROWS))
-            parts = [_of_rows(part, large[sample], self.kept) for part in (statistics.fit, statistics.held_out)]
-            damping = self._damping(small[sample], *parts)
-            for start in range(0, len(small), _ROWS):
-                rows = slice(start, start + _ROWS)
-                moments = _of_rows(statistics.moments, large[rows], self.kept)
-                small[rows] = _refitted(small[rows], moments, damping)
+        """Re-fits a matrix whose columns are channels; a stack of them is one tall matrix, as all see one input."""
+        small, large = parameter.data.flatten(0, -2), weight.data.flatten(0, -2)
+        sample = slice(None, None, -(-len(small) // _ROWS))
+        damping = self._damping(
+            small[sample],
+            _of_rows(statistics.fit, large[sample]),
+            _of_rows(statistics.held_out, large[sample]),
+        )
+        for start in range(0, len(small), _ROWS):
+            rows = slice(start, start + _ROWS)
+            small[rows] = _refitted(small[rows], _of_rows(statistics.moments, large[rows]), damping)
 
     def _writer(
         self, index: int, name: str, dense: list[torch.Tensor], states: list[torch.Tensor], error: list[torch.Tensor]
@@ -192,18 +194,13 @@ def norm_factors(
     for rows in head.split(_ROWS):
         centred = rows.float() - mean
         products += (centred.T @ centred).double()
-    left = products[kept][:, kept] * gram.double()
-    right = (products[kept] * target.double().T).sum(1)
+    left = products[kept][:, kept] * gram.to(products)
+    right = (products[kept] * target.to(products).T).sum(1)
     left.diagonal().add_(ridge(left, damping))
     return 1 + torch.cholesky_solve(right[:, None], torch.linalg.cholesky(left))[:, 0]
 
 
-def _matrices(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """A matrix, or the matrices of a stack, as views."""
-    return [tensor.data] if tensor.ndim == 2 else list(tensor.data)
-
-
-def _of_rows(moments: Moments, large: torch.Tensor, kept: torch.Tensor) -> Moments:
+def _of_rows(moments: Moments, large: torch.Tensor) -> Moments:
     """Moments whose target is what the outputs of these rows of the dense matrix lack."""
     cross = (large.to(torch.float64) @ moments.cross.to(torch.float64)).to(moments.cross.dtype)
     return Moments(moments.lower, cross, moments.tokens)
