@@ -17,7 +17,7 @@ from ..units import DEPTH_CRITERIA
 from .distances import layer_similarities
 from .greedy import Losses, loss_scores, remove_greedily
 from .perplexity import TextLoss
-from .removal import Amount, Removal, Unit, candidate_order, depth_candidates
+from .removal import Amount, Removal, Unit, depth_candidates
 from .similarities import LayerSimilarities
 from .weights import magnitude_scores, taylor_scores
 
@@ -137,7 +137,7 @@ class _Chooser:
         if not any(self.amount.wants(self.removal, unit) for unit in self.candidates):
             return self._choice({})
         scores, losses, text = self._scores()
-        for unit in sorted(scores, key=lambda unit: (scores[unit], candidate_order(unit))):
+        for unit in sorted(scores, key=scores.get):
             if self.removal.can(unit):
                 if not self.amount.wants(self.removal, unit):
                     break

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from .perplexity import TextLoss
-from .removal import Amount, Removal, Unit, candidate_order
+from .removal import Amount, Removal, Unit
 
 
 @dataclass
@@ -64,7 +64,7 @@ def remove_greedily(
         found.baseline = base if found.baseline is None else found.baseline
         scores = loss_scores(losses, base, removal, per_parameter)
         found.scores.update(scores)
-        best = min(left, key=lambda unit: (scores[unit], candidate_order(unit)))
+        best = min(left, key=scores.get)
         if not amount.wants(removal, best):
             return found
         removal.units.append(best)

@@ -17,7 +17,9 @@ Unit = tuple[int, str]  # number of the layer; "layers" (the whole layer), "atte
 
 
 def depth_candidates(structure: ModelStructure, config: PruningConfig, kinds: tuple[str, ...]) -> list[Unit]:
-    """The layers and sublayers that may go, in the order of layers; within one `kinds` as in `DEPTH_UNITS`.
+    """The layers and sublayers that may go: lower layers first, within one the whole layer, its attention, its MLP.
+
+    Scores are compared in this order, so that of equal ones the first goes.
 
     Raises:
         ConfigurationError: A kind is none of `"layers"`, `"attention"` and `"mlp"`, or no layer may be cut.
@@ -38,11 +40,6 @@ def depth_candidates(structure: ModelStructure, config: PruningConfig, kinds: tu
             f"No layer that may be cut has an {lacking[0]} that could go alone. {'; '.join(structure.notes)}"
         )
     return units
-
-
-def candidate_order(unit: Unit) -> tuple[int, int]:
-    """Breaks ties: lower layers first, then whole layers, attentions, MLPs."""
-    return unit[0], DEPTH_UNITS.index(unit[1])
 
 
 @dataclass

@@ -7,6 +7,7 @@ import torch
 from hf_structprune import PruningConfig
 from hf_structprune.decisions import normalised
 from hf_structprune.depth import choose_depth, layer_similarities
+from hf_structprune.depth.greedy import remove_greedily
 from hf_structprune.depth.removal import Amount, Removal, depth_candidates
 from hf_structprune.depth.weights import magnitude_scores, taylor_scores
 from hf_structprune.errors import ConfigurationError, RatioError, UnsupportedModelError
@@ -236,3 +237,32 @@ def test_nearest_amounts():
     amount = Amount(parameters=10)
     assert amount.nearer(12, 7) and not amount.nearer(13, 7) and not amount.nearer(14, 7)
     assert not Amount(parameters=10, most=True).nearer(11, 0)
+
+
+class Table:
+    """Stands for `TextLoss`: every unit costs what a table says, whatever else has gone."""
+
+    def __init__(self, rises):
+        self.rises = rises
+
+    def scan(self, removal, candidates, description):
+        base = sum(self.rises[unit] for unit in removal.units)
+        return {unit: base + self.rises[unit] for unit in candidates}, base
+
+
+def test_greedy_stops_where_the_best_would_lead_farther_away():
+    """A layer costs least per parameter but is too large now; attentions that would fit are not taken instead."""
+    _, structure = make()
+    attention, layer = structure.layers[0].sublayer("attention").parameters, structure.layers[0].parameters
+    units = depth_candidates(structure, settings("greedy"), ("layers", "attention"))
+    rises = {unit: 1.0 + 0.01 * unit[0] if unit[1] == "layers" else 9.0 for unit in units}
+    removal = Removal(structure)
+    found = remove_greedily(lambda: Table(rises), removal, units, Amount(parameters=layer + attention), True)
+    assert removal.units == [(0, "layers")] and found.after == [1.0] and found.baseline == 0.0
+    assert found.scores[0, "layers"] == pytest.approx(1e6 / layer)
+    assert found.scores[1, "attention"] == pytest.approx(9e6 / attention)
+    removal = Removal(structure)
+    rises = {unit: 1.0 if unit[1] == "layers" else 0.1 for unit in units}
+    remove_greedily(lambda: Table(rises), removal, units, Amount(count=8), True)
+    assert removal.units[:7] == [*((i, "attention") for i in range(6)), (0, "layers")]
+    assert removal.dropped() == {"layers": [0, 1], "attention": [2, 3, 4, 5]}

@@ -53,7 +53,7 @@ def autograd(model, structure, batch_size):
         parameters = dict(model.named_parameters())
         for unit in UNITS:
             for name in members(model, structure, unit):
-                change = (parameters[name] * parameters[name].grad).double().abs().sum()
+                change = (parameters[name].detach() * parameters[name].grad).double().abs().sum()
                 totals[unit] += float(change) * len(batch) / len(TOKENS)
     return totals
 
