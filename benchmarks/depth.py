@@ -136,7 +136,7 @@ def greedy_order(pruner: StructuredPruner) -> dict[str, Any]:
     """The layers in the order in which a greedy run removes them, with the loss after each."""
     config, start = PruningConfig(num_layers=max(LAYERS)), time.perf_counter()
     choice = choose_depth(
-        pruner.model, pruner.structure, config, ("layers",), count=max(LAYERS), tokens=pruner._tokens
+        pruner.model, pruner.structure, config, ("layers",), count=max(LAYERS), tokens=pruner.calibration_tokens
     )
     seconds = round(time.perf_counter() - start, 1)
     found = {"order": [layer for layer, _ in choice.order], "losses": [choice.baseline, *choice.losses]}

@@ -204,6 +204,11 @@ class PruningConfig:
         """Whether nothing can be decided without a ratio for the whole model."""
         return self.takes_ratio and not self.listed
 
+    def chooses_depth(self, ratio: float | None) -> bool:
+        """Whether a criterion decides which layers and sublayers go, when this ratio is asked for."""
+        named = self.listed and self.num_layers is None and ratio is None
+        return bool(self.kinds(DEPTH_UNITS)) and self.keep_first is None and not named
+
     @property
     def by_kind(self) -> bool:
         """Whether `attention_ratio` / `mlp_ratio` stand in for one ratio of the whole model."""

@@ -103,7 +103,7 @@ class Planner:
                     f"`keep_first` is {config.keep_first}, the model has {len(inner.layers)} layers."
                 )
             return normalised({"layers": list(range(config.keep_first, len(inner.layers)))}, inner)
-        if config.listed and left is None and config.num_layers is None:
+        if not config.chooses_depth(None if left is None else 0.0):
             return normalised({kind: config.layers for kind in kinds}, inner)
         if not has_weights(self.model):
             raise UnsupportedModelError(

@@ -125,7 +125,7 @@ class StructuredPruner:
                 "Some weights are not in memory (meta device or offloaded): only planning is possible. Load the "
                 "model with a `device_map` that fits, or on the CPU."
             )
-        run = self._execution = Execution(self.model, self.structure, self.config, self._tokens)
+        run = self._execution = Execution(self.model, self.structure, self.config, self.calibration_tokens)
         if isinstance(ratio, PruningPlan):
             check_plan(self.model, self.structure, ratio)
             self._carry_out(ratio)
@@ -189,20 +189,20 @@ class StructuredPruner:
                 create_pr=create_pr,
             )  # fmt: skip
 
-    def _tokens(self) -> torch.Tensor:
-        """Calibration tokens, checked against the vocabulary."""
+    def calibration_tokens(self) -> torch.Tensor:
+        """The token ids that `config.calibration` names, shape (sequences, length), checked against the vocabulary."""
         tokens = load_tokens(self.config.calibration, self.tokenizer)
         check_token_ids(tokens, self.model.get_input_embeddings().weight.shape[0])
         return tokens
 
     def _look(self) -> Knowledge:
-        return look(self.model, self.structure, self.config, self._tokens)
+        return look(self.model, self.structure, self.config, self.calibration_tokens)
 
     def _plan(
         self, ratio: float | None, config: PruningConfig, known: Knowledge, dense: ModelStructure | None = None
     ) -> PruningPlan:
         """A plan for the model as it is now; ratios by kind and shares refer to `dense`, the model as it was."""
-        planner = Planner(self.model, self.structure, config, self._tokens, self._head_counts(config))
+        planner = Planner(self.model, self.structure, config, self.calibration_tokens, self._head_counts(config))
         plan = planner.plan(ratio, known, dense)
         self.depth_choice = planner.depth
         return plan

@@ -146,6 +146,15 @@ def _loading(name: str) -> Iterator[None]:
         raise StructPruneError(f"cannot load {name!r}: {error}") from error
 
 
+def load_to_plan(arguments: ModelArguments, config: PruningConfig, ratio: float | None) -> StructuredPruner:
+    """The model on the meta device where its shapes are enough to plan, else with its weights.
+
+    Only choices between layers look at the weights.
+    """
+    looks = config.allocation != "uniform" or config.chooses_depth(ratio)
+    return (load_pruner if looks else load_shapes)(arguments, config)
+
+
 def check_device(name: str | None) -> None:
     """Refuses a device that does not exist here."""
     import torch

@@ -1,24 +1,53 @@
-"""`hf-structprune inspect MODEL`: what can be cut from a model and what is left alone."""
+"""`hf-structprune inspect MODEL`: what can be cut from a model and what is left alone.
+
+With `--depth` the weights are loaded, and layers are measured on calibration text.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from ..configuration import CalibrationConfig
+from ..errors import ConfigurationError
 from .arguments import parse
 from .common import ModelArguments, load_shapes, results_only_on_stdout, show
+from .inspect_depth import inspect_depth
 
 
 if TYPE_CHECKING:
     from ..structure import CoupledGroup, ModelStructure
 
 
+@dataclass
+class InspectArguments:
+    """Options of `inspect`.
+
+    Args:
+        depth (`bool`): Measure how much each layer, attention and MLP does, and which block of each size does least.
+        output_dir (`str`, *optional*): With `--depth`: folder for `layer_distances.csv` and a heat map.
+        overwrite (`bool`): Write to the folder even if it is not empty.
+    """
+
+    depth: bool = False
+    output_dir: str | None = None
+    overwrite: bool = False
+
+
 def run(argv: Sequence[str]) -> None:
-    """Reads the structure and prints it."""
+    """Reads the structure and prints it; or measures the layers."""
     description = "Show what can be cut from MODEL: coupled groups, their units and sizes, and what is left alone."
-    (model,) = parse(argv, "inspect", description, ModelArguments)
+    model, command, calibration = parse(
+        argv, "inspect", description, ModelArguments, InspectArguments, CalibrationConfig
+    )
+    if command.depth:
+        inspect_depth(model, calibration, command.output_dir, command.overwrite)
+        return
+    if command.output_dir is not None:
+        raise ConfigurationError("--output-dir is for the distances of layers: add --depth.")
     with results_only_on_stdout():
         pruner = load_shapes(model)
     structure = pruner.structure

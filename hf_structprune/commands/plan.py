@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..configuration import PruningConfig
 from .arguments import parse
-from .common import ModelArguments, check_ratio, load_pruner, load_shapes, results_only_on_stdout, show
+from .common import ModelArguments, check_ratio, load_to_plan, results_only_on_stdout, show
 
 
 @dataclass
@@ -29,9 +29,7 @@ def run(argv: Sequence[str]) -> None:
     model, command, config = parse(argv, "plan", description, ModelArguments, PlanArguments, PruningConfig)
     check_ratio(command.ratio, config)
     with results_only_on_stdout():
-        # Only allocations that compare layers look at the weights; to count units their shapes are enough.
-        load = load_shapes if config.allocation == "uniform" else load_pruner
-        plan = load(model, config).plan(command.ratio)
+        plan = load_to_plan(model, config, command.ratio).plan(command.ratio)
         if command.output is not None:
             plan.save(command.output)
     show(model.json, {"model": model.model, **plan.to_dict()}, plan.table())

@@ -22,7 +22,7 @@ from ..plan import PruningPlan
 from ..recipe import RECIPE_NAME, Recipe, RecoverySection
 from .arguments import parse
 from .benchmark import take_turns_apart
-from .common import ModelArguments, check_output_dir, check_ratio, console, load_pruner, load_shapes, speaking
+from .common import ModelArguments, check_output_dir, check_ratio, console, load_pruner, load_to_plan, speaking
 from .demo_model import find_model
 from .recipe_recovery import check_section, recover_section, recovered_already
 from .subjects import Subject
@@ -67,7 +67,7 @@ def run(argv: Sequence[str]) -> None:
     options = {name: value for name, value in recipe.model.items() if name != "model"}
     source = dataclasses.replace(find_model(recipe.model["model"]), **options)
     if arguments.dry_run:
-        console().print(load_shapes(source, recipe.pruning).plan(recipe.ratio).table())
+        console().print(load_to_plan(source, recipe.pruning, recipe.ratio).plan(recipe.ratio).table())
     else:
         _Run(recipe, source, arguments).all()
 
