@@ -82,7 +82,7 @@ def _layer_table(found: LayerSimilarities) -> Table:
 
 
 def _block_table(found: LayerSimilarities) -> Table:
-    table = Table(title="The block with the least angular distance, by the number of layers that go")
+    table = Table(title="Blocks that turn them least")
     for header in ("number", "distance", "layers"):
         table.add_column(header, justify="left" if header == "layers" else "right")
     for block in _blocks(found):
