@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import transformers
+from matplotlib.axes import Axes
 
 from hf_structprune import PruningConfig, StructuredPruner
 from hf_structprune.commands.benchmark import take_turns
@@ -30,6 +31,7 @@ from hf_structprune.commands.demo_model import DEMO_MODEL, find_model
 from hf_structprune.commands.subjects import find_subject
 from hf_structprune.depth import choose_depth
 from hf_structprune.evaluation import perplexity, read_text
+from hf_structprune.evaluation.canvas import COLOURS, GREY, legend_below, make_panels, save, set_title
 from hf_structprune.evaluation.efficiency import EfficiencyConfig
 
 
@@ -171,7 +173,48 @@ def speed(options: argparse.Namespace) -> None:
 
 
 def picture(options: argparse.Namespace) -> None:
-    raise NotImplementedError
+    """Perplexity (left out where it was not measured) and speed of decoding against the share that is gone."""
+    content = stored()
+    rows = content["rows"]
+    text = next(iter(rows["dense"]["perplexity"]))
+    figure, (quality_axis, speed_axis) = make_panels(2, height=3.2)
+    for (label, chosen), colour in zip(SERIES.items(), COLOURS * 2, strict=False):
+        names = [name for name in rows if chosen(name)]
+        style = {"color": colour, "marker": "o", "markersize": 4, "linewidth": 1.6, "label": label}
+        style |= {"linestyle": "--"} if "no re-fit" in label else {}
+        draw(quality_axis, [(rows[name]["ratio"], rows[name]["perplexity"][text]) for name in names], style)
+        speeds = [(rows[n]["ratio"], rows[n]["speed"]["decode_throughput"]) for n in names if "speed" in rows[n]]
+        draw(speed_axis, [] if "no re-fit" in label else speeds, style)
+    if text == "WikiText-2":
+        points = [(100 * ratio, value) for ratio, value, _ in PEERS.values()]
+        peers = {"color": GREY, "marker": "x", "label": "PruneMe, Shortened-LLM", "zorder": 3}
+        quality_axis.scatter(*zip(*points, strict=True), **peers)
+    quality_axis.set_yscale("log")
+    quality_axis.set_ylabel(f"perplexity, {text}")
+    quality_axis.axhline(rows["dense"]["perplexity"][text], color=GREY, linewidth=0.8)
+    speed_axis.axhline(1.0, color=GREY, linewidth=0.8)
+    speed_axis.set_ylabel("speed of decoding, dense = 1")
+    speed_axis.set_xlabel("share of all parameters that is gone, %")
+    set_title(quality_axis, "SmolLM2-135M-Instruct without training: what depth and width cost and bring")
+    legend_below(quality_axis)
+    save(figure, RESULTS.with_suffix(".png"))
+
+
+# Lines of the picture: which rows belong to each.
+SERIES = {
+    "width (neurons)": lambda name: name.startswith("width"),
+    "depth (layers)": lambda name: name.endswith("layers, greedy"),
+    "depth, no re-fit": lambda name: name.endswith("layers, greedy, no re-fit"),
+    "half layers, half neurons": lambda name: "half layers" in name,
+    "attention and neurons by cost": lambda name: "by cost" in name,
+    "hidden size": lambda name: name.startswith("hidden") and "no re-fit" not in name,
+}
+
+
+def draw(axis: Axes, points: list[tuple[float, float]], style: dict[str, Any]) -> None:
+    if points:
+        shares, values = zip(*sorted(points), strict=True)
+        axis.plot([100 * share for share in shares], values, **style)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ CALIBRATION = ["--calibration-num-samples", "4", "--calibration-length", "32"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
     path = str(tmp_path_factory.mktemp("model"))
-    families.make_model("llama", vocab_size=128, num_hidden_layers=6, max_position_embeddings=256).save_pretrained(path)
+    model = families.make_model("llama", vocab_size=128, num_hidden_layers=6, max_position_embeddings=256)
+    model.save_pretrained(path)
     build_tokenizer().save_pretrained(path)
     return path
 
