@@ -128,8 +128,9 @@ class PruningConfig:
         layout (`str`): `"uniform"` keeps all layers alike, so that the result is a vanilla checkpoint; `"per_layer"`
             lets widths differ and writes them as Transformers' `per_layer_config`.
         depth_criterion (`str`): How layers and sublayers are ranked: `"angular"` (the contiguous block with the least
-            angular distance between its two ends; PruneMe), `"block_influence"` (ShortGPT), `"perplexity"`, `"taylor"`,
-            `"magnitude"` (Shortened-LLM) or `"greedy"` (drop the one that costs least, measure again; SLEB).
+            angular distance between its two ends; PruneMe), `"block_influence"` (ShortGPT), `"perplexity"`,
+            `"taylor"`, `"magnitude"` (Shortened-LLM) or `"greedy"` (drop the one that costs least, measure again;
+            SLEB).
         num_layers (`int`, *optional*): Decoder layers to remove.
         keep_first (`int`, *optional*): Keep so many decoder layers, the first ones, and remove all others.
         hidden_criterion (`str`): How hidden channels are ranked: `"magnitude"`, `"taylor"` or `"activation"`.

@@ -55,6 +55,7 @@ class Family:
         layers: Path of the list of decoder layers below the base model.
         width_key: Configuration key of the MLP width.
         kv_heads_key: Configuration key of the number of KV heads, `None` where there is none.
+        experts: Name of the module that holds experts, in the layers that have some.
         notes: What is left alone, and why.
     """
 
@@ -63,8 +64,44 @@ class Family:
     layers: str = "layers"
     width_key: str = "intermediate_size"
     kv_heads_key: str | None = "num_key_value_heads"
+    experts: str | None = None
     notes: tuple[str, ...] = ()
 
+
+@dataclass(frozen=True)
+class NormNames:
+    """The norms of a decoder layer: which belong to the attention alone, to the MLP alone, to both.
+
+    Norms before a sublayer and norms of its output are not told apart; both are gone when it is skipped.
+    """
+
+    attention: tuple[str, ...]
+    mlp: tuple[str, ...]
+    shared: tuple[str, ...] = ()
+
+    @property
+    def all(self) -> frozenset[str]:
+        return frozenset((*self.attention, *self.mlp, *self.shared))
+
+
+# A layer is read by the row with exactly the norms it has: `post_attention_layernorm` is a norm of the MLP's input in
+# Llama, of the attention's output in Gemma 2 and OLMo 2.
+NORMS = (
+    NormNames(("input_layernorm",), ("post_attention_layernorm",)),
+    NormNames(
+        ("input_layernorm", "post_attention_layernorm"), ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+    ),
+    NormNames(("post_attention_layernorm",), ("post_feedforward_layernorm",)),
+    NormNames(("input_layernorm", "post_self_attn_layernorm"), ("post_attention_layernorm", "post_mlp_layernorm")),
+    NormNames(("self_attn_layer_norm",), ("final_layer_norm",)),
+    NormNames(("ln_attn",), ("ln_mlp",)),
+    NormNames(("ln_1",), ("ln_2",)),
+    NormNames(("input_layernorm",), ("pre_feedforward_layernorm",)),
+    NormNames(("attention_layernorm",), ("feedforward_layernorm",)),
+    NormNames(("input_layernorm", "post_norm1"), ("post_attention_layernorm", "post_norm2")),
+    NormNames((), (), ("input_layernorm",)),
+    NormNames((), (), ("ln_1",)),
+)
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATED = MlpNames(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
@@ -158,13 +195,15 @@ def _from_tp_plan(tp_plan: dict[str, str]) -> Family | None:
     producers: dict[str, list[str]] = {}
     consumers: dict[str, str] = {}
     notes: list[str] = []
+    experts = None
     for pattern, style in tp_plan.items():
         prefix, _, name = pattern.partition(".*.")
         parent = name.rpartition(".")[0]
         if prefix != "layers" or not parent:
             continue
         if "experts" in name.split("."):
-            notes.append(f"{parent.split('.experts')[0]}.experts: the inner width of experts is left alone")
+            experts = name.partition(".experts")[0]
+            notes.append(f"{experts}.experts: the inner width of experts is left alone")
         elif style.startswith("colwise"):
             producers.setdefault(parent, []).append(name)
         elif style.startswith("rowwise"):
@@ -181,4 +220,4 @@ def _from_tp_plan(tp_plan: dict[str, str]) -> Family | None:
             mlps.append(MlpNames(inputs, output))
     if attention is None and not mlps:
         return None
-    return Family(attention, tuple(mlps), notes=tuple(dict.fromkeys(notes)))
+    return Family(attention, tuple(mlps), experts=experts, notes=tuple(dict.fromkeys(notes)))

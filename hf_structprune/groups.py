@@ -79,17 +79,61 @@ class AttentionShape:
         return self.kv_heads * self.head_dim
 
 
+@dataclass(frozen=True)
+class Sublayer:
+    """What goes when the attention or the MLP of a layer is skipped; the layer stays.
+
+    Attributes:
+        kind: `"attention"` or `"mlp"`.
+        module: Full name of the module whose output is the sublayer's.
+        inner: Full names of modules in front of it that go too, where the projections stand in the layer itself.
+        norms: Full names of the norms that belong to it alone; one that the other sublayer reads as well stays.
+        consumer: Full name of the linear map that is the sublayer's last; `""` for experts, which have several.
+        parameters: All parameters that go, norms included.
+        matrix_parameters: Those of them that multiply each token.
+    """
+
+    kind: str
+    module: str
+    norms: tuple[str, ...]
+    consumer: str
+    parameters: int
+    matrix_parameters: int
+    inner: tuple[str, ...] = ()
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Everything that goes, norms included."""
+        return (*self.norms, *self.inner, self.module)
+
+
 @dataclass
 class LayerStructure:
-    """The coupled groups of one decoder layer."""
+    """What can be cut from one decoder layer.
+
+    Attributes:
+        index: Number of the layer.
+        name: Full name of its module.
+        groups: Its coupled groups.
+        attention: Numbers of heads.
+        parameters: All parameters of the layer.
+        matrix_parameters: Those of them that multiply each token.
+        sublayers: Those that can be skipped.
+    """
 
     index: int
     name: str
     groups: list[CoupledGroup] = field(default_factory=list)
     attention: AttentionShape | None = None
+    parameters: int = 0
+    matrix_parameters: int = 0
+    sublayers: list[Sublayer] = field(default_factory=list)
 
     def group(self, kind: str) -> CoupledGroup | None:
         return next((group for group in self.groups if group.kind == kind), None)
+
+    def sublayer(self, kind: str) -> Sublayer | None:
+        return next((sublayer for sublayer in self.sublayers if sublayer.kind == kind), None)
 
 
 def matrix(module: nn.Module) -> torch.Tensor:
@@ -99,3 +143,17 @@ def matrix(module: nn.Module) -> torch.Tensor:
 
 def is_linear(module: nn.Module | None) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
+
+
+def matrix_parameters(module: nn.Module, active_experts: int | None) -> int:
+    """Weights that multiply each token: linear maps, and of stacked experts the ones a token is sent to.
+
+    Args:
+        module: Any module.
+        active_experts: `config.num_experts_per_tok`.
+    """
+    total = sum(matrix(part).numel() for part in module.modules() if is_linear(part))
+    for name, parameter in module.named_parameters():
+        if active_experts and parameter.ndim == 3 and "experts" in name.split("."):
+            total += parameter.numel() // parameter.shape[0] * active_experts
+    return total

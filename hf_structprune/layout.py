@@ -11,11 +11,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, MistralConfig, MistralForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from .depth_check import check_layers
 from .errors import CheckpointError
+from .expected import check_shapes, shape_after, skeleton
+from .layer_lists import without_layers
 from .modeling_structprune import per_layer_class
-from .plan import GroupPlan, PruningPlan
-from .structure import AttentionShape, LayerStructure, ModelStructure
-from .surgery import Kept, cut_units
+from .plan import PruningPlan
+from .skipping import layers_left, overrides_of, skip_modules, skips_after, write_skips
+from .structure import AttentionShape, LayerStructure, ModelStructure, decoder_layers
 
 
 @dataclass
@@ -41,6 +44,7 @@ def target_of(model: PreTrainedModel, structure: ModelStructure, plan: PruningPl
     Raises:
         CheckpointError: No configuration of this model type describes the result.
     """
+    _check_depth(model, structure, plan)
     errors = []
     for write in _WRITERS:
         try:
@@ -57,21 +61,63 @@ def _changes(
     model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan, heads: bool = True
 ) -> dict[str, Any]:
     """Configuration values after a plan: the dense ones with what all layers, or each of them, change."""
-    widths = [_widths(layer, structure, plan, model.config, heads) for layer in structure.layers]
-    values = model.config.to_dict()
-    for key in ("per_layer_config", "auto_map", "architectures"):
-        values.pop(key, None)
+    layers = layers_left(structure, plan)
+    values = _without_dropped(model, structure, plan)
+    values.pop("per_layer_config", None)
+    skips = skips_after(model.config, layers, plan)
+    widths = [
+        {**inherited, **_widths(layer, structure, plan, model.config, heads)}
+        for layer, inherited in zip(layers, _inherited(model.config, structure, layers, skips), strict=True)
+    ]
     keys = {key for width in widths for key in width}
     if all(len({width[key] for width in widths if key in width}) == 1 for key in keys) and heads:
-        return {**values, **{key: next(w[key] for w in widths if key in w) for key in keys}}
-    if plan.layout == "uniform":
+        values.update({key: next(w[key] for w in widths if key in w) for key in keys})
+        widths = [{} for _ in widths]
+    elif plan.layout == "uniform":
         raise CheckpointError(
             "The uniform layout needs the same widths in all layers, but the layers of this model differ already. "
             "Use layout='per_layer'."
         )
     for width in widths:  # one size of heads for the whole model
         values.update({"head_dim": width.pop("head_dim")} if "head_dim" in width else {})
-    return {**values, "per_layer_config": {str(i): width for i, width in enumerate(widths) if width}}
+    if any(skips):
+        if plan.layout == "uniform":
+            raise CheckpointError("Layers that lack a sublayer are not alike. Use layout='per_layer'.")
+        write_skips(values, widths, skips, skip_modules(model.config, structure, plan), structure.family.width_key)
+    if any(widths):
+        values["per_layer_config"] = {str(i): width for i, width in enumerate(widths) if width}
+    return values
+
+
+def _without_dropped(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> dict[str, Any]:
+    """Configuration values without the layers that a plan drops; widths and skipped sublayers are those of before."""
+    values = model.config.to_dict()
+    for key in ("auto_map", "architectures"):
+        values.pop(key, None)
+    dropped = plan.dropped.get("layers", [])
+    if not dropped:
+        return values
+    key = getattr(model.config, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")
+    return without_layers(values, dropped, len(structure.layers), key)
+
+
+def _inherited(
+    config: PreTrainedConfig, structure: ModelStructure, layers: list[LayerStructure], skips: list[list[str]]
+) -> list[dict[str, Any]]:
+    """Values that each layer has of its own already, besides those a plan decides."""
+    decided = {"skip", "module_overrides", "head_dim"}
+    result = []
+    for layer, skip in zip(layers, skips, strict=True):
+        own = set(decided)
+        if layer.group("mlp_neurons") is not None or "mlp" in skip:
+            own |= {structure.family.width_key}
+        if layer.attention is not None or "attention" in skip:
+            own |= set(_head_keys(config, structure))
+        result.append({k: v for k, v in overrides_of(config, layer.index).items() if k not in own})
+    keys = {key for values in result for key in values}
+    for values in result:
+        values.update({k: config._getattr_without_heterogeneous_validation(k) for k in keys if k not in values})
+    return result
 
 
 def _stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
@@ -111,11 +157,11 @@ def _with_overrides(model, structure, plan) -> Target | None:
     if plan.layout != "per_layer" or names is None or names.attributes is None:
         return None
     values = _changes(model, structure, plan, heads=False)
-    per_layer = values["per_layer_config"]
-    for layer in structure.layers:
+    per_layer = values.setdefault("per_layer_config", {})
+    for index, layer in enumerate(layers_left(structure, plan)):
         dense, shape = _dense_shape(model, layer), shape_after(layer, plan)
-        if shape != dense:
-            per_layer.setdefault(str(layer.index), {})["module_overrides"] = _module_overrides(names, shape)
+        if shape != dense and not plan.is_dropped(layer.index, "attention"):
+            per_layer.setdefault(str(index), {})["module_overrides"] = _module_overrides(names, shape)
     return _target(_stock_class(model), type(model.config), {**values, "module_overrides": {}}, model)
 
 
@@ -140,23 +186,16 @@ def _module_overrides(names, shape: AttentionShape) -> dict[str, dict[str, int]]
     return {**({names.parent: attributes} if attributes else {}), **overrides}
 
 
-def shape_after(layer: LayerStructure, plan: PruningPlan) -> AttentionShape | None:
-    """Head counts of a layer after a plan."""
-    if layer.attention is None:
-        return None
-    groups, before = plan.of_layer(layer.index), layer.attention
-    kv_heads = groups["kv_groups"].keep if "kv_groups" in groups else before.kv_heads
-    heads = groups["query_heads"].keep if "query_heads" in groups else kv_heads * before.rep
-    return AttentionShape(heads, kv_heads, before.head_dim)
+def _head_keys(config: PreTrainedConfig, structure: ModelStructure) -> list[str]:
+    """Configuration keys of the numbers of query heads and of KV heads, where there is one."""
+    heads = getattr(config, "attribute_map", {}).get("num_attention_heads", "num_attention_heads")
+    return [heads, *filter(None, [structure.family.kv_heads_key])]
 
 
 def _head_values(config: PreTrainedConfig, structure: ModelStructure, shape: AttentionShape) -> dict[str, int]:
-    names = getattr(config, "attribute_map", {})
-    values = {names.get("num_attention_heads", "num_attention_heads"): shape.heads}
+    values = dict(zip(_head_keys(config, structure), (shape.heads, shape.kv_heads), strict=False))
     if not isinstance(getattr(type(config), "head_dim", None), property):
         values["head_dim"] = shape.head_dim
-    if structure.family.kv_heads_key is not None:
-        values[structure.family.kv_heads_key] = shape.kv_heads
     return values
 
 
@@ -166,46 +205,25 @@ def _widths(
     """Configuration values of one layer after a plan; head counts only where they change or differ between layers."""
     widths: dict[str, int] = {}
     mlp = layer.group("mlp_neurons")
-    if mlp is not None:
+    if mlp is not None and not plan.is_dropped(layer.index, "mlp"):
         widths[structure.family.width_key] = plan.keep(layer.index, "mlp_neurons", mlp.num_units)
     shapes = {one.attention for one in structure.layers if one.attention}
     changed = len(shapes) > 1 or any(g.kind in ("kv_groups", "query_heads") for g in plan.groups)
-    if heads and layer.attention is not None and changed:
+    if heads and changed and layer.attention is not None and not plan.is_dropped(layer.index, "attention"):
         widths.update(_head_values(config, structure, shape_after(layer, plan)))
     return widths
 
 
-def check_shapes(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan, target: Target) -> None:
-    """Checks that the target builds exactly the tensors the plan will leave.
-
-    Raises:
-        CheckpointError: Names the first tensor that would not fit.
-    """
-    with torch.device("meta"):
-        expected = type(model)(copy.deepcopy(model.config))
-    cut_units(expected, structure, first_units(structure, plan))
-    built = {name: p.shape for name, p in target.skeleton().named_parameters()}
-    for name, parameter in expected.named_parameters():
-        if built.get(name) != parameter.shape:
-            raise CheckpointError(
-                f"{type(target.config).__name__} cannot describe `{name}` of shape {tuple(parameter.shape)}: it gives "
-                f"{tuple(built[name]) if name in built else 'none'}."
-            )
-
-
-def first_units(structure: ModelStructure, plan: PruningPlan) -> Kept:
-    """Units that a plan without a choice could keep: the first ones, heads evenly from the first KV groups."""
-    kept: Kept = {}
-    for group in structure.groups:
-        decision: GroupPlan | None = plan.of_layer(group.layer).get(group.kind)
-        if decision is None:
-            continue
-        numbers = torch.arange(group.num_units)
-        if group.kind == "query_heads":
-            blocks = shape_after(structure.layers[group.layer], plan).kv_heads
-            numbers = numbers.view(group.blocks, -1)[:blocks, : decision.keep // blocks].flatten()
-        kept[group.layer, group.kind] = numbers[: decision.keep]
-    return kept
+def _check_depth(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> None:
+    """Checks that the layers that are left stay as they were when others are dropped."""
+    if not plan.dropped.get("layers"):
+        return
+    if getattr(model.config, "num_kv_shared_layers", 0):
+        raise CheckpointError("Layers share their keys and values with others; dropping one is not supported.")
+    values = _without_dropped(model, structure, plan)
+    shallow = _target(_stock_class(model), type(model.config), values, model).skeleton()
+    dense, cut = ([layer for _, layer in decoder_layers(m, structure.family)] for m in (skeleton(model), shallow))
+    check_layers(dense, cut, [layer.index for layer in layers_left(structure, plan)])
 
 
 def expressible_heads(model: PreTrainedModel, structure: ModelStructure, layout: str) -> set[tuple[int, int]]:

@@ -5,6 +5,9 @@ The widths are in the `per_layer_config` of config.json. Every decoder layer is 
 configuration of that layer. Where a configuration class cannot express a number of heads, `module_overrides` names the
 modules of the layer that differ: `{"attn": {"num_heads": 6}, "attn.c_proj": {"in_features": 384}}`.
 
+A layer with `"skip": ["attention"]` or `["mlp"]` lacks that sublayer and its norms. `skip_modules` of the model names
+what is gone, the module that gives the sublayer's output last: `{"attention": ["input_layernorm", "self_attn"]}`.
+
 Part of hf_structprune, Apache-2.0.
 """
 
@@ -97,8 +100,56 @@ def _with_own_config(original):
         original(*bound.args, **bound.kwargs)
         for path, values in (getattr(config, "module_overrides", None) or {}).items():
             _override(self.get_submodule(path), values)
+        for kind in getattr(config, "skip", None) or ():
+            _skip(self, kind, getattr(config, "skip_modules", None) or {}, bound.arguments["layer_idx"])
 
     return init
+
+
+def _skip(layer: nn.Module, kind: str, modules: dict, layer_idx: int) -> None:
+    """Puts modules without parameters in the place of a sublayer and its norms."""
+    if kind not in modules or kind not in ("attention", "mlp"):
+        raise ValueError(f"Layer {layer_idx} skips {kind!r}, but `skip_modules` of config.json does not name it.")
+    *others, output = modules[kind]
+    for name in others:
+        layer.set_submodule(name, nn.Identity())
+    layer.set_submodule(output, NoAttn(layer_idx) if kind == "attention" else NoMlp())
+
+
+class NoMlp(nn.Module):
+    """Adds nothing to the residual stream."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return torch.zeros_like(hidden_states)
+
+
+class NoAttn(nn.Module):  # by another name, Transformers would take this file for one that defines attention
+    """Adds nothing to the residual stream, and keeps count of the tokens in the cache.
+
+    Transformers reads the length of the past from the first layer of each type, so one that skipped the cache would
+    make generation silently wrong.
+    """
+
+    def __init__(self, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def forward(self, hidden_states, *args, **kwargs):
+        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, transformers.Cache)), None)
+        if cache is not None:
+            self._count(getattr(cache, "self_attention_cache", cache), hidden_states)
+        return torch.zeros_like(hidden_states), None
+
+    def _count(self, cache, hidden_states):
+        layer = cache.layers[self.layer_idx] if self.layer_idx < len(cache.layers) else None
+        batch, length = hidden_states.shape[:2]
+
+        def tokens(filled):  # a static cache may have its shape already; else one number for each token is enough
+            heads, size = (1, 1) if filled is None else (filled.shape[1], filled.shape[-1])
+            return hidden_states.new_zeros((batch, heads, length, size))
+
+        filled = (layer.keys, layer.values) if getattr(layer, "is_initialized", False) else (None, None)
+        cache.update(*map(tokens, filled), self.layer_idx)
 
 
 def _override(module: nn.Module, values: dict) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from io import StringIO
@@ -15,64 +16,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .decisions import Dropped, GroupPlan, HiddenPlan, is_dropped, normalised
 from .errors import ConfigurationError
-from .structure import ModelStructure
+from .structure import CoupledGroup, LayerStructure, ModelStructure
+from .units import WIDTH_UNITS
 
 
 PLAN_NAME = "pruning_plan.json"
-_KIND_NAMES = {"kv_groups": "KV groups", "query_heads": "query heads", "mlp_neurons": "MLP neurons"}
-
-
-@dataclass
-class GroupPlan:
-    """The decision for one coupled group.
-
-    Attributes:
-        layer: Number of the decoder layer.
-        kind: Kind of unit.
-        num_units: Units before.
-        keep: Units after. For query heads: all heads left in the layer, the loss of whole KV groups included.
-        kept: Their numbers in ascending order, once they are chosen.
-    """
-
-    layer: int
-    kind: str
-    num_units: int
-    keep: int
-    kept: list[int] | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 < self.keep <= self.num_units:
-            raise ConfigurationError(
-                f"Layer {self.layer}: {self.keep} of {self.num_units} {self.kind} cannot be kept; at least one must."
-            )
-        if self.kept is None:
-            return
-        if len(self.kept) != self.keep or sorted(set(self.kept) & set(range(self.num_units))) != self.kept:
-            raise ConfigurationError(
-                f"Layer {self.layer}: `kept` of {self.kind} must name {self.keep} of {self.num_units}, ascending."
-            )
-
-
-@dataclass
-class HiddenPlan:
-    """The decision for the residual stream.
-
-    Attributes:
-        before: Hidden size before.
-        keep: Hidden size after.
-        kept: Numbers of the channels that stay, ascending, once they are chosen.
-    """
-
-    before: int
-    keep: int
-    kept: list[int] | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 < self.keep < self.before:
-            raise ConfigurationError(f"A hidden size of {self.keep} is asked for; it must be 1 to {self.before - 1}.")
-        if self.kept is not None and sorted(set(self.kept) & set(range(self.before))) != self.kept:
-            raise ConfigurationError(f"`kept` of the hidden size must name channels of {self.before}, ascending.")
+_KIND_NAMES = {
+    "kv_groups": "KV groups", "query_heads": "query heads", "mlp_neurons": "MLP neurons", "layers": "decoder layers",
+    "attention": "attention sublayers", "mlp": "MLP sublayers", "hidden": "hidden size",
+}  # fmt: skip
 
 
 @dataclass
@@ -91,6 +45,8 @@ class PruningPlan:
         notes: What is left alone, and why.
         dropped: Numbers of the layers (`"layers"`) and of the layers whose `"attention"` or `"mlp"` goes, ascending.
         hidden: The residual stream; `None` if it stays as wide as it is.
+        num_layers: Decoder layers before.
+        removed: Parameters that go, by kind of unit.
     """
 
     ratio_requested: float | None
@@ -105,8 +61,10 @@ class PruningPlan:
     neurons_after: int
     bytes_per_parameter: float
     notes: list[str] = field(default_factory=list)
-    dropped: dict[str, list[int]] = field(default_factory=dict)
+    dropped: Dropped = field(default_factory=dict)
     hidden: HiddenPlan | None = None
+    num_layers: int = 0
+    removed: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def from_counts(
@@ -118,6 +76,9 @@ class PruningPlan:
         layout: str,
         ratio_requested: float | None = None,
         bytes_per_parameter: float = 2.0,
+        dropped: Dropped | None = None,
+        hidden: HiddenPlan | None = None,
+        dense: ModelStructure | None = None,
     ) -> PruningPlan:
         """Makes a plan from the number of units to keep.
 
@@ -129,30 +90,25 @@ class PruningPlan:
             layout: `"uniform"` or `"per_layer"`.
             ratio_requested: The ratio that led to these counts.
             bytes_per_parameter: Mean size of a parameter in memory.
+            dropped: Layers and sublayers that go, by kind.
+            hidden: The decision for the residual stream; `structure` is then that of the model after it.
+            dense: Structure before the residual stream was cut; default `structure`.
+
+        Raises:
+            ConfigurationError: What is dropped is not there, or nothing would be left.
         """
-        groups, parameters, weights = [], 0, 0
-        neurons_before = neurons_after = 0
-        for layer in structure.layers:
-            counts = {g.kind: keep.get((layer.index, g.kind), _whole(g)) for g in layer.groups}
-            for group in layer.groups:
-                left = counts[group.kind]
-                if group.kind == "query_heads":
-                    # Heads that go with whole KV groups are counted there.
-                    kv_heads = counts["kv_groups"]
-                    gone, left = kv_heads * (_whole(group) - left), kv_heads * left
-                else:
-                    gone = group.num_units - left
-                parameters += gone * group.unit_parameters
-                weights += gone * group.unit_matrix_parameters
-                if group.kind == "mlp_neurons":
-                    neurons_before, neurons_after = neurons_before + group.num_units, neurons_after + left
-                if left < group.num_units:
-                    groups.append(GroupPlan(layer.index, group.kind, group.num_units, left))
+        dropped, dense = normalised(dropped, structure), dense or structure
+        sizes = [_LayerSizes.of(layer, keep, dropped) for layer in structure.layers]
+        removed = Counter({"hidden": dense.total_parameters - structure.total_parameters})
+        for size in sizes:
+            removed.update(size.removed)
         return cls(
-            ratio_requested, model_type, layout, groups,
-            structure.total_parameters, structure.total_parameters - parameters,
-            structure.matrix_parameters, structure.matrix_parameters - weights,
-            neurons_before, neurons_after, bytes_per_parameter, list(structure.notes),
+            ratio_requested, model_type, layout, [group for size in sizes for group in size.groups],
+            dense.total_parameters, dense.total_parameters - removed.total(),
+            dense.matrix_parameters, structure.matrix_parameters - sum(size.weights for size in sizes),
+            sum(size.neurons_before for size in sizes), sum(size.neurons_after for size in sizes),
+            bytes_per_parameter, list(structure.notes), dropped, hidden, len(structure.layers),
+            {kind: count for kind, count in removed.items() if count},
         )  # fmt: skip
 
     @property
@@ -191,6 +147,10 @@ class PruningPlan:
         """Whether the plan says which units stay, not only how many."""
         return all(group.kept is not None for group in self.groups)
 
+    def is_dropped(self, layer: int, kind: str) -> bool:
+        """Whether a layer goes, or the sublayer with units of this kind."""
+        return is_dropped(self.dropped, layer, kind)
+
     def keep(self, layer: int, kind: str, default: int) -> int:
         """Units of a kind that stay in a layer."""
         return next((g.keep for g in self.groups if (g.layer, g.kind) == (layer, kind)), default)
@@ -209,8 +169,11 @@ class PruningPlan:
         if values.get("version") != 1:
             raise ConfigurationError(f"The plan has version {values.get('version')!r}; this package reads version 1.")
         try:
-            fields = {f.name: values[f.name] for f in dataclasses.fields(cls)}
-            return cls(**{**fields, "groups": [GroupPlan(**group) for group in fields["groups"]]})
+            # What has a default is newer than the first plans that were written.
+            fields = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values or _required(f)}
+            fields["groups"] = [GroupPlan(**group) for group in fields["groups"]]
+            fields["hidden"] = HiddenPlan(**fields["hidden"]) if fields.get("hidden") else None
+            return cls(**fields)
         except (KeyError, TypeError) as error:
             raise ConfigurationError(f"The plan is incomplete or of another kind: {error}.") from error
 
@@ -242,9 +205,19 @@ class PruningPlan:
         table = Table(title=f"Pruning plan: {asked}got {self.ratio:.2%} of all parameters ({self.layout} layout)")
         for column in ("layers", "unit", "before", "after"):
             table.add_column(column, justify="left" if column in ("layers", "unit") else "right")
-        for kind in _KIND_NAMES:
+        for kind in WIDTH_UNITS:
             for layers, before, after in _runs(group for group in self.groups if group.kind == kind):
                 table.add_row(layers, _KIND_NAMES[kind], f"{before:,}", f"{after:,}")
+        for kind, numbers in self.dropped.items():
+            left = self.num_layers - len(numbers)
+            name = f"{_KIND_NAMES[kind]}, gone"
+            table.add_row(" ".join(map(str, numbers)), name, f"{self.num_layers}", f"{left}")
+        if self.hidden is not None:
+            table.add_row("all", _KIND_NAMES["hidden"], f"{self.hidden.before:,}", f"{self.hidden.keep:,}")
+        if len(self.removed) > 1:
+            table.add_section()
+            for kind, count in sorted(self.removed.items(), key=lambda item: -item[1]):
+                table.add_row("", f"{_KIND_NAMES[kind]}: {count / self.parameters_before:.2%} of the model", "", "")
         table.add_section()
         for name, before, after in (
             ("parameters", f"{self.parameters_before:,}", f"{self.parameters_after:,}"),
@@ -255,6 +228,53 @@ class PruningPlan:
         for note in self.notes:
             table.add_row("", f"note: {note}", "", "")
         return table
+
+
+@dataclass
+class _LayerSizes:
+    """What a plan takes from one layer."""
+
+    groups: list[GroupPlan]
+    removed: Counter[str] = field(default_factory=Counter)
+    weights: int = 0
+    neurons_before: int = 0
+    neurons_after: int = 0
+
+    @classmethod
+    def of(cls, layer: LayerStructure, keep: dict[tuple[int, str], int], dropped: Dropped) -> _LayerSizes:
+        sizes = cls([])
+        counts = {g.kind: keep.get((layer.index, g.kind), _whole(g)) for g in layer.groups}
+        for group in layer.groups:
+            gone = is_dropped(dropped, layer.index, group.kind)
+            if group.kind == "mlp_neurons":
+                sizes.neurons_before += group.num_units
+                sizes.neurons_after += 0 if gone else counts[group.kind]
+            if not gone:
+                sizes._cut(group, counts)
+        for kind in ("attention", "mlp"):
+            if layer.index in dropped.get(kind, ()):
+                sizes.removed[kind] += layer.sublayer(kind).parameters
+                sizes.weights += layer.sublayer(kind).matrix_parameters
+        if layer.index in dropped.get("layers", ()):
+            sizes.removed["layers"], sizes.weights = layer.parameters, layer.matrix_parameters
+        return sizes
+
+    def _cut(self, group: CoupledGroup, counts: dict[str, int]) -> None:
+        left = counts[group.kind]
+        if group.kind == "query_heads":
+            # Heads that go with whole KV groups are counted there.
+            kv_heads = counts["kv_groups"]
+            gone, left = kv_heads * (_whole(group) - left), kv_heads * left
+        else:
+            gone = group.num_units - left
+        self.removed[group.kind] += gone * group.unit_parameters
+        self.weights += gone * group.unit_matrix_parameters
+        if left < group.num_units:
+            self.groups.append(GroupPlan(group.layer, group.kind, group.num_units, left))
+
+
+def _required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _whole(group) -> int:

@@ -10,7 +10,8 @@ from torch import nn
 
 from .errors import UnsupportedModelError
 from .families import AttentionNames, Family, MlpNames, family_of
-from .groups import AttentionShape, CoupledGroup, LayerStructure, Part, is_linear, matrix
+from .groups import AttentionShape, CoupledGroup, LayerStructure, Part, Sublayer, is_linear, matrix, matrix_parameters
+from .sublayers import read_sublayers
 
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ __all__ = [
     "LayerStructure",
     "ModelStructure",
     "Part",
+    "Sublayer",
     "decoder_layers",
     "is_linear",
     "matrix",
@@ -69,7 +71,7 @@ class ModelStructure:
         if not any(layer.groups for layer in layers):
             raise UnsupportedModelError(f"Nothing of this model can be cut. {'; '.join(notes)}.")
         total = sum(p.numel() for p in model.parameters())
-        return cls(family, layers, notes, total, _matrix_parameters(model))
+        return cls(family, layers, notes, total, matrix_parameters(model, _active_experts(config)))
 
     @property
     def groups(self) -> list[CoupledGroup]:
@@ -97,6 +99,10 @@ def _first_layer_name(model: PreTrainedModel) -> str:
     return type(model).__name__
 
 
+def _active_experts(config) -> int | None:
+    return getattr(config, "num_experts_per_tok", None)
+
+
 def _submodule(layer: nn.Module, name: str) -> nn.Module | None:
     try:
         return layer.get_submodule(name)
@@ -115,7 +121,11 @@ def _read_layer(config, family, index, name, layer) -> tuple[LayerStructure, lis
             notes.append(f"{names.parent or names.output}: {reason}, left alone")
         else:
             notes += read(config, names, structure, layer) or []
-    return structure, notes
+    active = _active_experts(config)
+    structure.parameters = sum(parameter.numel() for parameter in layer.parameters())
+    structure.matrix_parameters = matrix_parameters(layer, active)
+    structure.sublayers, reason = read_sublayers(config, family, name, layer, active)
+    return structure, notes + ([reason] if reason else [])
 
 
 def _not_understood(layer: nn.Module, names: AttentionNames | MlpNames) -> str | None:
@@ -252,13 +262,3 @@ def _group(layer_module: nn.Module, layer_name: str, **values) -> CoupledGroup:
         weights += width * (columns if part.axis == "rows" else rows)
         others += width if part.axis == "rows" and module.bias is not None else 0
     return CoupledGroup(**values, unit_parameters=weights + others, unit_matrix_parameters=weights)
-
-
-def _matrix_parameters(model: PreTrainedModel) -> int:
-    """Weights that multiply each token: linear maps, and of stacked experts the ones a token is sent to."""
-    total = sum(matrix(module).numel() for module in model.modules() if is_linear(module))
-    active = getattr(model.config, "num_experts_per_tok", None)
-    for name, parameter in model.named_parameters():
-        if active and parameter.ndim == 3 and ".experts." in name:
-            total += parameter.numel() // parameter.shape[0] * active
-    return total

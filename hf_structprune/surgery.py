@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import nn
 
-from .structure import CoupledGroup, ModelStructure, Part, is_linear, matrix
+from .errors import UnsupportedModelError
+from .structure import CoupledGroup, ModelStructure, Part, Sublayer, is_linear, matrix
+from .sublayers import expert_outputs
 
 
 Kept = dict[tuple[int, str], torch.Tensor]
@@ -83,3 +87,79 @@ def dropped(group: CoupledGroup, kept: torch.Tensor) -> torch.Tensor:
     mask = torch.ones(group.num_units, dtype=torch.bool)
     mask[kept.cpu()] = False
     return mask.nonzero().squeeze(1)
+
+
+def mask_sublayers(model: nn.Module, structure: ModelStructure, dropped: dict[str, list[int]]) -> None:
+    """Zeroes the output of what `drop` would take out, in place: the reference that a cut model has to equal.
+
+    A sublayer whose last projection (`o_proj`, `down_proj`: weight and bias) is zero adds nothing to the residual
+    stream; a layer of which both sublayers are silent passes it on unchanged.
+
+    Args:
+        model: The model.
+        structure: Its structure.
+        dropped: Numbers of the layers by kind: `"layers"`, `"attention"`, `"mlp"`.
+
+    Raises:
+        UnsupportedModelError: A layer is named whose sublayers are not understood.
+    """
+    with torch.no_grad():
+        for sublayer in _sublayers(structure, dropped):
+            module = model.get_submodule(sublayer.consumer or sublayer.module)
+            for parameter in module.parameters() if sublayer.consumer else expert_outputs(module):
+                parameter.zero_()
+
+
+def drop(model: nn.Module, structure: ModelStructure, dropped: dict[str, list[int]]) -> None:
+    """Takes layers out of the list of layers, and the modules and norms of sublayers out of their layers, in place.
+
+    Afterwards only the modules are right: the numbers in the layers that are left and the configuration are the
+    business of `checkpoint.rebuild`, and a model with skipped sublayers runs only after it.
+
+    Args:
+        model: The model.
+        structure: Its structure.
+        dropped: Numbers of the layers by kind: `"layers"`, `"attention"`, `"mlp"`.
+    """
+    numbers = set(dropped.get("layers", ()))
+    for kind in ("attention", "mlp"):
+        for number in dropped.get(kind, ()):
+            for name in _sublayer(structure, number, kind).modules if number not in numbers else ():
+                model.set_submodule(name, nn.Identity())
+    path = structure.layers[0].name.rpartition(".")[0]
+    layers = model.get_submodule(path)
+    for number in sorted(numbers, reverse=True):
+        del layers[number]
+    if numbers and getattr(model, "hf_device_map", None):
+        model.hf_device_map = _renumbered(model.hf_device_map, path, len(structure.layers), numbers)
+
+
+def _renumbered(device_map: dict[str, object], path: str, num_layers: int, gone: set[int]) -> dict[str, object]:
+    """A device map by the numbers of the layers that are left."""
+    new = {old: index for index, old in enumerate(index for index in range(num_layers) if index not in gone)}
+    result = {}
+    for name, device in device_map.items():
+        match = re.fullmatch(rf"{re.escape(path)}\.(\d+)(.*)", name)
+        if match is None:
+            result[name] = device
+        elif int(match[1]) in new:
+            result[f"{path}.{new[int(match[1])]}{match[2]}"] = device
+    return result
+
+
+def _sublayers(structure: ModelStructure, dropped: dict[str, list[int]]) -> list[Sublayer]:
+    pairs = [(number, kind) for kind in ("attention", "mlp") for number in dropped.get(kind, ())]
+    result = [_sublayer(structure, number, kind) for number, kind in pairs]
+    for number in dropped.get("layers", ()):
+        layer = structure.layers[number]
+        if layer.matrix_parameters != sum(sublayer.matrix_parameters for sublayer in layer.sublayers):
+            raise UnsupportedModelError(f"`{layer.name}` has parts that are not understood: {structure.notes}.")
+        result += layer.sublayers
+    return result
+
+
+def _sublayer(structure: ModelStructure, number: int, kind: str) -> Sublayer:
+    sublayer = structure.layers[number].sublayer(kind)
+    if sublayer is None:
+        raise UnsupportedModelError(f"`{structure.layers[number].name}` has no {kind} that could be skipped alone.")
+    return sublayer

@@ -88,7 +88,9 @@ def check_depth(config: PruningConfig) -> None:
             continue
         check_int(name, value, 1)
         if _NAMED_BY[name] not in config.units:
-            raise ConfigurationError(f"`{name}` is given, but `units` is {config.units}: no '{_NAMED_BY[name]}' in it.")
+            raise ConfigurationError(
+                f"`{name}` is given, but `units` is {config.units}: no '{_NAMED_BY[name]}' in it."
+            )
     if config.num_layers is not None and config.keep_first is not None:
         raise ConfigurationError("`num_layers` and `keep_first` are both given; give one of them.")
     for kind in config.split or ():

@@ -147,17 +147,21 @@ def random_units(structure, kinds, uniform, seed=0):
     return kept, counts
 
 
-def plan_of(model, counts, layout):
+def plan_of(model, counts, layout, dropped=None):
     structure = ModelStructure.of(model)
-    return PruningPlan.from_counts(structure, counts, model_type=model.config.model_type, layout=layout)
+    return PruningPlan.from_counts(
+        structure, counts, model_type=model.config.model_type, layout=layout, dropped=dropped
+    )
 
 
-def cut(model, kept, counts, layout):
-    """The model without the units that are not kept: surgery and rebuilding only."""
+def cut(model, kept, counts, layout, dropped=None):
+    """The model without the units that are not kept, and without what is dropped: surgery and rebuilding only."""
     from hf_structprune.checkpoint import rebuild
-    from hf_structprune.surgery import cut_units
+    from hf_structprune.surgery import cut_units, drop
 
     structure = ModelStructure.of(model)
-    target = target_of(model, structure, plan_of(model, counts, layout))
+    plan = plan_of(model, counts, layout, dropped)
+    target = target_of(model, structure, plan)
     cut_units(model, structure, kept)
+    drop(model, structure, plan.dropped)
     return rebuild(model, target)
