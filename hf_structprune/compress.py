@@ -1,18 +1,19 @@
 """Carries a plan out on the weights, layer by layer: choose the units, re-fit the consumers, go on to the next layer.
 
 Consumers are re-fitted in place with zeros in the columns that will go; `surgery.cut_units` takes them out afterwards.
+Layers and sublayers that will be dropped are passed by; with error correction the consumers around them are re-fitted
+to bring the hidden states back to those of the dense model.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .compensation import DEFAULT_DAMPING, choose_damping, refit
 from .configuration import PruningConfig
+from .consumers import by_consumer, consume, kept_columns, refitted, write_columns
 from .criteria import Criterion, Scoring
 from .gradients import Salience
 from .plan import PruningPlan
@@ -20,7 +21,8 @@ from .selection import best_units
 from .statistics import InputStatistics
 from .stream import LayerStream
 from .structure import CoupledGroup, LayerStructure, ModelStructure, decoder_layers, matrix
-from .surgery import Kept, dropped
+from .surgery import Kept, mask_sublayers
+from .units import SUBLAYER_UNITS
 
 
 Scores = dict[tuple[int, str], torch.Tensor]
@@ -99,7 +101,7 @@ class _Compression:
         self.criterion, self.config, self.scores, self.salience = criterion, config, scores, salience
         self.by_inputs = criterion.needs_inputs and not plan.chosen and not scores
         self.needs_gram = config.compensation or (self.by_inputs and criterion.needs_gram)
-        self.last = max((group.layer for group in plan.groups), default=-1)
+        self.first, self.last = _reach(plan)
         self.stream: LayerStream | None = None
         self.correcting = False
         self.error: list[torch.Tensor] = []  # what the hidden states lack of the dense model's, float32
@@ -108,11 +110,16 @@ class _Compression:
         self.kept: Kept = {}
 
     def run(self, tokens: torch.Tensor | None) -> Kept:
-        if self.plan.groups and (self.needs_gram or self.by_inputs):
-            correcting = self.config.compensation and self.config.error_correction > 0
+        looks = bool(self.plan.groups) and (self.needs_gram or self.by_inputs)
+        correcting = bool(self.plan.groups or self.plan.dropped) and corrects(self.config)
+        if looks or correcting:
             self.stream = new_stream(self.model, self.structure, tokens, self.config, dense=correcting)
             self.correcting = correcting and self.stream.additive
+            self.stream = self.stream if looks or self.correcting else None
+        if self.correcting:
+            self._pass_dropped(-1)
         layers = self.structure.layers if self.correcting else self.structure.layers[: self.last + 1]
+        layers = [layer for layer in layers if layer.index not in self.plan.dropped.get("layers", ())]
         for layer in tqdm(layers, desc="Pruning", disable=not logging.is_progress_bar_enabled()):
             self._layer(layer)
             if self.stream and layer is not layers[-1]:
@@ -121,23 +128,59 @@ class _Compression:
 
     def _layer(self, layer: LayerStructure) -> None:
         planned = self.plan.of_layer(layer.index)
-        started = self.correcting and layer.index >= min(group.layer for group in self.plan.groups)
-        consumers = by_consumer([g for g in layer.groups if g.kind in planned or started])
-        dense = {}
+        started = self.correcting and layer.index >= self.first
+        consumers = by_consumer(
+            [g for g in layer.groups if (g.kind in planned or started) and not self.plan.is_dropped(g.layer, g.kind)]
+        )
+        dense, ahead = {}, None
         if self.stream is not None:
             self.stream.enter(layer.index)
             self.outputs, self.weight_unit = [], None
         if self.correcting:
-            self.error = self.stream.blank(self.stream.hidden[0], torch.float32)
-            for error, before, now in zip(self.error, self.stream.dense_hidden, self.stream.hidden, strict=True):
-                error.copy_(before).sub_(now)
-            dense = self.stream.step_dense(layer.index, list(consumers))
+            dense, ahead = self._step_dense(layer, list(consumers))
+        mask_sublayers(self.model, self.structure, _sublayers_of(self.plan, layer.index))
         for consumer, groups in consumers.items():
             cut = [group for group in groups if group.kind in planned]
             if self.stream is None:
                 self._choose(layer, cut, None)
                 continue
+            if ahead is not None and consumer == list(consumers)[-1]:
+                for error, contribution in zip(self.error, ahead, strict=True):
+                    error.add_(contribution)
             self._consumer(layer, consumer, groups[0].parent, cut, dense.pop(consumer, None))
+
+    def _step_dense(
+        self, layer: LayerStructure, consumers: list[str]
+    ) -> tuple[dict[str, list[torch.Tensor]], list[torch.Tensor] | None]:
+        """Carries the dense hidden states through a layer and the dropped ones behind it.
+
+        `self.error` becomes what the hidden states that enter the layer lack, the dropped layers before the first
+        included, and what the sublayers would add that the layer loses.
+
+        Returns:
+            Outputs of the layer's consumers in the dense model, and what the dropped layers behind it add, which the
+            layer's last consumer is to anticipate; `None` if none are dropped there.
+        """
+        stream = self.stream
+        lost = [layer.sublayer(kind).consumer for kind in _sublayers_of(self.plan, layer.index)]
+        self.error = _difference(stream, stream.dense_hidden, stream.hidden)
+        dense = stream.step_dense(layer.index, [*consumers, *filter(None, lost)])
+        for name in filter(None, lost):
+            for error, output in zip(self.error, dense.pop(name), strict=True):
+                error.add_(output)
+        if layer.index + 1 not in self.plan.dropped.get("layers", ()):
+            return dense, None
+        before = stream.copy(stream.dense_hidden)
+        self._pass_dropped(layer.index)
+        stream.enter(layer.index)
+        return dense, _difference(stream, stream.dense_hidden, before)
+
+    def _pass_dropped(self, index: int) -> None:
+        """Carries the dense hidden states through the dropped layers that follow layer `index`."""
+        while index + 1 in self.plan.dropped.get("layers", ()):
+            index += 1
+            self.stream.enter(index)
+            self.stream.step_dense(index, [])
 
     def _consumer(
         self,
@@ -156,7 +199,7 @@ class _Compression:
         for number, x in enumerate(inputs):
             target = weights = None
             if self.needs_gram and (dense is not None or self.config.token_weighting):
-                output = _consume(module, x, torch.arange(width)).float()
+                output = consume(module, x, torch.arange(width)).float()
                 if dense is not None:
                     lacking = self.error[number] + dense[number].float() - output
                     target = self.config.error_correction * lacking
@@ -168,7 +211,7 @@ class _Compression:
         write_columns(module, refitted(module, statistics, columns, self.config), columns)
         outputs = self.stream.blank(self.stream.hidden[0])
         for number, output in enumerate(outputs):
-            output.copy_(_consume(module, inputs[number], columns))
+            output.copy_(consume(module, inputs[number], columns))
             if dense is not None:
                 self.error[number].add_(dense[number]).sub_(output)
         if self.stream.additive:
@@ -202,48 +245,28 @@ class _Compression:
             self.kept[key] = best_units(score, group, decision.keep, blocks)
 
 
-def refitted(
-    module: nn.Module, statistics: InputStatistics, columns: torch.Tensor, config: PruningConfig
-) -> torch.Tensor:
-    """A consumer's weight on the columns that stay, shape (out, columns), re-fitted if compensation is on."""
-    weight = matrix(module)
-    columns = columns.to(weight.device)
-    if not config.compensation:
-        return weight[:, columns]
-    damping = config.damping
-    if damping is None and not statistics.held_out.tokens:
-        damping = DEFAULT_DAMPING
-    elif damping is None:
-        damping = choose_damping(weight.float(), statistics.fit, statistics.held_out, columns)
-    moments = statistics.moments
-    return refit(weight, moments.gram, columns, damping, moments.target).to(weight.dtype)
+def corrects(config: PruningConfig) -> bool:
+    """Whether re-fits also try to undo what earlier cuts have left in the hidden states."""
+    return config.compensation and config.error_correction > 0
 
 
-def by_consumer(groups: list[CoupledGroup]) -> dict[str, list[CoupledGroup]]:
-    """Groups of one layer by the module that consumes them, KV groups before the query heads in them."""
-    consumers: dict[str, list[CoupledGroup]] = {}
-    for group in groups:
-        consumers.setdefault(group.consumer.module, []).append(group)
-    return consumers
+def _reach(plan: PruningPlan) -> tuple[int, int]:
+    """The first layer that a plan changes, the one in front of dropped layers included, and the last."""
+    cut = [group.layer for group in plan.groups]
+    cut += [layer for kind, layers in plan.dropped.items() if kind != "layers" for layer in layers]
+    dropped = plan.dropped.get("layers", [])
+    first = min([*cut, *(max(0, layer - 1) for layer in dropped)], default=0)
+    return first, max([*cut, *dropped], default=-1)
 
 
-def kept_columns(groups: list[CoupledGroup], kept: Kept, width: int) -> torch.Tensor:
-    """Columns of a consumer that stay when units of these groups go, ascending."""
-    stay = torch.ones(width, dtype=torch.bool)
-    for group in groups:
-        stay[group.consumer.index[dropped(group, kept[group.layer, group.kind])].flatten()] = False
-    return stay.nonzero().squeeze(1)
+def _sublayers_of(plan: PruningPlan, layer: int) -> dict[str, list[int]]:
+    """The sublayers that go from a layer, in the form of `plan.dropped`."""
+    return {kind: [layer] for kind in SUBLAYER_UNITS if layer in plan.dropped.get(kind, ())}
 
 
-def write_columns(module: nn.Module, weight: torch.Tensor, columns: torch.Tensor) -> None:
-    """Sets these columns of a linear map and zeroes the others."""
-    full = matrix(module)
-    weight = weight.clone()  # may be a view of what is zeroed next
-    full.zero_()
-    full[:, columns.to(full.device)] = weight
-
-
-def _consume(module: nn.Module, inputs: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Outputs of the consumer from the inputs that stay."""
-    columns = columns.to(inputs.device)
-    return nn.functional.linear(inputs[..., columns], matrix(module)[:, columns], module.bias)
+def _difference(stream: LayerStream, states: list[torch.Tensor], others: list[torch.Tensor]) -> list[torch.Tensor]:
+    """`states - others` in float32."""
+    result = stream.blank(states[0], torch.float32)
+    for room, state, other in zip(result, states, others, strict=True):
+        room.copy_(state).sub_(other)
+    return result

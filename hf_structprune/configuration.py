@@ -1,15 +1,15 @@
-"""`PruningConfig` and `CalibrationConfig`: what to cut, how to choose it and which text to look at."""
+"""`PruningConfig`: what to cut and how to choose it."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .calibration_configuration import CalibrationConfig
 from .checks import check_choice, check_int, check_keys, is_number
 from .errors import ConfigurationError
 from .units import DEPTH_UNITS, UNITS, WIDTH_UNITS, check_depth, complete_units, parse_split, split_criterion
@@ -27,73 +27,6 @@ LAYOUTS = ("uniform", "per_layer")
 def _check_ratio(name: str, value: Any) -> None:
     if not is_number(value) or not 0.0 <= value < 1.0:
         raise ConfigurationError(f"`{name}` is {value!r}; it must be a number in [0, 1): 0.3 removes 30 %.")
-
-
-@dataclass
-class CalibrationConfig:
-    """Which text the statistics are computed on. The default is a small sample that travels with the package.
-
-    Args:
-        dataset (`str` or list of `str`, *optional*):
-            A `.txt`, `.jsonl` or `.json` file, a folder made by `datasets.save_to_disk` or a dataset id of the Hub. A
-            list mixes several sources in equal shares, interleaved. `None` is the packaged sample (half Wikipedia
-            articles, half web pages; English).
-        name (`str`, *optional*): Configuration name of a Hub dataset, for example `"wikitext-2-raw-v1"`.
-        split (`str`): Split of a dataset.
-        column (`str`): Column of a dataset or key of a JSONL row; a text, or chat messages with `chat_template`.
-        texts (list of `str`, *optional*): Texts given in memory instead of a dataset.
-        tokens (`torch.Tensor`, *optional*): Token ids of shape `(num_samples, length)` given in memory.
-        num_samples (`int`): Number of sequences.
-        length (`int`): Tokens in a sequence. Sequences are full: no padding is ever calibrated on.
-        batch_size (`int`): Sequences that go through the model at once.
-        seed (`int`): Seed of the draw of documents.
-        chat_template (`bool`): Render rows that are lists of chat messages (or plain texts, as one user turn) with
-            the tokenizer's chat template.
-    """
-
-    dataset: str | list[str] | None = None
-    name: str | None = None
-    split: str = "train"
-    column: str = "text"
-    texts: list[str] | None = None
-    tokens: Any = None
-    num_samples: int = 128
-    length: int = 256
-    batch_size: int = 8
-    seed: int = 0
-    chat_template: bool = False
-    fingerprint: str | None = None
-
-    def __post_init__(self) -> None:
-        check_int("num_samples", self.num_samples, 1)
-        check_int("length", self.length, 2)
-        check_int("batch_size", self.batch_size, 1)
-        check_int("seed", self.seed, 0)
-        given = [n for n in ("dataset", "texts", "tokens") if getattr(self, n) is not None]
-        if len(given) > 1:
-            raise ConfigurationError(f"`{given[0]}` and `{given[1]}` both give calibration data; give one of them.")
-        if isinstance(self.dataset, os.PathLike):
-            self.dataset = str(self.dataset)
-        if isinstance(self.texts, str):
-            raise ConfigurationError("`texts` is one string; it must be a list of strings. Use `dataset` for a file.")
-        if self.texts is not None:
-            self.texts = list(self.texts)
-            self.fingerprint = hashlib.sha256("\0".join(map(str, self.texts)).encode()).hexdigest()[:16]
-        if self.tokens is not None:
-            if getattr(self.tokens, "ndim", None) != 2 or self.tokens.dtype.is_floating_point:
-                raise ConfigurationError("`tokens` must be an integer tensor of shape (num_samples, length).")
-            self.num_samples, self.length = self.tokens.shape
-            self.fingerprint = hashlib.sha256(self.tokens.cpu().numpy().tobytes()).hexdigest()[:16]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Values that fit in JSON; data given in memory is represented by its `fingerprint` only."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {**values, "texts": None, "tokens": None}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> CalibrationConfig:
-        check_keys(cls, values)
-        return cls(**values)
 
 
 @dataclass
@@ -255,10 +188,21 @@ class PruningConfig:
         return tuple(unit for unit in self.units if unit in among)
 
     @property
-    def states_amount(self) -> bool:
-        """Whether the configuration itself says how much of the depth or the hidden size goes."""
-        listed = self.layers is not None and not set(self.units) - set(DEPTH_UNITS)
-        return listed or any(value is not None for value in (self.num_layers, self.keep_first, self.hidden_size))
+    def listed(self) -> bool:
+        """Whether `layers` can name exactly what goes: with nothing but depth to cut."""
+        return self.layers is not None and not set(self.units) - set(DEPTH_UNITS)
+
+    @property
+    def takes_ratio(self) -> bool:
+        """Whether something is left to decide by a ratio for the whole model."""
+        stated = {"layers"} if self.num_layers is not None or self.keep_first is not None else set()
+        stated |= {"hidden"} if self.hidden_size is not None else set()
+        return not self.by_kind and bool(set(self.units) - stated)
+
+    @property
+    def needs_ratio(self) -> bool:
+        """Whether nothing can be decided without a ratio for the whole model."""
+        return self.takes_ratio and not self.listed
 
     @property
     def by_kind(self) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
@@ -66,7 +66,6 @@ def taylor_salience(
     wanted = {(part.module, part.axis) for group in groups for part in group.parts}
     wanted = {key for key in wanted if is_linear(model.get_submodule(key[0]))}
     salience: Salience = {}
-    batches = list(as_batches(tokens, batch_size))
 
     def report(module: str, length: int, weight: float, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
         linear = matrix(model.get_submodule(module)).float()
@@ -78,14 +77,38 @@ def taylor_salience(
                 key = (module, axis)
                 salience[key] = salience[key] + reduced if key in salience else reduced
 
+    def around(batch: torch.Tensor, share: float) -> AbstractContextManager[None]:
+        return _probed(model, {m for m, _ in wanted}, batch.shape[1], share, report)
+
+    backward_passes(model, tokens, batch_size, gradient_checkpointing, around)
+    return {key: score.abs() for key, score in salience.items()}
+
+
+def backward_passes(
+    model: nn.Module,
+    tokens: torch.Tensor,
+    batch_size: int,
+    gradient_checkpointing: bool,
+    around: Callable[[torch.Tensor, float], AbstractContextManager[None]],
+) -> None:
+    """Backward pass of the mean next-token loss of each batch; the model is left as it was.
+
+    No parameter asks for a gradient: what is wanted of the pass is taken by what `around` opens.
+
+    Args:
+        model: A causal language model.
+        tokens: Token ids, shape (sequences, length).
+        batch_size: Sequences in a backward pass.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        around: Open during each pass; gets the batch and its share of all sequences.
+    """
+    batches = as_batches(tokens, batch_size)
     bar = tqdm(batches, desc="Gradients", disable=not logging.is_progress_bar_enabled())
     plain = has_plain_head(model, _on_device(model, batches[0][:1]))
     with _frozen(model, gradient_checkpointing):
         for batch in bar:
-            share = len(batch) / len(tokens)
-            with _probed(model, {m for m, _ in wanted}, batch.shape[1], share, report):
+            with around(batch, len(batch) / len(tokens)):
                 _backward(model, batch, plain)
-    return {key: score.abs() for key, score in salience.items()}
 
 
 def _change(weight: torch.Tensor, inputs: torch.Tensor, gradient: torch.Tensor, variant: str) -> torch.Tensor:

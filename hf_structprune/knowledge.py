@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -59,3 +60,11 @@ def look(
             scorings = {(g.layer, g.kind): Scoring(g, model, salience=known.salience) for g in groups}
             known.scores = {key: criterion.score(scoring).cpu() for key, scoring in scorings.items()}
     return known
+
+
+def sensitivities(
+    model: PreTrainedModel, structure: ModelStructure, config: PruningConfig, tokens: Callable[[], torch.Tensor]
+) -> Sensitivity:
+    """The cost of cutting each group of heads or neurons, whatever the allocation; arguments as for `look`."""
+    config = dataclasses.replace(config, allocation="search", layout="per_layer")
+    return look(model, structure, config, tokens).sensitivity

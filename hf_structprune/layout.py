@@ -63,7 +63,8 @@ def _changes(
     """Configuration values after a plan: the dense ones with what all layers, or each of them, change."""
     layers = layers_left(structure, plan)
     values = _without_dropped(model, structure, plan)
-    values.pop("per_layer_config", None)
+    for key in ("per_layer_config", "module_overrides", "skip_modules"):
+        values.pop(key, None)
     skips = skips_after(model.config, layers, plan)
     widths = [
         {**inherited, **_widths(layer, structure, plan, model.config, heads)}

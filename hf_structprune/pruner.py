@@ -12,22 +12,23 @@ import torch
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel
 
-from .allocation import Counts, allocate
 from .calibration import check_token_ids, load_tokens
-from .checkpoint import has_weights, rebuild
-from .compress import compress
+from .checkpoint import has_weights
 from .configuration import PruningConfig
 from .criteria import make_criterion
+from .depth import DepthChoice
 from .errors import ConfigurationError, StructPruneError, UnsupportedModelError
+from .execution import Execution, check_plan
 from .hub.origin import origin_of, record
 from .hub.push import push_folder
 from .hub.save import save_checkpoint, take_over
 from .knowledge import Knowledge, look
-from .layout import expressible_heads, target_of
+from .layout import expressible_heads
 from .loading import load_model, load_tokenizer
 from .plan import PruningPlan
+from .planning import Planner
 from .structure import ModelStructure
-from .surgery import Kept, cut_units
+from .units import WIDTH_UNITS
 
 
 class StructuredPruner:
@@ -61,8 +62,9 @@ class StructuredPruner:
         self.structure = ModelStructure.of(model)
         self.origin = origin_of(model)
         self.last_plan: PruningPlan | None = None
+        self.depth_choice: DepthChoice | None = None
         self._saved: Path | None = None
-        self._started = False
+        self._execution: Execution | None = None
         self._expressible: set[tuple[int, int]] | None = None
 
     @classmethod
@@ -98,12 +100,12 @@ class StructuredPruner:
 
         Args:
             ratio: Share of **all** parameters of the model to remove, embeddings counted; `None` if the configuration
-                has `attention_ratio` or `mlp_ratio`.
+                says how much goes (`num_layers`, `hidden_size`, `attention_ratio`, `mlp_ratio`, ...).
 
         Raises:
             RatioError: More than can be cut; says how much can.
         """
-        return self._plan(ratio, self.config, self._look() if self.config.allocation != "uniform" else Knowledge())
+        return self._plan(ratio, self.config, self._look() if self._looks_first else Knowledge())
 
     def prune(self, ratio: float | PruningPlan | None = None) -> PreTrainedModel:
         """Prunes the model.
@@ -114,7 +116,7 @@ class StructuredPruner:
         Returns:
             The smaller model, also in `self.model`; the plan that was carried out is in `self.last_plan`.
         """
-        if self._started:
+        if self._execution is not None and self._execution.touched:
             raise StructPruneError(
                 "This pruner has pruned its model. To prune the result again, make a new pruner from `pruner.model`."
             )
@@ -123,15 +125,15 @@ class StructuredPruner:
                 "Some weights are not in memory (meta device or offloaded): only planning is possible. Load the "
                 "model with a `device_map` that fits, or on the CPU."
             )
-        dense = self.structure
-        stay = {(group.layer, group.kind): torch.arange(group.num_units) for group in dense.groups}
+        run = self._execution = Execution(self.model, self.structure, self.config, self._tokens)
         if isinstance(ratio, PruningPlan):
-            self._check_plan(ratio)
-            self._carry_out(ratio, stay=stay)
+            check_plan(self.model, self.structure, ratio)
+            self._carry_out(ratio)
         else:
-            for step in range(1, self.config.iterative_steps + 1):
-                self._carry_out(*self._plan_step(ratio, dense, step / self.config.iterative_steps), stay=stay)
-        self.last_plan = self._describe(dense, stay, ratio)
+            dense, steps = self.structure, self.config.iterative_steps
+            for step in range(1, steps + 1):
+                self._carry_out(*self._plan_step(ratio, dense, step / steps))
+        self.last_plan = run.describe(ratio.ratio_requested if isinstance(ratio, PruningPlan) else ratio)
         record(self.model, self.origin, self.config, self.last_plan)
         return self.model
 
@@ -200,17 +202,15 @@ class StructuredPruner:
         self, ratio: float | None, config: PruningConfig, known: Knowledge, dense: ModelStructure | None = None
     ) -> PruningPlan:
         """A plan for the model as it is now; ratios by kind and shares refer to `dense`, the model as it was."""
-        if ratio is None and not config.by_kind:
-            raise ConfigurationError("Give a ratio, for example 0.3, or set `attention_ratio` and `mlp_ratio`.")
-        if ratio is not None and config.by_kind:
-            raise ConfigurationError(
-                f"The ratio {ratio!r} is given, and the configuration has ratios by kind: give one or the other."
-            )
-        head_counts = self._head_counts(config)
-        counts = allocate(dense or self.structure, config, ratio, known.scores, head_counts, known.sensitivity)
-        plan = self._from_counts(self.structure, counts, ratio)
-        target_of(self.model, self.structure, plan)  # raises if no checkpoint could hold the result
+        planner = Planner(self.model, self.structure, config, self._tokens, self._head_counts(config))
+        plan = planner.plan(ratio, known, dense)
+        self.depth_choice = planner.depth
         return plan
+
+    @property
+    def _looks_first(self) -> bool:
+        """Whether heads and neurons are given out by what is measured on the whole model."""
+        return self.config.allocation != "uniform" and bool(self.config.kinds(WIDTH_UNITS))
 
     def _plan_step(self, ratio: float | None, dense: ModelStructure, share: float) -> tuple[PruningPlan, Knowledge]:
         """The plan of one of several steps, of which `share` will be done after it."""
@@ -220,7 +220,7 @@ class StructuredPruner:
             config = dataclasses.replace(config, **{name: r and r * share for name, r in ratios.items()})
         ratio = None if ratio is None else ratio * share
         known = Knowledge()
-        if make_criterion(config).needs_gradients or config.allocation != "uniform":
+        if self._looks_first or (make_criterion(config).needs_gradients and config.kinds(WIDTH_UNITS)):
             known = self._look()
         if config.allocation != "uniform" and ratio is not None:
             ratio = 1 - (1 - ratio) * dense.total_parameters / self.structure.total_parameters
@@ -243,48 +243,6 @@ class StructuredPruner:
             self.structure.notes = list(dict.fromkeys([*self.structure.notes, note]))
         return self._expressible
 
-    def _carry_out(self, plan: PruningPlan, known: Knowledge | None = None, *, stay: Kept) -> None:
-        """Cuts the model as planned; `stay` follows which of the original units are left."""
-        target = target_of(self.model, self.structure, plan)
-        criterion = make_criterion(self.config)
-        if known is None:
-            known = self._look() if criterion.needs_gradients and not plan.chosen else Knowledge()
-        looks = self.config.compensation or (criterion.needs_inputs and not plan.chosen and known.scores is None)
-        tokens = self._tokens() if looks and plan.groups else None
-        self._started = True
-        kept = compress(self.model, self.structure, plan, criterion, self.config, tokens, known.scores, known.salience)
-        cut_units(self.model, self.structure, kept)
-        self.model = rebuild(self.model, target)
-        self.structure = ModelStructure.of(self.model)
-        for key, units in kept.items():
-            stay[key] = stay[key][units]
-
-    def _check_plan(self, plan: PruningPlan) -> None:
-        groups = {(group.layer, group.kind): group for group in self.structure.groups}
-        for decision in plan.groups:
-            group = groups.get((decision.layer, decision.kind))
-            if group is None or group.num_units != decision.num_units:
-                raise ConfigurationError(
-                    f"The plan is for a {plan.model_type} with {decision.num_units} {decision.kind} in layer "
-                    f"{decision.layer}; this model has {group.num_units if group else 'none'}."
-                )
-
-    def _from_counts(self, structure: ModelStructure, counts: Counts, ratio: float | None) -> PruningPlan:
-        size = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        return PruningPlan.from_counts(
-            structure, counts, model_type=self.model.config.model_type, layout=self.config.layout,
-            ratio_requested=ratio, bytes_per_parameter=size / sum(p.numel() for p in self.model.parameters()),
-        )  # fmt: skip
-
-    def _describe(self, dense: ModelStructure, stay: Kept, ratio: float | PruningPlan | None) -> PruningPlan:
-        """The plan from the dense model to the pruned one, with the units that stay."""
-        counts = {key: len(units) for key, units in stay.items()}
-        for layer, kind in counts:
-            if kind == "query_heads":
-                counts[layer, kind] //= counts[layer, "kv_groups"]
-        requested = ratio.ratio_requested if isinstance(ratio, PruningPlan) else ratio
-        plan = self._from_counts(dense, counts, requested)
-        plan.layout = ratio.layout if isinstance(ratio, PruningPlan) else plan.layout
-        for group in plan.groups:
-            group.kept = stay[group.layer, group.kind].tolist()
-        return plan
+    def _carry_out(self, plan: PruningPlan, known: Knowledge | None = None) -> None:
+        self._execution.carry_out(plan, known)
+        self.model, self.structure = self._execution.model, self._execution.structure

@@ -8,8 +8,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .compress import kept_columns, new_stream, refitted, write_columns
+from .compress import new_stream
 from .configuration import PruningConfig
+from .consumers import kept_columns, refitted, write_columns
 from .criteria import Criterion, Scoring
 from .gradients import Salience
 from .selection import best_units

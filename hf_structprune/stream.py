@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .calibration import as_batches
+from .forwards import as_output, others_of, replaced_forwards
 
 
 class _Stop(Exception):
@@ -117,7 +118,7 @@ class LayerStream:
             entered.append(_hidden(args, kwargs))
 
         def after_layer(_, __, output):
-            self._layer_extras = len(output) - 1 if isinstance(output, tuple) else None
+            self._layer_extras = others_of(output)
             if outputs:
                 self.additive &= _is_sum(_first(output), [entered[-1], *outputs.values()])
                 outputs.clear()
@@ -130,7 +131,7 @@ class LayerStream:
             def compare(_, __, output):
                 first, expected = _first(output), outputs[consumer]
                 if first.numel() == expected.numel() and torch.equal(first.view_as(expected), expected):
-                    self._replayable[parent] = len(output) - 1 if isinstance(output, tuple) else None
+                    self._replayable[parent] = others_of(output)
 
             return compare
 
@@ -211,32 +212,42 @@ class LayerStream:
         return outputs
 
     @torch.no_grad()
-    def finish(self, index: int, number: int, every: int = 1) -> torch.Tensor:
-        """Logits of a batch when the layers from `index` on run as they are now.
+    def outputs(self, index: int, number: int, last: int | None = None, skip: Collection[int] = ()) -> torch.Tensor:
+        """What layers make of the current hidden states of a batch, which stay as they are.
 
         Args:
-            index: First layer to run, on the current hidden states, which stay as they are.
+            index: First layer to run.
             number: Number of the batch.
-            every: Only each so many-th position, to save the LM head work.
-
-        Returns:
-            Logits, shape (sequences, positions, vocabulary).
+            last: Last layer to run. Default: the last there is.
+            skip: Numbers of layers that are passed over, as if they were not there.
         """
         hidden = self.hidden[number]
-        for later in range(index, len(self.layers)):
-            hidden = self._run(later, number, hidden)
-        hidden = hidden[:, ::every]
-        value = hidden if self._layer_extras is None else (hidden, *[None] * self._layer_extras)
-        # What comes after the last layer (norm, head, scaling) is the model's own business: let it run with layers
-        # that return what is known already.
-        for layer in self.layers:
-            layer.forward = lambda *args, **kwargs: value
-        try:
+        for later in range(index, len(self.layers) if last is None else last + 1):
+            if later not in skip:
+                hidden = self._run(later, number, hidden)
+        return hidden
+
+    @torch.no_grad()
+    def head(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Logits of hidden states that leave the last layer, for the token ids at the same positions.
+
+        What comes after it (norm, head, scaling) is the model's own business: the model is run with layers that
+        return what is known already.
+        """
+        value = as_output(hidden, self._layer_extras)
+        with replaced_forwards((layer, lambda *args, **kwargs: value) for layer in self.layers):
             device = self.model.get_input_embeddings().weight.device
-            return self.model(input_ids=self.batches[number][:, ::every].to(device), use_cache=False).logits
-        finally:
-            for layer in self.layers:
-                del layer.forward
+            return self.model(input_ids=ids.to(device), use_cache=False).logits
+
+    def finish(self, index: int, number: int, every: int = 1, skip: Collection[int] = ()) -> torch.Tensor:
+        """Logits of a batch when the layers from `index` on run as they are now, see `outputs`.
+
+        Args:
+            index, number, skip: As for `outputs`.
+            every: Only each so many-th position, to save the LM head work.
+        """
+        hidden = self.outputs(index, number, skip=skip)
+        return self.head(hidden[:, ::every], self.batches[number][:, ::every])
 
     def replace(self, parent: str, outputs: list[torch.Tensor]) -> None:
         """Lets later runs of the current layer use these outputs of a module instead of running it.
@@ -258,21 +269,13 @@ class LayerStream:
 @contextmanager
 def _replay(model: nn.Module, replayable: dict[str, int | None], replaced: dict[str, list[torch.Tensor]], number: int):
     """Lets modules return recorded outputs."""
-    originals = []
+    forwards = []
     for name, outputs in replaced.items():
-        module, others = model.get_submodule(name), replayable[name]
         output = outputs[number].clone()  # some layers add to it in place
-        value = output if others is None else (output, *[None] * others)
-        originals.append((module, module.__dict__.get("forward")))
-        module.forward = lambda *args, value=value, **kwargs: value
-    try:
+        value = as_output(output, replayable[name])
+        forwards.append((model.get_submodule(name), lambda *args, value=value, **kwargs: value))
+    with replaced_forwards(forwards):
         yield
-    finally:
-        for module, forward in originals:
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
 
 
 def _first(output: Any) -> torch.Tensor:

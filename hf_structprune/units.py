@@ -93,6 +93,16 @@ def check_depth(config: PruningConfig) -> None:
             )
     if config.num_layers is not None and config.keep_first is not None:
         raise ConfigurationError("`num_layers` and `keep_first` are both given; give one of them.")
+    stated = next((name for name in ("num_layers", "keep_first", "hidden_size") if getattr(config, name)), None)
+    if config.split is not None and stated:
+        raise ConfigurationError(f"`split` and `{stated}` are both given; give one of them.")
+    if (config.num_layers or config.keep_first) and set(config.units) & set(SUBLAYER_UNITS):
+        raise ConfigurationError(f"`{stated}` is given, but sublayers are to go as well: use `split` for both.")
+    if "hidden" in config.units and len(config.units) > 1 and config.split is None and config.hidden_size is None:
+        raise ConfigurationError(
+            "`units` names 'hidden' beside others, whose costs are not compared: give `hidden_size`, or a `split` "
+            "such as {'hidden': 0.5, 'mlp_neurons': 0.5}."
+        )
     for kind in config.split or ():
         if kind not in config.units:
             raise ConfigurationError(f"`split` names '{kind}', but `units` is {config.units}.")

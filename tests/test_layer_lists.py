@@ -204,3 +204,10 @@ def test_pruneme_llama_3_with_eight_layers_less(skeletons):
     assert type(small).__name__ == "LlamaForCausalLM"
     changed = {key for key, value in small.config.to_dict().items() if value != model.config.to_dict().get(key)}
     assert changed <= {"num_hidden_layers", "architectures", "head_dim"}
+
+
+def test_a_device_map_follows_the_layers():
+    model = families.make_model("llama")
+    model.hf_device_map = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 0, "model.layers.2.mlp": 1}
+    drop(model, ModelStructure.of(model), {"layers": [1]})
+    assert model.hf_device_map == {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1.mlp": 1}

@@ -22,7 +22,8 @@ MINIMAL = "model: some/model\noutput_dir: out\nprune:\n  ratio: 0.2\n"
 
 @pytest.fixture(autouse=True)
 def no_variables(monkeypatch):
-    for name in ("OUT", "WIKITEXT2", "C4", "TASKS", "TASKS_PATH", "RATIO", "CRITERION", "DATA", "WATCHED"):
+    names = ("OUT", "WIKITEXT2", "C4", "TASKS", "TASKS_PATH", "RATIO", "CRITERION", "DATA", "WATCHED")
+    for name in (*names, "LAYERS", "HEAL", "CALIBRATION"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -171,7 +172,10 @@ def test_recipe_of_the_llm_pruner_study_recovers_as_its_recipe():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe",
-    ["tinyllama-1.1b-chat/study-recovered", *(f"{s}/prune-{m}" for s in STUDIES for m in ("lora", "qlora"))],
+    [
+        "tinyllama-1.1b-chat/study-recovered",
+        *(f"{s}/{name}" for s in STUDIES for name in ("prune-lora", "prune-qlora", "drop-layers", "drop-blocks-lora")),
+    ],
 )
 def test_recipes_run_on_tiny_models(recipe, tiny_llama, make_tokenizer, tmp_path, monkeypatch):
     """A stand-in of the right class goes through what the recipe says, with one step of training."""
@@ -193,10 +197,35 @@ def test_recipes_run_on_tiny_models(recipe, tiny_llama, make_tokenizer, tmp_path
     content["model"] = {**(content["model"] if isinstance(content["model"], dict) else {}), "device_map": None}
     content["model"] |= {"model": str(tmp_path / "dense"), "dtype": "fp32"}
     content["prune"]["calibration"] = {"num_samples": 4, "length": 16}
-    content["recover"] |= {"max_steps": 1, "evaluations": 1, "precision": "fp32"}
+    if "recover" in content:
+        content["recover"] |= {"max_steps": 1, "evaluations": 1, "precision": "fp32"}
     del content["evaluate"]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
     assert cli.main(["run", str(tmp_path / "recipe.yaml")]) == 0
-    folder = Recipe.load(tmp_path / "recipe.yaml").recovery.output_dir
-    assert "## Recovery" in (Path(folder) / "README.md").read_text()
-    AutoModelForCausalLM.from_pretrained(folder)
+    loaded = Recipe.load(tmp_path / "recipe.yaml")
+    folder = loaded.recovery.output_dir if loaded.recovery else loaded.output_dir
+    card = (Path(folder) / "README.md").read_text()
+    assert ("## Recovery" in card) == bool(loaded.recovery)
+    small = AutoModelForCausalLM.from_pretrained(folder)
+    dropped = loaded.pruning.num_layers or 0
+    assert small.config.num_hidden_layers == 20 - dropped
+    assert ("Decoder layers gone" in card) == bool(dropped)
+
+
+@pytest.mark.parametrize("study", STUDIES)
+@pytest.mark.parametrize("layers", [6, 8, 12])
+def test_recipes_drop_the_layers_that_the_study_dropped(monkeypatch, study, layers):
+    monkeypatch.setenv("LAYERS", str(layers))
+    pruning = Recipe.load(RECIPES / study / "drop-layers.yaml").pruning
+    assert (pruning.units, pruning.num_layers, pruning.depth_criterion) == (("layers",), layers, "angular")
+    assert not pruning.compensation
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_recipes_drop_blocks_as_the_study_did(study):
+    recipe = Recipe.load(RECIPES / study / "drop-blocks-lora.yaml")
+    assert (recipe.pruning.num_layers, recipe.pruning.depth_criterion) == (6, "perplexity")
+    assert (recipe.pruning.protect_first, recipe.pruning.protect_last) == (4, 2) and not recipe.pruning.compensation
+    config = recipe.recovery.config
+    assert (config.rank, config.alpha, config.dropout, config.learning_rate) == (8, 16, 0.05, 1e-4)
+    assert (config.epochs, config.batch_size, config.max_length) == (2, 64, 256)

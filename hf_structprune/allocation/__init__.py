@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..configuration import PruningConfig
+from ..decisions import Dropped
 from ..structure import ModelStructure
 from .budget import Budget, Counts
 from .by_kind import allocate_by_kind
@@ -23,6 +24,8 @@ def allocate(
     scores: dict[tuple[int, str], torch.Tensor] | None = None,
     head_counts: set[tuple[int, int]] | None = None,
     sensitivity: dict[tuple[int, str], float] | None = None,
+    dropped: Dropped | None = None,
+    target: int | None = None,
 ) -> Counts:
     """Units to keep for every group that is cut.
 
@@ -33,6 +36,8 @@ def allocate(
         scores: Importance of every unit by `(layer, kind)`; needed by the global allocation only.
         head_counts: Pairs of (KV groups, query heads in each) that a checkpoint can express; `None` allows all.
         sensitivity: Cost of cutting each group by `(layer, kind)`; needed by the search only.
+        dropped: Layers and sublayers that go as a whole, so that nothing of them is left to cut.
+        target: Parameters to remove from heads and neurons, instead of a ratio.
 
     Returns:
         `{(layer, kind): units to keep}`; for query heads the number in each KV group.
@@ -40,10 +45,12 @@ def allocate(
     Raises:
         RatioError: More was asked than can go; names the largest possible ratio.
     """
-    budget = Budget(structure, config, head_counts)
+    budget = Budget(structure, config, head_counts, dropped)
     if config.by_kind:
         return allocate_by_kind(budget)
-    target = budget.target(ratio)
+    target = budget.target(ratio) if target is None else budget.check(target)
+    if target == 0:
+        return {}
     if config.allocation == "global":
         return allocate_global(budget, target, scores)
     if config.allocation == "search":

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 from ..configuration import PruningConfig
+from ..decisions import Dropped, is_dropped
 from ..errors import ConfigurationError, RatioError, UnsupportedModelError
 from ..structure import CoupledGroup, LayerStructure, ModelStructure
+from ..units import WIDTH_UNITS
 
 
 Counts = dict[tuple[int, str], int]
@@ -19,19 +21,37 @@ class Budget:
         structure: Coupled groups of the model.
         config: What may be cut.
         head_counts: Pairs of (KV groups, query heads in each) that a checkpoint can express; `None` allows all.
+        dropped: Layers and sublayers that go as a whole.
     """
 
     def __init__(
-        self, structure: ModelStructure, config: PruningConfig, head_counts: set[tuple[int, int]] | None = None
+        self,
+        structure: ModelStructure,
+        config: PruningConfig,
+        head_counts: set[tuple[int, int]] | None = None,
+        dropped: Dropped | None = None,
     ) -> None:
         self.structure, self.config, self.head_counts = structure, config, head_counts
-        self.layers = [structure.layers[index] for index in active_layers(config, len(structure.layers))]
-        self.attentions = [layer for layer in self.layers if layer.attention and self.attention_options(layer)[1:]]
-        self.mlps = [
-            g for layer in self.layers for g in layer.groups if g.kind == "mlp_neurons" and g.kind in config.units
+        dropped = dropped or {}
+        left = [i for i in active_layers(config, len(structure.layers)) if i not in dropped.get("layers", ())]
+        self.layers = [structure.layers[index] for index in left]
+        self.attentions = [
+            layer
+            for layer in self.layers
+            if layer.attention
+            and not is_dropped(dropped, layer.index, "attention")
+            and self.attention_options(layer)[1:]
         ]
-        available = {group.kind for layer in self.layers for group in layer.groups}
-        if not available & set(config.units):
+        self.mlps = [
+            group
+            for layer in self.layers
+            for group in layer.groups
+            if group.kind == "mlp_neurons" and group.kind in config.units
+            and not is_dropped(dropped, layer.index, group.kind)
+        ]  # fmt: skip
+        available = {group.kind for layer in structure.layers for group in layer.groups}
+        wanted = config.kinds(WIDTH_UNITS)
+        if not available & set(wanted):
             raise UnsupportedModelError(
                 f"`units` is {config.units}, but the layers that may be cut have {sorted(available) or 'none'}. "
                 f"{'; '.join(structure.notes)}"
@@ -41,16 +61,20 @@ class Budget:
         """Parameters to remove for a share of all parameters; checks that so many can go."""
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0.0 <= ratio < 1.0:
             raise RatioError(f"The ratio is {ratio!r}; it must be a number in [0, 1): 0.3 removes 30 %.")
-        largest = self.removable / self.structure.total_parameters
-        if ratio > largest:
+        return self.check(ratio * self.structure.total_parameters)
+
+    def check(self, target: float) -> int:
+        """The parameters to remove, rounded; checks that so many can go."""
+        total = self.structure.total_parameters
+        if target > self.removable:
             # Rounded down, so that the ratio that is named can be asked for.
-            largest = math.floor(largest * 10_000) / 10_000
+            largest = math.floor(self.removable / total * 10_000) / 10_000
             raise RatioError(
-                f"The ratio {ratio:.2%} cannot be reached: units {', '.join(self.config.units)} in "
+                f"The ratio {target / total:.2%} cannot be reached: units {', '.join(self.config.units)} in "
                 f"{len(self.layers)} of {len(self.structure.layers)} layers allow at most {largest:.2%} "
                 f"of all parameters. Ask for less, or allow more `units` or layers."
             )
-        return round(ratio * self.structure.total_parameters)
+        return round(target)
 
     @property
     def removable(self) -> int:

@@ -160,12 +160,9 @@ def check_device(name: str | None) -> None:
 
 def check_ratio(ratio: float | None, config: PruningConfig) -> None:
     """Refuses a ratio that cannot be meant, before any work is done."""
-    if ratio is None and not config.by_kind:
-        raise ConfigurationError("--ratio is missing (or --attention-ratio / --mlp-ratio); 0.3 removes 30 %.")
-    if ratio is not None and config.by_kind:
-        raise ConfigurationError("--ratio and --attention-ratio / --mlp-ratio are both given; give one or the other.")
-    if ratio is not None and not 0.0 <= ratio < 1.0:
-        raise ConfigurationError(f"--ratio is {ratio}; it must be a number in [0, 1): 0.3 removes 30 %.")
+    from ..allocation.amounts import check_ratio as check
+
+    check(ratio, config)
 
 
 def check_output_dir(path: str, overwrite: bool) -> None:

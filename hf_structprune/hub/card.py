@@ -16,6 +16,7 @@ from ..files import write_text
 from .benchmarks import EVAL_RESULTS, WRITTEN_BY_US, eval_results
 from .citations import citations
 from .contents import Contents
+from .decisions import what_went
 from .hand_text import SECTIONS, generated_for, generated_mark, is_ours, read_sections, section
 from .licences import attribution
 from .metadata import make_metadata, text_in_words
@@ -204,7 +205,8 @@ def _making(contents: Contents, origin: Origin | None) -> dict[str, Any]:
         "revision": options.get("revision"),
         "asked": None if plan.ratio_requested is None else f"{plan.ratio_requested:.2%}",
         "got": f"{plan.ratio:.2%}",
-        "layout": "per layer: widths differ" if contents.per_layer else "uniform: the same widths in all layers",
+        "layout": "per layer: layers differ" if contents.per_layer else "uniform: all layers alike",
+        "what": what_went(config, plan),
         "config": config,
         "calibration": text_in_words(config),
         "versions": ", ".join(f"{library} {number}" for library, number in versions.items()),

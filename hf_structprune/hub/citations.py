@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..configuration import PruningConfig
+from ..units import DEPTH_UNITS, WIDTH_UNITS
 
 
 _PAPERS = {
@@ -55,6 +56,34 @@ _PAPERS = {
   year      = {2017},
   url       = {https://huggingface.co/papers/1608.08710}
 }""",
+    "angular": """@inproceedings{gromov2025unreasonable,
+  title     = {The Unreasonable Ineffectiveness of the Deeper Layers},
+  author    = {Gromov, Andrey and Tirumala, Kushal and Shapourian, Hassan and Glorioso, Paolo and Roberts, Daniel A.},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2025},
+  url       = {https://huggingface.co/papers/2403.17887}
+}""",
+    "block_influence": """@article{men2024shortgpt,
+  title   = {{ShortGPT}: Layers in Large Language Models are More Redundant Than You Expect},
+  author  = {Men, Xin and Xu, Mingyu and Zhang, Qingyu and Wang, Bingning and Lin, Hongyu and others},
+  journal = {arXiv preprint arXiv:2403.03853},
+  year    = {2024},
+  url     = {https://huggingface.co/papers/2403.03853}
+}""",
+    "shortened-llm": """@article{kim2024shortened,
+  title   = {Shortened {LLaMA}: Depth Pruning for Large Language Models with Comparison of Retraining Methods},
+  author  = {Kim, Bo-Kyeong and Kim, Geonmin and Kim, Tae-Ho and Castells, Thibault and others},
+  journal = {arXiv preprint arXiv:2402.02834},
+  year    = {2024},
+  url     = {https://huggingface.co/papers/2402.02834}
+}""",
+    "sleb": """@inproceedings{song2024sleb,
+  title     = {{SLEB}: Streamlining {LLMs} through Redundancy Verification and Elimination of Transformer Blocks},
+  author    = {Song, Jiwon and Oh, Kyungseok and Kim, Taesu and Kim, Hyungjun and Kim, Yulhwa and Kim, Jae-Joon},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2024},
+  url       = {https://huggingface.co/papers/2402.09025}
+}""",
     "lm-eval": """@misc{eval-harness,
   title  = {The Language Model Evaluation Harness},
   author = {Gao, Leo and Tow, Jonathan and Abbasi, Baber and Biderman, Stella and others},
@@ -68,6 +97,12 @@ _CRITERIA = {
     "taylor": ("llm-pruner",), "l1": ("magnitude",), "l2": ("magnitude",),
 }  # fmt: skip
 
+_DEPTH_CRITERIA = {
+    "angular": "angular", "block_influence": "block_influence", "perplexity": "shortened-llm",
+    "taylor": "shortened-llm", "magnitude": "shortened-llm", "greedy": "sleb",
+}  # fmt: skip
+_HIDDEN_CRITERIA = {"activation": "minitron", "taylor": "llm-pruner", "magnitude": "llm-pruner"}
+
 
 def citations(config: PruningConfig, tasks: bool = False) -> list[str]:
     """BibTeX entries of what a configuration uses.
@@ -76,7 +111,9 @@ def citations(config: PruningConfig, tasks: bool = False) -> list[str]:
         config: The configuration.
         tasks: Whether tasks of lm-eval were measured.
     """
-    names = [*_CRITERIA.get(config.criterion, ())]
+    names = [*_CRITERIA.get(config.criterion, ())] if config.kinds(WIDTH_UNITS) else []
+    names += [_DEPTH_CRITERIA[config.depth_criterion]] if config.kinds(DEPTH_UNITS) else []
+    names += [_HIDDEN_CRITERIA[config.hidden_criterion]] if "hidden" in config.units else []
     names += ["flap"] if config.allocation == "global" else []
     names += ["obs"] if config.compensation else []
     names += ["lm-eval"] if tasks else []

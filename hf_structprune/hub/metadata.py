@@ -9,6 +9,7 @@ from huggingface_hub import ModelCardData
 
 from ..configuration import PruningConfig
 from ..evaluation.results import EvaluationResult
+from ..units import DEPTH_UNITS, WIDTH_UNITS
 from .benchmarks import model_index
 from .origin import TAGS, Origin, base_metadata, is_file
 from .recovery import dataset_names
@@ -66,7 +67,12 @@ def _uses_text(config: PruningConfig) -> bool:
     from ..criteria import make_criterion
 
     criterion = make_criterion(config)
-    return config.compensation or criterion.needs_inputs or criterion.needs_gradients or config.allocation == "search"
+    by_text = config.compensation or config.allocation == "search"
+    if config.kinds(WIDTH_UNITS):
+        by_text |= criterion.needs_inputs or criterion.needs_gradients
+    if config.kinds(DEPTH_UNITS) and config.keep_first is None and not (config.listed and config.num_layers is None):
+        by_text |= config.depth_criterion != "magnitude"
+    return by_text or ("hidden" in config.units and config.hidden_criterion != "magnitude")
 
 
 def _sources(config: PruningConfig) -> list[str]:

@@ -84,9 +84,11 @@ def making_in_python(base: str, config: PruningConfig, ratio: float | None, opti
     """
     names = ["CalibrationConfig"] if "CalibrationConfig(" in config_expression(config) else []
     names += (
-        ["PruningConfig"] + ([] if ratio is not None or config.by_kind else ["PruningPlan"]) + ["StructuredPruner"]
+        ["PruningConfig"]
+        + ([] if ratio is not None or not config.needs_ratio else ["PruningPlan"])
+        + ["StructuredPruner"]
     )
-    what = "" if config.by_kind else 'PruningPlan.load("pruning_plan.json")' if ratio is None else repr(ratio)
+    what = repr(ratio) if ratio is not None else 'PruningPlan.load("pruning_plan.json")' if config.needs_ratio else ""
     more = "".join(f", {name}={_literal(value)}" for name, value in options.items())
     return (
         f"from hf_structprune import {', '.join(names)}\n\n"
@@ -102,7 +104,7 @@ def making_on_the_command_line(base: str, config: PruningConfig, ratio: float | 
     words = ["hf-structprune", "prune", base, "--output-dir", "pruned", *_options(options, "")]
     if ratio is not None:
         words += ["--ratio", str(ratio)]
-    elif not config.by_kind:
+    elif config.needs_ratio:
         words += ["--plan", "pruning_plan.json"]
     words += _options(_changed(config), "")
     calibration = {k: v for k, v in _changed(config.calibration).items() if k not in _IN_MEMORY}
@@ -142,6 +144,8 @@ def _options(values: dict[str, Any], prefix: str) -> list[str]:
             words.append(option if value else f"--no-{option[2:]}")
         elif isinstance(value, (list, tuple)):
             words += [option, *map(str, value)]
+        elif isinstance(value, dict):
+            words += [option, *(f"{key}={part}" for key, part in value.items())]
         else:
             words += [option, str(value)]
     return words

@@ -1,0 +1,178 @@
+"""Depth, hidden size and joint budgets on SmolLM2-135M-Instruct: perplexity, and speed beside width pruning.
+
+    python benchmarks/depth.py quality --wikitext FOLDER/test.txt --c4 FILE.jsonl --checkpoints FOLDER
+    python benchmarks/depth.py speed --checkpoints FOLDER
+    python benchmarks/depth.py picture
+
+`quality` prunes with every setting below and measures 12 evenly spaced windows of 2048 tokens of each text (the
+packaged sample without them). Rows that benchmarks/results/depth.json holds already are not measured again. Which
+layers go is found out once: the first n removals of a greedy run are those of a shorter one. `speed` times decoding of
+the checkpoints that `quality` left behind, in turns with the dense model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from hf_structprune import PruningConfig, StructuredPruner
+from hf_structprune.commands.benchmark import take_turns
+from hf_structprune.commands.common import load_pruner
+from hf_structprune.commands.demo_model import DEMO_MODEL, find_model
+from hf_structprune.commands.subjects import find_subject
+from hf_structprune.depth import choose_depth
+from hf_structprune.evaluation import perplexity, read_text
+from hf_structprune.evaluation.efficiency import EfficiencyConfig
+
+
+RESULTS = Path(__file__).parent / "results" / "depth.json"
+LAYERS = (4, 8, 11)
+BARE = {"compensation": False}
+# What the first tools of the field leave of the same model, measured once with the same windows (WikiText-2, C4).
+PEERS = {
+    "PruneMe, 4 layers": (0.105, 39.67, 55.27), "Shortened-LLM, 4 layers": (0.105, 45.62, 65.39),
+    "Shortened-LLM, 8 layers": (0.211, 81.69, 114.5),
+}  # fmt: skip
+
+
+def settings() -> dict[str, tuple[float | None, dict[str, Any]]]:
+    """Rows: name, ratio and options; `order` stands for the layers of the greedy run."""
+    rows: dict[str, tuple[float | None, dict[str, Any]]] = {}
+    for number in LAYERS:
+        rows[f"{number} layers, greedy"] = None, {"order": number}
+        rows[f"{number} layers, greedy, no re-fit"] = None, {"order": number, **BARE}
+    for percent in (10, 20, 30):
+        rows[f"width {percent} %"] = percent / 100, {}
+    for percent in (20, 30):
+        rows[f"joint {percent} %, half layers, half neurons"] = (
+            percent / 100, {"split": {"layers": 0.5, "mlp_neurons": 0.5}},
+        )  # fmt: skip
+        rows[f"joint {percent} %, by cost: attention and neurons"] = (
+            percent / 100, {"units": ["attention", "mlp_neurons"], "layout": "per_layer"},
+        )  # fmt: skip
+    for size in (512, 448):
+        rows[f"hidden {size}"] = None, {"hidden_size": size}
+        rows[f"hidden {size}, no re-fit"] = None, {"hidden_size": size, **BARE}
+    rows["4 layers, angular"] = None, {"num_layers": 4, "depth_criterion": "angular"}
+    rows["4 layers, angular, no re-fit"] = None, {"num_layers": 4, "depth_criterion": "angular", **BARE}
+    rows["8 layers, angular"] = None, {"num_layers": 8, "depth_criterion": "angular"}
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("quality", "speed", "picture"))
+    parser.add_argument("--model", default=DEMO_MODEL, help="Hub id or folder; the demo's model if it is left out")
+    parser.add_argument("--wikitext", type=Path)
+    parser.add_argument("--c4", type=Path)
+    parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--checkpoints", type=Path, help="folder for the pruned checkpoints")
+    parser.add_argument("--only", nargs="*", help="names of rows, instead of all")
+    options = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    {"quality": quality, "speed": speed, "picture": picture}[options.what](options)
+
+
+def load(options: argparse.Namespace) -> StructuredPruner:
+    arguments = find_model(options.model)
+    arguments.dtype = options.dtype
+    return load_pruner(arguments)
+
+
+def stored() -> dict[str, Any]:
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {"rows": {}}
+
+
+def store(content: dict[str, Any]) -> None:
+    RESULTS.parent.mkdir(exist_ok=True)
+    content["environment"] = {
+        "torch": torch.__version__, "transformers": transformers.__version__, "processor": platform.machine(),
+        "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+    RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def quality(options: argparse.Namespace) -> None:
+    texts = {"sample": None}
+    if options.wikitext and options.c4:
+        texts = {"WikiText-2": read_text(options.wikitext), "C4": read_text(options.c4)}
+    content = stored()
+    if "dense" not in content["rows"]:
+        pruner = load(options)
+        content["rows"]["dense"] = {"ratio": 0.0, "perplexity": measure(pruner, texts)}
+        store(content)
+    if "order" not in content:
+        content |= greedy_order(load(options))
+        store(content)
+    for name, (ratio, values) in settings().items():
+        if name in content["rows"] or (options.only and name not in options.only):
+            continue
+        if "order" in values:
+            values = {**values, "units": "layers", "layers": sorted(content["order"][: values["order"]])}
+            del values["order"]
+        pruner, start = load(options), time.perf_counter()
+        pruner.config = PruningConfig(**values)
+        pruner.prune(ratio)
+        plan, seconds = pruner.last_plan, time.perf_counter() - start
+        if options.checkpoints:
+            pruner.save_pretrained(options.checkpoints / name.replace(" ", "_").replace("%", "percent"))
+        content["rows"][name] = {
+            "ratio": plan.ratio, "parameters": plan.parameters_after, "removed": plan.removed, "dropped": plan.dropped,
+            "settings": values, "seconds": round(seconds, 1), "perplexity": measure(pruner, texts),
+        }  # fmt: skip
+        print(name, content["rows"][name], flush=True)
+        store(content)
+
+
+def greedy_order(pruner: StructuredPruner) -> dict[str, Any]:
+    """The layers in the order in which a greedy run removes them, with the loss after each."""
+    config, start = PruningConfig(num_layers=max(LAYERS)), time.perf_counter()
+    choice = choose_depth(
+        pruner.model, pruner.structure, config, ("layers",), count=max(LAYERS), tokens=pruner._tokens
+    )
+    seconds = round(time.perf_counter() - start, 1)
+    found = {"order": [layer for layer, _ in choice.order], "losses": [choice.baseline, *choice.losses]}
+    print(found, seconds, flush=True)
+    return {**found, "order_seconds": seconds}
+
+
+def measure(pruner: StructuredPruner, texts: dict[str, str | None]) -> dict[str, float]:
+    return {
+        name: perplexity(pruner.model, pruner.tokenizer, text, max_windows=12).perplexity
+        for name, text in texts.items()
+    }
+
+
+def speed(options: argparse.Namespace) -> None:
+    """Decoding and prefill of the checkpoints over those of the dense model."""
+    content = stored()
+    arguments = find_model(options.model)
+    arguments.dtype = options.dtype
+    for name, row in content["rows"].items():
+        folder = (options.checkpoints or Path()) / name.replace(" ", "_").replace("%", "percent")
+        if name == "dense" or "speed" in row or not folder.is_dir() or (options.only and name not in options.only):
+            continue
+        subjects = [find_subject(dataclasses.replace(arguments, model=str(folder))), find_subject(arguments)]
+        small, dense = take_turns(subjects, EfficiencyConfig(), 3)
+        row["speed"] = {
+            figure: small.figures[figure].value / dense.figures[figure].value
+            for figure in ("prefill_throughput", "decode_throughput")
+        }
+        print(name, row["speed"], flush=True)
+        store(content)
+
+
+def picture(options: argparse.Namespace) -> None:
+    raise NotImplementedError
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""How much is asked for: ratios and the amounts that a configuration states itself."""
+
+from __future__ import annotations
+
+import math
+
+from ..configuration import PruningConfig
+from ..errors import ConfigurationError, RatioError
+from ..hidden import HiddenGroup
+
+
+def check_ratio(ratio: float | None, config: PruningConfig) -> None:
+    """Refuses a ratio that is missing, impossible, or given where the configuration says how much goes.
+
+    Raises:
+        ConfigurationError: It is missing, or not needed.
+        RatioError: It is no number in [0, 1).
+    """
+    if ratio is None and config.needs_ratio:
+        raise ConfigurationError(
+            "A ratio is missing: 0.3 removes 30 %. Instead of it `attention_ratio` and `mlp_ratio` say how much of "
+            "heads and neurons goes, `num_layers` or `keep_first` how many layers, `hidden_size` how wide the rest is."
+        )
+    if ratio is None:
+        return
+    if not config.takes_ratio:
+        stated = [n for n in ("attention_ratio", "mlp_ratio", "num_layers", "keep_first", "hidden_size")
+                  if getattr(config, n) is not None]  # fmt: skip
+        raise ConfigurationError(
+            f"The ratio {ratio!r} is given, and {', '.join(f'`{name}`' for name in stated)} in the configuration says "
+            "how much goes: give one or the other."
+        )
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0.0 <= ratio < 1.0:
+        raise RatioError(f"The ratio is {ratio!r}; it must be a number in [0, 1): 0.3 removes 30 %.")
+
+
+def hidden_step(size: int, config: PruningConfig) -> int:
+    """Hidden sizes are multiples of this: `round_to`, else a power of two, at most 1/16 of the size and 128."""
+    if config.round_to is not None:
+        return config.round_to
+    return min(128, 2 ** int(math.log2(max(1, size // 16))))
+
+
+def hidden_size_for(group: HiddenGroup, parameters: float, config: PruningConfig) -> int:
+    """The hidden size that removes as near as possible to so many parameters.
+
+    Raises:
+        RatioError: Even the smallest size removes too few.
+    """
+    step = hidden_step(group.size, config)
+    if parameters > (group.size - step) * group.unit_parameters:
+        raise RatioError(
+            f"{parameters:,.0f} parameters are to go by the hidden size, which can take at most "
+            f"{(group.size - step) * group.unit_parameters:,}. Ask for less."
+        )
+    wanted = group.size - parameters / group.unit_parameters
+    return min(group.size, max(step, round(wanted / step) * step))

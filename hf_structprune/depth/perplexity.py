@@ -1,0 +1,114 @@
+"""How well a model predicts the calibration text without some of its layers and sublayers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..language_head import positions_at_once
+from ..stream import LayerStream
+from ..structure import ModelStructure, decoder_layers
+from .removal import Removal, Unit
+from .silence import Silencer
+
+
+# Sequences of the calibration text that are used. Every candidate costs half a forward pass on average, and greedy
+# measures all that are left again after each removal: with the whole text, 128 sequences, eight times as long. All
+# candidates are compared on the same tokens, so that how hard the text is falls out of the comparison, and at the
+# default length 16 sequences are 4096 tokens, three times what Shortened-LLM ranks blocks on (10 x 128).
+SEQUENCES = 16
+
+Gone = dict[str, set[int]]  # see `Removal.gone`
+
+
+class TextLoss:
+    """Mean next-token loss (log-perplexity, nats) of the calibration text with parts of the model removed.
+
+    The hidden states in front of a layer do not depend on whether it goes. They are carried along, and only what
+    follows a candidate is run again: all single removals of `L` layers cost about `L / 2` forward passes.
+
+    Args:
+        model: A causal language model in eval mode; it is left as it is.
+        structure: Its layers and sublayers.
+        tokens: Token ids, shape (sequences, length); the first `SEQUENCES` are used.
+        batch_size: Sequences that go through the model at once.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, structure: ModelStructure, tokens: torch.Tensor, batch_size: int = 8
+    ) -> None:
+        tokens = tokens[:SEQUENCES]
+        self.structure = structure
+        self._silencer = Silencer(model, structure, tokens[:1, :2])
+        self._stream = LayerStream(model, decoder_layers(model, structure.family), tokens, batch_size)
+        self._entered = self._stream.copy(self._stream.hidden)
+        self._positions = tokens.shape[0] * (tokens.shape[1] - 1)
+        self._vocabulary = model.get_input_embeddings().weight.shape[0]
+
+    def of(self, gone: Gone) -> float:
+        """The loss with these layers and sublayers removed.
+
+        Args:
+            gone: Numbers of layers by kind, as `Removal.gone` gives them.
+        """
+        self._stream.hidden = self._stream.copy(self._entered)
+        return self._loss(0, gone)
+
+    def scan(self, removal: Removal, candidates: list[Unit], description: str) -> tuple[dict[Unit, float], float]:
+        """The losses when one candidate goes on top of what has gone.
+
+        Args:
+            removal: What has gone.
+            candidates: What may go next.
+            description: Of the progress bar.
+
+        Returns:
+            The loss for each candidate, and the loss without any of them.
+        """
+        stream, gone, losses = self._stream, removal.gone(), {}
+        stream.hidden = stream.copy(self._entered)
+        left = [layer.index for layer in self.structure.layers if layer.index not in gone["layers"]]
+        last = max(layer for layer, _ in candidates)
+        with tqdm(total=len(candidates), desc=description, disable=not logging.is_progress_bar_enabled()) as bar:
+            for index in left:
+                stream.enter(index)
+                for unit in (unit for unit in candidates if unit[0] == index):
+                    losses[unit] = self._loss(index, removal.gone([unit]))
+                    bar.update()
+                if index == last:
+                    break
+                with self._silenced(index, gone):
+                    stream.advance(index)
+        return losses, self._loss(last, gone)
+
+    def _silenced(self, index: int, gone: Gone):
+        """Sublayers that are gone from layer `index` on add nothing as long as this is open."""
+        layers = [layer for layer in self.structure.layers[index:] if layer.index not in gone["layers"]]
+        return self._silencer.silenced(
+            layer.sublayer(kind) for layer in layers for kind in ("attention", "mlp") if layer.index in gone[kind]
+        )
+
+    @torch.no_grad()
+    def _loss(self, index: int, gone: Gone) -> float:
+        """The loss when the hidden states enter layer `index`; infinite if it is not a number."""
+        total = 0.0
+        with self._silenced(index, gone):
+            for number, batch in enumerate(self._stream.batches):
+                states = self._stream.outputs(index, number, skip=gone["layers"])
+                total += self._batch_loss(states, batch)
+        return total / self._positions if math.isfinite(total) else math.inf
+
+    def _batch_loss(self, states: torch.Tensor, ids: torch.Tensor) -> float:
+        """Summed loss of a batch, a few positions at a time: float32 logits of all would need the most memory."""
+        total, chunk = 0.0, max(1, positions_at_once(self._vocabulary) // len(ids))
+        for begin in range(0, ids.shape[1] - 1, chunk):
+            end = min(begin + chunk, ids.shape[1] - 1)
+            logits = self._stream.head(states[:, begin:end], ids[:, begin:end]).float().flatten(0, 1)
+            targets = ids[:, begin + 1 : end + 1].flatten().to(logits.device)
+            total += float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
+        return total

@@ -1,0 +1,117 @@
+"""Carries plans out: cuts the hidden size, drops layers, cuts heads and neurons, and says what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel
+
+from .checkpoint import rebuild
+from .compress import compress, corrects
+from .configuration import PruningConfig
+from .criteria import make_criterion
+from .decisions import normalised
+from .errors import ConfigurationError
+from .hidden import cut_hidden, hidden_group
+from .knowledge import Knowledge, look
+from .layout import target_of
+from .plan import PruningPlan
+from .planning import describe
+from .structure import ModelStructure
+from .surgery import Kept, cut_units, drop
+
+
+@dataclass
+class Execution:
+    """A model on its way from dense to pruned.
+
+    Attributes:
+        model: The model as it is now.
+        structure: Its coupled groups.
+        config: How to cut.
+        tokens: Loads the calibration tokens; called only where they are needed.
+        touched: Whether the weights have been changed.
+    """
+
+    model: PreTrainedModel
+    structure: ModelStructure
+    config: PruningConfig
+    tokens: Callable[[], torch.Tensor]
+    touched: bool = False
+    _dense: ModelStructure = field(init=False)
+    _inner: ModelStructure = field(init=False)  # after the hidden size was cut, before anything else
+    _plan: PruningPlan | None = field(init=False, default=None)
+    _stay: Kept = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._dense = self._inner = self.structure
+        self._stay = {(group.layer, group.kind): torch.arange(group.num_units) for group in self.structure.groups}
+
+    def carry_out(self, plan: PruningPlan, known: Knowledge | None = None) -> None:
+        """Cuts the model as planned.
+
+        Args:
+            plan: What goes; units that it does not name are chosen.
+            known: What was found out about the model already.
+        """
+        self._plan = plan
+        if plan.hidden is not None:
+            tokens = self.tokens()
+            self.touched = True
+            kept = None if plan.hidden.kept is None else torch.tensor(plan.hidden.kept)
+            self.model, kept = cut_hidden(self.model, self.structure, plan.hidden.keep, self.config, tokens, kept)
+            plan.hidden.kept = None if kept is None else kept.tolist()
+            self.structure = self._inner = ModelStructure.of(self.model)
+        if plan.hidden is None or plan.groups or plan.dropped:
+            self._cut(plan, known)
+
+    def _cut(self, plan: PruningPlan, known: Knowledge | None) -> None:
+        """Cuts layers, heads and neurons as planned."""
+        target = target_of(self.model, self.structure, plan)
+        criterion = make_criterion(self.config)
+        if known is None and criterion.needs_gradients and not plan.chosen:
+            known = look(self.model, self.structure, self.config, self.tokens)
+        known = known or Knowledge()
+        looks = self.config.compensation or (criterion.needs_inputs and not plan.chosen and known.scores is None)
+        tokens = self.tokens() if looks and (plan.groups or (plan.dropped and corrects(self.config))) else None
+        self.touched = True
+        kept = compress(self.model, self.structure, plan, criterion, self.config, tokens, known.scores, known.salience)
+        cut_units(self.model, self.structure, kept)
+        drop(self.model, self.structure, plan.dropped)
+        self.model = rebuild(self.model, target)
+        self.structure = ModelStructure.of(self.model)
+        for key, units in kept.items():
+            self._stay[key] = self._stay[key][units]
+
+    def describe(self, ratio: float | None) -> PruningPlan:
+        """The plan from the dense model to the one there is now, with the units that stay; `ratio` was asked for."""
+        counts = {key: len(units) for key, units in self._stay.items()}
+        for layer, kind in counts:
+            if kind == "query_heads":
+                counts[layer, kind] //= counts[layer, "kv_groups"]
+        plan, dense = self._plan, self._dense if self._plan.hidden else None
+        result = describe(self.model, self._inner, counts, ratio, plan.layout, plan.dropped, plan.hidden, dense)
+        for group in result.groups:
+            group.kept = self._stay[group.layer, group.kind].tolist()
+        return result
+
+
+def check_plan(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> None:
+    """Refuses a plan that was made for another model.
+
+    Raises:
+        ConfigurationError: It names units, layers or a hidden size that this model does not have.
+    """
+    normalised(plan.dropped, structure)
+    if plan.hidden is not None and plan.hidden.before != (size := hidden_group(model, structure).size):
+        raise ConfigurationError(f"The plan is for a hidden size of {plan.hidden.before}; this model has {size}.")
+    groups = {(group.layer, group.kind): group for group in structure.groups}
+    for decision in plan.groups:
+        group = groups.get((decision.layer, decision.kind))
+        if group is None or group.num_units != decision.num_units:
+            raise ConfigurationError(
+                f"The plan is for a {plan.model_type} with {decision.num_units} {decision.kind} in layer "
+                f"{decision.layer}; this model has {group.num_units if group else 'none'}."
+            )

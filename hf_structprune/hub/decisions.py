@@ -1,0 +1,37 @@
+"""What a plan took and how it was chosen, in words for the model card."""
+
+from __future__ import annotations
+
+from ..configuration import PruningConfig
+from ..plan import PruningPlan
+from ..units import DEPTH_UNITS, WIDTH_UNITS
+
+
+_GONE = {"layers": "Decoder layers", "attention": "Attention of layers", "mlp": "MLP of layers"}
+
+
+def what_went(config: PruningConfig, plan: PruningPlan) -> list[str]:
+    """One line for each kind of unit: what went, and by which criterion.
+
+    Args:
+        config: How the model was pruned.
+        plan: What went.
+    """
+    lines = []
+    if config.kinds(WIDTH_UNITS):
+        variant = f" (`{config.taylor}`)" if config.criterion == "taylor" else ""
+        lines.append(f"Criterion: `{config.criterion}`{variant}, allocation: `{config.allocation}`")
+    by_list = config.keep_first is not None or (
+        config.listed and config.num_layers is None and not plan.ratio_requested
+    )
+    chosen = "named in the configuration" if by_list else f"criterion `{config.depth_criterion}`"
+    for kind in DEPTH_UNITS:
+        if kind in plan.dropped:
+            lines.append(f"{_GONE[kind]} gone, counted from 0: {', '.join(map(str, plan.dropped[kind]))} ({chosen})")
+    if plan.hidden is not None:
+        sizes = f"{plan.hidden.keep} instead of {plan.hidden.before}"
+        lines.append(f"Hidden size: {sizes} (criterion `{config.hidden_criterion}`)")
+    shares = {kind: count / plan.parameters_before for kind, count in plan.removed.items()}
+    if len(shares) > 1:
+        lines.append(f"Of all parameters: {', '.join(f'{kind} {share:.1%}' for kind, share in shares.items())}")
+    return lines

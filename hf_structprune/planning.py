@@ -1,0 +1,190 @@
+"""Makes a plan: how the budget goes to the hidden size, to layers and sublayers, and to heads and neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from .allocation import Counts, allocate
+from .allocation.amounts import check_ratio, hidden_size_for
+from .allocation.joint import best_part
+from .checkpoint import has_weights
+from .configuration import PruningConfig
+from .decisions import Dropped, HiddenPlan, normalised
+from .depth import DepthChoice, choose_depth
+from .errors import ConfigurationError, UnsupportedModelError
+from .hidden import hidden_group, shrunk_config_model
+from .knowledge import Knowledge, sensitivities
+from .layout import target_of
+from .plan import PruningPlan
+from .structure import ModelStructure
+from .units import DEPTH_UNITS, WIDTH_UNITS
+
+
+@dataclass
+class Planner:
+    """Plans for one model.
+
+    Attributes:
+        model: The model as it is; on the meta device too where nothing has to be measured.
+        structure: Its coupled groups.
+        config: What may be cut and how.
+        tokens: Loads the calibration tokens; called only where they are needed.
+        head_counts: Pairs of (KV groups, query heads in each) that a checkpoint can express; `None` allows all.
+        depth: How layers and sublayers were chosen by the last plan; `None` where nothing was measured.
+    """
+
+    model: PreTrainedModel
+    structure: ModelStructure
+    config: PruningConfig
+    tokens: Callable[[], torch.Tensor]
+    head_counts: set[tuple[int, int]] | None = None
+    depth: DepthChoice | None = None
+
+    def plan(self, ratio: float | None, known: Knowledge, dense: ModelStructure | None = None) -> PruningPlan:
+        """A plan for the model as it is.
+
+        Args:
+            ratio: Share of all parameters to remove; `None` where the configuration says how much goes.
+            known: What was found out about the model already.
+            dense: Structure that ratios by kind and shares of heads and neurons refer to; default the model's own.
+
+        Raises:
+            ConfigurationError: The ratio is missing, or given where the configuration has said all.
+            RatioError: More than can be cut; says how much can.
+            CheckpointError: No checkpoint could hold the result.
+        """
+        check_ratio(ratio, self.config)
+        hidden, shell, inner = self._hidden(ratio)
+        left = None if ratio is None else round(ratio * self.structure.total_parameters)
+        if left is not None:
+            left -= self.structure.total_parameters - inner.total_parameters
+        dropped = self._dropped(left, inner, known)
+        counts: Counts = {}
+        if self.config.kinds(WIDTH_UNITS):
+            whole = inner if hidden else dense or self.structure
+            target = None if not (hidden or dropped) else max(0, left - removed_by(dropped, inner))
+            counts = allocate(
+                whole, self.config, ratio, known.scores, self.head_counts, known.sensitivity, dropped, target
+            )
+        plan = describe(
+            self.model, inner, counts, ratio, self.config.layout, dropped, hidden, self.structure if hidden else None
+        )
+        target_of(shell, inner, plan)  # raises if no checkpoint could hold the result
+        return plan
+
+    def _hidden(self, ratio: float | None) -> tuple[HiddenPlan | None, PreTrainedModel, ModelStructure]:
+        """The new hidden size, the model that has it (without weights), and the structure of that model."""
+        if "hidden" not in self.config.units:
+            return None, self.model, self.structure
+        group = hidden_group(self.model, self.structure)
+        keep = self.config.hidden_size
+        if keep is None:
+            share = (self.config.split or {"hidden": 1.0})["hidden"]
+            keep = hidden_size_for(group, share * ratio * self.structure.total_parameters, self.config)
+        if keep == group.size:
+            return None, self.model, self.structure
+        plan = HiddenPlan(group.size, keep)
+        shell = shrunk_config_model(self.model, keep)
+        return plan, shell, ModelStructure.of(shell)
+
+    def _dropped(self, left: int | None, inner: ModelStructure, known: Knowledge) -> Dropped:
+        """Layers and sublayers that go; `left` is what the hidden size leaves of the budget."""
+        kinds, config = self.config.kinds(DEPTH_UNITS), self.config
+        self.depth = None
+        if not kinds:
+            return {}
+        if config.keep_first is not None:
+            if config.keep_first > len(inner.layers):
+                raise ConfigurationError(
+                    f"`keep_first` is {config.keep_first}, the model has {len(inner.layers)} layers."
+                )
+            return normalised({"layers": list(range(config.keep_first, len(inner.layers)))}, inner)
+        if config.listed and left is None and config.num_layers is None:
+            return normalised({kind: config.layers for kind in kinds}, inner)
+        if not has_weights(self.model):
+            raise UnsupportedModelError(
+                "Which layers go is measured on the model, but some weights are not in memory (meta device or "
+                "offloaded). Load it with a `device_map` that fits, or name the layers."
+            )
+        if config.num_layers is not None:
+            return self._choose(inner, ("layers",), count=config.num_layers)
+        if config.split is not None:
+            total = left / (1 - config.split.get("hidden", 0))
+            return self._choose_split(inner, kinds, total)
+        if not config.kinds(WIDTH_UNITS):
+            return self._choose(inner, kinds, parameters=left)
+        return self._measured(inner, kinds, left, known)
+
+    def _choose(self, inner: ModelStructure, kinds: tuple[str, ...], **amount: int) -> Dropped:
+        self.depth = choose_depth(self.model, inner, self.config, kinds, tokens=self.tokens, **amount)
+        return normalised(self.depth.dropped, inner)
+
+    def _choose_split(self, inner: ModelStructure, kinds: tuple[str, ...], total: float) -> Dropped:
+        """Every kind of depth gets its own part of the budget, layers first."""
+        dropped: Dropped = {}
+        for kind in kinds:
+            part = round(self.config.split[kind] * total)
+            dropped.update(self._choose(inner, (kind,), parameters=part, without=dropped))
+        return normalised(dropped, inner)
+
+    def _measured(self, inner: ModelStructure, kinds: tuple[str, ...], left: int, known: Knowledge) -> Dropped:
+        """As much depth as makes the measured cost of the whole cut least, heads and neurons taking the rest."""
+        if self.config.depth_criterion not in ("greedy", "perplexity"):
+            raise ConfigurationError(
+                f"depth_criterion={self.config.depth_criterion!r} gives no cost that could be compared with that of "
+                "heads and neurons: say how the budget is to be split (`split`), or use 'greedy' or 'perplexity'."
+            )
+        if "query_heads" in self.config.units:
+            raise ConfigurationError("The cost of query heads is not measured: use `split`, or units 'kv_groups'.")
+        if known.sensitivity is None:
+            known.sensitivity = sensitivities(self.model, self.structure, self.config, self.tokens)
+        self._choose(inner, kinds, parameters=left, most=True)
+
+        def widths(dropped: Dropped) -> Counts:
+            target = max(0, left - removed_by(dropped, inner))
+            return allocate(
+                inner, self.config, None, known.scores, self.head_counts, known.sensitivity, dropped, target
+            )
+
+        return best_part(self.depth, inner, known.sensitivity, widths)
+
+
+def describe(
+    model: PreTrainedModel,
+    inner: ModelStructure,
+    counts: Counts,
+    ratio: float | None,
+    layout: str,
+    dropped: Dropped | None = None,
+    hidden: HiddenPlan | None = None,
+    dense: ModelStructure | None = None,
+) -> PruningPlan:
+    """The plan of decisions that have been made.
+
+    Args:
+        model: The model, for its type and the size of its parameters.
+        inner: Structure that the decisions refer to: after the hidden size was cut, before anything else.
+        counts: Units to keep.
+        ratio: The ratio that was asked for.
+        layout: `"uniform"` or `"per_layer"`.
+        dropped: Layers and sublayers that go.
+        hidden: The decision for the hidden size.
+        dense: Structure before the hidden size was cut, if it was.
+    """
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return PruningPlan.from_counts(
+        inner, counts, model_type=model.config.model_type, layout=layout, ratio_requested=ratio,
+        bytes_per_parameter=size / sum(p.numel() for p in model.parameters()), dropped=dropped, hidden=hidden,
+        dense=dense,
+    )  # fmt: skip
+
+
+def removed_by(dropped: Dropped, structure: ModelStructure) -> int:
+    """Parameters of dropped layers and sublayers."""
+    layers = sum(structure.layers[number].parameters for number in dropped.get("layers", ()))
+    parts = [(number, kind) for kind in ("attention", "mlp") for number in dropped.get(kind, ())]
+    return layers + sum(structure.layers[number].sublayer(kind).parameters for number, kind in parts)
