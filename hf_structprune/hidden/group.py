@@ -6,6 +6,7 @@ one with it holds the channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -87,7 +88,7 @@ def _channel_dim(
 def _other_shapes(model: PreTrainedModel, structure: ModelStructure) -> tuple[int, dict[str, torch.Size]]:
     """Another hidden size that the class accepts, and the shapes of all parameters with it."""
     error: Exception | None = None
-    for size in _sizes(model):
+    for size in _sizes(model.config.hidden_size, structure):
         try:
             skeleton = sized_target(model, structure, size).skeleton()
         except _REFUSED as refused:
@@ -99,9 +100,9 @@ def _other_shapes(model: PreTrainedModel, structure: ModelStructure) -> tuple[in
     )
 
 
-def _sizes(model: PreTrainedModel) -> Iterator[int]:
-    """Hidden sizes to try: the next smaller multiples of what configurations ask for."""
-    size, heads = model.config.hidden_size, model.config.num_attention_heads
+def _sizes(size: int, structure: ModelStructure) -> Iterator[int]:
+    """Hidden sizes to try: the next smaller ones by multiples that configurations ask for."""
+    heads = math.lcm(*{layer.attention.heads for layer in structure.layers if layer.attention})
     for step in (heads, 2 * heads, 1, 2, 8, 64):
         if step < size:
             yield size - step

@@ -155,15 +155,24 @@ def test_a_llama_size_that_the_heads_do_not_divide_is_written_as_a_mistral(tmp_p
         shrunk_config_model(families.make_model("llama_bias"), 26)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
-def test_layers_of_unequal_width_stay_so(name, tmp_path):
+@pytest.mark.parametrize(
+    "kinds, dropped",
+    [
+        (("kv_groups", "query_heads", "mlp_neurons"), {}),
+        (("kv_groups",), {"mlp": [2]}),
+        ((), {"layers": [0], "attention": [2]}),
+    ],
+)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "cohere2"])
+def test_layers_of_unequal_width_stay_so(name, kinds, dropped, tmp_path):
     model = families.make_model(name)
-    kept, counts = families.random_units(ModelStructure.of(model), ("mlp_neurons",), uniform=False)
-    model = families.cut(model, kept, counts, "per_layer")
-    structure, tokens = ModelStructure.of(model), families.make_tokens(2, 12)
-    widths = [layer.group("mlp_neurons").num_units for layer in structure.layers]
-    small = cut_hidden(model, structure, KEEP, NO_REFIT, None, KEPT)[0]
-    assert [layer.group("mlp_neurons").num_units for layer in ModelStructure.of(small).layers] == widths
+    kept, counts = families.random_units(ModelStructure.of(model), kinds, uniform=False)
+    model = families.cut(model, kept, counts, "per_layer", dropped)
+    structure, tokens = ModelStructure.of(model), families.make_tokens(16, 12)
+    config = PruningConfig(hidden_size=KEEP, calibration=families.calibration(16, 12))
+    small = cut_hidden(model, structure, KEEP, config, tokens, KEPT)[0]
+    units = [(group.layer, group.kind, group.num_units) for group in structure.groups]
+    assert [(group.layer, group.kind, group.num_units) for group in ModelStructure.of(small).groups] == units
     small.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(families.logits(loaded, tokens), families.logits(small, tokens))
