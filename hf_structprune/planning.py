@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from .allocation import Counts, allocate
 from .allocation.amounts import check_ratio, hidden_size_for
-from .allocation.joint import best_part
+from .allocation.joint import best_part, levelled_off, prefix_costs
 from .checkpoint import has_weights
 from .configuration import PruningConfig
 from .decisions import Dropped, HiddenPlan, normalised
 from .depth import DepthChoice, choose_depth
+from .depth.removal import Unit
 from .errors import ConfigurationError, UnsupportedModelError
 from .hidden import hidden_group, shrunk_config_model
 from .knowledge import Knowledge, sensitivities
@@ -119,7 +121,7 @@ class Planner:
             return self._choose(inner, kinds, parameters=left)
         return self._measured(inner, kinds, left, known)
 
-    def _choose(self, inner: ModelStructure, kinds: tuple[str, ...], **amount: int) -> Dropped:
+    def _choose(self, inner: ModelStructure, kinds: tuple[str, ...], **amount: Any) -> Dropped:
         self.depth = choose_depth(self.model, inner, self.config, kinds, tokens=self.tokens, **amount)
         return normalised(self.depth.dropped, inner)
 
@@ -142,7 +144,6 @@ class Planner:
             raise ConfigurationError("The cost of query heads is not measured: use `split`, or units 'kv_groups'.")
         if known.sensitivity is None:
             known.sensitivity = sensitivities(self.model, self.structure, self.config, self.tokens)
-        self._choose(inner, kinds, parameters=left, most=True)
 
         def widths(dropped: Dropped) -> Counts:
             target = max(0, left - removed_by(dropped, inner))
@@ -150,6 +151,10 @@ class Planner:
                 inner, self.config, None, known.scores, self.head_counts, known.sensitivity, dropped, target
             )
 
+        def enough(order: list[Unit], losses: list[float], baseline: float) -> bool:
+            return levelled_off(prefix_costs(order, losses, baseline, inner, known.sensitivity, widths))
+
+        self._choose(inner, kinds, parameters=left, most=True, until=enough)
         return best_part(self.depth, inner, known.sensitivity, widths)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ..decisions import Dropped, normalised
@@ -13,7 +13,10 @@ from .budget import Counts
 
 if TYPE_CHECKING:
     from ..depth import DepthChoice
+    from ..depth.removal import Unit
     from ..sensitivity import Sensitivity
+
+_PATIENCE = 2  # removals that may cost more than they save before no more are tried
 
 
 def best_part(
@@ -38,17 +41,46 @@ def best_part(
     Returns:
         The layers and sublayers to drop.
     """
-    best: tuple[float, Dropped] | None = None
-    for number in range(len(depth.order) + 1):
-        dropped: Dropped = {}
-        for layer, kind in depth.order[:number]:
-            dropped.setdefault(kind, []).append(layer)
-        dropped = normalised(dropped, structure)
-        rise = depth.losses[number - 1] - depth.baseline if number else 0.0
-        cost = rise + _cost(widths, dropped, structure, sensitivity)
-        if best is None or cost < best[0]:
-            best = cost, dropped
-    return best[1]
+    costs = prefix_costs(depth.order, depth.losses, depth.baseline, structure, sensitivity, widths)
+    return _dropped(depth.order[: costs.index(min(costs))], structure)
+
+
+def prefix_costs(
+    order: Sequence[Unit],
+    losses: Sequence[float],
+    baseline: float,
+    structure: ModelStructure,
+    sensitivity: Sensitivity,
+    widths: Callable[[Dropped], Counts],
+) -> list[float]:
+    """The cost of the whole cut with none, one, two ... of the removals; see `best_part`.
+
+    Args:
+        order: Removals in order.
+        losses: Loss after each.
+        baseline: Loss before any.
+        structure: Coupled groups of the model.
+        sensitivity: `a` of each group.
+        widths: The counts that close the gap to the budget after these removals.
+    """
+    rises = [0.0, *(loss - baseline for loss in losses)]
+    prefixes = [_dropped(order[:number], structure) for number in range(len(order) + 1)]
+    return [
+        rise + _cost(widths, dropped, structure, sensitivity) for rise, dropped in zip(rises, prefixes, strict=True)
+    ]
+
+
+def levelled_off(costs: Sequence[float]) -> bool:
+    """Whether the last removals did not make the whole cut cheaper, so that more will hardly do."""
+    least = min(costs)
+    return least < float("inf") and len(costs) - 1 - costs.index(least) >= _PATIENCE
+
+
+def _dropped(order: Sequence[Unit], structure: ModelStructure) -> Dropped:
+    dropped: Dropped = {}
+    for layer, kind in order:
+        dropped.setdefault(kind, []).append(layer)
+    return normalised(dropped, structure)
 
 
 def _cost(widths, dropped: Dropped, structure: ModelStructure, sensitivity: Sensitivity) -> float:

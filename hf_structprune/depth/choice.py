@@ -15,7 +15,7 @@ from ..errors import RatioError
 from ..structure import ModelStructure
 from ..units import DEPTH_CRITERIA
 from .distances import layer_similarities
-from .greedy import Losses, loss_scores, remove_greedily
+from .greedy import Losses, Stop, loss_scores, remove_greedily
 from .perplexity import TextLoss
 from .removal import Amount, Removal, Unit, depth_candidates
 from .similarities import LayerSimilarities
@@ -56,6 +56,7 @@ def choose_depth(
     tokens: Callable[[], torch.Tensor],
     without: Dropped | None = None,
     most: bool = False,
+    until: Stop | None = None,
 ) -> DepthChoice:
     """Chooses layers and sublayers by `config.depth_criterion`; changes nothing.
 
@@ -73,6 +74,7 @@ def choose_depth(
         tokens: Loads the calibration tokens; called only where they are needed.
         without: Layers and sublayers that are gone already, in addition to which others are chosen.
         most: Never remove more than `parameters`, and be content with fewer where there are no more.
+        until: For `"greedy"`: asked after each removal whether it is enough.
 
     Raises:
         RatioError: More is asked for than can go; says how much can.
@@ -86,7 +88,7 @@ def choose_depth(
     if config.depth_criterion == "angular" and kinds == ("layers",):
         return chooser.block()
     chooser.check()
-    return chooser.greedy() if config.depth_criterion == "greedy" else chooser.one_shot()
+    return chooser.greedy(until) if config.depth_criterion == "greedy" else chooser.one_shot()
 
 
 @dataclass
@@ -128,8 +130,8 @@ class _Chooser:
         self.removal.units += best
         return self._choice({unit: found.distances[unit] for unit in self.candidates})
 
-    def greedy(self) -> DepthChoice:
-        found = remove_greedily(self._text, self.removal, self.candidates, self.amount, self._per_parameter)
+    def greedy(self, until: Stop | None) -> DepthChoice:
+        found = remove_greedily(self._text, self.removal, self.candidates, self.amount, self._per_parameter, until)
         self._check_reached()
         return self._choice(found.scores, found)
 

@@ -9,6 +9,10 @@ from .perplexity import TextLoss
 from .removal import Amount, Removal, Unit
 
 
+# Asked after each removal: what went in order, the loss after each, the loss before any.
+Stop = Callable[[list[Unit], list[float], float], bool]
+
+
 @dataclass
 class Losses:
     """What was measured on the way.
@@ -43,7 +47,12 @@ def loss_scores(losses: dict[Unit, float], base: float, removal: Removal, per_pa
 
 
 def remove_greedily(
-    text: Callable[[], TextLoss], removal: Removal, candidates: list[Unit], amount: Amount, per_parameter: bool
+    text: Callable[[], TextLoss],
+    removal: Removal,
+    candidates: list[Unit],
+    amount: Amount,
+    per_parameter: bool,
+    until: Stop | None = None,
 ) -> Losses:
     """Removes candidates one at a time, each time the one with the least score on top of those that went.
 
@@ -53,6 +62,7 @@ def remove_greedily(
         candidates: What may go.
         amount: When to stop.
         per_parameter: See `loss_scores`.
+        until: Stops before the amount is reached.
     """
     found, measure = Losses(), None
     while True:
@@ -69,3 +79,5 @@ def remove_greedily(
             return found
         removal.units.append(best)
         found.after.append(losses[best])
+        if until is not None and until(removal.units, found.after, found.baseline):
+            return found
