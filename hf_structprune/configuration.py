@@ -66,7 +66,9 @@ class PruningConfig:
             SLEB).
         num_layers (`int`, *optional*): Decoder layers to remove.
         keep_first (`int`, *optional*): Keep so many decoder layers, the first ones, and remove all others.
-        hidden_criterion (`str`): How hidden channels are ranked: `"magnitude"`, `"taylor"` or `"activation"`.
+        hidden_criterion (`str`): How hidden channels are ranked: `"magnitude"`, `"taylor"`, `"activation"` (Minitron),
+            or `"pca"`: the stream is turned into its principal components first (SliceGPT, with one rotation for all
+            layers), which is exact for models with RMS norms in front of their readers and a head of its own.
         hidden_size (`int`, *optional*): The hidden size after pruning.
         split (`dict` of `str` to `float`, *optional*): The part of the budget of each kind of unit, for example
             `{"layers": 0.5, "mlp_neurons": 0.5}`; on the command line `layers=0.5 mlp_neurons=0.5`. Without it, and

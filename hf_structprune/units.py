@@ -16,7 +16,7 @@ SUBLAYER_UNITS = ("attention", "mlp")
 DEPTH_UNITS = ("layers", *SUBLAYER_UNITS)
 UNITS = (*WIDTH_UNITS, *DEPTH_UNITS, "hidden")
 DEPTH_CRITERIA = ("angular", "block_influence", "perplexity", "taylor", "magnitude", "greedy")
-HIDDEN_CRITERIA = ("magnitude", "taylor", "activation")
+HIDDEN_CRITERIA = ("magnitude", "taylor", "activation", "pca")
 # Which kind an option speaks of; it is cut if nothing else is said.
 _NAMED_BY = {
     "attention_ratio": "kv_groups", "mlp_ratio": "mlp_neurons", "num_layers": "layers", "keep_first": "layers",

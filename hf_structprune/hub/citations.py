@@ -77,6 +77,13 @@ _PAPERS = {
   year    = {2024},
   url     = {https://huggingface.co/papers/2402.02834}
 }""",
+    "slicegpt": """@inproceedings{ashkboos2024slicegpt,
+  title     = {{SliceGPT}: Compress Large Language Models by Deleting Rows and Columns},
+  author    = {Ashkboos, Saleh and Croci, Maximilian L. and do Nascimento, Marcelo Gennari and others},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2024},
+  url       = {https://huggingface.co/papers/2401.15024}
+}""",
     "sleb": """@inproceedings{song2024sleb,
   title     = {{SLEB}: Streamlining {LLMs} through Redundancy Verification and Elimination of Transformer Blocks},
   author    = {Song, Jiwon and Oh, Kyungseok and Kim, Taesu and Kim, Hyungjun and Kim, Yulhwa and Kim, Jae-Joon},
@@ -101,7 +108,9 @@ _DEPTH_CRITERIA = {
     "angular": "angular", "block_influence": "block_influence", "perplexity": "shortened-llm",
     "taylor": "shortened-llm", "magnitude": "shortened-llm", "greedy": "sleb",
 }  # fmt: skip
-_HIDDEN_CRITERIA = {"activation": "minitron", "taylor": "llm-pruner", "magnitude": "llm-pruner"}
+_HIDDEN_CRITERIA = {
+    "activation": "minitron", "taylor": "llm-pruner", "magnitude": "llm-pruner", "pca": "slicegpt",
+}  # fmt: skip
 
 
 def citations(config: PruningConfig, tasks: bool = False) -> list[str]:
