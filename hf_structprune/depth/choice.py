@@ -31,8 +31,8 @@ class DepthChoice:
         order: What goes, in the order it was chosen.
         scores: Importance of every candidate, lower goes first. With candidates of one kind the criterion's own
             value (for `"perplexity"` and `"greedy"` the loss without the candidate); with several kinds that value, or
-            the rise of the loss, per million parameters. `"greedy"`: of the round in which the candidate went, or of
-            the last. A block chosen by `"angular"` goes as a whole, the scores are those of its single layers.
+            the rise of the loss, per million parameters. `"greedy"`: of the last round in which the candidate was
+            measured. A block chosen by `"angular"` goes as a whole, the scores are those of its single layers.
         losses: Loss of the calibration text after each removal; measured by `"greedy"`, and by `"perplexity"` with
             `most`.
         baseline: Loss before any; with the criteria that measure losses.

@@ -266,3 +266,35 @@ def test_greedy_stops_where_the_best_would_lead_farther_away():
     remove_greedily(lambda: Table(rises), removal, units, Amount(count=8), True)
     assert removal.units[:7] == [*((i, "attention") for i in range(6)), (0, "layers")]
     assert removal.dropped() == {"layers": [0, 1], "attention": [2, 3, 4, 5]}
+
+
+class Growing(Table):
+    """Every removal makes what is left dearer by a share of its own; counts what was measured."""
+
+    def __init__(self, rises):
+        super().__init__(rises)
+        self.measured = []
+
+    def scan(self, removal, candidates, description):
+        gone = len(removal.units)
+        base = sum(self.cost(unit, number) for number, unit in enumerate(removal.units))
+        self.measured.append(len(candidates))
+        return {unit: base + self.cost(unit, gone) for unit in candidates}, base
+
+    def cost(self, unit, gone):
+        return self.rises[unit] * (1 + gone * (0.05 + 0.4 * (unit[0] % 3 == 0)))
+
+
+def test_greedy_measures_only_as_many_as_it_takes_to_be_sure():
+    structure = ModelStructure.of(families.make_model("llama", num_hidden_layers=20))
+    units = depth_candidates(structure, settings("greedy"), ("layers",))
+    table = Growing({unit: 1.0 + 0.3 * ((unit[0] * 7) % 20) for unit in units})
+    removal = Removal(structure)
+    remove_greedily(lambda: table, removal, units, Amount(count=8), False)
+    wanted, left = [], list(units)
+    for gone in range(8):
+        best = min(left, key=lambda unit: table.cost(unit, gone))
+        wanted.append(best)
+        left.remove(best)
+    assert removal.units == wanted and wanted != sorted(units, key=table.rises.get)[:8]
+    assert table.measured[0] == 20 and sum(table.measured) < 20 + 7 * 13
