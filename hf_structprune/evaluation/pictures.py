@@ -49,22 +49,19 @@ def widths_figure(plan: PruningPlan, num_layers: int | None = None) -> Figure:
     """Units kept in each layer, in front of those there were; one panel for each kind of unit.
 
     Args:
-        plan: Names the layers that are cut; those between them are whole.
-        num_layers: Layers of the model, if whole ones behind the last that is cut are to be shown.
+        plan: Names the layers that are cut or dropped; those between them are whole.
+        num_layers: Layers of the model, for plans that do not say how many there are.
     """
-    kinds = [kind for kind in KIND_NAMES if any(group.kind == kind for group in plan.groups)]
-    if not kinds:
+    cut = {group.layer for group in plan.groups} | {layer for layers in plan.dropped.values() for layer in layers}
+    layers = range(max(num_layers or 0, plan.num_layers, 1 + max(cut, default=0)))
+    panels = [*_width_panels(plan, layers), *_depth_panels(plan, layers)]
+    if not panels:
         raise ConfigurationError("The plan cuts nothing, so there are no widths to draw.")
-    layers = range(max(num_layers or 0, 1 + max(group.layer for group in plan.groups)))
-    figure, axes = make_panels(len(kinds), height=1.9)
-    for axis, kind, colour in zip(axes, kinds, COLOURS, strict=False):
-        groups = {group.layer: group for group in plan.groups if group.kind == kind}
-        whole = max(group.num_units for group in groups.values())
-        before = [groups[layer].num_units if layer in groups else whole for layer in layers]
-        kept = [groups[layer].keep if layer in groups else whole for layer in layers]
+    figure, axes = make_panels(len(panels), height=1.9)
+    for axis, (label, before, kept), colour in zip(axes, panels, COLOURS, strict=False):
         axis.bar(layers, before, width=0.8, color=FAINT)
         axis.bar(layers, kept, width=0.8, color=colour)
-        axis.set_ylabel(KIND_NAMES[kind])
+        axis.set_ylabel(label)
         axis.set_xlim(-0.6, len(layers) - 0.4)
         axis.set_ylim(0, 1.05 * max(before))
         whole_numbers(axis.yaxis)
@@ -72,6 +69,33 @@ def widths_figure(plan: PruningPlan, num_layers: int | None = None) -> Figure:
     axes[-1].set_xlabel("layer")
     set_title(axes[0], f"Kept width of each layer (grey: cut), {100 * plan.ratio:.1f} % of all parameters gone")
     return figure
+
+
+Panel = tuple[str, list[int], list[int]]  # label; before and after, for each layer
+
+
+def _width_panels(plan: PruningPlan, layers: range) -> list[Panel]:
+    """Heads and neurons; of dropped layers none are left."""
+    panels = []
+    for kind in KIND_NAMES:
+        groups = {group.layer: group for group in plan.groups if group.kind == kind}
+        if groups:
+            whole = max(group.num_units for group in groups.values())
+            before = [groups[layer].num_units if layer in groups else whole for layer in layers]
+            left = [groups[layer].keep if layer in groups else whole for layer in layers]
+            kept = [0 if plan.is_dropped(layer, kind) else n for layer, n in zip(layers, left, strict=True)]
+            panels.append((KIND_NAMES[kind], before, kept))
+    return panels
+
+
+def _depth_panels(plan: PruningPlan, layers: range) -> list[Panel]:
+    """Whether attention and MLP of each layer stay, and the hidden size."""
+    panels = []
+    for kind, label in (("attention", "attention"), ("mlp", "MLP")) if plan.dropped else ():
+        panels.append((label, [1 for _ in layers], [int(not plan.is_dropped(layer, kind)) for layer in layers]))
+    if plan.hidden is not None:
+        panels.append(("hidden size", [plan.hidden.before for _ in layers], [plan.hidden.keep for _ in layers]))
+    return panels
 
 
 def importance_figure(scores: Mapping[tuple[int, str], torch.Tensor]) -> Figure:

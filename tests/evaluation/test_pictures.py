@@ -10,6 +10,7 @@ from matplotlib.collections import PathCollection
 from hf_structprune.errors import ConfigurationError, EvaluationError
 from hf_structprune.evaluation import pictures
 from hf_structprune.evaluation.results import EvaluationResult, Figure
+from hf_structprune.decisions import HiddenPlan
 from hf_structprune.plan import GroupPlan, PruningPlan
 
 
@@ -55,6 +56,17 @@ def test_widths(plan):
     assert [heights(container) for container in axes[1].containers] == [[64, 64, 64], [64, 48, 32]]
     assert "20.0 % of all parameters" in axes[0].get_title(loc="left")
     assert len(pictures.widths_figure(plan, num_layers=5).axes[0].containers[0]) == 5
+
+
+def test_widths_of_what_is_dropped(plan):
+    plan.dropped, plan.num_layers = {"layers": [0], "attention": [3]}, 5
+    plan.hidden = HiddenPlan(32, 24)
+    axes = pictures.widths_figure(plan).axes
+    assert [axis.get_ylabel() for axis in axes] == ["KV groups", "MLP neurons", "attention", "MLP", "hidden size"]
+    kept = [heights(axis.containers[1]) for axis in axes]
+    assert kept == [[0, 4, 3, 0, 4], [0, 48, 32, 64, 64], [0, 1, 1, 0, 1], [0, 1, 1, 1, 1], [24] * 5]
+    plan.groups = []
+    assert len(pictures.widths_figure(plan).axes) == 3
 
 
 def test_importance():
