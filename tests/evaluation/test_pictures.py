@@ -7,10 +7,10 @@ import pytest
 import torch
 from matplotlib.collections import PathCollection
 
+from hf_structprune.decisions import HiddenPlan
 from hf_structprune.errors import ConfigurationError, EvaluationError
 from hf_structprune.evaluation import pictures
 from hf_structprune.evaluation.results import EvaluationResult, Figure
-from hf_structprune.decisions import HiddenPlan
 from hf_structprune.plan import GroupPlan, PruningPlan
 
 
