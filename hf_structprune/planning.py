@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from .depth.removal import Unit
 from .errors import ConfigurationError, UnsupportedModelError
 from .hidden import hidden_group, shrunk_config_model
 from .knowledge import Knowledge, sensitivities
-from .layout import target_of
+from .layout import expressible_heads, target_of
 from .plan import PruningPlan
 from .structure import ModelStructure
 from .units import DEPTH_UNITS, WIDTH_UNITS
@@ -69,9 +70,9 @@ class Planner:
         if self.config.kinds(WIDTH_UNITS):
             whole = inner if hidden else dense or self.structure
             target = None if not (hidden or dropped) else max(0, left - removed_by(dropped, inner))
-            counts = allocate(
-                whole, self.config, ratio, known.scores, self.head_counts, known.sensitivity, dropped, target
-            )
+            if hidden and self.head_counts is not None:
+                self.head_counts = expressible_heads(shell, inner, self.config.layout)
+            counts = self._widths(whole, ratio, known, dropped, target)
         plan = describe(
             self.model, inner, counts, ratio, self.config.layout, dropped, hidden, self.structure if hidden else None
         )
@@ -132,6 +133,27 @@ class Planner:
             part = round(self.config.split[kind] * total)
             dropped.update(self._choose(inner, (kind,), parameters=part, without=dropped))
         return normalised(dropped, inner)
+
+    def _widths(
+        self, whole: ModelStructure, ratio: float | None, known: Knowledge, dropped: Dropped, target: int | None
+    ) -> Counts:
+        """Heads and neurons to keep. A split between them holds for heads first; neurons, finer, close the gap."""
+
+        def give(config: PruningConfig, target: int | None) -> Counts:
+            return allocate(
+                whole, config, ratio, known.scores, self.head_counts, known.sensitivity, dropped, target
+            )
+
+        kinds, split = self.config.kinds(WIDTH_UNITS), self.config.split
+        if split is None or len(kinds) == 1:
+            return give(self.config, target)
+        heads = next(kind for kind in kinds if kind != "mlp_neurons")
+        target = round(ratio * whole.total_parameters) if target is None else target
+        part = target * split[heads] / (split[heads] + split["mlp_neurons"])
+        alone = {kind: dataclasses.replace(self.config, units=(kind,), split=None) for kind in kinds}
+        counts = give(alone[heads], round(part))
+        gone = describe(self.model, whole, counts, None, self.config.layout, dropped).removed.get(heads, 0)
+        return counts | give(alone["mlp_neurons"], target - gone)
 
     def _measured(self, inner: ModelStructure, kinds: tuple[str, ...], left: int, known: Knowledge) -> Dropped:
         """As much depth as makes the measured cost of the whole cut least, heads and neurons taking the rest."""
