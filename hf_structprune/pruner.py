@@ -235,7 +235,7 @@ class StructuredPruner:
             self._expressible = expressible_heads(self.model, self.structure, config.layout)
         if not self._expressible and any(layer.attention for layer in self.structure.layers):
             note = f"heads are left alone: {self._why_no_heads(config.layout)}"
-            if "mlp_neurons" not in config.units:
+            if "mlp_neurons" not in config.units or config.split is not None:
                 raise UnsupportedModelError(f"`units` is {config.units}, but {note}.")
             self.structure.notes = list(dict.fromkeys([*self.structure.notes, note]))
         return self._expressible
