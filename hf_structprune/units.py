@@ -59,19 +59,25 @@ def parse_split(split: Any) -> dict[str, float] | None:
 
 
 def split_criterion(config: PruningConfig, width_criteria: tuple[str, ...]) -> None:
-    """Lets `criterion` name the criterion of depth or of the hidden size where nothing else is cut."""
-    for kinds, criteria, field in (
-        (DEPTH_UNITS, DEPTH_CRITERIA, "depth_criterion"),
-        (("hidden",), HIDDEN_CRITERIA, "hidden_criterion"),
-    ):
-        if not set(config.units) - set(kinds) and config.criterion in criteria:
-            setattr(config, field, config.criterion)
-            config.criterion = "obs"
-        elif config.criterion in criteria and config.criterion not in width_criteria:
-            raise ConfigurationError(
-                f"`criterion` is {config.criterion!r}, which does not rank {', '.join(config.units)}; it is a value "
-                f"of `{field}`."
-            )
+    """Lets `criterion` name the criterion of depth or of the hidden size where nothing else is cut.
+
+    Raises:
+        ConfigurationError: It is a criterion of what is not cut, or could be meant for two kinds of units.
+    """
+    values = {
+        "depth_criterion": (DEPTH_UNITS, DEPTH_CRITERIA),
+        "hidden_criterion": (("hidden",), HIDDEN_CRITERIA),
+    }
+    fields = [field for field, (_, criteria) in values.items() if config.criterion in criteria]
+    alone = [field for field in fields if not set(config.units) - set(values[field][0])]
+    if alone:
+        setattr(config, alone[0], config.criterion)
+        config.criterion = "obs"
+    elif fields and (config.criterion not in width_criteria or not config.kinds(WIDTH_UNITS)):
+        raise ConfigurationError(
+            f"`criterion` is {config.criterion!r}, which does not rank all of {', '.join(config.units)}; it is a "
+            f"value of `{'` and of `'.join(fields)}`."
+        )
     check_choice("depth_criterion", config.depth_criterion, DEPTH_CRITERIA)
     check_choice("hidden_criterion", config.hidden_criterion, HIDDEN_CRITERIA)
 

@@ -31,9 +31,10 @@ def test_criterion_of_depth_alone(criterion):
     assert PruningConfig.from_dict(config.to_dict()) == config
 
 
-def test_criterion_of_the_hidden_size_alone():
-    config = PruningConfig(units="hidden", criterion="taylor")
-    assert (config.hidden_criterion, config.criterion) == ("taylor", "obs")
+@pytest.mark.parametrize("criterion", ["magnitude", "taylor", "activation", "pca"])
+def test_criterion_of_the_hidden_size_alone(criterion):
+    config = PruningConfig(units="hidden", criterion=criterion)
+    assert (config.hidden_criterion, config.criterion, config.depth_criterion) == (criterion, "obs", "greedy")
 
 
 def test_with_widths_the_criterion_is_theirs():
@@ -45,6 +46,8 @@ def test_with_widths_the_criterion_is_theirs():
     ("options", "message"),
     [
         ({"units": ("layers", "mlp_neurons"), "criterion": "angular"}, "a value of `depth_criterion`"),
+        ({"num_layers": 1, "hidden_size": 16, "criterion": "taylor"}, "`depth_criterion` and of `hidden_criterion`"),
+        ({"units": "layers", "criterion": "pca"}, "a value of `hidden_criterion`"),
         ({"depth_criterion": "best"}, "`depth_criterion` is 'best'; allowed values are angular"),
         ({"hidden_criterion": "best"}, "`hidden_criterion` is 'best'"),
         ({"num_layers": 0}, "`num_layers` is 0; it must be an integer of at least 1"),
