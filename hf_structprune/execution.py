@@ -58,7 +58,8 @@ class Execution:
         """
         self._plan = plan
         if plan.hidden is not None:
-            tokens = self.tokens()
+            data_free = plan.hidden.kept is not None or self.config.hidden_criterion == "magnitude"
+            tokens = None if data_free and not self.config.compensation else self.tokens()
             self.touched = True
             kept = None if plan.hidden.kept is None else torch.tensor(plan.hidden.kept)
             self.model, kept = cut_hidden(self.model, self.structure, plan.hidden.keep, self.config, tokens, kept)
