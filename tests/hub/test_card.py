@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 
 import pytest
 import torch
@@ -271,17 +272,71 @@ def test_the_lines_that_make_it_again_run(tiny_llama, tiny_tokenizer, tmp_path, 
     assert PruningPlan.load("pruned").to_dict() == pruner.last_plan.to_dict()
     assert PruningConfig.load("pruned") == config
     command = next(line for line in card.text.splitlines() if line.startswith("hf-structprune prune "))
-    import shlex
-
     assert cli.main([*shlex.split(command)[1:], "--overwrite"]) == 0
     assert PruningPlan.load("pruned").to_dict() == pruner.last_plan.to_dict()
     assert PruningConfig.load("pruned") == config
+
+
+DECISIONS = [
+    (dict(num_layers=1, criterion="angular"), None, ["Decoder layers gone, counted from 0: {} (criterion `angular`)"]),
+    (dict(keep_first=2), None, ["Decoder layers gone, counted from 0: 2 (named in the configuration)"]),
+    (dict(units="layers", layers=[2, 0]), None, ["Decoder layers gone, counted from 0: 0, 2 (named in the conf"]),
+    (dict(units="layers", criterion="block_influence", protect_last=1), 0.25, ["criterion `block_influence`)"]),
+    (
+        dict(units=("attention",), layers=[1], layout="per_layer"), None,
+        ["Attention of layers gone, counted from 0: 1 (named in the configuration)"],
+    ),
+    (
+        dict(units=("attention", "mlp"), layout="per_layer", criterion="taylor"), 0.2,
+        ["gone, counted from 0: ", "(criterion `taylor`)"],
+    ),
+    (
+        dict(split={"layers": 0.6, "mlp_neurons": 0.4}, round_to=1), 0.4,
+        ["Criterion: `obs`, allocation: `uniform`", "gone, counted from 0: {} (criterion `greedy`)",
+         "Of all parameters: "],
+    ),
+    (dict(hidden_size=24, criterion="magnitude"), None, ["Hidden size: 24 instead of 32 (criterion `magnitude`)"]),
+    (
+        dict(hidden_size=26, num_layers=1, depth_criterion="perplexity", hidden_criterion="taylor"), None,
+        ["Hidden size: 26 instead of 32 (criterion `taylor`)", "counted from 0: {} (criterion `perplexity`)"],
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "ratio", "said"), DECISIONS, ids=lambda value: str(value)[:60])
+def test_what_went_is_named_and_can_be_made_again(
+    options, ratio, said, tiny_llama, tiny_tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    tiny_llama.save_pretrained("base")
+    tiny_tokenizer.save_pretrained("base")
+    config = PruningConfig(**options, calibration=CalibrationConfig(num_samples=4, length=32))
+    assert (
+        eval(config_expression(config), {"PruningConfig": PruningConfig, "CalibrationConfig": CalibrationConfig})
+        == config
+    )
+    pruner = StructuredPruner.from_pretrained("base", config)
+    pruner.prune(ratio)
+    pruner.save_pretrained("small")
+    card, plan = ModelCard.load("small/README.md"), pruner.last_plan
+    layers = ", ".join(map(str, plan.dropped.get("layers", ())))
+    for words in said:
+        assert words.format(layers) in card.text
+    assert ("Criterion: `obs`" in card.text) == ("mlp_neurons" in config.units)
+    exec(next(block for block in python_blocks(card) if "pruner.prune" in block), {})
+    assert PruningPlan.load("pruned").to_dict() == plan.to_dict() and PruningConfig.load("pruned") == config
+    command = next(line for line in card.text.splitlines() if line.startswith("hf-structprune prune "))
+    assert cli.main([*shlex.split(command)[1:], "--overwrite"]) == 0
+    assert PruningPlan.load("pruned").to_dict() == plan.to_dict() and PruningConfig.load("pruned") == config
 
 
 @pytest.mark.parametrize(
     "config",
     [
         PruningConfig(),
+        PruningConfig(num_layers=4, protect_first=4, protect_last=2, criterion="perplexity"),
+        PruningConfig(units=("layers", "attention"), layers=[3, 5], layout="per_layer"),
+        PruningConfig(split=["hidden=0.25", "layers=0.5", "mlp_neurons=0.25"], hidden_criterion="pca"),
         PruningConfig.llm_pruner(0.3, layer_range=(1, 3)),
         PruningConfig(
             criterion="wanda", damping=0.1, calibration=CalibrationConfig(dataset=["a/b", "c"], chat_template=True)
