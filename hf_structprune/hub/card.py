@@ -78,6 +78,7 @@ def make_card(
     data = make_metadata(
         name, contents.config, origin, contents.result, known,
         base_first=base_model is not None, recovery=contents.recovery,
+        ratio=contents.plan.ratio_requested,
     )  # fmt: skip
     problems = violations(data.to_dict())
     if problems:
@@ -197,6 +198,7 @@ def _recovery(contents: Contents) -> str:
 def _making(contents: Contents, origin: Origin | None) -> dict[str, Any]:
     """How it was made."""
     config, plan, versions = contents.config, contents.plan, contents.record.get("versions", {})
+    tasks = any(name.startswith("tasks/") for side in contents.results for name in side.figures)
     public, options = public_config(config), origin.options if origin is not None else {}
     code = (origin.name if origin is not None else "BASE_MODEL", public, plan.ratio_requested, options)
     return {
@@ -208,14 +210,14 @@ def _making(contents: Contents, origin: Origin | None) -> dict[str, Any]:
         "layout": "per layer: layers differ" if contents.per_layer else "uniform: all layers alike",
         "what": what_went(config, plan),
         "config": config,
-        "calibration": text_in_words(config),
+        "calibration": text_in_words(config, plan.ratio_requested),
         "versions": ", ".join(f"{library} {number}" for library, number in versions.items()),
         "package_version": versions.get("hf_structprune", ""),
         "notes": plan.notes,
         "in_python": making_in_python(*code),
         "on_the_command_line": making_on_the_command_line(*code),
         "configuration": full_configuration(public),
-        "citations": citations(config, any(n.startswith("tasks/") for side in contents.results for n in side.figures)),
+        "citations": citations(config, tasks, plan.ratio_requested),
     }
 
 

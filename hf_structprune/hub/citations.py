@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..configuration import PruningConfig
-from ..units import DEPTH_UNITS, WIDTH_UNITS
+from ..units import WIDTH_UNITS
 
 
 _PAPERS = {
@@ -113,15 +113,16 @@ _HIDDEN_CRITERIA = {
 }  # fmt: skip
 
 
-def citations(config: PruningConfig, tasks: bool = False) -> list[str]:
+def citations(config: PruningConfig, tasks: bool = False, ratio: float | None = None) -> list[str]:
     """BibTeX entries of what a configuration uses.
 
     Args:
         config: The configuration.
         tasks: Whether tasks of lm-eval were measured.
+        ratio: The ratio that was asked for.
     """
     names = [*_CRITERIA.get(config.criterion, ())] if config.kinds(WIDTH_UNITS) else []
-    names += [_DEPTH_CRITERIA[config.depth_criterion]] if config.kinds(DEPTH_UNITS) else []
+    names += [_DEPTH_CRITERIA[config.depth_criterion]] if config.chooses_depth(ratio) else []
     names += [_HIDDEN_CRITERIA[config.hidden_criterion]] if "hidden" in config.units else []
     names += ["flap"] if config.allocation == "global" else []
     names += ["obs"] if config.compensation else []

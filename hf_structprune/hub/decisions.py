@@ -21,10 +21,8 @@ def what_went(config: PruningConfig, plan: PruningPlan) -> list[str]:
     if config.kinds(WIDTH_UNITS):
         variant = f" (`{config.taylor}`)" if config.criterion == "taylor" else ""
         lines.append(f"Criterion: `{config.criterion}`{variant}, allocation: `{config.allocation}`")
-    by_list = config.keep_first is not None or (
-        config.listed and config.num_layers is None and not plan.ratio_requested
-    )
-    chosen = "named in the configuration" if by_list else f"criterion `{config.depth_criterion}`"
+    by_criterion = config.chooses_depth(plan.ratio_requested)
+    chosen = f"criterion `{config.depth_criterion}`" if by_criterion else "named in the configuration"
     for kind in DEPTH_UNITS:
         if kind in plan.dropped:
             lines.append(f"{_GONE[kind]} gone, counted from 0: {', '.join(map(str, plan.dropped[kind]))} ({chosen})")

@@ -31,6 +31,7 @@ def make_metadata(
     *,
     base_first: bool = False,
     recovery: dict[str, Any] | None = None,
+    ratio: float | None = None,
 ) -> ModelCardData:
     """The metadata of a card.
 
@@ -43,16 +44,17 @@ def make_metadata(
             language set by hand.
         base_first: Take licence and language from the base model even if the replaced card has others.
         recovery: The report of its recovery, whose data sets are named.
+        ratio: The ratio that was asked for.
     """
     kept = {key: value for key, value in known.items() if key not in _MADE_ANEW}
     base = base_metadata(origin) if origin is not None else {}
+    used = [*_datasets(config, ratio), *_trained_on(recovery)]
     fields: dict[str, Any] = {
         **({**kept, **base} if base_first else {**base, **kept}),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": list(dict.fromkeys([*TAGS, *(known.get("tags") or [])])),
-        "datasets": list(dict.fromkeys([*_datasets(config), *_trained_on(recovery), *(known.get("datasets") or [])]))
-        or None,
+        "datasets": list(dict.fromkeys([*used, *(known.get("datasets") or [])])) or None,
     }
     if origin is not None and origin.on_hub:
         fields |= {"base_model": origin.name, "base_model_relation": RELATION}
@@ -63,14 +65,14 @@ def make_metadata(
     return ModelCardData(**{key: fields[key] for key in (*order, *fields) if key in fields})
 
 
-def _uses_text(config: PruningConfig) -> bool:
+def _uses_text(config: PruningConfig, ratio: float | None) -> bool:
     from ..criteria import make_criterion
 
     criterion = make_criterion(config)
     by_text = config.compensation or config.allocation == "search"
     if config.kinds(WIDTH_UNITS):
         by_text |= criterion.needs_inputs or criterion.needs_gradients
-    if config.chooses_depth(None):
+    if config.chooses_depth(ratio):
         by_text |= config.depth_criterion != "magnitude"
     return by_text or ("hidden" in config.units and config.hidden_criterion != "magnitude")
 
@@ -80,9 +82,9 @@ def _sources(config: PruningConfig) -> list[str]:
     return [dataset] if isinstance(dataset, str) else list(dataset or [])
 
 
-def _datasets(config: PruningConfig) -> list[str]:
+def _datasets(config: PruningConfig, ratio: float | None) -> list[str]:
     """Data sets of the Hub that were calibrated on."""
-    if not _uses_text(config) or config.calibration.fingerprint is not None:
+    if not _uses_text(config, ratio) or config.calibration.fingerprint is not None:
         return []
     hub = [s for s in _sources(config) if not is_file(s) and s.count("/") <= 1 and not s.startswith((".", "~", "/"))]
     return hub if _sources(config) else list(_SAMPLE)
@@ -94,17 +96,17 @@ def _trained_on(recovery: dict[str, Any] | None) -> list[str]:
     return [name for name in names if name.count("/") == 1 and not is_file(name)]
 
 
-def text_in_words(config: PruningConfig) -> str:
+def text_in_words(config: PruningConfig, ratio: float | None) -> str:
     """The calibration text; of local files the name only, since the card is public."""
     calibration = config.calibration
-    if not _uses_text(config):
+    if not _uses_text(config, ratio):
         return "none"
     size = f"{calibration.num_samples} x {calibration.length} tokens"
     if calibration.fingerprint is not None:
         return f"{size}, given in memory (SHA-256 begins with `{calibration.fingerprint}`)"
     if not _sources(config):
         return f"{size} of the sample of hf_structprune: half WikiText-2 (validation), half C4, English"
-    hub = _datasets(config)
+    hub = _datasets(config, ratio)
     names = [
         f"[{s}](https://huggingface.co/datasets/{s})" if s in hub else f"`{Path(s).name}`" for s in _sources(config)
     ]

@@ -30,7 +30,7 @@ def loading(name: str, per_layer: bool) -> list[tuple[str, str]]:
         return [("It is a plain Transformers checkpoint; nothing else has to be installed:", plain)]
     return [
         (
-            "Its layers differ in width, which Transformers reads but does not build by itself yet. With "
+            "Its layers are not alike, which Transformers reads but does not build by itself yet. With "
             "`pip install hf-structprune`:",
             f"import hf_structprune  # before the model is loaded\n{plain}",
         ),

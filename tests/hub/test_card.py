@@ -449,3 +449,24 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
     monkeypatch.setattr(origin.ModelCard, "load", lambda *args, **kwargs: pytest.fail("this would try for long"))
     assert origin.base_metadata(origin.Origin("some/never-cached", True)) == {}
     assert asked == ["some/never-cached"]
+
+
+@pytest.mark.parametrize(
+    ("options", "ratio", "cited", "text"),
+    [
+        (dict(keep_first=2, compensation=False), None, None, False),
+        (dict(units="layers", layers=[1], compensation=False), None, None, False),
+        (dict(units="layers", layers=[0, 1], compensation=False), 0.2, "song2024sleb", True),
+        (dict(num_layers=1, criterion="magnitude", compensation=False), None, "kim2024shortened", False),
+        (dict(hidden_size=24, criterion="magnitude", compensation=False), None, "ma2023llmpruner", False),
+    ],
+)
+def test_only_what_was_used_is_cited_and_named(options, ratio, cited, text, tiny_llama, tiny_tokenizer, tmp_path):
+    config = PruningConfig(**options, calibration=CalibrationConfig(num_samples=4, length=32))
+    pruner = StructuredPruner(tiny_llama, config, tiny_tokenizer)
+    pruner.prune(ratio)
+    pruner.save_pretrained(tmp_path / "small")
+    card = ModelCard.load(tmp_path / "small" / "README.md")
+    papers = ("song2024sleb", "kim2024shortened", "ma2023llmpruner", "minitron")
+    assert [paper for paper in papers if paper in card.text.lower()] == ([cited] if cited else [])
+    assert ("Calibration: none" not in card.text) == text == (card.data.datasets is not None)
