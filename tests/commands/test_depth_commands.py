@@ -98,5 +98,6 @@ def test_hidden_size_on_the_command_line(folder, tmp_path, capsys):
 def test_mistakes_are_told_before_work(folder, tmp_path, capsys):
     out = ["--output-dir", str(tmp_path / "out")]
     assert "--ratio is missing" in refused(capsys, "prune", folder, "--units", "layers", *out)
-    assert "--ratio and --num-layers are both given" in refused(capsys, "prune", folder, "--num-layers", "2", "--ratio", "0.2", *out)
+    both = refused(capsys, "prune", folder, "--num-layers", "2", "--ratio", "0.2", *out)
+    assert "--ratio and --num-layers are both given" in both
     assert "layout='per_layer'" in refused(capsys, "prune", folder, "--units", "attention", "--ratio", "0.1", *out)
