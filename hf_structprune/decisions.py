@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from .errors import ConfigurationError
-from .structure import ModelStructure
-from .units import DEPTH_UNITS
+from .structure import LayerStructure, ModelStructure
+from .units import DEPTH_UNITS, SUBLAYER_UNITS
 
 
 Dropped = dict[str, list[int]]
@@ -67,7 +68,7 @@ class HiddenPlan:
 
 
 def normalised(dropped: Dropped | None, structure: ModelStructure) -> Dropped:
-    """Dropped layers and sublayers in one form: ascending, without empty kinds, a layer that loses both is dropped.
+    """Dropped layers and sublayers in one form: ascending, without empty kinds, a layer that loses all is dropped.
 
     Args:
         dropped: Layer numbers by kind: `"layers"`, `"attention"`, `"mlp"`.
@@ -83,8 +84,7 @@ def normalised(dropped: Dropped | None, structure: ModelStructure) -> Dropped:
                 f"`dropped` names {kind} {sorted(numbers)}; the kinds are {', '.join(DEPTH_UNITS)} and the layers 0 "
                 f"to {len(structure.layers) - 1}."
             )
-    both = dropped.get("attention", set()) & dropped.get("mlp", set())
-    layers = dropped.get("layers", set()) | both
+    layers = dropped.get("layers", set()) | emptied(dropped, structure)
     if len(layers) >= len(structure.layers):
         raise ConfigurationError(f"All {len(structure.layers)} layers are to go; at least one must stay.")
     result = {"layers": layers, **{kind: dropped.get(kind, set()) - layers for kind in ("attention", "mlp")}}
@@ -93,6 +93,25 @@ def normalised(dropped: Dropped | None, structure: ModelStructure) -> Dropped:
             if structure.layers[number].sublayer(kind) is None:
                 raise ConfigurationError(f"Layer {number} has no {kind} that could go alone.")
     return {kind: sorted(numbers) for kind, numbers in result.items() if numbers}
+
+
+def emptied(dropped: Mapping[str, Collection[int]], structure: ModelStructure) -> set[int]:
+    """Layers that lose both sublayers, or the only one that an earlier pruning has left.
+
+    Args:
+        dropped: Numbers of the layers that lose their `"attention"`, their `"mlp"`.
+        structure: Of the model.
+    """
+    layers = set(dropped.get("attention", ())) & set(dropped.get("mlp", ()))
+    for kind in SUBLAYER_UNITS:
+        layers |= {number for number in dropped.get(kind, ()) if _is_all(structure.layers[number], kind)}
+    return layers
+
+
+def _is_all(layer: LayerStructure, kind: str) -> bool:
+    """Whether a layer does nothing but what this sublayer does."""
+    sublayer = layer.sublayer(kind)
+    return sublayer is not None and sublayer.matrix_parameters == layer.matrix_parameters
 
 
 def is_dropped(dropped: Dropped, layer: int, kind: str) -> bool:

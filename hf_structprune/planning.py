@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,17 +11,17 @@ import torch
 from transformers import PreTrainedModel
 
 from .allocation import Counts, allocate
-from .allocation.amounts import check_ratio, hidden_size_for
+from .allocation.amounts import check_ratio, hidden_sizes_for
 from .allocation.joint import best_part, levelled_off, prefix_costs
 from .checkpoint import has_weights
 from .configuration import PruningConfig
 from .decisions import Dropped, HiddenPlan, normalised
 from .depth import DepthChoice, choose_depth
 from .depth.removal import Unit
-from .errors import ConfigurationError, UnsupportedModelError
+from .errors import CheckpointError, ConfigurationError, RatioError, UnsupportedModelError
 from .hidden import hidden_group, shrunk_config_model
 from .knowledge import Knowledge, sensitivities
-from .layout import target_of
+from .layout import expressible_heads, target_of
 from .plan import PruningPlan
 from .structure import ModelStructure
 from .units import DEPTH_UNITS, WIDTH_UNITS
@@ -61,37 +62,59 @@ class Planner:
         """
         check_ratio(ratio, self.config)
         hidden, shell, inner = self._hidden(ratio)
-        left = None if ratio is None else round(ratio * self.structure.total_parameters)
-        if left is not None:
-            left -= self.structure.total_parameters - inner.total_parameters
+        budget = None if ratio is None else round(ratio * self.structure.total_parameters)
+        left = self._left(budget, self.structure.total_parameters - inner.total_parameters, "hidden_size")
         dropped = self._dropped(left, inner, known)
+        left = self._left(left, removed_by(dropped, inner), "num_layers", "keep_first")
         counts: Counts = {}
         if self.config.kinds(WIDTH_UNITS):
             whole = inner if hidden else dense or self.structure
-            target = None if not (hidden or dropped) else max(0, left - removed_by(dropped, inner))
-            counts = allocate(
-                whole, self.config, ratio, known.scores, self.head_counts, known.sensitivity, dropped, target
-            )
+            target = left if hidden or dropped else None
+            if hidden and self.head_counts is not None:
+                self.head_counts = expressible_heads(shell, inner, self.config.layout)
+            counts = self._widths(whole, ratio, known, dropped, target)
         plan = describe(
             self.model, inner, counts, ratio, self.config.layout, dropped, hidden, self.structure if hidden else None
         )
         target_of(shell, inner, plan)  # raises if no checkpoint could hold the result
         return plan
 
+    def _left(self, budget: int | None, gone: int, *options: str) -> int | None:
+        """What is left of a budget.
+
+        Raises:
+            RatioError: One of these options, which say how much goes, takes more than there is.
+        """
+        if budget is None:
+            return None
+        for option in options:
+            value, total = getattr(self.config, option), self.structure.total_parameters
+            if value is not None and gone > budget:
+                raise RatioError(
+                    f"`{option}` is {value}, which alone removes {gone / total:.2%} of all parameters: more than the "
+                    f"{budget / total:.2%} that are to go. Ask for more, or change `{option}`."
+                )
+        return max(0, budget - gone)
+
     def _hidden(self, ratio: float | None) -> tuple[HiddenPlan | None, PreTrainedModel, ModelStructure]:
         """The new hidden size, the model that has it (without weights), and the structure of that model."""
         if "hidden" not in self.config.units:
             return None, self.model, self.structure
         group = hidden_group(self.model, self.structure)
-        keep = self.config.hidden_size
-        if keep is None:
+        sizes = [self.config.hidden_size]
+        if self.config.hidden_size is None:
             share = (self.config.split or {"hidden": 1.0})["hidden"]
-            keep = hidden_size_for(group, share * ratio * self.structure.total_parameters, self.config)
-        if keep == group.size:
-            return None, self.model, self.structure
-        plan = HiddenPlan(group.size, keep)
-        shell = shrunk_config_model(self.model, keep)
-        return plan, shell, ModelStructure.of(shell)
+            sizes = hidden_sizes_for(group, share * ratio * self.structure.total_parameters, self.config)
+        refused: CheckpointError | None = None
+        for size in sizes:
+            if size == group.size:
+                return None, self.model, self.structure
+            try:
+                shell = shrunk_config_model(self.model, size, self.structure)
+                return HiddenPlan(group.size, size), shell, ModelStructure.of(shell)
+            except CheckpointError as error:  # some classes want a multiple of the number of heads
+                refused = refused or error
+        raise refused
 
     def _dropped(self, left: int | None, inner: ModelStructure, known: Knowledge) -> Dropped:
         """Layers and sublayers that go; `left` is what the hidden size leaves of the budget."""
@@ -115,8 +138,7 @@ class Planner:
         if config.num_layers is not None:
             return self._choose(inner, ("layers",), count=config.num_layers)
         if config.split is not None:
-            total = left / (1 - config.split.get("hidden", 0))
-            return self._choose_split(inner, kinds, total)
+            return self._choose_split(inner, kinds, left)
         if not config.kinds(WIDTH_UNITS):
             return self._choose(inner, kinds, parameters=left)
         return self._measured(inner, kinds, left, known)
@@ -125,13 +147,37 @@ class Planner:
         self.depth = choose_depth(self.model, inner, self.config, kinds, tokens=self.tokens, **amount)
         return normalised(self.depth.dropped, inner)
 
-    def _choose_split(self, inner: ModelStructure, kinds: tuple[str, ...], total: float) -> Dropped:
-        """Every kind of depth gets its own part of the budget, layers first."""
+    def _choose_split(self, inner: ModelStructure, kinds: tuple[str, ...], left: int) -> Dropped:
+        """Every kind of depth gets its own part of the budget, layers first: sublayers go from those that stay."""
         dropped: Dropped = {}
-        for kind in kinds:
-            part = round(self.config.split[kind] * total)
-            dropped.update(self._choose(inner, (kind,), parameters=part, without=dropped))
+        total = left / (1 - self.config.split.get("hidden", 0))
+        for kind in sorted(kinds, key=DEPTH_UNITS.index):
+            amount = {"parameters": round(self.config.split[kind] * total), "without": dropped}
+            chosen = dropped | self._choose(inner, (kind,), **amount)
+            if self.config.kinds(WIDTH_UNITS) and removed_by(normalised(chosen, inner), inner) > left:
+                # The nearest number of whole units is more than everything that is to go; finer ones take the rest.
+                chosen = dropped | self._choose(inner, (kind,), most=True, **amount)
+            dropped = chosen
         return normalised(dropped, inner)
+
+    def _widths(
+        self, whole: ModelStructure, ratio: float | None, known: Knowledge, dropped: Dropped, target: int | None
+    ) -> Counts:
+        """Heads and neurons to keep. A split between them holds for heads first; neurons, finer, close the gap."""
+
+        def give(config: PruningConfig, target: int | None) -> Counts:
+            return allocate(whole, config, ratio, known.scores, self.head_counts, known.sensitivity, dropped, target)
+
+        kinds, split = self.config.kinds(WIDTH_UNITS), self.config.split
+        if split is None or len(kinds) == 1:
+            return give(self.config, target)
+        heads = next(kind for kind in kinds if kind != "mlp_neurons")
+        target = round(ratio * whole.total_parameters) if target is None else target
+        part = target * split[heads] / (split[heads] + split["mlp_neurons"])
+        alone = {kind: dataclasses.replace(self.config, units=(kind,), split=None) for kind in kinds}
+        counts = give(alone[heads], round(part))
+        gone = describe(self.model, whole, counts, None, self.config.layout, dropped).removed.get(heads, 0)
+        return counts | give(alone["mlp_neurons"], target - gone)
 
     def _measured(self, inner: ModelStructure, kinds: tuple[str, ...], left: int, known: Knowledge) -> Dropped:
         """As much depth as makes the measured cost of the whole cut least, heads and neurons taking the rest."""

@@ -17,16 +17,16 @@ from .checkpoint import has_weights
 from .configuration import PruningConfig
 from .criteria import make_criterion
 from .depth import DepthChoice
-from .errors import ConfigurationError, StructPruneError, UnsupportedModelError
+from .errors import CheckpointError, ConfigurationError, StructPruneError, UnsupportedModelError
 from .execution import Execution, check_plan
 from .hub.origin import origin_of, record
 from .hub.push import push_folder
 from .hub.save import save_checkpoint, take_over
 from .knowledge import Knowledge, look
-from .layout import expressible_heads
+from .layout import expressible_heads, target_of
 from .loading import load_model, load_tokenizer
 from .plan import PruningPlan
-from .planning import Planner
+from .planning import Planner, describe
 from .structure import ModelStructure
 from .units import WIDTH_UNITS
 
@@ -234,14 +234,22 @@ class StructuredPruner:
         if self._expressible is None:
             self._expressible = expressible_heads(self.model, self.structure, config.layout)
         if not self._expressible and any(layer.attention for layer in self.structure.layers):
-            note = (
-                f"heads are left alone: {type(self.model.config).__name__} derives the size of a head from the number "
-                "of heads, so that a vanilla checkpoint cannot have fewer (layout='per_layer' can cut them)"
-            )
-            if "mlp_neurons" not in config.units:
+            note = f"heads are left alone: {self._why_no_heads(config.layout)}"
+            if "mlp_neurons" not in config.units or config.split is not None:
                 raise UnsupportedModelError(f"`units` is {config.units}, but {note}.")
             self.structure.notes = list(dict.fromkeys([*self.structure.notes, note]))
         return self._expressible
+
+    def _why_no_heads(self, layout: str) -> str:
+        """The reason why no checkpoint can have fewer heads."""
+        try:
+            target_of(self.model, self.structure, describe(self.model, self.structure, {}, None, layout))
+        except CheckpointError as error:  # nor can it have what the model has now
+            return f"{error}".rstrip(".")
+        return (
+            f"{type(self.model.config).__name__} derives the size of a head from the number of heads, so that a "
+            "vanilla checkpoint cannot have fewer (layout='per_layer' can cut them)"
+        )
 
     def _carry_out(self, plan: PruningPlan, known: Knowledge | None = None) -> None:
         self._execution.carry_out(plan, known)

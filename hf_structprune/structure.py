@@ -53,7 +53,8 @@ class ModelStructure:
         """Reads the coupled groups of a model; works on the meta device.
 
         Raises:
-            UnsupportedModelError: No coupled group was understood; the message names what was not.
+            UnsupportedModelError: Neither coupled groups nor sublayers were understood; the message names what was
+                not.
         """
         config = model.config
         family = family_of(config.model_type, getattr(config, "base_model_tp_plan", None))
@@ -68,7 +69,7 @@ class ModelStructure:
             layers.append(structure)
             notes += layer_notes
         notes = list(dict.fromkeys(notes))
-        if not any(layer.groups for layer in layers):
+        if not any(layer.groups or layer.sublayers for layer in layers):
             raise UnsupportedModelError(f"Nothing of this model can be cut. {'; '.join(notes)}.")
         total = sum(p.numel() for p in model.parameters())
         return cls(family, layers, notes, total, matrix_parameters(model, _active_experts(config)))

@@ -109,6 +109,12 @@ def check_depth(config: PruningConfig) -> None:
     if config.split is not None and set(config.split) != set(config.units):
         lacking = sorted(set(config.units) - set(config.split))
         raise ConfigurationError(f"`split` does not say how much of the budget {', '.join(lacking)} gets.")
+    if config.split is not None and {"kv_groups", "query_heads"} <= set(config.split):
+        raise ConfigurationError(
+            "`split` names 'kv_groups' and 'query_heads', which hold parts of the same matrices: give one of them."
+        )
+    if config.split is not None and config.by_kind:
+        raise ConfigurationError("`split` and `attention_ratio` or `mlp_ratio` are both given; give one of them.")
     sublayers = [unit for unit in config.units if unit in SUBLAYER_UNITS]
     if sublayers and config.layout == "uniform":
         raise ConfigurationError(

@@ -24,6 +24,18 @@ def test_a_layer_that_loses_both_sublayers_is_dropped(structure):
     assert normalised({"attention": [2, 0], "mlp": [0], "layers": []}, structure) == {"layers": [0], "attention": [2]}
 
 
+def test_a_layer_that_loses_the_only_sublayer_it_has_left_is_dropped():
+    for name in ("llama", "cohere2", "mixtral"):  # Cohere's norm belongs to both sublayers
+        model = families.cut(families.make_model(name), {}, {}, "per_layer", {"attention": [1], "mlp": [2]})
+        structure = ModelStructure.of(model)
+        assert normalised({"mlp": [0, 1]}, structure) == {"layers": [1], "mlp": [0]}
+        assert normalised({"attention": [2]}, structure) == {"layers": [2]}
+        with pytest.raises(ConfigurationError, match="All 3 layers are to go"):
+            normalised({"mlp": [1], "attention": [2], "layers": [0]}, structure)
+        with pytest.raises(ConfigurationError, match="Layer 1 has no attention that could go alone"):
+            normalised({"attention": [1]}, structure)
+
+
 @pytest.mark.parametrize(
     ("dropped", "message"),
     [

@@ -8,6 +8,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from hf_structprune import PruningConfig, StructuredPruner
 from hf_structprune.errors import UnsupportedModelError
 from hf_structprune.structure import ModelStructure
 from hf_structprune.surgery import cut_units
@@ -166,8 +167,20 @@ def test_a_model_of_which_nothing_is_understood_is_refused_with_the_reasons():
     model = families.make_model("mixtral")
     for layer in model.model.layers:
         layer.self_attn.sinks = torch.nn.Parameter(torch.zeros(families.HEADS))
+        layer.scale = torch.nn.Parameter(torch.ones(1))
     with pytest.raises(UnsupportedModelError, match=r"experts.*`self_attn\.sinks` is not understood"):
         ModelStructure.of(model)
+
+
+@pytest.mark.parametrize("units", ["mlp_neurons", "kv_groups"])
+def test_where_no_width_is_understood_layers_can_still_go(units):
+    model = families.make_model("mixtral")
+    for layer in model.model.layers:
+        layer.self_attn.sinks = torch.nn.Parameter(torch.zeros(families.HEADS))
+    structure = ModelStructure.of(model)
+    assert structure.groups == [] and all(len(layer.sublayers) == 2 for layer in structure.layers)
+    with pytest.raises(UnsupportedModelError, match=r"have none.*experts.*`self_attn\.sinks` is not understood"):
+        StructuredPruner(model, PruningConfig(units=units)).plan(0.1)
 
 
 def test_gpt_oss_with_its_attention_sinks_is_refused():

@@ -41,8 +41,8 @@ def hidden_step(size: int, config: PruningConfig) -> int:
     return min(128, 2 ** int(math.log2(max(1, size // 16))))
 
 
-def hidden_size_for(group: HiddenGroup, parameters: float, config: PruningConfig) -> int:
-    """The hidden size that removes as near as possible to so many parameters.
+def hidden_sizes_for(group: HiddenGroup, parameters: float, config: PruningConfig) -> list[int]:
+    """Hidden sizes, the one first that removes as near as possible to so many parameters.
 
     Raises:
         RatioError: Even the smallest size removes too few.
@@ -54,4 +54,4 @@ def hidden_size_for(group: HiddenGroup, parameters: float, config: PruningConfig
             f"{(group.size - step) * group.unit_parameters:,}. Ask for less."
         )
     wanted = group.size - parameters / group.unit_parameters
-    return min(group.size, max(step, round(wanted / step) * step))
+    return sorted({*range(step, group.size, step), group.size}, key=lambda size: (abs(size - wanted), -size))

@@ -61,20 +61,29 @@ class Budget:
         """Parameters to remove for a share of all parameters; checks that so many can go."""
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0.0 <= ratio < 1.0:
             raise RatioError(f"The ratio is {ratio!r}; it must be a number in [0, 1): 0.3 removes 30 %.")
-        return self.check(ratio * self.structure.total_parameters)
-
-    def check(self, target: float) -> int:
-        """The parameters to remove, rounded; checks that so many can go."""
-        total = self.structure.total_parameters
+        target, total = ratio * self.structure.total_parameters, self.structure.total_parameters
         if target > self.removable:
             # Rounded down, so that the ratio that is named can be asked for.
             largest = math.floor(self.removable / total * 10_000) / 10_000
             raise RatioError(
-                f"The ratio {target / total:.2%} cannot be reached: units {', '.join(self.config.units)} in "
-                f"{len(self.layers)} of {len(self.structure.layers)} layers allow at most {largest:.2%} "
-                f"of all parameters. Ask for less, or allow more `units` or layers."
+                f"The ratio {ratio:.2%} cannot be reached: {self._where} allow at most {largest:.2%} of all "
+                "parameters. Ask for less, or allow more `units` or layers."
             )
         return round(target)
+
+    def check(self, target: int) -> int:
+        """The parameters that are left to remove when others go already; checks that so many can go."""
+        if target > self.removable:
+            raise RatioError(
+                f"{target:,} parameters are left to be taken from heads and neurons, but {self._where} allow at most "
+                f"{self.removable:,}. Ask for less, let more of the others go, or allow more `units` or layers."
+            )
+        return target
+
+    @property
+    def _where(self) -> str:
+        kinds = ", ".join(self.config.kinds(WIDTH_UNITS))
+        return f"units {kinds} in {len(self.layers)} of {len(self.structure.layers)} layers"
 
     @property
     def removable(self) -> int:

@@ -40,8 +40,16 @@ def best_part(
 
     Returns:
         The layers and sublayers to drop.
+
+    Raises:
+        RatioError: The budget cannot be reached, however many of them go.
     """
     costs = prefix_costs(depth.order, depth.losses, depth.baseline, structure, sensitivity, widths)
+    if min(costs) == float("inf"):
+        raise RatioError(
+            f"So much cannot be removed: heads and neurons cannot take what is left of it after any of 0 to "
+            f"{len(depth.order)} removals of layers or sublayers. Ask for less, or allow more `units` or layers."
+        )
     return _dropped(depth.order[: costs.index(min(costs))], structure)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ..allocation.budget import active_layers
 from ..configuration import PruningConfig
-from ..decisions import Dropped, normalised
+from ..decisions import Dropped, emptied, normalised
 from ..errors import ConfigurationError, UnsupportedModelError
 from ..structure import ModelStructure
 from ..units import DEPTH_UNITS, SUBLAYER_UNITS
@@ -69,7 +69,7 @@ class Removal:
         return self._parameters(self._gone([*self.units, *extra])) - self._parameters(self._gone([]))
 
     def gone(self, extra: Iterable[Unit] = ()) -> dict[str, set[int]]:
-        """Layers and sublayers that are gone, these units included; a layer without both sublayers is a layer."""
+        """Layers and sublayers that are gone, these units included; a layer that has lost all is a layer."""
         return self._gone([*self.units, *extra])
 
     def dropped(self) -> Dropped:
@@ -83,7 +83,7 @@ class Removal:
         gone = {kind: set(self.before.get(kind, ())) for kind in DEPTH_UNITS}
         for layer, kind in units:
             gone[kind].add(layer)
-        gone["layers"] |= gone["attention"] & gone["mlp"]
+        gone["layers"] |= emptied(gone, self.structure)
         return {kind: numbers if kind == "layers" else numbers - gone["layers"] for kind, numbers in gone.items()}
 
     def _parameters(self, gone: dict[str, set[int]]) -> int:
