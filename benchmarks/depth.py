@@ -5,9 +5,10 @@
     python benchmarks/depth.py picture
 
 `quality` prunes with every setting below and measures 12 evenly spaced windows of 2048 tokens of each text (the
-packaged sample without them). Rows that benchmarks/results/depth.json holds already are not measured again. Which
-layers go is found out once: the first n removals of a greedy run are those of a shorter one. `speed` times decoding of
-the checkpoints that `quality` left behind, in turns with the dense model.
+packaged sample without them); rows of width pruning are those of the model cards. Rows that
+benchmarks/results/depth.json holds already are not measured again. Which layers go is found out once: the first n
+removals of a greedy run are those of a shorter one. `speed` times decoding of the checkpoints that `quality` left
+behind, in turns with the dense model.
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ from hf_structprune.depth import choose_depth
 from hf_structprune.evaluation import perplexity, read_text
 from hf_structprune.evaluation.canvas import COLOURS, GREY, legend_below, make_panels, save, set_title
 from hf_structprune.evaluation.efficiency import EfficiencyConfig
+from hf_structprune.evaluation.results import EvaluationResult
 
 
 RESULTS = Path(__file__).parent / "results" / "depth.json"
+CARDS = Path(__file__).parents[1] / "model_cards"
 LAYERS = (4, 8, 11)
 BARE = {"compensation": False}
 # What the first tools of the field leave of the same model, measured once with the same windows (WikiText-2, C4).
@@ -51,21 +54,14 @@ def settings() -> dict[str, tuple[float | None, dict[str, Any]]]:
     for number in LAYERS:
         rows[f"{number} layers, greedy"] = None, {"order": number}
         rows[f"{number} layers, greedy, no re-fit"] = None, {"order": number, **BARE}
-    for percent in (10, 20, 30):
-        rows[f"width {percent} %"] = percent / 100, {}
     for percent in (20, 30):
         rows[f"joint {percent} %, half layers, half neurons"] = (
             percent / 100, {"split": {"layers": 0.5, "mlp_neurons": 0.5}},
         )  # fmt: skip
-        rows[f"joint {percent} %, by cost: attention and neurons"] = (
-            percent / 100, {"units": ["attention", "mlp_neurons"], "layout": "per_layer"},
-        )  # fmt: skip
     for size in (512, 448):
         rows[f"hidden {size}"] = None, {"hidden_size": size}
         rows[f"hidden {size}, no re-fit"] = None, {"hidden_size": size, **BARE}
-    rows["4 layers, angular"] = None, {"num_layers": 4, "depth_criterion": "angular"}
     rows["4 layers, angular, no re-fit"] = None, {"num_layers": 4, "depth_criterion": "angular", **BARE}
-    rows["8 layers, angular"] = None, {"num_layers": 8, "depth_criterion": "angular"}
     return rows
 
 
@@ -114,6 +110,7 @@ def quality(options: argparse.Namespace) -> None:
     if "order" not in content:
         content |= greedy_order(load(options))
         store(content)
+    content["rows"] |= {name: row for name, row in width_rows().items() if name not in content["rows"]}
     for name, (ratio, values) in settings().items():
         if name in content["rows"] or (options.only and name not in options.only):
             continue
@@ -132,6 +129,21 @@ def quality(options: argparse.Namespace) -> None:
         }  # fmt: skip
         print(name, content["rows"][name], flush=True)
         store(content)
+
+
+def width_rows() -> dict[str, Any]:
+    """What the model cards say of neurons cut with the default settings: the same windows, in bfloat16."""
+    rows = {}
+    for percent in (10, 20, 30):
+        folder = CARDS / f"smollm2-135m-instruct-pruned-{percent}"
+        figures = EvaluationResult.load(folder / "evaluation_results.json").figures
+        dense = EvaluationResult.load(folder / "evaluation_results_dense.json").figures
+        before, after = (side["efficiency/parameters"].value for side in (dense, figures))
+        rows[f"width {percent} %"] = {
+            "ratio": 1 - after / before, "parameters": after, "source": f"model_cards/{folder.name}",
+            "perplexity": {"WikiText-2": figures["perplexity/wikitext2"].value, "C4": figures["perplexity/c4"].value},
+        }  # fmt: skip
+    return rows
 
 
 def greedy_order(pruner: StructuredPruner) -> dict[str, Any]:
@@ -206,7 +218,6 @@ SERIES = {
     "depth (layers)": lambda name: name.endswith("layers, greedy"),
     "depth, no re-fit": lambda name: name.endswith("layers, greedy, no re-fit"),
     "half layers, half neurons": lambda name: "half layers" in name,
-    "attention and neurons by cost": lambda name: "by cost" in name,
     "hidden size": lambda name: name.startswith("hidden") and "no re-fit" not in name,
 }
 

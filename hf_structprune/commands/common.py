@@ -168,10 +168,18 @@ def check_device(name: str | None) -> None:
 
 
 def check_ratio(ratio: float | None, config: PruningConfig) -> None:
-    """Refuses a ratio that cannot be meant, before any work is done."""
-    from ..allocation.amounts import check_ratio as check
-
-    check(ratio, config)
+    """Refuses a ratio that cannot be meant, before any work is done; names the options."""
+    if ratio is None and config.needs_ratio:
+        raise ConfigurationError(
+            "--ratio is missing; 0.3 removes 30 %. Instead of it --attention-ratio and --mlp-ratio, --num-layers, "
+            "--keep-first or --hidden-size say how much goes."
+        )
+    if ratio is not None and not config.takes_ratio:
+        names = ("attention_ratio", "mlp_ratio", "num_layers", "keep_first", "hidden_size")
+        stated = [f"--{name.replace('_', '-')}" for name in names if getattr(config, name) is not None]
+        raise ConfigurationError(f"--ratio and {' / '.join(stated)} are both given; give one or the other.")
+    if ratio is not None and not 0.0 <= ratio < 1.0:
+        raise ConfigurationError(f"--ratio is {ratio}; it must be a number in [0, 1): 0.3 removes 30 %.")
 
 
 def check_output_dir(path: str, overwrite: bool) -> None:

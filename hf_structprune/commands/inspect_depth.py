@@ -72,7 +72,7 @@ def _blocks(found: LayerSimilarities) -> list[dict[str, Any]]:
 
 def _layer_table(found: LayerSimilarities) -> Table:
     table = Table(title="How much each layer turns the hidden states: least can go first")
-    headers = [f"{name} {kind}" for name in ("angular,", "influence,") for kind in ("layer", "attention", "mlp")]
+    headers = [f"{name} {kind}" for name in ("angular", "influence") for kind in ("layer", "attention", "mlp")]
     for header in ("layer", *headers):
         table.add_column(header, justify="right")
     for layer in range(found.num_layers):
@@ -85,7 +85,7 @@ def _block_table(found: LayerSimilarities) -> Table:
     table = Table(title="Blocks that turn them least")
     for header in ("number", "distance", "layers"):
         table.add_column(header, justify="left" if header == "layers" else "right")
-    for block in _blocks(found):
+    for block in _blocks(found)[: max(1, found.num_layers // 2)]:  # --json and the CSV hold all sizes
         layers = block["layers"]
         table.add_row(str(len(layers)), f"{block['distance']:.4f}", " ".join(map(str, layers)))
     return table

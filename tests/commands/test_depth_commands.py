@@ -97,6 +97,7 @@ def test_hidden_size_on_the_command_line(folder, tmp_path, capsys):
 
 def test_mistakes_are_told_before_work(folder, tmp_path, capsys):
     out = ["--output-dir", str(tmp_path / "out")]
-    assert "A ratio is missing" in refused(capsys, "prune", folder, "--units", "layers", *out)
-    assert "says how much goes" in refused(capsys, "prune", folder, "--num-layers", "2", "--ratio", "0.2", *out)
+    assert "--ratio is missing" in refused(capsys, "prune", folder, "--units", "layers", *out)
+    both = refused(capsys, "prune", folder, "--num-layers", "2", "--ratio", "0.2", *out)
+    assert "--ratio and --num-layers are both given" in both
     assert "layout='per_layer'" in refused(capsys, "prune", folder, "--units", "attention", "--ratio", "0.1", *out)
