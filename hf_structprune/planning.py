@@ -102,6 +102,10 @@ class Planner:
             return None, self.model, self.structure
         group = hidden_group(self.model, self.structure)
         sizes = [self.config.hidden_size]
+        if self.config.hidden_size is not None and self.config.hidden_size >= group.size:
+            raise ConfigurationError(
+                f"`hidden_size` is {self.config.hidden_size}; it must be less than the model's own, {group.size}."
+            )
         if self.config.hidden_size is None:
             share = (self.config.split or {"hidden": 1.0})["hidden"]
             sizes = hidden_sizes_for(group, share * ratio * self.structure.total_parameters, self.config)

@@ -78,6 +78,11 @@ def split_criterion(config: PruningConfig, width_criteria: tuple[str, ...]) -> N
             f"`criterion` is {config.criterion!r}, which does not rank all of {', '.join(config.units)}; it is a "
             f"value of `{'` and of `'.join(fields)}`."
         )
+    elif config.criterion != "obs" and not config.kinds(WIDTH_UNITS):
+        raise ConfigurationError(
+            f"`criterion` is {config.criterion!r}, which ranks heads and neurons, but `units` is {config.units}: set "
+            "`depth_criterion` for layers and sublayers, `hidden_criterion` for hidden channels."
+        )
     check_choice("depth_criterion", config.depth_criterion, DEPTH_CRITERIA)
     check_choice("hidden_criterion", config.hidden_criterion, HIDDEN_CRITERIA)
 

@@ -201,5 +201,10 @@ def test_a_plan_of_another_hidden_size_is_refused():
     pruner.prune()
     with pytest.raises(ConfigurationError, match="a hidden size of 32; this model has 24"):
         make_pruner(pruner.model, hidden_size=16).prune(plan)
-    with pytest.raises(ConfigurationError, match="must be an integer from 1 to 32"):
-        make_pruner(families.make_model("llama"), hidden_size=40).plan()
+
+
+@pytest.mark.parametrize("size", [families.HIDDEN, families.HIDDEN + 8])
+def test_a_hidden_size_that_is_not_smaller_is_refused(size):
+    pruner = StructuredPruner(families.make_model("llama"), PruningConfig(hidden_size=size))
+    with pytest.raises(ConfigurationError, match=f"`hidden_size` is {size}; it must be less than the model's own, 32"):
+        pruner.plan()

@@ -48,6 +48,8 @@ def test_with_widths_the_criterion_is_theirs():
         ({"units": ("layers", "mlp_neurons"), "criterion": "angular"}, "a value of `depth_criterion`"),
         ({"num_layers": 1, "hidden_size": 16, "criterion": "taylor"}, "`depth_criterion` and of `hidden_criterion`"),
         ({"units": "layers", "criterion": "pca"}, "a value of `hidden_criterion`"),
+        ({"units": "layers", "criterion": "wanda"}, "which ranks heads and neurons"),
+        ({"units": ("layers", "hidden"), "hidden_size": 8, "criterion": "l2"}, "which ranks heads and neurons"),
         ({"depth_criterion": "best"}, "`depth_criterion` is 'best'; allowed values are angular"),
         ({"hidden_criterion": "best"}, "`hidden_criterion` is 'best'"),
         ({"num_layers": 0}, "`num_layers` is 0; it must be an integer of at least 1"),
