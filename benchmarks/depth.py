@@ -177,7 +177,7 @@ def speed(options: argparse.Namespace) -> None:
         subjects = [find_subject(dataclasses.replace(arguments, model=str(folder))), find_subject(arguments)]
         small, dense = take_turns(subjects, EfficiencyConfig(), 3)
         row["speed"] = {
-            figure: small.figures[figure].value / dense.figures[figure].value
+            figure: small.figures[f"efficiency/{figure}"].value / dense.figures[f"efficiency/{figure}"].value
             for figure in ("prefill_throughput", "decode_throughput")
         }
         print(name, row["speed"], flush=True)
