@@ -31,8 +31,10 @@ def inspect_depth(
     """
     from ..depth import layer_similarities
     from ..depth.picture import draw_distances
+    from ..evaluation.canvas import require_matplotlib
 
     if output_dir is not None:
+        require_matplotlib()  # before anything is measured
         check_output_dir(output_dir, overwrite)
     with results_only_on_stdout():
         pruner = load_pruner(model, PruningConfig(calibration=calibration))
