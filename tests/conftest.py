@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: matrices this sma
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from real_model import per_layer_smollm2, pruned_smollm2, smollm2  # noqa: E402, F401
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 

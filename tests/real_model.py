@@ -1,0 +1,43 @@
+"""SmolLM2-135M-Instruct for slow tests, from the demo's PyPI package; skipped where no package index answers."""
+
+import pytest
+
+from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
+from hf_structprune.commands.demo_model import DEMO_MODEL, find_model
+from hf_structprune.errors import StructPruneError
+
+
+# A few seconds of pruning; every width is a multiple of 64, as the group sizes of quantisation want.
+_QUICK = dict(
+    criterion="wanda", compensation=False, round_to=64, calibration=CalibrationConfig(num_samples=8, length=128)
+)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """Folder of the dense model, bfloat16."""
+    try:
+        return find_model(DEMO_MODEL).model
+    except StructPruneError as error:
+        pytest.skip(f"needs a package index: {error}")
+
+
+def _pruned(model, folder, **settings):
+    pruner = StructuredPruner.from_pretrained(model, PruningConfig(**_QUICK, **settings), dtype="float32")
+    pruner.prune(0.1)
+    pruner.model.bfloat16()
+    pruner.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pruned_smollm2(smollm2, tmp_path_factory):
+    """10 % of the parameters gone, all layers alike (MLP width 1280 of 1536): a vanilla checkpoint."""
+    return _pruned(smollm2, tmp_path_factory.mktemp("smollm2") / "uniform")
+
+
+@pytest.fixture(scope="session")
+def per_layer_smollm2(smollm2, tmp_path_factory):
+    """10 % gone, the first and last two layers whole: widths differ, a `per_layer_config` checkpoint."""
+    settings = dict(layout="per_layer", protect_first=2, protect_last=2)
+    return _pruned(smollm2, tmp_path_factory.mktemp("smollm2") / "per_layer", **settings)
