@@ -4,6 +4,7 @@ VENV ?= .venv
 MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
 RATIO ?= 0.2
 OUT ?= out
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
@@ -15,7 +16,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/hf-structprune demo "$(MODEL)" --ratio $(RATIO) --output-dir "$(OUT)"
 
 test: quality
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 quality: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(SOURCES)

@@ -13,6 +13,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors  
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that share a real model run in one process: it is fetched and pruned once."""
+    for item in items:
+        if {"smollm2", "pruned_smollm2", "per_layer_smollm2"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group("real model"))
+
+
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>"]
 VOCAB = {token: i for i, token in enumerate([*SPECIAL_TOKENS, "\n", *map(chr, range(32, 127))])}
 
