@@ -6,9 +6,9 @@
 
 `quality` prunes with every setting below and measures 12 evenly spaced windows of 2048 tokens of each text (the
 packaged sample without them); rows of width pruning are those of the model cards. Rows that
-benchmarks/results/depth.json holds already are not measured again. Which layers go is found out once: the first n
-removals of a greedy run are those of a shorter one. `speed` times decoding of the checkpoints that `quality` left
-behind, in turns with the dense model.
+benchmarks/results/depth.json holds already are not measured again. The first n removals of one greedy run are those of
+a shorter one, from which exchanges start. `speed` times decoding of the checkpoints that `quality` left behind, in
+turns with the dense model.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ from hf_structprune.commands.benchmark import take_turns
 from hf_structprune.commands.common import load_pruner
 from hf_structprune.commands.demo_model import DEMO_MODEL, find_model
 from hf_structprune.commands.subjects import find_subject
-from hf_structprune.depth import choose_depth
+from hf_structprune.depth import TextLoss, choose_depth
+from hf_structprune.depth.exchange import exchange
+from hf_structprune.depth.greedy import Losses
+from hf_structprune.depth.removal import Removal, depth_candidates
 from hf_structprune.evaluation import perplexity, read_text
 from hf_structprune.evaluation.canvas import COLOURS, GREY, legend_below, make_panels, save, set_title
 from hf_structprune.evaluation.efficiency import EfficiencyConfig
@@ -49,11 +52,11 @@ PEERS = {
 
 
 def settings() -> dict[str, tuple[float | None, dict[str, Any]]]:
-    """Rows: name, ratio and options; `order` stands for the layers of the greedy run."""
+    """Rows: name, ratio and options; `chosen` stands for so many layers as the default criterion chooses."""
     rows: dict[str, tuple[float | None, dict[str, Any]]] = {}
     for number in LAYERS:
-        rows[f"{number} layers, greedy"] = None, {"order": number}
-        rows[f"{number} layers, greedy, no re-fit"] = None, {"order": number, **BARE}
+        rows[f"{number} layers"] = None, {"chosen": number}
+        rows[f"{number} layers, no re-fit"] = None, {"chosen": number, **BARE}
     for percent in (20, 30):
         rows[f"joint {percent} %, half layers, half neurons"] = (
             percent / 100, {"split": {"layers": 0.5, "mlp_neurons": 0.5}},
@@ -107,16 +110,16 @@ def quality(options: argparse.Namespace) -> None:
         pruner = load(options)
         content["rows"]["dense"] = {"ratio": 0.0, "perplexity": measure(pruner, texts)}
         store(content)
-    if "order" not in content:
-        content |= greedy_order(load(options))
+    if "chosen" not in content:
+        content["chosen"] = choose_layers(load(options))
         store(content)
     content["rows"] |= {name: row for name, row in width_rows().items() if name not in content["rows"]}
     for name, (ratio, values) in settings().items():
         if name in content["rows"] or (options.only and name not in options.only):
             continue
-        if "order" in values:
-            values = {**values, "units": "layers", "layers": sorted(content["order"][: values["order"]])}
-            del values["order"]
+        if "chosen" in values:
+            values = {**values, "units": "layers", "layers": content["chosen"][str(values["chosen"])]["layers"]}
+            del values["chosen"]
         pruner, start = load(options), time.perf_counter()
         pruner.config = PruningConfig(**values)
         pruner.prune(ratio)
@@ -146,16 +149,28 @@ def width_rows() -> dict[str, Any]:
     return rows
 
 
-def greedy_order(pruner: StructuredPruner) -> dict[str, Any]:
-    """The layers in the order in which a greedy run removes them, with the loss after each."""
-    config, start = PruningConfig(num_layers=max(LAYERS)), time.perf_counter()
-    choice = choose_depth(
-        pruner.model, pruner.structure, config, ("layers",), count=max(LAYERS), tokens=pruner.calibration_tokens
+def choose_layers(pruner: StructuredPruner) -> dict[str, Any]:
+    """What `depth_criterion="exchange"` chooses for each number of layers, with one greedy run for all of them."""
+    start, units = time.perf_counter(), ("layers",)
+    config = PruningConfig(num_layers=max(LAYERS), depth_criterion="greedy")
+    greedy = choose_depth(
+        pruner.model, pruner.structure, config, units, count=max(LAYERS), tokens=pruner.calibration_tokens
     )
-    seconds = round(time.perf_counter() - start, 1)
-    found = {"order": [layer for layer, _ in choice.order], "losses": [choice.baseline, *choice.losses]}
-    print(found, seconds, flush=True)
-    return {**found, "order_seconds": seconds}
+    chosen: dict[str, Any] = {"greedy": [layer for layer, _ in greedy.order], "losses": greedy.losses}
+    chosen |= {"dense_loss": greedy.baseline, "seconds": round(time.perf_counter() - start, 1)}
+    print(chosen, flush=True)
+    candidates = depth_candidates(pruner.structure, config, units)
+    text = TextLoss(pruner.model, pruner.structure, pruner.calibration_tokens())
+    for number in LAYERS:
+        start, removal = time.perf_counter(), Removal(pruner.structure, greedy.order[:number])
+        losses = Losses(greedy.baseline, greedy.losses[:number])
+        exchange(text, removal, candidates, losses, per_parameter=False)
+        chosen[str(number)] = {
+            "layers": sorted(layer for layer, _ in removal.units), "losses": losses.after[number - 1 :],
+            "seconds": round(time.perf_counter() - start, 1),
+        }  # fmt: skip
+        print(number, chosen[str(number)], flush=True)
+    return chosen
 
 
 def measure(pruner: StructuredPruner, texts: dict[str, str | None]) -> dict[str, float]:
@@ -215,8 +230,8 @@ def picture(options: argparse.Namespace) -> None:
 # Lines of the picture: which rows belong to each.
 SERIES = {
     "width (neurons)": lambda name: name.startswith("width"),
-    "depth (layers)": lambda name: name.endswith("layers, greedy"),
-    "depth, no re-fit": lambda name: name.endswith("layers, greedy, no re-fit"),
+    "depth (layers)": lambda name: name.endswith("layers"),
+    "depth, no re-fit": lambda name: name.endswith("layers, no re-fit"),
     "half layers, half neurons": lambda name: "half layers" in name,
     "hidden size": lambda name: name.startswith("hidden") and "no re-fit" not in name,
 }

@@ -62,8 +62,8 @@ class PruningConfig:
             lets widths differ and writes them as Transformers' `per_layer_config`.
         depth_criterion (`str`): How layers and sublayers are ranked: `"angular"` (the contiguous block with the least
             angular distance between its two ends; PruneMe), `"block_influence"` (ShortGPT), `"perplexity"`,
-            `"taylor"`, `"magnitude"` (Shortened-LLM) or `"greedy"` (drop the one that costs least, measure again;
-            SLEB).
+            `"taylor"`, `"magnitude"` (Shortened-LLM), `"greedy"` (drop the one that costs least, measure again; SLEB)
+            or `"exchange"` (greedy, then others in their place as long as that is better).
         num_layers (`int`, *optional*): Decoder layers to remove.
         keep_first (`int`, *optional*): Keep so many decoder layers, the first ones, and remove all others.
         hidden_criterion (`str`): How hidden channels are ranked: `"magnitude"`, `"taylor"`, `"activation"` (Minitron),
@@ -98,7 +98,7 @@ class PruningConfig:
     damping: float | None = None
     allocation: str = "uniform"
     layout: str = "uniform"
-    depth_criterion: str = "greedy"
+    depth_criterion: str = "exchange"
     num_layers: int | None = None
     keep_first: int | None = None
     hidden_criterion: str = "activation"

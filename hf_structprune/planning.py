@@ -185,10 +185,11 @@ class Planner:
 
     def _measured(self, inner: ModelStructure, kinds: tuple[str, ...], left: int, known: Knowledge) -> Dropped:
         """As much depth as makes the measured cost of the whole cut least, heads and neurons taking the rest."""
-        if self.config.depth_criterion not in ("greedy", "perplexity"):
+        if self.config.depth_criterion not in ("exchange", "greedy", "perplexity"):
             raise ConfigurationError(
                 f"depth_criterion={self.config.depth_criterion!r} gives no cost that could be compared with that of "
-                "heads and neurons: say how the budget is to be split (`split`), or use 'greedy' or 'perplexity'."
+                "heads and neurons: say how the budget is to be split (`split`), or use "
+                "'exchange', 'greedy' or 'perplexity'."
             )
         if "query_heads" in self.config.units:
             raise ConfigurationError("The cost of query heads is not measured: use `split`, or units 'kv_groups'.")

@@ -15,7 +15,7 @@ WIDTH_UNITS = ("kv_groups", "query_heads", "mlp_neurons")
 SUBLAYER_UNITS = ("attention", "mlp")
 DEPTH_UNITS = ("layers", *SUBLAYER_UNITS)
 UNITS = (*WIDTH_UNITS, *DEPTH_UNITS, "hidden")
-DEPTH_CRITERIA = ("angular", "block_influence", "perplexity", "taylor", "magnitude", "greedy")
+DEPTH_CRITERIA = ("angular", "block_influence", "perplexity", "taylor", "magnitude", "greedy", "exchange")
 HIDDEN_CRITERIA = ("magnitude", "taylor", "activation", "pca")
 # Which kind an option speaks of; it is cut if nothing else is said.
 _NAMED_BY = {

@@ -24,7 +24,7 @@ def test_options_name_the_units(options, units):
     assert PruningConfig(**options).units == units
 
 
-@pytest.mark.parametrize("criterion", ["angular", "taylor", "magnitude", "greedy"])
+@pytest.mark.parametrize("criterion", ["angular", "taylor", "magnitude", "greedy", "exchange"])
 def test_criterion_of_depth_alone(criterion):
     config = PruningConfig(units="layers", criterion=criterion)
     assert (config.depth_criterion, config.criterion) == (criterion, "obs")
@@ -34,12 +34,12 @@ def test_criterion_of_depth_alone(criterion):
 @pytest.mark.parametrize("criterion", ["magnitude", "taylor", "activation", "pca"])
 def test_criterion_of_the_hidden_size_alone(criterion):
     config = PruningConfig(units="hidden", criterion=criterion)
-    assert (config.hidden_criterion, config.criterion, config.depth_criterion) == (criterion, "obs", "greedy")
+    assert (config.hidden_criterion, config.criterion, config.depth_criterion) == (criterion, "obs", "exchange")
 
 
 def test_with_widths_the_criterion_is_theirs():
     config = PruningConfig(units=("layers", "mlp_neurons"), criterion="taylor")
-    assert (config.depth_criterion, config.criterion) == ("greedy", "taylor")
+    assert (config.depth_criterion, config.criterion) == ("exchange", "taylor")
 
 
 @pytest.mark.parametrize(

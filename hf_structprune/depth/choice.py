@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from transformers import PreTrainedModel
@@ -15,6 +16,7 @@ from ..errors import RatioError
 from ..structure import ModelStructure
 from ..units import DEPTH_CRITERIA
 from .distances import layer_similarities
+from .exchange import exchange
 from .greedy import Losses, Stop, loss_scores, remove_greedily
 from .perplexity import TextLoss
 from .removal import Amount, Removal, Unit, depth_candidates
@@ -30,11 +32,12 @@ class DepthChoice:
         dropped: Numbers of the layers by kind, ascending, for the plan.
         order: What goes, in the order it was chosen.
         scores: Importance of every candidate, lower goes first. With candidates of one kind the criterion's own
-            value (for `"perplexity"` and `"greedy"` the loss without the candidate); with several kinds that value, or
-            the rise of the loss, per million parameters. `"greedy"`: of the last round in which the candidate was
-            measured. A block chosen by `"angular"` goes as a whole, the scores are those of its single layers.
-        losses: Loss of the calibration text after each removal; measured by `"greedy"`, and by `"perplexity"` with
-            `most`.
+            value (for `"perplexity"`, `"greedy"` and `"exchange"` the loss without the candidate); with several kinds
+            that value, or the rise of the loss, per million parameters. `"greedy"` and `"exchange"`: of the last round
+            in which the candidate was measured. A block chosen by `"angular"` goes as a whole, the scores are those of
+            its single layers.
+        losses: Loss of the calibration text after each removal, and then after each exchange; measured by `"greedy"`
+            and `"exchange"`, and by `"perplexity"` with `most`.
         baseline: Loss before any; with the criteria that measure losses.
     """
 
@@ -61,8 +64,9 @@ def choose_depth(
     """Chooses layers and sublayers by `config.depth_criterion`; changes nothing.
 
     `"angular"` with layers alone takes the contiguous block that turns the residual stream least. `"greedy"` removes
-    one unit at a time and measures what is left again. All others take the units in the order of their scores, of
-    equal ones the lower layer first. Where several kinds compete, scores are per parameter.
+    one unit at a time and measures what is left again; `"exchange"` then takes others in their place as long as that
+    is better, unless `most` or `until` ask for removals in order. All others take the units in the order of their
+    scores, of equal ones the lower layer first. Where several kinds compete, scores are per parameter.
 
     Args:
         model: A causal language model in eval mode.
@@ -74,7 +78,7 @@ def choose_depth(
         tokens: Loads the calibration tokens; called only where they are needed.
         without: Layers and sublayers that are gone already, in addition to which others are chosen.
         most: Never remove more than `parameters`, and be content with fewer where there are no more.
-        until: For `"greedy"`: asked after each removal whether it is enough.
+        until: For `"greedy"` and `"exchange"`: asked after each removal whether it is enough.
 
     Raises:
         RatioError: More is asked for than can go; says how much can.
@@ -88,7 +92,7 @@ def choose_depth(
     if config.depth_criterion == "angular" and kinds == ("layers",):
         return chooser.block()
     chooser.check()
-    return chooser.greedy(until) if config.depth_criterion == "greedy" else chooser.one_shot()
+    return chooser.greedy(until) if config.depth_criterion in ("greedy", "exchange") else chooser.one_shot()
 
 
 @dataclass
@@ -131,8 +135,11 @@ class _Chooser:
         return self._choice({unit: found.distances[unit] for unit in self.candidates})
 
     def greedy(self, until: Stop | None) -> DepthChoice:
-        found = remove_greedily(self._text, self.removal, self.candidates, self.amount, self._per_parameter, until)
+        text = cache(self._text)
+        found = remove_greedily(text, self.removal, self.candidates, self.amount, self._per_parameter, until)
         self._check_reached()
+        if self.config.depth_criterion == "exchange" and not self.amount.most and until is None and found.after:
+            exchange(text(), self.removal, self.candidates, found, self._per_parameter)
         return self._choice(found.scores, found)
 
     def one_shot(self) -> DepthChoice:

@@ -22,7 +22,7 @@ class Losses:
 
     Attributes:
         baseline: Loss before anything went.
-        after: Loss after each removal.
+        after: Loss after each removal, and after each exchange.
         scores: For each candidate the score of the last round in which it was measured.
     """
 

@@ -91,21 +91,43 @@ class TextLoss:
         Returns:
             The loss for each candidate, and the loss without any of them.
         """
-        stream, gone, losses = self._stream, removal.gone(), {}
+        gone = removal.gone()
+        losses = self._each(gone, {unit: removal.gone([unit]) for unit in candidates}, description)
+        return losses, self._loss(max(layer for layer, _ in candidates), gone)
+
+    def put_back(self, removal: Removal, taken: Unit, candidates: list[Unit], description: str) -> dict[Unit, float]:
+        """The losses when one more unit goes and one of those that have gone comes back.
+
+        Args:
+            removal: What has gone.
+            taken: What goes on top.
+            candidates: What may come back.
+            description: Of the progress bar.
+        """
+        more = Removal(removal.structure, [*removal.units, taken], removal.before)
+        return self._each(more.gone(), {unit: more.without(unit).gone() for unit in candidates}, description)
+
+    def _each(self, gone: Gone, trials: dict[Unit, Gone], description: str) -> dict[Unit, float]:
+        """The loss of each trial; the states in front of its unit, up to which nothing differs, are computed once.
+
+        Args:
+            gone: What the trials have in common in front of their units.
+            trials: What is gone in each.
+            description: Of the progress bar.
+        """
+        stream, losses = self._stream, {}
         stream.hidden = stream.copy(self._entered)
-        left = [layer.index for layer in self.structure.layers if layer.index not in gone["layers"]]
-        last = max(layer for layer, _ in candidates)
-        with tqdm(total=len(candidates), desc=description, disable=not logging.is_progress_bar_enabled()) as bar:
-            for index in left:
+        last = max(layer for layer, _ in trials)
+        with tqdm(total=len(trials), desc=description, disable=not logging.is_progress_bar_enabled()) as bar:
+            for index in range(last + 1):
                 stream.enter(index)
-                for unit in (unit for unit in candidates if unit[0] == index):
-                    losses[unit] = self._loss(index, removal.gone([unit]))
+                for unit in (unit for unit in trials if unit[0] == index):
+                    losses[unit] = self._loss(index, trials[unit])
                     bar.update()
-                if index == last:
-                    break
-                with self._silenced(index, gone):
-                    stream.advance(index)
-        return losses, self._loss(last, gone)
+                if index != last and index not in gone["layers"]:
+                    with self._silenced(index, gone):
+                        stream.advance(index)
+        return losses
 
     def _silenced(self, index: int, gone: Gone):
         """Sublayers that are gone from layer `index` on add nothing as long as this is open."""

@@ -72,6 +72,10 @@ class Removal:
         """Layers and sublayers that are gone, these units included; a layer that has lost all is a layer."""
         return self._gone([*self.units, *extra])
 
+    def without(self, unit: Unit) -> Removal:
+        """The same but for one unit, which is back."""
+        return Removal(self.structure, [one for one in self.units if one != unit], self.before)
+
     def dropped(self) -> Dropped:
         """The units in the form of a plan's `dropped`."""
         dropped: Dropped = {}

@@ -106,7 +106,7 @@ _CRITERIA = {
 
 _DEPTH_CRITERIA = {
     "angular": "angular", "block_influence": "block_influence", "perplexity": "shortened-llm",
-    "taylor": "shortened-llm", "magnitude": "shortened-llm", "greedy": "sleb",
+    "taylor": "shortened-llm", "magnitude": "shortened-llm", "greedy": "sleb", "exchange": "sleb",
 }  # fmt: skip
 _HIDDEN_CRITERIA = {
     "activation": "minitron", "taylor": "llm-pruner", "magnitude": "llm-pruner", "pca": "slicegpt",

@@ -292,7 +292,7 @@ DECISIONS = [
     ),
     (
         dict(split={"layers": 0.6, "mlp_neurons": 0.4}, round_to=1), 0.4,
-        ["Criterion: `obs`, allocation: `uniform`", "gone, counted from 0: {} (criterion `greedy`)",
+        ["Criterion: `obs`, allocation: `uniform`", "gone, counted from 0: {} (criterion `exchange`)",
          "Of all parameters: "],
     ),
     (dict(hidden_size=24, criterion="magnitude"), None, ["Hidden size: 24 instead of 32 (criterion `magnitude`)"]),
