@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..errors import StructPruneError
 
@@ -92,8 +93,13 @@ def _describe(error: Exception) -> str | None:
     return None
 
 
+def program() -> str:
+    """The command that was typed: ours, or Optimum's with ours in it."""
+    return "optimum-cli" if Path(sys.argv[0]).stem == "optimum-cli" else "hf-structprune"
+
+
 def _fail(message: str, code: int) -> int:
-    print("hf-structprune:", " ".join(message.split()), file=sys.stderr)
+    print(f"{program()}:", " ".join(message.split()), file=sys.stderr)
     return code
 
 

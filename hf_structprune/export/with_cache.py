@@ -1,4 +1,4 @@
-"""A causal language model as one graph that other runtimes can hold: tokens and the past in, logits and the past out."""
+"""A causal language model as one graph for other runtimes: tokens and the past in, logits and the past out."""
 
 from __future__ import annotations
 
@@ -101,8 +101,9 @@ class ForwardWithCache(nn.Module):
         """KV heads and head size of each layer with attention, as the model writes them into a cache."""
         cache, tokens = DynamicCache(), torch.zeros(1, 2, dtype=torch.long)
         self._logits(tokens, torch.ones_like(tokens), **{self._cache_name: cache}, use_cache=True)
-        layers = [i for i in range(self.config.num_hidden_layers) if i not in self.without_attention]
-        if len(cache.layers) != self.config.num_hidden_layers or not all(cache.layers[i].keys.ndim == 4 for i in layers):
+        number = self.config.num_hidden_layers
+        layers = [i for i in range(number) if i not in self.without_attention]
+        if len(cache.layers) != number or any(cache.layers[i].keys.ndim != 4 for i in layers):
             raise ExportError(
                 f"{type(self.model).__name__} does not keep keys and values for each of its layers, so its cache "
                 "cannot be exported."
