@@ -103,7 +103,7 @@ class ForwardWithCache(nn.Module):
         self._logits(tokens, torch.ones_like(tokens), **{self._cache_name: cache}, use_cache=True)
         number = self.config.num_hidden_layers
         layers = [i for i in range(number) if i not in self.without_attention]
-        if len(cache.layers) != number or any(cache.layers[i].keys.ndim != 4 for i in layers):
+        if not layers or len(cache.layers) != number or any(cache.layers[i].keys.ndim != 4 for i in layers):
             raise ExportError(
                 f"{type(self.model).__name__} does not keep keys and values for each of its layers, so its cache "
                 "cannot be exported."
