@@ -95,7 +95,7 @@ def _describe(error: Exception) -> str | None:
 
 def program() -> str:
     """The command that was typed: ours, or Optimum's with ours in it."""
-    return "optimum-cli" if Path(sys.argv[0]).stem == "optimum-cli" else "hf-structprune"
+    return "optimum-cli" if Path(sys.argv[0]).stem in ("optimum-cli", "optimum_cli") else "hf-structprune"
 
 
 def _fail(message: str, code: int) -> int:
