@@ -65,9 +65,7 @@ def export_onnx(
     """
     need("onnx", "onnxscript", "onnxruntime", extra="onnx")
     _check(model, output, dtype)
-    model, tokenizer = load_source(
-        model, tokenizer, dtype=_DTYPES[dtype], trust_remote_code=trust_remote_code or None
-    )
+    model, tokenizer = load_source(model, tokenizer, dtype=_DTYPES[dtype], trust_remote_code=trust_remote_code or None)
     if model.dtype != _DTYPES[dtype] or model.device.type != "cpu":
         model = copy.deepcopy(model).to("cpu", _DTYPES[dtype])
     size = sum(weight_bytes(model).values())

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import build_tokenizer
 
+from hf_structprune import PruningConfig, StructuredPruner
 from hf_structprune.commands import cli
 from hf_structprune.errors import CheckpointError, ConfigurationError, ExportError, StructPruneError
 from hf_structprune.export import onnx
@@ -49,7 +50,9 @@ def padded(batch=3, length=12, padding=4):
 def from_transformers(model, tokens, mask):
     """Logits of each sequence alone, without padding and without a cache."""
     with torch.no_grad():
-        return torch.cat([model(t[m.bool()][None], use_cache=False).logits[0] for t, m in zip(tokens, mask, strict=True)])
+        return torch.cat(
+            [model(t[m.bool()][None], use_cache=False).logits[0] for t, m in zip(tokens, mask, strict=True)]
+        )
 
 
 class Graph:
@@ -97,8 +100,8 @@ def test_layers_without_attention_have_no_past(name):
     torch.testing.assert_close(found[mask.bool()], from_transformers(model, tokens, mask), atol=1e-5, rtol=1e-5)
 
 
+# All families were exported once, see the README; these have little in common.
 EXPORTED = {
-    "llama": lambda: families.make_model("llama", eos_token_id=2),
     "llama, uneven": lambda: uneven("llama", eos_token_id=2),
     "gemma2, a layer dropped": lambda: families.cut(families.make_model("gemma2"), {}, {}, "uniform", {"layers": [1]}),
     "gpt2, uneven": lambda: uneven("gpt2", dropped={}),
@@ -257,13 +260,16 @@ print(json.dumps({"tokens": tokens, "logits": first}))
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", ["pruned_smollm2", "per_layer_smollm2"])
 def test_a_real_model_in_a_process_without_torch(checkpoint, request, tmp_path, capsys):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    source = str(request.getfixturevalue(checkpoint))
-    command = ["export", source, "--format", "onnx", "--output", str(tmp_path / "out"), "--json"]
+    # The first four layers: tracing takes seconds a layer.
+    config = PruningConfig(units="layers", keep_first=4, layout="per_layer", compensation=False)
+    pruner = StructuredPruner.from_pretrained(request.getfixturevalue(checkpoint), config, dtype="float32")
+    model = pruner.prune()
+    assert model.config.is_heterogeneous == (checkpoint == "per_layer_smollm2")
+    pruner.save_pretrained(tmp_path / "source")
+    command = ["export", str(tmp_path / "source"), "--format", "onnx", "--output", str(tmp_path / "out"), "--json"]
     assert cli.main(command) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["format"] == "onnx" and report["difference"] < 1e-4 and not report["notes"]
+    assert report["format"] == "onnx" and report["difference"] < 1e-5 and not report["notes"]
     prompt, steps = "The three primary colours are", 20
     done = subprocess.run(
         [sys.executable, "-c", STRANGER, str(tmp_path / "out"), prompt, str(steps)], capture_output=True, text=True,
@@ -271,10 +277,9 @@ def test_a_real_model_in_a_process_without_torch(checkpoint, request, tmp_path, 
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    inputs = AutoTokenizer.from_pretrained(source)(prompt, return_tensors="pt")
+    inputs = pruner.tokenizer(prompt, return_tensors="pt")
     with torch.no_grad():
         expected = model.generate(**inputs, max_new_tokens=steps, min_new_tokens=steps, do_sample=False)
         logits = model(**inputs).logits[0, -1]
-    assert found["tokens"] == expected[0].tolist()
-    torch.testing.assert_close(torch.tensor(found["logits"]), logits, atol=2e-3, rtol=1e-4)
+    assert found["tokens"] == expected[0].tolist() and len(set(found["tokens"])) > 8
+    torch.testing.assert_close(torch.tensor(found["logits"]), logits, atol=1e-3, rtol=1e-4)
