@@ -35,7 +35,7 @@ class ExportArguments:
         format (`str`): `gguf` (llama.cpp), `onnx` (ONNX Runtime).
         output (`str`): File or folder to write; what a format needs is said by its error.
         overwrite (`bool`): Replace what is there.
-        quant (`str`, *optional*): gguf: type of the weights, such as f16, bf16, f32, q8_0, q4_0 or q4_k_m. Default: f16.
+        quant (`str`, *optional*): gguf: type of the weights, such as f16, bf16, f32, q8_0, q4_k_m. Default: f16.
         dtype (`str`, *optional*): onnx: fp32 or fp16, of weights and arithmetic. Default: fp32.
         trust_remote_code (`bool`): Run modelling code that comes with the model.
         json (`bool`): Print one JSON object and nothing else on stdout.
