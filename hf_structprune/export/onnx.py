@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import logging
+import logging as python_logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +15,7 @@ import psutil
 import torch
 import transformers
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..checkpoint import write_folder
 from ..errors import ConfigurationError, ExportError
@@ -25,6 +26,8 @@ from .result import Exported
 from .source import load_source
 from .with_cache import ForwardWithCache
 
+
+logger = logging.get_logger(__name__)
 
 # Largest difference of logits that counts as equal, in shares of the largest logit.
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 3e-2}
@@ -65,7 +68,8 @@ def export_onnx(
     """
     need("onnx", "onnxscript", "onnxruntime", extra="onnx")
     _check(model, output, dtype)
-    model, tokenizer = load_source(model, tokenizer, dtype=_DTYPES[dtype], trust_remote_code=trust_remote_code or None)
+    options = {"dtype": _DTYPES[dtype], "trust_remote_code": trust_remote_code or None}
+    model, tokenizer = load_source(model, tokenizer, with_tokenizer=False, **options)
     if model.dtype != _DTYPES[dtype] or model.device.type != "cpu":
         model = copy.deepcopy(model).to("cpu", _DTYPES[dtype])
     size = sum(weight_bytes(model).values())
@@ -113,6 +117,7 @@ def _trace(forward: ForwardWithCache) -> Any:
     except ImportError as error:
         raise ExportError(f"Transformers {transformers.__version__} has no exporters; 5.24 has.") from error
     inputs, shapes = forward.sample()
+    logger.info(f"Tracing {forward.config.num_hidden_layers} layers, which takes some seconds for each.")
     try:
         with _quiet():
             exported = OnnxExporter().export(forward, inputs, OnnxConfig(dynamic=True, dynamic_shapes=shapes))
@@ -122,7 +127,11 @@ def _trace(forward: ForwardWithCache) -> Any:
             f"Transformers {transformers.__version__} cannot export a {type(forward.model).__name__} to ONNX: "
             f"{reason[0]}"
         ) from error
-    exported.components["model"].metadata.architecture = type(forward.model).__name__
+    component = exported.components["model"]
+    component.metadata.architecture = type(forward.model).__name__
+    for graph in component.program.graphs():
+        for node in graph:
+            node.metadata_props.clear()  # source lines and paths of this machine
     exported.generation_config = forward.model.generation_config
     return exported
 
@@ -130,9 +139,9 @@ def _trace(forward: ForwardWithCache) -> Any:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Hides warnings about operators of packages that are not installed."""
-    log = logging.getLogger("torch.onnx")
+    log = python_logging.getLogger("torch.onnx")
     level = log.level
-    log.setLevel(logging.ERROR)
+    log.setLevel(python_logging.ERROR)
     try:
         yield
     finally:

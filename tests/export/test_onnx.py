@@ -123,6 +123,7 @@ def test_onnx_runtime_gives_the_logits_of_transformers(exported):
     assert names < {path.name for path in folder.iterdir()}
     assert report.size == sum((folder / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
     assert 0 < report.details["difference"] < 1e-5
+    assert b"/hf_structprune/" not in (folder / "model.onnx").read_bytes()  # no paths of the machine that wrote it
     # Sizes other than the traced ones (2, 3 and 5): batch, prompt, and a past from 0 on.
     for batch, length, padding, prompt in ((1, 6, 0, 1), (3, 12, 4, 9), (4, 30, 1, 30)):
         tokens, mask = padded(batch, length, padding)
@@ -148,6 +149,17 @@ def test_onnx_runtime_genai_generates_the_same_tokens(exported):
     expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_length=30, do_sample=False)
     assert len(expected[0]) > 12
     assert list(generator.get_sequence(0)) == [int(token) for token in expected[0] if token != 2]
+
+
+@pytest.mark.slow
+def test_half_precision(tmp_path):
+    model = families.make_model("llama", num_hidden_layers=1)
+    report = export_onnx(model, tmp_path / "out", dtype="fp16")
+    assert report.details["dtype"] == "float16" and 1e-5 < report.details["difference"] < 1e-2
+    assert model.dtype == torch.float32  # the caller's model is left alone
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
+    weights = sum(p.numel() for p in model.parameters())
+    assert 2 * weights <= (tmp_path / "out" / "model.onnx.data").stat().st_size < 3 * weights
 
 
 QUANTISED = {"quant_method": "bitsandbytes", "load_in_4bit": True}
