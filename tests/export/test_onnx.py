@@ -236,13 +236,13 @@ def test_a_graph_of_other_weights_is_not_kept(exported, monkeypatch, tmp_path):
     monkeypatch.setattr(onnx, "_trace", lambda forward: Wrong())
     export_onnx(model, tmp_path / "right")
     with torch.no_grad():
-        model.get_input_embeddings().weight[5, 0] += 1.0
+        model.get_output_embeddings().weight[5, 0] += 1.0
     try:
         with pytest.raises(ExportError, match="other logits"):
             export_onnx(model, tmp_path / "wrong")
     finally:
         with torch.no_grad():
-            model.get_input_embeddings().weight[5, 0] -= 1.0
+            model.get_output_embeddings().weight[5, 0] -= 1.0
     assert not (tmp_path / "wrong").exists()
 
 
