@@ -159,7 +159,7 @@ def test_half_precision(tmp_path):
     assert model.dtype == torch.float32  # the caller's model is left alone
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
     weights = sum(p.numel() for p in model.parameters())
-    assert 2 * weights <= (tmp_path / "out" / "model.onnx.data").stat().st_size < 3 * weights
+    assert 1.9 * weights < (tmp_path / "out" / "model.onnx.data").stat().st_size < 2.1 * weights
 
 
 QUANTISED = {"quant_method": "bitsandbytes", "load_in_4bit": True}
