@@ -1,6 +1,7 @@
 """ONNX: what the graph computes, with and without a past, and what is refused before anything is written."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -25,6 +26,14 @@ from hf_structprune.structure import ModelStructure
 
 # Layer 0 has no attention, layer 2 no MLP; the others have other widths and KV heads.
 SKIPS = {"attention": [0], "mlp": [2]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def untraced():
+    """pytest would listen to the log in which torch describes each step of tracing, and torch write it for pytest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch._logging._internal, "trace_log", logging.Logger("not listened to"))
+        yield
 
 
 def uneven(name, dropped=SKIPS, **changes):
