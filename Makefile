@@ -8,7 +8,7 @@ JOBS ?= 2
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
-SOURCES := hf_structprune tests recipes $(wildcard benchmarks)
+SOURCES := hf_structprune optimum tests recipes $(wildcard benchmarks)
 
 .PHONY: demo test style quality bench clean
 

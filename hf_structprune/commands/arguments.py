@@ -15,6 +15,7 @@ from transformers.hf_argparser import HfArgumentParser
 
 from ..configuration import CalibrationConfig, PruningConfig
 from ..errors import ConfigurationError
+from .cli import program
 
 
 # Fields of the two that only Python can give, and the one that is a dataclass itself: its fields get a prefix instead.
@@ -71,8 +72,8 @@ def _make_parser(command: str, description: str, sources: list[type]) -> _Parser
     positionals = "".join(f" {name} ..." if count == "*" else f" {name}" for name, count in shown)
     parser = _Parser(
         [_as_options(cls) for cls in sources],
-        prog=f"hf-structprune {command}",
-        usage=f"hf-structprune {command}{positionals} [options]",
+        prog=f"{program()} {command}",
+        usage=f"{program()} {command}{positionals} [options]",
         description=description,
         formatter_class=argparse.HelpFormatter,
         allow_abbrev=False,

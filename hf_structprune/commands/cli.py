@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..errors import StructPruneError
 
@@ -20,7 +21,7 @@ COMMANDS = {
     "evaluate": "perplexity, tasks, size and speed of a model, beside its dense one",
     "compare": "results of several evaluations in one table",
     "benchmark": "size, memory and speed of a model, beside its dense one",
-    "export": "write a model in the format of another runtime: GGUF for llama.cpp",
+    "export": "write a model in the format of another runtime: GGUF for llama.cpp, ONNX",
     "card": "write the model card of a pruned checkpoint",
     "push": "push a pruned checkpoint to the Hub",
     "run": "run a recipe: prune, measure both sides, write the card, push",
@@ -92,8 +93,13 @@ def _describe(error: Exception) -> str | None:
     return None
 
 
+def program() -> str:
+    """The command that was typed: ours, or Optimum's with ours in it."""
+    return "optimum-cli" if Path(sys.argv[0]).stem in ("optimum-cli", "optimum_cli") else "hf-structprune"
+
+
 def _fail(message: str, code: int) -> int:
-    print("hf-structprune:", " ".join(message.split()), file=sys.stderr)
+    print(f"{program()}:", " ".join(message.split()), file=sys.stderr)
     return code
 
 

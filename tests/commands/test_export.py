@@ -18,6 +18,8 @@ from hf_structprune.commands import cli, export
         (["m", "--format", "gguf"], ["--output is missing"]),
         (["m", "--format", "tflite"], ["`format` is 'tflite'", "gguf"]),
         (["m", "--format", "gguf", "--output", "o", "--quant", "q1"], ["`quant` is 'q1'", "q4_k_m"]),
+        (["m", "--format", "onnx", "--output", "o", "--quant", "f16"], ["--quant is no option of --format onnx"]),
+        (["m", "--format", "onnx", "--output", "o", "--dtype", "bf16"], ["`dtype` is 'bf16'", "fp32, fp16"]),
         (["/no/such/model", "--format", "gguf", "--output", "o"], ["cannot load '/no/such/model'"]),
     ],
 )
