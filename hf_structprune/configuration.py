@@ -83,10 +83,10 @@ class PruningConfig:
             than asked go (as LLM-Pruner does).
         round_to (`int`, *optional*): Kept MLP widths are multiples of this. `None`: a power of two that suits the
             hardware, at most 1/32 of the width and at most 128. `1`: exact ratios.
-        align_to (`str` or `int`, *optional*): Widths for what comes after pruning: what is left of MLP widths, of query
-            heads times the size of a head, and of the hidden size is a multiple of this number, or of what a name
-            stands for. `"gptq-128"`, `"gptq-64"`, `"gptq-32"`; `"awq-..."` with the same sizes; `"gguf-256"` (k-quants
-            of llama.cpp), `"gguf-32"`; `"tensor-cores"` (64). Only what is cut can be aligned.
+        align_to (`str` or `int`, *optional*): Widths for what comes after pruning: what is left of MLP widths, of
+            query heads times the size of a head, and of the hidden size is a multiple of this number, or of what a
+            name stands for: `"gptq-128"`, `"gptq-64"`, `"gptq-32"`; `"awq-..."` with the same sizes; `"gguf-256"`
+            (llama.cpp's k-quants), `"gguf-32"`; `"tensor-cores"` (64). Only what is cut can be aligned.
         iterative_steps (`int`): Cut in so many equal steps, with statistics computed again at each.
         gradient_checkpointing (`bool`): Save memory in the backward pass of gradient criteria.
         seed (`int`): Seed of everything random.

@@ -82,7 +82,7 @@ def _spread_widths(budget: Budget, target: int, share: float) -> Counts:
         lower = max((width - 1) // step * step, budget.smallest_width(group))
         steps.append((group, lower, (width - lower) * group.unit_parameters))
     mean = sum(cost for *_, cost in steps) / len(steps)
-    extra = min(round((target - removed) / mean), len(steps)) if mean else 0
+    extra = min(max(0, round((target - removed) / mean)), len(steps)) if mean else 0
     for (group, lower, _), one_more in zip(steps, spread(extra, len(steps)), strict=True):
         if one_more:
             counts[group.layer, group.kind] = lower
