@@ -33,5 +33,9 @@ class EvaluationError(StructPruneError):
     """Something cannot be measured here: a task without its data set, a missing extra, a command that failed."""
 
 
+class ExportError(StructPruneError):
+    """A model cannot be written in another format, or not without changing what it computes."""
+
+
 class HubError(StructPruneError):
     """Something cannot be read from the Hub or written to it."""

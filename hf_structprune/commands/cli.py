@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "perplexity, tasks, size and speed of a model, beside its dense one",
     "compare": "results of several evaluations in one table",
     "benchmark": "size, memory and speed of a model, beside its dense one",
+    "export": "write a model in the format of another runtime: GGUF for llama.cpp",
     "card": "write the model card of a pruned checkpoint",
     "push": "push a pruned checkpoint to the Hub",
     "run": "run a recipe: prune, measure both sides, write the card, push",

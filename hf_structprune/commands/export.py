@@ -1,0 +1,94 @@
+"""`hf-structprune export DIR --format gguf --output model.gguf`: writes a model in the format of another runtime."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigurationError
+from .arguments import parse
+from .common import results_only_on_stdout, show, speaking
+
+
+if TYPE_CHECKING:
+    from ..export.result import Exported
+
+# Each format's module and function: `function(model, output, *, <options>) -> Exported`. Its keyword arguments are
+# the options below that the format takes; those that were not given keep the function's own defaults.
+FORMATS = {
+    "gguf": ("hf_structprune.export.gguf", "export_gguf"),
+}
+_OF_THE_COMMAND = ("model", "format", "output", "overwrite", "json")
+
+
+@dataclass
+class ExportArguments:
+    """Options of `export`.
+
+    Args:
+        model (`str`): The checkpoint: a folder, or an id of the Hub.
+        format (`str`): `gguf` (llama.cpp).
+        output (`str`): File or folder to write; what a format needs is said by its error.
+        overwrite (`bool`): Replace what is there.
+        quant (`str`, *optional*): gguf: type of the weights, such as f16, bf16, f32, q8_0, q4_k_m. Default: f16.
+        trust_remote_code (`bool`): Run modelling code that comes with the model.
+        json (`bool`): Print one JSON object and nothing else on stdout.
+    """
+
+    model: str
+    format: str | None = None
+    output: str | None = None
+    overwrite: bool = False
+    quant: str | None = None
+    trust_remote_code: bool = False
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        if self.format is not None and self.format not in FORMATS:
+            raise ConfigurationError(f"`format` is {self.format!r}; allowed values are {', '.join(FORMATS)}.")
+
+
+def run(argv: Sequence[str]) -> None:
+    """Exports and says what came out."""
+    (command,) = parse(argv, "export", "Write MODEL in the format of another runtime.", ExportArguments)
+    _check(command)
+    module, name = FORMATS[command.format]
+    with results_only_on_stdout(), speaking():
+        function = getattr(importlib.import_module(module), name)
+        result: Exported = function(command.model, command.output, **_options(command, function))
+    data = {
+        "model": command.model, "format": command.format, "output": str(result.path), "bytes": result.size,
+        **result.details, "notes": result.notes,
+    }  # fmt: skip
+    show(command.json, data, f"Wrote {result.path}, {result.size / 1e6:.1f} MB.", *result.notes)
+
+
+def _check(command: ExportArguments) -> None:
+    for name in ("format", "output"):
+        if getattr(command, name) is None:
+            raise ConfigurationError(f"--{name} is missing.")
+    path = Path(command.output)
+    if (path.is_file() or (path.is_dir() and any(path.iterdir()))) and not command.overwrite:
+        raise ConfigurationError(f"{path} exists; choose another --output or say --overwrite.")
+
+
+def _options(command: ExportArguments, function: Callable) -> dict[str, Any]:
+    """The options that were given, as keyword arguments of a format's function.
+
+    Raises:
+        ConfigurationError: One of them is not an option of this format.
+    """
+    given = {
+        field.name: getattr(command, field.name)
+        for field in fields(command)
+        if field.name not in _OF_THE_COMMAND and getattr(command, field.name) != field.default
+    }
+    known = inspect.signature(function).parameters
+    for name in given:
+        if name not in known:
+            raise ConfigurationError(f"--{name.replace('_', '-')} is no option of --format {command.format}.")
+    return given

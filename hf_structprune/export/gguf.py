@@ -1,0 +1,153 @@
+"""GGUF, the format of llama.cpp."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.utils.logging import is_progress_bar_enabled
+
+from ..errors import ConfigurationError, ExportError
+from ..extras import need
+from ..files import appearing
+from .gguf_layout import Layout, context_of, layout_of
+from .gguf_metadata import write_metadata
+from .gguf_tensors import StoredTensor, stored_tensors
+from .gguf_vocab import write_vocabulary
+from .llama_cpp import need_llama_cpp, quantise
+from .result import Exported
+from .source import load_source
+
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
+
+# Types that the `gguf` package writes, with their numbers in llama.cpp's `llama_ftype` ...
+WRITTEN = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}
+# ... and those that llama.cpp makes itself out of such a file.
+QUANTISED = {
+    "q2_k": 10, "q3_k_s": 11, "q3_k_m": 12, "q3_k_l": 13, "q4_0": 2, "q4_1": 3, "q4_k_s": 14, "q4_k_m": 15, "q5_0": 8,
+    "q5_1": 9, "q5_k_s": 16, "q5_k_m": 17, "q6_k": 18, "iq4_nl": 25, "iq4_xs": 30,
+}  # fmt: skip
+# What llama.cpp is given to quantise: the type the weights are in, so that nothing is lost before.
+_LOSSLESS = {torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+def export_gguf(
+    model: str | os.PathLike | PreTrainedModel,
+    output: str | os.PathLike,
+    *,
+    quant: str = "f16",
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
+) -> Exported:
+    """Writes a model as one GGUF file, which llama.cpp and what is built on it read.
+
+    Layers that differ in widths or heads, or lack a sublayer, are written under llama.cpp's architecture `deci`.
+
+    Args:
+        model: A checkpoint (folder or id of the Hub), or a model.
+        output: The file; it appears complete or not at all.
+        quant: Type of the matrices: `f32`, `f16`, `bf16` or `q8_0`, which need the package `gguf`, or one of
+            `QUANTISED` such as `q4_k_m`, which llama.cpp makes itself. Vectors are float32.
+        tokenizer: Tokenizer to use instead of the model's own.
+        trust_remote_code: Run modelling code that comes with the model.
+
+    Returns:
+        The file, with `details` of its architecture and of how many tensors are of which type.
+
+    Raises:
+        ConfigurationError: There is no such type.
+        ExportError: The model, its layers, its rotary positions or its tokenizer have nothing like them in llama.cpp,
+            or there is too little room.
+    """
+    if quant not in {**WRITTEN, **QUANTISED}:
+        allowed = ", ".join((*WRITTEN, *QUANTISED))
+        raise ConfigurationError(f"`quant` is {quant!r}; allowed values are {allowed}.")
+    need("gguf", extra="gguf")
+    if quant in QUANTISED:
+        need_llama_cpp()
+    output = Path(output)
+    if output.is_dir():
+        raise ConfigurationError(f"{output} is a folder; give the name of a file, such as {output / 'model.gguf'}.")
+    name = Path(model if isinstance(model, str | os.PathLike) else model.config._name_or_path or "model").name
+    model, tokenizer = load_source(model, tokenizer, trust_remote_code=trust_remote_code)
+    if tokenizer is None:
+        raise ExportError("The model has no tokenizer, without which llama.cpp reads no file; save one beside it.")
+    layout = layout_of(model)
+    written = quant if quant in WRITTEN else _LOSSLESS.get(next(model.parameters()).dtype, "f32")
+    tensors = stored_tensors(model, layout, _type(written))
+    size = sum(tensor.size for tensor in tensors)
+    with appearing(output, size * (1 if written == quant else 2)) as path:
+        first = path if written == quant else path.with_name("whole.gguf")
+        notes = _write(first, model, tokenizer, layout, tensors, WRITTEN[written], name)
+        if first != path:
+            quantise(first, path, QUANTISED[quant])
+        kinds = _kinds(path)
+    notes += _remarks(model, layout, quant, kinds)
+    details = {"quant": quant, "architecture": layout.architecture, "tensor_types": kinds}
+    return Exported(output, output.stat().st_size, details, notes)
+
+
+def _type(name: str) -> GGMLQuantizationType:
+    from gguf import GGMLQuantizationType
+
+    return GGMLQuantizationType[name.upper()]
+
+
+def _write(
+    path: Path,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    layout: Layout,
+    tensors: list[StoredTensor],
+    file_type: int,
+    name: str,
+) -> list[str]:
+    """Writes the file, one tensor in memory at a time."""
+    from gguf import GGML_QUANT_VERSION, GGUFWriter
+
+    writer = GGUFWriter(path, layout.architecture)
+    try:
+        write_metadata(writer, model.config, layout, name)
+        writer.add_file_type(file_type)
+        writer.add_quantization_version(GGML_QUANT_VERSION)
+        notes = write_vocabulary(writer, tokenizer, model.config)
+        for tensor in tensors:
+            writer.add_tensor_info(tensor.name, tensor.shape, float, tensor.size, raw_dtype=tensor.kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in tqdm(tensors, desc=path.name, disable=not is_progress_bar_enabled()):
+            writer.write_tensor_data(tensor.encode())
+    finally:
+        writer.close()
+    return notes
+
+
+def _kinds(path: Path) -> dict[str, int]:
+    """How many matrices of a file are of which type."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    return dict(Counter(tensor.tensor_type.name.lower() for tensor in reader.tensors if len(tensor.shape) > 1))
+
+
+def _remarks(model: PreTrainedModel, layout: Layout, quant: str, kinds: dict[str, int]) -> list[str]:
+    """What came out otherwise than asked."""
+    notes = []
+    if layout.architecture == "deci":
+        notes.append("The layers are not alike: written for llama.cpp's architecture deci.")
+    context = context_of(model.config)
+    if context < model.config.max_position_embeddings:
+        notes.append(f"llama.cpp reads no sliding window here: the context is written as {context} tokens.")
+    others = {kind: count for kind, count in kinds.items() if kind != quant.removesuffix("_s").removesuffix("_m")}
+    if others:
+        text = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        notes.append(f"Matrices by type: {text}. Rows that do not divide into blocks of {quant} are stored otherwise.")
+    return notes
