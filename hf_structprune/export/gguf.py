@@ -59,7 +59,7 @@ def export_gguf(
         trust_remote_code: Run modelling code that comes with the model.
 
     Returns:
-        The file, with `details` of its architecture and of how many tensors are of which type.
+        The file, with `details` of its architecture and of how many matrices are of which type.
 
     Raises:
         ConfigurationError: There is no such type.
@@ -88,9 +88,10 @@ def export_gguf(
         notes = _write(first, model, tokenizer, layout, tensors, WRITTEN[written], name)
         if first != path:
             quantise(first, path, QUANTISED[quant])
-        kinds = _kinds(path)
-    notes += _remarks(model, layout, quant, kinds)
-    details = {"quant": quant, "architecture": layout.architecture, "tensor_types": kinds}
+        matrices = _matrices(path)
+    notes += _remarks(model, layout, quant, matrices)
+    kinds = dict(Counter(kind for kind, _ in matrices))
+    details = {"quant": quant, "architecture": layout.architecture, "matrices": kinds}
     return Exported(output, output.stat().st_size, details, notes)
 
 
@@ -130,15 +131,15 @@ def _write(
     return notes
 
 
-def _kinds(path: Path) -> dict[str, int]:
-    """How many matrices of a file are of which type."""
+def _matrices(path: Path) -> list[tuple[str, int]]:
+    """Type and length of the rows of every matrix of a file."""
     from gguf import GGUFReader
 
-    reader = GGUFReader(path)
-    return dict(Counter(tensor.tensor_type.name.lower() for tensor in reader.tensors if len(tensor.shape) > 1))
+    tensors = GGUFReader(path).tensors
+    return [(t.tensor_type.name.lower(), int(t.shape[0])) for t in tensors if len(t.shape) > 1]
 
 
-def _remarks(model: PreTrainedModel, layout: Layout, quant: str, kinds: dict[str, int]) -> list[str]:
+def _remarks(model: PreTrainedModel, layout: Layout, quant: str, matrices: list[tuple[str, int]]) -> list[str]:
     """What came out otherwise than asked."""
     notes = []
     if layout.architecture == "deci":
@@ -146,8 +147,19 @@ def _remarks(model: PreTrainedModel, layout: Layout, quant: str, kinds: dict[str
     context = context_of(model.config)
     if context < model.config.max_position_embeddings:
         notes.append(f"llama.cpp reads no sliding window here: the context is written as {context} tokens.")
-    others = {kind: count for kind, count in kinds.items() if kind != quant.removesuffix("_s").removesuffix("_m")}
-    if others:
-        text = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-        notes.append(f"Matrices by type: {text}. Rows that do not divide into blocks of {quant} are stored otherwise.")
+    block = _block(quant)
+    unfit = Counter(kind for kind, row in matrices if row % block)
+    if unfit:
+        kinds = ", ".join(f"{count} as {kind}" for kind, count in unfit.items())
+        notes.append(
+            f"Rows of {unfit.total()} of {len(matrices)} matrices do not divide into the blocks of {block} values of "
+            f"{quant}; they are stored in more bits, {kinds}. Prune with align_to={block} to avoid it."
+        )
     return notes
+
+
+def _block(quant: str) -> int:
+    """How many neighbouring values of a row share what a type says of its blocks."""
+    if quant in ("f32", "f16", "bf16"):
+        return 1
+    return 256 if "_k" in quant or quant == "iq4_xs" else 32

@@ -98,8 +98,7 @@ def _as_deci(layout: Layout, name: str) -> Layout:
             f"The layers of this {name} are not alike, and llama.cpp reads such layers of Llama, Mistral and Qwen2 "
             "models only. Prune with layout='uniform'."
         )
-    first = slice(0, 1)
-    heads, kv_heads = (tuple(n or 1 for n in sizes[first]) + sizes[1:] for sizes in (layout.heads, layout.kv_heads))
+    heads, kv_heads = ((sizes[0] or 1, *sizes[1:]) for sizes in (layout.heads, layout.kv_heads))
     widths = tuple(width or DUMMY_WIDTH for width in layout.widths)
     return replace(layout, architecture="deci", interleaved=True, heads=heads, kv_heads=kv_heads, widths=widths)
 

@@ -41,13 +41,12 @@ def write_metadata(writer: GGUFWriter, config: PreTrainedConfig, layout: Layout,
     writer.add_context_length(context_of(config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(len(layout.widths))
-    one = slice(0, 1) if layout.architecture != "deci" else slice(None)
     for add, sizes in (
         (writer.add_feed_forward_length, layout.widths),
         (writer.add_head_count, layout.heads),
         (writer.add_head_count_kv, layout.kv_heads),
     ):
-        add(list(sizes) if layout.architecture == "deci" else sizes[one][0])
+        add(list(sizes) if layout.architecture == "deci" else sizes[0])
     writer.add_key_length(layout.head_dim)
     writer.add_value_length(layout.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)

@@ -83,10 +83,12 @@ def _kind_of(description: dict[str, Any]) -> tuple[str, str]:
     model, normalizer = description["model"], description["normalizer"]
     if model["type"] != "BPE":
         raise ExportError(f"The tokenizer is a {model['type']} model; what can be written as GGUF is BPE.")
-    if model.get("byte_fallback"):
+    steps = {step["type"] for step in _sequence(normalizer, "normalizers")}
+    splits = _splitting(description["pre_tokenizer"])
+    if model.get("byte_fallback") and steps <= {"Prepend", "Replace"} and splits in ((), ("unknown Metaspace",)):
         return "llama", "default"
-    key = (_splitting(description["pre_tokenizer"]), bool(model.get("ignore_merges")))
-    if key not in _SPLITS or (normalizer is not None and normalizer["type"] != "NFC"):
+    key = (splits, bool(model.get("ignore_merges")))
+    if model.get("byte_fallback") or key not in _SPLITS or not steps <= {"NFC"}:
         raise ExportError(
             f"llama.cpp has no tokenizer like this one, whose text is normalised by {json.dumps(normalizer)} and "
             f"split by {json.dumps(description['pre_tokenizer'])}; known are {', '.join(_SPLITS.values())}, and "
@@ -98,8 +100,8 @@ def _kind_of(description: dict[str, Any]) -> tuple[str, str]:
 def _splitting(pre_tokenizer: dict[str, Any] | None) -> tuple[str, ...]:
     """The steps that split text, in words of `_SPLITS`; what is not understood gives a step that is not there."""
     steps = []
-    for step in (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer]):
-        kind = (step or {}).get("type")
+    for step in _sequence(pre_tokenizer, "pretokenizers"):
+        kind = step["type"]
         if kind == "ByteLevel" and not step["add_prefix_space"]:
             steps += ["byte-level"] if step["use_regex"] else []
         elif kind == "Digits" and step["individual_digits"]:
@@ -109,6 +111,10 @@ def _splitting(pre_tokenizer: dict[str, Any] | None) -> tuple[str, ...]:
         else:
             steps.append(f"unknown {kind}")
     return tuple(steps)
+
+
+def _sequence(description: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
+    return [] if description is None else description.get(name, [description])
 
 
 def _tokens(tokenizer: Any, description: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
