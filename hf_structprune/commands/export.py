@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # the options below that the format takes; those that were not given keep the function's own defaults.
 FORMATS = {
     "gguf": ("hf_structprune.export.gguf", "export_gguf"),
+    "deci": ("hf_structprune.export.deci", "export_deci"),
 }
 _OF_THE_COMMAND = ("model", "format", "output", "overwrite", "json")
 
@@ -31,10 +32,11 @@ class ExportArguments:
 
     Args:
         model (`str`): The checkpoint: a folder, or an id of the Hub.
-        format (`str`): `gguf` (llama.cpp).
+        format (`str`): `gguf` (llama.cpp), or `deci` (vLLM, layers that are not alike).
         output (`str`): File or folder to write; what a format needs is said by its error.
         overwrite (`bool`): Replace what is there.
         quant (`str`, *optional*): gguf: type of the weights, such as f16, bf16, f32, q8_0, q4_k_m. Default: f16.
+        pad (`bool`): deci: add heads and neurons of zeros where a layer does not fit the format.
         trust_remote_code (`bool`): Run modelling code that comes with the model.
         json (`bool`): Print one JSON object and nothing else on stdout.
     """
@@ -44,6 +46,7 @@ class ExportArguments:
     output: str | None = None
     overwrite: bool = False
     quant: str | None = None
+    pad: bool = False
     trust_remote_code: bool = False
     json: bool = False
 
