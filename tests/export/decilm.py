@@ -21,11 +21,11 @@ def width_of(ffn_mult, hidden_size):
 class DeciLM:
     """A checkpoint on disk as a function from token ids to logits."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, dtype=None):
         self.config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
         self.weights = {}
         for path in sorted(folder.glob("*.safetensors")):
-            self.weights.update(load_file(path))
+            self.weights.update({name: tensor.to(dtype) for name, tensor in load_file(path).items()})
         self.used = set()
 
     def weight(self, name, *shape):

@@ -13,6 +13,7 @@ from hf_structprune.commands.cli import main
 from hf_structprune.errors import ConfigurationError, ExportError
 from hf_structprune.export.deci import FAMILIES, export_deci
 from hf_structprune.export.deci_blocks import Block, block_configs, fit
+from hf_structprune.loading import load_model
 from hf_structprune.structure import ModelStructure
 
 
@@ -95,8 +96,7 @@ def test_logits_are_the_same_where_layers_differ(name, counts, dropped, pad, tmp
     model = cut(make(name), counts, dropped=dropped)
     result = export_deci(model, tmp_path / "out", pad=pad)
     config = same_logits(model, tmp_path / "out")
-    mlps = [getattr(layer.mlp, "down_proj", None) for layer in model.model.layers]
-    widths = [0 if mlp is None else mlp.in_features for mlp in mlps]
+    widths = widths_of(model)
     if pad:
         assert result.details["mlp_widths"] == [-(-width // 256) * 256 for width in widths]
         assert all(hasattr(block.ffn, "ffn_mult") for block in config.block_configs)
@@ -207,3 +207,20 @@ def test_the_command_says_that_it_was_not_run(tmp_path, capsys):
     values = json.loads(capsys.readouterr().out)
     assert values["mlp_widths"] == [256, 512, 256, 512] and values["padding"] > 0
     assert main([*words, "--overwrite", "--pad", "--quant", "q8_0"]) == 2
+
+
+@pytest.mark.slow
+def test_a_real_per_layer_model(per_layer_smollm2, tmp_path):
+    result = export_deci(per_layer_smollm2, tmp_path / "out", pad=True)
+    model = load_model(per_layer_smollm2, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    tokens = tokenizer("The capital of France is Paris. Water boils at", return_tensors="pt").input_ids
+    expected = families.logits(model, tokens)
+    torch.testing.assert_close(DeciLM(tmp_path / "out", torch.float32)(tokens), expected, rtol=0, atol=1e-3)
+    assert expected.std() > 1 and len(set(widths_of(model))) > 1
+    assert result.details["mlp_widths"] == [-(-width // 256) * 256 for width in widths_of(model)]
+
+
+def widths_of(model):
+    mlps = [getattr(layer.mlp, "down_proj", None) for layer in model.model.layers]
+    return [0 if mlp is None else mlp.in_features for mlp in mlps]
