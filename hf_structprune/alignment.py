@@ -11,32 +11,30 @@ from .errors import ConfigurationError
 
 @dataclass(frozen=True)
 class Alignment:
-    """What wants the inputs of linear maps to be multiples of something.
+    """What a tool wants the inputs of linear maps to be multiples of.
 
     Attributes:
         multiple: Of what.
-        wanted_by: Who wants it, in words.
-        source: Where that is said.
+        source: Where it says so.
     """
 
     multiple: int
-    wanted_by: str
     source: str
 
 
-_MARLIN = (
+_GPTQ = (
     "vLLM 0.33, layers/quantization/utils/marlin_utils.py, verify_marlin_supports_shape (its Marlin kernels also want "
     "128, whatever the group)"
 )
 _AWQ = "vLLM 0.33, layers/quantization/auto_awq.py: the input size must be a multiple of the group size"
-_BLOCKS = "llama.cpp, src/llama-quant.cpp: tensors whose rows do not hold whole blocks fall back to another type"
+_GGUF_BLOCKS = "llama.cpp, src/llama-quant.cpp: tensors whose rows do not hold whole blocks fall back to another type"
 _NVIDIA = "docs.nvidia.com/deeplearning/performance/dl-performance-matrix-multiplication: 16 bytes, on A100 128 bytes"
 ALIGNMENTS = {
-    **{f"gptq-{size}": Alignment(size, f"GPTQ in groups of {size}", _MARLIN) for size in (32, 64, 128)},
-    **{f"awq-{size}": Alignment(size, f"AWQ in groups of {size}", _AWQ) for size in (32, 64, 128)},
-    "gguf-32": Alignment(32, "llama.cpp's types with blocks of 32 (q8_0, q4_0, ...)", _BLOCKS),
-    "gguf-256": Alignment(256, "llama.cpp's k-quants", _BLOCKS),
-    "tensor-cores": Alignment(64, "full speed of 16-bit tensor cores", _NVIDIA),
+    **{f"gptq-{size}": Alignment(size, _GPTQ) for size in (32, 64, 128)},
+    **{f"awq-{size}": Alignment(size, _AWQ) for size in (32, 64, 128)},
+    "gguf-32": Alignment(32, _GGUF_BLOCKS),  # q8_0, q4_0, ...
+    "gguf-256": Alignment(256, _GGUF_BLOCKS),  # k-quants
+    "tensor-cores": Alignment(64, _NVIDIA),
 }
 GROUP_SIZES = (128, 64, 32)
 HIDDEN = "hidden size"  # the name of the input of all maps that read the residual stream
@@ -186,8 +184,8 @@ def unreached(inputs: Sequence[Input], align_to: str | int | None) -> list[str]:
     names = [_named(name, [one for one in bad if one.name == name]) for name in dict.fromkeys(one.name for one in bad)]
     usable = ", ".join(map(str, dividing_group_sizes(one.size for one in inputs))) or "none of the usual ones"
     return [
-        f"align_to {align_to}: not cut, and not a multiple of {multiple_of(align_to)}: {'; '.join(names)}. Group "
-        f"sizes that divide all inputs: {usable}"
+        f"align_to {align_to}: only what is cut can be aligned, and these are not multiples of "
+        f"{multiple_of(align_to)}: {'; '.join(names)}. Group sizes that divide all inputs: {usable}"
     ]
 
 

@@ -66,8 +66,8 @@ def export_deci(
     if output.is_file():
         raise ConfigurationError(f"{output} is a file; a DeciLM checkpoint is a folder.")
     model, tokenizer = load_source(model, tokenizer, trust_remote_code=trust_remote_code)
-    head_dim = _head_dim(model)
-    state = _tensors(model)
+    _check_kind(model)
+    head_dim, state = _head_dim(model), _tensors(model)
     dense = [_block(state, number, head_dim) for number in range(model.config.num_hidden_layers)]
     blocks = fit(dense, pad)
     before = _parameters(state)
@@ -93,12 +93,8 @@ def export_deci(
     return Exported(output, sum(path.stat().st_size for path in output.iterdir() if path.is_file()), details, notes)
 
 
-def _head_dim(model: PreTrainedModel) -> int:
-    """The size of a head.
-
-    Raises:
-        ExportError: The model does not compute what a Llama computes.
-    """
+def _check_kind(model: PreTrainedModel) -> None:
+    """Refuses a model that does not compute what a Llama computes."""
     names = [base.__name__ for base in type(model).__mro__]
     if not set(FAMILIES) & set(names):
         raise ExportError(
@@ -108,6 +104,10 @@ def _head_dim(model: PreTrainedModel) -> int:
     window = getattr(model.config, "sliding_window", None)
     if window is not None and getattr(model.config, "use_sliding_window", True):
         raise ExportError(f"The model has a sliding window ({window}), which the DeciLM format does not have.")
+
+
+def _head_dim(model: PreTrainedModel) -> int:
+    """The size of a head, which all layers have in common."""
     attentions = [getattr(layer, "self_attn", None) for layer in model.model.layers]
     sizes = {attention.head_dim for attention in attentions if hasattr(attention, "head_dim")}
     if len(sizes) != 1:
