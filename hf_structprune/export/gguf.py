@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils.logging import is_progress_bar_enabled
 
-from ..errors import ConfigurationError, ExportError
+from ..errors import ConfigurationError
 from ..extras import need
 from ..files import appearing
 from .gguf_layout import Layout, context_of, layout_of
@@ -77,8 +77,6 @@ def export_gguf(
         raise ConfigurationError(f"{output} is a folder; give the name of a file, such as {output / 'model.gguf'}.")
     name = Path(model if isinstance(model, str | os.PathLike) else model.config._name_or_path or "model").name
     model, tokenizer = load_source(model, tokenizer, trust_remote_code=trust_remote_code)
-    if tokenizer is None:
-        raise ExportError("The model has no tokenizer, without which llama.cpp reads no file; save one beside it.")
     layout = layout_of(model)
     written = quant if quant in WRITTEN else _LOSSLESS.get(next(model.parameters()).dtype, "f32")
     tensors = stored_tensors(model, layout, _type(written))
@@ -153,7 +151,7 @@ def _remarks(model: PreTrainedModel, layout: Layout, quant: str, matrices: list[
         kinds = ", ".join(f"{count} as {kind}" for kind, count in unfit.items())
         notes.append(
             f"Rows of {unfit.total()} of {len(matrices)} matrices do not divide into the blocks of {block} values of "
-            f"{quant}; they are stored in more bits, {kinds}. Prune with align_to={block} to avoid it."
+            f"{quant}; they are stored in more bits, {kinds}. `round_to={block}` gives MLP widths that do."
         )
     return notes
 

@@ -7,39 +7,48 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ..errors import ExportError
+from ..errors import ExportError, StructPruneError
 from ..hub.network import gated_errors
 from ..loading import load_model, load_tokenizer
 
 
 def load_source(
-    model: str | os.PathLike | PreTrainedModel, tokenizer: Any = None, **kwargs: Any
+    model: str | os.PathLike | PreTrainedModel, tokenizer: Any = None, *, with_tokenizer: bool = True, **kwargs: Any
 ) -> tuple[PreTrainedModel, Any]:
     """The model to export and its tokenizer.
 
     Args:
         model: A folder, an id of the Hub, or a model.
         tokenizer: Tokenizer to use instead of the model's own; a model that is loaded already has none of its own.
+        with_tokenizer: Whether the format has no use for a model without tokenizer.
         kwargs: Given to `from_pretrained`: `dtype`, `trust_remote_code`, ...
 
     Returns:
         The model in eval mode, and the tokenizer or `None`.
 
     Raises:
-        ExportError: The model is quantised, or cannot be loaded.
+        ExportError: The model is quantised, cannot be loaded, or has no tokenizer.
         CheckpointError: Weights are missing.
     """
     if isinstance(model, PreTrainedModel):
         refuse_quantised(model.config, "The model")
-        return model.eval(), tokenizer
+        return model.eval(), _checked(tokenizer, with_tokenizer)
     options = {name: kwargs[name] for name in ("revision", "trust_remote_code") if kwargs.get(name)}
     try:
         with gated_errors(str(model)):
             refuse_quantised(AutoConfig.from_pretrained(model, **options), str(model))
-        tokenizer = load_tokenizer(model, **kwargs) if tokenizer is None else tokenizer
+        tokenizer = _checked(load_tokenizer(model, **kwargs) if tokenizer is None else tokenizer, with_tokenizer)
         return load_model(model, **kwargs), tokenizer
+    except StructPruneError:
+        raise
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ExportError(f"cannot load {str(model)!r}: {error}") from error
+
+
+def _checked(tokenizer: Any, needed: bool) -> Any:
+    if tokenizer is None and needed:
+        raise ExportError("The model has no tokenizer, which this format stores with it; save one beside it.")
+    return tokenizer
 
 
 def refuse_quantised(config: PreTrainedConfig, name: str) -> None:

@@ -6,6 +6,9 @@ import urllib.request
 import numpy as np
 
 
+_LETTER = 50  # a token of all our tokenizers that is one letter: the server says nothing of parts of letters
+
+
 class Server:
     """xllamacpp, which comes compiled: llama.cpp's own server, inside this process."""
 
@@ -28,9 +31,8 @@ class Server:
 
     def distribution(self, tokens, size):
         """Log-probability of every token of the vocabulary after these."""
-        answer = self._post("/completion", prompt=tokens, n_predict=1, n_probs=size, temperature=0, cache_prompt=False)
         result = np.full(size, -np.inf)
-        for entry in answer["completion_probabilities"][0]["top_logprobs"]:
+        for entry in self._next(tokens, token=_LETTER, n_probs=size, cache_prompt=False)["top_logprobs"]:
             result[entry["id"]] = entry["logprob"]
         return result
 
@@ -38,17 +40,13 @@ class Server:
         return self._post("/completion", prompt=tokens, n_predict=new, temperature=0, return_tokens=True)["tokens"]
 
     def likelihoods(self, tokens):
-        """Log-probability of each token but the first, after those in front of it.
+        """Log-probability of each token but the first, after those in front of it; none may be a part of a letter."""
+        return [self._next(tokens[:i], token=tokens[i], n_probs=1)["logprob"] for i in range(1, len(tokens))]
 
-        The server says it of the token that is sampled, without what is done to make it be sampled.
-        """
-        return [
-            self._post(
-                "/completion", prompt=tokens[:i], n_predict=1, n_probs=1, temperature=0, logit_bias=[[token, 1e6]]
-            )["completion_probabilities"][0]["logprob"]
-            for i, token in enumerate(tokens)
-            if i > 0
-        ]  # fmt: skip
+    def _next(self, tokens, token, **options):
+        """What the server says of a token that it is made to sample: log-probabilities, as if it had not been."""
+        options = {"n_predict": 1, "temperature": 0, "logit_bias": [[token, 1e6]], **options}
+        return self._post("/completion", prompt=tokens, **options)["completion_probabilities"][0]
 
     def _post(self, path, **body):
         data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}

@@ -1,0 +1,137 @@
+"""GGUF files in llama.cpp itself: the same tokens, the same distributions, the same text.
+
+xllamacpp brings llama.cpp compiled and is installed for the tests; what is asked of it is asked of llama-cpp-python,
+too, where that is installed.
+"""
+
+import math
+
+import pytest
+import torch
+from families import cut, make_model, make_tokens, random_units
+from llama_runtime import RUNTIMES
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from vocabularies import SPLITS, TEXTS, byte_level, sentence_piece
+
+from hf_structprune.data import wikitext2_sample
+from hf_structprune.export.gguf import export_gguf
+from hf_structprune.structure import ModelStructure
+
+
+VOCAB = 400
+LLAMA3 = dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+PROMPTS = [
+    "The capital of France is", "Once upon a time there was a", "Water boils at", "def add(a, b):\n    return",
+    "The three primary colours are",
+]  # fmt: skip
+
+
+@pytest.fixture(params=RUNTIMES, ids=lambda runtime: runtime.package)
+def runtime(request):
+    pytest.importorskip(request.param.package)
+    return request.param
+
+
+def model_of(name, **changes):
+    return make_model(name, vocab_size=VOCAB, **({"sliding_window": None} if name == "mistral" else {}), **changes)
+
+
+def pruned(name, kinds=(), dropped=None):
+    """Random units of the kinds are cut, other numbers of them in each layer if they are not to be uniform."""
+    model, uniform = model_of(name), "uniform" in kinds
+    kept, counts = random_units(ModelStructure.of(model), [kind for kind in kinds if kind != "uniform"], uniform)
+    return cut(model, kept, counts, "uniform" if uniform else "per_layer", dropped)
+
+
+def scaled(name, **rope):
+    return model_of(name, rope_parameters={"rope_theta": 1e4, "original_max_position_embeddings": 16, **rope})
+
+
+MODELS = {
+    "llama": lambda: model_of("llama"),
+    "tied llama": lambda: model_of("llama", tie_word_embeddings=True),
+    "llama with biases": lambda: model_of("llama_bias"),
+    "mistral": lambda: model_of("mistral"),
+    "qwen2": lambda: model_of("qwen2"),
+    "qwen3": lambda: model_of("qwen3"),
+    "smollm3": lambda: model_of("smollm3", no_rope_layers=[1, 1, 1, 0], num_hidden_layers=4),
+    "granite": lambda: model_of("granite"),
+    "linear positions": lambda: scaled("qwen2", rope_type="linear", factor=4.0),
+    "yarn": lambda: scaled("qwen2", rope_type="yarn", factor=4.0),
+    "llama3 positions": lambda: scaled("llama", **LLAMA3),
+    "mistral, heads": lambda: pruned("mistral", ("uniform", "query_heads", "mlp_neurons")),
+    "llama, heads": lambda: pruned("llama", ("uniform", "kv_groups", "mlp_neurons")),
+    "qwen2, heads": lambda: pruned("qwen2", ("uniform", "query_heads")),
+    "qwen3, heads": lambda: pruned("qwen3", ("uniform", "query_heads")),
+    "llama, layers differ": lambda: pruned("llama", ("mlp_neurons", "kv_groups")),
+    "llama with biases, layers differ": lambda: pruned("llama_bias", ("mlp_neurons", "kv_groups")),
+    "qwen2, layers differ": lambda: pruned("qwen2", ("mlp_neurons", "kv_groups")),
+    "no attention at the ends": lambda: pruned("llama", dropped={"attention": [0, 2]}),
+    "no attention within": lambda: pruned("mistral", dropped={"attention": [1]}),
+    "no MLP at the ends": lambda: pruned("llama", dropped={"mlp": [0, 2]}),
+    "no MLP within": lambda: pruned("qwen2", dropped={"mlp": [1]}),
+    "neither": lambda: pruned("llama", dropped={"attention": [1], "mlp": [1]}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_distribution(name, runtime, tmp_path):
+    """Every token of the vocabulary, after 1, 7 and 40 tokens."""
+    model = MODELS[name]()
+    llama = runtime(export_gguf(model, tmp_path / "m.gguf", tokenizer=byte_level(), quant="f32").path)
+    for length in (1, 7, 40):
+        tokens = make_tokens(1, length, vocab=VOCAB)
+        with torch.no_grad():
+            expected = model(tokens).logits[0, -1].double().log_softmax(-1)
+        got = torch.as_tensor(llama.distribution(tokens[0].tolist(), VOCAB))
+        torch.testing.assert_close(got, expected, atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("split", [*SPLITS, "SentencePiece", "SentencePiece without prefix"])
+def test_the_same_tokens(split, runtime, tmp_path):
+    if split in SPLITS:
+        tokenizer = byte_level(split, bos=split == "llama-bpe")
+    else:
+        tokenizer = sentence_piece(prefix="without" not in split)
+    model = make_model("llama", vocab_size=len(tokenizer))
+    llama = runtime(export_gguf(model, tmp_path / "m.gguf", tokenizer=tokenizer).path)
+    for text in [*TEXTS, "\n".join(TEXTS), "  two  spaces ", "<s>the dog</s> and the fox"]:
+        assert llama.tokenize(text) == tokenizer.encode(text), text
+
+
+@pytest.fixture(scope="module", params=["pruned_smollm2", "per_layer_smollm2"])
+def exported(request, tmp_path_factory):
+    """The model in half precision, as Transformers has it and as a file; its weights fit half precision exactly."""
+    folder = request.getfixturevalue(request.param)
+    file = export_gguf(folder, tmp_path_factory.mktemp("gguf") / "m.gguf").path
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(folder), file
+
+
+@pytest.mark.slow
+def test_a_real_model_answers_the_same(exported, runtime):
+    model, tokenizer, file = exported
+    llama = runtime(file)
+    for prompt in PROMPTS:
+        tokens = tokenizer(prompt, return_tensors="pt").input_ids
+        expected = model.generate(tokens, max_new_tokens=24, do_sample=False)[0, tokens.shape[1] :].tolist()
+        assert llama.tokenize(prompt) == tokens[0].tolist()
+        assert llama.greedy(tokens[0].tolist(), 24) == expected, prompt
+
+
+@pytest.mark.slow
+def test_a_real_model_has_the_same_perplexity(exported, runtime):
+    """Two windows of 96 tokens, the same in both."""
+    model, tokenizer, file = exported
+    llama, losses = runtime(file), {"transformers": [], "llama.cpp": []}
+    text = wikitext2_sample().read_text(encoding="utf-8")[:20_000].encode("ascii", "ignore").decode()
+    tokens = tokenizer(text).input_ids
+    for start in (500, 2500):
+        window = tokens[start : start + 96]
+        with torch.no_grad():
+            scores = model(torch.tensor([window])).logits[0, :-1].double().log_softmax(-1)
+        losses["transformers"] += [-row[token].item() for row, token in zip(scores, window[1:], strict=True)]
+        losses["llama.cpp"] += [-value for value in llama.likelihoods(window)]
+    ours, theirs = (math.exp(sum(values) / len(values)) for values in losses.values())
+    print(f"perplexity: Transformers {ours:.4f}, llama.cpp ({runtime.package}) {theirs:.4f}")
+    assert theirs == pytest.approx(ours, rel=2e-3)
