@@ -22,8 +22,28 @@ from .silence import Silencer
 # candidates are compared on the same tokens, so that how hard the text is falls out of the comparison, and at the
 # default length 16 sequences are 4096 tokens, three times what Shortened-LLM ranks blocks on (10 x 128).
 SEQUENCES = 16
+# Neighbouring sequences are joined up to so many tokens: which layers can go depends on how much has been read. Of two
+# sets of 4 layers of SmolLM2-135M, the one that was 10 % better in perplexity on 256 tokens was 1 % worse on 2048, and
+# on whole articles.
+WINDOW = 2048
 
 Gone = dict[str, set[int]]  # see `Removal.gone`
+
+
+def joined(tokens: torch.Tensor, context: int | None = None) -> torch.Tensor:
+    """Neighbouring sequences joined to windows of at most `WINDOW` tokens, more than half as long, that use the most.
+
+    Args:
+        tokens: Token ids, shape (sequences, length).
+        context: The longest window that the model takes, where there is a limit.
+
+    Returns:
+        Token ids, shape (windows, a multiple of length); sequences that do not fill one more window are left out.
+    """
+    sequences, length = tokens.shape
+    most = min(max(1, min(WINDOW, context or WINDOW) // length), sequences)
+    together = max(range(most // 2 + 1, most + 1), key=lambda number: (sequences // number * number, number))
+    return tokens[: sequences // together * together].reshape(-1, together * length)
 
 
 class TextLoss:
@@ -35,19 +55,20 @@ class TextLoss:
     Args:
         model: A causal language model in eval mode; it is left as it is.
         structure: Its layers and sublayers.
-        tokens: Token ids, shape (sequences, length); the first `SEQUENCES` are used.
-        batch_size: Sequences that go through the model at once.
+        tokens: Token ids, shape (sequences, length); the first `SEQUENCES` are used, see `joined`.
+        batch_size: Sequences, as they come, that go through the model at once.
     """
 
     def __init__(
         self, model: PreTrainedModel, structure: ModelStructure, tokens: torch.Tensor, batch_size: int = 8
     ) -> None:
-        tokens = tokens[:SEQUENCES]
+        windows = joined(tokens[:SEQUENCES], getattr(model.config.get_text_config(), "max_position_embeddings", None))
+        batch_size = max(1, batch_size * tokens.shape[1] // windows.shape[1])
         self.structure = structure
-        self._silencer = Silencer(model, structure, tokens[:1, :2])
-        self._stream = LayerStream(model, decoder_layers(model, structure.family), tokens, batch_size)
+        self._silencer = Silencer(model, structure, windows[:1, :2])
+        self._stream = LayerStream(model, decoder_layers(model, structure.family), windows, batch_size)
         self._entered = self._stream.copy(self._stream.hidden)
-        self._positions = tokens.shape[0] * (tokens.shape[1] - 1)
+        self._positions = windows.shape[0] * (windows.shape[1] - 1)
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
 
     def of(self, gone: Gone) -> float:

@@ -9,12 +9,14 @@ import torch
 
 from hf_structprune import PruningConfig
 from hf_structprune.depth import SEQUENCES, TextLoss, choose_depth
+from hf_structprune.depth.perplexity import joined
 from hf_structprune.depth.removal import Removal
 from hf_structprune.structure import ModelStructure
 from hf_structprune.sublayers import expert_outputs
 
 
 TOKENS = families.make_tokens(5, 12)
+WINDOWS = TOKENS.view(1, 60)  # what the models are measured on: their context is 64
 UNITS = [(layer, kind) for layer in range(families.LAYERS) for kind in ("layers", "attention", "mlp")]
 CLOSE = dict(rel=2e-6)  # the loss is taken of logits in float32
 
@@ -24,7 +26,7 @@ def open_text(model, structure, tokens=TOKENS, batch_size=2):
 
 
 @torch.no_grad()
-def loss(model, tokens=TOKENS):
+def loss(model, tokens=WINDOWS):
     logits = model(tokens, use_cache=False).logits[:, :-1].double()
     return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
 
@@ -87,7 +89,7 @@ def test_losses_on_top_of_what_has_gone(name):
 
 def test_single_removals_of_all_layers_cost_half_a_forward_pass_each():
     """Counted in layers run, for all sequences together: L / 2 + 1 passes, the recording of arguments included."""
-    layers, tokens = 8, families.make_tokens(8, 12)
+    layers, tokens = 8, families.make_tokens(16, 12)
     model = families.make_model("llama", num_hidden_layers=layers)
     structure, runs = ModelStructure.of(model), []
     handles = [
@@ -111,7 +113,7 @@ def test_silenced_sublayers_are_not_run():
     text.of({"layers": set(), "attention": set(), "mlp": {1}})
     assert runs == []
     text.of({"layers": set(), "attention": {1}, "mlp": set()})
-    assert len(runs) == 3  # batches
+    assert len(runs) == 1  # batches
     for handle in handles:
         handle.remove()
 
@@ -127,7 +129,7 @@ def test_the_loss_is_taken_a_few_positions_at_a_time(monkeypatch):
     handle = model.lm_head.register_forward_hook(lambda _, args, __: positions.append(args[0].shape[:-1].numel()))
     value = text.of({"layers": set(), "attention": set(), "mlp": set()})
     handle.remove()
-    assert max(positions) == 6 and sum(positions) == TOKENS.numel() - len(TOKENS)
+    assert max(positions) == 6 and sum(positions) == WINDOWS.numel() - 1
     assert value == pytest.approx(loss(model), **CLOSE)
 
 
@@ -135,7 +137,26 @@ def test_only_the_first_sequences_are_used():
     model = families.make_model("llama", torch.float64)
     structure, tokens = ModelStructure.of(model), families.make_tokens(SEQUENCES + 8, 6)
     value = TextLoss(model, structure, tokens, 8).of({"layers": set(), "attention": set(), "mlp": set()})
-    assert value == pytest.approx(loss(model, tokens[:SEQUENCES]), **CLOSE)
+    assert value == pytest.approx(loss(model, tokens[:SEQUENCES].view(2, 48)), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "shape, context, windows",
+    [
+        ((16, 256), 8192, (2, 2048)),
+        ((16, 256), None, (2, 2048)),
+        ((16, 256), 1000, (8, 512)),
+        ((7, 256), 1000, (2, 768)),  # one sequence is left over
+        ((10, 128), 8192, (1, 1280)),
+        ((3, 3000), 8192, (3, 3000)),
+        ((4, 100), 64, (4, 100)),
+    ],
+)
+def test_neighbouring_sequences_are_joined_to_the_context(shape, context, windows):
+    tokens = torch.arange(shape[0] * shape[1]).view(shape)
+    found = joined(tokens, context)
+    assert found.shape == windows
+    assert torch.equal(found.flatten(), tokens.flatten()[: found.numel()])
 
 
 def test_a_model_that_breaks_without_a_layer_has_an_infinite_loss():
