@@ -153,6 +153,11 @@ def test_ratios_by_kind_are_aligned(odd, attention_ratio, mlp_ratio, heads, widt
     assert {plan.keep(layer, "mlp_neurons", 52) for layer in range(3)} == {width}
 
 
+def test_ratios_by_kind_do_not_round_up_to_a_width_that_is_not_aligned(odd):
+    plan = plan_of(odd, PruningConfig(mlp_ratio=0.01, align_to=20), None)  # 51 is nearer to 60 than to 40
+    assert {plan.keep(layer, "mlp_neurons", 52) for layer in range(3)} == {40}
+
+
 def test_ratios_by_kind_take_the_most_heads_that_are_aligned(odd):
     plan = plan_of(odd, PruningConfig(attention_ratio=0.1, align_to=32), None)
     assert {shape_after(layer, plan).heads for layer in odd.layers} == {4}
