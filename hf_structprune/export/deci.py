@@ -65,7 +65,7 @@ def export_deci(
     output = Path(output)
     if output.is_file():
         raise ConfigurationError(f"{output} is a file; a DeciLM checkpoint is a folder.")
-    model, tokenizer = load_source(model, tokenizer, trust_remote_code=trust_remote_code)
+    model, tokenizer = load_source(model, tokenizer, with_tokenizer=False, trust_remote_code=trust_remote_code)
     _check_kind(model)
     head_dim, state = _head_dim(model), _tensors(model)
     dense = [_block(state, number, head_dim) for number in range(model.config.num_hidden_layers)]
