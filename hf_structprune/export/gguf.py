@@ -15,7 +15,7 @@ from transformers.utils.logging import is_progress_bar_enabled
 from ..errors import ConfigurationError
 from ..extras import need
 from ..files import appearing
-from .gguf_layout import Layout, context_of, layout_of
+from .gguf_layout import Layout, check, context_of, layout_of
 from .gguf_metadata import write_metadata
 from .gguf_tensors import StoredTensor, stored_tensors
 from .gguf_vocab import write_vocabulary
@@ -75,8 +75,9 @@ def export_gguf(
     output = Path(output)
     if output.is_dir():
         raise ConfigurationError(f"{output} is a folder; give the name of a file, such as {output / 'model.gguf'}.")
-    name = Path(model if isinstance(model, str | os.PathLike) else model.config._name_or_path or "model").name
-    model, tokenizer = load_source(model, tokenizer, trust_remote_code=trust_remote_code)
+    loaded = isinstance(model, PreTrainedModel)
+    name = Path(model.config._name_or_path or "model" if loaded else model).absolute().name
+    model, tokenizer = load_source(model, tokenizer, check=check, trust_remote_code=trust_remote_code)
     layout = layout_of(model)
     written = quant if quant in WRITTEN else _LOSSLESS.get(next(model.parameters()).dtype, "f32")
     tensors = stored_tensors(model, layout, _type(written))

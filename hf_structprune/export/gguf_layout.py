@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..errors import ExportError
+from ..modeling_structprune import PREFIX
 
 
 LAYER = "model.layers.{}."
@@ -64,14 +66,8 @@ def layout_of(model: PreTrainedModel) -> Layout:
     Raises:
         ExportError: llama.cpp has no architecture for it; says what to do.
     """
-    name = next((base.__name__ for base in type(model).__mro__ if base.__name__ in _FAMILIES), None)
-    if name is None:
-        raise ExportError(
-            f"{type(model).__name__} cannot be written as GGUF here; what can be: {', '.join(_FAMILIES)}. For others "
-            "take convert_hf_to_gguf.py of llama.cpp, which reads every checkpoint with uniform layers."
-        )
-    config = model.config
-    _check(config, name)
+    config, name = model.config, type(model).__name__.removeprefix(PREFIX)
+    check(config, name)
     layout = _with_shapes(model, *_FAMILIES[name])
     if not layout.is_uniform:
         return _as_deci(layout, name)
@@ -103,8 +99,22 @@ def _as_deci(layout: Layout, name: str) -> Layout:
     return replace(layout, architecture="deci", interleaved=True, heads=heads, kv_heads=kv_heads, widths=widths)
 
 
-def _check(config: PreTrainedConfig, name: str) -> None:
-    """Refuses what llama.cpp would read without an error and compute differently."""
+def check(config: PreTrainedConfig, name: str | None = None) -> None:
+    """Refuses models that cannot be written, and what llama.cpp would read without an error and compute differently.
+
+    Args:
+        config: Configuration of the model.
+        name: Name of its class in Transformers. Default: the one that is made for such a configuration.
+
+    Raises:
+        ExportError: Says what is not understood.
+    """
+    name = name or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)
+    if name not in _FAMILIES:
+        raise ExportError(
+            f"{name} cannot be written as GGUF here; what can be: {', '.join(_FAMILIES)}. For others take "
+            "convert_hf_to_gguf.py of llama.cpp, which reads checkpoints whose layers are alike."
+        )
     if config.hidden_act not in ("silu", "swish"):
         raise ExportError(f"llama.cpp computes the MLP of a {name} with SiLU; this model's is {config.hidden_act!r}.")
     if name == "SmolLM3ForCausalLM":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -13,7 +14,12 @@ from ..loading import load_model, load_tokenizer
 
 
 def load_source(
-    model: str | os.PathLike | PreTrainedModel, tokenizer: Any = None, *, with_tokenizer: bool = True, **kwargs: Any
+    model: str | os.PathLike | PreTrainedModel,
+    tokenizer: Any = None,
+    *,
+    with_tokenizer: bool = True,
+    check: Callable[[PreTrainedConfig], None] | None = None,
+    **kwargs: Any,
 ) -> tuple[PreTrainedModel, Any]:
     """The model to export and its tokenizer.
 
@@ -21,6 +27,7 @@ def load_source(
         model: A folder, an id of the Hub, or a model.
         tokenizer: Tokenizer to use instead of the model's own; a model that is loaded already has none of its own.
         with_tokenizer: Whether the format has no use for a model without tokenizer.
+        check: Raises an error for configurations that cannot be exported, before weights are read.
         kwargs: Given to `from_pretrained`: `dtype`, `trust_remote_code`, ...
 
     Returns:
@@ -36,7 +43,10 @@ def load_source(
     options = {name: kwargs[name] for name in ("revision", "trust_remote_code") if kwargs.get(name)}
     try:
         with gated_errors(str(model)):
-            refuse_quantised(AutoConfig.from_pretrained(model, **options), str(model))
+            config = AutoConfig.from_pretrained(model, **options)
+        refuse_quantised(config, str(model))
+        if check is not None:
+            check(config)
         tokenizer = _checked(load_tokenizer(model, **kwargs) if tokenizer is None else tokenizer, with_tokenizer)
         return load_model(model, **kwargs), tokenizer
     except StructPruneError:

@@ -57,6 +57,9 @@ def test_gguf(tmp_path, capsys):
     assert cli.main(argv) == 2
     assert "hf-structprune: error: The model has no tokenizer" in capsys.readouterr().err
     byte_level().save_pretrained(folder)
+    make_model("gemma2", vocab_size=400).config.save_pretrained(tmp_path / "gemma")
+    assert cli.main(["export", str(tmp_path / "gemma"), *argv[2:]]) == 2  # before weights are looked for
+    assert_one_error_line(capsys.readouterr().err, "Gemma2ForCausalLM cannot be written", "LlamaForCausalLM")
     assert cli.main([*argv, "--json", "--quant", "bf16"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["architecture"] == "llama" and data["matrices"] == {"bf16": 23} and data["notes"] == []

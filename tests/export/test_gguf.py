@@ -1,8 +1,12 @@
 """GGUF files read back: with gguf's own reader, and with Transformers, another implementation of the format."""
 
+import ctypes
 import json
 import shutil
+import sys
+import types
 from collections import namedtuple
+from importlib.machinery import ModuleSpec
 
 import gguf
 import pytest
@@ -308,4 +312,41 @@ def test_bad_arguments(export, tmp_path, monkeypatch):
     model.config.quantization_config = {"quant_method": "gptq"}
     with pytest.raises(ExportError, match=r"The model is quantised \(gptq\)"):
         export(model)
+    assert not list(tmp_path.iterdir())
+
+
+def fake_llama_cpp(monkeypatch, status):
+    """llama-cpp-python, whose quantiser copies the file; returns what it was asked."""
+    calls = []
+
+    def quantise(source, target, parameters):
+        calls.append((GGUFReader(source.decode()), parameters._obj.ftype))
+        shutil.copy(source.decode(), target.decode())
+        return status
+
+    class Parameters(ctypes.Structure):
+        _fields_ = [("ftype", ctypes.c_int)]
+
+    module = types.ModuleType("llama_cpp")
+    module.__spec__ = ModuleSpec("llama_cpp", None)
+    module.llama_model_quantize_default_params, module.llama_model_quantize = Parameters, quantise
+    monkeypatch.setitem(sys.modules, "llama_cpp", module)
+    return calls
+
+
+@pytest.mark.parametrize("dtype, before", [("bfloat16", "BF16"), ("float16", "F16"), ("float32", "F32")])
+def test_llama_cpp_quantises_a_file_that_has_lost_nothing(dtype, before, export, monkeypatch, tmp_path):
+    calls = fake_llama_cpp(monkeypatch, 0)
+    model = model_of("llama").to(getattr(torch, dtype))
+    result, _ = export(model, quant="q4_k_m")
+    ((given, file_type),) = calls
+    assert file_type == 15 and tensors(given)["output.weight"].tensor_type.name == before
+    assert "Rows of 23 of 23 matrices do not divide into the blocks of 256 values of q4_k_m" in result.notes[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+def test_llama_cpp_fails(export, monkeypatch, tmp_path):
+    fake_llama_cpp(monkeypatch, 1)
+    with pytest.raises(ExportError, match="could not quantise whole.gguf"):
+        export(model_of("llama"), quant="q4_0")
     assert not list(tmp_path.iterdir())

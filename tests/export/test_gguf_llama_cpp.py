@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vocabularies import SPLITS, TEXTS, byte_level, sentence_piece
 
 from hf_structprune.data import wikitext2_sample
-from hf_structprune.export.gguf import export_gguf
+from hf_structprune.export.gguf import QUANTISED, export_gguf
 from hf_structprune.structure import ModelStructure
 
 
@@ -100,17 +100,21 @@ def test_the_same_tokens(split, runtime, tmp_path):
 
 
 @pytest.fixture(scope="module", params=["pruned_smollm2", "per_layer_smollm2"])
-def exported(request, tmp_path_factory):
-    """The model in half precision, as Transformers has it and as a file; its weights fit half precision exactly."""
-    folder = request.getfixturevalue(request.param)
+def folder(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def real(folder, tmp_path_factory):
+    """The model and its tokenizer in Transformers, and the file; its weights fit half precision exactly."""
     file = export_gguf(folder, tmp_path_factory.mktemp("gguf") / "m.gguf").path
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(folder), file
 
 
 @pytest.mark.slow
-def test_a_real_model_answers_the_same(exported, runtime):
-    model, tokenizer, file = exported
+def test_a_real_model_answers_the_same(real, runtime):
+    model, tokenizer, file = real
     llama = runtime(file)
     for prompt in PROMPTS:
         tokens = tokenizer(prompt, return_tensors="pt").input_ids
@@ -120,18 +124,32 @@ def test_a_real_model_answers_the_same(exported, runtime):
 
 
 @pytest.mark.slow
-def test_a_real_model_has_the_same_perplexity(exported, runtime):
-    """Two windows of 96 tokens, the same in both."""
-    model, tokenizer, file = exported
-    llama, losses = runtime(file), {"transformers": [], "llama.cpp": []}
+def test_a_real_model_has_the_same_perplexity(real, runtime):
+    ours, theirs = perplexities(*real[:2], runtime(real[2]))
+    print(f"perplexity: Transformers {ours:.3f}, llama.cpp {theirs:.3f}, {real[2].stat().st_size / 1e6:.1f} MB")
+    assert theirs == pytest.approx(ours, rel=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quant, bound", [("q8_0", 0.01), ("q4_0", 0.3), ("q4_k_m", 0.15)])
+def test_quantised(quant, bound, pruned_smollm2, runtime, tmp_path):
+    if quant in QUANTISED:
+        pytest.importorskip("llama_cpp")
+    result = export_gguf(pruned_smollm2, tmp_path / "m.gguf", quant=quant)
+    model = AutoModelForCausalLM.from_pretrained(pruned_smollm2, dtype=torch.float32).eval()
+    ours, theirs = perplexities(model, AutoTokenizer.from_pretrained(pruned_smollm2), runtime(result.path))
+    print(f"perplexity: Transformers {ours:.3f}, {quant} {theirs:.3f}, {result.size / 1e6:.1f} MB, {result}")
+    assert theirs == pytest.approx(ours, rel=bound)
+
+
+def perplexities(model, tokenizer, llama, length=96):
+    """Of two windows of WikiText-2 in Transformers and in llama.cpp, letters of one byte alone."""
     text = wikitext2_sample().read_text(encoding="utf-8")[:20_000].encode("ascii", "ignore").decode()
-    tokens = tokenizer(text).input_ids
+    tokens, losses = tokenizer(text).input_ids, ([], [])
     for start in (500, 2500):
-        window = tokens[start : start + 96]
+        window = tokens[start : start + length]
         with torch.no_grad():
             scores = model(torch.tensor([window])).logits[0, :-1].double().log_softmax(-1)
-        losses["transformers"] += [-row[token].item() for row, token in zip(scores, window[1:], strict=True)]
-        losses["llama.cpp"] += [-value for value in llama.likelihoods(window)]
-    ours, theirs = (math.exp(sum(values) / len(values)) for values in losses.values())
-    print(f"perplexity: Transformers {ours:.4f}, llama.cpp ({runtime.package}) {theirs:.4f}")
-    assert theirs == pytest.approx(ours, rel=2e-3)
+        losses[0].extend(-row[token].item() for row, token in zip(scores, window[1:], strict=True))
+        losses[1].extend(-value for value in llama.likelihoods(window))
+    return [math.exp(sum(values) / len(values)) for values in losses]
