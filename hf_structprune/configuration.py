@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .alignment import check_align_to, check_step, multiple_of
 from .calibration_configuration import CalibrationConfig
 from .checks import check_choice, check_int, check_keys, is_number
 from .errors import ConfigurationError
@@ -82,6 +83,10 @@ class PruningConfig:
             than asked go (as LLM-Pruner does).
         round_to (`int`, *optional*): Kept MLP widths are multiples of this. `None`: a power of two that suits the
             hardware, at most 1/32 of the width and at most 128. `1`: exact ratios.
+        align_to (`str` or `int`, *optional*): Widths for what comes after pruning: what is left of MLP widths, of
+            query heads times the size of a head, and of the hidden size is a multiple of this number, or of what a
+            name stands for: `"gptq-128"`, `"gptq-64"`, `"gptq-32"`; `"awq-..."` with the same sizes; `"gguf-256"`
+            (llama.cpp's k-quants), `"gguf-32"`; `"tensor-cores"` (64). Only what is cut can be aligned.
         iterative_steps (`int`): Cut in so many equal steps, with statistics computed again at each.
         gradient_checkpointing (`bool`): Save memory in the backward pass of gradient criteria.
         seed (`int`): Seed of everything random.
@@ -111,6 +116,7 @@ class PruningConfig:
     attention_ratio: float | None = None
     mlp_ratio: float | None = None
     round_to: int | None = None
+    align_to: str | int | None = None
     iterative_steps: int = 1
     gradient_checkpointing: bool = False
     seed: int = 0
@@ -141,6 +147,7 @@ class PruningConfig:
         check_int("iterative_steps", self.iterative_steps, 1)
         if self.round_to is not None:
             check_int("round_to", self.round_to, 1)
+        self._check_alignment()
         self._check_layers()
         check_depth(self)
 
@@ -157,6 +164,18 @@ class PruningConfig:
             raise ConfigurationError(f"`attention_ratio` is given, but `units` is {self.units}: no heads in it.")
         if self.mlp_ratio is not None and "mlp_neurons" not in self.units:
             raise ConfigurationError(f"`mlp_ratio` is given, but `units` is {self.units}: no 'mlp_neurons' in it.")
+
+    def _check_alignment(self) -> None:
+        self.align_to = check_align_to(self.align_to)
+        check_step(self.round_to, self.align_to)
+        multiple = multiple_of(self.align_to)
+        if self.hidden_size is not None and type(self.hidden_size) is int and self.hidden_size % multiple:
+            lower = self.hidden_size // multiple * multiple
+            nearest = " or ".join(str(size) for size in (lower, lower + multiple) if size)
+            raise ConfigurationError(
+                f"`hidden_size` is {self.hidden_size}, which is not a multiple of {multiple} (`align_to` is "
+                f"{self.align_to!r}); the nearest that is: {nearest}."
+            )
 
     def _check_layers(self) -> None:
         if self.layers is not None and self.layer_range is not None:

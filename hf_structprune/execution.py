@@ -93,7 +93,9 @@ class Execution:
             if kind == "query_heads":
                 counts[layer, kind] //= counts[layer, "kv_groups"]
         plan, dense = self._plan, self._dense if self._plan.hidden else None
-        result = describe(self.model, self._inner, counts, ratio, plan.layout, plan.dropped, plan.hidden, dense)
+        result = describe(
+            self.model, self._inner, counts, ratio, plan.layout, plan.dropped, plan.hidden, dense, self.config.align_to
+        )
         for group in result.groups:
             group.kept = self._stay[group.layer, group.kind].tolist()
         return result

@@ -47,6 +47,7 @@ class PruningPlan:
         hidden: The residual stream; `None` if it stays as wide as it is.
         num_layers: Decoder layers before.
         removed: Parameters that go, by kind of unit.
+        warnings: Widths that later tools will refuse or run slowly.
     """
 
     ratio_requested: float | None
@@ -65,6 +66,7 @@ class PruningPlan:
     hidden: HiddenPlan | None = None
     num_layers: int = 0
     removed: dict[str, int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     @classmethod
     def from_counts(
@@ -227,6 +229,8 @@ class PruningPlan:
             table.add_row("all", name, before, after)
         for note in self.notes:
             table.add_row("", f"note: {note}", "", "")
+        for warning in self.warnings:
+            table.add_row("", f"warning: {warning}", "", "")
         return table
 
 

@@ -20,6 +20,7 @@ from .depth import DepthChoice, choose_depth
 from .depth.removal import Unit
 from .errors import CheckpointError, ConfigurationError, RatioError, UnsupportedModelError
 from .hidden import hidden_group, shrunk_config_model
+from .input_widths import warnings_of
 from .knowledge import Knowledge, sensitivities
 from .layout import expressible_heads, target_of
 from .plan import PruningPlan
@@ -74,8 +75,9 @@ class Planner:
                 self.head_counts = expressible_heads(shell, inner, self.config.layout)
             counts = self._widths(whole, ratio, known, dropped, target)
         plan = describe(
-            self.model, inner, counts, ratio, self.config.layout, dropped, hidden, self.structure if hidden else None
-        )
+            self.model, inner, counts, ratio, self.config.layout, dropped, hidden, self.structure if hidden else None,
+            self.config.align_to,
+        )  # fmt: skip
         target_of(shell, inner, plan)  # raises if no checkpoint could hold the result
         return plan
 
@@ -218,6 +220,7 @@ def describe(
     dropped: Dropped | None = None,
     hidden: HiddenPlan | None = None,
     dense: ModelStructure | None = None,
+    align_to: str | int | None = None,
 ) -> PruningPlan:
     """The plan of decisions that have been made.
 
@@ -230,13 +233,16 @@ def describe(
         dropped: Layers and sublayers that go.
         hidden: The decision for the hidden size.
         dense: Structure before the hidden size was cut, if it was.
+        align_to: What widths were to be multiples of.
     """
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    return PruningPlan.from_counts(
+    plan = PruningPlan.from_counts(
         inner, counts, model_type=model.config.model_type, layout=layout, ratio_requested=ratio,
         bytes_per_parameter=size / sum(p.numel() for p in model.parameters()), dropped=dropped, hidden=hidden,
         dense=dense,
     )  # fmt: skip
+    plan.warnings = warnings_of(inner, plan, hidden.before if hidden else model.config.hidden_size, align_to)
+    return plan
 
 
 def removed_by(dropped: Dropped, structure: ModelStructure) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from ..alignment import multiple_of, step_of
 from ..configuration import PruningConfig
 from ..errors import ConfigurationError, RatioError
 from ..hidden import HiddenGroup
@@ -35,10 +36,8 @@ def check_ratio(ratio: float | None, config: PruningConfig) -> None:
 
 
 def hidden_step(size: int, config: PruningConfig) -> int:
-    """Hidden sizes are multiples of this: `round_to`, else a power of two, at most 1/16 of the size and 128."""
-    if config.round_to is not None:
-        return config.round_to
-    return min(128, 2 ** int(math.log2(max(1, size // 16))))
+    """Hidden sizes are multiples of this: as configured, else a power of two, at most 1/16 of the size and 128."""
+    return step_of(config.round_to, config.align_to, min(128, 2 ** int(math.log2(max(1, size // 16)))))
 
 
 def hidden_sizes_for(group: HiddenGroup, parameters: float, config: PruningConfig) -> list[int]:
@@ -46,12 +45,19 @@ def hidden_sizes_for(group: HiddenGroup, parameters: float, config: PruningConfi
 
     Raises:
         RatioError: Even the smallest size removes too few.
+        ConfigurationError: No smaller size is aligned.
     """
     step = hidden_step(group.size, config)
+    if config.align_to is not None and step >= group.size:
+        raise ConfigurationError(
+            f"`align_to` is {config.align_to!r}, but no hidden size below the model's own, {group.size}, is a "
+            f"multiple of {step}."
+        )
     if parameters > (group.size - step) * group.unit_parameters:
         raise RatioError(
             f"{parameters:,.0f} parameters are to go by the hidden size, which can take at most "
             f"{(group.size - step) * group.unit_parameters:,}. Ask for less."
         )
     wanted = group.size - parameters / group.unit_parameters
-    return sorted({*range(step, group.size, step), group.size}, key=lambda size: (abs(size - wanted), -size))
+    whole = {group.size} if group.size % multiple_of(config.align_to) == 0 else set()
+    return sorted({*range(step, group.size, step), *whole}, key=lambda size: (abs(size - wanted), -size))

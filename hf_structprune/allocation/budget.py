@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from ..alignment import multiple_of, step_of
 from ..configuration import PruningConfig
 from ..decisions import Dropped, is_dropped
 from ..errors import ConfigurationError, RatioError, UnsupportedModelError
@@ -38,9 +39,7 @@ class Budget:
         self.attentions = [
             layer
             for layer in self.layers
-            if layer.attention
-            and not is_dropped(dropped, layer.index, "attention")
-            and self.attention_options(layer)[1:]
+            if layer.attention and not is_dropped(dropped, layer.index, "attention") and self._expressible(layer)[1:]
         ]
         self.mlps = [
             group
@@ -56,6 +55,26 @@ class Budget:
                 f"`units` is {config.units}, but the layers that may be cut have {sorted(available) or 'none'}. "
                 f"{'; '.join(structure.notes)}"
             )
+        if config.align_to is not None:
+            self._check_alignment()
+
+    def _check_alignment(self) -> None:
+        """Refuses an alignment that nothing which can be kept has; says what can."""
+        wanted = f"`align_to` is {self.config.align_to!r}, a multiple of {self._multiple}"
+        for group in self.mlps:
+            if self.step(group) > group.num_units:
+                raise ConfigurationError(
+                    f"{wanted}, but the MLP of layer {group.layer} is only {group.num_units} wide: take a smaller one."
+                )
+        for layer in self.attentions:
+            if not self.attention_options(layer):
+                size = layer.attention.head_dim
+                counts = sorted({kv * rep for kv, rep in self._expressible(layer)})
+                widths = ", ".join(f"{count} x {size} = {count * size}" for count in counts)
+                raise ConfigurationError(
+                    f"{wanted}, but no number of heads that layer {layer.index} can keep has such a width: {widths}. "
+                    "Take an `align_to` that divides one of these, or cut other `units`."
+                )
 
     def target(self, ratio: float | None) -> int:
         """Parameters to remove for a share of all parameters; checks that so many can go."""
@@ -95,15 +114,28 @@ class Budget:
 
     def step(self, group: CoupledGroup) -> int:
         """Kept MLP widths are multiples of this."""
-        if self.config.round_to is not None:
-            return min(self.config.round_to, group.num_units)
-        return min(128, 2 ** int(math.log2(max(1, group.num_units // 32))))
+        config = self.config
+        step = step_of(config.round_to, config.align_to, min(128, 2 ** int(math.log2(max(1, group.num_units // 32)))))
+        return step if config.align_to is not None else min(step, group.num_units)
 
     def smallest_width(self, group: CoupledGroup) -> int:
         return self.step(group)
 
+    def largest_width(self, group: CoupledGroup) -> int:
+        """The whole width, or the largest that is aligned."""
+        return group.num_units // self._multiple * self._multiple
+
+    @property
+    def _multiple(self) -> int:
+        return multiple_of(self.config.align_to)
+
     def attention_options(self, layer: LayerStructure) -> list[tuple[int, int]]:
-        """Allowed (KV groups, query heads in each) of a layer, the whole layer first."""
+        """Allowed (KV groups, query heads in each) of a layer, those first that keep most."""
+        size = layer.attention.head_dim if layer.attention else 0
+        return [(kv, rep) for kv, rep in self._expressible(layer) if kv * rep * size % self._multiple == 0]
+
+    def _expressible(self, layer: LayerStructure) -> list[tuple[int, int]]:
+        """Pairs that a checkpoint can have, the whole layer first."""
         shape, units = layer.attention, self.config.units
         if shape is None:
             return []

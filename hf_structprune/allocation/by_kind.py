@@ -20,16 +20,16 @@ def allocate_by_kind(budget: Budget) -> Counts:
             kv_heads = max(1, kv_heads - _whole_heads(kv_heads, shape.head_dim, ratio))
         else:
             rep = max(1, rep - _whole_heads(rep, shape.head_dim, ratio))
-        # Where a checkpoint cannot express the count, the next larger one that it can.
-        kv_heads, rep = min(
-            (o for o in budget.attention_options(layer) if o[0] >= kv_heads and o[1] >= rep), key=lambda o: o[0] * o[1]
-        )
+        # Where a checkpoint cannot express the count, the next larger one that it can; or the largest that is aligned.
+        options = budget.attention_options(layer)
+        larger = [o for o in options if o[0] >= kv_heads and o[1] >= rep]
+        kv_heads, rep = min(larger, key=lambda o: o[0] * o[1]) if larger else max(options, key=lambda o: o[0] * o[1])
         counts.update(budget.keep_heads(layer, kv_heads, rep))
     ratio = budget.config.mlp_ratio
     for group in budget.mlps if ratio else ():
         step = budget.step(group)
         width = int(group.num_units * (1 - ratio))
-        width = max(step, round(width / step) * step)
+        width = min(max(step, round(width / step) * step), budget.largest_width(group))
         if width < group.num_units:
             counts[group.layer, group.kind] = width
     return counts

@@ -68,7 +68,7 @@ def _rounded(budget: Budget, groups, target: int, removed: dict[tuple[int, str],
         step = budget.step(group)
         share = error / (len(mlps) - number)
         ideal = group.num_units - removed[group.layer, group.kind] - share / group.unit_parameters
-        width = min(max(round(ideal / step) * step, budget.smallest_width(group)), group.num_units)
+        width = min(max(round(ideal / step) * step, budget.smallest_width(group)), budget.largest_width(group))
         counts[group.layer, group.kind] = width
         error -= (group.num_units - removed[group.layer, group.kind] - width) * group.unit_parameters
     whole = {(g.layer, g.kind): g.num_units for g in groups}

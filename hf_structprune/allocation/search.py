@@ -29,7 +29,7 @@ def allocate_search(budget: Budget, target: int, sensitivity: dict[tuple[int, st
     if sensitivity is None:
         raise ConfigurationError("allocation='search' needs the sensitivities of all groups.")
     groups = budget.mlps + [layer.group("kv_groups") for layer in budget.attentions]
-    counts: Counts = {(g.layer, g.kind): g.num_units for g in groups}
+    counts: Counts = {(g.layer, g.kind): _largest_count(budget, g) for g in groups}
     for cap in (_CAP, 1.0):
         removed = sum((g.num_units - counts[g.layer, g.kind]) * g.unit_parameters for g in groups)
         _greedy(budget, groups, counts, target - removed, sensitivity, cap)
@@ -62,6 +62,13 @@ def _greedy(budget: Budget, groups, counts: Counts, left: float, sensitivity, ca
         counts[group.layer, group.kind] = smaller
         left -= saved
         offer(number)
+
+
+def _largest_count(budget: Budget, group) -> int:
+    """All units, or as many as are aligned."""
+    if group.kind == "mlp_neurons":
+        return budget.largest_width(group)
+    return max(o[0] for o in budget.attention_options(budget.structure.layers[group.layer]))
 
 
 def _next_count(budget: Budget, group, now: int) -> int | None:

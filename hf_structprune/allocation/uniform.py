@@ -52,16 +52,18 @@ def _attention(budget: Budget, target: int, share: float, mlp_limit: int) -> tup
 
 
 def _mlp(budget: Budget, target: int) -> Counts:
-    if not budget.mlps or target <= 0:
+    aligned = all(budget.largest_width(group) == group.num_units for group in budget.mlps)
+    if not budget.mlps or (target <= 0 and aligned):
         return {}
+    target = max(0, target)
     per_layer = budget.config.layout == "per_layer"
     share = target / sum(g.num_units * g.unit_parameters for g in budget.mlps)
     counts: Counts = {}
     if not per_layer:
         for group in budget.mlps:
             step = budget.step(group)
-            width = round(group.num_units * (1 - share) / step) * step
-            counts[group.layer, group.kind] = min(max(width, budget.smallest_width(group)), group.num_units)
+            width = max(round(group.num_units * (1 - share) / step) * step, budget.smallest_width(group))
+            counts[group.layer, group.kind] = min(width, budget.largest_width(group))
     else:
         counts = _spread_widths(budget, target, share)
     whole = {(g.layer, g.kind): g.num_units for g in budget.mlps}
@@ -74,13 +76,13 @@ def _spread_widths(budget: Budget, target: int, share: float) -> Counts:
     for group in budget.mlps:
         step = budget.step(group)
         width = -int(-group.num_units * (1 - share) // step) * step  # up: less is removed than asked
-        width = min(width, group.num_units)
+        width = min(width, budget.largest_width(group))
         counts[group.layer, group.kind] = width
         removed += (group.num_units - width) * group.unit_parameters
         lower = max((width - 1) // step * step, budget.smallest_width(group))
         steps.append((group, lower, (width - lower) * group.unit_parameters))
     mean = sum(cost for *_, cost in steps) / len(steps)
-    extra = min(round((target - removed) / mean), len(steps)) if mean else 0
+    extra = min(max(0, round((target - removed) / mean)), len(steps)) if mean else 0
     for (group, lower, _), one_more in zip(steps, spread(extra, len(steps)), strict=True):
         if one_more:
             counts[group.layer, group.kind] = lower

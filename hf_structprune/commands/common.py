@@ -200,7 +200,7 @@ def default_window(model: PreTrainedModel, protocol: str = "paper") -> int:
 
 def plan_summary(plan: PruningPlan) -> dict[str, Any]:
     """The figures of a plan, without the list of its groups."""
-    names = ("ratio_requested", "ratio", "layout", "dropped", "removed")
+    names = ("ratio_requested", "ratio", "layout", "dropped", "removed", "warnings")
     sizes = [f"{name}_{when}" for name in ("parameters", "bytes", "macs") for when in ("before", "after")]
     return {name: getattr(plan, name) for name in (*names, *sizes)}
 

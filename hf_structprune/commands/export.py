@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 FORMATS = {
     "gguf": ("hf_structprune.export.gguf", "export_gguf"),
     "onnx": ("hf_structprune.export.onnx", "export_onnx"),
+    "deci": ("hf_structprune.export.deci", "export_deci"),
 }
 _OF_THE_COMMAND = ("model", "format", "output", "overwrite", "json")
 
@@ -32,11 +33,12 @@ class ExportArguments:
 
     Args:
         model (`str`): The checkpoint: a folder, or an id of the Hub.
-        format (`str`): `gguf` (llama.cpp), `onnx` (ONNX Runtime).
+        format (`str`): `gguf` (llama.cpp), `onnx` (ONNX Runtime), or `deci` (vLLM, layers that are not alike).
         output (`str`): File or folder to write; what a format needs is said by its error.
         overwrite (`bool`): Replace what is there.
         quant (`str`, *optional*): gguf: type of the weights, such as f16, bf16, f32, q8_0, q4_k_m. Default: f16.
         dtype (`str`, *optional*): onnx: fp32 or fp16, of weights and arithmetic. Default: fp32.
+        pad (`bool`): deci: add heads and neurons of zeros where a layer does not fit the format.
         trust_remote_code (`bool`): Run modelling code that comes with the model.
         json (`bool`): Print one JSON object and nothing else on stdout.
     """
@@ -47,6 +49,7 @@ class ExportArguments:
     overwrite: bool = False
     quant: str | None = None
     dtype: str | None = None
+    pad: bool = False
     trust_remote_code: bool = False
     json: bool = False
 

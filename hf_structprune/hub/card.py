@@ -214,6 +214,7 @@ def _making(contents: Contents, origin: Origin | None) -> dict[str, Any]:
         "versions": ", ".join(f"{library} {number}" for library, number in versions.items()),
         "package_version": versions.get("hf_structprune", ""),
         "notes": plan.notes,
+        "warnings": plan.warnings,
         "in_python": making_in_python(*code),
         "on_the_command_line": making_on_the_command_line(*code),
         "configuration": full_configuration(public),
