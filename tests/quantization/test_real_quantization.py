@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, pruned and quantised, loaded in a fresh process by Transformers: perplexity of a short text."""
+"""SmolLM2-135M-Instruct, pruned and quantised, loaded in a fresh process by Transformers: perplexity of a text."""
 
 import json
 import os
