@@ -16,7 +16,7 @@ from hf_structprune import CalibrationConfig, QuantizationConfig, quantize
 
 pytestmark = pytest.mark.slow
 
-# Perplexity over that of the model before. Measured: nf4 1.32, int8 of bitsandbytes 0.996. This model is small, and its
+# Perplexity over that of the model before. Measured: nf4 1.32, bitsandbytes int8 0.996. This model is small, and its
 # weights were rounded to 4 bits of another kind before; a corrupt checkpoint is off by factors of a thousand.
 BOUNDS = {
     ("bitsandbytes", 4): 1.45,
