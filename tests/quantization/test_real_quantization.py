@@ -12,6 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_structprune import CalibrationConfig, QuantizationConfig, quantize
+from hf_structprune.quantization.backends import BACKENDS
+from hf_structprune.quantization.configuration import METHODS
 
 
 pytestmark = pytest.mark.slow
@@ -26,7 +28,8 @@ BOUNDS = {
     ("awq", 4): 1.3,
     ("auto-round", 4): 1.3,
 }
-PACKAGES = {"gptq": "gptqmodel", "awq": "gptqmodel", "auto-round": "auto_round"}
+CALIBRATED = ("gptq", "awq", "auto-round")
+PACKAGES = {method: BACKENDS[method].packages[0] for method in METHODS}
 PROGRAM = """
 import json, math, sys
 import torch
@@ -75,6 +78,9 @@ def in_float32(tmp_path):
 
 
 def check(source, tmp_path, methods, per_layer):
+    for method, _ in methods:
+        if find_spec(PACKAGES[method]) is None:
+            pytest.skip(f"needs {PACKAGES[method]}")
     calibration = CalibrationConfig(num_samples=8, length=128)
     folders = [source]
     for method, bits in methods:
@@ -97,9 +103,7 @@ def test_per_layer_checkpoints(per_layer_smollm2, in_float32, tmp_path):
     check(in_float32(per_layer_smollm2), tmp_path, QUICK, per_layer=True)
 
 
-@pytest.mark.parametrize("method", PACKAGES)
+@pytest.mark.parametrize("method", CALIBRATED)
 def test_methods_with_calibration(method, pruned_smollm2, in_float32, tmp_path, monkeypatch):
     monkeypatch.setenv("GPTQMODEL_DISABLE_PACK_EXT", "1")  # compiling it takes longer than packing without it
-    if find_spec(PACKAGES[method]) is None:
-        pytest.skip(f"needs {PACKAGES[method]}: minutes to install or to run")
     check(in_float32(pruned_smollm2), tmp_path, [(method, 4)], per_layer=False)
