@@ -1,0 +1,114 @@
+"""GPTQ: columns are rounded one after the other, later ones make up for it. https://huggingface.co/papers/2210.17323"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from ..errors import UnsupportedModelError
+from ..files import write_text
+from .backend import Backend, Save, device_of
+from .calibrating import calibration_rows
+from .configuration import QuantizationConfig
+from .groups import check_groups
+from .source import Source
+
+
+# Weights are packed into words of so many bits, along the inputs and, for zero points, along the outputs.
+_WORD = 32
+
+
+class GptqModelBackend(Backend):
+    """What both methods of GPTQModel share. Transformers loads the result through Optimum and GPTQModel."""
+
+    packages = libraries = ("gptqmodel", "optimum")
+    extra = "gptq"
+
+    def check(self, source: Source, config: QuantizationConfig) -> None:
+        super().check(source, config)
+        check_groups(source, config.group_size)
+        for name, shape in source.linears.items():
+            if any(width % _WORD for width in shape):
+                raise UnsupportedModelError(
+                    f"{name} has {shape[0]} outputs and {shape[1]} inputs; GPTQModel packs weights where both are "
+                    f"multiples of {_WORD}: choose bitsandbytes, or prune with `PruningConfig(align_to={_WORD})`."
+                )
+        if source.per_layer:
+            raise UnsupportedModelError(
+                f"{source.name} has layers of different widths, which GPTQModel builds all alike: quantise it with "
+                "bitsandbytes or torchao, or prune with `layout='uniform'`."
+            )
+
+    def settings(self, config: QuantizationConfig) -> dict[str, Any]:
+        """Arguments of GPTQModel's `QuantizeConfig`."""
+        return {"bits": config.bits, "group_size": config.group_size, "sym": config.sym}
+
+    def kernel(self, config: QuantizationConfig) -> str:
+        """The kernel that packs the weights, by GPTQModel's name."""
+        return "auto"
+
+    def dtype(self, source: Source) -> torch.dtype:
+        """The dtype of what is not quantised."""
+        return source.shapes.dtype
+
+    def run(self, source: Source, config: QuantizationConfig, tokenizer: Any) -> Save:
+        _enough_workers()
+        from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+
+        rows = calibration_rows(source, config, tokenizer)
+        model = GPTQModel.load(
+            source.name, QuantizeConfig(**self.settings(config), device=device_of(config)),
+            trust_remote_code=source.trust_remote_code, dtype=self.dtype(source),
+        )  # fmt: skip
+        model.quantize(
+            [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows.tolist()],
+            batch_size=config.calibration.batch_size, tokenizer=copy.deepcopy(tokenizer),
+            backend=BACKEND(self.kernel(config)),
+        )  # fmt: skip
+
+        def save(path: Path) -> None:
+            model.save(str(path))
+            _restore(path, source, self.dtype(source))
+
+        return save
+
+
+def _restore(path: Path, source: Source, dtype: torch.dtype) -> None:
+    """Puts back what GPTQModel changes: it sets a padding token, and names a temporary folder of this machine."""
+    config = copy.deepcopy(source.shapes.config)
+    config.dtype = dtype
+    written = json.loads((path / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    config.quantization_config = _without_paths(written)
+    config.save_pretrained(path)
+    file = path / "quantize_config.json"
+    if file.is_file():
+        content = _without_paths(json.loads(file.read_text(encoding="utf-8")))
+        write_text(file, json.dumps(content, indent=2) + "\n")
+    try:
+        GenerationConfig.from_pretrained(source.name).save_pretrained(path)
+    except OSError:  # the model has none, and Transformers makes one from its configuration
+        (path / "generation_config.json").unlink(missing_ok=True)
+
+
+def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:
+    meta = {key: value for key, value in settings.get("meta", {}).items() if not key.endswith("_path")}
+    return {**settings, "meta": meta}
+
+
+def _enough_workers() -> None:
+    """GPTQModel 7.6 starts half as many threads as there are cores and wants two: with two cores that fails."""
+    if (os.cpu_count() or 1) < 4:
+        os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+
+
+class Gptq(GptqModelBackend):
+    """GPTQ through GPTQModel, on a CPU too."""
+
+    def settings(self, config: QuantizationConfig) -> dict[str, Any]:
+        return {**super().settings(config), "quant_method": "gptq", "desc_act": config.desc_act}
