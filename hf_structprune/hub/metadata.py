@@ -15,8 +15,10 @@ from .origin import TAGS, Origin, base_metadata, is_file
 from .recovery import dataset_names
 
 
-# Of the Hub's values (finetune, quantized, merge, adapter) the one for weights derived from others in full precision.
-RELATION = "finetune"
+# Of the Hub's values (finetune, quantized, merge, adapter), of which a card can have one: the one for weights derived
+# from others in full precision, and the one that the Hub itself infers where weights are quantised.
+RELATION, QUANTISED_RELATION = "finetune", "quantized"
+QUANTISED_TAG = "quantized"
 _SAMPLE = ["Salesforce/wikitext", "allenai/c4"]
 # Metadata that is made anew each time; whatever else a card has is kept.
 _MADE_ANEW = ("model-index", "base_model", "base_model_relation", "library_name", "pipeline_tag", "tags", "datasets")
@@ -32,6 +34,7 @@ def make_metadata(
     base_first: bool = False,
     recovery: dict[str, Any] | None = None,
     ratio: float | None = None,
+    quantised: bool = False,
 ) -> ModelCardData:
     """The metadata of a card.
 
@@ -45,19 +48,21 @@ def make_metadata(
         base_first: Take licence and language from the base model even if the replaced card has others.
         recovery: The report of its recovery, whose data sets are named.
         ratio: The ratio that was asked for.
+        quantised: Whether its weights are quantised.
     """
     kept = {key: value for key, value in known.items() if key not in _MADE_ANEW}
     base = base_metadata(origin) if origin is not None else {}
     used = [*_datasets(config, ratio), *_trained_on(recovery)]
+    tags = [*TAGS, *([QUANTISED_TAG] if quantised else [])]
     fields: dict[str, Any] = {
         **({**kept, **base} if base_first else {**base, **kept}),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": list(dict.fromkeys([*TAGS, *(known.get("tags") or [])])),
+        "tags": list(dict.fromkeys([*tags, *(known.get("tags") or [])])),
         "datasets": list(dict.fromkeys([*used, *(known.get("datasets") or [])])) or None,
     }
     if origin is not None and origin.on_hub:
-        fields |= {"base_model": origin.name, "base_model_relation": RELATION}
+        fields |= {"base_model": origin.name, "base_model_relation": QUANTISED_RELATION if quantised else RELATION}
     entries = model_index(result) if result is not None else []
     if entries:
         fields |= {"model_name": name.rsplit("/", 1)[-1], "eval_results": entries}

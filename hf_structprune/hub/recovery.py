@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, ConfigurationError
+from ..errors import ConfigurationError
 from ..recovery.configuration import DistillationConfig, RecoveryConfig
+from .reports import read_json
 from .snippets import changed_options
 
 
@@ -30,16 +30,7 @@ def read_report(folder: Path) -> dict[str, Any] | None:
     Raises:
         CheckpointError: It cannot be read, or is of another version.
     """
-    path = folder / RECOVERY_NAME
-    if not path.is_file():
-        return None
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        if report["schema_version"] == SCHEMA_VERSION:
-            return report
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error!r}") from error
-    raise CheckpointError(f"{path} is of version {report['schema_version']}; this package reads {SCHEMA_VERSION}.")
+    return read_json(folder / RECOVERY_NAME, SCHEMA_VERSION)
 
 
 def card_section(report: dict[str, Any], *, picture: str | None = PICTURE_NAME) -> str:

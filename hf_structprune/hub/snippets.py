@@ -18,19 +18,24 @@ model = AutoModelForCausalLM.from_pretrained("{name}"{options})
 tokenizer = AutoTokenizer.from_pretrained("{name}")"""
 
 
-def loading(name: str, per_layer: bool) -> list[tuple[str, str]]:
+def loading(name: str, per_layer: bool, method: str | None = None) -> list[tuple[str, str]]:
     """Ways to load a checkpoint, each with a sentence about it.
 
     Args:
         name: Hub id or folder.
         per_layer: Whether its layers differ in width.
+        method: What its weights were quantised with, if they were.
     """
     plain = _LOAD.format(name=name, options="")
+    needs = "" if method is None else f"Its quantised weights need `pip install {BACKENDS[method]}`. "
     if not per_layer:
-        return [("It is a plain Transformers checkpoint; nothing else has to be installed:", plain)]
+        nothing = (
+            "nothing else has to be installed" if method is None else "nothing of this package has to be installed"
+        )
+        return [(f"{needs}It is a plain Transformers checkpoint; {nothing}:", plain)]
     return [
         (
-            "Its layers are not alike, which Transformers reads but does not build by itself yet. With "
+            f"{needs}Its layers are not alike, which Transformers reads but does not build by itself yet. With "
             "`pip install hf-structprune`:",
             f"import hf_structprune  # before the model is loaded\n{plain}",
         ),
@@ -50,16 +55,13 @@ def recovering(name: str, per_layer: bool) -> str:
     )
 
 
-def quantising(name: str, per_layer: bool) -> str:
-    """Lines that load the model in 4 bits with bitsandbytes, and with GPTQ."""
-    first = "import hf_structprune  # before the model is loaded\n" if per_layer else ""
-    return (
-        f"{first}from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPTQConfig\n\n"
-        "bits = BitsAndBytesConfig(load_in_4bit=True)\n"
-        '# or: GPTQConfig(bits=4, dataset="c4", tokenizer=AutoTokenizer.from_pretrained('
-        f'"{name}"))\n'
-        f'model = AutoModelForCausalLM.from_pretrained("{name}", quantization_config=bits)'
-    )
+def quantising(name: str) -> str:
+    """Commands that quantise the model."""
+    lines = [
+        f"hf-structprune quantize {name} --method {method} --bits 4 --output-dir quantised"
+        for method in ("bitsandbytes", "gptq")
+    ]
+    return "\n# or, calibrated:\n".join(lines)
 
 
 def config_expression(config: PruningConfig) -> str:

@@ -1,0 +1,68 @@
+"""The section "Quantised" of a model card: what `quantization.json` says, in words."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from .reports import read_json
+
+
+QUANTIZATION_NAME = "quantization.json"
+SCHEMA_VERSION = 1
+BEGIN, END = "<!-- quantisation, by hf_structprune -->", "<!-- end of quantisation -->"
+
+
+def read_quantization(folder: Path) -> dict[str, Any] | None:
+    """The `quantization.json` of a folder; `None` where there is none.
+
+    Raises:
+        CheckpointError: It cannot be read, or is of another version.
+    """
+    return read_json(folder / QUANTIZATION_NAME, SCHEMA_VERSION)
+
+
+def card_section(report: dict[str, Any]) -> str:
+    """The section "Quantised" in Markdown, between two comments by which it can be found and replaced.
+
+    Args:
+        report: The content of `quantization.json`.
+    """
+    lines = [f"* {name}: {text}" for name, text in _facts(report) if text]
+    lines += [f"* {note}" for note in report.get("notes") or []]
+    parts = [BEGIN, "## Quantised", _sizes(report), "\n".join(lines)]
+    return "\n\n".join([*(part for part in parts if part), f"```bash\n{quantize_command(report)}\n```", END])
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The same in one sentence."""
+    return f"Its weights were then quantised to {report['bits']} bits with {report['method']}, see Quantised."
+
+
+def quantize_command(report: dict[str, Any]) -> str:
+    """The command that does the same again."""
+    from ..quantization.configuration import QuantizationConfig
+    from .snippets import changed_options
+
+    words = ["hf-structprune", "quantize", report.get("model") or "MODEL", "--output-dir", "quantised"]
+    config = QuantizationConfig.from_dict(report["configuration"])
+    return shlex.join([*words, "--method", config.method, *changed_options(config)])
+
+
+def _sizes(report: dict[str, Any]) -> str:
+    """`"The weights take 155.1 MB; they took 431.9 MB before."`"""
+    weights = report.get("weights") or {}
+    after, before = weights.get("bytes"), weights.get("bytes_before")
+    if not after:
+        return ""
+    text = f"The weights take {after / 1e6:,.1f} MB"
+    return text + (f", {after / before:.0%} of the {before / 1e6:,.1f} MB before." if before else ".")
+
+
+def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
+    versions, group = report.get("versions") or {}, report.get("group_size")
+    return [
+        ("Method", f"{report['method']}, {report['bits']} bits" + (f", groups of {group} weights" if group else "")),
+        ("Versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
+    ]
