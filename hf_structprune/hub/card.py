@@ -50,10 +50,10 @@ def make_card(
 ) -> ModelCard:
     """The model card of a checkpoint that this package made.
 
-    Reads `config.json`, `pruning_config.json`, `pruning_plan.json`, and if they are there
-    `evaluation_results.json`, `evaluation_results_dense.json`, `pruned_widths.png` and `pictures/*.png`, of a recovered
-    model `recovery.json`, `recovery.png` and `evaluation_results_pruned.json`, and of a quantised one
-    `quantization.json` and the results of the states before. A figure that is in none of them is not in the card.
+    Reads `config.json`, `pruning_config.json`, `pruning_plan.json`, and if they are there `evaluation_results.json`,
+    `evaluation_results_dense.json`, `pruned_widths.png` and `pictures/*.png`, of a recovered model `recovery.json`,
+    `recovery.png` and `evaluation_results_pruned.json`, and of a quantised one `quantization.json` and the results of
+    the states before. A figure that is in none of them is not in the card.
 
     Args:
         folder: The checkpoint.
@@ -162,7 +162,7 @@ def _origin(base_model: Any, known: dict[str, Any], recorded: Origin | None) -> 
 def _about(name: str, contents: Contents, origin: Origin | None, metadata: dict[str, Any]) -> dict[str, Any]:
     """What it is and how to use it."""
     plan, per_layer, link = contents.plan, contents.per_layer, _link(origin)
-    method = (contents.quantization or {}).get("method")
+    needs = () if contents.quantization is None else quantization.libraries(contents.quantization)
     return {
         "mark": generated_mark(name),
         "title": name.rsplit("/", 1)[-1],
@@ -173,7 +173,7 @@ def _about(name: str, contents: Contents, origin: Origin | None, metadata: dict[
             f"zeros.{_trained(contents)}{_packed(contents)}"
         ),
         "attribution": attribution(metadata, name),
-        "loading": loading(name, per_layer, method),
+        "loading": loading(name, per_layer, needs),
         "per_layer": per_layer,
         "model_type": contents.model_config.get("model_type"),
         "state": contents.state,

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from .origin import LIBRARIES
 from .reports import read_json
 
 
@@ -48,6 +49,11 @@ def quantize_command(report: dict[str, Any]) -> str:
     words = ["hf-structprune", "quantize", report.get("model") or "MODEL", "--output-dir", "quantised"]
     config = QuantizationConfig.from_dict(report["configuration"])
     return shlex.join([*words, "--method", config.method, *changed_options(config)])
+
+
+def libraries(report: dict[str, Any]) -> list[str]:
+    """The libraries besides Transformers that quantised it and read it."""
+    return [name for name in report.get("versions") or {} if name not in ("hf_structprune", *LIBRARIES)]
 
 
 def _sizes(report: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
 from ..configuration import PruningConfig
@@ -18,21 +19,19 @@ model = AutoModelForCausalLM.from_pretrained("{name}"{options})
 tokenizer = AutoTokenizer.from_pretrained("{name}")"""
 
 
-def loading(name: str, per_layer: bool, method: str | None = None) -> list[tuple[str, str]]:
+def loading(name: str, per_layer: bool, libraries: Sequence[str] = ()) -> list[tuple[str, str]]:
     """Ways to load a checkpoint, each with a sentence about it.
 
     Args:
         name: Hub id or folder.
         per_layer: Whether its layers differ in width.
-        method: What its weights were quantised with, if they were.
+        libraries: What its quantised weights need.
     """
     plain = _LOAD.format(name=name, options="")
-    needs = "" if method is None else f"Its quantised weights need `pip install {BACKENDS[method]}`. "
+    needs = f"Its quantised weights need `pip install {' '.join(libraries)}`. " if libraries else ""
     if not per_layer:
-        nothing = (
-            "nothing else has to be installed" if method is None else "nothing of this package has to be installed"
-        )
-        return [(f"{needs}It is a plain Transformers checkpoint; {nothing}:", plain)]
+        other = "nothing of this package" if libraries else "nothing else"
+        return [(f"{needs}It is a plain Transformers checkpoint; {other} has to be installed:", plain)]
     return [
         (
             f"{needs}Its layers are not alike, which Transformers reads but does not build by itself yet. With "
