@@ -79,6 +79,7 @@ def make_card(
         name, contents.config, origin, contents.result, known,
         base_first=base_model is not None, recovery=contents.recovery,
         ratio=contents.plan.ratio_requested, quantised=contents.state == "quantised",
+        quantised_on=None if contents.quantization is None else quantization.calibration_of(contents.quantization),
     )  # fmt: skip
     problems = violations(data.to_dict())
     if problems:

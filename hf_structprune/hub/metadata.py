@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from ..calibration_configuration import CalibrationConfig
 from ..configuration import PruningConfig
 from ..evaluation.results import EvaluationResult
 from ..units import WIDTH_UNITS
@@ -35,6 +36,7 @@ def make_metadata(
     recovery: dict[str, Any] | None = None,
     ratio: float | None = None,
     quantised: bool = False,
+    quantised_on: CalibrationConfig | None = None,
 ) -> ModelCardData:
     """The metadata of a card.
 
@@ -49,10 +51,12 @@ def make_metadata(
         recovery: The report of its recovery, whose data sets are named.
         ratio: The ratio that was asked for.
         quantised: Whether its weights are quantised.
+        quantised_on: The text that they were quantised with, if it took one.
     """
     kept = {key: value for key, value in known.items() if key not in _MADE_ANEW}
     base = base_metadata(origin) if origin is not None else {}
-    used = [*_datasets(config, ratio), *_trained_on(recovery)]
+    used = [*(_datasets(config.calibration) if _uses_text(config, ratio) else ()), *_trained_on(recovery)]
+    used += [] if quantised_on is None else _datasets(quantised_on)
     tags = [*TAGS, *([QUANTISED_TAG] if quantised else [])]
     fields: dict[str, Any] = {
         **({**kept, **base} if base_first else {**base, **kept}),
@@ -82,17 +86,18 @@ def _uses_text(config: PruningConfig, ratio: float | None) -> bool:
     return by_text or ("hidden" in config.units and config.hidden_criterion != "magnitude")
 
 
-def _sources(config: PruningConfig) -> list[str]:
-    dataset = config.calibration.dataset
+def _sources(calibration: CalibrationConfig) -> list[str]:
+    dataset = calibration.dataset
     return [dataset] if isinstance(dataset, str) else list(dataset or [])
 
 
-def _datasets(config: PruningConfig, ratio: float | None) -> list[str]:
+def _datasets(calibration: CalibrationConfig) -> list[str]:
     """Data sets of the Hub that were calibrated on."""
-    if not _uses_text(config, ratio) or config.calibration.fingerprint is not None:
+    if calibration.fingerprint is not None:
         return []
-    hub = [s for s in _sources(config) if not is_file(s) and s.count("/") <= 1 and not s.startswith((".", "~", "/"))]
-    return hub if _sources(config) else list(_SAMPLE)
+    sources = _sources(calibration)
+    hub = [s for s in sources if not is_file(s) and s.count("/") <= 1 and not s.startswith((".", "~", "/"))]
+    return hub if sources else list(_SAMPLE)
 
 
 def _trained_on(recovery: dict[str, Any] | None) -> list[str]:
@@ -102,19 +107,19 @@ def _trained_on(recovery: dict[str, Any] | None) -> list[str]:
 
 
 def text_in_words(config: PruningConfig, ratio: float | None) -> str:
-    """The calibration text; of local files the name only, since the card is public."""
-    calibration = config.calibration
-    if not _uses_text(config, ratio):
-        return "none"
-    size = f"{calibration.num_samples} x {calibration.length} tokens"
+    """The calibration text of pruning, see `calibration_in_words`."""
+    return calibration_in_words(config.calibration) if _uses_text(config, ratio) else "none"
+
+
+def calibration_in_words(calibration: CalibrationConfig) -> str:
+    """A calibration text; of local files the name only, since the card is public."""
+    size, sources = f"{calibration.num_samples} x {calibration.length} tokens", _sources(calibration)
     if calibration.fingerprint is not None:
         return f"{size}, given in memory (SHA-256 begins with `{calibration.fingerprint}`)"
-    if not _sources(config):
+    if not sources:
         return f"{size} of the sample of hf_structprune: half WikiText-2 (validation), half C4, English"
-    hub = _datasets(config, ratio)
-    names = [
-        f"[{s}](https://huggingface.co/datasets/{s})" if s in hub else f"`{Path(s).name}`" for s in _sources(config)
-    ]
+    hub = _datasets(calibration)
+    names = [f"[{s}](https://huggingface.co/datasets/{s})" if s in hub else f"`{Path(s).name}`" for s in sources]
     which = "".join(
         f", {k} `{v}`" for k, v in (("configuration", calibration.name), ("split", calibration.split)) if v
     )

@@ -6,12 +6,17 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from ..calibration_configuration import CalibrationConfig
+from ..quantization.configuration import QuantizationConfig
+from .metadata import calibration_in_words
 from .origin import LIBRARIES
 from .reports import read_json
+from .snippets import changed_options
 
 
 QUANTIZATION_NAME = "quantization.json"
 SCHEMA_VERSION = 1
+_CALIBRATED = ("gptq", "awq", "auto-round")
 BEGIN, END = "<!-- quantisation, by hf_structprune -->", "<!-- end of quantisation -->"
 
 
@@ -43,12 +48,16 @@ def summary(report: dict[str, Any]) -> str:
 
 def quantize_command(report: dict[str, Any]) -> str:
     """The command that does the same again."""
-    from ..quantization.configuration import QuantizationConfig
-    from .snippets import changed_options
-
-    words = ["hf-structprune", "quantize", report.get("model") or "MODEL", "--output-dir", "quantised"]
     config = QuantizationConfig.from_dict(report["configuration"])
-    return shlex.join([*words, "--method", config.method, *changed_options(config)])
+    words = ["hf-structprune", "quantize", report.get("model") or "MODEL", "--output-dir", "quantised"]
+    words += ["--method", config.method] if config.method == QuantizationConfig().method else []
+    return shlex.join(words + changed_options(config))
+
+
+def calibration_of(report: dict[str, Any]) -> CalibrationConfig | None:
+    """The text that the values were chosen on; `None` for methods that round to the nearest."""
+    config = QuantizationConfig.from_dict(report["configuration"])
+    return config.calibration if config.method in _CALIBRATED else None
 
 
 def libraries(report: dict[str, Any]) -> list[str]:
@@ -67,8 +76,9 @@ def _sizes(report: dict[str, Any]) -> str:
 
 
 def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
-    versions, group = report.get("versions") or {}, report.get("group_size")
+    versions, group, text = report.get("versions") or {}, report.get("group_size"), calibration_of(report)
     return [
         ("Method", f"{report['method']}, {report['bits']} bits" + (f", groups of {group} weights" if group else "")),
+        ("Calibration", "none" if text is None else calibration_in_words(text)),
         ("Versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
     ]

@@ -107,9 +107,7 @@ def making_on_the_command_line(base: str, config: PruningConfig, ratio: float | 
         words += ["--ratio", str(ratio)]
     elif config.needs_ratio:
         words += ["--plan", "pruning_plan.json"]
-    words += _options(_changed(config), "")
-    calibration = {k: v for k, v in _changed(config.calibration).items() if k not in _IN_MEMORY}
-    return shlex.join(words + _options(calibration, "calibration-"))
+    return shlex.join(words + _options(_changed(config), "") + _calibration_options(config))
 
 
 def full_configuration(config: PruningConfig) -> str:
@@ -119,7 +117,13 @@ def full_configuration(config: PruningConfig) -> str:
 
 def changed_options(values: Any) -> list[str]:
     """A configuration as options of the command line: what differs from the defaults, apart from `None`."""
-    return _options({name: value for name, value in _changed(values).items() if value is not None}, "")
+    words = _options({name: value for name, value in _changed(values).items() if value is not None}, "")
+    return words + (_calibration_options(values) if hasattr(values, "calibration") else [])
+
+
+def _calibration_options(config: Any) -> list[str]:
+    changed = {name: value for name, value in _changed(config.calibration).items() if name not in _IN_MEMORY}
+    return _options(changed, "calibration-")
 
 
 def _changed(values: Any) -> dict[str, Any]:
