@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from .errors import StructPruneError
     from .plan import PruningPlan
     from .pruner import StructuredPruner
+    from .quantization.configuration import QuantizationConfig
+    from .quantization.quantizing import quantize
     from .recovery.callback import LoraRecoveryCallback
     from .recovery.configuration import DistillationConfig, RecoveryConfig
     from .recovery.recovering import recover
@@ -22,9 +24,11 @@ __all__ = [
     "LoraRecoveryCallback",
     "PruningConfig",
     "PruningPlan",
+    "QuantizationConfig",
     "RecoveryConfig",
     "StructPruneError",
     "StructuredPruner",
+    "quantize",
     "recover",
 ]
 
@@ -34,9 +38,11 @@ _MODULES = {
     "LoraRecoveryCallback": ".recovery.callback",
     "PruningConfig": ".configuration",
     "PruningPlan": ".plan",
+    "QuantizationConfig": ".quantization.configuration",
     "RecoveryConfig": ".recovery.configuration",
     "StructPruneError": ".errors",
     "StructuredPruner": ".pruner",
+    "quantize": ".quantization.quantizing",
     "recover": ".recovery.recovering",
 }
 

@@ -21,8 +21,8 @@ from .layout import Target
 # What was measured on the earlier weights goes with them; the results of the dense model stay.
 _OURS = (
     "*.safetensors", "*.safetensors.index.json", "modeling_structprune.py",
-    "evaluation_results.json", "evaluation_results_pruned.json", ".eval_results", "pruned_widths.png",
-    "recovery.json", "recovery.png",
+    "evaluation_results.json", "evaluation_results_pruned.json", "evaluation_results_recovered.json", ".eval_results",
+    "pruned_widths.png", "recovery.json", "recovery.png", "quantization.json",
 )  # fmt: skip
 
 
@@ -92,9 +92,7 @@ def write_folder(folder: str | os.PathLike, write: Callable[[Path], None], size:
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; give the name of a folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
-    if size > free:
-        raise CheckpointError(f"{folder} needs {size / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB left.")
+    check_room(folder, size)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         write(temporary)
@@ -103,6 +101,18 @@ def write_folder(folder: str | os.PathLike, write: Callable[[Path], None], size:
         raise CheckpointError(f"The checkpoint could not be written, {folder} is unchanged: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Refuses to write more bytes than the disk of a folder has left; the folder need not exist yet.
+
+    Raises:
+        CheckpointError: There is too little room.
+    """
+    there = next(place for place in folder.absolute().parents if place.is_dir())
+    free = shutil.disk_usage(there).free
+    if size > free:
+        raise CheckpointError(f"{folder} needs {size / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB left.")
 
 
 def _move(temporary: Path, folder: Path) -> None:

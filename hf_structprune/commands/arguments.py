@@ -13,11 +13,12 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from transformers.hf_argparser import HfArgumentParser
 
-from ..configuration import CalibrationConfig, PruningConfig
+from ..configuration import CalibrationConfig
 from ..errors import ConfigurationError
 
 
-# Fields of the two that only Python can give, and the one that is a dataclass itself: its fields get a prefix instead.
+# Fields of CalibrationConfig that only Python can give, and the one that is such a dataclass itself: its fields get a
+# prefix instead.
 NOT_OPTIONS = ("calibration", "texts", "tokens", "fingerprint")
 PREFIXES = {CalibrationConfig: "calibration_"}
 # Fields that are arguments without a name: how they are shown and how many values they take.
@@ -39,7 +40,7 @@ def parse(argv: Sequence[str], command: str, description: str, *classes: type) -
     """Parses the options of one command.
 
     Every field of the dataclasses is an option, `--round-to` as well as `--round_to`; the fields of
-    [`CalibrationConfig`] come along with [`PruningConfig`] under the prefix `--calibration-`. `--config FILE` reads
+    [`CalibrationConfig`] come along with a field `calibration` under the prefix `--calibration-`. `--config FILE` reads
     values of the same names from YAML (or JSON); what stands on the command line wins.
 
     Args:
@@ -55,7 +56,8 @@ def parse(argv: Sequence[str], command: str, description: str, *classes: type) -
     Raises:
         ConfigurationError: An option is unknown, has a value of the wrong type, or none where one is needed.
     """
-    sources = [*classes, *([CalibrationConfig] if PruningConfig in classes else [])]
+    calibrated = any(field.name == "calibration" for cls in classes for field in dataclasses.fields(cls))
+    sources = [*classes, *([CalibrationConfig] if calibrated else [])]
     parser = _make_parser(command, description, sources)
     argv = [_with_hyphens(argument) for argument in argv]
     values = parser.parse_args(argv)
@@ -110,7 +112,7 @@ def _as_options(cls: type) -> type:
     hints, texts, prefix = get_type_hints(cls), _help_texts(cls), PREFIXES.get(cls, "")
     options = []
     for field in dataclasses.fields(cls):
-        only_python = cls in (PruningConfig, CalibrationConfig) and field.name in NOT_OPTIONS
+        only_python = field.name == "calibration" or (cls is CalibrationConfig and field.name in NOT_OPTIONS)
         if only_python or field.name in POSITIONALS or _is_switch(cls, field):
             continue
         text = texts[field.name] + ("" if field.default is None else " (default: %(default)s)")

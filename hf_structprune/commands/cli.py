@@ -16,6 +16,7 @@ COMMANDS = {
     "plan": "what would go at a ratio and what it saves; changes nothing",
     "prune": "prune a model and save the checkpoint",
     "recover": "train a pruned model to get its quality back",
+    "quantize": "quantise a model: bitsandbytes, torchao, GPTQ, AWQ, auto-round",
     "perplexity": "perplexity of a model on a text",
     "evaluate": "perplexity, tasks, size and speed of a model, beside its dense one",
     "compare": "results of several evaluations in one table",

@@ -11,28 +11,21 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from ..checkpoint import write_folder
-from ..configuration import CONFIG_NAME
-from ..errors import CheckpointError, ConfigurationError, StructPruneError
+from ..errors import CheckpointError, ConfigurationError
 from ..evaluation.results import RESULTS_NAME, EvaluationResult
 from ..files import write_text
-from ..hub.card import CARD_NAME, write_card
-from ..hub.contents import DENSE_RESULTS_NAME, PRUNED_RESULTS_NAME, WIDTHS_NAME
-from ..hub.hand_text import generated_for, generated_mark, is_ours
+from ..hub.card import CARD_NAME
+from ..hub.carrying import STILL_TRUE, card_name, copy_files, is_pruned, or_say, read, write_card_from
+from ..hub.contents import PRUNED_RESULTS_NAME
+from ..hub.hand_text import generated_mark, is_ours
 from ..hub.origin import TAGS
 from ..hub.recovery import PICTURE_NAME, RECOVERY_NAME, card_section
 from ..hub.snippets import loading
-from ..plan import PLAN_NAME
 
-
-logger = logging.get_logger(__name__)
 
 __all__ = ["PICTURE_NAME", "RECOVERY_NAME", "card_section", "save_recovered"]
-
-# What training does not change: how it was pruned, how wide it is, what the dense model could do.
-_STILL_TRUE = (CONFIG_NAME, PLAN_NAME, DENSE_RESULTS_NAME, WIDTHS_NAME)
 
 
 def save_recovered(
@@ -64,11 +57,11 @@ def save_recovered(
         CheckpointError: The model is quantised or has adapters, its weights are not finite, or writing failed.
     """
     folder = Path(folder)
-    source = Path(source) if source is not None and _is_ours(Path(source)) else None
+    source = Path(source) if source is not None and is_pruned(Path(source)) else None
     _check(model)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     weights = {"parameters": sum(p.numel() for p in model.parameters()), "bytes": size}
-    previous = _read(folder / CARD_NAME)
+    previous = read(folder / CARD_NAME)
 
     def write(path: Path) -> None:
         model.save_pretrained(path)
@@ -77,24 +70,14 @@ def save_recovered(
             tokenizer.save_pretrained(path)
         write_text(path / RECOVERY_NAME, json.dumps(_finite({**report, "weights": weights}), indent=1) + "\n")
         if picture is not None:
-            _or_say(lambda: picture(path / PICTURE_NAME), "The picture of the curve", folder)
+            or_say(lambda: picture(path / PICTURE_NAME), "The picture of the curve", folder)
         if source is None:
-            _write_plain_card(path, _name(folder, previous), previous, report)
+            _write_plain_card(path, card_name(folder, previous), previous, report)
             return
         _carry_over(source, path)
-        theirs = _read(source / CARD_NAME)
-        replaced = previous or (theirs if is_ours(theirs) else "")
-        _or_say(lambda: write_card(path, name=_name(folder, previous), previous=replaced), "The card", folder)
+        write_card_from(source, path, folder, previous)
 
     write_folder(folder, write, size=size)
-
-
-def _or_say(write: Callable[[], Any], what: str, folder: Path) -> None:
-    """Writes what can be made again later; if that fails, the weights of a long training are saved all the same."""
-    try:
-        write()
-    except StructPruneError as error:
-        logger.warning(f"{what} was not written: {error} `hf-structprune card {folder.name}` makes the card again.")
 
 
 def _check(model: PreTrainedModel) -> None:
@@ -107,14 +90,8 @@ def _check(model: PreTrainedModel) -> None:
             raise CheckpointError(f"`{name}` has values that are not finite; the model was not saved to be used.")
 
 
-def _is_ours(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in (CONFIG_NAME, PLAN_NAME))
-
-
 def _carry_over(source: Path, path: Path) -> None:
-    for name in _STILL_TRUE:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, path / name)
+    copy_files(source, path, STILL_TRUE)
     # A model that was recovered once has the results of its pruned state under their second name already.
     for name in (PRUNED_RESULTS_NAME, RESULTS_NAME):
         if (source / name).is_file() and _state(source / name) == "pruned":
@@ -134,7 +111,7 @@ def _restore_cache(path: Path, source: Path | None) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     if config.get("use_cache") is not False:
         return
-    before = json.loads(_read(source / "config.json") or "{}") if source is not None else {}
+    before = json.loads(read(source / "config.json") or "{}") if source is not None else {}
     config["use_cache"] = before.get("use_cache", True)
     write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
@@ -148,25 +125,15 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _name(folder: Path, previous: str) -> str:
-    """The Hub id that the card in the folder was written for, or the folder's name; never that of the pruned model."""
-    earlier = generated_for(previous) or ""
-    return earlier if "/" in earlier else folder.absolute().name
-
-
 def _write_plain_card(path: Path, name: str, previous: str, report: dict[str, Any]) -> None:
     """A card for a model that this package has not pruned: how to load it, and the report."""
     if previous.strip() and not is_ours(previous):
         return
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=[TAGS[-1]])
     picture = PICTURE_NAME if (path / PICTURE_NAME).is_file() else None
-    per_layer = "per_layer_config" in json.loads(_read(path / "config.json"))
+    per_layer = "per_layer_config" in json.loads(read(path / "config.json"))
     parts = [f"---\n{data.to_yaml()}\n---", generated_mark(name), f"# {name}", card_section(report, picture=picture)]
     parts.append("## How to load it")
     for sentence, code in loading(name, per_layer):
         parts += [sentence, f"```python\n{code}\n```"]
     write_text(path / CARD_NAME, "\n\n".join(parts) + "\n")
-
-
-def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""

@@ -1,0 +1,1 @@
+"""Quantising a model with the libraries of the field: `quantize` and `QuantizationConfig`."""

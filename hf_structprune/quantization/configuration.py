@@ -1,0 +1,83 @@
+"""`QuantizationConfig`: how the weights of a model are quantised."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..calibration_configuration import CalibrationConfig
+from ..checks import check_choice, check_int, check_keys
+from ..errors import ConfigurationError
+
+
+METHODS = ("bitsandbytes", "torchao", "gptq", "awq", "auto-round")
+# Bits that a method can store a weight in.
+BITS = {
+    "bitsandbytes": (4, 8),
+    "torchao": (4, 8),
+    "gptq": (2, 3, 4, 8),
+    "awq": (4,),
+    "auto-round": (2, 3, 4, 8),
+}
+FOUR_BIT_TYPES = ("nf4", "fp4")
+
+
+@dataclass
+class QuantizationConfig:
+    """How the weights of a model are quantised. Embeddings and the head keep their dtype in every method.
+
+    Args:
+        method (`str`): `"bitsandbytes"` and `"torchao"` round each weight to the nearest value and need no text;
+            `"gptq"`, `"awq"` and `"auto-round"` choose the values so that outputs on calibration text stay near.
+        bits (`int`): Of a weight: 4 or 8 (bitsandbytes, torchao), 2, 3, 4 or 8 (gptq, auto-round), 4 (awq).
+        group_size (`int`): Weights of a row that share a scale (gptq, awq, auto-round, torchao with 4 bits); -1 is the
+            whole row. It must divide the inputs of every layer. bitsandbytes has blocks of its own.
+        four_bit_type (`str`): What bitsandbytes rounds to with 4 bits: `"nf4"` or `"fp4"`.
+        double_quant (`bool`): Quantise the scales of bitsandbytes' 4-bit weights too.
+        sym (`bool`): Values of a group are symmetric about zero, without a zero point (gptq, auto-round).
+        desc_act (`bool`): GPTQ quantises the columns with the largest inputs first: better, and slower to run.
+        iterations (`int`): Steps of auto-round's training in each layer.
+        device (`str`, *optional*): Where it is computed. Default: the CUDA device if there is one, else the CPU.
+        calibration (`CalibrationConfig`): Text of the methods that need some.
+        seed (`int`): Seed of everything random.
+
+    Raises:
+        ConfigurationError: A value is impossible.
+    """
+
+    method: str = "bitsandbytes"
+    bits: int = 4
+    group_size: int = 128
+    four_bit_type: str = "nf4"
+    double_quant: bool = True
+    sym: bool = True
+    desc_act: bool = False
+    iterations: int = 200
+    device: str | None = None
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, METHODS)
+        if isinstance(self.bits, bool) or self.bits not in BITS[self.method]:
+            allowed = ", ".join(map(str, BITS[self.method]))
+            raise ConfigurationError(f"`bits` is {self.bits!r}; {self.method} can store weights in {allowed} bits.")
+        check_choice("four_bit_type", self.four_bit_type, FOUR_BIT_TYPES)
+        check_int("group_size", self.group_size, -1)
+        if self.group_size == 0:
+            raise ConfigurationError("`group_size` is 0; give a number of weights, or -1 for a whole row.")
+        check_int("iterations", self.iterations, 0)
+        check_int("seed", self.seed, 0)
+        if isinstance(self.calibration, dict):
+            self.calibration = CalibrationConfig.from_dict(self.calibration)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Values that fit in JSON."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {**values, "calibration": self.calibration.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> QuantizationConfig:
+        check_keys(cls, values)
+        return cls(**values)

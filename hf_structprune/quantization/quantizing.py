@@ -1,0 +1,92 @@
+"""`quantize`: a model in fewer bits, by a library of the field, as a checkpoint that Transformers loads."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from transformers import set_seed
+
+from ..checkpoint import check_room
+from ..errors import CheckpointError, ConfigurationError
+from ..loading import load_tokenizer
+from .backend import Backend
+from .backends import BACKENDS
+from .configuration import QuantizationConfig
+from .save import save_quantised
+from .source import Source
+
+
+@dataclass(frozen=True)
+class QuantizationResult:
+    """What `quantize` did.
+
+    Attributes:
+        folder: The quantised checkpoint.
+        report: What `quantization.json` in it says: the method, the settings, bytes before and after.
+    """
+
+    folder: Path
+    report: dict[str, Any]
+
+
+def quantize(
+    model: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    config: QuantizationConfig | None = None,
+    *,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> QuantizationResult:
+    """Quantises a checkpoint, pruned by this package or not, and saves it as its library does.
+
+    `AutoModelForCausalLM.from_pretrained` loads the result where the library is installed; checkpoints whose layers
+    differ in width need `import hf_structprune` or `trust_remote_code=True` as before.
+
+    Args:
+        model: Folder or Hub id.
+        output_dir: Folder of the quantised checkpoint.
+        config: How to quantise. Default: bitsandbytes, nf4.
+        overwrite: Replace what is in `output_dir`.
+        trust_remote_code: Run modelling code that comes with the model.
+
+    Raises:
+        ConfigurationError: The settings, the model and the device do not fit each other, or there is something in
+            `output_dir`.
+        CheckpointError: The model cannot be read or is quantised already, or there is too little memory or disk.
+        StructPruneError: A package is missing.
+    """
+    config, folder = config or QuantizationConfig(), Path(output_dir)
+    _check_folder(folder, overwrite)
+    backend, source = BACKENDS[config.method], Source.read(model, trust_remote_code)
+    backend.check(source, config)
+    _check_room(source, backend, config, folder)
+    set_seed(config.seed)
+    tokenizer = load_tokenizer(source.name, trust_remote_code=trust_remote_code)
+    save = backend.run(source, config, tokenizer)
+    return QuantizationResult(folder, save_quantised(save, folder, source, backend, config, tokenizer))
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    if folder.is_file():
+        raise ConfigurationError(f"`output_dir` is {folder}, a file; give the name of a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise ConfigurationError(f"{folder} is not empty; choose another `output_dir` or say `overwrite`.")
+
+
+def _check_room(source: Source, backend: Backend, config: QuantizationConfig, folder: Path) -> None:
+    """Refuses a model that does not fit: its weights are in memory while they are quantised.
+
+    Raises:
+        CheckpointError: There is too little memory or disk.
+    """
+    check_room(folder, backend.estimate(source, config))
+    free = psutil.virtual_memory().available
+    if source.bytes > free:
+        raise CheckpointError(
+            f"{source.name} has {source.bytes / 1e9:.2f} GB of weights, and {free / 1e9:.2f} GB of memory are free: "
+            "quantise it on a larger machine."
+        )
