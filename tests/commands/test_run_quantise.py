@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from hf_structprune import PruningPlan
 from hf_structprune.commands import benchmark, cli, run
 from hf_structprune.evaluation import EfficiencyConfig
-from hf_structprune.evaluation.results import EvaluationResult
+from hf_structprune.evaluation.results import EvaluationResult, Figure
 
 
 pytest.importorskip("bitsandbytes")
@@ -74,6 +74,8 @@ def done(monkeypatch):
     def briefly(subjects, config, rounds):
         return subjects, EfficiencyConfig(new_tokens=2, warmup=0, repeats=1), 1
 
+    loading = Figure("efficiency/load_time", 1.0, "s")  # which would be measured in a process for each state
+    monkeypatch.setattr(benchmark, "_load_time", lambda arguments: loading)
     monkeypatch.setattr(run, "take_turns_apart", benchmark.take_turns)
     note(run, "take_turns_apart", lambda subjects, *rest: [subject.state for subject in subjects], briefly)
     note(run.recipe_recovery, "recover_section", lambda *args: "recover")
