@@ -73,6 +73,10 @@ def test_four_columns_and_the_section(quantised, plan):
     assert rows["perplexity, c4"][1::2] == ["30.00", "24.00", "25.00"]
     assert rows["parameters"][1::2] == [f"{plan.parameters_after:,}"] * 3
     assert rows["weights"][5] == "25.0 MB"  # from the report; the others from the plan
+    assert (
+        "* weights: counted from the shapes of the weights; of the quantised model, the bytes of its files."
+        in card.text
+    )
     section = card.text[card.text.index(BEGIN) : card.text.index(END)]
     assert "The weights take 25.0 MB, 25% of the 100.0 MB before." in section
     assert "* Method: bitsandbytes, 4 bits\n* Calibration: none\n" in section
