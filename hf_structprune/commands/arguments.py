@@ -40,8 +40,8 @@ def parse(argv: Sequence[str], command: str, description: str, *classes: type) -
     """Parses the options of one command.
 
     Every field of the dataclasses is an option, `--round-to` as well as `--round_to`; the fields of
-    [`CalibrationConfig`] come along with a field `calibration` under the prefix `--calibration-`. `--config FILE` reads
-    values of the same names from YAML (or JSON); what stands on the command line wins.
+    [`CalibrationConfig`] come along with a field `calibration`, under the prefix `--calibration-`. `--config FILE`
+    reads values of the same names from YAML (or JSON); what stands on the command line wins.
 
     Args:
         argv (sequence of `str`): The arguments after the command's name.

@@ -1,0 +1,233 @@
+"""`quantize` on tiny models: what is written, what goes along, what is refused before any work."""
+
+import json
+from collections import namedtuple
+
+import psutil
+import pytest
+import torch
+from conftest import build_tokenizer
+from families import make_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hf_structprune import CalibrationConfig, PruningConfig, QuantizationConfig, StructuredPruner, extras, quantize
+from hf_structprune.commands.cli import main
+from hf_structprune.errors import CheckpointError, ConfigurationError, StructPruneError, UnsupportedModelError
+from hf_structprune.evaluation.results import EvaluationResult
+from hf_structprune.hub.quantization import read_quantization
+from hf_structprune.quantization import quantizing
+from hf_structprune.quantization.backends import BACKENDS
+
+
+IDS = torch.arange(3, 35)[None]
+Memory = namedtuple("Memory", "available")
+
+
+def saved(folder, **settings):
+    """A folder with a tiny dense model and its tokenizer."""
+    make_model("llama", **settings).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def dense(tmp_path):
+    return saved(tmp_path / "dense", hidden_size=64, intermediate_size=96, tie_word_embeddings=True)
+
+
+@pytest.fixture
+def pruned(dense, tmp_path, request):
+    """A pruned checkpoint; the last layer stays whole in the layout `per_layer`."""
+    layout = getattr(request, "param", "uniform")
+    settings = dict(criterion="l2", compensation=False, layout=layout, units=("mlp_neurons",), round_to=32)
+    pruner = StructuredPruner.from_pretrained(dense, PruningConfig(**settings, protect_last=layout == "per_layer"))
+    pruner.prune(0.1)
+    pruner.save_pretrained(tmp_path / "pruned")
+    return tmp_path / "pruned"
+
+
+def logits(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def distance(one, other):
+    return ((one - other).norm() / other.norm()).item()
+
+
+@pytest.mark.parametrize("pruned", ["uniform", "per_layer"], indirect=True)
+@pytest.mark.parametrize(
+    ("method", "bits", "near"), [("bitsandbytes", 4, 0.2), ("bitsandbytes", 8, 0.02), ("torchao", 8, 0.02)]
+)
+def test_reloads(method, bits, near, pruned, tmp_path):
+    result = quantize(pruned, tmp_path / "out", QuantizationConfig(method, bits=bits))
+    before, after = logits(pruned), logits(result.folder)
+    assert 0 < distance(after, before) < near
+    config = json.loads((result.folder / "config.json").read_text())
+    assert config["hf_structprune"]["base_model"] == "dense"
+    per_layer = (pruned / "modeling_structprune.py").is_file()
+    assert ("per_layer_config" in config) == per_layer == (result.folder / "modeling_structprune.py").is_file()
+
+
+@pytest.mark.parametrize(("method", "bits"), [("bitsandbytes", 4), ("bitsandbytes", 8), ("torchao", 8)])
+def test_weights_shrink_as_the_method_says(method, bits, dense, tmp_path):
+    result = quantize(dense, tmp_path / "out", QuantizationConfig(method, bits=bits, double_quant=False))
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    linears = [m for m in model.model.modules() if isinstance(m, torch.nn.Linear)]
+    weights, rows = sum(m.weight.numel() for m in linears), sum(m.out_features for m in linears)
+    rest = sum(p.numel() * 4 for p in model.parameters()) - 4 * weights
+    # A float32 scale for 64 weights, or for a row; what describes them takes less than 1 kB a layer.
+    exact = rest + weights * bits // 8 + 4 * (weights // 64 if bits == 4 else rows)
+    tensors = load_file(result.folder / "model.safetensors")
+    held = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    assert exact <= held < exact + 1000 * len(linears)
+    assert result.report["weights"]["bytes"] == (result.folder / "model.safetensors").stat().st_size
+    assert result.report["weights"]["parameters"] == sum(p.numel() for p in model.parameters())
+    assert result.report["weights"]["bytes_before"] == sum(p.numel() * 4 for p in model.parameters())
+    assert read_quantization(result.folder) == result.report
+    assert result.report["model"] == "dense" and str(tmp_path) not in json.dumps(result.report)
+
+
+def result_of(state, folder, name="evaluation_results.json"):
+    EvaluationResult(model=folder.name, state=state).save(folder / name)
+
+
+def test_what_is_still_true_goes_along(pruned, tmp_path):
+    result_of("pruned", pruned)
+    result_of("dense", pruned, "evaluation_results_dense.json")
+    out = tmp_path / "out"
+    out.mkdir()
+    result_of("quantised", out)
+    (out / "mine.txt").write_text("mine")
+    quantize(pruned, out, QuantizationConfig(), overwrite=True)
+    names = {path.name for path in out.iterdir()}
+    assert {"pruning_config.json", "pruning_plan.json", "generation_config.json", "tokenizer.json", "mine.txt"} <= names
+    assert "evaluation_results.json" not in names  # of the model that was there before
+    states = {name: EvaluationResult.load(out / name).state for name in names if name.startswith("evaluation_results")}
+    assert states == {"evaluation_results_pruned.json": "pruned", "evaluation_results_dense.json": "dense"}
+
+
+def test_results_of_a_recovered_model_keep_their_state(pruned, tmp_path):
+    result_of("recovered", pruned)
+    result_of("pruned", pruned, "evaluation_results_pruned.json")
+    quantize(pruned, tmp_path / "out")
+    for state in ("recovered", "pruned"):
+        assert EvaluationResult.load(tmp_path / "out" / f"evaluation_results_{state}.json").state == state
+    assert not (tmp_path / "out" / "evaluation_results.json").exists()
+
+
+REFUSED = [
+    ({"method": "torchao"}, ConfigurationError, "torchao with 4 bits needs an accelerator"),
+    ({"method": "gptq"}, ConfigurationError, r"`group_size` is 128, which does not divide the 64 inputs of model.layers.0"),
+    ({"method": "gptq", "group_size": 64}, ConfigurationError, "the 96 inputs of .*down_proj. Sizes .*: 32, -1"),
+    ({"method": "awq", "group_size": 32}, UnsupportedModelError, "32 outputs, and AWQ takes 64"),
+    ({"method": "auto-round"}, ConfigurationError, "`group_size` is 128"),
+    ({"device": "cuda:77"}, ConfigurationError, "`device` is 'cuda:77', which cannot be used"),
+]
+
+
+@pytest.mark.parametrize(("values", "error", "message"), REFUSED)
+def test_refused_before_any_weight_is_read(values, error, message, dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(extras, "find_spec", lambda name: name)
+    (dense / "model.safetensors").unlink()
+    with pytest.raises(error, match=message):
+        quantize(dense, tmp_path / "out", QuantizationConfig(**{"device": "cpu", **values}))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("pruned", ["per_layer"], indirect=True)
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_layers_of_different_widths_are_refused(method, pruned, tmp_path, monkeypatch):
+    monkeypatch.setattr(extras, "find_spec", lambda name: name)
+    with pytest.raises(UnsupportedModelError, match="layers of different widths"):
+        quantize(pruned, tmp_path / "out", QuantizationConfig(method, group_size=32))
+
+
+@pytest.mark.parametrize("method", BACKENDS)
+def test_missing_extras_are_named(method, dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    extra = BACKENDS[method].extra
+    with pytest.raises(StructPruneError, match=rf'is missing: `pip install "hf-structprune\[{extra}\]"`'):
+        quantize(dense, tmp_path / "out", QuantizationConfig(method))
+
+
+def test_what_is_in_the_way(dense, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigurationError, match="a file"):
+        quantize(dense, tmp_path / "file")
+    with pytest.raises(ConfigurationError, match="not empty"):
+        quantize(dense, dense)
+    with pytest.raises(CheckpointError, match="There is no folder"):
+        quantize(tmp_path / "nothing", tmp_path / "out")
+
+
+def test_quantised_models_are_refused(dense, tmp_path):
+    quantize(dense, tmp_path / "once")
+    with pytest.raises(CheckpointError, match="is quantised already"):
+        quantize(tmp_path / "once", tmp_path / "twice")
+
+
+def test_too_little_memory_or_disk(dense, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(psutil, "virtual_memory", lambda: Memory(1000))
+        with pytest.raises(CheckpointError, match="0.00 GB of memory are free"):
+            quantize(dense, tmp_path / "out")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: namedtuple("Usage", "free")(1000))
+    with pytest.raises(CheckpointError, match="the disk has 0.00 GB left"):
+        quantize(dense, tmp_path / "out")
+
+
+def test_after_a_failure_the_folder_is_as_it_was(dense, tmp_path, monkeypatch):
+    quantize(dense, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def half(source, config, tokenizer):
+        def save(path):
+            (path / "model.safetensors").write_bytes(b"half")
+            raise OSError("no space")
+
+        return save
+
+    monkeypatch.setattr(quantizing.BACKENDS["bitsandbytes"], "run", half)
+    with pytest.raises(CheckpointError, match="is unchanged"):
+        quantize(dense, tmp_path / "out", overwrite=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "out"}
+
+
+def test_calibration_too_long_for_the_model(dense):
+    from hf_structprune.quantization.calibrating import calibration_rows
+    from hf_structprune.quantization.source import Source
+
+    config = QuantizationConfig("gptq", calibration=CalibrationConfig(length=100_000))
+    with pytest.raises(ConfigurationError, match="`calibration.length` is 100000, but the model's context"):
+        calibration_rows(Source.read(dense), config, None)
+
+
+def test_command(dense, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    argv = ["quantize", str(dense), "--method", "bitsandbytes", "--bits", "8", "--calibration-num-samples", "4"]
+    assert main([*argv, "--output-dir", out, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["bits"] == 8 and data["configuration"]["calibration"]["num_samples"] == 4
+    assert main([*argv, "--output-dir", out]) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert main([*argv, "--output-dir", out, "--overwrite"]) == 0
+    assert "smaller by" in capsys.readouterr().out
+    assert main(argv) == 2
+    assert "--output-dir is missing" in capsys.readouterr().err
+
+
+def test_sizes_are_measured_truly(dense, tmp_path):
+    from hf_structprune.evaluation.efficiency import EfficiencyConfig, measure_efficiency
+    from hf_structprune.loading import load_model
+
+    for method, bits in (("bitsandbytes", 4), ("torchao", 8)):
+        result = quantize(dense, tmp_path / method, QuantizationConfig(method, bits=bits))
+        measured = measure_efficiency(load_model(result.folder), EfficiencyConfig(length=8, speed=False))
+        figures = {figure.name: figure.value for figure in measured}
+        assert figures["efficiency/parameters"] == result.report["weights"]["parameters"]
+        # All but the header of the file.
+        assert 0 <= result.report["weights"]["bytes"] - figures["efficiency/weight_bytes"] < 30_000
