@@ -9,6 +9,7 @@ from hf_structprune import PruningPlan
 from hf_structprune.commands import benchmark, cli, run
 from hf_structprune.evaluation import EfficiencyConfig
 from hf_structprune.evaluation.results import EvaluationResult, Figure
+from hf_structprune.quantization.gptq import Gptq
 
 
 pytest.importorskip("bitsandbytes")
@@ -179,3 +180,19 @@ def test_a_missing_library_shows_before_any_work(recipe, done, capsys, monkeypat
     assert cli.main(["run", str(recipe)]) != 0
     assert "bitsandbytes" in capsys.readouterr().err
     assert done == [] and not (recipe.parent / "pruned").exists()
+
+
+def test_a_group_size_that_does_not_divide_what_the_plan_leaves(recipe, done, capsys, monkeypatch):
+    """The dense widths are multiples of 16; those of the plan are not."""
+    monkeypatch.setattr(Gptq, "packages", ())  # nothing is run
+    text = recipe.read_text().replace("  bits: 4", "  bits: 4\n  method: gptq\n  group_size: 16")
+    recipe.write_text(text.replace("ratio: 0.1", "ratio: 0.1\n  round_to: 1"))
+    assert cli.main(["run", str(recipe)]) == 2
+    assert "`group_size` is 16, which does not divide" in capsys.readouterr().err
+    assert done == [] and not (recipe.parent / "pruned").exists()
+    # Layers that go change no width, so that the dense ones tell; the plan itself is made on weights.
+    recipe.write_text(
+        text.replace("ratio: 0.1", "ratio: 0.3\n  units: layers").replace("group_size: 16", "group_size: 32")
+    )
+    assert cli.main(["run", str(recipe)]) == 2
+    assert "does not divide the 48 inputs of model.layers.0.mlp.down_proj" in capsys.readouterr().err and done == []

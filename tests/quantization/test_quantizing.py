@@ -103,7 +103,13 @@ def test_what_is_still_true_goes_along(pruned, tmp_path):
     (out / "mine.txt").write_text("mine")
     quantize(pruned, out, QuantizationConfig(), overwrite=True)
     names = {path.name for path in out.iterdir()}
-    assert {"pruning_config.json", "pruning_plan.json", "generation_config.json", "tokenizer.json", "mine.txt"} <= names
+    assert {
+        "pruning_config.json",
+        "pruning_plan.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "mine.txt",
+    } <= names
     assert "evaluation_results.json" not in names  # of the model that was there before
     states = {name: EvaluationResult.load(out / name).state for name in names if name.startswith("evaluation_results")}
     assert states == {"evaluation_results_pruned.json": "pruned", "evaluation_results_dense.json": "dense"}
@@ -120,7 +126,11 @@ def test_results_of_a_recovered_model_keep_their_state(pruned, tmp_path):
 
 REFUSED = [
     ({"method": "torchao"}, ConfigurationError, "torchao with 4 bits needs an accelerator"),
-    ({"method": "gptq"}, ConfigurationError, r"`group_size` is 128, which does not divide the 64 inputs of model.layers.0"),
+    (
+        {"method": "gptq"},
+        ConfigurationError,
+        r"`group_size` is 128, which does not divide the 64 inputs of model.layers.0",
+    ),
     ({"method": "gptq", "group_size": 64}, ConfigurationError, "the 96 inputs of .*down_proj. Sizes .*: 32, -1"),
     ({"method": "awq", "group_size": 32}, UnsupportedModelError, "32 outputs, and AWQ takes 64"),
     ({"method": "auto-round"}, ConfigurationError, "`group_size` is 128"),
