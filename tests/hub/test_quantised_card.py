@@ -126,7 +126,7 @@ def test_other_models_are_finetunes(folder):
         QuantizationConfig(),
         QuantizationConfig(bits=8),
         QuantizationConfig(method="gptq", bits=3, group_size=64, desc_act=True),
-        QuantizationConfig(method="awq", calibration=CalibrationConfig(dataset="them/texts", num_samples=4)),
+        QuantizationConfig(method="awq", calibration=CalibrationConfig(dataset=["them/texts"], num_samples=4)),
         QuantizationConfig(four_bit_type="fp4", double_quant=False, seed=3),
     ],
 )
