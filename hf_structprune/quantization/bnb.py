@@ -41,8 +41,8 @@ class BitsAndBytes(Backend):
             return []
         widths = ", ".join(map(str, sorted(odd)))
         return [
-            f"Layers with {widths} inputs, no multiples of {_PACKED}: bitsandbytes' fast kernel of CPUs with AVX512 and "
-            "bfloat16 refuses these; load it in float32 there. Other devices do not mind."
+            f"Layers with {widths} inputs, no multiples of {_PACKED}: bitsandbytes' fast kernel of CPUs with AVX512 "
+            "and bfloat16 refuses these; load it in float32 there. Other devices do not mind."
         ]
 
     def run(self, source: Source, config: QuantizationConfig, tokenizer: Any) -> Save:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from ..calibration import check_token_ids, load_tokens
-from ..evaluation.protocol import context_length
 from ..errors import ConfigurationError
+from ..evaluation.protocol import context_length
 from .configuration import QuantizationConfig
 from .source import Source
 

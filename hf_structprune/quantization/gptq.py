@@ -13,6 +13,10 @@ from .groups import check_groups
 from .source import Source
 
 
+# Weights are packed into words of so many bits, along the inputs and, for zero points, along the outputs.
+_WORD = 32
+
+
 class GptqModelBackend(Backend):
     """What both methods of GPTQModel share. Transformers loads the result through Optimum and GPTQModel."""
 
@@ -22,6 +26,12 @@ class GptqModelBackend(Backend):
     def check(self, source: Source, config: QuantizationConfig) -> None:
         super().check(source, config)
         check_groups(source, config.group_size)
+        for name, shape in source.linears.items():
+            if any(width % _WORD for width in shape):
+                raise UnsupportedModelError(
+                    f"{name} has {shape[0]} outputs and {shape[1]} inputs; GPTQModel packs weights where both are "
+                    f"multiples of {_WORD}: choose bitsandbytes, or prune with `PruningConfig(align_to={_WORD})`."
+                )
         if source.per_layer:
             raise UnsupportedModelError(
                 f"{source.name} has layers of different widths, which GPTQModel builds all alike: quantise it with "

@@ -1,0 +1,88 @@
+"""SmolLM2-135M-Instruct, pruned and quantised, loaded in a fresh process by Transformers: perplexity of a text."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from hf_structprune import CalibrationConfig, QuantizationConfig, quantize
+
+
+pytestmark = pytest.mark.slow
+
+# Perplexity over that of the model before, measured: see the README; a corrupt checkpoint is off by factors.
+BOUNDS = {
+    ("bitsandbytes", 4): 1.25,
+    ("bitsandbytes", 8): 1.03,
+    ("torchao", 8): 1.01,
+    ("gptq", 4): 1.3,
+    ("awq", 4): 1.3,
+    ("auto-round", 4): 1.3,
+}
+PACKAGES = {"gptq": "gptqmodel", "awq": "gptqmodel", "auto-round": "auto_round"}
+PROGRAM = """
+import json, math, sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+text, folders, ours = json.loads(sys.argv[1])
+if ours:
+    import hf_structprune
+ids = AutoTokenizer.from_pretrained(folders[0])(text, return_tensors="pt")["input_ids"][:, :256]
+result = []
+for folder in folders:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(ids).logits.float()
+    result.append(math.exp(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])))
+assert ours or "hf_structprune" not in sys.modules
+print(json.dumps(result))
+"""
+
+
+def perplexities(folders, per_layer):
+    """Perplexity of each folder's model on the beginning of the packaged WikiText-2 sample, in a new process."""
+    from hf_structprune.data import wikitext2_sample
+
+    text = wikitext2_sample().read_text(encoding="utf-8")[:4000]
+    argument = json.dumps([text, list(map(str, folders)), per_layer])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)) if per_layer else ""}
+    process = subprocess.run(
+        [sys.executable, "-c", PROGRAM, argument], capture_output=True, text=True, env=environment, check=False
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def check(source, tmp_path, methods, per_layer):
+    calibration = CalibrationConfig(num_samples=8, length=128)
+    folders = [source]
+    for method, bits in methods:
+        config = QuantizationConfig(method, bits=bits, group_size=64, iterations=10, calibration=calibration)
+        folders.append(quantize(source, tmp_path / f"{method}-{bits}", config).folder)
+    before, *after = perplexities(folders, per_layer)
+    ratios = {method: value / before for method, value in zip(methods, after, strict=True)}
+    assert all(1 / BOUNDS[method] < ratio < BOUNDS[method] for method, ratio in ratios.items()), ratios
+
+
+# What rounds while it loads: seconds each.
+QUICK = [("bitsandbytes", 4), ("bitsandbytes", 8), ("torchao", 8)]
+
+
+def test_uniform_checkpoints(pruned_smollm2, tmp_path):
+    check(pruned_smollm2, tmp_path, QUICK, per_layer=False)
+
+
+def test_per_layer_checkpoints(per_layer_smollm2, tmp_path):
+    check(per_layer_smollm2, tmp_path, QUICK, per_layer=True)
+
+
+@pytest.mark.parametrize("method", PACKAGES)
+def test_methods_with_calibration(method, pruned_smollm2, tmp_path, monkeypatch):
+    monkeypatch.setenv("GPTQMODEL_DISABLE_PACK_EXT", "1")  # compiling it takes longer than packing without it
+    if find_spec(PACKAGES[method]) is None:
+        pytest.skip(f"needs {PACKAGES[method]}: minutes to install or to run")
+    check(pruned_smollm2, tmp_path, [(method, 4)], per_layer=False)
