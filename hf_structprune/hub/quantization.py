@@ -10,7 +10,7 @@ from ..calibration_configuration import CalibrationConfig
 from ..quantization.configuration import QuantizationConfig
 from .metadata import calibration_in_words
 from .origin import LIBRARIES
-from .reports import read_json
+from .reports import read_versioned
 from .snippets import changed_options
 
 
@@ -26,7 +26,7 @@ def read_quantization(folder: Path) -> dict[str, Any] | None:
     Raises:
         CheckpointError: It cannot be read, or is of another version.
     """
-    return read_json(folder / QUANTIZATION_NAME, SCHEMA_VERSION)
+    return read_versioned(folder / QUANTIZATION_NAME, SCHEMA_VERSION)
 
 
 def card_section(report: dict[str, Any]) -> str:

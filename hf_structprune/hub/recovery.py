@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import ConfigurationError
 from ..recovery.configuration import DistillationConfig, RecoveryConfig
-from .reports import read_json
+from .reports import read_versioned
 from .snippets import changed_options
 
 
@@ -30,7 +30,7 @@ def read_report(folder: Path) -> dict[str, Any] | None:
     Raises:
         CheckpointError: It cannot be read, or is of another version.
     """
-    return read_json(folder / RECOVERY_NAME, SCHEMA_VERSION)
+    return read_versioned(folder / RECOVERY_NAME, SCHEMA_VERSION)
 
 
 def card_section(report: dict[str, Any], *, picture: str | None = PICTURE_NAME) -> str:

@@ -1,4 +1,4 @@
-"""Reading the reports that stand beside the weights: `recovery.json` and `quantization.json`."""
+"""Reports beside a checkpoint: JSON files with a version."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from ..errors import CheckpointError
 
 
-def read_json(path: Path, version: int) -> dict[str, Any] | None:
-    """The content of a report; `None` where there is none.
+def read_versioned(path: Path, version: int) -> dict[str, Any] | None:
+    """The content of a report; `None` where there is no such file.
 
     Args:
         path: The file.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from ..errors import UnsupportedModelError
 from .backend import device_of
 from .configuration import QuantizationConfig
@@ -28,6 +30,10 @@ class Awq(GptqModelBackend):
                     f"{name} has {rows} outputs, and AWQ takes {_OUTPUTS} at once: prune to widths that are multiples "
                     f"of {_OUTPUTS}, or choose gptq."
                 )
+
+    def dtype(self, source: Source) -> torch.dtype:
+        # The kernels of AWQ compute in 16 bits only.
+        return torch.float16 if source.shapes.dtype == torch.float32 else source.shapes.dtype
 
     def settings(self, config: QuantizationConfig) -> dict[str, Any]:
         return {**super().settings(config), "quant_method": "awq", "format": "gemm"}

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
+from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import GenerationConfig
+
 from ..errors import UnsupportedModelError
+from ..files import write_text
 from .backend import Backend, Save, device_of
 from .calibrating import calibration_rows
 from .configuration import QuantizationConfig
@@ -46,6 +53,10 @@ class GptqModelBackend(Backend):
         """The kernel that packs the weights, by GPTQModel's name."""
         return "auto"
 
+    def dtype(self, source: Source) -> torch.dtype:
+        """The dtype of what is not quantised."""
+        return source.shapes.dtype
+
     def run(self, source: Source, config: QuantizationConfig, tokenizer: Any) -> Save:
         _enough_workers()
         from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
@@ -53,13 +64,41 @@ class GptqModelBackend(Backend):
         rows = calibration_rows(source, config, tokenizer)
         model = GPTQModel.load(
             source.name, QuantizeConfig(**self.settings(config), device=device_of(config)),
-            trust_remote_code=source.trust_remote_code, dtype=source.shapes.dtype,
+            trust_remote_code=source.trust_remote_code, dtype=self.dtype(source),
         )  # fmt: skip
         model.quantize(
             [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows.tolist()],
-            batch_size=config.calibration.batch_size, tokenizer=tokenizer, backend=BACKEND(self.kernel(config)),
+            batch_size=config.calibration.batch_size, tokenizer=copy.deepcopy(tokenizer),
+            backend=BACKEND(self.kernel(config)),
         )  # fmt: skip
-        return lambda path: model.save(str(path))
+
+        def save(path: Path) -> None:
+            model.save(str(path))
+            _restore(path, source, self.dtype(source))
+
+        return save
+
+
+def _restore(path: Path, source: Source, dtype: torch.dtype) -> None:
+    """Puts back what GPTQModel changes: it sets a padding token, and names a temporary folder of this machine."""
+    config = copy.deepcopy(source.shapes.config)
+    config.dtype = dtype
+    written = json.loads((path / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    config.quantization_config = _without_paths(written)
+    config.save_pretrained(path)
+    file = path / "quantize_config.json"
+    if file.is_file():
+        content = _without_paths(json.loads(file.read_text(encoding="utf-8")))
+        write_text(file, json.dumps(content, indent=2) + "\n")
+    try:
+        GenerationConfig.from_pretrained(source.name).save_pretrained(path)
+    except OSError:  # the model has none, and Transformers makes one from its configuration
+        (path / "generation_config.json").unlink(missing_ok=True)
+
+
+def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:
+    meta = {key: value for key, value in settings.get("meta", {}).items() if not key.endswith("_path")}
+    return {**settings, "meta": meta}
 
 
 def _enough_workers() -> None:
