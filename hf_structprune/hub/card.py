@@ -171,7 +171,7 @@ def _about(name: str, contents: Contents, origin: Origin | None, metadata: dict[
         "summary": (
             f"A smaller version of {link}: structured pruning took {plan.ratio:.1%} of all its parameters "
             f"({plan.parameters_before:,} before, {plan.parameters_after:,} now). What is left is dense: no masks, no "
-            f"zeros.{_trained(contents)}{_packed(contents)}"
+            f"zeros.{_afterwards(contents)}"
         ),
         "attribution": attribution(metadata, name),
         "loading": loading(name, per_layer, needs),
@@ -186,16 +186,12 @@ def _about(name: str, contents: Contents, origin: Origin | None, metadata: dict[
     }
 
 
-def _trained(contents: Contents) -> str:
-    """What the summary says about training after pruning."""
+def _afterwards(contents: Contents) -> str:
+    """What the summary says about training and quantisation after pruning."""
+    trained = " It was trained afterwards." if contents.was_recovered else ""
     if contents.recovery is not None:
-        return f" {recovery.summary(contents.recovery)}"
-    return " It was trained afterwards." if contents.was_recovered else ""
-
-
-def _packed(contents: Contents) -> str:
-    """What the summary says about quantisation."""
-    return "" if contents.quantization is None else f" {quantization.summary(contents.quantization)}"
+        trained = f" {recovery.summary(contents.recovery)}"
+    return trained + ("" if contents.quantization is None else f" {quantization.summary(contents.quantization)}")
 
 
 def _recovery(contents: Contents) -> str:
