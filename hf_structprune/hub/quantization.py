@@ -76,9 +76,20 @@ def _sizes(report: dict[str, Any]) -> str:
 
 
 def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
-    versions, group, text = report.get("versions") or {}, report.get("group_size"), calibration_of(report)
+    versions, text = report.get("versions") or {}, calibration_of(report)
     return [
-        ("Method", f"{report['method']}, {report['bits']} bits" + (f", groups of {group} weights" if group else "")),
+        ("Method", _method(report)),
         ("Calibration", "none" if text is None else calibration_in_words(text)),
         ("Versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
     ]
+
+
+def _method(report: dict[str, Any]) -> str:
+    """`"bitsandbytes, 4 bits, nf4"`, `"gptq, 3 bits, groups of 128 weights"`."""
+    config, group = QuantizationConfig.from_dict(report["configuration"]), report.get("group_size")
+    words = [config.method, f"{config.bits} bits"]
+    if config.method == "bitsandbytes" and config.bits == 4:
+        words += [config.four_bit_type, *(["scales quantised too"] if config.double_quant else [])]
+    if group:
+        words.append("a scale for each row" if group == -1 else f"groups of {group} weights")
+    return ", ".join(words)

@@ -79,7 +79,7 @@ def test_four_columns_and_the_section(quantised, plan):
     )
     section = card.text[card.text.index(BEGIN) : card.text.index(END)]
     assert "The weights take 25.0 MB, 25% of the 100.0 MB before." in section
-    assert "* Method: bitsandbytes, 4 bits\n* Calibration: none\n" in section
+    assert "* Method: bitsandbytes, 4 bits, nf4, scales quantised too\n* Calibration: none\n" in section
     assert "transformers 5.24.0, bitsandbytes 0.50" in section and "* Widths of 33 are slow." in section
     assert "quantised to 4 bits with bitsandbytes, see Quantised." in card.text
     assert "brought back" in card.text and "Recovery" in card.text  # what was before is still told
@@ -143,6 +143,8 @@ def test_calibrated_methods_name_their_text(folder, plan):
     report = make_quantisation("gptq", group_size=64, calibration={"dataset": "them/texts"})
     assert calibration_of(report) == CalibrationConfig(dataset="them/texts")
     assert "* Method: gptq, 4 bits, groups of 64 weights\n" in card_section(report)
+    assert "* Method: gptq, 4 bits, a scale for each row\n" in card_section(make_quantisation("gptq", group_size=-1))
+    assert "* Method: bitsandbytes, 8 bits\n" in card_section(make_quantisation(bits=8))
     assert "* Calibration: 128 x 256 tokens of [them/texts](https://huggingface.co/datasets/" in card_section(report)
     assert libraries(report) == ["gptq"]
     quantise(folder, plan, method="gptq", calibration={"dataset": "them/texts"})
