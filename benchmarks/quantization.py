@@ -3,8 +3,8 @@
     python benchmarks/quantization.py FOLDER --checkpoints OUT
 
 Quantises the model with each method below into a folder of OUT (one that is there is taken as it is, without seconds),
-and measures the packaged WikiText-2 sample in the checkpoint's dtype or that of `--dtype`, and decoding in turns with
-the model before. A method whose package is not installed is left out, and named. Writes
+and measures the packaged WikiText-2 sample in the checkpoint's dtype or that of `--dtype`, and with `--speed` decoding
+in turns with the model before. A method whose package is not installed is left out, and named. Writes
 benchmarks/results/quantization.json after each row.
 """
 
@@ -48,6 +48,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=32, help="sequences of 256 tokens to calibrate on")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--speed", action="store_true", help="time decoding too, which wants a machine of its own")
     parser.add_argument("--only", nargs="*", help="names of rows")
     return parser.parse_args()
 
@@ -82,7 +83,7 @@ def row(options: argparse.Namespace, name: str, settings: dict[str, Any]) -> dic
         **{key: report[key] for key in ("method", "bits", "group_size", "weights", "versions")},
         "seconds": seconds,
         "perplexity": measure(options, str(folder)),
-        "decode": speed(options, str(folder)),
+        "decode": speed(options, str(folder)) if options.speed else None,
     }
 
 
@@ -91,7 +92,12 @@ def main() -> None:
     settings = {
         key: getattr(options, key) for key in ("dtype", "group_size", "iterations", "samples", "window", "windows")
     }
-    content = {"settings": settings, "environment": describe_environment("cpu"), "rows": {}}
+    content: dict[str, Any] = {
+        "model": Path(options.model).name,
+        "settings": settings,
+        "environment": describe_environment("cpu"),
+        "rows": {},
+    }
     content["rows"]["before"] = {"perplexity": measure(options, options.model)}
     for name, method in METHODS.items():
         if options.only and name not in options.only:
