@@ -27,7 +27,7 @@ class CompareArguments:
     Args:
         results (list of `str`): JSON files made by `evaluate`, the baseline first; a folder stands for its
             `evaluation_results.json`, a single one also for the results of the dense model beside it, and of a
-            recovered one also for those from before its recovery.
+            recovered or quantised one also for those of the states before.
         format (`str`, *optional*): `table`, `md` (GitHub and the Hub), `csv` or `json`; the last two are not rounded.
             Default: by the name of the output, else `table`.
         output (`str`, *optional*): File to write instead of printing.
