@@ -326,7 +326,7 @@ def test_recipe_of_the_whole_study_is_about_six_layers_if_asked(monkeypatch):
     name = RECIPES / "smollm2-135m-instruct" / "prune-recover-quantize.yaml"
     recipe = Recipe.load(name)
     assert recipe.pruning == PruningConfig() and recipe.ratio == 0.2
-    assert (recipe.quantization.config.method, recipe.quantization.config.bits) == ("bitsandbytes", 4)
+    assert recipe.quantization.config == QuantizationConfig("bitsandbytes", 4, 64)
     monkeypatch.setenv("UNITS", "layers")
     monkeypatch.setenv("RATIO", "0.16")
     recipe = Recipe.load(name)
@@ -340,3 +340,4 @@ def test_recipe_of_the_whole_study_is_about_six_layers_if_asked(monkeypatch):
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
     total = model.num_parameters()
     assert min(range(30), key=lambda count: abs(count * layer - recipe.ratio * total)) == 6
+    assert all(columns % 64 == 0 for _, columns in Source("small", model).linears.values())
