@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         `int`: The exit code. Mistakes of the user print one line on stderr and give 2.
     """
+    # Importing torchao 0.18, as Transformers does where it is installed, makes torch 2.13 warn of torchao's own code.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     try:
         _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()

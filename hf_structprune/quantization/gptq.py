@@ -42,7 +42,7 @@ class GptqModelBackend(Backend):
         if source.per_layer:
             raise UnsupportedModelError(
                 f"{source.name} has layers of different widths, which GPTQModel builds all alike: quantise it with "
-                "bitsandbytes, torchao or auto-round, or prune with `layout='uniform'`."
+                "bitsandbytes or torchao, or prune with `layout='uniform'`."
             )
 
     def settings(self, config: QuantizationConfig) -> dict[str, Any]:

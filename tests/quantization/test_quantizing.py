@@ -82,6 +82,7 @@ def steps(weight, bits):
 )
 def test_reloads(method, bits, near, pruned, tmp_path):
     """Every weight is within a rounding step, and the model computes with these; int8 also rounds activations."""
+    pytest.importorskip(method)
     result = quantize(pruned, tmp_path / "out", QuantizationConfig(method, bits=bits))
     dense, quantised = load(pruned), load(result.folder)
     layers = [name for name, module in dense.model.named_modules() if isinstance(module, torch.nn.Linear)]
@@ -100,6 +101,7 @@ def test_reloads(method, bits, near, pruned, tmp_path):
 
 @pytest.mark.parametrize(("method", "bits"), [("bitsandbytes", 4), ("bitsandbytes", 8), ("torchao", 8)])
 def test_weights_shrink_as_the_method_says(method, bits, dense, tmp_path):
+    pytest.importorskip(method)
     result = quantize(dense, tmp_path / "out", QuantizationConfig(method, bits=bits, double_quant=False))
     model = AutoModelForCausalLM.from_pretrained(dense)
     linears = [m for m in model.model.modules() if isinstance(m, torch.nn.Linear)]
@@ -257,14 +259,15 @@ def test_command(dense, tmp_path, capsys):
     assert "--output-dir is missing" in capsys.readouterr().err
 
 
-def test_sizes_are_measured_truly(dense, tmp_path):
+@pytest.mark.parametrize(("method", "bits"), [("bitsandbytes", 4), ("torchao", 8)])
+def test_sizes_are_measured_truly(method, bits, dense, tmp_path):
+    pytest.importorskip(method)
     from hf_structprune.evaluation.efficiency import EfficiencyConfig, measure_efficiency
     from hf_structprune.loading import load_model
 
-    for method, bits in (("bitsandbytes", 4), ("torchao", 8)):
-        result = quantize(dense, tmp_path / method, QuantizationConfig(method, bits=bits))
-        measured = measure_efficiency(load_model(result.folder), EfficiencyConfig(length=8, speed=False))
-        figures = {figure.name: figure.value for figure in measured}
-        assert figures["efficiency/parameters"] == result.report["weights"]["parameters"]
-        # All but the header of the file.
-        assert 0 <= result.report["weights"]["bytes"] - figures["efficiency/weight_bytes"] < 30_000
+    result = quantize(dense, tmp_path / method, QuantizationConfig(method, bits=bits))
+    measured = measure_efficiency(load_model(result.folder), EfficiencyConfig(length=8, speed=False))
+    figures = {figure.name: figure.value for figure in measured}
+    assert figures["efficiency/parameters"] == result.report["weights"]["parameters"]
+    # All but the header of the file.
+    assert 0 <= result.report["weights"]["bytes"] - figures["efficiency/weight_bytes"] < 30_000

@@ -12,21 +12,25 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_structprune import CalibrationConfig, QuantizationConfig, quantize
+from hf_structprune.quantization.backends import BACKENDS
+from hf_structprune.quantization.configuration import METHODS
 
 
 pytestmark = pytest.mark.slow
 
-# Perplexity over that of the model before. Measured: nf4 1.32, bitsandbytes int8 0.996. This model is small, and its
-# weights were rounded to 4 bits of another kind before; a corrupt checkpoint is off by factors of a thousand.
+# Perplexity over that of the model before. Measured: nf4 1.32; int8 of bitsandbytes 1.00 (uniform) and 1.03 (per layer);
+# torchao 0.99 on both. The model is small, and was rounded to 4 bits of another kind before. Those of the three methods
+# with calibration are limits that were set, not measured. A corrupt checkpoint is off by factors of a thousand.
 BOUNDS = {
     ("bitsandbytes", 4): 1.45,
-    ("bitsandbytes", 8): 1.02,
+    ("bitsandbytes", 8): 1.05,
     ("torchao", 8): 1.02,
     ("gptq", 4): 1.3,
     ("awq", 4): 1.3,
     ("auto-round", 4): 1.3,
 }
-PACKAGES = {"gptq": "gptqmodel", "awq": "gptqmodel", "auto-round": "auto_round"}
+CALIBRATED = ("gptq", "awq", "auto-round")
+PACKAGES = {method: BACKENDS[method].packages[0] for method in METHODS}
 PROGRAM = """
 import json, math, sys
 import torch
@@ -75,6 +79,9 @@ def in_float32(tmp_path):
 
 
 def check(source, tmp_path, methods, per_layer):
+    for method, _ in methods:
+        if find_spec(PACKAGES[method]) is None:
+            pytest.skip(f"needs {PACKAGES[method]}")
     calibration = CalibrationConfig(num_samples=8, length=128)
     folders = [source]
     for method, bits in methods:
@@ -97,9 +104,7 @@ def test_per_layer_checkpoints(per_layer_smollm2, in_float32, tmp_path):
     check(in_float32(per_layer_smollm2), tmp_path, QUICK, per_layer=True)
 
 
-@pytest.mark.parametrize("method", PACKAGES)
+@pytest.mark.parametrize("method", CALIBRATED)
 def test_methods_with_calibration(method, pruned_smollm2, in_float32, tmp_path, monkeypatch):
     monkeypatch.setenv("GPTQMODEL_DISABLE_PACK_EXT", "1")  # compiling it takes longer than packing without it
-    if find_spec(PACKAGES[method]) is None:
-        pytest.skip(f"needs {PACKAGES[method]}: minutes to install or to run")
     check(in_float32(pruned_smollm2), tmp_path, [(method, 4)], per_layer=False)
