@@ -1,4 +1,4 @@
-"""`Recipe`: a YAML file that says how a model is pruned, recovered, measured, described and published."""
+"""`Recipe`: a YAML file that says how a model is pruned, recovered, quantised, measured and published."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from .errors import ConfigurationError
 
 if TYPE_CHECKING:
     from .evaluation.evaluator import EvaluationConfig
+    from .quantization.configuration import QuantizationConfig
     from .recovery.configuration import DistillationConfig, RecoveryConfig
 
 
 RECIPE_NAME = "recipe.yaml"
-SECTIONS = ("model", "output_dir", "prune", "recover", "evaluate", "push")
+SECTIONS = ("model", "output_dir", "prune", "recover", "quantize", "evaluate", "push")
 PUSH_OPTIONS = ("repo_id", "private", "revision", "create_pr", "commit_message")
 PRESETS = {"llm_pruner": PruningConfig.llm_pruner}
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
@@ -44,10 +45,29 @@ class RecoverySection:
     config: RecoveryConfig
     distillation: DistillationConfig
 
+    def __str__(self) -> str:
+        return f"recovered by {self.config.method} on {', '.join(self.dataset)}"
+
+
+@dataclass
+class QuantizationSection:
+    """The section `quantize`: the fields of `QuantizationConfig`, and:
+
+    Attributes:
+        output_dir: Folder of the quantised checkpoint.
+        config: How to quantise.
+    """
+
+    output_dir: str
+    config: QuantizationConfig
+
+    def __str__(self) -> str:
+        return f"quantised to {self.config.bits} bits by {self.config.method}"
+
 
 @dataclass
 class Recipe:
-    """What `hf-structprune run FILE` does: prune, recover, measure all sides, write the card and, if asked to, push.
+    """What `hf-structprune run FILE` does: prune, recover, quantise, measure all sides, write the cards, push.
 
     Attributes:
         model: Options of loading, with the model's id or folder under `"model"`.
@@ -55,6 +75,7 @@ class Recipe:
         ratio: Share of all parameters to remove; `None` if the configuration has ratios by kind.
         pruning: How to prune.
         recovery: How to train the pruned model; `None` for not at all.
+        quantization: How to quantise what came out; `None` for not at all.
         evaluation: What to measure on all sides; `None` for nothing.
         dense_results: Where the results of the dense model are kept, so that several recipes can share them.
         push: Arguments of `push_to_hub`; empty if the recipe names no repository.
@@ -66,6 +87,7 @@ class Recipe:
     ratio: float | None
     pruning: PruningConfig
     recovery: RecoverySection | None
+    quantization: QuantizationSection | None
     evaluation: EvaluationConfig | None
     dense_results: str | None
     push: dict[str, Any]
@@ -106,10 +128,25 @@ class Recipe:
             evaluation = {name: value for name, value in evaluation.items() if value is not None}
             dense_results = evaluation.pop("dense_results", None)
             evaluation = _build(EvaluationConfig, evaluation, "evaluate")
-        return cls(
-            model if isinstance(model, dict) else {"model": model}, str(content["output_dir"]),
-            ratio, pruning, _recovery(content), evaluation, dense_results, push, text,
+        recovery = _recovery(content)
+        recipe = cls(
+            model if isinstance(model, dict) else {"model": model}, str(content["output_dir"]), ratio, pruning,
+            recovery, _quantization(content, recovery), evaluation, dense_results, push, text,
         )  # fmt: skip
+        recipe._check_folders()
+        return recipe
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """The folders of the checkpoints by their states, in the order in which they are made."""
+        made = {"pruned": self, "recovered": self.recovery, "quantised": self.quantization}
+        return {state: Path(step.output_dir) for state, step in made.items() if step is not None}
+
+    def _check_folders(self) -> None:
+        paths = [path.absolute() for path in self.folders.values()]
+        for path in paths:
+            if paths.count(path) > 1:
+                raise ConfigurationError(f"Two sections have the `output_dir` {path.name}; give each its own.")
 
 
 def substitute(text: str) -> str:
@@ -135,7 +172,7 @@ def _check_sections(content: Any) -> None:
     for name in ("model", "output_dir", "prune"):
         if not content.get(name):
             raise ConfigurationError(f"The section `{name}` is missing.")
-    for name in ("prune", "recover", "evaluate", "push"):
+    for name in SECTIONS[2:]:
         if not isinstance(content.get(name) or {}, dict):
             raise ConfigurationError(f"`{name}` is {content[name]!r}; it must hold `option: value` lines.")
 
@@ -168,6 +205,18 @@ def _recovery(content: dict[str, Any]) -> RecoverySection | None:
     config = _build(RecoveryConfig, section, "recover")
     dataset = [dataset] if isinstance(dataset, str) else list(dataset)
     return RecoverySection(dataset, split, folder, config, distillation)
+
+
+def _quantization(content: dict[str, Any], recovery: RecoverySection | None) -> QuantizationSection | None:
+    """The section `quantize`, if there is one; the checkpoint goes beside the one that it is made of."""
+    from .quantization.configuration import QuantizationConfig
+
+    if not content.get("quantize"):
+        return None
+    section = {name: value for name, value in content["quantize"].items() if value is not None}
+    source = content["output_dir"] if recovery is None else recovery.output_dir
+    folder = section.pop("output_dir", f"{source}-quantised")
+    return QuantizationSection(folder, _build(QuantizationConfig, section, "quantize"))
 
 
 def _build(cls: type, values: dict[str, Any], section: str) -> Any:

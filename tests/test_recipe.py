@@ -9,9 +9,10 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig
 
-from hf_structprune import PruningConfig, StructuredPruner
+from hf_structprune import CalibrationConfig, PruningConfig, QuantizationConfig, StructuredPruner
 from hf_structprune.commands import cli
 from hf_structprune.errors import ConfigurationError
+from hf_structprune.quantization.source import Source
 from hf_structprune.recipe import Recipe, substitute
 from hf_structprune.recovery.configuration import DistillationConfig, RecoveryConfig
 
@@ -23,7 +24,8 @@ MINIMAL = "model: some/model\noutput_dir: out\nprune:\n  ratio: 0.2\n"
 @pytest.fixture(autouse=True)
 def no_variables(monkeypatch):
     names = ("OUT", "WIKITEXT2", "C4", "TASKS", "TASKS_PATH", "RATIO", "CRITERION", "DATA", "WATCHED")
-    for name in (*names, "LAYERS", "HEAL", "CALIBRATION"):
+    more = ("UNITS", "METHOD", "BITS", "GROUP_SIZE", "QUANTIZE_ON", "LENGTH", "SAMPLES", "LIMIT", "CHATS", "PAGES")
+    for name in (*names, *more, "LAYERS", "HEAL", "CALIBRATION"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -145,7 +147,34 @@ def test_mistakes_in_the_section_recover(tmp_path, section, message):
 
 
 def test_no_section_recover_no_recovery(tmp_path):
-    assert load(tmp_path, MINIMAL).recovery is None
+    recipe = load(tmp_path, MINIMAL)
+    assert recipe.recovery is None and recipe.quantization is None and recipe.folders == {"pruned": Path("out")}
+
+
+def test_section_quantize(tmp_path):
+    section = "quantize: {method: gptq, bits: 3, group_size: 64, calibration: {num_samples: 4}}\n"
+    recipe = load(tmp_path, MINIMAL + section)
+    calibration = CalibrationConfig(num_samples=4)
+    assert recipe.quantization.config == QuantizationConfig("gptq", 3, 64, calibration=calibration)
+    assert recipe.folders == {"pruned": Path("out"), "quantised": Path("out-quantised")}
+    recipe = load(tmp_path, MINIMAL + section + "recover: {dataset: d}\n")
+    assert [str(folder) for folder in recipe.folders.values()] == ["out", "out-recovered", "out-recovered-quantised"]
+    assert list(recipe.folders) == ["pruned", "recovered", "quantised"]
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("quantize: {bit: 4}", "`bit` is not an option of `quantize`"),
+        ("quantize: {method: gguf}", "`method` is 'gguf'"),
+        ("quantize: 4", "`quantize` is 4; it must hold"),
+        ("quantize: {bits: 4, output_dir: ./out}", "Two sections have the `output_dir` out"),
+        ("quantize: {bits: 4, calibration: {samples: 4}}", "samples"),
+    ],
+)
+def test_mistakes_in_the_section_quantize(tmp_path, section, message):
+    with pytest.raises(ConfigurationError, match=re.escape(message)):
+        load(tmp_path, MINIMAL + section)
 
 
 STUDIES = ["llama-2-7b-chat", "llama-3-8b-instruct", "mistral-7b-instruct"]
@@ -174,13 +203,18 @@ def test_recipe_of_the_llm_pruner_study_recovers_as_its_recipe():
     "recipe",
     [
         "tinyllama-1.1b-chat/study-recovered",
-        *(f"{s}/{name}" for s in STUDIES for name in ("prune-lora", "prune-qlora", "drop-layers", "drop-blocks-lora")),
+        "smollm2-135m-instruct/prune-recover-quantize",
+        *(
+            f"{s}/{name}"
+            for s in STUDIES
+            for name in ("prune-lora", "prune-qlora", "drop-layers", "drop-blocks-lora", "drop-layers-quantize")
+        ),
     ],
 )
 def test_recipes_run_on_tiny_models(recipe, tiny_llama, make_tokenizer, tmp_path, monkeypatch):
     """A stand-in of the right class goes through what the recipe says, with one step of training."""
     pytest.importorskip("trl")
-    if "qlora" in recipe:
+    if "qlora" in recipe or "quantize" in recipe:
         pytest.importorskip("bitsandbytes")
     mistral = "mistral" in recipe
     config = tiny_llama.config.to_dict() | {"num_hidden_layers": 20, "model_type": "mistral" if mistral else "llama"}
@@ -191,8 +225,11 @@ def test_recipes_run_on_tiny_models(recipe, tiny_llama, make_tokenizer, tmp_path
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
-    monkeypatch.setenv("DATA", str(tmp_path / "rows.jsonl"))
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, file in (("DATA", "rows.jsonl"), ("CHATS", "rows.jsonl"), ("PAGES", "more.jsonl")):
+        monkeypatch.setenv(name, str(tmp_path / file))
     monkeypatch.setenv("WATCHED", str(tmp_path / "text.txt"))
+    monkeypatch.setenv("METHOD", "bitsandbytes" if "quantize" in recipe else "")  # the one that needs no accelerator
     content = yaml.safe_load(substitute((RECIPES / f"{recipe}.yaml").read_text()))
     content["model"] = {**(content["model"] if isinstance(content["model"], dict) else {}), "device_map": None}
     content["model"] |= {"model": str(tmp_path / "dense"), "dtype": "fp32"}
@@ -203,9 +240,10 @@ def test_recipes_run_on_tiny_models(recipe, tiny_llama, make_tokenizer, tmp_path
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
     assert cli.main(["run", str(tmp_path / "recipe.yaml")]) == 0
     loaded = Recipe.load(tmp_path / "recipe.yaml")
-    folder = loaded.recovery.output_dir if loaded.recovery else loaded.output_dir
-    card = (Path(folder) / "README.md").read_text()
+    folder = list(loaded.folders.values())[-1]
+    card = (folder / "README.md").read_text()
     assert ("## Recovery" in card) == bool(loaded.recovery)
+    assert ("## Quantised" in card) == bool(loaded.quantization)
     small = AutoModelForCausalLM.from_pretrained(folder)
     dropped = loaded.pruning.num_layers or 0
     assert small.config.num_hidden_layers == 20 - dropped
@@ -229,3 +267,77 @@ def test_recipes_drop_blocks_as_the_study_did(study):
     config = recipe.recovery.config
     assert (config.rank, config.alpha, config.dropout, config.learning_rate) == (8, 16, 0.05, 1e-4)
     assert (config.epochs, config.batch_size, config.max_length) == (2, 64, 256)
+
+
+def quantizing(study):
+    return Recipe.load(RECIPES / study / "drop-layers-quantize.yaml").quantization
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_recipes_quantise_as_the_study_did(monkeypatch, study):
+    recipe = Recipe.load(RECIPES / study / "drop-layers-quantize.yaml")
+    assert recipe.pruning == Recipe.load(RECIPES / study / "drop-layers.yaml").pruning
+    lora, theirs = recipe.recovery, Recipe.load(RECIPES / study / "prune-lora.yaml").recovery
+    assert (lora.dataset, lora.config) == (theirs.dataset, theirs.config)
+    config = recipe.quantization.config
+    assert (config.method, config.bits, config.group_size) == ("awq", 4, 128)
+    folders = {recipe.quantization.output_dir}
+    for bits in (4, 3, 2):
+        monkeypatch.setenv("METHOD", "gptq")
+        monkeypatch.setenv("BITS", str(bits))
+        section = quantizing(study)
+        config, text = section.config, section.config.calibration
+        assert (config.bits, config.group_size, config.desc_act, config.seed) == (bits, 128, False, 0)
+        assert (text.dataset, text.name, text.split) == ("Salesforce/wikitext", "wikitext-2-raw-v1", "train")
+        assert (text.num_samples, text.length) == (128, 4096)
+        folders.add(section.output_dir)
+    assert len(folders) == 4
+
+
+@pytest.mark.parametrize(
+    ("study", "cls", "shape"),
+    [
+        ("llama-2-7b-chat", LlamaConfig, (11008, 32, 32000)),
+        ("llama-3-8b-instruct", LlamaConfig, (14336, 8, 128256)),
+        ("mistral-7b-instruct", MistralConfig, (14336, 8, 32000)),
+    ],
+)
+def test_group_sizes_of_the_study_divide_the_real_shapes(monkeypatch, study, cls, shape):
+    width, groups, vocab = shape
+    config = cls(
+        hidden_size=4096, intermediate_size=width, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=groups, vocab_size=vocab,
+    )  # fmt: skip
+    for layers in (6, 8, 12):
+        monkeypatch.setenv("LAYERS", str(layers))
+        recipe = Recipe.load(RECIPES / study / "drop-layers-quantize.yaml")
+        config.num_hidden_layers = 32 - recipe.pruning.num_layers
+        with torch.device("meta"):
+            source = Source(study, AutoModelForCausalLM.from_config(config))
+        assert len(source.linears) == 7 * (32 - layers)
+        for size in (64, 128, 256):
+            monkeypatch.setenv("GROUP_SIZE", str(size))
+            found = quantizing(study).config.group_size
+            assert found == size and all(columns % found == 0 for _, columns in source.linears.values())
+
+
+def test_recipe_of_the_whole_study_is_about_six_layers_if_asked(monkeypatch):
+    """The number of layers whose parameters are nearest to the ratio, which `layers` takes."""
+    name = RECIPES / "smollm2-135m-instruct" / "prune-recover-quantize.yaml"
+    recipe = Recipe.load(name)
+    assert recipe.pruning == PruningConfig() and recipe.ratio == 0.2
+    assert recipe.quantization.config == QuantizationConfig("bitsandbytes", 4, 64)
+    monkeypatch.setenv("UNITS", "layers")
+    monkeypatch.setenv("RATIO", "0.16")
+    recipe = Recipe.load(name)
+    assert recipe.pruning.units == ("layers",)
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    total = model.num_parameters()
+    assert min(range(30), key=lambda count: abs(count * layer - recipe.ratio * total)) == 6
+    assert all(columns % 64 == 0 for _, columns in Source("small", model).linears.values())

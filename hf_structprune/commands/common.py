@@ -151,8 +151,12 @@ def load_to_plan(arguments: ModelArguments, config: PruningConfig, ratio: float 
 
     Only choices between layers look at the weights.
     """
-    looks = config.allocation != "uniform" or config.chooses_depth(ratio)
-    return (load_pruner if looks else load_shapes)(arguments, config)
+    return (load_shapes if plans_by_shapes(config, ratio) else load_pruner)(arguments, config)
+
+
+def plans_by_shapes(config: PruningConfig, ratio: float | None) -> bool:
+    """Whether a plan can be made without the weights."""
+    return config.allocation == "uniform" and not config.chooses_depth(ratio)
 
 
 def check_device(name: str | None) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..errors import ConfigurationError
-from ..evaluation.results import RESULTS_NAME, EvaluationResult
+from ..evaluation.results import RESULTS_NAME, STATES, EvaluationResult
 from ..evaluation.table import ResultTable
 from ..files import write_text
 from .arguments import parse
@@ -27,7 +27,7 @@ class CompareArguments:
     Args:
         results (list of `str`): JSON files made by `evaluate`, the baseline first; a folder stands for its
             `evaluation_results.json`, a single one also for the results of the dense model beside it, and of a
-            recovered one also for those from before its recovery.
+            recovered or quantised one also for those of the states before.
         format (`str`, *optional*): `table`, `md` (GitHub and the Hub), `csv` or `json`; the last two are not rounded.
             Default: by the name of the output, else `table`.
         output (`str`, *optional*): File to write instead of printing.
@@ -72,7 +72,7 @@ def _paths(names: list[str]) -> list[Path]:
     paths = [Path(name) for name in names]
     if len(paths) > 1:
         return paths
-    beside = [paths[0] / RESULTS_NAME.replace(".json", f"_{state}.json") for state in ("dense", "pruned")]
+    beside = [paths[0] / RESULTS_NAME.replace(".json", f"_{state}.json") for state in STATES[:-1]]
     return [*(path for path in beside if path.is_file()), *paths]
 
 

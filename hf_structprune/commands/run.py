@@ -1,13 +1,12 @@
-"""`hf-structprune run RECIPE`: prunes, recovers, measures all sides, writes the card and, if asked to, pushes."""
+"""`hf-structprune run RECIPE`: prunes, recovers, quantises, measures all sides, writes the cards and pushes."""
 
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ..configuration import CONFIG_NAME, PruningConfig
 from ..errors import ConfigurationError
@@ -19,17 +18,23 @@ from ..hub import push_folder, write_card
 from ..hub.contents import DENSE_RESULTS_NAME, WIDTHS_NAME, Contents
 from ..hub.origin import Origin
 from ..plan import PruningPlan
-from ..recipe import RECIPE_NAME, Recipe, RecoverySection
+from ..recipe import RECIPE_NAME, QuantizationSection, Recipe, RecoverySection
+from . import recipe_quantization, recipe_recovery
 from .arguments import parse
 from .benchmark import take_turns_apart
-from .common import ModelArguments, check_output_dir, check_ratio, console, load_pruner, load_to_plan, speaking
+from .common import (
+    ModelArguments,
+    check_output_dir,
+    check_ratio,
+    console,
+    load_for_measuring,
+    load_pruner,
+    load_to_plan,
+    speaking,
+)
 from .demo_model import find_model
-from .recipe_recovery import check_section, recover_section, recovered_already
 from .subjects import Subject
 
-
-if TYPE_CHECKING:
-    from ..pruner import StructuredPruner
 
 TURNS = 3
 
@@ -39,8 +44,8 @@ class RunArguments:
     """Options of `run`.
 
     Args:
-        recipe (`str`): A YAML file with the sections model, output_dir, prune, recover, evaluate and
-            push.
+        recipe (`str`): A YAML file with the sections model, output_dir, prune, recover, quantize, evaluate
+            and push.
         push (`bool`): Push the result to the repository that the recipe's section `push` names.
         overwrite (`bool`): Do everything again even if the folders hold checkpoints.
         dry_run (`bool`): Check the recipe and print its plan; loads no weights.
@@ -54,7 +59,9 @@ class RunArguments:
 
 def run(argv: Sequence[str]) -> None:
     """Runs the steps that are not done yet."""
-    description = "Run RECIPE: prune, recover, measure, write the card, push. What is done already is not done again."
+    description = (
+        "Run RECIPE: prune, recover, quantise, measure, write the cards, push. What is done already is not done again."
+    )
     (arguments,) = parse(argv, "run", description, RunArguments)
     recipe = Recipe.load(arguments.recipe)
     check_ratio(recipe.ratio, recipe.pruning)
@@ -63,13 +70,24 @@ def run(argv: Sequence[str]) -> None:
     if recipe.evaluation is not None:
         dataclasses.replace(recipe.evaluation, efficiency=False).load()  # mistakes show before any work
     if recipe.recovery is not None:
-        check_section(recipe.recovery)
+        recipe_recovery.check_section(recipe.recovery)
     options = {name: value for name, value in recipe.model.items() if name != "model"}
     source = dataclasses.replace(find_model(recipe.model["model"]), **options)
+    if recipe.quantization is not None:
+        recipe_quantization.check_section(recipe.quantization, recipe, source)
     if arguments.dry_run:
-        console().print(load_to_plan(source, recipe.pruning, recipe.ratio).plan(recipe.ratio).table())
+        _show_plan(recipe, source)
     else:
         _Run(recipe, source, arguments).all()
+
+
+def _show_plan(recipe: Recipe, source: ModelArguments) -> None:
+    """What would be done."""
+    out = console()
+    out.print(load_to_plan(source, recipe.pruning, recipe.ratio).plan(recipe.ratio).table())
+    for section in (recipe.recovery, recipe.quantization):
+        if section is not None:
+            out.print(f"Then {section.output_dir}: {section}")
 
 
 class _Run:
@@ -84,43 +102,70 @@ class _Run:
 
     def all(self) -> None:
         """Every step, in order."""
+        self._prune()
+        self._finish(self.folder, "pruned")
+        section = self.recipe.quantization
+        if section is not None:
+            recipe_quantization.check_folder(section, self._result(self.folder))
+        if self.recipe.recovery is not None:
+            self._recover(self.recipe.recovery)
+        if section is not None:
+            self._quantise(section)
+        if self.recipe.evaluation is not None:
+            self._time()
+            self.out.print(ResultTable(Contents.read(self._final()).results).to_rich())
+        for folder in self.recipe.folders.values():
+            self.out.print(f"Checkpoint, results and card are in {folder}/")
+        if self.push:
+            self.out.print(f"Pushed: {push_folder(self._final(), **self.recipe.push).commit_url}")
+
+    def _prune(self) -> None:
+        """Measures the dense model and prunes it."""
         pruned, measured = self._is_pruned(), self.recipe.evaluation is None or self._is_measured()
-        pruner = None if pruned and measured else load_pruner(self.source, self.recipe.pruning)
+        if pruned and measured:
+            return
+        pruner = load_pruner(self.source, self.recipe.pruning)
         if not measured:
             self.out.print(f"Measuring {self.base} ...")
-            self._evaluate(pruner, self._dense_results(), self.base, "dense")
+            self._evaluate(pruner.model, pruner.tokenizer, self._dense_results(), self.base, "dense")
         if not pruned:
             self.out.print(f"Pruning {self.base} ...")
             if self.source.model != self.base:  # the card names the model, not the cache it was read from
                 pruner.origin = Origin.of(self.base)
             pruner.prune(self.recipe.ratio)
             pruner.save_pretrained(self.folder)
-        del pruner
-        if self.recipe.evaluation is not None:
-            if not measured:
-                shutil.copyfile(self._dense_results(), self.folder / DENSE_RESULTS_NAME)
-            self._evaluate_folder(self.folder, "pruned")
-            self._time()
-        self._describe(self.folder)
-        if self.recipe.recovery is not None:
-            self._recover(self.recipe.recovery)
-        if self.push:
-            self.out.print(f"Pushed: {push_folder(self._final(), **self.recipe.push).commit_url}")
+        if not measured:
+            _copy(self._dense_results(), self.folder / DENSE_RESULTS_NAME)
 
     def _recover(self, section: RecoverySection) -> None:
         """Trains the pruned checkpoint and measures and describes what came out."""
-        folder = Path(section.output_dir)
-        if not recovered_already(section, self.again):
+        if not recipe_recovery.recovered_already(section, self.again):
             self.out.print(f"Recovering {self.folder} ...")
             with speaking():
-                recover_section(section, self.folder, self.source, self.base, self.again)
+                recipe_recovery.recover_section(section, self.folder, self.source, self.base, self.again)
+        self._finish(Path(section.output_dir), "recovered")
+
+    def _quantise(self, section: QuantizationSection) -> None:
+        """Quantises the last checkpoint and measures and describes what came out."""
+        source = list(self.recipe.folders.values())[-2]
+        if not recipe_quantization.quantised_already(section, self.again):
+            self.out.print(f"Quantising {source} ...")
+            with speaking():
+                recipe_quantization.quantise_section(section, self._result(source), self.again)
+        self._finish(Path(section.output_dir), "quantised")
+
+    def _finish(self, folder: Path, state: str) -> None:
+        """Measures a checkpoint as its users will load it, and describes it."""
         if self.recipe.evaluation is not None:
-            self._evaluate_folder(folder, "recovered")
+            self.out.print(f"Measuring {folder} ...")
+            model, tokenizer = load_for_measuring(self._result(folder))
+            self._evaluate(model, tokenizer, folder / RESULTS_NAME, folder.name, state)
+            del model
         self._describe(folder)
 
     def _final(self) -> Path:
         """The checkpoint that the recipe is about."""
-        return self.folder if self.recipe.recovery is None else Path(self.recipe.recovery.output_dir)
+        return list(self.recipe.folders.values())[-1]
 
     def _is_pruned(self) -> bool:
         """Whether the folder holds the checkpoint already.
@@ -146,42 +191,48 @@ class _Run:
         """Where the dense model's results are kept while they are measured; other recipes may use the same file."""
         return Path(self.recipe.dense_results or f"{self.folder}-dense.json")
 
-    def _evaluate(self, pruner: StructuredPruner, output: Path, name: str, state: str) -> None:
+    def _evaluate(self, model: Any, tokenizer: Any, output: Path, name: str, state: str) -> None:
         config = dataclasses.replace(self.recipe.evaluation, efficiency=False)  # see `_time`
         evaluate(
-            pruner.model, pruner.tokenizer, config, name=name, state=state,
+            model, tokenizer, config, name=name, state=state,
             base_model=None if state == "dense" else self.base, output=output, overwrite=self.again,
         )  # fmt: skip
 
-    def _evaluate_folder(self, folder: Path, state: str) -> None:
-        """Measures a checkpoint as its users will load it."""
-        self.out.print(f"Measuring {folder} ...")
-        pruner = load_pruner(self._result(folder))
-        self._evaluate(pruner, folder / RESULTS_NAME, folder.name, state)
-
     def _time(self) -> None:
-        """Size, memory and speed of both sides, in turns; recipes share other dense results, not these."""
-        files = [self.folder / DENSE_RESULTS_NAME, self.folder / RESULTS_NAME]
+        """Size, memory and speed of all sides, in turns; recipes share other dense results, not these."""
+        folders = self.recipe.folders
+        files = [self.folder / DENSE_RESULTS_NAME, *(folder / RESULTS_NAME for folder in folders.values())]
         results = [EvaluationResult.load(file) for file in files]
         if not self.recipe.evaluation.efficiency or all("efficiency/parameters" in r.figures for r in results):
             return
-        self.out.print("Measuring size, memory and speed of both ...")
-        subjects = [Subject(self.source, "dense", None), Subject(self._result(self.folder), "pruned", self.base)]
+        self.out.print("Measuring size, memory and speed of all ...")
+        subjects = [Subject(self.source, "dense", None)]
+        subjects += [Subject(self._result(folder), state, self.base) for state, folder in folders.items()]
         timed = take_turns_apart(subjects, EfficiencyConfig(seed=self.recipe.evaluation.seed), TURNS)
         for file, result, figures in zip(files, results, timed, strict=True):
             result.add(*figures.figures.values())
             result.save(file)
+        for folder in folders.values():
+            self._describe(folder)
 
     def _result(self, folder: Path) -> ModelArguments:
         """A checkpoint, on the devices that the recipe names."""
         return ModelArguments(str(folder), device=self.source.device, device_map=self.source.device_map)
 
     def _describe(self, folder: Path) -> None:
-        """Picture, recipe and card in the folder, table on the screen."""
+        """The results of the states before, picture, recipe and card in the folder."""
+        measured = {"dense": self.folder / DENSE_RESULTS_NAME}
+        for state, earlier in self.recipe.folders.items():
+            if earlier == folder:
+                break
+            measured[state] = earlier / RESULTS_NAME
+        for state, file in measured.items():
+            if file.is_file() and file.parent != folder:
+                _copy(file, folder / f"evaluation_results_{state}.json")
         draw_widths(PruningPlan.load(folder), folder / WIDTHS_NAME)
         write_text(folder / RECIPE_NAME, self.recipe.text)
         write_card(folder)
-        if self.recipe.evaluation is not None:
-            contents = Contents.read(folder)
-            self.out.print(ResultTable(contents.results).to_rich())
-        self.out.print(f"Checkpoint, results and card are in {folder}/")
+
+
+def _copy(source: Path, target: Path) -> None:
+    write_text(target, source.read_text(encoding="utf-8"))

@@ -13,6 +13,7 @@ from ..errors import HubError
 from ..evaluation.results import EvaluationResult
 from ..evaluation.table import ResultTable
 from ..files import write_text
+from . import quantization, recovery
 from .benchmarks import EVAL_RESULTS, WRITTEN_BY_US, eval_results
 from .citations import citations
 from .contents import Contents
@@ -22,7 +23,6 @@ from .licences import attribution
 from .metadata import make_metadata, text_in_words
 from .metadata_rules import violations
 from .origin import Origin, public_config, read_origin
-from .recovery import card_section, summary
 from .snippets import (
     full_configuration,
     loading,
@@ -50,10 +50,10 @@ def make_card(
 ) -> ModelCard:
     """The model card of a checkpoint that this package made.
 
-    Reads `config.json`, `pruning_config.json`, `pruning_plan.json`, and if they are there
-    `evaluation_results.json`, `evaluation_results_dense.json`, `pruned_widths.png` and `pictures/*.png`, and of a
-    recovered model `recovery.json`, `recovery.png` and `evaluation_results_pruned.json`. A figure that is in none of
-    them is not in the card.
+    Reads `config.json`, `pruning_config.json`, `pruning_plan.json`, and if they are there `evaluation_results.json`,
+    `evaluation_results_dense.json`, `pruned_widths.png` and `pictures/*.png`, of a recovered model `recovery.json`,
+    `recovery.png` and `evaluation_results_pruned.json`, and of a quantised one `quantization.json` and the results of
+    the states before. A figure that is in none of them is not in the card.
 
     Args:
         folder: The checkpoint.
@@ -78,7 +78,8 @@ def make_card(
     data = make_metadata(
         name, contents.config, origin, contents.result, known,
         base_first=base_model is not None, recovery=contents.recovery,
-        ratio=contents.plan.ratio_requested,
+        ratio=contents.plan.ratio_requested, quantised=contents.state == "quantised",
+        quantised_on=None if contents.quantization is None else quantization.calibration_of(contents.quantization),
     )  # fmt: skip
     problems = violations(data.to_dict())
     if problems:
@@ -162,6 +163,7 @@ def _origin(base_model: Any, known: dict[str, Any], recorded: Origin | None) -> 
 def _about(name: str, contents: Contents, origin: Origin | None, metadata: dict[str, Any]) -> dict[str, Any]:
     """What it is and how to use it."""
     plan, per_layer, link = contents.plan, contents.per_layer, _link(origin)
+    needs = () if contents.quantization is None else quantization.libraries(contents.quantization)
     return {
         "mark": generated_mark(name),
         "title": name.rsplit("/", 1)[-1],
@@ -169,30 +171,34 @@ def _about(name: str, contents: Contents, origin: Origin | None, metadata: dict[
         "summary": (
             f"A smaller version of {link}: structured pruning took {plan.ratio:.1%} of all its parameters "
             f"({plan.parameters_before:,} before, {plan.parameters_after:,} now). What is left is dense: no masks, no "
-            f"zeros.{_trained(contents)}"
+            f"zeros.{_afterwards(contents)}"
         ),
         "attribution": attribution(metadata, name),
-        "loading": loading(name, per_layer),
+        "loading": loading(name, per_layer, needs),
         "per_layer": per_layer,
         "model_type": contents.model_config.get("model_type"),
-        "recovered": contents.recovered,
+        "state": contents.state,
         "recovery": _recovery(contents),
+        "quantisation": "" if contents.quantization is None else quantization.card_section(contents.quantization),
         "recovering": recovering(name, per_layer),
-        "quantising": quantising(name, per_layer),
+        "quantising": quantising(name),
         "licence": _licence(metadata, link),
     }
 
 
-def _trained(contents: Contents) -> str:
-    """What the summary says about training after pruning."""
+def _afterwards(contents: Contents) -> str:
+    """What the summary says about training and quantisation after pruning."""
+    trained = " It was trained afterwards." if contents.was_recovered else ""
     if contents.recovery is not None:
-        return f" {summary(contents.recovery)}"
-    return " It was trained afterwards." if contents.recovered else ""
+        trained = f" {recovery.summary(contents.recovery)}"
+    return trained + ("" if contents.quantization is None else f" {quantization.summary(contents.quantization)}")
 
 
 def _recovery(contents: Contents) -> str:
     """The section about it; without a report there is nothing to say in it."""
-    return "" if contents.recovery is None else card_section(contents.recovery, picture=contents.recovery_picture)
+    if contents.recovery is None:
+        return ""
+    return recovery.card_section(contents.recovery, picture=contents.recovery_picture)
 
 
 def _making(contents: Contents, origin: Origin | None) -> dict[str, Any]:
@@ -224,7 +230,7 @@ def _making(contents: Contents, origin: Origin | None) -> dict[str, Any]:
 
 def _measured(contents: Contents) -> dict[str, Any]:
     """The table and what belongs to it."""
-    columns = sides(contents.plan, contents.dense, contents.result, contents.pruned, contents.recovery)
+    columns = sides(contents)
     return {
         "table": ResultTable(columns).to_markdown().rstrip(),
         "files": contents.results_files,

@@ -12,18 +12,20 @@ from ..errors import HubError
 from ..evaluation.results import RESULTS_NAME, EvaluationResult
 from ..plan import PLAN_NAME, PruningPlan
 from .origin import RECORD
+from .quantization import read_quantization
 from .recovery import PICTURE_NAME, read_report
 from .table import check_results
 
 
 DENSE_RESULTS_NAME = "evaluation_results_dense.json"
 PRUNED_RESULTS_NAME = "evaluation_results_pruned.json"  # beside a recovered model: before its training
+RECOVERED_RESULTS_NAME = "evaluation_results_recovered.json"  # beside a quantised model: before its quantisation
 WIDTHS_NAME = "pruned_widths.png"
 
 
 @dataclass(frozen=True)
 class Contents:
-    """A pruned or recovered checkpoint, apart from its weights.
+    """A pruned, recovered or quantised checkpoint, apart from its weights.
 
     Attributes:
         folder: Where it is.
@@ -32,8 +34,10 @@ class Contents:
         model_config: Its config.json.
         result: What was measured on it, if anything was.
         dense: What was measured on the dense model, if anything was.
-        pruned: What was measured on the pruned model before it was recovered, if it was and anything was.
+        pruned: What was measured on the pruned model before it was recovered or quantised, if it was and anything was.
         recovery: The report of its recovery (recovery.json), if there is one.
+        recovered: What was measured on the recovered model before it was quantised, if it was and anything was.
+        quantization: The report of its quantisation (quantization.json), if there is one.
     """
 
     folder: Path
@@ -44,6 +48,8 @@ class Contents:
     dense: EvaluationResult | None
     pruned: EvaluationResult | None = None
     recovery: dict[str, Any] | None = None
+    recovered: EvaluationResult | None = None
+    quantization: dict[str, Any] | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Contents:
@@ -54,14 +60,15 @@ class Contents:
             ConfigurationError: The results in it are those of another model.
         """
         check_is_ours(folder)
-        plan = PruningPlan.load(folder)
-        names = (RESULTS_NAME, DENSE_RESULTS_NAME, PRUNED_RESULTS_NAME)
-        result, dense, pruned = (_results(folder / name) for name in names)
-        recovery = read_report(folder)
-        check_results(plan, dense, result, pruned, recovery)
-        model_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config = PruningConfig.load(folder)
-        return cls(folder, config, plan, model_config, result, dense, pruned, recovery)
+        names = (RESULTS_NAME, DENSE_RESULTS_NAME, PRUNED_RESULTS_NAME, RECOVERED_RESULTS_NAME)
+        result, dense, pruned, recovered = (_results(folder / name) for name in names)
+        contents = cls(
+            folder, PruningConfig.load(folder), PruningPlan.load(folder),
+            json.loads((folder / "config.json").read_text(encoding="utf-8")), result, dense, pruned,
+            read_report(folder), recovered, read_quantization(folder),
+        )  # fmt: skip
+        check_results(contents)
+        return contents
 
     @property
     def record(self) -> dict[str, Any]:
@@ -74,20 +81,39 @@ class Contents:
         return "per_layer_config" in self.model_config
 
     @property
-    def recovered(self) -> bool:
+    def state(self) -> str:
+        """`"pruned"`, `"recovered"` or `"quantised"`."""
+        if self.quantization is not None or "quantization_config" in self.model_config:
+            return "quantised"
+        was_trained = self.recovery is not None or (self.result is not None and self.result.state == "recovered")
+        return "recovered" if was_trained else "pruned"
+
+    @property
+    def was_recovered(self) -> bool:
         """Whether it was trained after pruning."""
-        return self.recovery is not None or (self.result is not None and self.result.state == "recovered")
+        return self.state == "recovered" or self.recovery is not None or self.recovered is not None
+
+    @property
+    def measured(self) -> dict[str, EvaluationResult | None]:
+        """What was measured, by the states that this checkpoint went through; its own results are under its own."""
+        states: dict[str, EvaluationResult | None] = {"dense": self.dense}
+        if self.state != "pruned" and (self.pruned is not None or self.recovery is not None or not self.was_recovered):
+            states["pruned"] = self.pruned
+        if self.state == "quantised" and self.was_recovered:
+            states["recovered"] = self.recovered
+        return {**states, self.state: self.result}
 
     @property
     def results(self) -> list[EvaluationResult]:
         """What was measured, the dense side first."""
-        return [side for side in (self.dense, self.pruned, self.result) if side is not None]
+        return [side for side in self.measured.values() if side is not None]
 
     @property
     def results_files(self) -> list[str]:
-        """The names of the files with it."""
+        """The names of the files with it, that of this checkpoint first."""
         sides = (
-            (RESULTS_NAME, self.result), (PRUNED_RESULTS_NAME, self.pruned), (DENSE_RESULTS_NAME, self.dense),
+            (RESULTS_NAME, self.result), (RECOVERED_RESULTS_NAME, self.recovered),
+            (PRUNED_RESULTS_NAME, self.pruned), (DENSE_RESULTS_NAME, self.dense),
         )  # fmt: skip
         return [name for name, side in sides if side is not None]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from ..calibration_configuration import CalibrationConfig
 from ..configuration import PruningConfig
 from ..evaluation.results import EvaluationResult
 from ..units import WIDTH_UNITS
@@ -15,8 +16,10 @@ from .origin import TAGS, Origin, base_metadata, is_file
 from .recovery import dataset_names
 
 
-# Of the Hub's values (finetune, quantized, merge, adapter) the one for weights derived from others in full precision.
-RELATION = "finetune"
+# Of the Hub's values (finetune, quantized, merge, adapter), of which a card can have one: the one for weights derived
+# from others in full precision, and the one that the Hub itself infers where weights are quantised.
+RELATION, QUANTISED_RELATION = "finetune", "quantized"
+QUANTISED_TAG = "quantized"
 _SAMPLE = ["Salesforce/wikitext", "allenai/c4"]
 # Metadata that is made anew each time; whatever else a card has is kept.
 _MADE_ANEW = ("model-index", "base_model", "base_model_relation", "library_name", "pipeline_tag", "tags", "datasets")
@@ -32,6 +35,8 @@ def make_metadata(
     base_first: bool = False,
     recovery: dict[str, Any] | None = None,
     ratio: float | None = None,
+    quantised: bool = False,
+    quantised_on: CalibrationConfig | None = None,
 ) -> ModelCardData:
     """The metadata of a card.
 
@@ -45,19 +50,23 @@ def make_metadata(
         base_first: Take licence and language from the base model even if the replaced card has others.
         recovery: The report of its recovery, whose data sets are named.
         ratio: The ratio that was asked for.
+        quantised: Whether its weights are quantised.
+        quantised_on: The text that they were quantised with, if it took one.
     """
     kept = {key: value for key, value in known.items() if key not in _MADE_ANEW}
     base = base_metadata(origin) if origin is not None else {}
-    used = [*_datasets(config, ratio), *_trained_on(recovery)]
+    used = [*(_datasets(config.calibration) if _uses_text(config, ratio) else ()), *_trained_on(recovery)]
+    used += [] if quantised_on is None else _datasets(quantised_on)
+    tags = [*TAGS, *([QUANTISED_TAG] if quantised else [])]
     fields: dict[str, Any] = {
         **({**kept, **base} if base_first else {**base, **kept}),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": list(dict.fromkeys([*TAGS, *(known.get("tags") or [])])),
+        "tags": list(dict.fromkeys([*tags, *(known.get("tags") or [])])),
         "datasets": list(dict.fromkeys([*used, *(known.get("datasets") or [])])) or None,
     }
     if origin is not None and origin.on_hub:
-        fields |= {"base_model": origin.name, "base_model_relation": RELATION}
+        fields |= {"base_model": origin.name, "base_model_relation": QUANTISED_RELATION if quantised else RELATION}
     entries = model_index(result) if result is not None else []
     if entries:
         fields |= {"model_name": name.rsplit("/", 1)[-1], "eval_results": entries}
@@ -77,17 +86,18 @@ def _uses_text(config: PruningConfig, ratio: float | None) -> bool:
     return by_text or ("hidden" in config.units and config.hidden_criterion != "magnitude")
 
 
-def _sources(config: PruningConfig) -> list[str]:
-    dataset = config.calibration.dataset
+def _sources(calibration: CalibrationConfig) -> list[str]:
+    dataset = calibration.dataset
     return [dataset] if isinstance(dataset, str) else list(dataset or [])
 
 
-def _datasets(config: PruningConfig, ratio: float | None) -> list[str]:
+def _datasets(calibration: CalibrationConfig) -> list[str]:
     """Data sets of the Hub that were calibrated on."""
-    if not _uses_text(config, ratio) or config.calibration.fingerprint is not None:
+    if calibration.fingerprint is not None:
         return []
-    hub = [s for s in _sources(config) if not is_file(s) and s.count("/") <= 1 and not s.startswith((".", "~", "/"))]
-    return hub if _sources(config) else list(_SAMPLE)
+    sources = _sources(calibration)
+    hub = [s for s in sources if not is_file(s) and s.count("/") <= 1 and not s.startswith((".", "~", "/"))]
+    return hub if sources else list(_SAMPLE)
 
 
 def _trained_on(recovery: dict[str, Any] | None) -> list[str]:
@@ -97,19 +107,19 @@ def _trained_on(recovery: dict[str, Any] | None) -> list[str]:
 
 
 def text_in_words(config: PruningConfig, ratio: float | None) -> str:
-    """The calibration text; of local files the name only, since the card is public."""
-    calibration = config.calibration
-    if not _uses_text(config, ratio):
-        return "none"
-    size = f"{calibration.num_samples} x {calibration.length} tokens"
+    """The calibration text of pruning, see `calibration_in_words`."""
+    return calibration_in_words(config.calibration) if _uses_text(config, ratio) else "none"
+
+
+def calibration_in_words(calibration: CalibrationConfig) -> str:
+    """A calibration text; of local files the name only, since the card is public."""
+    size, sources = f"{calibration.num_samples} x {calibration.length} tokens", _sources(calibration)
     if calibration.fingerprint is not None:
         return f"{size}, given in memory (SHA-256 begins with `{calibration.fingerprint}`)"
-    if not _sources(config):
+    if not sources:
         return f"{size} of the sample of hf_structprune: half WikiText-2 (validation), half C4, English"
-    hub = _datasets(config, ratio)
-    names = [
-        f"[{s}](https://huggingface.co/datasets/{s})" if s in hub else f"`{Path(s).name}`" for s in _sources(config)
-    ]
+    hub = _datasets(calibration)
+    names = [f"[{s}](https://huggingface.co/datasets/{s})" if s in hub else f"`{Path(s).name}`" for s in sources]
     which = "".join(
         f", {k} `{v}`" for k, v in (("configuration", calibration.name), ("split", calibration.split)) if v
     )

@@ -28,7 +28,7 @@ logger = logging.get_logger(__name__)
 RECORD = "hf_structprune"
 TAGS = ["structured-pruning", "pruned", "hf_structprune"]
 _HUB_TIMEOUT = 10.0
-_LIBRARIES = ("torch", "transformers")
+LIBRARIES = ("torch", "transformers")
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -138,7 +138,7 @@ def versions() -> dict[str, str]:
     from .. import __version__
 
     found = {"hf_structprune": __version__}
-    for name in _LIBRARIES:
+    for name in LIBRARIES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

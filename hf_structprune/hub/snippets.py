@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
 from ..configuration import PruningConfig
@@ -18,19 +19,22 @@ model = AutoModelForCausalLM.from_pretrained("{name}"{options})
 tokenizer = AutoTokenizer.from_pretrained("{name}")"""
 
 
-def loading(name: str, per_layer: bool) -> list[tuple[str, str]]:
+def loading(name: str, per_layer: bool, libraries: Sequence[str] = ()) -> list[tuple[str, str]]:
     """Ways to load a checkpoint, each with a sentence about it.
 
     Args:
         name: Hub id or folder.
         per_layer: Whether its layers differ in width.
+        libraries: What its quantised weights need.
     """
     plain = _LOAD.format(name=name, options="")
+    needs = f"Its quantised weights need `pip install {' '.join(libraries)}`. " if libraries else ""
     if not per_layer:
-        return [("It is a plain Transformers checkpoint; nothing else has to be installed:", plain)]
+        other = "nothing of this package" if libraries else "nothing else"
+        return [(f"{needs}It is a plain Transformers checkpoint; {other} has to be installed:", plain)]
     return [
         (
-            "Its layers are not alike, which Transformers reads but does not build by itself yet. With "
+            f"{needs}Its layers are not alike, which Transformers reads but does not build by itself yet. With "
             "`pip install hf-structprune`:",
             f"import hf_structprune  # before the model is loaded\n{plain}",
         ),
@@ -50,16 +54,13 @@ def recovering(name: str, per_layer: bool) -> str:
     )
 
 
-def quantising(name: str, per_layer: bool) -> str:
-    """Lines that load the model in 4 bits with bitsandbytes, and with GPTQ."""
-    first = "import hf_structprune  # before the model is loaded\n" if per_layer else ""
-    return (
-        f"{first}from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPTQConfig\n\n"
-        "bits = BitsAndBytesConfig(load_in_4bit=True)\n"
-        '# or: GPTQConfig(bits=4, dataset="c4", tokenizer=AutoTokenizer.from_pretrained('
-        f'"{name}"))\n'
-        f'model = AutoModelForCausalLM.from_pretrained("{name}", quantization_config=bits)'
-    )
+def quantising(name: str) -> str:
+    """Commands that quantise the model."""
+    lines = [
+        f"hf-structprune quantize {name} --method {method} --bits 4 --output-dir quantised"
+        for method in ("bitsandbytes", "gptq")
+    ]
+    return "\n# or, calibrated:\n".join(lines)
 
 
 def config_expression(config: PruningConfig) -> str:
@@ -106,9 +107,7 @@ def making_on_the_command_line(base: str, config: PruningConfig, ratio: float | 
         words += ["--ratio", str(ratio)]
     elif config.needs_ratio:
         words += ["--plan", "pruning_plan.json"]
-    words += _options(_changed(config), "")
-    calibration = {k: v for k, v in _changed(config.calibration).items() if k not in _IN_MEMORY}
-    return shlex.join(words + _options(calibration, "calibration-"))
+    return shlex.join(words + _options(_changed(config), "") + _calibration_options(config))
 
 
 def full_configuration(config: PruningConfig) -> str:
@@ -118,7 +117,13 @@ def full_configuration(config: PruningConfig) -> str:
 
 def changed_options(values: Any) -> list[str]:
     """A configuration as options of the command line: what differs from the defaults, apart from `None`."""
-    return _options({name: value for name, value in _changed(values).items() if value is not None}, "")
+    words = _options({name: value for name, value in _changed(values).items() if value is not None}, "")
+    return words + (_calibration_options(values) if hasattr(values, "calibration") else [])
+
+
+def _calibration_options(config: Any) -> list[str]:
+    changed = {name: value for name, value in _changed(config.calibration).items() if name not in _IN_MEMORY}
+    return _options(changed, "calibration-")
 
 
 def _changed(values: Any) -> dict[str, Any]:

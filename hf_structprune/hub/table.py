@@ -3,74 +3,57 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigurationError
 from ..evaluation.formatting import label_of
 from ..evaluation.results import EvaluationResult, Figure
-from ..plan import PruningPlan
 
+
+if TYPE_CHECKING:
+    from .contents import Contents
 
 _PROTOCOL = "counted from the shapes of the weights"
+_PACKED = "of the quantised model, the bytes of its files"
 
 
-def check_results(
-    plan: PruningPlan,
-    dense: EvaluationResult | None,
-    result: EvaluationResult | None,
-    pruned: EvaluationResult | None = None,
-    recovery: dict[str, Any] | None = None,
-) -> None:
-    """Refuses results of other models: their parameters must be those of the plan, or of the recovery's report.
+def check_results(contents: Contents) -> None:
+    """Refuses results of other models: their parameters must be those of the plan, or of a later report.
+
+    Those of a quantised model are counted as if they were unpacked.
 
     Raises:
         ConfigurationError: They differ, or a side is of a model in the wrong state.
     """
-    if dense is not None and dense.state != "dense":
-        raise ConfigurationError(f"evaluation_results_dense.json is of a {dense.state} model ({dense.model}).")
-    if pruned is not None and pruned.state != "pruned":
-        raise ConfigurationError(f"evaluation_results_pruned.json is of a {pruned.state} model ({pruned.model}).")
-    if result is not None and result.state in ("dense", *(("pruned",) if recovery else ())):
-        raise ConfigurationError(f"evaluation_results.json is of a {result.state} model ({result.model}).")
-    for which, side, expected in (
-        ("_dense", dense, plan.parameters_before),
-        ("_pruned", pruned, plan.parameters_after),
-        ("", result, _weights(recovery).get("parameters", plan.parameters_after)),
+    for suffix, side, state in (
+        ("_dense", contents.dense, "dense"),
+        ("_pruned", contents.pruned, "pruned"),
+        ("_recovered", contents.recovered, "recovered"),
+        ("", contents.result, contents.state),
     ):
-        counted = None if side is None or side.state == "quantised" else side.value("efficiency/parameters")
+        if side is None:
+            continue
+        if side.state != state:
+            raise ConfigurationError(f"evaluation_results{suffix}.json is of a {side.state} model ({side.model}).")
+        counted, expected = side.value("efficiency/parameters"), _weights(contents, state)[0]
         if counted is not None and counted != expected:
             raise ConfigurationError(
-                f"evaluation_results{which}.json was measured on another model: {side.model} has {counted:,.0f} "
+                f"evaluation_results{suffix}.json was measured on another model: {side.model} has {counted:,.0f} "
                 f"parameters, the plan says {expected:,}. Measure again, or take the file away."
             )
 
 
-def sides(
-    plan: PruningPlan,
-    dense: EvaluationResult | None,
-    result: EvaluationResult | None,
-    pruned: EvaluationResult | None = None,
-    recovery: dict[str, Any] | None = None,
-) -> list[EvaluationResult]:
-    """The columns of the table: dense and pruned, or dense, pruned and recovered.
+def sides(contents: Contents) -> list[EvaluationResult]:
+    """The columns of the table: the states that a checkpoint went through, from dense to its own.
 
-    Parameters, bytes and MACs are those of the plan where they were not measured on all sides; nothing else is added.
-
-    Args:
-        plan: What was pruned.
-        dense: What was measured on the dense model.
-        result: What was measured on this one.
-        pruned: What was measured on the pruned model before its recovery.
-        recovery: The report of the recovery.
+    Parameters, bytes and MACs are those of the plan and the reports where they were not measured on all sides;
+    nothing else is added.
     """
-    found = [(dense, "dense", {}), (result, "recovered" if recovery else "pruned", _weights(recovery))]
-    if recovery is not None or pruned is not None:
-        found.insert(1, (pruned, "pruned", {}))
+    found = contents.measured
     columns = []
-    for side, state, weights in found:
+    for state, side in found.items():
         side = side or EvaluationResult("", state)
-        planned = _of_plan(plan, state != "dense", weights)
-        own = {f.name: f for f in planned if not _measured(f.name, *(one for one, _, _ in found))}
+        own = {f.name: f for f in _counted(contents, state) if not _measured(f.name, *found.values())}
         rest = {name: figure for name, figure in side.figures.items() if name not in own}
         columns.append(dataclasses.replace(side, figures={**own, **rest}))
     return columns
@@ -92,20 +75,29 @@ def _measured(name: str, *results: EvaluationResult | None) -> bool:
     return all(result is not None and name in result.figures for result in results)
 
 
-def _weights(recovery: dict[str, Any] | None) -> dict[str, int]:
-    """Parameters and bytes of a recovered model: training may have untied its embeddings, or changed its dtype."""
-    return (recovery or {}).get("weights") or {}
+def _weights(contents: Contents, state: str) -> tuple[int, int]:
+    """Parameters and bytes of a state: training may have untied embeddings or changed the dtype, quantising packs."""
+    plan = contents.plan
+    if state == "dense":
+        return plan.parameters_before, plan.bytes_before
+    parameters, size = plan.parameters_after, plan.bytes_after
+    reports = {
+        "pruned": (),
+        "recovered": (contents.recovery,),
+        "quantised": (contents.recovery, contents.quantization),
+    }
+    for report in reports[state]:
+        weights = (report or {}).get("weights") or {}
+        parameters, size = weights.get("parameters", parameters), weights.get("bytes", size)
+    return parameters, size
 
 
-def _of_plan(plan: PruningPlan, after: bool, weights: dict[str, int]) -> list[Figure]:
-    parameters, size, macs = (
-        (plan.parameters_after, plan.bytes_after, plan.macs_after)
-        if after
-        else (plan.parameters_before, plan.bytes_before, plan.macs_before)
-    )
-    parameters, size = weights.get("parameters", parameters), weights.get("bytes", size)
+def _counted(contents: Contents, state: str) -> list[Figure]:
+    (parameters, size), plan = _weights(contents, state), contents.plan
+    macs = plan.macs_before if state == "dense" else plan.macs_after
+    how = _PROTOCOL if contents.quantization is None else f"{_PROTOCOL}; {_PACKED}"
     return [
         Figure("efficiency/parameters", parameters, higher_is_better=False, protocol=_PROTOCOL),
-        Figure("efficiency/weight_bytes", size, "B", higher_is_better=False, protocol=_PROTOCOL),
+        Figure("efficiency/weight_bytes", size, "B", higher_is_better=False, protocol=how),
         Figure("efficiency/macs", macs, "MAC", higher_is_better=False, protocol=f"{_PROTOCOL}, at 1 x 64 tokens"),
     ]

@@ -35,8 +35,9 @@ _LARGEST_TEXT = 10_000_000
 # Files of an earlier checkpoint on the Hub that would be taken for part of this one.
 _STALE = (
     "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "modeling_structprune.py",
-    "evaluation_results.json", "evaluation_results_dense.json", "evaluation_results_pruned.json", "recovery.json",
-    "recovery.png", *(f"{EVAL_RESULTS}/{task}.yaml" for task in TASKS),
+    "evaluation_results.json", "evaluation_results_dense.json", "evaluation_results_pruned.json",
+    "evaluation_results_recovered.json", "recovery.json", "recovery.png", "quantization.json",
+    *(f"{EVAL_RESULTS}/{task}.yaml" for task in TASKS),
 )  # fmt: skip
 
 

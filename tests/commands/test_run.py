@@ -53,7 +53,7 @@ def noting(steps, step, original):
 def done(monkeypatch):
     """Names of the long steps that were run."""
     steps = []
-    for name in ("load_pruner", "evaluate", "push_folder"):
+    for name in ("load_pruner", "load_for_measuring", "evaluate", "push_folder"):
         original = getattr(run, name)
 
         monkeypatch.setattr(run, name, noting(steps, name, original))
@@ -79,13 +79,13 @@ def test_everything_is_in_the_folder(recipe, capsys):
 
 def test_a_second_run_does_nothing_again(recipe, done):
     assert cli.main(["run", str(recipe)]) == 0
-    assert done == ["load_pruner", "dense", "load_pruner", "pruned"]
+    assert done == ["load_pruner", "dense", "load_for_measuring", "pruned"]
     out = recipe.parent / "out"
     before = {name: (out / name).stat().st_mtime_ns for name in ("model.safetensors", "evaluation_results_dense.json")}
     results = (out / "evaluation_results.json").read_text()
     done.clear()
     assert cli.main(["run", str(recipe)]) == 0
-    assert done == ["load_pruner", "pruned"]  # which finds that all is measured
+    assert done == ["load_for_measuring", "pruned"]  # which finds that all is measured
     assert before == {name: (out / name).stat().st_mtime_ns for name in before}
     assert (out / "evaluation_results.json").read_text() == results
 
@@ -110,7 +110,7 @@ def test_overwrite_prunes_and_measures_anew(recipe, done):
     assert cli.main(["run", str(recipe)]) == 2
     done.clear()
     assert cli.main(["run", str(recipe), "--overwrite"]) == 0
-    assert done == ["load_pruner", "dense", "load_pruner", "pruned"]
+    assert done == ["load_pruner", "dense", "load_for_measuring", "pruned"]
     assert PruningPlan.load(recipe.parent / "out").ratio_requested == 0.2
 
 

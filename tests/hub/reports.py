@@ -1,6 +1,8 @@
-"""Reports of recoveries, as `recovery.json` holds them."""
+"""Reports as `recovery.json` and `quantization.json` hold them."""
 
 import math
+
+from hf_structprune.quantization.configuration import QuantizationConfig
 
 
 def make_report(dense=18.4, pruned=32.0, points=((10, 26.0), (20, 24.0)), best=20, **changes):
@@ -31,3 +33,19 @@ def make_report(dense=18.4, pruned=32.0, points=((10, 26.0), (20, 24.0)), best=2
         "versions": {"torch": "2.13.0", "peft": "0.21.2"},
         **changes,
     }  # fmt: skip
+
+
+def make_quantisation(method="bitsandbytes", bits=4, group_size=128, **configuration):
+    """A report of a quantisation, as `quantization.json` holds it."""
+    settings = {"method": method, "bits": bits, "group_size": group_size, **configuration}
+    return {
+        "schema_version": 1,
+        "method": method,
+        "bits": bits,
+        "group_size": None if method == "bitsandbytes" else group_size,
+        "configuration": QuantizationConfig.from_dict(settings).to_dict(),
+        "model": "recovered",
+        "versions": {"hf_structprune": "0.1", "torch": "2.13.0", "transformers": "5.24.0", method: "0.50"},
+        "weights": {"parameters": 1, "bytes": 25_000_000, "bytes_before": 100_000_000},
+        "notes": ["Widths of 33 are slow."],
+    }
