@@ -52,8 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         `int`: The exit code. Mistakes of the user print one line on stderr and give 2.
     """
-    # Importing torchao 0.18, as Transformers does where it is installed, makes torch 2.13 warn of torchao's own code.
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    # Transformers imports torchao where it is installed. Version 0.18 names kernels that do not load without a GPU, and
+    # torch 2.13 warns of its code: neither is about what the user does.
+    for name in ("torch.utils._pytree", "torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
