@@ -52,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         `int`: The exit code. Mistakes of the user print one line on stderr and give 2.
     """
-    # Transformers imports torchao where it is installed. Version 0.18 names kernels that do not load without a GPU, and
-    # torch 2.13 warns of its code: neither is about what the user does.
+    # Transformers imports torchao where it is installed. Version 0.18 names kernels that do not load without a GPU,
+    # and torch 2.13 warns of its code: neither is about what the user does.
     for name in ("torch.utils._pytree", "torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:

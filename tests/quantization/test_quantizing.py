@@ -177,7 +177,7 @@ def test_refused_before_any_weight_is_read(values, error, message, dense, tmp_pa
 
 
 @pytest.mark.parametrize("pruned", ["per_layer"], indirect=True)
-@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "auto-round"])
 def test_layers_of_different_widths_are_refused(method, pruned, tmp_path, monkeypatch):
     monkeypatch.setattr(extras, "find_spec", lambda name: name)
     with pytest.raises(UnsupportedModelError, match="layers of different widths"):
