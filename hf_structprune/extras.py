@@ -17,6 +17,13 @@ def need(*packages: str, extra: str) -> None:
     Raises:
         StructPruneError: Names what is missing and the command that installs it.
     """
-    missing = [name for name in packages if find_spec(name) is None]
+    missing = [name for name in packages if not _found(name)]
     if missing:
         raise StructPruneError(f'{" and ".join(missing)} is missing: `pip install "hf-structprune[{extra}]"`.')
+
+
+def _found(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # the package that it would be in
+        return False

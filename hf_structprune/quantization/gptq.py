@@ -27,7 +27,8 @@ _WORD = 32
 class GptqModelBackend(Backend):
     """What both methods of GPTQModel share. Transformers loads the result through Optimum and GPTQModel."""
 
-    packages = libraries = ("gptqmodel", "optimum")
+    # Our own wheel puts a folder `optimum` there: only what is in it tells whether Optimum is installed.
+    packages, libraries = ("gptqmodel", "optimum.gptq"), ("gptqmodel", "optimum")
     extra = "gptq"
 
     def check(self, source: Source, config: QuantizationConfig) -> None:
