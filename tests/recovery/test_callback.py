@@ -124,7 +124,7 @@ def test_stops_at_the_target(tmp_path):
 def test_stops_when_it_gets_worse_and_puts_the_best_back(tmp_path, caplog):
     callback = make_callback(patience=2)
     with caplog.at_level("INFO"):
-        trainer = run(tmp_path, callback, callbacks=[Spoil(4, 3.0)], max_steps=16, logging_steps=100)
+        trainer = run(tmp_path, callback, callbacks=[Spoil(4, 1.5)], max_steps=16, logging_steps=100)
     assert trainer.state.global_step == 8 and callback.report["stopped"] == "worse"
     assert values(callback)[1] > callback.session.curve.pruned
     assert callback.report["best_step"] == 0
