@@ -19,8 +19,8 @@ from hf_structprune.quantization.configuration import METHODS
 pytestmark = pytest.mark.slow
 
 # Perplexity over that of the model before. Measured, uniform and per layer: nf4 1.32 and 1.24, int8 of bitsandbytes
-# 1.00 and 1.03, torchao 0.99 and 0.99; uniform GPTQ 1.34. The model is small, and was rounded to 4 bits of another kind
-# before. The limit of AWQ was set, not measured. A corrupt checkpoint is off by factors of a thousand.
+# 1.00 and 1.03, torchao 0.99 and 0.99; uniform GPTQ 1.34. The model is small, and was rounded to 4 bits of another
+# kind before. The limit of AWQ was set, not measured. A corrupt checkpoint is off by factors of a thousand.
 BOUNDS = {
     ("bitsandbytes", 4): 1.45,
     ("bitsandbytes", 8): 1.05,
