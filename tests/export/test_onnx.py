@@ -109,7 +109,7 @@ def test_layers_without_attention_have_no_past(name):
     torch.testing.assert_close(found[mask.bool()], from_transformers(model, tokens, mask), atol=1e-5, rtol=1e-5)
 
 
-# All families were exported once, see the README; tracing takes seconds a layer.
+# Most other families were exported once, see the README; tracing takes seconds a layer.
 EXPORTED = {
     "llama, uneven": lambda: uneven("llama", eos_token_id=2),
     "gemma2, a layer dropped": lambda: families.cut(families.make_model("gemma2"), {}, {}, "uniform", {"layers": [1]}),
