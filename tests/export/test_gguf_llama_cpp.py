@@ -1,7 +1,7 @@
 """GGUF files in llama.cpp itself: the same tokens, the same distributions, the same text.
 
 xllamacpp brings llama.cpp compiled and is installed for the tests; what is asked of it is asked of llama-cpp-python,
-too, where that is installed.
+too, where that is installed: all of it passed with 0.3.36 compiled, which takes minutes.
 """
 
 import math
@@ -131,7 +131,7 @@ def test_a_real_model_has_the_same_perplexity(real, runtime):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quant, bound", [("q8_0", 0.01), ("q4_0", 0.3), ("q4_k_m", 0.15)])
+@pytest.mark.parametrize("quant, bound", [("q8_0", 0.02), ("q4_0", 0.4), ("q4_k_m", 0.06)])
 def test_quantised(quant, bound, pruned_smollm2, runtime, tmp_path):
     if quant in QUANTISED:
         pytest.importorskip("llama_cpp")
