@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +70,12 @@ class GptqModelBackend(Backend):
             source.name, QuantizeConfig(**self.settings(config), device=device_of(config)),
             trust_remote_code=source.trust_remote_code, dtype=self.dtype(source),
         )  # fmt: skip
-        model.quantize(
-            [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows.tolist()],
-            batch_size=config.calibration.batch_size, tokenizer=copy.deepcopy(tokenizer),
-            backend=BACKEND(self.kernel(config)),
-        )  # fmt: skip
+        with _logs_elsewhere():
+            model.quantize(
+                [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows.tolist()],
+                batch_size=config.calibration.batch_size, tokenizer=copy.deepcopy(tokenizer),
+                backend=BACKEND(self.kernel(config)),
+            )  # fmt: skip
 
         def save(path: Path) -> None:
             model.save(str(path))
@@ -100,6 +104,20 @@ def _restore(path: Path, source: Source, dtype: torch.dtype) -> None:
 def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:
     meta = {key: value for key, value in settings.get("meta", {}).items() if not key.endswith("_path")}
     return {**settings, "meta": meta}
+
+
+@contextlib.contextmanager
+def _logs_elsewhere() -> Iterator[None]:
+    """GPTQModel 7.6 writes a folder `logs` where the user happens to be, and has no option against it."""
+    from gptqmodel.looper import loop_processor
+
+    before = getattr(loop_processor, "_PROJECT_LOG_DIR", None)
+    with tempfile.TemporaryDirectory() as folder:
+        loop_processor._PROJECT_LOG_DIR = Path(folder)
+        try:
+            yield
+        finally:
+            loop_processor._PROJECT_LOG_DIR = before
 
 
 def _enough_workers() -> None:
