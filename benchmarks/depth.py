@@ -25,7 +25,7 @@ import torch
 import transformers
 from matplotlib.axes import Axes
 
-from hf_structprune import PruningConfig, StructuredPruner
+from hf_structprune import PruningConfig, PruningPlan, StructuredPruner
 from hf_structprune.commands.benchmark import take_turns
 from hf_structprune.commands.common import load_pruner
 from hf_structprune.commands.demo_model import DEMO_MODEL, find_model
@@ -52,11 +52,19 @@ PEERS = {
 
 
 def settings() -> dict[str, tuple[float | None, dict[str, Any]]]:
-    """Rows: name, ratio and options; `chosen` stands for so many layers as the default criterion chooses."""
+    """Rows: name, ratio and options.
+
+    `chosen` stands for so many layers as the default criterion chooses, `same_as` for what another row has cut, whose
+    checkpoint must be there.
+    """
     rows: dict[str, tuple[float | None, dict[str, Any]]] = {}
     for number in LAYERS:
         rows[f"{number} layers"] = None, {"chosen": number}
         rows[f"{number} layers, no re-fit"] = None, {"chosen": number, **BARE}
+    for ratio in (0.105, 0.21):
+        values, name = {"units": ("attention", "mlp"), "layout": "per_layer"}, f"sublayers {100 * ratio:.1f} %"
+        rows[name] = ratio, values
+        rows[f"{name}, no re-fit"] = None, {**values, "same_as": name, **BARE}
     for percent in (20, 30):
         rows[f"joint {percent} %, half layers, half neurons"] = (
             percent / 100, {"split": {"layers": 0.5, "mlp_neurons": 0.5}},
@@ -86,6 +94,10 @@ def load(options: argparse.Namespace) -> StructuredPruner:
     arguments = find_model(options.model)
     arguments.dtype = options.dtype
     return load_pruner(arguments)
+
+
+def folder_of(options: argparse.Namespace, name: str) -> Path:
+    return (options.checkpoints or Path()) / name.replace(" ", "_").replace("%", "percent")
 
 
 def stored() -> dict[str, Any]:
@@ -121,11 +133,13 @@ def quality(options: argparse.Namespace) -> None:
             values = {**values, "units": "layers", "layers": content["chosen"][str(values["chosen"])]["layers"]}
             del values["chosen"]
         pruner, start = load(options), time.perf_counter()
+        values = dict(values)
+        same_as = values.pop("same_as", None)
         pruner.config = PruningConfig(**values)
-        pruner.prune(ratio)
+        pruner.prune(ratio if same_as is None else PruningPlan.load(folder_of(options, same_as)))
         plan, seconds = pruner.last_plan, time.perf_counter() - start
         if options.checkpoints:
-            pruner.save_pretrained(options.checkpoints / name.replace(" ", "_").replace("%", "percent"))
+            pruner.save_pretrained(folder_of(options, name))
         content["rows"][name] = {
             "ratio": plan.ratio, "parameters": plan.parameters_after, "removed": plan.removed, "dropped": plan.dropped,
             "settings": values, "seconds": round(seconds, 1), "perplexity": measure(pruner, texts),
@@ -186,7 +200,7 @@ def speed(options: argparse.Namespace) -> None:
     arguments = find_model(options.model)
     arguments.dtype = options.dtype
     for name, row in content["rows"].items():
-        folder = (options.checkpoints or Path()) / name.replace(" ", "_").replace("%", "percent")
+        folder = folder_of(options, name)
         if name == "dense" or "speed" in row or not folder.is_dir() or (options.only and name not in options.only):
             continue
         subjects = [find_subject(dataclasses.replace(arguments, model=str(folder))), find_subject(arguments)]
@@ -232,6 +246,7 @@ SERIES = {
     "width (neurons)": lambda name: name.startswith("width"),
     "depth (layers)": lambda name: name.endswith("layers"),
     "depth, no re-fit": lambda name: name.endswith("layers, no re-fit"),
+    "sublayers": lambda name: name.startswith("sublayers") and "no re-fit" not in name,
     "half layers, half neurons": lambda name: "half layers" in name,
     "hidden size": lambda name: name.startswith("hidden") and "no re-fit" not in name,
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import UnsupportedModelError
 from ..loading import load_model
 from .backend import Backend, Save, device_of
 from .calibrating import calibration_rows
@@ -24,11 +23,6 @@ class AutoRound(Backend):
     def check(self, source: Source, config: QuantizationConfig) -> None:
         super().check(source, config)
         check_groups(source, config.group_size)
-        if source.per_layer:
-            raise UnsupportedModelError(
-                f"{source.name} has layers of different widths, which has not been tried with auto-round: quantise it "
-                "with bitsandbytes or torchao, or prune with `layout='uniform'`."
-            )
 
     def run(self, source: Source, config: QuantizationConfig, tokenizer: Any) -> Save:
         from auto_round import AutoRound as Rounding

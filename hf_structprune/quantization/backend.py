@@ -27,11 +27,13 @@ class Backend(ABC):
         packages: What has to be installed, by the names that are imported.
         libraries: Distributions whose versions are reported.
         extra: The extra of this package that installs them.
+        on_device: Whether the whole model is put on the device; else on the CPU, and the device gets parts of it.
     """
 
     packages: tuple[str, ...] = ()
     libraries: tuple[str, ...] = ()
     extra: str = ""
+    on_device: bool = False
 
     def check(self, source: Source, config: QuantizationConfig) -> None:
         """Refuses everything that can be refused before a weight is read.
@@ -53,6 +55,10 @@ class Backend(ABC):
         group = self.group_size(config)
         groups = weights / group if group and group > 0 else sum(rows for rows, _ in source.linears.values())
         return int(rest + weights * config.bits / 8 + groups * _GROUP_BYTES)
+
+    def memory(self, source: Source, config: QuantizationConfig) -> int:
+        """About how many bytes the weights take at most, where the model is."""
+        return source.bytes
 
     def notes(self, source: Source, config: QuantizationConfig) -> list[str]:
         """What a user of the result has to know."""

@@ -26,6 +26,7 @@ class BitsAndBytes(Backend):
 
     packages = libraries = ("bitsandbytes",)
     extra = "bitsandbytes"
+    on_device = True
 
     def group_size(self, config: QuantizationConfig) -> None:
         return None
@@ -34,6 +35,11 @@ class BitsAndBytes(Backend):
         # A scale (float32) for 64 weights, where scales are not quantised themselves.
         weights = sum(rows * columns for rows, columns in source.linears.values())
         return super().estimate(source, config) + (weights // 16 if config.bits == 4 else 0)
+
+    def memory(self, source: Source, config: QuantizationConfig) -> int:
+        """Each weight is rounded as soon as it is read: 176 MB at most for 432 MB of SmolLM2, nf4 or int8."""
+        largest = max(p.numel() * p.element_size() for p in source.shapes.parameters())
+        return self.estimate(source, config) + largest
 
     def notes(self, source: Source, config: QuantizationConfig) -> list[str]:
         odd = {columns for _, columns in source.linears.values() if columns % _PACKED}

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from transformers import set_seed
 
 from ..checkpoint import check_room
 from ..errors import CheckpointError, ConfigurationError
 from ..loading import load_tokenizer
-from .backend import Backend
+from .backend import Backend, device_of
 from .backends import BACKENDS
 from .configuration import QuantizationConfig
 from .save import save_quantised
@@ -78,15 +79,20 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
 
 
 def _check_room(source: Source, backend: Backend, config: QuantizationConfig, folder: Path) -> None:
-    """Refuses a model that does not fit: its weights are in memory while they are quantised.
+    """Refuses a model that does not fit on the disk, or in memory while it is quantised.
 
     Raises:
         CheckpointError: There is too little memory or disk.
     """
     check_room(folder, backend.estimate(source, config))
-    free = psutil.virtual_memory().available
-    if source.bytes > free:
+    device = torch.device(device_of(config))
+    if backend.on_device and device.type == "cuda":
+        where, free = f"of {device}", torch.cuda.mem_get_info(device)[0]
+    else:
+        where, free = "of this machine", psutil.virtual_memory().available
+    needed = backend.memory(source, config)
+    if needed > free:
         raise CheckpointError(
-            f"{source.name} has {source.bytes / 1e9:.2f} GB of weights, and {free / 1e9:.2f} GB of memory are free: "
-            "quantise it on a larger machine."
+            f"{source.name} needs about {needed / 1e9:.2f} GB to be quantised by {config.method}, but "
+            f"{free / 1e9:.2f} GB of the memory {where} are free: quantise it on a larger one."
         )

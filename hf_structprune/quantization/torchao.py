@@ -18,6 +18,7 @@ class TorchAo(Backend):
 
     packages = libraries = ("torchao",)
     extra = "torchao"
+    on_device = True
 
     def check(self, source: Source, config: QuantizationConfig) -> None:
         super().check(source, config)

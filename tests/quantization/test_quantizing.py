@@ -18,6 +18,7 @@ from hf_structprune.evaluation.results import EvaluationResult
 from hf_structprune.hub.quantization import read_quantization
 from hf_structprune.quantization import quantizing
 from hf_structprune.quantization.backends import BACKENDS
+from hf_structprune.quantization.source import Source
 from hf_structprune.recovery.dequantise import dequantised, is_quantised
 
 
@@ -177,7 +178,7 @@ def test_refused_before_any_weight_is_read(values, error, message, dense, tmp_pa
 
 
 @pytest.mark.parametrize("pruned", ["per_layer"], indirect=True)
-@pytest.mark.parametrize("method", ["gptq", "awq", "auto-round"])
+@pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_layers_of_different_widths_are_refused(method, pruned, tmp_path, monkeypatch):
     monkeypatch.setattr(extras, "find_spec", lambda name: name)
     with pytest.raises(UnsupportedModelError, match="layers of different widths"):
@@ -211,11 +212,28 @@ def test_quantised_models_are_refused(dense, tmp_path):
 def test_too_little_memory_or_disk(dense, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(psutil, "virtual_memory", lambda: Memory(1000))
-        with pytest.raises(CheckpointError, match="0.00 GB of memory are free"):
+        with pytest.raises(
+            CheckpointError, match="but 0.00 GB of the memory of this machine"
+        ):
             quantize(dense, tmp_path / "out")
     monkeypatch.setattr("shutil.disk_usage", lambda path: namedtuple("Usage", "free")(1000))
     with pytest.raises(CheckpointError, match="the disk has 0.00 GB left"):
         quantize(dense, tmp_path / "out")
+
+
+def test_memory_is_that_of_the_device(dense, tmp_path, monkeypatch):
+    """bitsandbytes needs less than the model; on CUDA the memory that counts is the device's."""
+    source, backend, config = Source.read(dense), BACKENDS["bitsandbytes"], QuantizationConfig(device="cuda:0")
+    needed = backend.memory(source, config)
+    assert backend.estimate(source, config) < needed < source.bytes
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (needed, 0))
+    quantizing._check_room(source, backend, config, tmp_path / "out")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (needed - 1, 0))
+    with pytest.raises(CheckpointError, match="memory of cuda:0"):
+        quantizing._check_room(source, backend, config, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="memory of this machine"):  # GPTQ puts one layer at a time on the device
+        quantizing._check_room(source, BACKENDS["gptq"], config, tmp_path / "out")
 
 
 def test_after_a_failure_the_folder_is_as_it_was(dense, tmp_path, monkeypatch):

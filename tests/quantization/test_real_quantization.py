@@ -19,8 +19,9 @@ from hf_structprune.quantization.configuration import METHODS
 pytestmark = pytest.mark.slow
 
 # Perplexity over that of the model before. Measured, uniform and per layer: nf4 1.32 and 1.24, int8 of bitsandbytes
-# 1.00 and 1.03, torchao 0.99 and 0.99; uniform GPTQ 1.34. AWQ and AutoRound were seen to be below their limits. The
-# model is small, and was rounded to 4 bits of another kind before. A corrupt checkpoint is off by factors of a thousand.
+# 1.00 and 1.03, torchao 0.99 and 0.99; uniform GPTQ 1.34. AWQ and AutoRound were seen to be below their limits.
+# The model is small, and was rounded to 4 bits of another kind before. A corrupt checkpoint is off by factors of a
+# thousand.
 BOUNDS = {
     ("bitsandbytes", 4): 1.45,
     ("bitsandbytes", 8): 1.05,
@@ -105,10 +106,20 @@ def test_per_layer_checkpoints(per_layer_smollm2, in_float32, tmp_path):
     check(in_float32(per_layer_smollm2), tmp_path, QUICK, per_layer=True)
 
 
-@pytest.mark.parametrize("method", CALIBRATED)
-def test_methods_with_calibration(method, pruned_smollm2, in_float32, tmp_path, monkeypatch):
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """An empty working directory, which must stay empty."""
     monkeypatch.setenv("GPTQMODEL_DISABLE_PACK_EXT", "1")  # compiling it takes longer than packing without it
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    yield
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize("method", CALIBRATED)
+def test_methods_with_calibration(method, pruned_smollm2, in_float32, tmp_path, elsewhere):
     check(in_float32(pruned_smollm2), tmp_path, [(method, 4)], per_layer=False)
-    assert not any((tmp_path / "here").iterdir())  # such as a folder of logs
+
+
+def test_auto_round_with_layers_of_different_widths(per_layer_smollm2, in_float32, tmp_path, elsewhere):
+    check(in_float32(per_layer_smollm2), tmp_path, [("auto-round", 4)], per_layer=True)
