@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..errors import ConfigurationError
 from .arguments import parse
-from .common import ModelArguments, default_window, load_pruner, results_only_on_stdout, show
+from .common import ModelArguments, default_window, load_for_measuring, results_only_on_stdout, show
 
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class PerplexityArguments:
 
 def run(argv: Sequence[str]) -> None:
     """Measures and prints."""
-    description = "Perplexity of MODEL, dense or pruned, on a text (lower is better)."
+    description = "Perplexity of MODEL, dense, pruned or quantised, on a text (lower is better)."
     model, command = parse(argv, "perplexity", description, ModelArguments, PerplexityArguments)
     with results_only_on_stdout():
         from ..evaluation import load_text, measure_perplexity
@@ -70,13 +70,13 @@ def run(argv: Sequence[str]) -> None:
         text = load_text(
             command.text, config_name=command.text_config_name, split=command.split, column=command.column
         )
-        pruner = load_pruner(model)
+        loaded, tokenizer = load_for_measuring(model)
         result = measure_perplexity(
-            pruner.model,
-            pruner.tokenizer,
+            loaded,
+            tokenizer,
             text,
             command.protocol,
-            window=command.window or default_window(pruner.model, command.protocol),
+            window=command.window or default_window(loaded, command.protocol),
             stride=command.stride,
             bos=command.bos,
             max_windows=command.max_windows,

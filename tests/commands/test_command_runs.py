@@ -102,6 +102,17 @@ def test_perplexity(folder, tmp_path, capsys):
     assert str(text) in run_text(capsys, "perplexity", folder, "--text", str(text), "--window", "64")
 
 
+def test_perplexity_of_a_quantised_model(folder, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    out = str(tmp_path / "quantised")
+    run_json(capsys, "quantize", folder, "--bits", "8", "--output-dir", out)
+    before, after = (
+        run_json(capsys, "perplexity", model, "--max-windows", "1", "--window", "64")["perplexity"]
+        for model in (folder, out)
+    )
+    assert after == pytest.approx(before, rel=0.01) and after != before
+
+
 def test_perplexity_by_protocol(folder, tmp_path, capsys):
     text = tmp_path / "text.jsonl"
     text.write_text("\n".join(json.dumps({"body": f"Text number {i}."}) for i in range(30)))

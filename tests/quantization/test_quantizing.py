@@ -212,9 +212,7 @@ def test_quantised_models_are_refused(dense, tmp_path):
 def test_too_little_memory_or_disk(dense, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(psutil, "virtual_memory", lambda: Memory(1000))
-        with pytest.raises(
-            CheckpointError, match="but 0.00 GB of the memory of this machine"
-        ):
+        with pytest.raises(CheckpointError, match="but 0.00 GB of the memory of this machine"):
             quantize(dense, tmp_path / "out")
     monkeypatch.setattr("shutil.disk_usage", lambda path: namedtuple("Usage", "free")(1000))
     with pytest.raises(CheckpointError, match="the disk has 0.00 GB left"):
