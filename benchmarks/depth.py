@@ -38,6 +38,7 @@ from hf_structprune.evaluation import perplexity, read_text
 from hf_structprune.evaluation.canvas import COLOURS, GREY, legend_below, make_panels, save, set_title
 from hf_structprune.evaluation.efficiency import EfficiencyConfig
 from hf_structprune.evaluation.results import EvaluationResult
+from hf_structprune.units import DEPTH_UNITS
 
 
 RESULTS = Path(__file__).parent / "results" / "depth.json"
@@ -61,10 +62,10 @@ def settings() -> dict[str, tuple[float | None, dict[str, Any]]]:
     for number in LAYERS:
         rows[f"{number} layers"] = None, {"chosen": number}
         rows[f"{number} layers, no re-fit"] = None, {"chosen": number, **BARE}
-    for ratio in (0.105, 0.21):
-        values, name = {"units": ("attention", "mlp"), "layout": "per_layer"}, f"sublayers {100 * ratio:.1f} %"
-        rows[name] = ratio, values
-        rows[f"{name}, no re-fit"] = None, {**values, "same_as": name, **BARE}
+    for kind, units in {"sublayers": ("attention", "mlp"), "layers and sublayers": DEPTH_UNITS}.items():
+        values = {"units": units, "layout": "per_layer"}
+        rows[f"{kind} 10.5 %, no re-fit"] = 0.105, {**values, **BARE}
+        rows[f"{kind} 10.5 %"] = None, {**values, "same_as": f"{kind} 10.5 %, no re-fit"}
     for percent in (20, 30):
         rows[f"joint {percent} %, half layers, half neurons"] = (
             percent / 100, {"split": {"layers": 0.5, "mlp_neurons": 0.5}},
@@ -246,7 +247,7 @@ SERIES = {
     "width (neurons)": lambda name: name.startswith("width"),
     "depth (layers)": lambda name: name.endswith("layers"),
     "depth, no re-fit": lambda name: name.endswith("layers, no re-fit"),
-    "sublayers": lambda name: name.startswith("sublayers") and "no re-fit" not in name,
+    "layers and sublayers": lambda name: name.startswith("layers and") and "no re-fit" not in name,
     "half layers, half neurons": lambda name: "half layers" in name,
     "hidden size": lambda name: name.startswith("hidden") and "no re-fit" not in name,
 }
