@@ -1,4 +1,4 @@
-"""Writing single files so that an interrupt leaves what was there."""
+"""Names of files and folders; writing single files so that an interrupt leaves what was there."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import ExportError
+
+
+def can_only_be_a_path(name: str) -> bool:
+    """Whether a name is no id of the Hub: those have at most one slash, within, and begin with a letter or digit."""
+    return name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

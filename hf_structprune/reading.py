@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import TextError
+from .files import can_only_be_a_path
 
 
 FILES = (".txt", ".jsonl", ".json")
@@ -82,7 +83,7 @@ def is_local(source: str) -> bool:
     path = Path(source).expanduser()
     if path.exists() or path.suffix in FILES:
         return True
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+    if can_only_be_a_path(source):
         raise TextError(f"There is no file or folder {path}.")
     return False
 

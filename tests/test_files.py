@@ -2,7 +2,12 @@ import os
 
 import pytest
 
-from hf_structprune.files import write_text
+from hf_structprune.files import can_only_be_a_path, write_text
+
+
+def test_what_no_id_of_the_hub_looks_like():
+    assert not any(map(can_only_be_a_path, ("gpt2", "me/model", "me/model-0.5B.v1")))
+    assert all(map(can_only_be_a_path, ("./m", "../m", "/m", "~/m", "m/", "me/model/", "a/b/c")))
 
 
 def test_writes_and_replaces(tmp_path):

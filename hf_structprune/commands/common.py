@@ -15,6 +15,7 @@ from rich.console import Console, RenderableType
 
 from ..configuration import PruningConfig
 from ..errors import ConfigurationError, StructPruneError
+from ..files import can_only_be_a_path
 
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def load_shapes(arguments: ModelArguments, config: PruningConfig | None = None) 
 @contextlib.contextmanager
 def _loading(name: str) -> Iterator[None]:
     """Says which model could not be loaded; what Transformers raises then is of many kinds."""
-    if name.startswith(("/", "./", "../", "~")) and not Path(name).exists():
+    if can_only_be_a_path(name) and not Path(name).exists():
         raise StructPruneError(f"cannot load {name!r}: there is no such folder.")
     try:
         yield

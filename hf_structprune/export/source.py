@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..errors import ExportError, StructPruneError
+from ..files import can_only_be_a_path
 from ..hub.network import gated_errors
 from ..loading import load_model, load_tokenizer
 
@@ -40,6 +42,8 @@ def load_source(
     if isinstance(model, PreTrainedModel):
         refuse_quantised(model.config, "The model")
         return model.eval(), _checked(tokenizer, with_tokenizer)
+    if can_only_be_a_path(str(model)) and not Path(model).exists():
+        raise ExportError(f"cannot load {str(model)!r}: there is no such folder.")
     options = {name: kwargs[name] for name in ("revision", "trust_remote_code") if kwargs.get(name)}
     try:
         with gated_errors(str(model)):

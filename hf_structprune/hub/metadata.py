@@ -10,6 +10,7 @@ from huggingface_hub import ModelCardData
 from ..calibration_configuration import CalibrationConfig
 from ..configuration import PruningConfig
 from ..evaluation.results import EvaluationResult
+from ..files import can_only_be_a_path
 from ..units import WIDTH_UNITS
 from .benchmarks import model_index
 from .origin import TAGS, Origin, base_metadata, is_file
@@ -96,7 +97,7 @@ def _datasets(calibration: CalibrationConfig) -> list[str]:
     if calibration.fingerprint is not None:
         return []
     sources = _sources(calibration)
-    hub = [s for s in sources if not is_file(s) and s.count("/") <= 1 and not s.startswith((".", "~", "/"))]
+    hub = [source for source in sources if not is_file(source) and not can_only_be_a_path(source)]
     return hub if sources else list(_SAMPLE)
 
 

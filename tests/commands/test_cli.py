@@ -70,6 +70,8 @@ def test_version(capsys):
         (["evaluate", "m", "--pictures"], ["--pictures needs --output"]),
         (["evaluate", "m", "--output", "/"], ["/ is a folder"]),
         (["evaluate", "/no/such/model"], ["cannot load '/no/such/model'"]),
+        (["evaluate", "nowhere/"], ["cannot load 'nowhere/': there is no such folder"]),
+        (["quantize", "nowhere/", "--output-dir", "o"], ["There is no folder nowhere/"]),
         (["compare"], ["RESULTS is missing"]),
         (["compare", "no-such.json"], ["There is no no-such.json"]),
         (["compare", "a.json", "--format", "pdf"], ["`format` is 'pdf'", "csv"]),

@@ -21,6 +21,7 @@ from hf_structprune.commands import cli, export
         (["m", "--format", "onnx", "--output", "o", "--quant", "f16"], ["--quant is no option of --format onnx"]),
         (["m", "--format", "onnx", "--output", "o", "--dtype", "bf16"], ["`dtype` is 'bf16'", "fp32, fp16"]),
         (["/no/such/model", "--format", "gguf", "--output", "o"], ["cannot load '/no/such/model'"]),
+        (["nowhere/", "--format", "gguf", "--output", "o"], ["cannot load 'nowhere/': there is no such folder"]),
     ],
 )
 def test_bad_values(argv, parts, capsys, tmp_path, monkeypatch):
