@@ -16,7 +16,7 @@ from ..errors import RatioError
 from ..structure import ModelStructure
 from ..units import DEPTH_CRITERIA
 from .distances import layer_similarities
-from .exchange import exchange
+from .exchange import exchange, put_back_excess
 from .greedy import Losses, Stop, loss_scores, remove_greedily
 from .perplexity import TextLoss
 from .removal import Amount, Removal, Unit, depth_candidates
@@ -36,8 +36,8 @@ class DepthChoice:
             that value, or the rise of the loss, per million parameters. `"greedy"` and `"exchange"`: of the last round
             in which the candidate was measured. A block chosen by `"angular"` goes as a whole, the scores are those of
             its single layers.
-        losses: Loss of the calibration text after each removal, and then after each exchange; measured by `"greedy"`
-            and `"exchange"`, and by `"perplexity"` with `most`.
+        losses: Loss of the calibration text after each removal, and then after each return of what was too much and
+            each exchange; measured by `"greedy"` and `"exchange"`, and by `"perplexity"` with `most`.
         baseline: Loss before any; with the criteria that measure losses.
     """
 
@@ -66,7 +66,8 @@ def choose_depth(
     `"angular"` with layers alone takes the contiguous block that turns the residual stream least. `"greedy"` removes
     one unit at a time and measures what is left again; `"exchange"` then takes others in their place as long as that
     is better, unless `most` or `until` ask for removals in order. All others take the units in the order of their
-    scores, of equal ones the lower layer first. Where several kinds compete, scores are per parameter.
+    scores, of equal ones the lower layer first. Where several kinds compete, scores are per parameter, and what is too
+    large for the rest of the budget is passed over for what is smaller.
 
     Args:
         model: A causal language model in eval mode.
@@ -74,7 +75,7 @@ def choose_depth(
         config: `depth_criterion`, the layers that may be cut, and the calibration settings.
         kinds: Some of `"layers"`, `"attention"` and `"mlp"`.
         count: Number of removals.
-        parameters: Instead of `count`: remove as near to so many parameters as whole units in this order allow.
+        parameters: Instead of `count`: remove so many parameters, as nearly as another unit more or less can bring it.
         tokens: Loads the calibration tokens; called only where they are needed.
         without: Layers and sublayers that are gone already, in addition to which others are chosen.
         most: Never remove more than `parameters`, and be content with fewer where there are no more.
@@ -138,8 +139,10 @@ class _Chooser:
         text = cache(self._text)
         found = remove_greedily(text, self.removal, self.candidates, self.amount, self._per_parameter, until)
         self._check_reached()
+        if until is None and found.after:
+            put_back_excess(text(), self.removal, self.amount, found, self._per_parameter)
         if self.config.depth_criterion == "exchange" and not self.amount.most and until is None and found.after:
-            exchange(text(), self.removal, self.candidates, found, self._per_parameter)
+            exchange(text(), self.removal, self.candidates, self.amount, found, self._per_parameter)
         return self._choice(found.scores, found)
 
     def one_shot(self) -> DepthChoice:
@@ -147,11 +150,11 @@ class _Chooser:
             return self._choice({})
         scores, losses, text = self._scores()
         for unit in sorted(scores, key=scores.get):
-            if self.removal.can(unit):
-                if not self.amount.wants(self.removal, unit):
-                    break
+            if self.removal.can(unit) and self.amount.wants(self.removal, unit):
                 self.removal.units.append(unit)
         self._check_reached()
+        while back := self.amount.returns(self.removal):
+            self.removal.units.remove(max(back, key=scores.__getitem__))
         if text is not None and self.amount.most:
             units = self.removal.units
             prefixes = [Removal(self.structure, units[:n], self.removal.before) for n in range(1, len(units) + 1)]

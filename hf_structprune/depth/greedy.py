@@ -22,7 +22,7 @@ class Losses:
 
     Attributes:
         baseline: Loss before anything went.
-        after: Loss after each removal, and after each exchange.
+        after: Loss after each removal, and after each return and exchange.
         scores: For each candidate the score of the last round in which it was measured.
     """
 
@@ -59,6 +59,8 @@ def remove_greedily(
 ) -> Losses:
     """Removes candidates one at a time, each time the one with the least score on top of those that went.
 
+    Where little is lacking, only candidates that are small enough to lead nearer to the amount are measured.
+
     Args:
         text: Makes what measures the losses; called only if something is to go.
         removal: What has gone; is extended.
@@ -70,8 +72,8 @@ def remove_greedily(
     found, measure = Losses(), None
     rises: dict[Unit, float] = {}
     while True:
-        left = [unit for unit in candidates if removal.can(unit)]
-        if not any(amount.wants(removal, unit) for unit in left):
+        left = [unit for unit in candidates if removal.can(unit) and amount.wants(removal, unit)]
+        if not left:
             return found
         measure = measure or text()
         losses, base = _cheapest(measure, removal, left, rises, per_parameter)
@@ -79,8 +81,6 @@ def remove_greedily(
         scores = loss_scores(losses, base, removal, per_parameter)
         found.scores.update(scores)
         best = min((unit for unit in left if unit in losses), key=scores.__getitem__)
-        if not amount.wants(removal, best):
-            return found
         removal.units.append(best)
         found.after.append(losses[best])
         if until is not None and until(removal.units, found.after, found.baseline):

@@ -95,17 +95,15 @@ class TextLoss:
         losses = self._each(gone, {unit: removal.gone([unit]) for unit in candidates}, description)
         return losses, self._loss(max(layer for layer, _ in candidates), gone)
 
-    def put_back(self, removal: Removal, taken: Unit, candidates: list[Unit], description: str) -> dict[Unit, float]:
-        """The losses when one more unit goes and one of those that have gone comes back.
+    def put_back(self, removal: Removal, candidates: list[Unit], description: str) -> dict[Unit, float]:
+        """The losses when one of those that have gone comes back.
 
         Args:
             removal: What has gone.
-            taken: What goes on top.
             candidates: What may come back.
             description: Of the progress bar.
         """
-        more = Removal(removal.structure, [*removal.units, taken], removal.before)
-        return self._each(more.gone(), {unit: more.without(unit).gone() for unit in candidates}, description)
+        return self._each(removal.gone(), {unit: removal.without(unit).gone() for unit in candidates}, description)
 
     def _each(self, gone: Gone, trials: dict[Unit, Gone], description: str) -> dict[Unit, float]:
         """The loss of each trial; the states in front of its unit, up to which nothing differs, are computed once.

@@ -123,6 +123,21 @@ class Amount:
             return len(removal.units) < self.count
         return self.nearer(removal.parameters([unit]), removal.parameters())
 
+    def returns(self, removal: Removal) -> list[Unit]:
+        """The units whose return leads nearer to the amount."""
+        now, gone = self.distance(removal), removal.parameters()
+        rests = {unit: removal.without(unit) for unit in removal.units}
+        return [unit for unit, rest in rests.items() if self.distance(rest) < now and rest.parameters() < gone]
+
+    def excess(self, removal: Removal) -> int:
+        """Units, or parameters, that are gone beyond the amount; negative if some are lacking."""
+        return len(removal.units) - self.count if self.count is not None else removal.parameters() - self.parameters
+
+    def distance(self, removal: Removal) -> tuple[int, int]:
+        """How far what has gone is away from the amount; of two equally far away the one with less gone is smaller."""
+        excess = self.excess(removal)
+        return abs(excess), excess
+
     def nearer(self, more: int, fewer: int) -> bool:
         """Whether removing `more` parameters comes nearer to the wanted amount than `fewer`."""
         if self.most:

@@ -250,17 +250,17 @@ class Table:
         return {unit: base + self.rises[unit] for unit in candidates}, base
 
 
-def test_greedy_stops_where_the_best_would_lead_farther_away():
-    """A layer costs least per parameter but is too large now; attentions that would fit are not taken instead."""
+def test_greedy_passes_over_what_is_too_large_for_the_rest():
+    """A layer costs least per parameter but is too large now: the attention that costs least goes instead."""
     _, structure = make()
     attention, layer = structure.layers[0].sublayer("attention").parameters, structure.layers[0].parameters
     units = depth_candidates(structure, settings("greedy"), ("layers", "attention"))
-    rises = {unit: 1.0 + 0.01 * unit[0] if unit[1] == "layers" else 9.0 for unit in units}
+    rises = {unit: 1.0 + 0.01 * unit[0] if unit[1] == "layers" else 9.0 - unit[0] for unit in units}
     removal = Removal(structure)
     found = remove_greedily(lambda: Table(rises), removal, units, Amount(parameters=layer + attention), True)
-    assert removal.units == [(0, "layers")] and found.after == [1.0] and found.baseline == 0.0
+    assert removal.units == [(0, "layers"), (5, "attention")] and found.after == [1.0, 5.0] and found.baseline == 0.0
     assert found.scores[0, "layers"] == pytest.approx(1e6 / layer)
-    assert found.scores[1, "attention"] == pytest.approx(9e6 / attention)
+    assert found.scores[1, "attention"] == pytest.approx(8e6 / attention)
     removal = Removal(structure)
     rises = {unit: 1.0 if unit[1] == "layers" else 0.1 for unit in units}
     remove_greedily(lambda: Table(rises), removal, units, Amount(count=8), True)

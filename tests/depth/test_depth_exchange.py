@@ -79,8 +79,7 @@ def test_what_comes_back_is_measured_as_without_it(model):
     structure = ModelStructure.of(model)
     text = TextLoss(model, structure, TOKENS)
     units = [(2, "layers"), (5, "attention"), (3, "mlp")]
-    removal = Removal(structure, units)
-    losses = text.put_back(removal, (0, "layers"), units, "")
+    losses = text.put_back(Removal(structure, [*units, (0, "layers")]), units, "")
     for unit, value in losses.items():
         rest = Removal(structure, [*(one for one in units if one != unit), (0, "layers")])
         assert value == pytest.approx(text.of(rest.gone()))
