@@ -139,10 +139,11 @@ class _Chooser:
         text = cache(self._text)
         found = remove_greedily(text, self.removal, self.candidates, self.amount, self._per_parameter, until)
         self._check_reached()
-        if until is None and found.after:
+        self._in_parts()
+        if found.after and until is None and not self.amount.most:
             put_back_excess(text(), self.removal, self.amount, found, self._per_parameter)
-        if self.config.depth_criterion == "exchange" and not self.amount.most and until is None and found.after:
-            exchange(text(), self.removal, self.candidates, self.amount, found, self._per_parameter)
+            if self.config.depth_criterion == "exchange":
+                exchange(text(), self.removal, self.candidates, self.amount, found, self._per_parameter)
         return self._choice(found.scores, found)
 
     def one_shot(self) -> DepthChoice:
@@ -153,6 +154,7 @@ class _Chooser:
             if self.removal.can(unit) and self.amount.wants(self.removal, unit):
                 self.removal.units.append(unit)
         self._check_reached()
+        self._in_parts()
         while back := self.amount.returns(self.removal):
             self.removal.units.remove(max(back, key=scores.__getitem__))
         if text is not None and self.amount.most:
@@ -160,6 +162,11 @@ class _Chooser:
             prefixes = [Removal(self.structure, units[:n], self.removal.before) for n in range(1, len(units) + 1)]
             losses.after = [text.of(prefix.gone()) for prefix in prefixes]
         return self._choice(scores, losses)
+
+    def _in_parts(self) -> None:
+        """Layers as their sublayers from now on, one of which can come back where the parameters are what counts."""
+        if self.amount.count is None and not self.amount.most:
+            self.removal.units[:] = self.removal.in_parts(self.candidates)
 
     def _scores(self) -> tuple[dict[Unit, float], Losses, TextLoss | None]:
         """Scores of the candidates by a one-shot criterion, and what was measured of losses."""

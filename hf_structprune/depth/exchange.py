@@ -26,7 +26,7 @@ def exchange(
 
     Args:
         measure: Measures the losses.
-        removal: What greedy has removed; is changed.
+        removal: What greedy has removed, in parts; is changed.
         candidates: What may go.
         amount: How much is to go.
         losses: What greedy has measured; the loss after each exchange is appended.
@@ -47,7 +47,7 @@ def exchange(
                 break
         if loss is None or not loss < base:
             return
-        removal.units[:] = more.units
+        removal.units[:] = more.units if amount.count is not None else more.in_parts(candidates)
         losses.after.append(loss)
         number += 1
 
@@ -57,7 +57,7 @@ def put_back_excess(measure: TextLoss, removal: Removal, amount: Amount, losses:
 
     Args:
         measure: Measures the losses.
-        removal: What greedy has removed; is changed.
+        removal: What greedy has removed, in parts; is changed.
         amount: How much is to go.
         losses: What greedy has measured; the loss after each return is appended.
         per_parameter: See `greedy.loss_scores`.

@@ -72,6 +72,15 @@ class Removal:
         """Layers and sublayers that are gone, these units included; a layer that has lost all is a layer."""
         return self._gone([*self.units, *extra])
 
+    def in_parts(self, candidates: Iterable[Unit]) -> list[Unit]:
+        """The units, a layer as its sublayers if they may go alone: so one of them can come back."""
+        single, parts = set(candidates), []
+        for layer, kind in self.units:
+            sublayers = [(layer, sublayer.kind) for sublayer in self.structure.layers[layer].sublayers]
+            whole = layer in emptied({name: [layer] for _, name in sublayers}, self.structure)
+            parts += sublayers if kind == "layers" and whole and single.issuperset(sublayers) else [(layer, kind)]
+        return list(dict.fromkeys(parts))
+
     def without(self, unit: Unit) -> Removal:
         """The same but for one unit, which is back."""
         return Removal(self.structure, [one for one in self.units if one != unit], self.before)
