@@ -99,6 +99,20 @@ def test_the_budget_is_met_as_nearly_as_whole_layers_allow(criterion):
 
 
 @pytest.mark.parametrize("criterion", DEPTH_CRITERIA)
+def test_layers_and_sublayers_meet_the_budget_as_nearly_as_another_unit_can_bring_it(criterion):
+    model, structure = make()
+    kinds, size = ("layers", "attention", "mlp"), structure.layers[0].parameters
+    units = [(layer, kind) for layer in range(LAYERS) for kind in kinds]
+    for wanted in (0.2, 0.9, 1.7, 2.4):
+        removal = Removal(structure, choose(model, structure, criterion, kinds, parameters=round(wanted * size)).order)
+        removal.units = removal.in_parts(units)
+        others = [removal.parameters([unit]) for unit in units if removal.can(unit)]
+        others += [removal.without(unit).parameters() for unit in removal.units]
+        gone = removal.parameters()
+        assert all(abs(gone - wanted * size) <= abs(other - wanted * size) for other in others), removal.units
+
+
+@pytest.mark.parametrize("criterion", DEPTH_CRITERIA)
 def test_protected_and_unnamed_layers_stay(criterion):
     model, structure = make()
     protected = choose(model, structure, criterion, options=dict(protect_first=2, protect_last=2), count=2)
@@ -237,6 +251,24 @@ def test_nearest_amounts():
     amount = Amount(parameters=10)
     assert amount.nearer(12, 7) and not amount.nearer(13, 7) and not amount.nearer(14, 7)
     assert not Amount(parameters=10, most=True).nearer(11, 0)
+
+
+def test_what_comes_back_leads_nearer():
+    _, structure = make()
+    smaller, larger = sorted(("attention", "mlp"), key=lambda kind: structure.layers[0].sublayer(kind).parameters)
+    less, more = (structure.layers[0].sublayer(kind).parameters for kind in (smaller, larger))
+    removal, gone = Removal(structure, [(1, larger), (2, smaller)]), less + more
+    assert less < more and removal.parameters() == gone
+
+    def returns(wanted):
+        return Amount(parameters=wanted).returns(removal)
+
+    assert not returns(gone + 5) and not returns(gone) and not returns(gone - (less - 1) // 2)
+    assert returns(gone - less // 2 - 1) == returns(gone - (more - 1) // 2) == [(2, smaller)]
+    assert returns(gone - more // 2 - 1) == returns(0) == removal.units
+    assert Amount(parameters=gone - 7).distance(removal) == (7, 7)
+    assert Amount(parameters=gone + 7).distance(removal) == (7, -7)
+    assert Amount(count=3).distance(removal) == (1, -1) and not Amount(count=2).returns(removal)
 
 
 class Table:

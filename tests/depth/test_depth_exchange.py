@@ -8,7 +8,9 @@ import torch
 
 from hf_structprune import PruningConfig
 from hf_structprune.depth import TextLoss, choose_depth
-from hf_structprune.depth.removal import Removal
+from hf_structprune.depth.exchange import put_back_excess
+from hf_structprune.depth.greedy import Losses
+from hf_structprune.depth.removal import Amount, Removal
 from hf_structprune.structure import ModelStructure
 
 
@@ -86,14 +88,129 @@ def test_what_comes_back_is_measured_as_without_it(model):
     assert len(set(losses.values())) == 3
 
 
-def test_only_units_of_one_size_change_places(model):
-    """Layers and sublayers together: as many parameters are gone as greedy has removed."""
-    kinds = ("layers", "attention", "mlp")
-    wanted = round(2.6 * ModelStructure.of(model).layers[0].parameters)
-    greedy, choice = (choose(model, criterion, kinds, parameters=wanted) for criterion in ("greedy", "exchange"))
+KINDS = ("layers", "attention", "mlp")
+
+
+@torch.no_grad()
+def loss_of_parts(model, parts):
+    """The loss of a copy in which these attentions and MLPs add nothing."""
+    model = copy.deepcopy(model)
+    for layer, kind in parts:
+        block = model.model.layers[layer]
+        (block.self_attn.o_proj if kind == "attention" else block.mlp.down_proj).weight.zero_()
+    return loss(model, [])
+
+
+def halves(units):
+    """Layers as their sublayers."""
+    parts = [[(layer, "attention"), (layer, "mlp")] if kind == "layers" else [(layer, kind)] for layer, kind in units]
+    return list(dict.fromkeys(unit for part in parts for unit in part))
+
+
+class Reference:
+    """Greedy's end improved by brute force: losses of zeroed copies, sizes counted from the modules."""
+
+    def __init__(self, model, wanted):
+        block = model.model.layers[0]
+        norm = block.input_layernorm.weight.numel()
+        self.sizes = {
+            kind: norm + sum(p.numel() for p in part.parameters())
+            for kind, part in (("attention", block.self_attn), ("mlp", block.mlp))
+        }
+        self.model, self.wanted = model, wanted
+
+    def size(self, parts):
+        return sum(self.sizes[kind] for _, kind in parts)
+
+    def distance(self, parts):
+        return abs(self.size(parts) - self.wanted), self.size(parts)
+
+    def back(self, parts, value, allowed):
+        """Those parts with the one back that helps most per parameter, or None; and the loss."""
+        rests = [(unit, [one for one in parts if one != unit]) for unit in parts]
+        values = {unit: (rest, loss_of_parts(self.model, rest)) for unit, rest in rests if allowed(unit, rest)}
+        if not values:
+            return None, value
+        return values[min(values, key=lambda unit: (values[unit][1] - value) / self.sizes[unit[1]])]
+
+    def trimmed(self, parts):
+        losses, value = [], loss_of_parts(self.model, parts)
+        while True:
+            now = self.distance(parts)
+            rest, value = self.back(parts, value, lambda _, fewer, now=now: self.distance(fewer) < now)
+            if rest is None:
+                return parts, losses
+            parts, losses = rest, [*losses, value]
+
+    def balanced(self, parts, unit, farthest):
+        """Takes a unit on top and puts others back until the amount is as near as it was; None where that fails."""
+        rest, new = halves([*parts, unit]), set(halves([unit])) - set(parts)
+        value = loss_of_parts(self.model, rest)
+        while rest is not None and self.distance(rest) > farthest:
+            rest, value = self.back(
+                rest, value, lambda one, fewer: one not in new and self.size(fewer) >= self.wanted - farthest[0]
+            )
+        return rest, value
+
+    def exchanged(self, parts):
+        losses, value, farthest = [], loss_of_parts(self.model, parts), self.distance(parts)
+        while True:
+            units = [(layer, kind) for layer in range(LAYERS) for kind in KINDS]
+            tried = {unit: halves([*parts, unit]) for unit in units if set(halves([unit])) - set(parts)}
+            rises = {
+                unit: (loss_of_parts(self.model, more) - value) / (self.size(more) - self.size(parts))
+                for unit, more in tried.items() if len(more) < 2 * LAYERS
+            }  # fmt: skip
+            options = (self.balanced(parts, unit, farthest) for unit in sorted(rises, key=rises.get))
+            rest, found = next(option for option in options if option[0] is not None)
+            if found >= value:
+                return parts, losses
+            parts, value = rest, found
+            losses.append(value)
+
+
+@pytest.mark.parametrize("layers", [0.9, 1.6])
+def test_layers_and_sublayers_against_brute_force(model, layers):
+    """What is too much comes back, then a layer may change places with an attention and an MLP of others."""
     structure = ModelStructure.of(model)
-    assert Removal(structure, choice.order).parameters() == Removal(structure, greedy.order).parameters()
-    assert choice.losses[-1] <= greedy.losses[-1]
+    wanted = round(layers * structure.layers[0].parameters)
+    reference = Reference(model, wanted)
+    assert reference.size(halves([(0, "layers")])) == structure.layers[0].parameters
+    greedy, choice = (choose(model, criterion, KINDS, parameters=wanted) for criterion in ("greedy", "exchange"))
+    parts, losses = reference.exchanged(greedy.order)
+    assert set(choice.order) == set(parts)
+    assert choice.losses[: len(greedy.losses)] == greedy.losses
+    assert choice.losses[len(greedy.losses) :] == pytest.approx(losses)
+    assert reference.distance(choice.order) <= reference.distance(greedy.order)
+
+
+def test_what_is_too_much_comes_back(model):
+    """Two whole layers went; the attention of one of them is nearer to what is too much than an MLP."""
+    structure = ModelStructure.of(model)
+    units = [(index, kind) for index in range(LAYERS) for kind in KINDS]
+    layer, attention = structure.layers[0].parameters, structure.layers[0].sublayer("attention").parameters
+    amount = Amount(parameters=2 * layer - round(0.7 * attention))
+    removal = Removal(structure, [(3, "layers"), (5, "layers")])
+    removal.units[:] = removal.in_parts(units)
+    expected, values = Reference(model, amount.parameters).trimmed(list(removal.units))
+    text, losses = TextLoss(model, structure, TOKENS), Losses(after=[loss(model, [3, 5])])
+    put_back_excess(text, removal, amount, losses, per_parameter=True)
+    assert removal.units == expected and removal.parameters() == 2 * layer - attention
+    assert len(removal.dropped()["layers"]) == len(removal.dropped()["mlp"]) == 1
+    assert losses.after[1:] == pytest.approx(values)
+
+
+def test_only_layers_whose_sublayers_may_go_alone_are_taken_apart(model):
+    structure = ModelStructure.of(model)
+    units = [(3, "layers"), (5, "attention"), (2, "mlp"), (2, "layers")]
+    removal = Removal(structure, units)
+    assert removal.in_parts([(3, "layers"), (3, "attention"), (2, "mlp"), (2, "layers")]) == units
+    parts = removal.in_parts((layer, kind) for layer in range(LAYERS) for kind in KINDS)
+    assert parts == [(3, "attention"), (3, "mlp"), (5, "attention"), (2, "mlp"), (2, "attention")]
+    whole = Removal(structure, parts)
+    assert whole.parameters() == removal.parameters() and whole.gone() == removal.gone()
+    structure.layers[3].sublayers = [structure.layers[3].sublayer("mlp")]  # next to something that cannot go alone
+    assert removal.in_parts((layer, kind) for layer in range(LAYERS) for kind in KINDS)[0] == (3, "layers")
 
 
 def test_where_prefixes_are_compared_nothing_changes_places(model):
