@@ -248,6 +248,7 @@ SERIES = {
     "depth (layers)": lambda name: name.endswith("layers"),
     "depth, no re-fit": lambda name: name.endswith("layers, no re-fit"),
     "layers and sublayers": lambda name: name.startswith("layers and") and "no re-fit" not in name,
+    "layers and sublayers, no re-fit": lambda name: name.startswith("layers and") and "no re-fit" in name,
     "half layers, half neurons": lambda name: "half layers" in name,
     "hidden size": lambda name: name.startswith("hidden") and "no re-fit" not in name,
 }

@@ -30,7 +30,8 @@ class DepthChoice:
 
     Attributes:
         dropped: Numbers of the layers by kind, ascending, for the plan.
-        order: What goes, in the order it was chosen.
+        order: What goes, in the order it was chosen; a layer as its sublayers where those may go alone and parameters
+            count.
         scores: Importance of every candidate, lower goes first. With candidates of one kind the criterion's own
             value (for `"perplexity"`, `"greedy"` and `"exchange"` the loss without the candidate); with several kinds
             that value, or the rise of the loss, per million parameters. `"greedy"` and `"exchange"`: of the last round
@@ -137,26 +138,43 @@ class _Chooser:
 
     def greedy(self, until: Stop | None) -> DepthChoice:
         text = cache(self._text)
-        found = remove_greedily(text, self.removal, self.candidates, self.amount, self._per_parameter, until)
+        found = self._greedily(text, until)
         self._check_reached()
-        self._in_parts()
         if found.after and until is None and not self.amount.most:
-            put_back_excess(text(), self.removal, self.amount, found, self._per_parameter)
-            if self.config.depth_criterion == "exchange":
-                exchange(text(), self.removal, self.candidates, self.amount, found, self._per_parameter)
+            self._improve(text(), found)
+            while self._could_be_nearer():  # exchanges have put units of other sizes into their place
+                more = self._greedily(text, None)
+                found.after += more.after
+                found.scores |= more.scores
+                self._improve(text(), found)
         return self._choice(found.scores, found)
 
+    def _greedily(self, text: Callable[[], TextLoss], until: Stop | None) -> Losses:
+        found = remove_greedily(text, self.removal, self.candidates, self.amount, self._per_parameter, until)
+        self._in_parts()
+        return found
+
+    def _improve(self, text: TextLoss, found: Losses) -> None:
+        put_back_excess(text, self.removal, self.amount, found, self._per_parameter)
+        if self.config.depth_criterion == "exchange":
+            exchange(text, self.removal, self.candidates, self.amount, found, self._per_parameter)
+
+    def _could_be_nearer(self) -> bool:
+        wanted = (unit for unit in self.candidates if self.removal.can(unit))
+        return any(self.amount.wants(self.removal, unit) for unit in wanted) or bool(self.amount.returns(self.removal))
+
     def one_shot(self) -> DepthChoice:
-        if not any(self.amount.wants(self.removal, unit) for unit in self.candidates):
+        if not self._could_be_nearer():
             return self._choice({})
         scores, losses, text = self._scores()
-        for unit in sorted(scores, key=scores.get):
-            if self.removal.can(unit) and self.amount.wants(self.removal, unit):
-                self.removal.units.append(unit)
+        while self._could_be_nearer():
+            for unit in sorted(scores, key=scores.get):
+                if self.removal.can(unit) and self.amount.wants(self.removal, unit):
+                    self.removal.units.append(unit)
+            self._in_parts()
+            while back := self.amount.returns(self.removal):
+                self.removal.units.remove(max(back, key=scores.__getitem__))
         self._check_reached()
-        self._in_parts()
-        while back := self.amount.returns(self.removal):
-            self.removal.units.remove(max(back, key=scores.__getitem__))
         if text is not None and self.amount.most:
             units = self.removal.units
             prefixes = [Removal(self.structure, units[:n], self.removal.before) for n in range(1, len(units) + 1)]
