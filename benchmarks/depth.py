@@ -220,10 +220,12 @@ def picture(options: argparse.Namespace) -> None:
     rows = content["rows"]
     text = next(iter(rows["dense"]["perplexity"]))
     figure, (quality_axis, speed_axis) = make_panels(2, height=3.2)
-    for (label, chosen), colour in zip(SERIES.items(), COLOURS * 2, strict=False):
+    with_refit = [label for label in SERIES if "no re-fit" not in label]
+    for label, chosen in SERIES.items():
+        colour = COLOURS[with_refit.index(label.removesuffix(", no re-fit"))]
         names = [name for name in rows if chosen(name)]
         style = {"color": colour, "marker": "o", "markersize": 4, "linewidth": 1.6, "label": label}
-        style |= {"linestyle": "--"} if "no re-fit" in label else {}
+        style |= {"linestyle": "--", "markerfacecolor": "white"} if "no re-fit" in label else {}
         draw(quality_axis, [(rows[name]["ratio"], rows[name]["perplexity"][text]) for name in names], style)
         speeds = [(rows[n]["ratio"], rows[n]["speed"]["decode_throughput"]) for n in names if "speed" in rows[n]]
         draw(speed_axis, [] if "no re-fit" in label else speeds, style)
@@ -246,7 +248,7 @@ def picture(options: argparse.Namespace) -> None:
 SERIES = {
     "width (neurons)": lambda name: name.startswith("width"),
     "depth (layers)": lambda name: name.endswith("layers"),
-    "depth, no re-fit": lambda name: name.endswith("layers, no re-fit"),
+    "depth (layers), no re-fit": lambda name: name.endswith("layers, no re-fit"),
     "layers and sublayers": lambda name: name.startswith("layers and") and "no re-fit" not in name,
     "layers and sublayers, no re-fit": lambda name: name.startswith("layers and") and "no re-fit" in name,
     "half layers, half neurons": lambda name: "half layers" in name,
