@@ -160,6 +160,7 @@ class _Chooser:
             exchange(text, self.removal, self.candidates, self.amount, found, self._per_parameter)
 
     def _could_be_nearer(self) -> bool:
+        """Whether one unit more, or one less, leads nearer to the amount."""
         wanted = (unit for unit in self.candidates if self.removal.can(unit))
         return any(self.amount.wants(self.removal, unit) for unit in wanted) or bool(self.amount.returns(self.removal))
 

@@ -32,11 +32,12 @@ def exchange(
         losses: What greedy has measured; the loss after each exchange is appended.
         per_parameter: See `greedy.loss_scores`.
     """
-    number, farthest = 1, amount.distance(removal)
+    number = 1
     while True:
-        left = [unit for unit in candidates if removal.can(unit) and removal.units]
-        if not left:
+        left = [unit for unit in candidates if removal.can(unit)]
+        if not left or not removal.units:
             return
+        farthest = amount.distance(removal)
         measured, base = measure.scan(removal, left, f"Exchange {number}, taking one")
         scores = loss_scores(measured, base, removal, per_parameter)
         losses.scores.update(scores)

@@ -281,6 +281,10 @@ class Table:
         base = sum(self.rises[unit] for unit in removal.units)
         return {unit: base + self.rises[unit] for unit in candidates}, base
 
+    def put_back(self, removal, candidates, description):
+        base = sum(self.rises[unit] for unit in removal.units)
+        return {unit: base - self.rises[unit] for unit in candidates}
+
 
 def test_greedy_passes_over_what_is_too_large_for_the_rest():
     """A layer costs least per parameter but is too large now: the attention that costs least goes instead."""
@@ -298,6 +302,26 @@ def test_greedy_passes_over_what_is_too_large_for_the_rest():
     remove_greedily(lambda: Table(rises), removal, units, Amount(count=8), True)
     assert removal.units[:7] == [*((i, "attention") for i in range(6)), (0, "layers")]
     assert removal.dropped() == {"layers": [0, 1], "attention": [2, 3, 4, 5]}
+
+
+@pytest.mark.parametrize("criterion", ["exchange", "perplexity"])
+def test_what_is_lacking_after_a_return_is_filled_again(monkeypatch, criterion):
+    """An MLP, as large as three attentions, makes place for one, and then a second one fits."""
+    model, structure = make(intermediate_size=97)
+    attention, mlp = (structure.layers[0].sublayer(kind).parameters for kind in ("attention", "mlp"))
+    assert abs(mlp - 3 * attention) < 0.02 * attention
+    kinds = ("layers", "attention", "mlp")
+    rises = {(layer, kind): 9.0 for layer in range(LAYERS) for kind in kinds}
+    if criterion == "exchange":  # two MLPs are cheapest per parameter, one and an attention cost less in all
+        rises |= {(1, "mlp"): 0.1, (2, "mlp"): 0.1, (3, "attention"): 0.05, (4, "attention"): 0.05}
+        wanted, expected = 2 * mlp - round(1.03 * attention), {(3, "attention"), (4, "attention")}
+    else:  # a layer is cheapest; of its halves the MLP comes back, since it costs more
+        rises |= {(1, "layers"): 0.1, (1, "attention"): 0.2, (3, "attention"): 0.3}
+        wanted, expected = round(2.1 * attention), {(1, "attention"), (3, "attention")}
+    monkeypatch.setattr("hf_structprune.depth.choice.TextLoss", lambda *_: Table(rises))
+    choice = choose(model, structure, criterion, kinds, parameters=wanted)
+    assert expected <= set(choice.order) and len(choice.dropped["attention"]) == 2
+    assert abs(Removal(structure, choice.order).parameters() - wanted) < 0.15 * attention
 
 
 class Growing(Table):

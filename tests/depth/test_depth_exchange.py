@@ -153,8 +153,9 @@ class Reference:
         return rest, value
 
     def exchanged(self, parts):
-        losses, value, farthest = [], loss_of_parts(self.model, parts), self.distance(parts)
+        losses, value = [], loss_of_parts(self.model, parts)
         while True:
+            farthest = self.distance(parts)
             units = [(layer, kind) for layer in range(LAYERS) for kind in KINDS]
             tried = {unit: halves([*parts, unit]) for unit in units if set(halves([unit])) - set(parts)}
             rises = {
