@@ -7,7 +7,8 @@ import torch
 from hf_structprune import PruningConfig
 from hf_structprune.decisions import normalised
 from hf_structprune.depth import choose_depth, layer_similarities
-from hf_structprune.depth.greedy import remove_greedily
+from hf_structprune.depth.exchange import exchange
+from hf_structprune.depth.greedy import Losses, remove_greedily
 from hf_structprune.depth.removal import Amount, Removal, depth_candidates
 from hf_structprune.depth.weights import magnitude_scores, taylor_scores
 from hf_structprune.errors import ConfigurationError, RatioError, UnsupportedModelError
@@ -312,6 +313,7 @@ def test_what_is_lacking_after_a_return_is_filled_again(monkeypatch, criterion):
     assert abs(mlp - 3 * attention) < 0.02 * attention
     kinds = ("layers", "attention", "mlp")
     rises = {(layer, kind): 9.0 for layer in range(LAYERS) for kind in kinds}
+    rises |= {(layer, "layers"): 18.0 for layer in range(LAYERS)}
     if criterion == "exchange":  # two MLPs are cheapest per parameter, one and an attention cost less in all
         rises |= {(1, "mlp"): 0.1, (2, "mlp"): 0.1, (3, "attention"): 0.05, (4, "attention"): 0.05}
         wanted, expected = 2 * mlp - round(1.03 * attention), {(3, "attention"), (4, "attention")}
@@ -322,6 +324,35 @@ def test_what_is_lacking_after_a_return_is_filled_again(monkeypatch, criterion):
     choice = choose(model, structure, criterion, kinds, parameters=wanted)
     assert expected <= set(choice.order) and len(choice.dropped["attention"]) == 2
     assert abs(Removal(structure, choice.order).parameters() - wanted) < 0.15 * attention
+
+
+@pytest.mark.parametrize(
+    ("gone", "cheap", "expected"),
+    [
+        # The attention is cheapest, but nothing of its size could come back.
+        ({(1, "mlp"): 1.0}, {(3, "attention"): 0.001, (2, "mlp"): 0.5}, {(2, "mlp")}),
+        # The MLP's return would help most, but leaves too little gone.
+        (
+            {(1, "mlp"): 9.0, (1, "attention"): 1.0}, {(2, "attention"): 0.5},
+            {(1, "mlp"), (2, "attention")},
+        ),
+        # For a layer an MLP and an attention of others come back; its own halves may do so later.
+        (
+            {(1, "mlp"): 9.0, (3, "attention"): 3.0}, {(2, "layers"): 0.3, (2, "attention"): 0.15, (2, "mlp"): 0.45},
+            {(2, "attention"), (2, "mlp")},
+        ),
+    ],
+)  # fmt: skip
+def test_exchanges_keep_the_amount(gone, cheap, expected):
+    _, structure = make(intermediate_size=97)
+    kinds = ("layers", "attention", "mlp")
+    units = [(layer, kind) for layer in range(LAYERS) for kind in kinds]
+    table = Table({unit: 40.0 if unit[1] == "layers" else 20.0 for unit in units} | gone | cheap)
+    removal, losses = Removal(structure, list(gone)), Losses(after=[sum(gone.values())])
+    amount = Amount(parameters=removal.parameters())
+    exchange(table, removal, units, amount, losses, per_parameter=True)
+    assert set(removal.units) == expected and removal.parameters() == amount.parameters
+    assert len(losses.after) == 2 and losses.after[1] < losses.after[0]
 
 
 class Growing(Table):
