@@ -326,6 +326,17 @@ def test_what_is_lacking_after_a_return_is_filled_again(monkeypatch, criterion):
     assert abs(Removal(structure, choice.order).parameters() - wanted) < 0.15 * attention
 
 
+@pytest.mark.parametrize("criterion", ["greedy", "exchange", "perplexity"])
+def test_half_of_the_cheapest_layer_comes_back_where_it_is_too_much(monkeypatch, criterion):
+    model, structure = make(intermediate_size=97)
+    kinds = ("layers", "attention", "mlp")
+    rises = {(layer, kind): 18.0 if kind == "layers" else 9.0 for layer in range(LAYERS) for kind in kinds}
+    rises |= {(1, "layers"): 0.1, (1, "attention"): 0.5, (1, "mlp"): 0.5}
+    monkeypatch.setattr("hf_structprune.depth.choice.TextLoss", lambda *_: Table(rises))
+    wanted = round(3.4 * structure.layers[0].sublayer("attention").parameters)
+    assert choose(model, structure, criterion, kinds, parameters=wanted).dropped == {"mlp": [1]}
+
+
 @pytest.mark.parametrize(
     ("gone", "cheap", "expected"),
     [
