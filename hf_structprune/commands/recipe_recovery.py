@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import ConfigurationError
 from ..extras import need
+from ..hub.recovery import read_report
 from ..recipe import RecoverySection
+from ..recovery.checkpoints import newest_whole
 from ..recovery.recovering import TRAINING_SUFFIX, recover
 from .common import ModelArguments
 
@@ -31,13 +30,12 @@ def recovered_already(section: RecoverySection, again: bool) -> bool:
 
     Raises:
         ConfigurationError: It holds what other settings have made.
+        CheckpointError: Its report cannot be read.
     """
-    from ..recovery.save import RECOVERY_NAME
-
-    report = Path(section.output_dir) / RECOVERY_NAME
-    if again or not report.is_file():
+    report = None if again else read_report(Path(section.output_dir))
+    if report is None:
         return False
-    if json.loads(report.read_text(encoding="utf-8"))["configuration"] != section.config.to_public_dict():
+    if report["configuration"] != section.config.to_public_dict():
         raise ConfigurationError(
             f"{section.output_dir} holds a checkpoint that was recovered with other settings; choose another "
             "`output_dir` in the section `recover`, or say --overwrite."
@@ -50,7 +48,7 @@ def recover_section(
 ) -> None:
     """Trains the pruned checkpoint; an interrupted training goes on where it stopped."""
     training = Path(section.output_dir + TRAINING_SUFFIX)
-    resume = not again and training.is_dir() and get_last_checkpoint(str(training)) is not None
+    resume = not again and newest_whole(training)[0] is not None
     recover(
         pruned, section.dataset, section.output_dir, section.config,
         split=section.split, dense=dense.model, teacher=dense.model, teacher_name=dense_name,

@@ -17,6 +17,7 @@ from ..errors import CheckpointError
 from .wrappers import without_parallel
 
 
+BEST_FOLDER = "recovery_best"
 WEIGHTS_NAME = "weights.safetensors"
 
 

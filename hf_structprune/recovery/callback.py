@@ -14,7 +14,7 @@ from ..errors import ConfigurationError
 from ..evaluation.text import EvaluationText
 from . import trainer_access
 from .beginning import begin
-from .best import BestWeights
+from .best import BEST_FOLDER, BestWeights
 from .curve import Point, RecoveryCurve, measuring_steps
 from .ending import RECOVERED_FOLDER, measure_chosen, put_back_best, save_all
 from .report import build_report, describe_training
@@ -23,9 +23,6 @@ from .setting import METRIC, fitting_window, mixed_precision, prefer_lower, toke
 from .travelling import write_state
 from .watch import Watch
 from .wrappers import check_trainable
-
-
-BEST_FOLDER = "recovery_best"
 
 
 class LoraRecoveryCallback(TrainerCallback):
@@ -91,6 +88,7 @@ class LoraRecoveryCallback(TrainerCallback):
         self.window, self.windows = window, {"max_windows": max_windows, "batch_size": batch_size}
         self.evaluations, self.output_dir, self.merge = evaluations, output_dir, merge
         self.about: dict[str, Any] = {}  # goes into recovery.json as it is: configuration, data, ...
+        self.settings: dict[str, Any] = {}  # goes into the checkpoints: what the training was begun with
         self.session: Session | None = None
         self.report: dict[str, Any] | None = None
         self._trainer, self._tokenizer, self._active = None, None, False
@@ -188,7 +186,7 @@ class LoraRecoveryCallback(TrainerCallback):
         """Puts the curve and the best weights into the checkpoint."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self._active and state.is_world_process_zero and folder.is_dir():
-            write_state(self.session, folder)
+            write_state(self.session, folder, self.settings)
 
     def on_train_end(
         self,

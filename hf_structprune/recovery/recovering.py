@@ -16,7 +16,11 @@ from ..errors import ConfigurationError
 from ..evaluation.protocol import context_length
 from ..extras import need
 from ..loading import load_model, load_tokenizer
+from .begun import fingerprint_of_rows, fingerprint_of_weights, read_settings, refuse_others, settings_of
+from .best import BEST_FOLDER
+from .checkpoints import KeepNewest, in_order, newest_whole, step_of
 from .configuration import DistillationConfig, RecoveryConfig
+from .data import load_rows, prepare, public_sources
 from .precision import DTYPES, choose_precision
 
 
@@ -85,13 +89,14 @@ def recover(
         teacher: What `method="distill"` learns from. Default: the model that the checkpoint records as its origin.
         distillation: How to distil.
         teacher_name: What the report calls the teacher. Default: its id, or the name of its folder.
-        resume: Go on from the last checkpoint of an interrupted training.
+        resume: Go on from the newest whole checkpoint of an interrupted training, which must have been begun with the
+            same model, data and settings.
         overwrite: Replace what is in `output_dir`, and start a training that was interrupted anew.
         trust_remote_code: Run modelling code that comes with the models.
 
     Raises:
-        ConfigurationError: The settings, the data and the model do not fit each other, or there is something in the
-            folders already.
+        ConfigurationError: The settings, the data and the model do not fit each other or those that the training was
+            begun with, or there is something in the folders already.
         StructPruneError: A model or a data set cannot be read, or an extra is not installed.
     """
     config, distillation = config or RecoveryConfig(), distillation or DistillationConfig()
@@ -100,9 +105,15 @@ def recover(
     folder = Path(output_dir)
     training = folder.with_name(folder.name + TRAINING_SUFFIX)
     checkpoint = _check_folders(folder, training, resume, overwrite)
-    teacher = _find_teacher(model, teacher) if config.method == "distill" else None
-    from .data import load_rows, prepare, public_sources
-
+    distilled = config.method == "distill"
+    settings = settings_of(
+        config, distillation if distilled else None, model=_name(model), dataset=public_sources(dataset), split=split,
+        dense=dense if isinstance(dense, (int, float)) else _name(dense),
+        teacher=_name(teacher) if distilled else None,
+    )  # fmt: skip
+    if checkpoint is not None:
+        refuse_others(read_settings(checkpoint), settings, checkpoint)
+    teacher = _find_teacher(model, teacher) if distilled else None
     rows = load_rows(dataset, split=split, max_samples=config.max_samples, seed=config.seed)
     tokenizer = tokenizer or load_tokenizer(model, trust_remote_code=trust_remote_code)
     student = _load_student(model, config, trust_remote_code)
@@ -112,6 +123,9 @@ def recover(
     )  # fmt: skip
     for line in data.lines():
         logger.info(line)
+    settings |= {"training_rows": fingerprint_of_rows(prepared), "model_weights": fingerprint_of_weights(student)}
+    if checkpoint is not None:
+        refuse_others(read_settings(checkpoint), settings, checkpoint)
     about = {
         "configuration": config.to_public_dict(),
         "model": _name(model),
@@ -124,9 +138,14 @@ def recover(
         dense = loaded.model if dense is None or _same(dense, teacher) else dense
         about |= {"teacher": teacher_name or _name(teacher), "distillation": distillation.to_public_dict()}
     callback = _callback(config, folder, dense)
-    callback.about = about
+    callback.about, callback.settings = about, settings
     trainer = _trainer(student, tokenizer, prepared, config, training, callback, loaded, distillation)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    _remove_steps(training, after=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except KeyboardInterrupt:
+        _say_how_to_go_on(training)
+        raise
     return RecoveryResult(folder, callback.report)
 
 
@@ -140,39 +159,57 @@ def _check_model(model: Any, tokenizer: Any, config: RecoveryConfig) -> None:
         raise ConfigurationError("QLoRA loads the model in 4 or 8 bits: save it, and give the folder as `model`.")
 
 
-def _check_folders(folder: Path, training: Path, resume: bool, overwrite: bool) -> str | None:
-    """The checkpoint to resume from, if there is one.
+def _check_folders(folder: Path, training: Path, resume: bool, overwrite: bool) -> Path | None:
+    """The checkpoint to resume from, if there is one; says which ones are passed over.
 
     Raises:
         ConfigurationError: There is something in the way, or nothing to resume.
     """
-    from transformers.trainer_utils import get_last_checkpoint
-
     if folder.is_file():
         raise ConfigurationError(f"`output_dir` is {folder}, a file; give the name of a folder.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite and not resume:
         raise ConfigurationError(f"{folder} is not empty; choose another `output_dir` or say `overwrite`.")
-    last = get_last_checkpoint(str(training)) if training.is_dir() else None
-    if last is None and resume:
-        raise ConfigurationError(f"There is no checkpoint in {training} to resume from; leave out `resume`.")
-    if last is not None and not resume and not overwrite:
+    whole, flaws = newest_whole(training)
+    words = "; ".join(f"{checkpoint.name} is not whole: {what}" for checkpoint, what in flaws.items())
+    if whole is None and resume:
+        found = f" ({words})" if words else ""
+        raise ConfigurationError(
+            f"There is no checkpoint in {training} to resume from{found}; leave out `resume` to start anew."
+        )
+    if whole is not None and not resume and not overwrite:
         raise ConfigurationError(
             f"{training} holds a training that was interrupted; say `resume` to go on, or `overwrite` to start anew."
         )
-    if not resume:
-        _remove_steps(training)
-    return last if resume else None
+    if words:
+        logger.warning(f"{words}. " + (f"Going on from {whole.name}." if resume else "The training starts anew."))
+    return whole if resume else None
 
 
-def _remove_steps(training: Path) -> None:
-    """Removes the checkpoints of an earlier training, which must not be resumed as if they were of this one."""
+def _remove_steps(training: Path, after: Path | None) -> None:
+    """Removes the checkpoints of an earlier training, which must not be resumed as if they were of this one.
+
+    Args:
+        training: Where they are.
+        after: The checkpoint that this training goes on from: then only what is newer goes.
+    """
     from accelerate import PartialState
 
     state = PartialState()
+    state.wait_for_everyone()  # all have looked which of them is whole
     if state.is_main_process:
-        for folder in (*training.glob("checkpoint-*"), training / "recovery_best"):
+        first = -1 if after is None else step_of(after)
+        stale = [path for path in in_order(training) if step_of(path) > first]
+        for folder in (*stale, *([training / BEST_FOLDER] if after is None else [])):
             shutil.rmtree(folder, ignore_errors=True)
     state.wait_for_everyone()
+
+
+def _say_how_to_go_on(training: Path) -> None:
+    whole, _ = newest_whole(training)
+    if whole is None:
+        logger.warning("Interrupted before the first checkpoint: there is nothing to go on from.")
+    else:
+        logger.warning(f"Interrupted: the same again with `resume` (--resume) goes on from step {step_of(whole)}.")
 
 
 def _find_teacher(model: str | os.PathLike, teacher: Any) -> Any:
@@ -268,7 +305,7 @@ def _trainer(
         "train_dataset": rows,
         "processing_class": tokenizer,
         "peft_config": adapter_config(config, student),
-        "callbacks": [callback],
+        "callbacks": [callback, KeepNewest()],
     }
     if teacher is None:
         return SFTTrainer(**options)

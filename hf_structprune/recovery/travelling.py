@@ -17,8 +17,14 @@ STATE_NAME = "recovery_state.json"
 BEST_NAME = "recovery_best.safetensors"
 
 
-def write_state(session: Session, folder: Path) -> None:
-    """Writes the curve so far and the best weights into a checkpoint; the curve last, so that it is never alone."""
+def write_state(session: Session, folder: Path, settings: dict[str, Any]) -> None:
+    """Writes the curve so far and the best weights into a checkpoint; the curve last, so that it is never alone.
+
+    Args:
+        session: The training.
+        folder: The checkpoint.
+        settings: What the training was begun with, see `begun`; empty for a training that `recover` does not run.
+    """
     session.best.copy_to(folder / BEST_NAME)
     state = {
         "schema_version": 1,
@@ -26,6 +32,7 @@ def write_state(session: Session, folder: Path) -> None:
         "kept": asdict(session.kept),
         "text": session.watch.describe(),
         "seconds": round(session.clock.seconds, 3),
+        "settings": settings,
     }
     write_text(folder / STATE_NAME, json.dumps(state, indent=1, allow_nan=False) + "\n")
 

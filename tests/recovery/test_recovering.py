@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
 
 pytest.importorskip("trl")
@@ -20,6 +20,7 @@ from hf_structprune.recovery import (  # noqa: E402
     RecoveryConfig,
     recover,
 )
+from hf_structprune.recovery.recovering import _check_folders  # noqa: E402
 from hf_structprune.recovery.save import PICTURE_NAME, RECOVERY_NAME  # noqa: E402
 
 
@@ -145,11 +146,12 @@ def test_nothing_is_written_over_without_being_asked(checkpoints):
     assert (checkpoints / "out-training" / "mine.txt").is_file()
 
 
-def test_an_interrupted_training_is_not_started_anew_without_being_asked(checkpoints, monkeypatch):
+def test_an_interrupted_training_is_not_started_anew_without_being_asked(checkpoints, monkeypatch, caplog):
     monkeypatch.setattr(LoraRecoveryCallback, "on_train_end", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(checkpoints)
     monkeypatch.undo()
+    assert "`resume` (--resume) goes on from step 4" in caplog.text
     assert not (checkpoints / "out").exists()
     with pytest.raises(ConfigurationError, match="holds a training that was interrupted"):
         run(checkpoints)
@@ -161,6 +163,47 @@ def test_an_interrupted_training_is_not_started_anew_without_being_asked(checkpo
 
 def interrupt(*args, **kwargs):
     raise KeyboardInterrupt
+
+
+def test_a_training_goes_on_from_the_newest_whole_checkpoint_and_as_it_was_begun(checkpoints, monkeypatch, caplog):
+    """Interrupted in the middle of writing the checkpoint of step 3: that of step 2 is whole."""
+    save = Trainer._save_rng_state
+    monkeypatch.setattr(
+        Trainer, "_save_rng_state", lambda self, to: interrupt() if to.endswith("-3") else save(self, to)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoints)
+    monkeypatch.undo()
+    half = checkpoints / "out-training" / "checkpoint-3"
+    assert half.is_dir() and "goes on from step 2" in caplog.text
+    for changes, message in (
+        ({"rank": 8, "alpha": 16}, "`rank` is 8, it was 4; `alpha` is 16, it was 8"),
+        ({"dataset": ROWS[:8]}, r"`dataset` is \['data'\], it was \['data.jsonl'\]"),
+        ({"dense": False}, "`dense` is None, it was 'dense'"),
+        ({"method": "full"}, "`method` is 'full', it was 'lora'"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            run(checkpoints, resume=True, **changes)
+    data = (checkpoints / "data.jsonl").read_text()
+    (checkpoints / "data.jsonl").write_text(data.replace("It is 3", "It is 7"))  # of the same name, not the same
+    with pytest.raises(ConfigurationError, match="`training_rows` is '24 sequences, .*', it was '24 sequences, "):
+        run(checkpoints, resume=True)
+    (checkpoints / "data.jsonl").write_text(data)
+    assert half.is_dir()  # nothing is removed before all is checked
+    result = run(checkpoints, resume=True, save_steps=2)  # no part of what is learned
+    assert "checkpoint-3 is not whole: it has no state of the random numbers. Going on from" in caplog.text
+    assert [path.name for path in (checkpoints / "out-training").glob("checkpoint-*")] == ["checkpoint-4"]
+    whole = run(checkpoints, "whole")
+    values = [[p["log_perplexity"] for p in r.report["curve"]["points"]] for r in (result, whole)]
+    assert values[0] == pytest.approx(values[1], abs=1e-5)
+
+
+def test_only_half_written_checkpoints_are_nothing_to_go_on_from(tmp_path, caplog):
+    (tmp_path / "t" / "checkpoint-2").mkdir(parents=True)
+    with pytest.raises(ConfigurationError, match="resume from .checkpoint-2 is not whole: it has no weights.; leave"):
+        _check_folders(tmp_path / "out", tmp_path / "t", resume=True, overwrite=False)
+    assert _check_folders(tmp_path / "out", tmp_path / "t", resume=False, overwrite=False) is None
+    assert "The training starts anew" in caplog.text
 
 
 def test_resuming_needs_a_checkpoint(checkpoints):

@@ -1,0 +1,128 @@
+"""Whole checkpoints of a training are told from half-written ones, whichever file is damaged and how."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from killed_training import build
+
+from hf_structprune.errors import ConfigurationError
+from hf_structprune.recovery.begun import fingerprint_of_weights, read_settings, refuse_others, settings_of
+from hf_structprune.recovery.checkpoints import KeepNewest, flaw, in_order, newest_whole
+from hf_structprune.recovery.configuration import DistillationConfig, RecoveryConfig
+
+
+SETTINGS = {"rank": 4}
+
+
+@pytest.fixture(scope="module", params=["lora", "full"])
+def trained(request, tmp_path_factory):
+    """A checkpoint of a training of two steps."""
+    folder = tmp_path_factory.mktemp(request.param)
+    trainer, callback = build(folder, request.param, max_steps=2)
+    callback.merge, callback.settings = False, SETTINGS
+    trainer.train()
+    return folder / "checkpoint-2"
+
+
+def test_every_file_is_needed_whole(trained, tmp_path):
+    assert flaw(trained) is None and read_settings(trained) == SETTINGS
+    weights = [path.name for path in trained.glob("*model.safetensors")]
+    needed = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "recovery_state.json"]
+    for name in [*weights, "recovery_best.safetensors", *needed]:
+        for number, damage in enumerate((cut_in_half, empty, zeros_at_the_end, remove)):
+            copy = tmp_path / name / str(number) / "checkpoint-2"
+            shutil.copytree(trained, copy)
+            damage(copy / name)
+            assert flaw(copy) is not None, (name, damage.__name__)
+
+
+def cut_in_half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def zeros_at_the_end(path):
+    """What a power cut leaves: the length is right, the content is not there. Of safetensors only the header tells."""
+    content = path.read_bytes()
+    half = 0 if path.suffix == ".safetensors" else len(content) // 2
+    path.write_bytes(content[:half] + bytes(len(content) - half))
+
+
+def remove(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("trainer_state.json", "null", "of step None"),
+        ("trainer_state.json", '{"global_step": 1}', "of step 1"),
+        ("trainer_state.json", "[" * 100_000, "trainer_state.json is cut off or damaged"),
+        ("recovery_state.json", "[]", "does not say what the training was begun with"),
+        ("recovery_state.json", '{"settings": {}}', "does not say what the training was begun with"),
+        ("model.safetensors.index.json", "{}", "names no files"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "model-1-of-2.safetensors"}}', "1-of-2.* is missing"),
+    ],
+)
+def test_files_that_can_be_read_but_say_nothing(trained, tmp_path, name, content, message):
+    copy = tmp_path / "checkpoint-2"
+    shutil.copytree(trained, copy)
+    (copy / name).write_text(content)
+    assert re.search(message, flaw(copy))
+
+
+def test_the_newest_whole_one_is_found(trained, tmp_path):
+    assert newest_whole(tmp_path / "nothing") == (None, {})
+    for step in (2, 10, 9):
+        copy = tmp_path / f"checkpoint-{step}"
+        shutil.copytree(trained, copy)
+        (copy / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    (tmp_path / "checkpoint-x").mkdir()
+    (tmp_path / "checkpoint-10" / "optimizer.pt").unlink()
+    whole, flaws = newest_whole(tmp_path)
+    assert whole == tmp_path / "checkpoint-9"
+    assert flaws == {tmp_path / "checkpoint-10": "it has no state of the optimizer"}
+
+
+def test_older_checkpoints_go_only_after_a_newer_one_is_finished(tmp_path):
+    class Look(KeepNewest):
+        seen = []
+
+        def on_save(self, args, state, control, **kwargs):
+            self.seen.append([(path.name, flaw(path)) for path in in_order(tmp_path)])
+            super().on_save(args, state, control, **kwargs)
+
+    trainer, callback = build(tmp_path, max_steps=4)
+    callback.merge, callback.settings = False, SETTINGS
+    trainer.add_callback(Look())
+    trainer.train()
+    assert Look.seen == [[("checkpoint-2", None)], [("checkpoint-2", None), ("checkpoint-4", None)]]
+    assert [path.name for path in in_order(tmp_path)] == ["checkpoint-4"]
+
+
+def test_all_settings_are_compared_but_those_that_change_nothing(tmp_path):
+    begun = settings_of(RecoveryConfig(precision="fp32"), DistillationConfig(), model="m")
+    same = RecoveryConfig(
+        precision="fp32", learning_rate=1e-4, report_to=["wandb"], save_steps=3, gradient_checkpointing=True
+    )
+    refuse_others(begun, settings_of(same, DistillationConfig(), model="m"), tmp_path / "checkpoint-2")
+    other = settings_of(RecoveryConfig(precision="fp32", seed=1), DistillationConfig(temperature=2.0), model="n")
+    with pytest.raises(
+        ConfigurationError,
+        match=r"`model` is 'n', it was 'm'; `seed` is 1, it was 42; `temperature` is 2.0, it was 1.0. Give the same",
+    ):
+        refuse_others(begun, other, tmp_path / "checkpoint-2")
+
+
+def test_weights_have_a_fingerprint(tiny_llama):
+    before = fingerprint_of_weights(tiny_llama)
+    assert before == fingerprint_of_weights(tiny_llama)
+    with torch.no_grad():
+        tiny_llama.model.norm.weight[0] += 1e-3
+    assert fingerprint_of_weights(tiny_llama) != before
