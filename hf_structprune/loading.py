@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from .checkpoint import dense_copy
 from .errors import CheckpointError
+from .four_bit import compute_as_stored
 from .hub.network import gated_errors
 
 
@@ -21,7 +22,7 @@ _TOKENIZER_OPTIONS = ("revision", "gguf_file", "trust_remote_code", "token", "ca
 
 
 def load_model(model_id: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
-    """A causal language model with all its weights, in eval mode.
+    """A causal language model with all its weights, in eval mode; 4-bit layers of bitsandbytes are right on every CPU.
 
     Args:
         model_id: Hub id or folder.
@@ -45,6 +46,7 @@ def load_model(model_id: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
             f"{model_id} lacks weights of a {type(model).__name__}, which would be random: "
             f"{', '.join(lacking[:5])}{' ...' if len(lacking) > 5 else ''}."
         )
+    compute_as_stored(model)
     return (dense_copy(model) if gguf else model).eval()
 
 

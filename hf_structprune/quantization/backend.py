@@ -11,6 +11,7 @@ import torch
 
 from ..errors import ConfigurationError
 from ..extras import need
+from ..hardware import default_device
 from .configuration import QuantizationConfig
 from .source import Source
 
@@ -71,7 +72,7 @@ class Backend(ABC):
 
 def device_of(config: QuantizationConfig) -> str:
     """The device that is computed on."""
-    return config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return config.device or default_device()
 
 
 def check_device(name: str | None) -> None:

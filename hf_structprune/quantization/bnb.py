@@ -13,15 +13,15 @@ from .configuration import QuantizationConfig
 from .source import Source
 
 
-# A CPU with bfloat16 instructions repacks 4-bit weights for its kernels, in rows of so many.
-_PACKED = 32
+# What 4-bit kernels of CPUs want: inputs in blocks of weights that share a scale, outputs in rows packed together.
+_BLOCK, _PACKED = 64, 32
+_SHOWN = 5
 
 
 class BitsAndBytes(Backend):
     """The weights are rounded while they are loaded.
 
-    They are saved before any forward pass: on a CPU with bfloat16 instructions bitsandbytes repacks 4-bit weights in
-    place when they are first used, and `save_pretrained` would write those in a layout that nothing reads.
+    They are saved as they were rounded: `load_model` keeps bitsandbytes from repacking them on a CPU.
     """
 
     packages = libraries = ("bitsandbytes",)
@@ -42,13 +42,18 @@ class BitsAndBytes(Backend):
         return self.estimate(source, config) + largest
 
     def notes(self, source: Source, config: QuantizationConfig) -> list[str]:
-        odd = {columns for _, columns in source.linears.values() if columns % _PACKED}
-        if config.bits == 8 or not odd:
+        inputs = sorted({columns for _, columns in source.linears.values() if columns % _BLOCK})
+        outputs = sorted({rows for rows, _ in source.linears.values() if rows % _PACKED})
+        if config.bits == 8 or not inputs + outputs:
             return []
-        widths = ", ".join(map(str, sorted(odd)))
+        widths = [f"{_listed(inputs)} inputs, no multiples of {_BLOCK}"] if inputs else []
+        widths += [f"{_listed(outputs)} outputs, no multiples of {_PACKED}"] if outputs else []
         return [
-            f"Layers with {widths} inputs, no multiples of {_PACKED}: bitsandbytes' fast kernel of CPUs with AVX512 "
-            "and bfloat16 refuses these; load it in float32 there. Other devices do not mind."
+            f"It has layers with {' and '.join(widths)}. bitsandbytes' 4-bit kernels cannot run these on CPUs with "
+            "AVX512-BF16 or AMX (an error at first use), and with plain AVX512 they compute wrong numbers if "
+            f"{_BLOCK} does not divide the inputs. This package's commands and `hf_structprune.loading.load_model` "
+            "compute rightly on every CPU, and other devices have no such limits, nor have 8 bits. "
+            f"`PruningConfig(align_to={_BLOCK})` prunes to widths that run everywhere."
         ]
 
     def run(self, source: Source, config: QuantizationConfig, tokenizer: Any) -> Save:
@@ -58,6 +63,10 @@ class BitsAndBytes(Backend):
             quantization_config=_settings(config, source.shapes.dtype),
         )  # fmt: skip
         return model.save_pretrained
+
+
+def _listed(widths: list[int]) -> str:
+    return ", ".join(map(str, widths[:_SHOWN])) + (", ..." if len(widths) > _SHOWN else "")
 
 
 def _settings(config: QuantizationConfig, dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -10,15 +10,20 @@ from typing import Any
 import psutil
 import torch
 from transformers import set_seed
+from transformers.utils import logging
 
 from ..checkpoint import check_room
 from ..errors import CheckpointError, ConfigurationError
+from ..hardware import free_memory
 from ..loading import load_tokenizer
 from .backend import Backend, device_of
 from .backends import BACKENDS
 from .configuration import QuantizationConfig
 from .save import save_quantised
 from .source import Source
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,8 @@ def quantize(
     backend, source = BACKENDS[config.method], Source.read(model, trust_remote_code)
     backend.check(source, config)
     _check_room(source, backend, config, folder)
+    for note in backend.notes(source, config):
+        logger.warning(note)
     set_seed(config.seed)
     tokenizer = load_tokenizer(source.name, trust_remote_code=trust_remote_code)
     save = backend.run(source, config, tokenizer)
@@ -86,9 +93,8 @@ def _check_room(source: Source, backend: Backend, config: QuantizationConfig, fo
     """
     check_room(folder, backend.estimate(source, config))
     device = torch.device(device_of(config))
-    if backend.on_device and device.type == "cuda":
-        where, free = f"of {device}", torch.cuda.mem_get_info(device)[0]
-    else:
+    where, free = f"of {device}", free_memory(device) if backend.on_device else None
+    if free is None:
         where, free = "of this machine", psutil.virtual_memory().available
     needed = backend.memory(source, config)
     if needed > free:

@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..errors import ConfigurationError
 from ..evaluation.text import EvaluationText
+from ..four_bit import compute_as_stored
 from . import trainer_access
 from .beginning import begin
 from .best import BEST_FOLDER, BestWeights
@@ -107,6 +108,7 @@ class LoraRecoveryCallback(TrainerCallback):
         self._trainer, resumed = trainer_access.calling_trainer(self)
         self._tokenizer = tokenizer_of(processing_class, self._trainer)
         check_trainable(model)
+        compute_as_stored(model)
         prefer_lower(args)
         watch = Watch(self._tokenizer, self.text, window=fitting_window(self.window, model), **self.windows)
         first = state.is_world_process_zero

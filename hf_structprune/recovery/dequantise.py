@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import nn
 
@@ -36,7 +34,9 @@ def dequantised(layer: nn.Module) -> nn.Linear:
     """
     weight = layer.weight.detach()
     if type(layer.weight).__name__ == "Params4bit":
-        values = _from_4bit(layer)
+        from ..stored_weights import stored_weight
+
+        values = stored_weight(layer.weight)
     else:
         scales = layer.state.SCB if layer.state.SCB is not None else getattr(layer.weight, "SCB", None)
         if scales is None:
@@ -47,29 +47,3 @@ def dequantised(layer: nn.Module) -> nn.Linear:
     if layer.bias is not None:
         result.bias = nn.Parameter(layer.bias.detach().to(torch.float32, copy=True))
     return result
-
-
-def _from_4bit(layer: nn.Module) -> torch.Tensor:
-    from bitsandbytes.functional import dequantize_4bit
-
-    packed, state = layer.weight.data, copy.copy(layer.weight.quant_state)
-    if state is None:
-        raise CheckpointError("A 4-bit weight has no quantisation state: its model was not loaded completely.")
-    if getattr(state, "packing_format_for_cpu", False):
-        packed, state = _stored(packed, state)
-    return dequantize_4bit(packed, state)
-
-
-def _stored(packed, state):
-    """The layout of storage from that into which a forward pass on a CPU with bfloat16 repacks 4-bit weights.
-
-    bitsandbytes 0.50 has an inverse, but it leaves the scales transposed where they were not quantised themselves, and
-    quantises them a second time where they were.
-    """
-    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
-
-    scales = state.absmax.T.reshape(-1).float().contiguous()
-    state.original_nested = False
-    packed, state = unpack(packed, state)
-    state.absmax, state.nested = scales, False
-    return packed, state

@@ -86,5 +86,5 @@ def save_all(
 
     picture = partial(draw_curve, session.curve, best_step=session.kept.step) if can_draw() else None
     source = source_of(model)
-    plain = merge_adapter(model, dtype=saved_dtype(source))
+    plain = merge_adapter(model, dtype=saved_dtype(model))
     save_recovered(plain, tokenizer, merged, source=source, report=report, picture=picture)

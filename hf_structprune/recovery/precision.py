@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import hardware
 from ..errors import ConfigurationError
 
 
@@ -16,20 +17,14 @@ def choose_precision(precision: str) -> str:
     A CPU without bfloat16 instructions computes in it too, several times slower than in float32.
 
     Raises:
-        ConfigurationError: float16 without an accelerator: its gradients underflow and CPUs are slow in it.
+        ConfigurationError: float16 without an accelerator, where gradients underflow and CPUs are slow; or bfloat16
+            on an accelerator that has none.
     """
-    accelerator = torch.accelerator.is_available()
+    accelerator = hardware.has_accelerator()
     if precision == "fp16" and not accelerator:
         raise ConfigurationError("`precision` is 'fp16', which needs an accelerator; choose 'fp32' or 'bf16'.")
+    if precision == "bf16" and accelerator and not hardware.trains_in_bf16():
+        raise ConfigurationError("`precision` is 'bf16', which the accelerator cannot do; choose 'fp32' or 'fp16'.")
     if precision != "auto":
         return precision
-    return "bf16" if (_accelerator_has_bf16() if accelerator else _cpu_has_bf16()) else "fp32"
-
-
-def _accelerator_has_bf16() -> bool:
-    return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def _cpu_has_bf16() -> bool:
-    cpu = torch.cpu
-    return any(getattr(cpu, f"_is_{name}_supported", lambda: False)() for name in ("amx_tile", "avx512_bf16"))
+    return "bf16" if (hardware.accelerator_has_bf16() if accelerator else hardware.cpu_has_bf16()) else "fp32"

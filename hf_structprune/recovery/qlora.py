@@ -30,10 +30,6 @@ def load_quantised(
     `prepare_model_for_kbit_training`): put an adapter on it. Do not save it: save the adapter, or what `merge_adapter`
     makes of both.
 
-    On a CPU with bfloat16 instructions, bitsandbytes 0.50 repacks 4-bit weights for faster inference. It needs widths
-    that are multiples of 32, which pruned layers need not have, and writes wrong weights if the model is saved after
-    it. That is switched off here.
-
     Args:
         model_id: Hub id or folder, also of a checkpoint whose layers differ in width.
         bits: 4 or 8.
@@ -54,9 +50,6 @@ def load_quantised(
 
     _check_plain(model_id, kwargs)
     model = load_model(model_id, **{**kwargs, "dtype": compute, "quantization_config": _quantisation(bits, compute)})
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
     return prepare_model_for_kbit_training(
         model,
         use_gradient_checkpointing=gradient_checkpointing,

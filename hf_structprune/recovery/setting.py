@@ -64,8 +64,14 @@ def source_of(model: nn.Module) -> Path | None:
     return folder if (folder / "pruning_plan.json").is_file() else None
 
 
-def saved_dtype(source: Path | None) -> torch.dtype | None:
-    """The dtype of a checkpoint, in which the recovered one is saved too, whatever it was trained in."""
-    if source is None:
+def saved_dtype(model: nn.Module) -> torch.dtype | None:
+    """The dtype of the checkpoint that a model was loaded from, in which it is saved again, whatever it is trained in.
+
+    `None` where it came from none, or from one that is neither a folder nor in the cache.
+    """
+    name = str(getattr(underneath(model).config, "_name_or_path", "") or "")
+    options = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        return getattr(AutoConfig.from_pretrained(name, **options), "dtype", None) if name else None
+    except (OSError, ValueError):
         return None
-    return getattr(AutoConfig.from_pretrained(source), "dtype", None)

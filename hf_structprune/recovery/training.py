@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigurationError
+from ..hardware import has_accelerator
 from .configuration import RecoveryConfig
 from .precision import choose_precision
 
@@ -44,6 +45,7 @@ def training_arguments(config: RecoveryConfig, output_dir: str | os.PathLike) ->
         gradient_checkpointing=config.gradient_checkpointing,
         bf16=precision == "bf16",
         fp16=precision == "fp16",
+        use_cpu=not has_accelerator(),  # Transformers trains in bfloat16 on a CPU only if it is told to be there
         max_length=None,
         packing=False,
         padding_free=config.packing,  # positions begin anew in every packed example

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import build_tokenizer
 from families import make_model
+from forced_hardware import FOUR_BIT_CPUS, force_four_bit_cpu
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -16,6 +17,7 @@ from hf_structprune.commands.cli import main
 from hf_structprune.errors import CheckpointError, ConfigurationError, StructPruneError, UnsupportedModelError
 from hf_structprune.evaluation.results import EvaluationResult
 from hf_structprune.hub.quantization import read_quantization
+from hf_structprune.loading import load_model
 from hf_structprune.quantization import quantizing
 from hf_structprune.quantization.backends import BACKENDS
 from hf_structprune.quantization.source import Source
@@ -52,7 +54,7 @@ def pruned(dense, tmp_path, request):
 
 
 def load(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return load_model(folder, dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -79,11 +81,17 @@ def steps(weight, bits):
 
 @pytest.mark.parametrize("pruned", ["uniform", "per_layer"], indirect=True)
 @pytest.mark.parametrize(
-    ("method", "bits", "near"), [("bitsandbytes", 4, 1e-4), ("bitsandbytes", 8, 0.1), ("torchao", 8, 1e-4)]
-)
-def test_reloads(method, bits, near, pruned, tmp_path):
+    ("method", "bits", "near", "cpu"),
+    [
+        *[("bitsandbytes", 4, 1e-4, cpu) for cpu in FOUR_BIT_CPUS],
+        ("bitsandbytes", 8, 0.1, "plain"), ("torchao", 8, 1e-4, None),
+    ],
+)  # fmt: skip
+def test_reloads(method, bits, near, cpu, pruned, tmp_path, monkeypatch):
     """Every weight is within a rounding step, and the model computes with these; int8 also rounds activations."""
     pytest.importorskip(method)
+    if cpu is not None:
+        force_four_bit_cpu(monkeypatch, cpu)
     result = quantize(pruned, tmp_path / "out", QuantizationConfig(method, bits=bits))
     dense, quantised = load(pruned), load(result.folder)
     layers = [name for name, module in dense.model.named_modules() if isinstance(module, torch.nn.Linear)]
@@ -118,6 +126,36 @@ def test_weights_shrink_as_the_method_says(method, bits, dense, tmp_path):
     assert result.report["weights"]["bytes_before"] == sum(p.numel() * 4 for p in model.parameters())
     assert read_quantization(result.folder) == result.report
     assert result.report["model"] == "dense" and str(tmp_path) not in json.dumps(result.report)
+
+
+@pytest.mark.parametrize(
+    ("widths", "inputs", "outputs"),
+    [
+        (dict(hidden_size=64, intermediate_size=128), None, None),
+        (dict(hidden_size=64, intermediate_size=96), "96", None),
+        (dict(hidden_size=64, intermediate_size=80), "80", "80"),
+    ],
+)
+def test_widths_that_kernels_of_cpus_cannot_run(widths, inputs, outputs, tmp_path, caplog):
+    """Said before the weights are read, in the report, and with the way out; the result is right here all the same."""
+    folder = saved(tmp_path / "odd", **widths)
+    for bits in (4, 8):
+        notes = quantize(folder, tmp_path / f"{bits}", QuantizationConfig(bits=bits)).report["notes"]
+        if bits == 8 or inputs is None:
+            assert notes == []
+            continue
+        assert f"{inputs} inputs, no multiples of 64" in notes[0] and "align_to=64" in notes[0]
+        assert (f"{outputs} outputs, no multiples of 32" in notes[0]) == (outputs is not None)
+        assert "float32" not in notes[0]
+
+
+def test_the_warning_comes_before_the_weights_are_read(tmp_path, monkeypatch):
+    folder, said = saved(tmp_path / "odd", hidden_size=64, intermediate_size=96), []
+    (folder / "model.safetensors").unlink()
+    monkeypatch.setattr(quantizing.logger, "warning", said.append)
+    with pytest.raises(OSError):
+        quantize(folder, tmp_path / "out")
+    assert len(said) == 1 and "96 inputs, no multiples of 64" in said[0]
 
 
 def result_of(state, folder, name="evaluation_results.json"):

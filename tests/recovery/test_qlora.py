@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from families import cut, logits, make_model, make_tokens, random_units
+from forced_hardware import FOUR_BIT_CPUS, force_four_bit_cpu
 from peft import LoraConfig, get_peft_model
 from peft.utils.integrations import dequantize_bnb_weight
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -53,9 +54,10 @@ def relative(one, other):
 
 
 @pytest.mark.parametrize("checkpoint", ["uniform", "per_layer"], indirect=True)
-@pytest.mark.parametrize("bits", [4, 8])
-def test_train_merge_save_reload(bits, checkpoint, tmp_path):
+@pytest.mark.parametrize(("bits", "cpu"), [*[(4, cpu) for cpu in FOUR_BIT_CPUS], (8, "plain")])
+def test_train_merge_save_reload(bits, cpu, checkpoint, tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes")
+    force_four_bit_cpu(monkeypatch, cpu)
     dense = AutoModelForCausalLM.from_pretrained(checkpoint)
     model = trained(qlora.load_quantised(checkpoint, bits=bits, dtype="float32"))
     assert getattr(model.get_base_model(), f"is_loaded_in_{bits}bit")

@@ -1,7 +1,7 @@
 """What TRL and PEFT are given: arguments, adapters, precision."""
 
 import pytest
-import torch
+from forced_hardware import force_accelerator, force_bf16_cpu, force_cuda, force_no_accelerator
 
 
 pytest.importorskip("trl")
@@ -59,15 +59,46 @@ def test_all_weights_need_no_adapters(tiny_llama):
 
 
 @pytest.mark.parametrize(("has", "chosen"), [(True, "bf16"), (False, "fp32")])
-def test_auto_is_bf16_only_where_the_cpu_has_it(monkeypatch, has, chosen):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+def test_auto_is_bf16_only_where_the_cpu_has_it(monkeypatch, tmp_path, has, chosen):
+    """Transformers refuses bfloat16 on a CPU unless it is told to use the CPU."""
+    force_bf16_cpu(monkeypatch, has)
     assert choose_precision("auto") == chosen
     assert choose_precision("bf16") == "bf16"
+    arguments = training_arguments(RecoveryConfig(), tmp_path)
+    assert (arguments.bf16, arguments.fp16) == (has, False)
+    assert arguments.use_cpu and arguments.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("native", "emulated", "chosen"), [(True, True, "bf16"), (False, True, "fp32"), (False, False, "fp32")]
+)
+def test_on_cuda_auto_is_bf16_only_where_it_is_no_emulation(monkeypatch, native, emulated, chosen):
+    force_cuda(monkeypatch, native, emulated)
+    assert choose_precision("auto") == chosen
+    assert choose_precision("fp16") == "fp16"
+    if emulated:
+        assert choose_precision("bf16") == "bf16"
+    else:
+        with pytest.raises(ConfigurationError, match="`precision` is 'bf16', which the accelerator cannot do"):
+            choose_precision("bf16")
+
+
+@pytest.mark.parametrize(("has", "chosen"), [(True, "bf16"), (False, "fp32")])
+def test_on_other_accelerators_auto_is_bf16_where_transformers_trains_in_it(monkeypatch, has, chosen):
+    force_accelerator(monkeypatch, has)
+    assert choose_precision("auto") == chosen
+
+
+def test_an_accelerator_is_used(monkeypatch, tmp_path):
+    """Nothing is said about the CPU; the device itself is Transformers' choice."""
+    force_accelerator(monkeypatch, True)
+    given = {}
+    monkeypatch.setattr("trl.SFTConfig", lambda **options: given.update(options))
+    training_arguments(RecoveryConfig(), tmp_path)
+    assert given["use_cpu"] is False and given["bf16"] is True
 
 
 def test_fp16_needs_an_accelerator(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    force_no_accelerator(monkeypatch)
     with pytest.raises(ConfigurationError, match="needs an accelerator"):
         choose_precision("fp16")

@@ -11,6 +11,7 @@ from transformers.utils import logging
 from trl import SFTTrainer
 
 from ...errors import ConfigurationError
+from ...four_bit import compute_as_stored
 from ..configuration import DistillationConfig
 from .cached_teacher import cached_teacher
 from .heads import find_transform
@@ -50,6 +51,7 @@ class DistillationSFTTrainer(SFTTrainer):
 
     def __init__(self, *args: Any, teacher: Teacher, distillation: DistillationConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        compute_as_stored(self.model)
         _check_supported(self, teacher.terms, distillation)
         self.distillation = distillation
         self.teacher = self._with_cache(teacher.to(self.accelerator.device))

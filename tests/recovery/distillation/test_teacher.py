@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from families import FAMILIES, make_model, make_tokens
+from forced_hardware import FOUR_BIT_CPUS, force_four_bit_cpu
 from tiny_distillation import make_llama, make_trainer, peft, state
 
 from hf_structprune.errors import CheckpointError, ConfigurationError
@@ -127,8 +128,11 @@ def test_an_int8_teacher_is_near(tmp_path, tiny_tokenizer):
     assert mine == pytest.approx(full.evaluate()["eval_loss"], rel=0.1)
 
 
-def test_a_quantised_base_learns_through_its_adapters(tmp_path, tiny_tokenizer):
+@pytest.mark.parametrize("cpu", FOUR_BIT_CPUS)
+def test_a_quantised_base_learns_through_its_adapters(cpu, tmp_path, tiny_tokenizer, monkeypatch):
+    """Also after an evaluation, in which bitsandbytes would repack the weights and lose their gradients."""
     pytest.importorskip("bitsandbytes")
+    force_four_bit_cpu(monkeypatch, cpu)
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     make_llama(64, 0).save_pretrained(tmp_path / "pruned")

@@ -1,0 +1,38 @@
+"""What this machine has and can do. Every such question is asked here, so that tests can force each answer."""
+
+from __future__ import annotations
+
+import torch
+from transformers.utils import is_torch_bf16_gpu_available
+
+
+def has_accelerator() -> bool:
+    """Whether there is anything but the CPU to compute on: CUDA, XPU, MPS, ..."""
+    return torch.accelerator.is_available()
+
+
+def default_device() -> str:
+    """Where is computed if nobody says where: `"cuda"` if there is such a device, else `"cpu"`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a CUDA device; `None` for others, whose weights are in the memory of the machine."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def trains_in_bf16() -> bool:
+    """Whether Transformers trains in bfloat16 on the accelerator, emulated or not."""
+    return is_torch_bf16_gpu_available()
+
+
+def accelerator_has_bf16() -> bool:
+    """Whether the accelerator computes in bfloat16 itself, without emulation."""
+    emulated = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return trains_in_bf16() and not emulated
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies matrices in bfloat16 (AMX, AVX512-BF16); others do it several times slower."""
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
