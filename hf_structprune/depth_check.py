@@ -33,7 +33,7 @@ def check_layers(dense: Sequence[nn.Module], cut: Sequence[nn.Module], kept: Seq
     if len(cut) != len(kept):
         raise CheckpointError(f"The configuration builds {len(cut)} layers, but {len(kept)} stay.")
     for new, old in enumerate(kept):
-        before, after = _description(dense[old]), _description(cut[new])
+        before, after = description(dense[old]), description(cut[new])
         for name in sorted({*before, *after}):
             if before.get(name, "nothing") != after.get(name, "nothing"):
                 raise CheckpointError(
@@ -43,7 +43,8 @@ def check_layers(dense: Sequence[nn.Module], cut: Sequence[nn.Module], kept: Seq
                 )
 
 
-def _description(layer: nn.Module) -> dict[str, Any]:
+def description(layer: nn.Module) -> dict[str, Any]:
+    """Classes, shapes and simple attributes of a layer and everything in it, by name."""
     result: dict[str, Any] = {}
     for path, module in layer.named_modules():
         prefix = f"{path}." if path else ""

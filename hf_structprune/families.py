@@ -103,6 +103,14 @@ NORMS = (
     NormNames((), (), ("ln_1",)),
 )
 
+# Model types for which the test-suite proves that cutting units is the same as zeroing them; `proof` tries all others.
+PROVEN = frozenset(
+    {
+        "cohere2", "falcon", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral", "mixtral",
+        "olmo2", "opt", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2",
+    }
+)  # fmt: skip
+
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATED = MlpNames(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
 _HEADS = {"num_heads": "heads"}

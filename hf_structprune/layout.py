@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, MistralConfig, MistralForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .depth_check import check_layers
-from .errors import CheckpointError
+from .errors import CheckpointError, UnsupportedModelError
 from .expected import check_shapes, shape_after, skeleton
 from .layer_lists import without_layers
 from .modeling_structprune import per_layer_class
@@ -122,8 +122,18 @@ def _inherited(
 
 
 def _stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
-    """The Transformers class of a model that may be a per-layer one."""
-    return next(base for base in type(model).__mro__ if base.__module__.startswith("transformers.models"))
+    """The Transformers class of a model that may be a per-layer one.
+
+    Raises:
+        UnsupportedModelError: There is none: the class comes with the checkpoint, or is the user's own.
+    """
+    for base in type(model).__mro__:
+        if base.__module__.startswith("transformers.models"):
+            return base
+    raise UnsupportedModelError(
+        f"{type(model).__name__} is not a class of Transformers: a checkpoint of it needs code that is not saved with "
+        "it. If Transformers has a class for this model type, load the model without `trust_remote_code`."
+    )
 
 
 def _target(stock: type, config_class: type, values: dict[str, Any], model: PreTrainedModel) -> Target:

@@ -27,6 +27,7 @@ from .layout import expressible_heads, target_of
 from .loading import load_model, load_tokenizer
 from .plan import PruningPlan
 from .planning import Planner, describe
+from .proof import kinds_of, prove
 from .structure import ModelStructure
 from .units import WIDTH_UNITS
 
@@ -104,7 +105,9 @@ class StructuredPruner:
 
         Raises:
             RatioError: More than can be cut; says how much can.
+            UnsupportedModelError: Cutting this model type is not shown to be right, see `proof.prove`.
         """
+        prove(self.model, self.structure, self.config.units)
         return self._plan(ratio, self.config, self._look() if self._looks_first else Knowledge())
 
     def prune(self, ratio: float | PruningPlan | None = None) -> PreTrainedModel:
@@ -125,6 +128,7 @@ class StructuredPruner:
                 "Some weights are not in memory (meta device or offloaded): only planning is possible. Load the "
                 "model with a `device_map` that fits, or on the CPU."
             )
+        prove(self.model, self.structure, kinds_of(ratio) if isinstance(ratio, PruningPlan) else self.config.units)
         run = self._execution = Execution(self.model, self.structure, self.config, self.calibration_tokens)
         if isinstance(ratio, PruningPlan):
             check_plan(self.model, self.structure, ratio)

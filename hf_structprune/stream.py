@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .calibration import as_batches
+from .errors import UnsupportedModelError
 from .forwards import as_output, others_of, replaced_forwards
 
 
@@ -80,6 +81,11 @@ class LayerStream:
         states = None
         for number, batch in enumerate(self.batches):
             state = self._enter(batch)
+            if state.ndim != 3:
+                raise UnsupportedModelError(
+                    f"The layers of {type(self.model).__name__} pass on hidden states of shape {tuple(state.shape)} "
+                    "and not (sequences, length, hidden size): they cannot be carried from layer to layer."
+                )
             states = states or self.blank(state)
             states[number].copy_(state)
         return states

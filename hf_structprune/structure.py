@@ -56,6 +56,17 @@ class ModelStructure:
             UnsupportedModelError: Neither coupled groups nor sublayers were understood; the message names what was
                 not.
         """
+        try:
+            return cls._read(model)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UnsupportedModelError(
+                f"The structure of {type(model).__name__} (model type {model.config.model_type!r}) cannot be read: "
+                f"{reason.rstrip('.')}. It is built in a way that is not understood."
+            ) from error
+
+    @classmethod
+    def _read(cls, model: PreTrainedModel) -> ModelStructure:
         config = model.config
         family = family_of(config.model_type, getattr(config, "base_model_tp_plan", None))
         if family is None:
@@ -137,6 +148,8 @@ def _not_understood(layer: nn.Module, names: AttentionNames | MlpNames) -> str |
     known = {*names.inputs, names.output}
     if not names.parent:
         return None
+    if getattr(layer.get_submodule(names.parent), "activation_sparsity", 0):
+        return "its activation compares each neuron with the mean of all, so that none can go alone"
     for name, _ in layer.get_submodule(names.parent).named_parameters(prefix=names.parent):
         owner = name.rpartition(".")[0]
         norm = isinstance(names, AttentionNames) and owner.rpartition(".")[2] in ("q_norm", "k_norm")
@@ -197,11 +210,11 @@ def _read_attention(config, names: AttentionNames, structure: LayerStructure, la
     output = f"{structure.name}.{names.output}"
     norms = []  # (parts of the query heads, parts of the KV heads), where a norm spans all heads
     for norm, index in (("q_norm", o), ("k_norm", k)):
-        module = _submodule(layer, f"{names.parent}.{norm}")
-        if module is not None and module.weight.numel() == index.numel() != shape.head_dim:
+        weight = getattr(_submodule(layer, f"{names.parent}.{norm}"), "weight", None)
+        if weight is not None and weight.numel() == index.numel() != shape.head_dim:
             norms.append((norm, f"{structure.name}.{names.parent}.{norm}", index))
-        elif module is not None and module.weight.numel() != shape.head_dim:
-            return [f"{names.parent}.{norm}: a norm of {module.weight.numel()} weights is not understood, left alone"]
+        elif weight is not None and weight.numel() != shape.head_dim:
+            return [f"{names.parent}.{norm}: a norm of {weight.numel()} weights is not understood, left alone"]
 
     def by_group(index: torch.Tensor) -> torch.Tensor:
         return index.reshape(shape.kv_heads, -1)

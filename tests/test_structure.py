@@ -183,6 +183,28 @@ def test_where_no_width_is_understood_layers_can_still_go(units):
         StructuredPruner(model, PruningConfig(units=units)).plan(0.1)
 
 
+def test_norms_without_weights_are_read():
+    structure = ModelStructure.of(AutoModelForCausalLM.from_config(transformers.NanoChatConfig(**HAND)))
+    assert structure.kinds() == ["kv_groups", "query_heads", "mlp_neurons"]
+
+
+def test_neurons_that_are_compared_with_each_other_are_left_alone():
+    with torch.device("meta"):
+        values = dict(
+            num_hidden_layers=5, num_kv_shared_layers=0, activation_sparsity_pattern=[0.9, 0.0, 0.9, 0.0, 0.9]
+        )
+        structure = ModelStructure.of(AutoModelForCausalLM.from_config(transformers.Gemma3nTextConfig(**values)))
+    assert [layer.group("mlp_neurons") is not None for layer in structure.layers] == [False, True, False, True, False]
+    assert any("compares each neuron with the mean of all" in note for note in structure.notes)
+
+
+def test_what_crashes_the_reading_is_a_refusal_that_names_the_type():
+    model = families.make_model("llama")
+    del model.model.layers[1].self_attn.q_proj.weight
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM .model type 'llama'. cannot be read: .*weight"):
+        ModelStructure.of(model)
+
+
 def test_gpt_oss_with_its_attention_sinks_is_refused():
     config = transformers.GptOssConfig(**HAND, num_local_experts=2, num_experts_per_tok=1, head_dim=2)
     with pytest.raises(UnsupportedModelError, match=r"self_attn|GptOssDecoderLayer"):

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedModelError
 from ..layout import _REFUSED
 from ..structure import ModelStructure, is_linear
+from .norms import WAY_OUT
 from .target import hidden_keys, sized_target
 
 
@@ -57,16 +58,13 @@ def hidden_group(model: PreTrainedModel, structure: ModelStructure) -> HiddenGro
     entries = []
     for name, parameter in model.named_parameters():
         if name not in shapes:
-            raise UnsupportedModelError(f"`{name}` is not there in a model with hidden size {other}. {_WAY_OUT}")
+            raise UnsupportedModelError(f"`{name}` is not there in a model with hidden size {other}. {WAY_OUT}")
         dim = _channel_dim(model, name, parameter.shape, shapes[name], size, other)
         if dim is not None:
             entries.append((name, dim))
     parameters = sum(model.get_parameter(name).numel() // size for name, _ in entries)
     matrices = _matrix_parameters(model, {name for name, _ in entries}) // size
     return HiddenGroup(size, tuple(entries), hidden_keys(model.config), parameters, matrices)
-
-
-_WAY_OUT = "Cut 'mlp_neurons', 'kv_groups' or 'layers' of this model instead of 'hidden'."
 
 
 def _channel_dim(
@@ -81,7 +79,7 @@ def _channel_dim(
     raise UnsupportedModelError(
         f"`{name}` of shape {tuple(before)} would be {tuple(after)} with hidden size {other}: "
         f"{type(model.config).__name__} derives other widths from the hidden size (the size of a head from "
-        f"hidden size / heads, for example), so that its channels cannot be cut alone. {_WAY_OUT}"
+        f"hidden size / heads, for example), so that its channels cannot be cut alone. {WAY_OUT}"
     )
 
 
@@ -96,7 +94,7 @@ def _other_shapes(model: PreTrainedModel, structure: ModelStructure) -> tuple[in
             continue
         return size, {name: parameter.shape for name, parameter in skeleton.named_parameters()}
     raise UnsupportedModelError(
-        f"{type(model).__name__} could not be built with another hidden size: {error}. {_WAY_OUT}"
+        f"{type(model).__name__} could not be built with another hidden size: {error}. {WAY_OUT}"
     )
 
 

@@ -14,7 +14,7 @@ from ..statistics import InputStatistics, Moments
 from ..stream import LayerStream
 from ..structure import ModelStructure, decoder_layers, matrix
 from .group import HiddenGroup
-from .norms import scale_, stream_norms
+from .norms import row_scales, scale_, stream_norms
 from .streams import Stage, head_inputs, record_dense, stages_of
 from .surgery import final_norm
 
@@ -67,6 +67,7 @@ class _Refit:
         size = config.calibration.batch_size
         self.before = LayerStream(dense, self.layers, tokens, size)
         self.after = LayerStream(small, decoder_layers(small, structure.family), tokens, size, parents)
+        self.row_scales = row_scales(dense, small)
         self.weight_unit: float | None = None
 
     def run(self) -> None:
@@ -95,7 +96,14 @@ class _Refit:
         for name in stage.modules:
             for leaf, parameter in self.small.get_submodule(name).named_parameters(recurse=False):
                 if self.dims.get(f"{name}.{leaf}") == parameter.ndim - 1 > 0:
-                    self._fit(parameter, self.dense.get_parameter(f"{name}.{leaf}"), statistics)
+                    self._fit(parameter, self._wanted(name, leaf), statistics)
+
+    def _wanted(self, name: str, leaf: str) -> torch.Tensor:
+        """The dense matrix, with rows as large as those of the small one."""
+        weight = self.dense.get_parameter(f"{name}.{leaf}")
+        if name not in self.row_scales:
+            return weight
+        return weight * self.row_scales[name].to(weight.device)[:, None]
 
     def _statistics(self, dense: list[torch.Tensor], inputs: list[torch.Tensor]) -> InputStatistics:
         """Moments of `n'` (H') with the target `n - n'` (H): the outputs of all readers lack `W` times that."""
@@ -109,7 +117,7 @@ class _Refit:
 
     def _fit(self, parameter: nn.Parameter, weight: torch.Tensor, statistics: InputStatistics) -> None:
         """Re-fits a matrix whose columns are channels; a stack of them is one tall matrix, as all see one input."""
-        small, large = parameter.data.flatten(0, -2), weight.data.flatten(0, -2)
+        small, large = parameter.data.flatten(0, -2), weight.detach().flatten(0, -2)
         sample = slice(None, None, -(-len(small) // _ROWS))
         damping = self._damping(
             small[sample],

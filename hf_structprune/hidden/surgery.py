@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..checkpoint import assemble
 from ..layout import Target
 from .group import HiddenGroup
-from .norms import scale_, stream_norms
+from .norms import row_scales, scale_, stream_norms
 
 
 @torch.no_grad()
@@ -19,8 +19,9 @@ def cut_channels(model: PreTrainedModel, group: HiddenGroup, kept: torch.Tensor,
     """A model with the channels `kept`; the dense one stays as it is.
 
     For RMS norms it equals the dense model with zeros in the other channels of everything that writes to the stream
-    (exactly, with the epsilon of `target`): norm weights grow by `sqrt(H / H')`, see `norms.scale_`. A LayerNorm
-    takes mean and variance over the channels that are left; zeroed channels would enter both.
+    (exactly, with the epsilon of `target`): norm weights grow by `sqrt(H / H')`, see `norms.scale_`, and maps in front
+    of other norms that share the epsilon by what it costs them, see `norms.row_scales`. A LayerNorm takes mean and
+    variance over the channels that are left; zeroed channels would enter both, and no weights make up for that.
 
     Args:
         model: The dense model.
@@ -40,6 +41,8 @@ def cut_channels(model: PreTrainedModel, group: HiddenGroup, kept: torch.Tensor,
             done[id(tensor)] = _cut(tensor.detach(), by_id.get(id(tensor)), kept)
         state[name] = done[id(tensor)]
     _correct_norms(model, group, state, math.sqrt(group.size / len(kept)))
+    for name, factors in row_scales(model, target.skeleton()).items():
+        _scale_rows(state, name, model.get_submodule(name), factors)
     buffers = dict(model.named_buffers())
     _correct_embedding(model, group, state, buffers, len(kept))
     result = assemble(target, state, buffers, model)
@@ -51,6 +54,16 @@ def cut_channels(model: PreTrainedModel, group: HiddenGroup, kept: torch.Tensor,
 
 def _cut(tensor: torch.Tensor, dim: int | None, kept: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if dim is None else tensor.index_select(dim, kept.to(tensor.device)).contiguous()
+
+
+def _scale_rows(state: dict[str, torch.Tensor], name: str, module: nn.Module, factors: torch.Tensor) -> None:
+    """Multiplies the rows of a linear map, and its bias."""
+    weight = state[f"{name}.weight"]
+    factors = factors.to(weight.device)
+    rows = factors[:, None] if isinstance(module, nn.Linear) else factors
+    state[f"{name}.weight"] = (weight * rows).to(weight.dtype)
+    if module.bias is not None:
+        state[f"{name}.bias"] = (state[f"{name}.bias"] * factors).to(weight.dtype)
 
 
 def _correct_norms(model: nn.Module, group: HiddenGroup, state: dict[str, torch.Tensor], factor: float) -> None:

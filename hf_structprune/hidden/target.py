@@ -9,7 +9,7 @@ from transformers import LlamaConfig, MistralConfig, MistralForCausalLM, PreTrai
 from ..errors import CheckpointError, ConfigurationError
 from ..layout import _REFUSED, Target, _stock_class, _target
 from ..structure import ModelStructure
-from .norms import eps_keys
+from .norms import eps_changes, row_scales
 
 
 # Keys that name the hidden size under another name, where they have its value.
@@ -41,19 +41,25 @@ def shrunk_config_model(model: PreTrainedModel, keep: int, structure: ModelStruc
 def shrunk_target(model: PreTrainedModel, structure: ModelStructure, keep: int) -> Target:
     """Class and configuration of the model with `keep` channels.
 
-    The epsilon of RMS norms grows by `H / keep`, see `norms.scale`.
+    The epsilon of RMS norms over the hidden size grows by `H / keep`, see `norms.scale_`.
 
     Raises:
         ConfigurationError: `keep` is not from 1 to the hidden size.
+        UnsupportedModelError: What else follows the hidden size or its epsilon cannot be made up for, see
+            `norms.row_scales`.
         CheckpointError: No configuration class takes this hidden size.
     """
     check_keep(keep, model.config.hidden_size)
-    changes = {key: getattr(model.config, key) * model.config.hidden_size / keep for key in eps_keys(model)}
     try:
-        target = sized_target(model, structure, keep, changes)
-        target.skeleton()
+        target = sized_target(model, structure, keep)
+        small = target.skeleton()
+        changes = eps_changes(model, small)
+        if changes:
+            target = sized_target(model, structure, keep, changes)
+            small = target.skeleton()
     except _REFUSED as error:
         raise CheckpointError(f"No {type(model.config).__name__} has hidden size {keep}: {error}") from error
+    row_scales(model, small)
     return target
 
 

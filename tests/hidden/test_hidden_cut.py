@@ -17,8 +17,6 @@ from hf_structprune.structure import ModelStructure
 
 POSSIBLE = [name for name in families.FAMILIES if name not in families.DERIVED_HEAD_DIM]
 LAYER_NORMS = ("cohere2", "starcoder2")
-# Norms over a head share the epsilon, which is not theirs to grow with the hidden size.
-HEAD_NORMS = ("qwen3", "gemma3_text", "olmo2", "qwen3_moe")
 KEEP = 24
 KEPT = torch.tensor([i for i in range(families.HIDDEN) if i % 4 != 2])
 NO_REFIT = PruningConfig(hidden_size=KEEP, compensation=False)
@@ -26,7 +24,7 @@ NO_REFIT = PruningConfig(hidden_size=KEEP, compensation=False)
 
 def make(name, dtype=torch.float64, **changes):
     if name not in LAYER_NORMS:
-        changes["rms_norm_eps"] = 1e-30 if name in HEAD_NORMS else 0.1
+        changes["rms_norm_eps"] = 0.1  # norms over a head, which share it, feel it too
     return families.make_model(name, dtype, **changes)
 
 
