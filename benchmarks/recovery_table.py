@@ -4,7 +4,8 @@
 
 Each folder holds `recovery.json` and the results of the dense, the pruned and the recovered model. "% back" is the
 share of the lost log-perplexity, `(log pruned - log now) / (log pruned - log dense)`; for tasks, a mark says that the
-difference from the pruned model is larger than two standard errors.
+difference from the pruned model is more than chance, judged as in the package's tables: by pairs of documents where
+the results hold them, else by the standard errors.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import math
 from pathlib import Path
 
 from hf_structprune.evaluation.canvas import COLOURS, GREY, legend_below, make_panels, save, set_title
+from hf_structprune.evaluation.paired import compare_figures
 from hf_structprune.evaluation.results import EvaluationResult, Figure
 
 
@@ -53,9 +55,10 @@ def perplexity_cell(name: str, result: EvaluationResult, dense: EvaluationResult
 
 def task_cell(name: str, result: EvaluationResult, pruned: EvaluationResult) -> str:
     """`33.0 ± 4.7`, with a mark where it differs from the pruned model."""
-    figure, before = result.figures[name], pruned.figures[name]
-    differs = abs(figure.value - before.value) > 2 * math.hypot(figure.stderr, before.stderr)
-    return f"{100 * figure.value:.0f} ± {100 * figure.stderr:.1f}{' *' if differs else ''}"
+    figure = result.figures[name]
+    comparison = compare_figures(figure, pruned.figures[name])
+    mark = "" if comparison is None or not comparison.differs else " *"
+    return f"{100 * figure.value:.0f} ± {100 * figure.stderr:.1f}{mark}"
 
 
 def task_figure(result: EvaluationResult, task: str, metric: str) -> Figure:

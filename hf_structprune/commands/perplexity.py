@@ -82,7 +82,7 @@ def run(argv: Sequence[str]) -> None:
             max_windows=command.max_windows,
             batch_size=command.batch_size,
         )
-    values = dataclasses.asdict(result)
+    values = {field.name: getattr(result, field.name) for field in dataclasses.fields(result) if field.name != "parts"}
     # JSON has no infinity and no NaN.
     values = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
     data = {"model": model.model, "text": command.text, **values, "protocol": command.protocol}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from ..errors import ConfigurationError
 from .encoding import EncodedText, encode
 from .likelihood import window_losses
+from .paired import ratio_and_stderr
+from .parts import Parts, fingerprint
 from .protocol import PerplexityProtocol, context_length, find_protocol
 from .results import Figure
 from .text import EvaluationText, load_text
@@ -52,6 +54,7 @@ class PerplexityResult:
         words: Words that the predicted tokens stand for.
         bytes: UTF-8 bytes that they stand for.
         source: Where the text comes from, in words.
+        parts: The windows that each figure was added up from, by the first word of the figure's name.
     """
 
     perplexity: float
@@ -70,6 +73,7 @@ class PerplexityResult:
     words: int | None = None
     bytes: int | None = None
     source: str = ""
+    parts: dict[str, Parts | None] = field(default_factory=dict)
 
     def figures(self, name: str) -> list[Figure]:
         """The figures `perplexity/<name>`, `word_perplexity/<name>`, `byte_perplexity/<name>`, `bits_per_byte/<name>`.
@@ -88,7 +92,7 @@ class PerplexityResult:
             ("bits_per_byte", self.bits_per_byte, "bit/B", self.bits_per_byte_stderr),
         )
         return [
-            Figure(f"{kind}/{name}", value, unit, stderr, False, self.protocol, dict(details))
+            Figure(f"{kind}/{name}", value, unit, stderr, False, self.protocol, dict(details), self.parts.get(kind))
             for kind, value, unit, stderr in measured
             if value is not None
         ]
@@ -188,7 +192,8 @@ def measure_perplexity(
         window=ids.shape[1],
         starts_with_bos=encoded.bos is not None,
     )
-    return _result(losses, windows, encoded, window=ids.shape[1], protocol=words, source=text.source)
+    key = fingerprint([ids.numpy().tobytes(), *(f"{window.stop - window.scored}" for window in windows)])
+    return _result(key, losses, windows, encoded, window=ids.shape[1], protocol=words, source=text.source)
 
 
 def _check_numbers(model: PreTrainedModel, window: int, max_windows: int | None, batch_size: int) -> None:
@@ -222,11 +227,12 @@ def _window_ids(encoded: EncodedText, windows: list[Window], protocol: Perplexit
     return F.pad(rows, (1, 0), value=encoded.bos) if protocol.adds_bos_everywhere else rows
 
 
-def _result(losses: np.ndarray, windows: list[Window], encoded: EncodedText, **how: Any) -> PerplexityResult:
+def _result(key: str, losses: np.ndarray, windows: list[Window], encoded: EncodedText, **how: Any) -> PerplexityResult:
     """The figures from the summed losses of the windows, and how they were measured."""
     counts = np.array([window.stop - window.scored for window in windows])
     nll, stderr = mean_and_stderr(losses, counts)
     values: dict[str, Any] = {"perplexity": _exp(nll), "nll": nll, "stderr": _finite(_exp(nll) * stderr)}
+    parts = {"perplexity": Parts.of(key, losses, counts, "exp")}
     for unit, upto in (("word", encoded.words), ("byte", encoded.bytes)):
         units = None if upto is None else upto[[w.stop for w in windows]] - upto[[w.scored for w in windows]]
         if units is None or not units.any():
@@ -234,20 +240,20 @@ def _result(losses: np.ndarray, windows: list[Window], encoded: EncodedText, **h
         mean, stderr = mean_and_stderr(losses, units)
         values |= {f"{unit}s": int(units.sum()), f"{unit}_perplexity": _exp(mean)}
         values[f"{unit}_perplexity_stderr"] = _finite(_exp(mean) * stderr)
+        parts[f"{unit}_perplexity"] = Parts.of(key, losses, units, "exp")
         if unit == "byte":
             values |= {"bits_per_byte": mean / math.log(2), "bits_per_byte_stderr": _finite(stderr / math.log(2))}
-    return PerplexityResult(tokens=int(counts.sum()), windows=len(windows), **values, **how)
+            parts["bits_per_byte"] = Parts.of(key, losses, units, "bits")
+    return PerplexityResult(tokens=int(counts.sum()), windows=len(windows), parts=parts, **values, **how)
 
 
 def mean_and_stderr(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
     """`sum(sums) / sum(counts)` and its standard error over windows, NaN for one window; see `PerplexityResult`."""
-    n, total = len(sums), counts.sum()
-    mean = sums.sum() / total
-    if n == 1:
-        return float(mean), math.nan
+    if len(sums) == 1:
+        return float(sums.sum() / counts.sum()), math.nan
     with np.errstate(invalid="ignore"):  # infinite losses have no error
-        squares = np.square(sums - mean * counts).sum()
-    return float(mean), float(math.sqrt(n / (n - 1) * squares) / total)
+        mean, stderr = ratio_and_stderr(sums, counts)
+    return float(mean), float(stderr)
 
 
 def _exp(value: float) -> float:

@@ -134,6 +134,9 @@ def quality_figure(
 ) -> Figure:
     """One point for each model, quality against size; the dense model is the star with the dashed line.
 
+    Bars are 95 % intervals of the difference from the first model where all were compared with it by pairs: one that
+    reaches the dashed line may be chance. Else they are two standard errors of each model alone.
+
     Args:
         results: At least two that have both figures with finite values.
         quality: Name of the figure on the vertical axis. Default: the first perplexity that two of them have, else the
@@ -147,7 +150,7 @@ def quality_figure(
     for label, result, cell in zip(table.labels, results, cells, strict=True):
         if _is_finite(result, size) and _is_finite(result, quality):
             if cell.comparable:
-                points.append((label, result.figures[size], result.figures[quality], result.state))
+                points.append((label, result.figures[size], result.figures[quality], result.state, cell))
             else:
                 logger.warning(f"{label} is not in the picture: {quality} was measured under other conditions.")
     if len(points) < 2:
@@ -157,10 +160,12 @@ def quality_figure(
     across, up = (scale_of(points[0][i], [point[i].value for point in points]) for i in (1, 2))
     middle = (min(point[1].value for point in points) + max(point[1].value for point in points)) / 2
     figure, (axis,) = make_panels(1, height=3.6)
-    for number, (label, width, height, state) in enumerate(points):
+    bars, what_bars_are = _bars([point[4] for point in points])
+    for number, (label, width, height, state, _) in enumerate(points):
         x, y = width.value * across.factor, height.value * up.factor
-        if height.stderr is not None:
-            axis.errorbar(x, y, 2 * height.stderr * up.factor, color=GREY, linewidth=1, capsize=3, zorder=1)
+        if bars[number] is not None:
+            reach = [[length * up.factor] for length in bars[number]]
+            axis.errorbar(x, y, reach, color=GREY, linewidth=1, capsize=3, zorder=1)
         dense = state == "dense"
         marker, area, colour = ("*", 220, INK) if dense else ("o", 60, COLOURS[number % len(COLOURS)])
         axis.scatter([x], [y], s=area, marker=marker, color=colour, zorder=3, label=label)
@@ -177,8 +182,7 @@ def quality_figure(
     axis.margins(0.15, 0.2)
     axis.set_xlabel(f"{label_of(points[0][1])[:-2]}{_in_brackets(across.unit)}")
     axis.set_ylabel(f"{label_of(points[0][2])}{_in_brackets(up.unit)}")
-    errors = ", bars: two standard errors" if any(point[2].stderr is not None for point in points) else ""
-    set_title(axis, f"Quality against size{errors}")
+    set_title(axis, f"Quality against size{what_bars_are and ', bars: '}{what_bars_are}")
     return figure
 
 
@@ -269,6 +273,21 @@ def draw_all(
     if not drawn:
         raise ConfigurationError("Nothing can be drawn: " + (" ".join(missing) or "give a plan or a second result."))
     return drawn
+
+
+def _bars(cells: Sequence[Cell]) -> tuple[list[tuple[float, float] | None], str]:
+    """How far the bar of each point reaches below and above it, and what that is, in words."""
+    comparisons = [cell.comparison for cell in cells if cell.difference is not None]
+    ends = [end for c in comparisons for end in ((c.low, c.high) if c is not None else (None,))]
+    if ends and all(end is not None and math.isfinite(end) for end in ends):
+        reach = [
+            None if cell.difference is None
+            else (cell.difference - cell.comparison.low, cell.comparison.high - cell.difference)
+            for cell in cells
+        ]  # fmt: skip
+        return reach, "95 % intervals of the paired difference from the first"
+    reach = [None if cell.stderr is None else (2 * cell.stderr, 2 * cell.stderr) for cell in cells]
+    return reach, "two standard errors of each model alone" if any(reach) else ""
 
 
 def _first_quality(results: Sequence[EvaluationResult], size: str) -> str:

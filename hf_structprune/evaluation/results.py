@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import ConfigurationError
 from ..files import write_text
+from .parts import Parts
 
 
 SCHEMA_VERSION = 1
@@ -32,6 +33,7 @@ class Figure:
         higher_is_better: `None` where neither is meant.
         protocol: How it was measured, in words, for tables and cards.
         details: Whatever else belongs to it (version of a task, shots, samples, spread of repeats).
+        parts: The windows or documents it was added up from, for comparisons by pairs; `None` where they are unknown.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Figure:
     higher_is_better: bool | None = None
     protocol: str = ""
     details: dict[str, Any] = field(default_factory=dict)
+    parts: Parts | None = None
 
 
 @dataclass
@@ -122,9 +125,11 @@ def _to_json(figure: Figure) -> dict[str, Any]:
     content = dataclasses.asdict(figure)
     if not math.isfinite(figure.value):  # JSON has no infinity
         content["value"] = None
-    return content
+    del content["parts"]
+    return content if figure.parts is None else {**content, "parts": figure.parts.to_json()}
 
 
 def _from_json(content: dict[str, Any]) -> Figure:
-    figure = Figure(**content)
+    parts = content.get("parts")
+    figure = Figure(**{**content, "parts": None if parts is None else Parts.from_json(parts)})
     return dataclasses.replace(figure, value=math.inf) if figure.value is None else figure

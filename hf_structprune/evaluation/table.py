@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigurationError
 from .conditions import conditions_of, difference_in_words
 from .formatting import Scale, label_of, scale_of
+from .paired import BOOTSTRAP, MCNEMAR, PAIRED, UNPAIRED, Comparison, compare_figures
 from .results import EvaluationResult, Figure
 
 
@@ -21,7 +22,17 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MARK = "†"
+UNPAIRED_MARK = "‡"
+_JUDGED = {True: " *", False: " ≈", None: " ?"}
+_TESTS = {
+    MCNEMAR: "right and wrong answers by McNemar's exact test",
+    PAIRED: "means by two standard errors of the paired differences",
+    BOOTSTRAP: "means of fewer than 30 by a bootstrap interval of the paired differences",
+}
 _FAMILIES = ("tasks", "efficiency")  # in this order, behind perplexities
+_COLUMNS = (
+    "value", "stderr", "difference", "ratio", "significant", "comparable", "test", "low", "high", "p_value",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,17 +45,22 @@ class Cell:
         difference: The number minus that of the baseline; `None` for the baseline itself, where the baseline was not
             measured, and where both were measured under different conditions.
         ratio: The number divided by that of the baseline; `None` in the same cases, and where the baseline is 0.
-        significant: Whether the difference exceeds two standard errors, `|d| > 2 sqrt(s^2 + s_baseline^2)`; `None`
-            where there is no difference or one of the numbers has no standard error.
+        significant: Whether the difference is more than chance, see `comparison`; `None` where that is not known.
         comparable: Whether it was measured under the conditions of the first result that has this figure.
+        comparison: How that was judged, see `paired.compare_figures`; `None` where there is no difference, or neither
+            single windows or documents nor standard errors of both.
     """
 
     value: float
     stderr: float | None = None
     difference: float | None = None
     ratio: float | None = None
-    significant: bool | None = None
     comparable: bool = True
+    comparison: Comparison | None = None
+
+    @property
+    def significant(self) -> bool | None:
+        return None if self.comparison is None else self.comparison.differs
 
 
 @dataclass(frozen=True)
@@ -141,16 +157,15 @@ class ResultTable:
         """One line for each figure, unrounded; empty cells for what was not measured or not compared."""
         header = ["figure", "unit"]
         for number, label in enumerate(self.labels):
-            parts = ("stderr", "difference", "ratio", "significant", "comparable") if number else ("stderr",)
-            header += [label, *(f"{label} {part}" for part in parts)]
+            header += [label, *(f"{label} {column}" for column in _COLUMNS[1 : None if number else 2])]
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         for row in self._rows:
             line = [row.name, row.figure.unit]
             for number, cell in enumerate(row.cells):
-                values = [None] * (6 if number else 2) if cell is None else _values(cell)[: 6 if number else 2]
-                line += values
+                columns = len(_COLUMNS) if number else 2
+                line += [None] * columns if cell is None else _values(cell)[:columns]
             writer.writerow(line)
         return file.getvalue()
 
@@ -160,11 +175,10 @@ class ResultTable:
             {"label": label, "model": result.model, "state": result.state, "base_model": result.base_model}
             for label, result in zip(self.labels, self.results, strict=True)
         ]
-        names = ("value", "stderr", "difference", "ratio", "significant", "comparable")
         rows = []
         for row in self._rows:
             cells = [
-                None if cell is None else dict(zip(names, map(_finite, _values(cell)), strict=True))
+                None if cell is None else dict(zip(_COLUMNS, map(_finite, _values(cell)), strict=True))
                 for cell in row.cells
             ]
             figure = {"figure": row.name, "unit": row.figure.unit, "higher_is_better": row.figure.higher_is_better}
@@ -187,11 +201,10 @@ class ResultTable:
         return texts
 
     def _legend(self) -> list[str]:
-        found = {cell.significant for row in self._rows for cell in row.cells if cell is not None}
-        lines = (
-            [] if found <= {None} else ["± standard error; * differs by more than two standard errors, ≈ does not."]
-        )
-        return lines + self.notes
+        cells = [cell for row in self._rows for cell in row.cells if cell is not None]
+        found = [cell.comparison for cell in cells if cell.comparison is not None]
+        lines = ["± standard error."] if any(cell.stderr is not None for cell in cells) else []
+        return [*lines, *_paired_in_words(found), *_unpaired_in_words(found), *self.notes]
 
 
 def _labels(results: Sequence[EvaluationResult]) -> list[str]:
@@ -233,20 +246,42 @@ def _compare(name: str, result: EvaluationResult, baseline: EvaluationResult, co
     if math.isnan(difference):  # both are infinite
         return cell
     ratio = figure.value / base.value if base.value else None
-    significant = None
-    if figure.stderr is not None and base.stderr is not None:
-        significant = abs(difference) > 2 * math.hypot(figure.stderr, base.stderr)
-    return Cell(figure.value, figure.stderr, difference, ratio, significant, comparable)
+    return Cell(figure.value, figure.stderr, difference, ratio, comparable, compare_figures(figure, base))
 
 
 def _change(cell: Cell, scale: Scale) -> str:
     """`"-4.10 pp (0.93x) *"`."""
     ratio = "" if cell.ratio is None or not math.isfinite(cell.ratio) else f" ({cell.ratio:,.2f}x)"
-    return scale.difference(cell.difference) + ratio + {True: " *", False: " ≈", None: ""}[cell.significant]
+    mark = "" if cell.comparison is None else _JUDGED[cell.significant]
+    unpaired = f" {UNPAIRED_MARK}" if cell.comparison is not None and cell.comparison.test == UNPAIRED else ""
+    return scale.difference(cell.difference) + ratio + mark + unpaired
+
+
+def _paired_in_words(found: list[Comparison]) -> list[str]:
+    """How differences were judged where both sides have single windows or documents."""
+    judged = [comparison for comparison in found if comparison.test != UNPAIRED]
+    if not judged:
+        return []
+    tests = "; ".join(words for test, words in _TESTS.items() if test in {comparison.test for comparison in judged})
+    line = "Differences are judged pair by pair on the same windows and documents, each at the 5 % level"
+    few = ", ? too few to tell" if any(comparison.differs is None for comparison in judged) else ""
+    return [f"{line}{f' ({tests})' if tests else ''}: * differs, ≈ may be chance{few}."]
+
+
+def _unpaired_in_words(found: list[Comparison]) -> list[str]:
+    """How they were judged elsewhere, and why."""
+    whys = dict.fromkeys(comparison.why for comparison in found if comparison.test == UNPAIRED)
+    return [
+        f"{UNPAIRED_MARK} compared unpaired, because {why}: * differs by more than two standard errors of "
+        "both together, ≈ by less, which may still be more than chance."
+        for why in whys
+    ]
 
 
 def _values(cell: Cell) -> list[Any]:
-    return [cell.value, cell.stderr, cell.difference, cell.ratio, cell.significant, cell.comparable]
+    judged = cell.comparison or Comparison("", None)
+    values = [cell.value, cell.stderr, cell.difference, cell.ratio, cell.significant, cell.comparable]
+    return [*values, judged.test or None, judged.low, judged.high, judged.p_value]
 
 
 def _finite(value: Any) -> Any:

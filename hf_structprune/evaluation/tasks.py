@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
 from .modes import eval_mode
+from .parts import Parts, fingerprint
 from .results import Figure
 from .task_loading import find_names, load_tasks, quiet, task_manager
 
@@ -24,6 +25,10 @@ SUITES: dict[str, tuple[str, ...]] = {
     "study-a": ("openbookqa", "winogrande", "hellaswag", "arc_challenge", "boolq"),
     "leaderboard": ("arc_challenge", "truthfulqa_mc2", "winogrande", "hellaswag"),
 }
+
+# Of log-likelihoods lm-eval notes the sum, for some with the words or bytes that it is over.
+_WEIGHTED = ("word_perplexity", "byte_perplexity", "bits_per_byte")
+_FORMS = {"perplexity": "exp", "word_perplexity": "exp", "byte_perplexity": "exp", "bits_per_byte": "bits"}
 
 
 def expand(names: str | Sequence[str]) -> list[str]:
@@ -96,7 +101,7 @@ def run_tasks(
         results = simple_evaluate(
             # A copy of the tokenizer, because lm-eval gives it a padding token.
             model=HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size),
-            tasks=loaded, num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False,
+            tasks=loaded, num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=True,
             use_cache=None, cache_requests=False, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
             fewshot_random_seed=seed,
         )  # fmt: skip
@@ -146,9 +151,35 @@ def _figures_of(name: str, results: dict[str, Any]) -> list[Figure]:
                 stderr=float(stderr) if _is_number(stderr) else None,
                 higher_is_better=results["higher_is_better"].get(name, {}).get(metric),
                 protocol=_protocol(details, results), details={**details, "filter": filtered},
+                parts=_parts(name, metric, filtered, float(value), results),
             )
         )  # fmt: skip
     return figures
+
+
+def _parts(name: str, metric: str, filtered: str, value: float, results: dict[str, Any]) -> Parts | None:
+    """What the documents of a task or group add to a metric; `None` where it is no mean over documents."""
+    samples = [s for task in _leaves(name, results) for s in results["samples"].get(task, ())]
+    samples = [sample for sample in samples if sample["filter"] == filtered]
+    if not samples or not all(metric in sample for sample in samples):
+        return None
+    key = fingerprint(sample[kind] for sample in samples for kind in ("doc_hash", "prompt_hash", "target_hash"))
+    sums, counts = [sample[metric] for sample in samples], None
+    try:
+        if metric in _WEIGHTED:
+            sums, counts = zip(*sums, strict=True)
+        sums = [-likelihood for likelihood in sums] if metric in _FORMS else sums
+        parts = Parts.of(key, sums, counts, _FORMS.get(metric, "mean"))
+    except (TypeError, ValueError):  # what lm-eval notes of a document is no number
+        return None
+    # Other metrics (of all answers at once, of groups whose tasks count alike) are no such mean.
+    return parts if parts is not None and math.isclose(parts.value(), value, rel_tol=1e-6, abs_tol=1e-9) else None
+
+
+def _leaves(name: str, results: dict[str, Any]) -> list[str]:
+    """The tasks of a group, those of its groups too; a task itself."""
+    members = results.get("group_subtasks", {}).get(name)
+    return [name] if not members else [leaf for member in members for leaf in _leaves(member, results)]
 
 
 def _is_number(value: Any) -> bool:

@@ -123,7 +123,7 @@ def test_perplexity_by_protocol(folder, tmp_path, capsys):
     assert data["windows"] == 1 + -(-(size - 64) // 16)
     assert data["byte_perplexity"] == data["perplexity"] > 100 and data["bits_per_byte"] > 6
     assert data["stderr"] > 0 and data["word_perplexity_stderr"] > 0
-    assert "16 apart" in data["protocol_in_words"] and data["source"] == "text.jsonl"
+    assert "parts" not in data and "16 apart" in data["protocol_in_words"] and data["source"] == "text.jsonl"
     data = run_json(capsys, *argv, "--protocol", "llm-pruner")
     assert (data["window"], data["windows"]) == (128, size // 128)
     data = run_json(capsys, *argv, "--window", "64", "--stride", "32", "--no-bos", "--max-windows", "3")

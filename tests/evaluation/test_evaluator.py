@@ -13,6 +13,7 @@ from hf_structprune.evaluation import evaluator
 from hf_structprune.evaluation.evaluator import EvaluationConfig, evaluate
 from hf_structprune.evaluation.fingerprint import model_fingerprint
 from hf_structprune.evaluation.results import EvaluationResult, Figure
+from hf_structprune.evaluation.table import ResultTable
 from hf_structprune.evaluation.text import load_text
 
 
@@ -148,6 +149,27 @@ def test_an_evaluation_that_goes_on_gives_what_one_run_gives(tiny_llama, tiny_to
     resumed = evaluate(tiny_llama, tiny_tokenizer, config, name="m", output=tmp_path / "r.json")
     ran.clear()
     assert resumed.figures == evaluate(tiny_llama, tiny_tokenizer, config, name="m").figures
+
+
+def test_models_are_compared_on_the_same_windows(tiny_llama, tiny_tokenizer, texts, tmp_path):
+    """And where an older file has no windows, it goes on as before, compared unpaired."""
+    config, name = only(texts=texts[:1], window=32), "perplexity/one"
+    dense = evaluate(tiny_llama, tiny_tokenizer, config, name="d", output=tmp_path / "d.json")
+    content = json.loads((tmp_path / "d.json").read_text())
+    for figure in content["figures"]:
+        del figure["parts"]
+    (tmp_path / "old.json").write_text(json.dumps(content))
+    old = evaluate(tiny_llama, tiny_tokenizer, config, name="d", output=tmp_path / "old.json")
+    assert old.value(name) == dense.value(name) and old.figures[name].parts is None
+    with torch.no_grad():
+        tiny_llama.model.layers[1].mlp.down_proj.weight.mul_(3)
+    pruned = evaluate(tiny_llama, tiny_tokenizer, config, name="p", state="pruned")
+    cells = [
+        {row.name: row.cells[1] for row in ResultTable([base, pruned]).rows()}[name]
+        for base in (dense, EvaluationResult.load(tmp_path / "d.json"), old)
+    ]
+    assert [cell.comparison.test for cell in cells] == ["bootstrap", "bootstrap", "unpaired"]
+    assert cells[0] == cells[1] and cells[0].comparison.low < cells[0].difference < cells[0].comparison.high
 
 
 @pytest.mark.parametrize(

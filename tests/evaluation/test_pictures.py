@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
-from matplotlib.collections import PathCollection
+from matplotlib.collections import LineCollection, PathCollection
 
 from hf_structprune.decisions import HiddenPlan
 from hf_structprune.errors import ConfigurationError, EvaluationError
 from hf_structprune.evaluation import pictures
+from hf_structprune.evaluation.parts import Parts
 from hf_structprune.evaluation.results import EvaluationResult, Figure
 from hf_structprune.plan import GroupPlan, PruningPlan
 
@@ -96,6 +97,26 @@ def test_quality_of_a_task_and_far_apart_perplexities():
     assert [c.get_offsets()[0].tolist() for c in axis.collections] == [[9.0, 60.0], [8.0, 50.0]]
     assert axis.get_ylabel() == "boolq, acc ↑ (%)"
     assert pictures.quality_figure([dense, pruned]).axes[0].get_yscale() == "log"
+
+
+def test_bars_are_of_the_difference_where_there_are_pairs():
+    def add_tasks(parts, spread):
+        results = [make(*model) for model in (("dense", "d", 9e6, 9.0), ("pruned", "p", 8e6, 9.0))]
+        for result, sums in zip(results, parts, strict=True):
+            kept = Parts.of("k", sums) if spread else None
+            result.add(Figure("tasks/qa/f1", sum(sums) / 40, "", 0.2, True, parts=kept))
+        (axis,) = pictures.quality_figure(results, "tasks/qa/f1").axes
+        bars = [line for line in axis.collections if isinstance(line, LineCollection)]
+        return [bar.get_segments()[0][:, 1].tolist() for bar in bars], axis.get_title(loc="left") + axis.get_title()
+
+    base = [0.9, 0.1] * 20
+    lower = [value - 0.05 - 0.01 * (i % 4 > 1) for i, value in enumerate(base)]
+    found, title = add_tasks((base, lower), True)
+    assert len(found) == 1 and "95 % intervals of the paired difference" in title
+    middle, half = 100 * (0.5 - 0.055), 100 * 2 * math.sqrt(40 / 39 * 40 * 0.005**2) / 40
+    assert found[0] == pytest.approx([middle - half, middle + half])
+    found, title = add_tasks((base, lower), False)
+    assert found == [pytest.approx([10, 90]), pytest.approx([4.5, 84.5])] and "of each model alone" in title
 
 
 def test_quality_measured_otherwise_is_left_out(results):

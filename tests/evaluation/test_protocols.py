@@ -196,8 +196,21 @@ def test_word_and_byte_figures(model, tiny_tokenizer):
     squares = sum((a - mean * b) ** 2 for a, b in zip(losses, ends, strict=True))
     error = result.word_perplexity * math.sqrt(n / (n - 1) * squares) / sum(ends)
     assert result.word_perplexity_stderr == pytest.approx(error, rel=1e-3)
+    for figure in result.figures("text"):
+        assert figure.parts.value() == pytest.approx(figure.value, rel=1e-6)
+        assert len(figure.parts.sums) == result.windows
     assert result.byte_perplexity_stderr == pytest.approx(result.stderr, rel=1e-9)  # a token is a byte here
     assert result.bits_per_byte_stderr == pytest.approx(result.stderr / result.perplexity / math.log(2), rel=1e-9)
+
+
+def test_only_the_same_windows_are_pairs(model, tiny_tokenizer):
+    def parts(text=TEXT, **options):
+        return measure_perplexity(model, tiny_tokenizer, text, **{"window": 70} | options).parts["perplexity"]
+
+    turned = dataclasses.replace(TEXT, text=TEXT.text[::-1])
+    assert parts().pairs_with(parts(batch_size=3))
+    for other in (parts(turned), parts(bos=True), parts(stride=35), parts(window=71), parts(max_windows=5)):
+        assert not parts().pairs_with(other)
 
 
 def test_bytes_are_not_characters(model, make_tokenizer):

@@ -155,11 +155,14 @@ def test_markdown(table):
         "|  | dense | pruned | pruned vs dense |\n"
         "| --- | ---: | ---: | ---: |\n"
         "| perplexity, wikitext2 ↓ | 18.44 | 36.88 | +18.44 (2.00x) |\n"
-        "| boolq, acc ↑ | 60.00 % ± 1.00 | 50.00 % ± 1.00 | -10.00 pp (0.83x) \\* |\n"
-        "| a\\|b, acc ↑ | 50.00 % ± 2.00 | 49.00 % ± 2.00 | -1.00 pp (0.98x) ≈ |\n"
+        "| boolq, acc ↑ | 60.00 % ± 1.00 | 50.00 % ± 1.00 | -10.00 pp (0.83x) \\* ‡ |\n"
+        "| a\\|b, acc ↑ | 50.00 % ± 2.00 | 49.00 % ± 2.00 | -1.00 pp (0.98x) ≈ ‡ |\n"
         "| weights ↓ | 270.0 MB |  |  |\n"
         "\n"
-        "± standard error; \\* differs by more than two standard errors, ≈ does not.\n"
+        "± standard error.\n"
+        "\n"
+        "‡ compared unpaired, because the results do not hold the single windows or documents of both sides: \\* "
+        "differs by more than two standard errors of both together, ≈ by less, which may still be more than chance.\n"
     )
 
 
@@ -184,7 +187,7 @@ def test_dict_is_unrounded_json(table):
     assert (row["figure"], row["higher_is_better"]) == ("tasks/boolq/acc", True)
     assert row["cells"]["pruned"] == {
         "value": 0.5, "stderr": 0.01, "difference": 0.5 - 0.6, "ratio": 0.5 / 0.6, "significant": True,
-        "comparable": True,
+        "comparable": True, "test": "unpaired", "low": None, "high": None, "p_value": None,
     }  # fmt: skip
     assert content["rows"][3]["cells"]["pruned"] is None
 
@@ -193,7 +196,7 @@ def test_rich(table):
     console = Console(file=io.StringIO(), width=120, color_system=None)
     console.print(table.to_rich())
     text = console.file.getvalue()
-    assert "pruned: m/pruned" in text and "-10.00 pp (0.83x) *" in text
+    assert "pruned: m/pruned" in text and "-10.00 pp (0.83x) * ‡" in text
     assert text.count("270.0 MB") == 1
 
 

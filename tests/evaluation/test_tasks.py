@@ -151,6 +151,7 @@ def test_accuracies_equal_brute_force(model, tiny_tokenizer, folder, batch_size)
     assert figure.details == {
         "num_fewshot": 0, "version": 1.5, "samples": 6, "samples_of_task": 6, "filter": "none"
     }  # fmt: skip
+    assert figure.parts.sums == tuple(hits["acc"]) and figures["tasks/tiny_a/acc_norm"].parts.pairs_with(figure.parts)
     assert figure.protocol.endswith(", 0-shot, 6 documents") and figure.protocol.startswith("lm-eval ")
 
 
@@ -192,7 +193,44 @@ def test_perplexity_metrics(model, tiny_tokenizer, folder):
     word = figures["tasks/tiny_text/word_perplexity"]
     assert word.value == pytest.approx(math.exp(nll / words), rel=1e-4)
     assert word.higher_is_better is False and word.stderr is None  # lm-eval has none for it
-    assert figures["tasks/tiny_text/bits_per_byte"].value == pytest.approx(nll / size / math.log(2), rel=1e-5)
+    bits = figures["tasks/tiny_text/bits_per_byte"]
+    assert bits.value == pytest.approx(nll / size / math.log(2), rel=1e-5)
+    assert word.parts.counts == tuple(len(text.split()) for text in texts)
+    assert bits.parts.counts == tuple(map(len, texts)) and bits.parts.sums == word.parts.sums
+    assert sum(word.parts.sums) == pytest.approx(nll, rel=1e-4)
+
+
+def test_other_documents_or_prompts_are_no_pairs(model, tiny_tokenizer, folder):
+    def parts(**options):
+        return run_tasks(model, tiny_tokenizer, "tiny_b", include_path=folder, **options)[0].parts
+
+    assert parts().pairs_with(parts(batch_size=1))
+    assert not parts().pairs_with(parts(limit=1)) and not parts().pairs_with(parts(num_fewshot=1))
+
+
+@pytest.mark.parametrize(
+    ("metric", "noted", "value", "sums"),
+    [
+        ("f1", [0.5, 1.0, 0.25], 1.75 / 3, (0.5, 1.0, 0.25)),
+        ("perplexity", [-2.0, -3.0, -1.0], math.exp(2), (2.0, 3.0, 1.0)),
+        ("mcc", [(0, 1), (1, 1), (1, 0)], 0.3, None),  # of all answers at once
+        ("brier", [(0, [0.5, 0.5])] * 3, 0.3, None),
+        ("acc", [1, 0, 1], 0.9, None),  # not the mean
+        ("acc", [True, False, True], 2 / 3, (1.0, 0.0, 1.0)),
+        ("acc", ["a", "b", "c"], 0.3, None),
+        ("f1", [0.5, math.nan, 0.5], 0.5, None),
+    ],
+)
+def test_parts_of_every_kind_of_metric(metric, noted, value, sums):
+    from hf_structprune.evaluation.tasks import _parts
+
+    samples = [
+        {"filter": "none", metric: one, "doc_hash": f"{i}", "prompt_hash": "p", "target_hash": "t"}
+        for i, one in enumerate(noted)
+    ]
+    found = _parts("task", metric, "none", value, {"samples": {"task": samples}})
+    assert (found and found.sums) == sums
+    assert _parts("task", metric, "strict", value, {"samples": {"task": samples}}) is None
 
 
 def test_groups_are_averaged_only_by_lm_eval(model, tiny_tokenizer, folder):
@@ -201,6 +239,7 @@ def test_groups_are_averaged_only_by_lm_eval(model, tiny_tokenizer, folder):
     mean = figures["tasks/tiny_mean/acc"]
     assert mean.value == pytest.approx((sum(hits) + sum(hits[:2])) / 8)
     assert mean.details["tasks"] == ["tiny_a", "tiny_b"] and mean.details["samples"] == 8
+    assert mean.parts.sums == (*hits, *hits[:2])
     assert "tasks/tiny_mean/acc_norm" not in figures and "tasks/tiny_b/acc_norm" in figures
     names = by_name(run_tasks(model, tiny_tokenizer, "tiny_pair", include_path=folder))
     assert {name.split("/")[1] for name in names} == {"tiny_a", "tiny_b"}
