@@ -179,7 +179,7 @@ def test_compare_prints_every_format(files, capsys):
     names = [str(files / "evaluation_results_dense.json"), str(files)]
     assert "+2.00 (1.11x) *" in run(capsys, "compare", *names)
     markdown = run(capsys, "compare", *names, "--format", "md")
-    assert markdown.splitlines()[2] == "| perplexity, sample ↓ | 18.00 ± 0.50 | 20.00 ± 0.50 | +2.00 (1.11x) \\* |"
+    assert markdown.splitlines()[2] == "| perplexity, sample ↓ | 18.00 ± 0.50 | 20.00 ± 0.50 | +2.00 (1.11x) \\* ‡ |"
     rows = list(csv.DictReader(io.StringIO(run(capsys, "compare", *names, "--format", "csv"))))
     assert float(rows[0]["pruned ratio"]) == 20 / 18
     assert json.loads(run(capsys, "compare", *names, "--format", "json"))["baseline"] == "dense"
