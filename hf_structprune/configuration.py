@@ -13,6 +13,7 @@ from .alignment import check_align_to, check_step, multiple_of
 from .calibration_configuration import CalibrationConfig
 from .checks import check_choice, check_int, check_keys, is_number
 from .errors import ConfigurationError
+from .files import write_text
 from .units import DEPTH_UNITS, UNITS, WIDTH_UNITS, check_depth, complete_units, parse_split, split_criterion
 
 
@@ -263,7 +264,7 @@ class PruningConfig:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the configuration as JSON to a file."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> PruningConfig:

@@ -29,6 +29,10 @@ class CheckpointError(StructPruneError):
     """A checkpoint cannot be written or read without losing weights."""
 
 
+class PlaceError(CheckpointError, ConfigurationError):
+    """Nothing can be written where it was asked for, or not as much."""
+
+
 class EvaluationError(StructPruneError):
     """Something cannot be measured here: a task without its data set, a missing extra, a command that failed."""
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import ExportError
+from .errors import PlaceError
+from .leftovers import claim, draft, drafts, release
+from .places import PROBE, check_place, check_room, is_device, parents_of, reason, resolve, said
+
+
+# A file that is being written, or the folder it is written in.
+_PART = "part"
 
 
 def can_only_be_a_path(name: str) -> bool:
@@ -23,18 +30,22 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
-    """Writes a file all at once: into a temporary file beside it, which then takes its name."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    """Writes a file all at once: into a temporary file beside it, which then takes its name.
+
+    A link is followed and stays; a file that is replaced keeps who may read and write it.
+
+    Raises:
+        PlaceError: It cannot be written.
+    """
+    with _errors(path):
+        if is_device(path):
+            Path(path).write_bytes(content)
+            return
+        with _draft(path) as (temporary, place):
+            temporary.write_bytes(content)
+            if place.exists():
+                temporary.chmod(stat.S_IMODE(place.stat().st_mode))
+            os.replace(temporary, place)
 
 
 @contextmanager
@@ -42,20 +53,47 @@ def appearing(path: str | os.PathLike, size: int = 0) -> Iterator[Path]:
     """A temporary name beside a file, which takes the file's name when the block ends without an error.
 
     Args:
-        path: The file; one of that name is replaced then.
+        path: The file; one of that name is replaced then. A link to one is followed and stays.
         size: Bytes that will be written, to see before whether the disk has room for them.
 
     Raises:
-        ExportError: There is too little room.
+        PlaceError: The file cannot be written, or there is too little room.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(path.parent).free
-    if size > free:
-        raise ExportError(f"{path} needs {size / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB left.")
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    check_room(path, size, file=True)
+    with _errors(path), _draft(path) as (folder, place):
+        folder.mkdir()
+        yield folder / place.name
+        os.replace(folder / place.name, place)
+
+
+@contextmanager
+def _draft(path: str | os.PathLike) -> Iterator[tuple[Path, Path]]:
+    """A name beside a file and the file itself; what is under the name is removed, and what dead processes left."""
+    place = resolve(path, file=True)
+    for left in filter(None, map(claim, drafts(place, kinds=(_PART, PROBE)))):
+        _remove(left)
+        release(left)
+    temporary = draft(place, _PART)
+    with parents_of(place):
+        try:
+            yield temporary, place
+        finally:
+            _remove(temporary)
+            release(temporary)
+
+
+@contextmanager
+def _errors(path: str | os.PathLike) -> Iterator[None]:
     try:
-        yield folder / path.name
-        os.replace(folder / path.name, path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        yield
+    except OSError as error:
+        check_place(path, file=True)  # which knows better why
+        raise PlaceError(f"{said(path)} cannot be written: {reason(error)}.") from error
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        path.unlink()

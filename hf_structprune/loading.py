@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from .checkpoint import dense_copy
 from .errors import CheckpointError
+from .folders import settle
 from .four_bit import compute_as_stored
 from .hub.network import gated_errors
 
@@ -33,6 +34,7 @@ def load_model(model_id: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
         CheckpointError: Weights are missing, which Transformers would make up at random.
         HubError: The model is gated and the token has no access to it.
     """
+    settle(model_id)
     gguf = bool(kwargs.get("gguf_file"))
     if gguf:
         # Quantised weights have fewer bits than bfloat16 holds, and the file names no dtype of its own.
@@ -52,6 +54,7 @@ def load_model(model_id: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
 
 def load_tokenizer(model_id: str | os.PathLike, **kwargs: Any) -> Any:
     """The tokenizer of a model, or `None` with a warning where there is none: pruning without text needs none."""
+    settle(model_id)
     try:
         return AutoTokenizer.from_pretrained(model_id, **{k: v for k, v in kwargs.items() if k in _TOKENIZER_OPTIONS})
     except (OSError, ValueError, KeyError) as error:

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from .decisions import Dropped, GroupPlan, HiddenPlan, is_dropped, normalised
 from .errors import ConfigurationError
+from .files import write_text
 from .structure import CoupledGroup, LayerStructure, ModelStructure
 from .units import WIDTH_UNITS
 
@@ -184,7 +185,7 @@ class PruningPlan:
         text = json.dumps(self.to_dict(), indent=1)
         # One line for each list of units, not one for each unit.
         text = re.sub(r"\[[\d,\s]+\]", lambda numbers: re.sub(r"\s+", "", numbers[0]), text)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        write_text(path, text + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> PruningPlan:

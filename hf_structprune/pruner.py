@@ -25,6 +25,7 @@ from .hub.save import save_checkpoint, take_over
 from .knowledge import Knowledge, look
 from .layout import expressible_heads, target_of
 from .loading import load_model, load_tokenizer
+from .places import check_place
 from .plan import PruningPlan
 from .planning import Planner, describe
 from .proof import kinds_of, prove
@@ -150,7 +151,8 @@ class StructuredPruner:
                 this package stays.
             kwargs: Given to the model's `save_pretrained`, for example `max_shard_size`.
         """
-        save_checkpoint(self, Path(folder), Path(folder).absolute().name, **kwargs)
+        check_place(folder)
+        save_checkpoint(self, Path(folder), Path(os.path.abspath(folder)).name, **kwargs)
         self._saved = Path(folder)
 
     def push_to_hub(

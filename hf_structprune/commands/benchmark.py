@@ -13,11 +13,11 @@ from pathlib import Path
 from ..errors import ConfigurationError
 from ..evaluation.efficiency import EfficiencyConfig, measure_efficiency
 from ..evaluation.environment import describe_environment
-from ..evaluation.evaluator import check_output
 from ..evaluation.generation import question_protocol
 from ..evaluation.results import EvaluationResult, Figure
 from ..evaluation.speed import median_figure, time_loading
 from ..evaluation.table import ResultTable
+from ..places import check_place
 from .arguments import parse
 from .common import ModelArguments, load_for_measuring, results_only_on_stdout, show
 from .subjects import Subject, baseline_output, find_baseline, find_subject, save_baseline
@@ -82,7 +82,7 @@ def run(argv: Sequence[str]) -> None:
 def _check(path: Path | None, overwrite: bool) -> None:
     if path is None:
         return
-    check_output(path)
+    check_place(path, file=True)
     if path.exists() and not overwrite:
         raise ConfigurationError(f"{path} is there; choose another --output or say --overwrite.")
 

@@ -16,6 +16,7 @@ from rich.console import Console, RenderableType
 from ..configuration import PruningConfig
 from ..errors import ConfigurationError, StructPruneError
 from ..files import can_only_be_a_path
+from ..folders import check_folder, settle
 
 
 if TYPE_CHECKING:
@@ -137,6 +138,7 @@ def load_shapes(arguments: ModelArguments, config: PruningConfig | None = None) 
 @contextlib.contextmanager
 def _loading(name: str) -> Iterator[None]:
     """Says which model could not be loaded; what Transformers raises then is of many kinds."""
+    settle(name)
     if can_only_be_a_path(name) and not Path(name).exists():
         raise StructPruneError(f"cannot load {name!r}: there is no such folder.")
     try:
@@ -188,10 +190,9 @@ def check_ratio(ratio: float | None, config: PruningConfig) -> None:
 
 
 def check_output_dir(path: str, overwrite: bool) -> None:
-    """Refuses to write over something, before any work is done."""
+    """Refuses to write over something, or where nothing can be written, before any work is done."""
     folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigurationError(f"{path} is a file; --output-dir must be a folder.")
+    check_folder(path)
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ConfigurationError(f"{path} is not empty; choose another --output-dir or say --overwrite.")
 

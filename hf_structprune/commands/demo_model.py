@@ -7,8 +7,8 @@ import sys
 import zipfile
 from pathlib import Path
 
-from ..checkpoint import write_folder
 from ..errors import StructPruneError
+from ..folders import write_folder
 from .common import ModelArguments, load_pruner
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from ..configuration import CONFIG_NAME
 from ..errors import ConfigurationError
-from ..evaluation.evaluator import EvaluationConfig, check_output, evaluate
+from ..evaluation.evaluator import EvaluationConfig, evaluate
 from ..evaluation.results import RESULTS_NAME, EvaluationResult
 from ..evaluation.table import ResultTable
+from ..places import check_place
 from .arguments import parse
 from .common import ModelArguments, load_for_measuring, results_only_on_stdout, show
 from .subjects import Subject, baseline_output, find_baseline, find_subject, save_baseline
@@ -78,7 +79,7 @@ def _output(model: str, command: EvaluateArguments) -> Path | None:
     if output is None and command.pictures:
         raise ConfigurationError("--pictures needs --output: they are saved beside the results.")
     if output is not None:
-        check_output(output)
+        check_place(output, file=True)
     return output
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..configuration import PruningConfig
+from ..places import check_place
 from .arguments import parse
 from .common import ModelArguments, check_ratio, load_to_plan, results_only_on_stdout, show
 
@@ -28,6 +29,8 @@ def run(argv: Sequence[str]) -> None:
     description = "Show what would go from MODEL at a ratio, and what it saves. Nothing is changed."
     model, command, config = parse(argv, "plan", description, ModelArguments, PlanArguments, PruningConfig)
     check_ratio(command.ratio, config)
+    if command.output is not None:
+        check_place(command.output, file=True)
     with results_only_on_stdout():
         plan = load_to_plan(model, config, command.ratio).plan(command.ratio)
         if command.output is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,11 @@ from ..evaluation import EfficiencyConfig, EvaluationResult, ResultTable, evalua
 from ..evaluation.pictures import draw_widths
 from ..evaluation.results import RESULTS_NAME
 from ..files import write_text
+from ..folders import check_folder
 from ..hub import push_folder, write_card
 from ..hub.contents import DENSE_RESULTS_NAME, WIDTHS_NAME, Contents
 from ..hub.origin import Origin
+from ..places import check_place
 from ..plan import PruningPlan
 from ..recipe import RECIPE_NAME, QuantizationSection, Recipe, RecoverySection
 from . import recipe_quantization, recipe_recovery
@@ -97,6 +100,9 @@ class _Run:
         self.recipe, self.source, self.again = recipe, source, arguments.overwrite
         self.push = arguments.push
         self.folder = Path(recipe.output_dir)
+        for folder in (recipe.output_dir, *recipe.folders.values()):
+            check_folder(folder)
+        check_place(self._dense_results(), file=True)
         self.base = recipe.model["model"]
         self.out = console()
 
@@ -189,7 +195,7 @@ class _Run:
 
     def _dense_results(self) -> Path:
         """Where the dense model's results are kept while they are measured; other recipes may use the same file."""
-        return Path(self.recipe.dense_results or f"{self.folder}-dense.json")
+        return Path(self.recipe.dense_results or f"{os.path.abspath(self.folder)}-dense.json")
 
     def _evaluate(self, model: Any, tokenizer: Any, output: Path, name: str, state: str) -> None:
         config = dataclasses.replace(self.recipe.evaluation, efficiency=False)  # see `_time`

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..errors import ConfigurationError
+from ..places import check_place
 from .environment import describe_environment
 from .fingerprint import model_fingerprint
 from .results import EvaluationResult
@@ -155,7 +156,7 @@ def evaluate(
     """
     config = config or EvaluationConfig()
     if output is not None:
-        check_output(output)
+        check_place(output, file=True)
     texts, tasks = config.load()
     result = EvaluationResult(name, state, base_model, environment=describe_environment(model.device))
     result.settings = json.loads(json.dumps(config.to_dict()))
@@ -179,16 +180,6 @@ def evaluate(
         if output is not None:
             result.save(output)
     return result
-
-
-def check_output(path: str | os.PathLike) -> None:
-    """Refuses a file that cannot be written, before any work is done."""
-    path = Path(path).absolute()
-    if path.is_dir():
-        raise ConfigurationError(f"{path} is a folder; give the name of a JSON file.")
-    existing = next(parent for parent in path.parents if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ConfigurationError(f"{path} cannot be written: {existing} is no folder that can be written to.")
 
 
 def _listed(values: Sequence[str]) -> tuple[str, ...]:

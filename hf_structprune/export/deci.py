@@ -10,8 +10,8 @@ from typing import Any
 from huggingface_hub import save_torch_state_dict
 from transformers import PreTrainedModel
 
-from ..checkpoint import write_folder
-from ..errors import ConfigurationError, ExportError
+from ..errors import ExportError
+from ..folders import check_folder, write_folder
 from . import configuration_decilm
 from .configuration_decilm import DeciLMConfig
 from .deci_blocks import WIDTH_MULTIPLE, Block, block_configs, fit
@@ -59,12 +59,11 @@ def export_deci(
         The folder, with `details` of the layers and of how many parameters were added.
 
     Raises:
-        ConfigurationError: The output is a file.
+        PlaceError: The output cannot be written.
         ExportError: The model is of another kind, or a layer does not fit; says what to do.
     """
+    check_folder(output)
     output = Path(output)
-    if output.is_file():
-        raise ConfigurationError(f"{output} is a file; a DeciLM checkpoint is a folder.")
     model, tokenizer = load_source(model, tokenizer, with_tokenizer=False, trust_remote_code=trust_remote_code)
     _check_kind(model)
     head_dim, state = _head_dim(model), _tensors(model)

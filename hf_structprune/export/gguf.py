@@ -15,6 +15,7 @@ from transformers.utils.logging import is_progress_bar_enabled
 from ..errors import ConfigurationError
 from ..extras import need
 from ..files import appearing
+from ..places import check_place
 from .gguf_layout import Layout, check, context_of, layout_of
 from .gguf_metadata import write_metadata
 from .gguf_tensors import StoredTensor, stored_tensors
@@ -63,8 +64,8 @@ def export_gguf(
 
     Raises:
         ConfigurationError: There is no such type.
-        ExportError: The model, its layers, its rotary positions or its tokenizer have nothing like them in llama.cpp,
-            or there is too little room.
+        ExportError: The model, its layers, its rotary positions or its tokenizer have nothing like them in llama.cpp.
+        PlaceError: The output cannot be written, or there is too little room.
     """
     if quant not in {**WRITTEN, **QUANTISED}:
         allowed = ", ".join((*WRITTEN, *QUANTISED))
@@ -72,9 +73,8 @@ def export_gguf(
     need("gguf", extra="gguf")
     if quant in QUANTISED:
         need_llama_cpp()
+    check_place(output, file=True)
     output = Path(output)
-    if output.is_dir():
-        raise ConfigurationError(f"{output} is a folder; give the name of a file, such as {output / 'model.gguf'}.")
     loaded = isinstance(model, PreTrainedModel)
     name = Path(model.config._name_or_path or "model" if loaded else model).absolute().name
     model, tokenizer = load_source(model, tokenizer, check=check, trust_remote_code=trust_remote_code)

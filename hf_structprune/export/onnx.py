@@ -17,10 +17,10 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..checkpoint import write_folder
 from ..errors import ConfigurationError, ExportError
 from ..evaluation.memory import weight_bytes
 from ..extras import need
+from ..folders import check_folder, write_folder
 from .genai import GENAI_CONFIG_NAME, genai_config
 from .result import Exported
 from .source import load_source
@@ -94,8 +94,7 @@ def export_onnx(
 def _check(model: Any, output: str | os.PathLike, dtype: str) -> None:
     if dtype not in _DTYPES:
         raise ConfigurationError(f"`dtype` is {dtype!r}; allowed values are fp32, fp16.")
-    if Path(output).exists() and not Path(output).is_dir():
-        raise ConfigurationError(f"{output} is a file; ONNX is written as a folder.")
+    check_folder(output)
     same = isinstance(model, (str, os.PathLike)) and Path(output).exists() and Path(model).exists()
     if same and Path(output).samefile(model):
         raise ConfigurationError(f"{output} is the checkpoint itself; choose another folder for its ONNX form.")

@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from transformers.utils import logging
 
-from ..checkpoint import write_folder
 from ..configuration import CONFIG_NAME
 from ..errors import StructPruneError
+from ..folders import check_folder, write_folder
 from ..plan import PLAN_NAME
 from .card import CARD_NAME, write_card
 from .uploads import choose_files
@@ -37,6 +37,7 @@ def save_checkpoint(pruner: StructuredPruner, folder: Path, name: str, **kwargs:
     plan = pruner.last_plan
     if plan is None:
         raise StructPruneError("Nothing has been pruned yet: call `prune` before `save_pretrained` or `push_to_hub`.")
+    check_folder(folder)
     card = folder / CARD_NAME
     previous = card.read_text(encoding="utf-8") if card.is_file() else ""
 

@@ -12,10 +12,11 @@ import torch
 from transformers import set_seed
 from transformers.utils import logging
 
-from ..checkpoint import check_room
 from ..errors import CheckpointError, ConfigurationError
+from ..folders import check_folder
 from ..hardware import free_memory
 from ..loading import load_tokenizer
+from ..places import check_room
 from .backend import Backend, device_of
 from .backends import BACKENDS
 from .configuration import QuantizationConfig
@@ -65,6 +66,7 @@ def quantize(
         CheckpointError: The model cannot be read or is quantised already, or there is too little memory or disk.
         StructPruneError: A package is missing.
     """
+    check_folder(output_dir)
     config, folder = config or QuantizationConfig(), Path(output_dir)
     _check_folder(folder, overwrite)
     backend, source = BACKENDS[config.method], Source.read(model, trust_remote_code)
@@ -79,8 +81,6 @@ def quantize(
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:
-    if folder.is_file():
-        raise ConfigurationError(f"`output_dir` is {folder}, a file; give the name of a folder.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ConfigurationError(f"{folder} is not empty; choose another `output_dir` or say `overwrite`.")
 

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ..errors import CheckpointError
 from ..evaluation.results import RESULTS_NAME, EvaluationResult
 from ..files import can_only_be_a_path
+from ..folders import settle
 from ..hub.network import gated_errors
 
 
@@ -39,6 +40,7 @@ class Source:
             CheckpointError: There is no such model, or it is quantised already.
         """
         name = str(name)
+        settle(name)
         if can_only_be_a_path(name) and not Path(name).is_dir():
             raise CheckpointError(f"There is no folder {name}.")
         try:

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from ..errors import ConfigurationError
 from ..evaluation.protocol import context_length
 from ..extras import need
+from ..folders import check_folder
 from ..loading import load_model, load_tokenizer
 from .begun import fingerprint_of_rows, fingerprint_of_weights, read_settings, refuse_others, settings_of
 from .best import BEST_FOLDER
@@ -102,8 +103,10 @@ def recover(
     config, distillation = config or RecoveryConfig(), distillation or DistillationConfig()
     _check_model(model, tokenizer, config)
     need("trl", "peft", extra="recover")
+    check_folder(output_dir)
     folder = Path(output_dir)
-    training = folder.with_name(folder.name + TRAINING_SUFFIX)
+    training = Path(os.path.abspath(folder) + TRAINING_SUFFIX)
+    check_folder(training)
     checkpoint = _check_folders(folder, training, resume, overwrite)
     distilled = config.method == "distill"
     settings = settings_of(
@@ -165,8 +168,6 @@ def _check_folders(folder: Path, training: Path, resume: bool, overwrite: bool) 
     Raises:
         ConfigurationError: There is something in the way, or nothing to resume.
     """
-    if folder.is_file():
-        raise ConfigurationError(f"`output_dir` is {folder}, a file; give the name of a folder.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite and not resume:
         raise ConfigurationError(f"{folder} is not empty; choose another `output_dir` or say `overwrite`.")
     whole, flaws = newest_whole(training)

@@ -9,15 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ...errors import CheckpointError, ConfigurationError
+from ...errors import CheckpointError, ConfigurationError, PlaceError
 from ...files import write_text
+from ...places import check_room
 
 
 SCHEMA_VERSION = 1
@@ -131,12 +131,10 @@ def _create(folder: Path, origin: CacheOrigin, sequences: dict[bytes, int]) -> N
     folder.mkdir(parents=True, exist_ok=True)
     tokens = sum(sequences.values())
     item = np.dtype(LOG_PROB_TYPE).itemsize
-    size, free = tokens * (origin.top_k * (4 + item) + item), shutil.disk_usage(folder).free
-    if size > free:
-        raise CheckpointError(
-            f"The cache in {folder} needs {size / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB left: choose a "
-            f"smaller `top_k` than {origin.top_k} or another folder."
-        )
+    try:
+        check_room(folder, tokens * (origin.top_k * (4 + item) + item))
+    except PlaceError as error:
+        raise PlaceError(f"The cache of the teacher: {error} `top_k` is {origin.top_k}; less needs less.") from error
     keys = np.frombuffer(b"".join(sequences), dtype=np.uint8).reshape(-1, _KEY_BYTES)
     np.save(folder / "keys.npy", keys)
     np.save(folder / "lengths.npy", np.fromiter(sequences.values(), np.int64, len(sequences)))
