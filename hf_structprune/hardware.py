@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -14,6 +16,34 @@ def has_accelerator() -> bool:
 def default_device() -> str:
     """Where is computed if nobody says where: `"cuda"` if there is such a device, else `"cpu"`."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def cuda_devices(devices: Iterable[torch.device] | None = None) -> list[torch.device]:
+    """The CUDA devices among some, or all that this machine has."""
+    if devices is not None:
+        return [device for device in devices if device.type == "cuda"]
+    number = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [torch.device("cuda", index) for index in range(number)]
+
+
+def synchronize(devices: Iterable[torch.device]) -> None:
+    """Waits until everything that was sent to accelerators is done."""
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elif device.type != "meta":
+            getattr(torch, device.type).synchronize()
+
+
+def device_name(device: torch.device) -> str:
+    """What a CUDA device is called by its maker; of others their kind, such as `"cpu"`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def release_memory() -> None:
+    """Gives memory that nothing uses any more back to the CUDA device, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def free_memory(device: torch.device) -> int | None:

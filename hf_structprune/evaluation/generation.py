@@ -18,10 +18,11 @@ from transformers.utils import logging
 
 from ..errors import ConfigurationError
 from ..files import write_text
+from ..hardware import cuda_devices, synchronize
 from .memory import memory_in_use
 from .modes import eval_mode
 from .results import Figure
-from .speed import devices_of, synchronize, where
+from .speed import devices_of, where
 
 
 PROMPTS = (
@@ -233,7 +234,7 @@ def _answer(
     devices = devices_of(model)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     options = {"do_sample": False, "pad_token_id": pad, "max_new_tokens": max_new_tokens, **options}
-    with torch.random.fork_rng(device for device in devices if device.type == "cuda"):
+    with torch.random.fork_rng(cuda_devices(devices)):
         torch.manual_seed(seed)
         synchronize(devices)
         start = time.perf_counter()

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
+from ..hardware import cuda_devices
 from .modes import eval_mode
 
 
@@ -118,7 +119,7 @@ class PeakMemory:
 @contextmanager
 def peak_memory(devices: set[torch.device]) -> Iterator[PeakMemory]:
     """Measures the peak of the CUDA allocator over the CUDA devices, or else of the process's resident memory."""
-    cuda = [device for device in devices if device.type == "cuda"]
+    cuda = cuda_devices(devices)
     peak = PeakMemory()
     if cuda:
         for device in cuda:
@@ -139,7 +140,7 @@ def peak_memory(devices: set[torch.device]) -> Iterator[PeakMemory]:
 
 def memory_in_use(devices: set[torch.device]) -> int:
     """Bytes that the CUDA allocator has given out on the CUDA devices, or else the resident memory of the process."""
-    cuda = [device for device in devices if device.type == "cuda"]
+    cuda = cuda_devices(devices)
     if cuda:
         return sum(map(torch.cuda.memory_allocated, cuda))
     import psutil

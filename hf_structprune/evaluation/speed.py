@@ -18,6 +18,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from ..errors import ConfigurationError, EvaluationError
+from ..hardware import device_name, synchronize
 from .memory import read_weights
 from .results import Figure
 
@@ -43,17 +44,9 @@ def devices_of(model: PreTrainedModel) -> set[torch.device]:
 def where(model: PreTrainedModel) -> str:
     """Dtype and device in words: `"bfloat16 on cpu (2 threads)"`."""
     device, dtype = model.device, str(model.dtype).removeprefix("torch.")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{dtype} on {name}" + (f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else "")
-
-
-def synchronize(devices: set[torch.device]) -> None:
-    """Waits until everything that was sent to accelerators is done."""
-    for device in devices:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        elif device.type != "meta":
-            getattr(torch, device.type).synchronize()
+    return f"{dtype} on {device_name(device)}" + (
+        f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
+    )
 
 
 @torch.no_grad()

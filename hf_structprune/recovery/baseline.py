@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..errors import ConfigurationError
 from ..evaluation.evaluator import TEXTS
 from ..evaluation.results import EvaluationResult, Figure
+from ..hardware import release_memory
 from ..loading import load_model, load_tokenizer
 from .watch import Watch, text_fingerprint, unchanged_randomness
 
@@ -91,8 +92,7 @@ def _from_checkpoint(
         value = _measure(model.to(device), watch, autocast)
     model = None  # noqa: F841  its memory is needed for training
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    release_memory()
     return value
 
 

@@ -20,6 +20,7 @@ from ..evaluation.likelihood import window_losses
 from ..evaluation.protocol import PROTOCOLS, context_length
 from ..evaluation.text import EvaluationText, load_text
 from ..evaluation.windows import cut_windows, spread
+from ..hardware import cuda_devices
 from .wrappers import is_sharded, underneath
 
 
@@ -126,16 +127,13 @@ def text_fingerprint(text: EvaluationText) -> str:
 @contextlib.contextmanager
 def unchanged_randomness() -> Iterator[None]:
     """Whatever is drawn inside, the generators of Python, NumPy and torch (CUDA too) go on as if it had not been."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(cuda_devices()):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 @contextlib.contextmanager
