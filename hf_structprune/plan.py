@@ -48,7 +48,7 @@ class PruningPlan:
         hidden: The residual stream; `None` if it stays as wide as it is.
         num_layers: Decoder layers before.
         removed: Parameters that go, by kind of unit.
-        warnings: Widths that later tools will refuse or run slowly.
+        warnings: Widths that later tools will refuse or run slowly, and what is not quite as if it were zeroed.
     """
 
     ratio_requested: float | None

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from .allocation import Counts, allocate
 from .allocation.amounts import check_ratio, hidden_sizes_for
 from .allocation.joint import best_part, levelled_off, prefix_costs
+from .approximations import approximations
 from .checkpoint import has_weights
 from .configuration import PruningConfig
 from .decisions import Dropped, HiddenPlan, normalised
@@ -242,6 +243,7 @@ def describe(
         dense=dense,
     )  # fmt: skip
     plan.warnings = warnings_of(inner, plan, hidden.before if hidden else model.config.hidden_size, align_to)
+    plan.warnings += approximations(model, inner, plan)
     return plan
 
 

@@ -65,7 +65,7 @@ def prove(model: PreTrainedModel, structure: ModelStructure, kinds: Collection[s
     """
     if is_proven(model):
         return
-    kinds = [kind for kind in UNITS if kind in kinds and _has(structure, kind)]
+    kinds = [kind for kind in UNITS if kind in kinds and has_units(structure, kind)]
     for kind, reason in verdicts(model, structure, kinds).items():
         if reason is not None:
             raise UnsupportedModelError(
@@ -79,13 +79,13 @@ def verdicts(model: PreTrainedModel, structure: ModelStructure, kinds: Collectio
     key, trial = _key(model, structure), None
     for kind in kinds:
         if (key, kind) not in _verdicts:
-            with _apart():
+            with apart():
                 trial = trial or Trial(model, structure)
                 _verdicts[key, kind] = trial.verdict(kind)
     return {kind: _verdicts[key, kind] for kind in kinds}
 
 
-def _has(structure: ModelStructure, kind: str) -> bool:
+def has_units(structure: ModelStructure, kind: str) -> bool:
     """Whether there is something of a kind that can go; where there is nothing, planning says so."""
     if kind in WIDTH_UNITS:
         return any(group.num_units > group.blocks for group in structure.groups if group.kind == kind)
@@ -441,7 +441,7 @@ def _as_float64(value):
 
 
 @contextmanager
-def _apart() -> Iterator[None]:
+def apart() -> Iterator[None]:
     """Settings of its own, and the caller's again afterwards: random numbers, default dtype and device, messages."""
     dtype, verbosity, bars = torch.get_default_dtype(), logging.get_verbosity(), logging.is_progress_bar_enabled()
     with ExitStack() as stack:

@@ -36,7 +36,8 @@ def norm_kind(module: nn.Module) -> NormKind | None:
     twin = copy.deepcopy(module).to_empty(device="cpu").float()
     for parameter in twin.parameters():
         parameter.zero_()
-    x = 1e4 * (torch.linspace(-1, 2, weight.numel() * 2).cos().view(2, -1) + 0.5)  # no epsilon matters beside it
+    numbers = torch.linspace(-1, 2, weight.numel() * 2, dtype=torch.float32, device="cpu")
+    x = 1e4 * (numbers.cos().view(2, -1) + 0.5)  # no epsilon matters beside it
     offset = float(twin(x).abs().max() > 1e-6)
     twin.weight.fill_(1 - offset)
     y = twin(x)
