@@ -60,9 +60,9 @@ def sizes_table(report: dict[str, Any]) -> Table:
     group, weights = report["group_size"], report["weights"]
     what = f"{report['method']}, {report['bits']} bits" + ("" if group is None else f", groups of {group}")
     table = Table(title=what)
-    for name in ("", "before", "after", "smaller by"):
+    for name in ("", "before", "after", "change"):
         table.add_column(name, justify="right" if name else "left")
     before, after = weights["bytes_before"], weights["bytes"]
-    table.add_row("weights", f"{before / 1e6:.1f} MB", f"{after / 1e6:.1f} MB", f"{1 - after / before:.1%}")
+    table.add_row("weights", f"{before / 1e6:.1f} MB", f"{after / 1e6:.1f} MB", f"{after / before - 1:+.1%}")
     table.add_row("parameters", *[f"{weights['parameters']:,}"] * 2, "")
     return table

@@ -31,7 +31,7 @@ from .snippets import (
     quantising,
     recovering,
 )
-from .table import protocols, sides
+from .table import protocols, sides, weights_of
 
 
 logger = logging.get_logger(__name__)
@@ -72,7 +72,7 @@ def make_card(
     contents = Contents.read(Path(folder))
     if previous is None:
         previous = _read(contents.folder / CARD_NAME)
-    known = _read_metadata(previous)
+    known = read_metadata(previous)
     name = name or _name(contents.folder, previous)
     origin = _origin(base_model, known, recorded or read_origin(contents.record))
     data = make_metadata(
@@ -131,8 +131,12 @@ def write_card(
     return folder / CARD_NAME
 
 
-def _read_metadata(card: str) -> dict[str, Any]:
-    """The metadata of a card, empty if it has none."""
+def read_metadata(card: str) -> dict[str, Any]:
+    """The metadata of a card, empty if it has none.
+
+    Raises:
+        HubError: It cannot be read.
+    """
     if not card.lstrip().startswith("---"):
         return {}
     try:
@@ -162,17 +166,13 @@ def _origin(base_model: Any, known: dict[str, Any], recorded: Origin | None) -> 
 
 def _about(name: str, contents: Contents, origin: Origin | None, metadata: dict[str, Any]) -> dict[str, Any]:
     """What it is and how to use it."""
-    plan, per_layer, link = contents.plan, contents.per_layer, _link(origin)
+    per_layer, link = contents.per_layer, _link(origin)
     needs = () if contents.quantization is None else quantization.libraries(contents.quantization)
     return {
         "mark": generated_mark(name),
         "title": name.rsplit("/", 1)[-1],
         "name": name,
-        "summary": (
-            f"A smaller version of {link}: structured pruning took {plan.ratio:.1%} of all its parameters "
-            f"({plan.parameters_before:,} before, {plan.parameters_after:,} now). What is left is dense: no masks, no "
-            f"zeros.{_afterwards(contents)}"
-        ),
+        "summary": f"{_size(contents, link)} What is left is dense: no masks, no zeros.{_afterwards(contents)}",
         "attribution": attribution(metadata, name),
         "loading": loading(name, per_layer, needs),
         "per_layer": per_layer,
@@ -184,6 +184,20 @@ def _about(name: str, contents: Contents, origin: Origin | None, metadata: dict[
         "quantising": quantising(name),
         "licence": _licence(metadata, link),
     }
+
+
+def _size(contents: Contents, link: str) -> str:
+    """What it is a version of, and how large it is by now: training may have made it larger again."""
+    plan, now = contents.plan, weights_of(contents, contents.state)[0]
+    before, pruned = plan.parameters_before, plan.parameters_after
+    kind = "A smaller" if now < before else "A larger" if now > before else "A"
+    took = f"{kind} version of {link}: structured pruning took {plan.ratio:.1%} of all its parameters"
+    if now == pruned:
+        return f"{took} ({before:,} before, {now:,} now)."
+    change = (
+        "as many as" if now == before else f"{abs(now / before - 1):.1%} {'more' if now > before else 'fewer'} than"
+    )
+    return f"{took} ({before:,} before, {pruned:,} after it). It has {now:,} now, {change} before pruning."
 
 
 def _afterwards(contents: Contents) -> str:

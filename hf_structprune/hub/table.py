@@ -35,7 +35,7 @@ def check_results(contents: Contents) -> None:
             continue
         if side.state != state:
             raise ConfigurationError(f"evaluation_results{suffix}.json is of a {side.state} model ({side.model}).")
-        counted, expected = side.value("efficiency/parameters"), _weights(contents, state)[0]
+        counted, expected = side.value("efficiency/parameters"), weights_of(contents, state)[0]
         if counted is not None and counted != expected:
             raise ConfigurationError(
                 f"evaluation_results{suffix}.json was measured on another model: {side.model} has {counted:,.0f} "
@@ -75,7 +75,7 @@ def _measured(name: str, *results: EvaluationResult | None) -> bool:
     return all(result is not None and name in result.figures for result in results)
 
 
-def _weights(contents: Contents, state: str) -> tuple[int, int]:
+def weights_of(contents: Contents, state: str) -> tuple[int, int]:
     """Parameters and bytes of a state: training may have untied embeddings or changed the dtype, quantising packs."""
     plan = contents.plan
     if state == "dense":
@@ -93,7 +93,7 @@ def _weights(contents: Contents, state: str) -> tuple[int, int]:
 
 
 def _counted(contents: Contents, state: str) -> list[Figure]:
-    (parameters, size), plan = _weights(contents, state), contents.plan
+    (parameters, size), plan = weights_of(contents, state), contents.plan
     macs = plan.macs_before if state == "dense" else plan.macs_after
     how = _PROTOCOL if contents.quantization is None else f"{_PROTOCOL}; {_PACKED}"
     return [

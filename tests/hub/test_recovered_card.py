@@ -88,6 +88,22 @@ def test_before_anything_is_measured(folder):
     make_card(folder)  # training untied the embeddings, so that there are more than the plan says
 
 
+@pytest.mark.parametrize(
+    ("factor", "first", "last"),
+    [
+        (1.09, "A larger version of", "9.0% more than before pruning."),
+        (1.0, "A version of", "as many as before pruning."),
+        (0.95, "A smaller version of", "5.0% fewer than before pruning."),
+    ],
+)
+def test_a_model_that_training_has_made_larger_is_called_so(folder, factor, first, last):
+    before = PruningPlan.load(folder).parameters_before
+    put(folder, make_report() | {"weights": {"parameters": round(before * factor), "bytes": 1}})
+    text = make_card(folder).text
+    (summary,) = (line for line in text.splitlines() if line.startswith(first))
+    assert f"It has {round(before * factor):,} now, {last}" in summary and f"({before:,} before, " in summary
+
+
 def test_recovered_by_other_means(folder):
     """No report, only results that say so."""
     measure(folder, ("dense", "recovered"))

@@ -308,7 +308,7 @@ def test_command(dense, tmp_path, capsys):
     assert main([*argv, "--output-dir", out]) == 2
     assert "not empty" in capsys.readouterr().err
     assert main([*argv, "--output-dir", out, "--overwrite"]) == 0
-    assert "smaller by" in capsys.readouterr().out
+    assert "change" in capsys.readouterr().out
     assert main(argv) == 2
     assert "--output-dir is missing" in capsys.readouterr().err
 

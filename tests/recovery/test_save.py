@@ -143,7 +143,9 @@ def test_an_untied_model_is_counted_as_it_is(pruned, tmp_path):
     save_recovered(model, None, tmp_path / "untied", source=pruned, report=REPORT)
     counted = sum(p.numel() for p in model.parameters())
     text = (tmp_path / "untied" / "README.md").read_text()
-    assert f"{counted:,}" in text and f"{plan.parameters_after:,}" in text
+    words = f"({plan.parameters_before:,} before, {plan.parameters_after:,} after it). It has {counted:,} now, "
+    assert words in text and f"| {counted:,} |" in text
+    assert f"{1 - counted / plan.parameters_before:.1%} fewer than before pruning." in text
 
 
 def test_all_or_nothing(pruned, tmp_path, monkeypatch):
