@@ -13,6 +13,7 @@ from ..evaluation.evaluator import EvaluationConfig, evaluate
 from ..evaluation.results import RESULTS_NAME, EvaluationResult
 from ..evaluation.table import ResultTable
 from ..places import check_place
+from ..plan import PLAN_NAME, PruningPlan
 from .arguments import parse
 from .common import ModelArguments, load_for_measuring, results_only_on_stdout, show
 from .subjects import Subject, baseline_output, find_baseline, find_subject, save_baseline
@@ -54,10 +55,13 @@ def run(argv: Sequence[str]) -> None:
     with results_only_on_stdout():
         subject = find_subject(model, command.state)
         baseline = None if command.baseline is None else find_baseline(command.baseline, model)
+        plan = _plan(model.model) if command.pictures else None
         config.load()  # what is wrong with texts and tasks shows before a model is loaded
         results = _measure(subject, baseline, config, command, output)
         if command.pictures:
-            _draw(results, model.model, output.parent / "pictures")
+            from ..evaluation.pictures import draw_all
+
+            draw_all(results, output.parent / "pictures", plan)
     table = ResultTable(results)
     where = "Not saved: there was no --output." if output is None else f"Saved to {output}"
     show(model.json, {**table.to_dict(), "output": None if output is None else str(output)}, table.to_rich(), where)
@@ -116,9 +120,6 @@ def _evaluate(
     )  # fmt: skip
 
 
-def _draw(results: list[EvaluationResult], model: str, folder: Path) -> None:
-    from ..evaluation.pictures import draw_all
-    from ..plan import PLAN_NAME, PruningPlan
-
-    plan = PruningPlan.load(model) if (Path(model) / PLAN_NAME).is_file() else None
-    draw_all(results, folder, plan)
+def _plan(model: str) -> PruningPlan | None:
+    """The plan of a checkpoint, for the picture of its widths."""
+    return PruningPlan.load(model) if (Path(model) / PLAN_NAME).is_file() else None

@@ -19,6 +19,7 @@ from ..folders import check_folder
 from ..hub import push_folder, write_card
 from ..hub.contents import DENSE_RESULTS_NAME, WIDTHS_NAME, Contents
 from ..hub.origin import Origin
+from ..hub.own_files import check_card, check_file, check_own_files
 from ..places import check_place
 from ..plan import PruningPlan
 from ..recipe import RECIPE_NAME, QuantizationSection, Recipe, RecoverySection
@@ -78,10 +79,29 @@ def run(argv: Sequence[str]) -> None:
     source = dataclasses.replace(find_model(recipe.model["model"]), **options)
     if recipe.quantization is not None:
         recipe_quantization.check_section(recipe.quantization, recipe, source)
+    _check_earlier(recipe, arguments.overwrite)
     if arguments.dry_run:
         _show_plan(recipe, source)
     else:
         _Run(recipe, source, arguments).all()
+
+
+def _dense_results(recipe: Recipe) -> Path:
+    """Where the dense model's results are kept while they are measured; other recipes may use the same file."""
+    return Path(recipe.dense_results or f"{os.path.abspath(recipe.output_dir)}-dense.json")
+
+
+def _check_earlier(recipe: Recipe, again: bool) -> None:
+    """Reads what an earlier run has left and this one goes on from, before any work.
+
+    Raises:
+        StructPruneError: A file of it is damaged.
+    """
+    for folder in recipe.folders.values():
+        (check_card if again else check_own_files)(folder)
+    dense = _dense_results(recipe)
+    if dense.is_file() and not again:
+        check_file(dense, EvaluationResult.load)
 
 
 def _show_plan(recipe: Recipe, source: ModelArguments) -> None:
@@ -102,7 +122,7 @@ class _Run:
         self.folder = Path(recipe.output_dir)
         for folder in (recipe.output_dir, *recipe.folders.values()):
             check_folder(folder)
-        check_place(self._dense_results(), file=True)
+        check_place(_dense_results(self.recipe), file=True)
         self.base = recipe.model["model"]
         self.out = console()
 
@@ -133,7 +153,7 @@ class _Run:
         pruner = load_pruner(self.source, self.recipe.pruning)
         if not measured:
             self.out.print(f"Measuring {self.base} ...")
-            self._evaluate(pruner.model, pruner.tokenizer, self._dense_results(), self.base, "dense")
+            self._evaluate(pruner.model, pruner.tokenizer, _dense_results(self.recipe), self.base, "dense")
         if not pruned:
             self.out.print(f"Pruning {self.base} ...")
             if self.source.model != self.base:  # the card names the model, not the cache it was read from
@@ -141,7 +161,7 @@ class _Run:
             pruner.prune(self.recipe.ratio)
             pruner.save_pretrained(self.folder)
         if not measured:
-            _copy(self._dense_results(), self.folder / DENSE_RESULTS_NAME)
+            _copy(_dense_results(self.recipe), self.folder / DENSE_RESULTS_NAME)
 
     def _recover(self, section: RecoverySection) -> None:
         """Trains the pruned checkpoint and measures and describes what came out."""
@@ -192,10 +212,6 @@ class _Run:
 
     def _is_measured(self) -> bool:
         return not self.again and (self.folder / DENSE_RESULTS_NAME).exists()
-
-    def _dense_results(self) -> Path:
-        """Where the dense model's results are kept while they are measured; other recipes may use the same file."""
-        return Path(self.recipe.dense_results or f"{os.path.abspath(self.folder)}-dense.json")
 
     def _evaluate(self, model: Any, tokenizer: Any, output: Path, name: str, state: str) -> None:
         config = dataclasses.replace(self.recipe.evaluation, efficiency=False)  # see `_time`

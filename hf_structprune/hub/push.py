@@ -11,6 +11,7 @@ from transformers.utils import logging
 from ..errors import HubError
 from .card import write_card
 from .network import LOGIN, clear_errors
+from .own_files import check_own_files
 from .uploads import check_checkpoint, choose_files, stale_files
 
 
@@ -52,9 +53,11 @@ def push_folder(
     Raises:
         HubError: The folder is not complete or not ours, the token is missing, wrong or has no right, the Hub cannot
             be reached, or `private` was asked for and the repository is public.
+        CheckpointError: A file of this package in the folder is damaged.
     """
     folder = Path(folder)
     check_checkpoint(folder)
+    check_own_files(folder)
     _check_token(token)
     if create_pr and revision not in (None, "main"):
         raise HubError(f"`create_pr` proposes a change to `main`; it cannot go to the branch {revision!r} as well.")

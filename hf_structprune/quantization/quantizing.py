@@ -15,6 +15,7 @@ from transformers.utils import logging
 from ..errors import CheckpointError, ConfigurationError
 from ..folders import check_folder
 from ..hardware import free_memory
+from ..hub.own_files import check_card, check_own_files
 from ..loading import load_tokenizer
 from ..places import check_room
 from .backend import Backend, device_of
@@ -63,7 +64,8 @@ def quantize(
     Raises:
         ConfigurationError: The settings, the model and the device do not fit each other, or there is something in
             `output_dir`.
-        CheckpointError: The model cannot be read or is quantised already, or there is too little memory or disk.
+        CheckpointError: The model or a file beside it cannot be read, it is quantised already, or there is too little
+            memory or disk.
         StructPruneError: A package is missing.
     """
     check_folder(output_dir)
@@ -71,6 +73,9 @@ def quantize(
     _check_folder(folder, overwrite)
     backend, source = BACKENDS[config.method], Source.read(model, trust_remote_code)
     backend.check(source, config)
+    if source.folder is not None:
+        check_own_files(source.folder)
+    check_card(folder)
     _check_room(source, backend, config, folder)
     for note in backend.notes(source, config):
         logger.warning(note)

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..errors import ConfigurationError
 from ..evaluation.text import EvaluationText
 from ..four_bit import compute_as_stored
+from ..hub.own_files import check_card, check_own_files
 from . import trainer_access
 from .beginning import begin
 from .best import BEST_FOLDER, BestWeights
@@ -20,7 +21,7 @@ from .curve import Point, RecoveryCurve, measuring_steps
 from .ending import RECOVERED_FOLDER, measure_chosen, put_back_best, save_all
 from .report import build_report, describe_training
 from .session import Session
-from .setting import METRIC, fitting_window, mixed_precision, prefer_lower, tokenizer_of
+from .setting import METRIC, fitting_window, mixed_precision, prefer_lower, source_of, tokenizer_of
 from .travelling import write_state
 from .watch import Watch
 from .wrappers import check_trainable
@@ -109,6 +110,11 @@ class LoraRecoveryCallback(TrainerCallback):
         self._tokenizer = tokenizer_of(processing_class, self._trainer)
         check_trainable(model)
         compute_as_stored(model)
+        if self.merge:
+            source = source_of(model)
+            if source is not None:
+                check_own_files(source)
+            check_card(self._merged(args))
         prefer_lower(args)
         watch = Watch(self._tokenizer, self.text, window=fitting_window(self.window, model), **self.windows)
         first = state.is_world_process_zero
@@ -208,13 +214,17 @@ class LoraRecoveryCallback(TrainerCallback):
         else:
             put_back_best(session, model, state.global_step)
         if self.merge:
-            merged = self.output_dir or Path(args.output_dir) / RECOVERED_FOLDER
+            merged = self._merged(args)
         self.report = build_report(session, describe_training(args, state, model, seconds), self.about)
         try:
             if state.is_world_process_zero:
                 save_all(session, model, self._tokenizer, self.report, Path(args.output_dir), merged)
         finally:
             PartialState().wait_for_everyone()
+
+    def _merged(self, args: TrainingArguments) -> Path:
+        """Where the merged model goes."""
+        return Path(self.output_dir or Path(args.output_dir) / RECOVERED_FOLDER)
 
     def _measure(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any) -> float:
         """Measures once a step, logs, and stops the training if that is due."""

@@ -18,6 +18,7 @@ from training_setup import (
 )
 from watching import WATCH
 
+from hf_structprune import PruningPlan
 from hf_structprune.errors import ConfigurationError
 from hf_structprune.recovery.callback import METRIC, LoraRecoveryCallback
 
@@ -248,7 +249,7 @@ def test_merges_and_saves_the_best(tmp_path, saved):
 
 def test_source_is_the_pruned_checkpoint(tmp_path, saved):
     make_tiny().save_pretrained(tmp_path / "pruned")
-    (tmp_path / "pruned" / "pruning_plan.json").write_text("{}")
+    PruningPlan(0.1, "llama", "uniform", [], 10, 9, 10, 9, 0, 0, 4.0).save(tmp_path / "pruned" / "pruning_plan.json")
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 

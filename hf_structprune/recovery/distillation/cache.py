@@ -83,7 +83,7 @@ class PredictionCache:
             lengths = np.load(folder / "lengths.npy")
             _check(folder, index, origin, set(keys), sequences)
             return cls(folder, origin, keys, lengths, index["done"])
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, ConfigurationError):
                 raise
             raise CheckpointError(
