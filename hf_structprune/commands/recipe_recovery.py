@@ -9,7 +9,7 @@ from ..extras import need
 from ..hub.recovery import read_report
 from ..recipe import RecoverySection
 from ..recovery.checkpoints import newest_whole
-from ..recovery.recovering import TRAINING_SUFFIX, recover
+from ..recovery.recovering import recover, training_folder
 from .common import ModelArguments
 
 
@@ -47,8 +47,7 @@ def recover_section(
     section: RecoverySection, pruned: Path, dense: ModelArguments, dense_name: str, again: bool
 ) -> None:
     """Trains the pruned checkpoint; an interrupted training goes on where it stopped."""
-    training = Path(section.output_dir + TRAINING_SUFFIX)
-    resume = not again and newest_whole(training)[0] is not None
+    resume = not again and newest_whole(training_folder(section.output_dir))[0] is not None
     recover(
         pruned, section.dataset, section.output_dir, section.config,
         split=section.split, dense=dense.model, teacher=dense.model, teacher_name=dense_name,

@@ -137,6 +137,7 @@ def _method(report: dict[str, Any]) -> str:
     adapters = f"rank {config.rank}, alpha {config.alpha}"
     adapters += ", DoRA" if config.use_dora else ""
     adapters += ", rsLoRA" if config.use_rslora else ""
+    adapters += f", {' and '.join(config.modules_to_save)} trained whole" if config.modules_to_save else ""
     adapters += f", {_INITIALISED.format(config.init_lora_weights)}" if config.init_lora_weights else ""
     trained = {
         "lora": f"LoRA ({adapters})",

@@ -36,8 +36,10 @@ class RecoveryConfig:
         rank (`int`): Rank of the adapters.
         alpha (`int`): Their scale: updates are multiplied by `alpha / rank`.
         dropout (`float`): Dropout on the inputs of the adapters.
-        target_modules (list of `str`, *optional*): Names of the modules that get an adapter, for example `q_proj`.
-            Default: every Linear but the head.
+        target_modules (list of `str`, *optional*): Names of the modules that get an adapter, for example `q_proj`, or
+            `all-linear` for every Linear but the head, which is the default.
+        modules_to_save (list of `str`, *optional*): Names of the modules that are trained whole beside the adapters,
+            for example `lm_head`. Default: none.
         init_lora_weights (`str`, *optional*): How PEFT starts adapters: `gaussian`, `orthogonal`, `mica`, `pissa`,
             `pissa_niter_16` (or another number) or `olora`. Default: PEFT's, zero for the second matrix.
         use_dora (`bool`): Train magnitude and direction apart (DoRA).
@@ -79,6 +81,7 @@ class RecoveryConfig:
     alpha: int = 16
     dropout: float = 0.05
     target_modules: Sequence[str] | None = None
+    modules_to_save: Sequence[str] | None = None
     init_lora_weights: str | None = None
     use_dora: bool = False
     use_rslora: bool = False
@@ -148,6 +151,8 @@ class RecoveryConfig:
             self.report_to = [self.report_to]
         if isinstance(self.target_modules, str):
             self.target_modules = [self.target_modules]
+        if isinstance(self.modules_to_save, str):
+            self.modules_to_save = [self.modules_to_save]
 
     @property
     def trained(self) -> str:

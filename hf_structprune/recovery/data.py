@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from uuid import uuid4
@@ -12,6 +13,7 @@ from transformers.utils import logging
 from ..errors import ConfigurationError, TextError
 from ..extras import need
 from .encoding import IGNORED, Encoded, Encoder
+from .endings import Endings
 from .sources import COMMON, load_rows, public_sources, restore, to_common
 
 
@@ -31,6 +33,7 @@ class SourceReport:
         empty: Of these, without text or without an answer.
         truncated: Cut off at the end, because they are too long.
         dropped: Left out, because nothing to learn is left after the cut.
+        long_prompts: Of these, whose prompt alone fills `max_length`.
         split: Plain texts that became several sequences.
         sequences: Sequences that it gives.
         tokens: Tokens in these.
@@ -43,6 +46,7 @@ class SourceReport:
     empty: int = 0
     truncated: int = 0
     dropped: int = 0
+    long_prompts: int = 0
     split: int = 0
     sequences: int = 0
     tokens: int = 0
@@ -87,12 +91,16 @@ class DataReport:
         return sum(one.labelled for one in self.sources)
 
     def lines(self) -> list[str]:
-        """The report in words, for the console."""
+        """The report in words."""
+        return self.counts() + self.notes
+
+    def counts(self) -> list[str]:
+        """The same without the notes, which `prepare` has said."""
         lines = [one.line() for one in self.sources]
         if self.packed is not None:
             share = self.tokens / (self.packed * self.max_length)
             lines.append(f"packed into {self.packed:,} sequences of {self.max_length} tokens, {share:.0%} full")
-        return lines + self.notes
+        return lines
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -107,6 +115,7 @@ def prepare(
     prompt_loss: bool = False,
     packing: bool = False,
     seed: int = 0,
+    stops: Collection[int] = (),
 ) -> tuple[Any, DataReport]:
     """Rows to what a Trainer takes: a `datasets.Dataset` with `input_ids` and `labels`, -100 on what is not learned.
 
@@ -124,6 +133,7 @@ def prepare(
             `SFTConfig(padding_free=True, max_length=None)`: then positions begin anew in every example, from which
             Transformers sees, in every implementation of attention, that a token may look at its own example only.
         seed: Of the shuffling before packing.
+        stops: Tokens at which the model stops, besides the tokenizer's end-of-sequence token.
 
     Returns:
         The sequences, and what became of the rows.
@@ -138,7 +148,11 @@ def prepare(
     notes = _pad_with_end(tokenizer)
     rows = to_common(dataset)
     report = DataReport([], max_length, notes)
-    result = _encode(rows, Encoder(tokenizer, prompt_loss=prompt_loss), report)
+    endings = Endings({tokenizer.eos_token_id, *stops})
+    result = _encode(rows, Encoder(tokenizer, prompt_loss=prompt_loss), report, endings)
+    for note in (*_long_prompts(report), *endings.notes(tokenizer)):
+        logger.warning(f"{note[0].upper()}{note[1:]}.")
+        report.notes.append(note)
     if not len(result):
         raise TextError(f"There is nothing to learn in the data. {'. '.join(report.lines())}.")
     if packing:
@@ -174,7 +188,17 @@ def _pad_with_end(tokenizer: Any) -> list[str]:
     return [note]
 
 
-def _encode(rows: Any, encoder: Encoder, report: DataReport) -> Any:
+def _long_prompts(report: DataReport) -> list[str]:
+    """What is said of rows that are dropped because their prompts leave no room for an answer."""
+    return [
+        f"of {one.name} {one.long_prompts:,} rows are dropped because their prompts alone fill `max_length` "
+        f"{report.max_length}: set it higher to learn their answers"
+        for one in report.sources
+        if one.long_prompts
+    ]
+
+
+def _encode(rows: Any, encoder: Encoder, report: DataReport, endings: Endings) -> Any:
     import datasets
 
     counts: dict[tuple[str, str], SourceReport] = {}
@@ -186,7 +210,7 @@ def _encode(rows: Any, encoder: Encoder, report: DataReport) -> Any:
             source, kind, text = row
             count = counts.setdefault((source, kind), SourceReport(source, kind))
             where = f"Row {number} of the data (from {source})"
-            for piece in _sequences(text, encoder, report.max_length, count, answers, where):
+            for piece in _sequences(text, encoder, report.max_length, count, answers, endings, where):
                 result["input_ids"].append(piece.input_ids)
                 result["labels"].append(piece.labels)
         return result
@@ -198,12 +222,20 @@ def _encode(rows: Any, encoder: Encoder, report: DataReport) -> Any:
         keep_in_memory=True, new_fingerprint=uuid4().hex, desc="Tokenizing",
     )  # fmt: skip
     report.sources = [counts[key] for key in sorted(counts)]
-    report.notes += [f"{note} ({count:,} chats)" for note, count in answers.items()]
+    for note, count in answers.items():
+        logger.info(f"{note} ({count:,} chats)")
+        report.notes.append(f"{note} ({count:,} chats)")
     return result
 
 
 def _sequences(
-    text: str, encoder: Encoder, max_length: int, count: SourceReport, answers: Counter[str], where: str
+    text: str,
+    encoder: Encoder,
+    max_length: int,
+    count: SourceReport,
+    answers: Counter[str],
+    endings: Endings,
+    where: str,
 ) -> list[Encoded]:
     """Sequences of one row, and its part of the account."""
     count.rows += 1
@@ -218,6 +250,8 @@ def _sequences(
     pieces = [piece for piece in cut(encoded, max_length) if learned(piece)]
     long = len(encoded.input_ids) > max_length
     count.dropped += not pieces
+    count.long_prompts += not pieces and bool(learned(encoded))
+    endings.look_at(encoded)
     count.split += long and encoded.plain and bool(pieces)
     count.truncated += long and not encoded.plain and bool(pieces)
     count.sequences += len(pieces)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -26,13 +27,15 @@ LAST = (
 class Encoded:
     """Token ids of an example and their labels, of equal length. `plain` text may be cut into pieces.
 
-    `answers` says how the answers of a chat of several turns were found, else it is `None`.
+    `answers` says how the answers of a chat of several turns were found, else it is `None`; `is_chat` that the chat
+    template wrote it.
     """
 
     input_ids: list[int]
     labels: list[int]
     plain: bool = False
     answers: str | None = None
+    is_chat: bool = False
 
 
 class Encoder:
@@ -67,7 +70,7 @@ class Encoder:
                 "it is a chat, but the tokenizer has no chat template: set `tokenizer.chat_template`, use the "
                 "tokenizer of an instruction-tuned model, or give the rows as `prompt` and `completion` or as `text`."
             )
-        return self._chat(example)
+        return dataclasses.replace(self._chat(example), is_chat=True)
 
     def _plain(self, text: str) -> list[int]:
         return list(self.tokenizer(text=text, verbose=False)["input_ids"])

@@ -197,7 +197,23 @@ def _message(message: Any) -> dict[str, Any]:
         values["content"] = values.pop("value")
     if values.get("role") not in ROLES:
         raise _Wrong(f"a message is by {values.get('role')!r}; known are {', '.join(ROLES)}.")
-    return {**values, "role": ROLES[values["role"]], "content": _text(values.get("content"), "a message")}
+    return {**values, "role": ROLES[values["role"]], "content": _content(values.get("content"))}
+
+
+def _content(value: Any) -> str:
+    """The text of a message, whole or in parts: `[{"type": "text", "text": "..."}]`."""
+    if not isinstance(value, list):
+        return _text(value, "a message")
+    return "".join(_part(part) for part in value)
+
+
+def _part(part: Any) -> str:
+    if isinstance(part, Mapping):
+        kind = part.get("type") or "text"
+        if kind != "text":
+            raise _Wrong(f"a message has a part of type {kind!r}; only text can be learned.")
+        part = part.get("text")
+    return _text(part, "a part of a message")
 
 
 def _template(row: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -16,13 +16,16 @@ from ..errors import ConfigurationError
 from ..evaluation.protocol import context_length
 from ..extras import need
 from ..folders import check_folder
+from ..hub.own_files import check_card, check_own_files
 from ..loading import load_model, load_tokenizer
 from .begun import fingerprint_of_rows, fingerprint_of_weights, read_settings, refuse_others, settings_of
 from .best import BEST_FOLDER
 from .checkpoints import KeepNewest, in_order, newest_whole, step_of
 from .configuration import DistillationConfig, RecoveryConfig
 from .data import load_rows, prepare, public_sources
+from .endings import stopping_tokens
 from .precision import DTYPES, choose_precision
+from .setting import source_of
 
 
 if TYPE_CHECKING:
@@ -98,6 +101,7 @@ def recover(
     Raises:
         ConfigurationError: The settings, the data and the model do not fit each other or those that the training was
             begun with, or there is something in the folders already.
+        CheckpointError: A file of this package beside the pruned model is damaged.
         StructPruneError: A model or a data set cannot be read, or an extra is not installed.
     """
     config, distillation = config or RecoveryConfig(), distillation or DistillationConfig()
@@ -105,8 +109,12 @@ def recover(
     need("trl", "peft", extra="recover")
     check_folder(output_dir)
     folder = Path(output_dir)
-    training = Path(os.path.abspath(folder) + TRAINING_SUFFIX)
+    training = training_folder(output_dir)
     check_folder(training)
+    source = Path(model) if isinstance(model, (str, os.PathLike)) else source_of(model)
+    if source is not None:
+        check_own_files(source)
+    check_card(folder)
     checkpoint = _check_folders(folder, training, resume, overwrite)
     distilled = config.method == "distill"
     settings = settings_of(
@@ -123,8 +131,9 @@ def recover(
     prepared, data = prepare(
         rows, tokenizer, max_length=config.max_length, context=context_length(student),
         prompt_loss=config.prompt_loss, packing=config.packing, seed=config.seed,
+        stops=stopping_tokens(student),
     )  # fmt: skip
-    for line in data.lines():
+    for line in data.counts():
         logger.info(line)
     settings |= {"training_rows": fingerprint_of_rows(prepared), "model_weights": fingerprint_of_weights(student)}
     if checkpoint is not None:
@@ -150,6 +159,11 @@ def recover(
         _say_how_to_go_on(training)
         raise
     return RecoveryResult(folder, callback.report)
+
+
+def training_folder(output_dir: str | os.PathLike) -> Path:
+    """Where the checkpoints of the training go."""
+    return Path(os.path.abspath(output_dir) + TRAINING_SUFFIX)
 
 
 def _check_model(model: Any, tokenizer: Any, config: RecoveryConfig) -> None:
@@ -297,7 +311,7 @@ def _trainer(
 ) -> SFTTrainer:
     from trl import SFTTrainer
 
-    from .adapters import adapter_config
+    from .adapters import adapter_config, widen
     from .training import training_arguments
 
     options = {
@@ -309,10 +323,13 @@ def _trainer(
         "callbacks": [callback, KeepNewest()],
     }
     if teacher is None:
-        return SFTTrainer(**options)
-    from .distillation.trainer import DistillationSFTTrainer
+        trainer = SFTTrainer(**options)
+    else:
+        from .distillation.trainer import DistillationSFTTrainer
 
-    return DistillationSFTTrainer(**options, teacher=teacher, distillation=distillation)
+        trainer = DistillationSFTTrainer(**options, teacher=teacher, distillation=distillation)
+    widen(trainer.model)
+    return trainer
 
 
 def _name(model: Any) -> str | None:

@@ -35,11 +35,12 @@ def load_rows(source: Any, *, split: str = "train", max_samples: int | None = No
     without a share divide what is left in proportion to their rows.
 
     Args:
-        source: A `datasets.Dataset`, a list of row dicts, a `.jsonl`, `.json` or `.txt` file, a folder (made by
-            `save_to_disk`, or with data files), the id of a data set of the Hub, or a list of such sources, each with
-            `@SHARE` at its end or as a pair `(source, share)` if wanted. A `.txt` file is one text.
+        source: A `datasets.Dataset` (a streaming one needs `max_samples`), a list of row dicts, a `.jsonl`, `.json` or
+            `.txt` file, a folder (made by `save_to_disk`, or with data files), the id of a data set of the Hub, or a
+            list of such sources, each with `@SHARE` at its end or as a pair `(source, share)` if wanted. A `.txt` file
+            is one text.
         split: Split of data sets that have several.
-        max_samples: At most so many rows, drawn at random.
+        max_samples: At most so many rows, drawn at random; of a streaming data set the first ones.
         seed: Of the drawing and the mixing.
 
     Raises:
@@ -55,7 +56,7 @@ def load_rows(source: Any, *, split: str = "train", max_samples: int | None = No
     source, share = _with_share(source)
     if share is not None:
         raise ConfigurationError(f"{_name(source)} has the share {share:g} of a mix, but there is no other source.")
-    rows = _open(source, split)
+    rows = _open(source, split, max_samples)
     if max_samples is not None and max_samples < len(rows):
         rows = rows.shuffle(seed=seed).select(range(max_samples))
     return rows
@@ -141,10 +142,11 @@ def _name(source: Any) -> str:
     return getattr(getattr(source, "info", None), "dataset_name", None) or UNNAMED
 
 
-def _open(source: Any, split: str) -> Any:
-    """All rows of a source, with their columns, under its name.
+def _open(source: Any, split: str, max_samples: int | None) -> Any:
+    """All rows of a source, with their columns, under its name; of a stream the first `max_samples`.
 
     Raises:
+        ConfigurationError: It is nothing that rows can be read from, or a stream without an end.
         TextError: It cannot be read, has no rows, or its columns are of no known format.
     """
     import datasets
@@ -154,10 +156,12 @@ def _open(source: Any, split: str) -> Any:
         rows = read_table(source, split=split)
     elif isinstance(source, (list, tuple)):
         rows = as_table(source, name)
-    elif isinstance(source, datasets.DatasetDict):
+    elif isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         if split not in source:
             raise TextError(f"The data set has no split {split!r}; it has {', '.join(map(repr, source))}.")
-        rows = source[split]
+        return _open(source[split], split, max_samples)
+    elif isinstance(source, datasets.IterableDataset):
+        rows = _first_rows(source, name, max_samples)
     elif isinstance(source, datasets.Dataset):
         rows = source
     else:
@@ -174,10 +178,24 @@ def _open(source: Any, split: str) -> Any:
     return rows
 
 
+def _first_rows(stream: Any, name: str, count: int | None) -> Any:
+    """The first rows of a streaming data set, in memory: where it ends is not known before it is read."""
+    import datasets
+
+    if count is None:
+        raise ConfigurationError(
+            f"{name} is a streaming data set, which may have no end: say by `max_samples` how many rows to take."
+        )
+    found = list(stream.take(count))
+    rows = datasets.Dataset.from_list(found, features=stream.features if found else None)
+    logger.warning(f"{name} is a streaming data set: its first {len(rows):,} rows are taken, in their order.")
+    return rows
+
+
 def _mix(sources: list[tuple[Any, float | None]], split: str, max_samples: int | None, seed: int) -> Any:
     import datasets
 
-    opened = [_open(source, split) for source, _ in sources]
+    opened = [_open(source, split, max_samples) for source, _ in sources]
     names = _distinct([rows.info.dataset_name for rows in opened])
     shares = [share for _, share in sources]
     counts = mix_counts([len(rows) for rows in opened], shares, max_samples)

@@ -129,7 +129,7 @@ def test_long_texts_are_split_and_nothing_is_lost(make_tokenizer):
     assert (source.rows, source.split, source.sequences, source.truncated, source.dropped) == (4, 2, 5, 0, 0)
 
 
-def test_long_answers_are_cut_and_those_without_answer_dropped(make_tokenizer):
+def test_long_answers_are_cut_and_those_without_answer_dropped(make_tokenizer, caplog):
     rows = [
         {"prompt": "p" * 10, "completion": "c" * 20},
         {"prompt": "p" * 16, "completion": "c"},
@@ -146,6 +146,27 @@ def test_long_answers_are_cut_and_those_without_answer_dropped(make_tokenizer):
         "data (prompt-completion): 4 rows, 2 sequences, 22 tokens, 8 of them learned; "
         "rows 1 empty, 1 dropped, 1 truncated"
     )
+    words = "of data 1 rows are dropped because their prompts alone fill `max_length` 16: set it higher"
+    assert words in report.lines()[-1] and words[1:] in caplog.text
+    with pytest.raises(TextError, match="nothing to learn in the data.* prompts alone fill `max_length` 16"):
+        prepare(Dataset.from_list(rows[1:2]), tokenizer, max_length=16)
+
+
+@pytest.mark.parametrize("turns", [3, 5])
+def test_a_chat_template_that_never_ends_an_answer_is_noted(make_tokenizer, turns):
+    rows = Dataset.from_list([{"messages": CHAT[:turns]}] * 2)
+    never = CHATML.replace("</s>", "")
+    for template, options, noted in (
+        (CHATML, {}, False), (MARKED, {}, False), (never, {}, True), (never.replace("\n", "|"), {}, True),
+        (never, {"prompt_loss": True}, True), (CHATML, {"prompt_loss": True}, False),
+        (CHATML, {"max_length": 40}, False),
+        (never.replace("\n", "|"), {"stops": [3, ord("|") - 32 + 4]}, False),  # the model stops there as well
+    ):  # fmt: skip
+        _, report = prepare(rows, make_tokenizer(chat_template=template), **{"max_length": 200, **options})
+        found = [note for note in report.notes if "never writes '</s>' after an answer" in note]
+        assert len(found) == noted, (template, options)
+    plain = Dataset.from_list([{"text": "no chat"}])
+    assert not any("never" in note for note in prepare(plain, make_tokenizer(), max_length=200)[1].notes)
 
 
 def test_a_mix_is_what_its_parts_are(make_tokenizer):

@@ -44,6 +44,8 @@ def test_examples():
     assert read(prompt=[USER], completion=[BOT]) == Chat([USER, BOT], 1)
     turns = [{"from": "human", "value": "q", "weight": None}, {"from": "gpt", "value": "a", "weight": None}]
     assert read(conversations=turns) == Chat([USER, BOT])
+    parts = [{"type": "text", "text": "a", "image": None}, {"type": None, "text": ""}, "b"]
+    assert read(messages=[USER, {"role": "assistant", "content": parts}]) == Chat([USER, {**BOT, "content": "ab"}])
     assert read(messages=[USER, BOT], tools="[]").template == {"tools": "[]"}
 
 
@@ -66,7 +68,9 @@ def test_nothing_to_learn(row):
         ({"messages": "hi"}, "the messages are a str, not a list"),
         ({"messages": ["hi"]}, "a message is a str, not an object with `role`"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "a message is by 'alien'; known are human"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a message is a list, not a text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a part of type 'image'; only text can be"),
+        ({"messages": [{"role": "user", "content": [3]}]}, "a part of a message is a int, not a text"),
+        ({"messages": [{"role": "user", "content": {}}]}, "a message is a dict, not a text"),
         ({"prompt": [USER], "completion": "x"}, "must both be texts or both be lists"),
     ],
 )

@@ -89,9 +89,10 @@ def parameters(folder):
         {"packing": True},
         {"init_lora_weights": "pissa"},
         {"use_dora": True, "use_rslora": True},
+        {"target_modules": "all-linear", "modules_to_save": ["lm_head"], "precision": "bf16"},
         {"target_modules": ["down_proj"], "gradient_checkpointing": True},
     ],
-    ids=["lora", "full", "qlora", "distill", "distill-full", "packed", "pissa", "dora", "down-proj"],
+    ids=["lora", "full", "qlora", "distill", "distill-full", "packed", "pissa", "dora", "head", "down-proj"],
 )
 def test_every_method_brings_quality_back(checkpoints, changes):
     if changes.get("method") == "qlora":

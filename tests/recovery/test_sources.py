@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDatasetDict
 
 from hf_structprune.errors import ConfigurationError, TextError
 from hf_structprune.recovery.formats import Chat, Instruction, Pair, Text
@@ -49,6 +49,25 @@ def test_every_kind_of_source_keeps_its_columns(tmp_path, kind):
     rows = load_rows(source)
     assert set(rows.column_names) == {"instruction", "context", "response", "category"}
     assert rows["instruction"][:] == [row["instruction"] for row in DOLLY]
+
+
+def test_of_a_stream_the_first_rows_are_taken(caplog):
+    stream = Dataset.from_list(texts(9)).to_iterable_dataset()
+    for source in (stream, IterableDatasetDict(train=stream), [(stream, 0.5), (texts(9, "u"), 0.5)]):
+        with pytest.raises(
+            ConfigurationError, match="streaming data set, which may have no end: say by `max_samples`"
+        ):
+            load_rows(source)
+    assert load_rows(stream, max_samples=4)["text"][:] == ["t0", "t1", "t2", "t3"]
+    assert "its first 4 rows are taken, in their order" in caplog.text
+    assert len(load_rows(IterableDatasetDict(train=stream), max_samples=20)) == 9
+    mixed = load_rows([(stream, 0.5), (texts(9, "u"), 0.5)], max_samples=6)
+    taken = sorted(restore(example).text for example in mixed["example"])
+    assert [one[0] for one in taken] == ["t"] * 3 + ["u"] * 3
+    with pytest.raises(TextError, match="no split 'test'"):
+        load_rows(IterableDatasetDict(train=stream), split="test", max_samples=1)
+    with pytest.raises(TextError, match="There are no rows"):
+        load_rows(stream.filter(lambda row: False), max_samples=1)
 
 
 def test_a_text_file_is_one_text(tmp_path):

@@ -1,6 +1,7 @@
 """What TRL and PEFT are given: arguments, adapters, precision."""
 
 import pytest
+import torch
 from forced_hardware import force_accelerator, force_bf16_cpu, force_cuda, force_no_accelerator
 
 
@@ -8,7 +9,7 @@ pytest.importorskip("trl")
 pytest.importorskip("peft")
 
 from hf_structprune.errors import ConfigurationError  # noqa: E402
-from hf_structprune.recovery.adapters import adapter_config  # noqa: E402
+from hf_structprune.recovery.adapters import adapter_config, widen  # noqa: E402
 from hf_structprune.recovery.configuration import RecoveryConfig  # noqa: E402
 from hf_structprune.recovery.precision import choose_precision  # noqa: E402
 from hf_structprune.recovery.training import accumulation_steps, training_arguments  # noqa: E402
@@ -47,6 +48,34 @@ def test_all_linear_modules_but_the_head_get_adapters(tiny_llama):
 def test_named_modules_only(tiny_llama):
     config = adapter_config(RecoveryConfig(target_modules=["q_proj", "v_proj"]), tiny_llama)
     assert config.target_modules == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize("given", [None, "all-linear", ["all-linear"]])
+def test_all_linear_as_in_peft(tiny_llama, given):
+    assert adapter_config(RecoveryConfig(target_modules=given), tiny_llama).target_modules == "all-linear"
+
+
+@pytest.mark.parametrize("given", ["lm_head", ["lm_head", "model.norm"]])
+def test_modules_to_save_as_in_peft_but_in_float32(tiny_llama, given):
+    from peft import get_peft_model
+
+    config = RecoveryConfig(target_modules="q_proj", modules_to_save=given)
+    model = get_peft_model(tiny_llama.to(torch.bfloat16), adapter_config(config, tiny_llama))
+    widen(model)
+    trained = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+    names = [given] if isinstance(given, str) else given
+    whole = [name for name in trained if "modules_to_save" in name]
+    assert whole == [f"base_model.model.{name}.modules_to_save.default.weight" for name in reversed(names)]
+    assert set(trained.values()) == {torch.float32} and len(trained) > len(whole)
+
+
+def test_what_cannot_be_trained_whole_is_refused(tiny_llama):
+    with pytest.raises(ConfigurationError, match="`modules_to_save` names 'head', of which the model has none"):
+        adapter_config(RecoveryConfig(modules_to_save=["head"]), tiny_llama)
+    packed = torch.nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
+    tiny_llama.model.layers[0].mlp.up_proj.weight = packed
+    with pytest.raises(ConfigurationError, match="'model.layers.0.mlp.up_proj', which is quantised"):
+        adapter_config(RecoveryConfig(modules_to_save=["up_proj"]), tiny_llama)
 
 
 def test_a_module_that_is_not_there_is_refused(tiny_llama):
