@@ -121,6 +121,27 @@ def test_a_model_that_a_forward_pass_has_repacked(double, tmp_path):
     assert stored.quant_state.packing_format_for_cpu and torch.equal(stored.data, packed)
 
 
+@pytest.mark.parametrize("cpu", FOUR_BIT_CPUS)
+def test_the_callback_keeps_a_base_that_others_have_loaded_as_it_is(cpu, tmp_path, monkeypatch):
+    """The Trainer's own evaluations would repack it, and training would go on without its gradients."""
+    pytest.importorskip("bitsandbytes")
+    from training_setup import make_callback, make_trainer
+
+    force_four_bit_cpu(monkeypatch, cpu)
+    make_model("llama", hidden_size=64, intermediate_size=128, vocab_size=128).save_pretrained(tmp_path / "base")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config, dtype=torch.float32)
+    weights = [(p, p.detach().clone()) for p in base.parameters() if type(p).__name__ == "Params4bit"]
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
+    trainer = make_trainer(
+        tmp_path / "out", make_callback(evaluations=1), model, max_steps=2, eval_strategy="steps", eval_steps=1
+    )
+    trainer.train()
+    assert len(weights) == 21
+    for now, before in weights:
+        assert torch.equal(now, before) and not getattr(now.quant_state, "packing_format_for_cpu", False)
+
+
 def test_errors(checkpoint, monkeypatch):
     with pytest.raises(ConfigurationError, match="`bits` is 3; it must be 4 or 8"):
         qlora.load_quantised(checkpoint, bits=3)
