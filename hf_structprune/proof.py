@@ -62,9 +62,11 @@ def prove(model: PreTrainedModel, structure: ModelStructure, kinds: Collection[s
 
     Raises:
         UnsupportedModelError: A kind is not proven: names it, the model type, and what differs or could not be tried.
+            Or the class is none of Transformers'.
     """
     if is_proven(model):
         return
+    _stock_class(model)  # refuses classes of which no checkpoint could be written
     kinds = [kind for kind in UNITS if kind in kinds and has_units(structure, kind)]
     for kind, reason in verdicts(model, structure, kinds).items():
         if reason is not None:
@@ -453,7 +455,7 @@ def apart() -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         try:
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # and not those of other devices
             torch.set_default_dtype(torch.float64)
             logging.set_verbosity_error()
             logging.disable_progress_bar()

@@ -51,7 +51,13 @@ def shrunk_values(model: PreTrainedModel, structure: ModelStructure) -> tuple[di
         values.pop(key, None)
     values, kept = _with_few_layers(model, structure, values)
     size, count = _factors(model, values)
-    return _shrunk(values, size, count, "n_group" in values and (values["n_group"] or 0) > 1), kept
+    return _shrunk(values, size, count, _experts(values)), kept
+
+
+def _experts(values: dict[str, Any]) -> int:
+    """How many experts are left: in each group they are chosen from, two at least, and as many as a token needs."""
+    groups, chosen = values.get("n_group") or 1, values.get("topk_group") or 1
+    return max(EXPERTS, groups * max(2, -(-(values.get("num_experts_per_tok") or 1) // chosen)))
 
 
 def _factors(model: PreTrainedModel, values: dict[str, Any]) -> tuple[int, int]:
@@ -102,8 +108,8 @@ def _sections(values: dict[str, Any]) -> list[int]:
     return [part for section in _named(values, "mrope_section") for part in section or ()]
 
 
-def _shrunk(values: Any, size: int, count: int, grouped: bool, key: str = "") -> Any:
-    again = (size, count, grouped)
+def _shrunk(values: Any, size: int, count: int, experts: int, key: str = "") -> Any:
+    again = (size, count, experts)
     if isinstance(values, dict):
         return {k: _shrunk(v, *again, key if str(k).isdigit() else str(k)) for k, v in values.items()}
     if key in ("short_factor", "long_factor") and isinstance(values, (list, tuple)):
@@ -117,7 +123,7 @@ def _shrunk(values: Any, size: int, count: int, grouped: bool, key: str = "") ->
     return _number(key, values, *again)
 
 
-def _number(key: str, value: int, size: int, count: int, grouped: bool) -> int:
+def _number(key: str, value: int, size: int, count: int, experts: int) -> int:
     if "vocab_size" in key:
         return min(value, VOCABULARY)
     if key.endswith(("token_id", "token_index")):
@@ -130,8 +136,8 @@ def _number(key: str, value: int, size: int, count: int, grouped: bool) -> int:
         return value // count if value > 1 else value
     if _HEAD_SIZES.search(key):
         return max(value // size, min(value, 2)) if value else value
-    if "experts" in key and not grouped and "tok" not in key:
-        return min(value, EXPERTS)
+    if "experts" in key and "tok" not in key:
+        return min(value, experts)
     if _WIDTHS.search(key):
         return max(value // (size * count), 4) if value > 4 else value
     return value

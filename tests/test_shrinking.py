@@ -43,6 +43,14 @@ def test_first_dense_layers_of_a_mixture_stay_the_first():
     assert kept == [0, 1, 3, 4] and values["first_k_dense_replace"] == 2
 
 
+def test_experts_stay_enough_for_their_groups():
+    groups = dict(n_routed_experts=256, n_group=8, topk_group=4, num_experts_per_tok=24)
+    values, _ = shrunk("DeepseekV3Config", num_hidden_layers=4, **groups)
+    assert (values["n_routed_experts"], values["n_group"], values["topk_group"]) == (48, 8, 4)
+    values, _ = shrunk("Qwen3MoeConfig", num_hidden_layers=2, num_experts=128)
+    assert values["num_local_experts"] == 16
+
+
 def test_factors_of_each_rotated_channel_shrink_with_the_heads():
     rope = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 48, long_factor=[2.0] * 48)
     values, _ = shrunk("Phi3Config", rope_parameters=rope | {"original_max_position_embeddings": 4096})

@@ -12,6 +12,7 @@ from ..structure import ModelStructure
 from .norms import eps_changes, row_scales
 
 
+_GROUPED = 8  # values in 16 bytes, in 16-bit formats
 # Keys that name the hidden size under another name, where they have its value.
 _FOLLOWERS = ("word_embed_proj_dim", "embedding_size", "embed_dim")
 
@@ -50,6 +51,7 @@ def shrunk_target(model: PreTrainedModel, structure: ModelStructure, keep: int) 
         CheckpointError: No configuration class takes this hidden size.
     """
     check_keep(keep, model.config.hidden_size)
+    _check_experts(model, keep)
     try:
         target = sized_target(model, structure, keep)
         small = target.skeleton()
@@ -61,6 +63,16 @@ def shrunk_target(model: PreTrainedModel, structure: ModelStructure, keep: int) 
         raise CheckpointError(f"No {type(model.config).__name__} has hidden size {keep}: {error}") from error
     row_scales(model, small)
     return target
+
+
+def _check_experts(model: PreTrainedModel, keep: int) -> None:
+    """Refuses sizes with which a mixture could not run: its experts are multiplied in groups."""
+    stacked = any(parameter.ndim == 3 and ".experts." in name for name, parameter in model.named_parameters())
+    if stacked and keep % _GROUPED:
+        raise CheckpointError(
+            f"Hidden size {keep}: experts are multiplied in groups, whose rows have to be multiples of 16 bytes; "
+            f"choose a multiple of {_GROUPED}, such as {max(_GROUPED, keep // _GROUPED * _GROUPED)}."
+        )
 
 
 def check_keep(keep: int, size: int) -> None:

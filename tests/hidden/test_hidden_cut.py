@@ -193,6 +193,18 @@ def test_gemma_embeddings_make_up_for_their_smaller_scale():
     assert math.isclose(float(small.model.embed_tokens.embed_scale), math.sqrt(KEEP), rel_tol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_sizes_with_which_experts_cannot_run_are_refused(name, dtype):
+    model = AutoModelForCausalLM.from_config(families.make_config(name), dtype=dtype)
+    structure = ModelStructure.of(model)
+    for keep in (20, 26, 28):
+        with pytest.raises(CheckpointError, match=f"Hidden size {keep}: .*multiple of 8, such as {keep // 8 * 8} "):
+            cut_hidden(model, structure, keep, NO_REFIT, None, torch.arange(keep))
+    small, _ = cut_hidden(model, structure, KEEP, NO_REFIT, None, KEPT)
+    assert families.logits(small.eval(), families.make_tokens(2, 8)).isfinite().all()
+
+
 @pytest.mark.parametrize("keep", [0, -1, families.HIDDEN, 40, 2.5, True])
 def test_impossible_sizes_are_refused(keep):
     model = families.make_model("llama")
