@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from fnmatch import fnmatch
 from pathlib import Path
 
+from ..damage import damaged_weights
 from ..errors import HubError
 from .benchmarks import EVAL_RESULTS, TASKS
 from .contents import check_is_ours
@@ -45,16 +45,12 @@ def check_checkpoint(folder: Path) -> None:
     """Refuses a folder that is no complete checkpoint of this package.
 
     Raises:
-        HubError: Says which file is missing.
+        HubError: Says which file is missing or damaged.
     """
     check_is_ours(folder)
-    index = folder / "model.safetensors.index.json"
-    names = (
-        sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    )
-    for needed in names:
-        if not (folder / needed).is_file():
-            raise HubError(f"There is no {needed} in {folder}: the weights are not complete.")
+    found = damaged_weights(folder, ("model.safetensors", "model.safetensors.index.json"))
+    if found is not None:
+        raise HubError(f"{folder} is no whole checkpoint: {found}.")
 
 
 def choose_files(folder: Path) -> tuple[list[Path], list[Path]]:

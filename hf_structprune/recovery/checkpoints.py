@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..damage import damage, damaged_weights, first_damage, those_there
 from .travelling import BEST_NAME, STATE_NAME
 
 
@@ -79,34 +77,21 @@ class KeepNewest(TrainerCallback):
 
 
 def _weights(checkpoint: Path) -> str | None:
-    there = _there(checkpoint, _WEIGHTS)
-    if not there:
-        return "it has no weights"
-    indices = [path for path in there if path.name.endswith(".index.json")]
-    shards = {}
-    for index in indices:
-        if damage(index) is not None:
-            return damage(index)
-        content = json.loads(index.read_text(encoding="utf-8"))
-        names = content.get("weight_map") if isinstance(content, dict) else None
-        if not isinstance(names, dict) or not names:
-            return f"{index.name} names no files"
-        shards |= names
-    return _first(damage, [*there, *(checkpoint / name for name in sorted(set(shards.values())))])
+    return damaged_weights(checkpoint, _WEIGHTS)
 
 
 def _optimizer(checkpoint: Path) -> str | None:
     if any(checkpoint.glob("global_step*/*")):  # DeepSpeed keeps weights, optimizer and learning rate together
         return None
-    there = _there(checkpoint, ("optimizer.pt", "optimizer.bin", "optimizer_*"))
+    there = those_there(checkpoint, ("optimizer.pt", "optimizer.bin", "optimizer_*"))
     if not there:
         return "it has no state of the optimizer"
-    return _first(damage, [*there, checkpoint / "scheduler.pt", *checkpoint.glob("scaler.pt")])
+    return first_damage([*there, checkpoint / "scheduler.pt", *checkpoint.glob("scaler.pt")])
 
 
 def _random_numbers(checkpoint: Path) -> str | None:
-    there = _there(checkpoint, ("rng_state*.pth",))
-    return _first(damage, there) if there else "it has no state of the random numbers"
+    there = those_there(checkpoint, ("rng_state*.pth",))
+    return first_damage(there) if there else "it has no state of the random numbers"
 
 
 def _trainer_state(checkpoint: Path) -> str | None:
@@ -120,43 +105,10 @@ def _trainer_state(checkpoint: Path) -> str | None:
 
 def _own(checkpoint: Path) -> str | None:
     """What `LoraRecoveryCallback` adds."""
-    found = _first(damage, [checkpoint / BEST_NAME, checkpoint / STATE_NAME])
+    found = first_damage([checkpoint / BEST_NAME, checkpoint / STATE_NAME])
     if found is not None:
         return found
     content = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
     if not isinstance(content, dict) or not content.get("settings"):
         return f"{STATE_NAME} does not say what the training was begun with"
     return None
-
-
-def damage(path: Path) -> str | None:
-    """What is wrong with a file of a checkpoint, or a folder of such files; `None` if it can be read to its end.
-
-    Files of torch have check sums and are read whole; of safetensors the header says how long the file is.
-    """
-    if path.is_dir():
-        inside = [file for file in sorted(path.rglob("*")) if file.is_file()]
-        return _first(damage, inside) if inside else f"{path.name} is empty"
-    if not path.is_file():
-        return f"{path.name} is missing"
-    try:
-        if path.suffix == ".json":
-            json.loads(path.read_text(encoding="utf-8"))
-        elif path.suffix == ".safetensors":
-            with safe_open(path, "pt"):
-                pass
-        elif path.suffix in (".pt", ".pth", ".bin"):
-            with zipfile.ZipFile(path) as file:
-                if file.testzip() is not None:
-                    return f"{path.name} is damaged"
-    except (OSError, ValueError, RecursionError, SafetensorError, zipfile.BadZipFile):
-        return f"{path.name} is cut off or damaged"
-    return None
-
-
-def _there(checkpoint: Path, patterns: tuple[str, ...]) -> list[Path]:
-    return [path for pattern in patterns for path in sorted(checkpoint.glob(pattern))]
-
-
-def _first(check: Callable[[Path], str | None], paths: list[Path]) -> str | None:
-    return next(filter(None, map(check, paths)), None)

@@ -241,9 +241,19 @@ def test_only_whole_checkpoints_of_ours(online, folder, tiny_llama, tmp_path):
         push_folder(tmp_path / "plain", "me/small", token=token)
     with pytest.raises(HubError, match="There is no folder"):
         push_folder(tmp_path / "nothing", "me/small", token=token)
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(HubError, match="no model.safetensors.*not complete"):
-        push_folder(folder, "me/small", token=token)
+    weights, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    for cut, message in ((weights.read_bytes()[:-1], "model.safetensors is cut off"), (None, "there are no weights")):
+        weights.unlink() if cut is None else weights.write_bytes(cut)
+        with pytest.raises(HubError, match=f"is no whole checkpoint: {message}"):
+            push_folder(folder, "me/small", token=token)
+    for content, message in (
+        ("{", "index.json is cut off or damaged"),
+        ("[]", "index.json names no files"),
+        ('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}', "model-00001-of-00002.safetensors is missing"),
+    ):
+        index.write_text(content)
+        with pytest.raises(HubError, match=f"is no whole checkpoint: .*{message}"):
+            push_folder(folder, "me/small", token=token)
     assert not online.requests
 
 

@@ -201,7 +201,7 @@ def test_a_training_goes_on_from_the_newest_whole_checkpoint_and_as_it_was_begun
 
 def test_only_half_written_checkpoints_are_nothing_to_go_on_from(tmp_path, caplog):
     (tmp_path / "t" / "checkpoint-2").mkdir(parents=True)
-    with pytest.raises(ConfigurationError, match="resume from .checkpoint-2 is not whole: it has no weights.; leave"):
+    with pytest.raises(ConfigurationError, match="checkpoint-2 is not whole: there are no weights.; leave"):
         _check_folders(tmp_path / "out", tmp_path / "t", resume=True, overwrite=False)
     assert _check_folders(tmp_path / "out", tmp_path / "t", resume=False, overwrite=False) is None
     assert "The training starts anew" in caplog.text
