@@ -41,12 +41,14 @@ class Execution:
     tokens: Callable[[], torch.Tensor]
     touched: bool = False
     _dense: ModelStructure = field(init=False)
+    _model_type: str = field(init=False)  # of the dense model: that of the pruned one may be another
     _inner: ModelStructure = field(init=False)  # after the hidden size was cut, before anything else
     _plan: PruningPlan | None = field(init=False, default=None)
     _stay: Kept = field(init=False)
 
     def __post_init__(self) -> None:
         self._dense = self._inner = self.structure
+        self._model_type = self.model.config.model_type
         self._stay = {(group.layer, group.kind): torch.arange(group.num_units) for group in self.structure.groups}
 
     def carry_out(self, plan: PruningPlan, known: Knowledge | None = None) -> None:
@@ -83,6 +85,11 @@ class Execution:
         drop(self.model, self.structure, plan.dropped)
         self.model = rebuild(self.model, target)
         self.structure = ModelStructure.of(self.model)
+        for layer, kind in kept:
+            if kind == "kv_groups" and (layer, "query_heads") in self._stay.keys() - kept.keys():
+                # Groups of one query head each, which an earlier step has left: it goes with its group.
+                heads = self._stay[layer, "query_heads"].view(len(self._stay[layer, kind]), -1)
+                self._stay[layer, "query_heads"] = heads[kept[layer, kind]].flatten()
         for key, units in kept.items():
             self._stay[key] = self._stay[key][units]
 
@@ -96,8 +103,10 @@ class Execution:
         result = describe(
             self.model, self._inner, counts, ratio, plan.layout, plan.dropped, plan.hidden, dense, self.config.align_to
         )
+        result.model_type = self._model_type
         for group in result.groups:
             group.kept = self._stay[group.layer, group.kind].tolist()
+        result.count(self.structure)
         return result
 
 

@@ -44,13 +44,20 @@ def check_shapes(model: PreTrainedModel, structure: ModelStructure, plan: Prunin
     cut_units(expected, structure, first_units(structure, plan))
     drop(expected, structure, plan.dropped)
     wanted = {name: tuple(p.shape) for name, p in expected.named_parameters()}
-    built = {name: tuple(p.shape) for name, p in target.skeleton().named_parameters()}
+    target_model = target.skeleton()
+    built = {name: tuple(p.shape) for name, p in target_model.named_parameters()}
     for name in (*wanted, *built):
         if built.get(name) != wanted.get(name):
             raise CheckpointError(
                 f"{type(target.config).__name__} cannot describe `{name}` of shape {wanted.get(name, 'none')}: it "
                 f"gives {built.get(name, 'none')}."
             )
+    size = sum(p.numel() for p in target_model.parameters())
+    if size != plan.parameters_after:
+        raise CheckpointError(
+            f"The plan leaves {plan.parameters_after:,} parameters, a {type(target.config).__name__} like this has "
+            f"{size:,}: what the model shares is not what its configuration says it shares (tie_word_embeddings)."
+        )
 
 
 def first_units(structure: ModelStructure, plan: PruningPlan) -> Kept:

@@ -114,6 +114,15 @@ class PruningPlan:
             {kind: count for kind, count in removed.items() if count},
         )  # fmt: skip
 
+    def count(self, structure: ModelStructure) -> None:
+        """Takes the figures after pruning from the model that came out, so that they are not a forecast.
+
+        Args:
+            structure: Of the pruned model.
+        """
+        self.parameters_after, self.matrix_parameters_after = structure.total_parameters, structure.matrix_parameters
+        self.neurons_after = sum(group.num_units for group in structure.groups if group.kind == "mlp_neurons")
+
     @property
     def ratio(self) -> float:
         """The share of all parameters that goes."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .allocation import Counts, allocate
+from .allocation import Budget, Counts, allocate, next_counts
 from .allocation.amounts import check_ratio, hidden_sizes_for
 from .allocation.joint import best_part, levelled_off, prefix_costs
 from .approximations import approximations
@@ -39,6 +39,8 @@ class Planner:
         config: What may be cut and how.
         tokens: Loads the calibration tokens; called only where they are needed.
         head_counts: Pairs of (KV groups, query heads in each) that a checkpoint can express; `None` allows all.
+        dense: The model before earlier steps, which ratios and rounding refer to; default `structure`.
+        steps_left: Plan only so far that as many equal steps, this one included, reach what is asked.
         depth: How layers and sublayers were chosen by the last plan; `None` where nothing was measured.
     """
 
@@ -47,15 +49,16 @@ class Planner:
     config: PruningConfig
     tokens: Callable[[], torch.Tensor]
     head_counts: set[tuple[int, int]] | None = None
+    dense: ModelStructure | None = None
+    steps_left: int = 1
     depth: DepthChoice | None = None
 
-    def plan(self, ratio: float | None, known: Knowledge, dense: ModelStructure | None = None) -> PruningPlan:
+    def plan(self, ratio: float | None, known: Knowledge) -> PruningPlan:
         """A plan for the model as it is.
 
         Args:
             ratio: Share of all parameters to remove; `None` where the configuration says how much goes.
             known: What was found out about the model already.
-            dense: Structure that ratios by kind and shares of heads and neurons refer to; default the model's own.
 
         Raises:
             ConfigurationError: The ratio is missing, or given where the configuration has said all.
@@ -70,11 +73,12 @@ class Planner:
         left = self._left(left, removed_by(dropped, inner), "num_layers", "keep_first")
         counts: Counts = {}
         if self.config.kinds(WIDTH_UNITS):
-            whole = inner if hidden else dense or self.structure
             target = left if hidden or dropped else None
             if hidden and self.head_counts is not None:
                 self.head_counts = expressible_heads(shell, inner, self.config.layout)
-            counts = self._widths(whole, ratio, known, dropped, target)
+            goal = self._widths(inner, ratio, known, dropped, target)
+            now = Budget(inner, self.config, self.head_counts, dropped, self.dense)
+            counts = next_counts(now, goal, self.steps_left)
         plan = describe(
             self.model, inner, counts, ratio, self.config.layout, dropped, hidden, self.structure if hidden else None,
             self.config.align_to,
@@ -168,22 +172,25 @@ class Planner:
         return normalised(dropped, inner)
 
     def _widths(
-        self, whole: ModelStructure, ratio: float | None, known: Knowledge, dropped: Dropped, target: int | None
+        self, inner: ModelStructure, ratio: float | None, known: Knowledge, dropped: Dropped, target: int | None
     ) -> Counts:
         """Heads and neurons to keep. A split between them holds for heads first; neurons, finer, close the gap."""
 
         def give(config: PruningConfig, target: int | None) -> Counts:
-            return allocate(whole, config, ratio, known.scores, self.head_counts, known.sensitivity, dropped, target)
+            scores, sensitivity = known.scores, known.sensitivity
+            return allocate(inner, config, ratio, scores, self.head_counts, sensitivity, dropped, target, self.dense)
 
         kinds, split = self.config.kinds(WIDTH_UNITS), self.config.split
         if split is None or len(kinds) == 1:
             return give(self.config, target)
         heads = next(kind for kind in kinds if kind != "mlp_neurons")
+        whole = self.dense or inner
         target = round(ratio * whole.total_parameters) if target is None else target
         part = target * split[heads] / (split[heads] + split["mlp_neurons"])
         alone = {kind: dataclasses.replace(self.config, units=(kind,), split=None) for kind in kinds}
         counts = give(alone[heads], round(part))
-        gone = describe(self.model, whole, counts, None, self.config.layout, dropped).removed.get(heads, 0)
+        left = {(group.layer, group.kind): group.num_units // group.blocks for group in inner.groups} | counts
+        gone = describe(self.model, whole, left, None, self.config.layout, dropped).removed.get(heads, 0)
         return counts | give(alone["mlp_neurons"], target - gone)
 
     def _measured(self, inner: ModelStructure, kinds: tuple[str, ...], left: int, known: Knowledge) -> Dropped:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import tempfile
 from pathlib import Path
@@ -109,7 +108,7 @@ class StructuredPruner:
             UnsupportedModelError: Cutting this model type is not shown to be right, see `proof.prove`.
         """
         prove(self.model, self.structure, self.config.units)
-        return self._plan(ratio, self.config, self._look() if self._looks_first else Knowledge())
+        return self._plan(ratio, self._look() if self._looks_first else Knowledge())
 
     def prune(self, ratio: float | PruningPlan | None = None) -> PreTrainedModel:
         """Prunes the model.
@@ -135,9 +134,9 @@ class StructuredPruner:
             check_plan(self.model, self.structure, ratio)
             self._carry_out(ratio)
         else:
-            dense, steps = self.structure, self.config.iterative_steps
-            for step in range(1, steps + 1):
-                self._carry_out(*self._plan_step(ratio, dense, step / steps))
+            dense = self.structure if self.config.iterative_steps > 1 else None
+            for steps_left in range(self.config.iterative_steps, 0, -1):
+                self._carry_out(*self._plan_step(ratio, dense, steps_left))
         self.last_plan = run.describe(ratio.ratio_requested if isinstance(ratio, PruningPlan) else ratio)
         record(self.model, self.origin, self.config, self.last_plan)
         return self.model
@@ -205,11 +204,13 @@ class StructuredPruner:
         return look(self.model, self.structure, self.config, self.calibration_tokens)
 
     def _plan(
-        self, ratio: float | None, config: PruningConfig, known: Knowledge, dense: ModelStructure | None = None
+        self, ratio: float | None, known: Knowledge, dense: ModelStructure | None = None, steps_left: int = 1
     ) -> PruningPlan:
-        """A plan for the model as it is now; ratios by kind and shares refer to `dense`, the model as it was."""
-        planner = Planner(self.model, self.structure, config, self.calibration_tokens, self._head_counts(config))
-        plan = planner.plan(ratio, known, dense)
+        """A plan for the next of the steps that are left from `dense`, the model as it was, to what is asked."""
+        planner = Planner(
+            self.model, self.structure, self.config, self.calibration_tokens, self._head_counts(), dense, steps_left
+        )
+        plan = planner.plan(ratio, known)
         self.depth_choice = planner.depth
         return plan
 
@@ -218,23 +219,18 @@ class StructuredPruner:
         """Whether heads and neurons are given out by what is measured on the whole model."""
         return self.config.allocation != "uniform" and bool(self.config.kinds(WIDTH_UNITS))
 
-    def _plan_step(self, ratio: float | None, dense: ModelStructure, share: float) -> tuple[PruningPlan, Knowledge]:
-        """The plan of one of several steps, of which `share` will be done after it."""
-        config = self.config
-        if config.by_kind:
-            ratios = {name: getattr(config, name) for name in ("attention_ratio", "mlp_ratio")}
-            config = dataclasses.replace(config, **{name: r and r * share for name, r in ratios.items()})
-        ratio = None if ratio is None else ratio * share
+    def _plan_step(
+        self, ratio: float | None, dense: ModelStructure | None, steps_left: int
+    ) -> tuple[PruningPlan, Knowledge]:
+        """The plan of the next of the steps that are left, and what it was made with."""
         known = Knowledge()
-        if self._looks_first or (make_criterion(config).needs_gradients and config.kinds(WIDTH_UNITS)):
+        if self._looks_first or (make_criterion(self.config).needs_gradients and self.config.kinds(WIDTH_UNITS)):
             known = self._look()
-        if config.allocation != "uniform" and ratio is not None:
-            ratio = 1 - (1 - ratio) * dense.total_parameters / self.structure.total_parameters
-            dense = self.structure
-        return self._plan(ratio, config, known, dense), known
+        return self._plan(ratio, known, dense, steps_left), known
 
-    def _head_counts(self, config: PruningConfig) -> set[tuple[int, int]] | None:
+    def _head_counts(self) -> set[tuple[int, int]] | None:
         """Head counts that a checkpoint of the dense model can have; looked up once."""
+        config = self.config
         if not {"kv_groups", "query_heads"} & set(config.units):
             return None
         if self._expressible is None:

@@ -11,10 +11,11 @@ from .budget import Budget, Counts
 from .by_kind import allocate_by_kind
 from .global_ranking import allocate_global
 from .search import allocate_search
+from .steps import next_counts
 from .uniform import allocate_uniform
 
 
-__all__ = ["Budget", "Counts", "allocate"]
+__all__ = ["Budget", "Counts", "allocate", "next_counts"]
 
 
 def allocate(
@@ -26,6 +27,7 @@ def allocate(
     sensitivity: dict[tuple[int, str], float] | None = None,
     dropped: Dropped | None = None,
     target: int | None = None,
+    dense: ModelStructure | None = None,
 ) -> Counts:
     """Units to keep for every group that is cut.
 
@@ -38,6 +40,7 @@ def allocate(
         sensitivity: Cost of cutting each group by `(layer, kind)`; needed by the search only.
         dropped: Layers and sublayers that go as a whole, so that nothing of them is left to cut.
         target: Parameters to remove from heads and neurons, instead of a ratio.
+        dense: The model before earlier steps, which all of this refers to; default `structure`.
 
     Returns:
         `{(layer, kind): units to keep}`; for query heads the number in each KV group.
@@ -45,11 +48,13 @@ def allocate(
     Raises:
         RatioError: More was asked than can go; names the largest possible ratio.
     """
-    budget = Budget(structure, config, head_counts, dropped)
+    if config.by_kind or config.allocation == "uniform":
+        structure = dense or structure  # what is measured on the way changes nothing here
+    budget = Budget(structure, config, head_counts, dropped, dense)
     if config.by_kind:
         return allocate_by_kind(budget)
     target = budget.target(ratio) if target is None else budget.check(target)
-    if target == 0:
+    if target == 0 and not budget.gone:
         return {}
     if config.allocation == "global":
         return allocate_global(budget, target, scores)

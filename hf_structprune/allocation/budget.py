@@ -23,6 +23,7 @@ class Budget:
         config: What may be cut.
         head_counts: Pairs of (KV groups, query heads in each) that a checkpoint can express; `None` allows all.
         dropped: Layers and sublayers that go as a whole.
+        dense: The model before earlier steps, which ratios and rounding refer to; default `structure`.
     """
 
     def __init__(
@@ -31,8 +32,10 @@ class Budget:
         config: PruningConfig,
         head_counts: set[tuple[int, int]] | None = None,
         dropped: Dropped | None = None,
+        dense: ModelStructure | None = None,
     ) -> None:
         self.structure, self.config, self.head_counts = structure, config, head_counts
+        self.dense = dense or structure
         dropped = dropped or {}
         left = [i for i in active_layers(config, len(structure.layers)) if i not in dropped.get("layers", ())]
         self.layers = [structure.layers[index] for index in left]
@@ -77,13 +80,14 @@ class Budget:
                 )
 
     def target(self, ratio: float | None) -> int:
-        """Parameters to remove for a share of all parameters; checks that so many can go."""
+        """Parameters that are still to go for a share of all parameters; checks that so many can go."""
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0.0 <= ratio < 1.0:
             raise RatioError(f"The ratio is {ratio!r}; it must be a number in [0, 1): 0.3 removes 30 %.")
-        target, total = ratio * self.structure.total_parameters, self.structure.total_parameters
+        total = self.dense.total_parameters
+        target = ratio * total - self.gone
         if target > self.removable:
             # Rounded down, so that the ratio that is named can be asked for.
-            largest = math.floor(self.removable / total * 10_000) / 10_000
+            largest = math.floor((self.gone + self.removable) / total * 10_000) / 10_000
             raise RatioError(
                 f"The ratio {ratio:.2%} cannot be reached: {self._where} allow at most {largest:.2%} of all "
                 "parameters. Ask for less, or allow more `units` or layers."
@@ -91,7 +95,8 @@ class Budget:
         return round(target)
 
     def check(self, target: int) -> int:
-        """The parameters that are left to remove when others go already; checks that so many can go."""
+        """Parameters that are still to go when others go already; checks that so many can go."""
+        target -= self.gone
         if target > self.removable:
             raise RatioError(
                 f"{target:,} parameters are left to be taken from heads and neurons, but {self._where} allow at most "
@@ -105,6 +110,17 @@ class Budget:
         return f"units {kinds} in {len(self.layers)} of {len(self.structure.layers)} layers"
 
     @property
+    def gone(self) -> int:
+        """Parameters that earlier steps have taken from what may be cut."""
+        dense = self.dense.layers
+        heads = sum(
+            self.attention_removed(dense[layer.index], layer.attention.kv_heads, layer.attention.rep)
+            for layer in self.attentions
+        )
+        widths = ((dense[g.layer].group(g.kind).num_units - g.num_units) * g.unit_parameters for g in self.mlps)
+        return heads + sum(widths)
+
+    @property
     def removable(self) -> int:
         """Parameters of everything that may go."""
         heads = sum(
@@ -114,9 +130,9 @@ class Budget:
 
     def step(self, group: CoupledGroup) -> int:
         """Kept MLP widths are multiples of this."""
-        config = self.config
-        step = step_of(config.round_to, config.align_to, min(128, 2 ** int(math.log2(max(1, group.num_units // 32)))))
-        return step if config.align_to is not None else min(step, group.num_units)
+        config, width = self.config, self.dense.layers[group.layer].group(group.kind).num_units
+        step = step_of(config.round_to, config.align_to, min(128, 2 ** int(math.log2(max(1, width // 32)))))
+        return step if config.align_to is not None else min(step, width)
 
     def smallest_width(self, group: CoupledGroup) -> int:
         return self.step(group)
