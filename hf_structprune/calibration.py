@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+import re
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 
 from .configuration import CalibrationConfig
 from .data import calibration_sample
 from .errors import CalibrationError, TextError
+from .lines import LongLine
 from .reading import read_jsonl, read_rows
+from .tokenising import token_ids
 
 
 # Of a source with far more text than needed, only this many characters per needed token are tokenised.
 CHARACTERS_PER_TOKEN = 64
 # Rows looked at to tell lines of one text from documents.
 PEEK_ROWS = 1000
+# No text has more tokens: a character has four bytes at most, and few are written out by a tokenizer; a row gets some
+# special tokens or a separator.
+_TOKENS_PER_CHARACTER, _SEPARATORS = 8, 16
+_FIRST_WORD = re.compile(r"^\S{0,1000}\s")
 
 
 @dataclass(frozen=True)
@@ -59,15 +68,15 @@ def load_tokens(config: CalibrationConfig, tokenizer: Any) -> torch.LongTensor:
         )
     if tokenizer is None:
         raise CalibrationError("Calibration text needs a tokenizer and there is none: give one, or give `tokens`.")
-    sources = _open_sources(config)
-    if config.num_samples < len(sources):
-        raise CalibrationError(
-            f"`num_samples` is {config.num_samples}, but there are {len(sources)} datasets to take a sequence of."
-        )
+    try:
+        found = _read_all(config, tokenizer)
+    except CalibrationError:
+        raise
+    except TextError as error:  # also from the middle of a file
+        raise CalibrationError(str(error)) from error
     tokens = torch.empty(config.num_samples, config.length, dtype=torch.long)
-    for i, source in enumerate(sources):
-        share = tokens[i :: len(sources)]
-        share.copy_(_source_tokens(source, len(share), config, tokenizer))
+    for i, sequences in enumerate(found):
+        tokens[i :: len(found)] = sequences
     return tokens
 
 
@@ -101,51 +110,111 @@ def _open_sources(config: CalibrationConfig) -> list[Source]:
 
 
 def _open_rows(dataset: str, config: CalibrationConfig) -> Sequence[Any]:
-    try:
-        return read_rows(dataset, name=config.name, split=config.split, column=config.column)
-    except TextError as error:
-        raise CalibrationError(str(error)) from error
+    longest = 4 * config.num_samples * config.length * CHARACTERS_PER_TOKEN  # bytes
+    return read_rows(dataset, name=config.name, split=config.split, column=config.column, longest=longest)
 
 
 # ------------------------------------------------------------------------------------- rows to sequences
 
 
+def _read_all(config: CalibrationConfig, tokenizer: Any) -> list[torch.LongTensor]:
+    """The sequences of each source."""
+    sources = _open_sources(config)
+    if config.num_samples < len(sources):
+        raise CalibrationError(
+            f"`num_samples` is {config.num_samples}, but there are {len(sources)} datasets to take a sequence of."
+        )
+    counts = [len(range(i, config.num_samples, len(sources))) for i in range(len(sources))]
+    return [_source_tokens(source, count, config, tokenizer) for source, count in zip(sources, counts, strict=True)]
+
+
 def _source_tokens(source: Source, count: int, config: CalibrationConfig, tokenizer: Any) -> torch.LongTensor:
     """`count` sequences of one source, shape `(count, config.length)`."""
     rng = random.Random(config.seed)
-    running = not config.chat_template and _is_running_text(source.rows[:PEEK_ROWS])
-    rows = _spread_rows(source.rows, count, count * config.length * CHARACTERS_PER_TOKEN, rng)
-    texts = [_as_text(source, index, row, config, tokenizer) for index, row in rows]
-    if not any(text.strip() for text in texts):
+    running = not config.chat_template and _is_running_text(source.rows)
+    rows = _Selection(source.rows, count, config.length * CHARACTERS_PER_TOKEN, rng)
+    characters, is_empty = 0, True
+    for text in _texts(source, rows, config, tokenizer):
+        characters, is_empty = characters + len(text), is_empty and not text.strip()
+    if is_empty:
         raise CalibrationError(f"There is no text in {source.name}: it has no rows, or all of them are empty.")
-    ids = _tokenize(texts, running, config.chat_template, tokenizer)
+    most = characters * _TOKENS_PER_CHARACTER + len(rows) * _SEPARATORS
+    _check_enough(most, f"at most {most}", source.name, count, config.length)
+    ids = _tokenize(_texts(source, rows, config, tokenizer), running, config.chat_template, tokenizer)
     return _draw_sequences(ids, source.name, count, config.length, rng)
 
 
 def _is_running_text(rows: Sequence[Any]) -> bool:
     """Whether rows are lines of one text, as those of WikiText: some are blank, all others end in a line break."""
-    if not all(isinstance(row, str) for row in rows):
-        return False
-    filled = [row for row in rows if row.strip()]
-    return 0 < len(filled) < len(rows) and all(row.endswith("\n") for row in filled)
+    kinds = set()
+    for row in chain.from_iterable(rows[first : first + 10] for first in range(0, min(len(rows), PEEK_ROWS), 10)):
+        if not isinstance(row, (str, LongLine)):
+            return False
+        if isinstance(row, str) and row.strip() and not row.endswith("\n"):
+            return False
+        kinds.add(isinstance(row, str) and not row.strip())
+    return len(kinds) == 2
 
 
-def _spread_rows(rows: Sequence[Any], parts: int, characters: int, rng: random.Random) -> list[tuple[int, Any]]:
-    """Numbered rows in order: all of them if short, else a run from each of `parts` equal parts, `characters` in all.
+class _Selection:
+    """Numbered rows in order: all of them if short, else a run from each of `parts` equal parts of them.
 
-    A run begins at a random row of its part and goes round; what a part has too little of, the next ones may take.
+    A run begins at a random row of its part and goes round; what a part has too little of, the next ones may take. The
+    runs have `parts * characters` characters in all. A row with more than that is not taken whole, but `characters` of
+    it from a random place in each of `parts` equal stretches.
+
+    Args:
+        rows: All rows.
+        parts: Into how many parts they are divided, if there are as many rows.
+        characters: How many are wanted of a part.
+        rng: The source of randomness.
     """
-    parts, total, taken = min(parts, len(rows)), 0, []
-    for part in range(parts):
-        low, high = part * len(rows) // parts, (part + 1) * len(rows) // parts
-        start, run = rng.randrange(low, high), []
-        for index in chain(range(start, high), range(low, start)):
-            if total * parts >= characters * (part + 1):
-                break
-            run.append((index, rows[index]))
-            total += len(str(rows[index]))
-        taken += sorted(run, key=lambda item: item[0])
-    return taken
+
+    def __init__(self, rows: Sequence[Any], parts: int, characters: int, rng: random.Random) -> None:
+        self._rows, self._stretches, wanted = rows, {}, parts * characters
+        self._numbers: list[array] = []
+        total, runs = 0, min(parts, len(rows))
+        for part in range(runs):
+            low, high = part * len(rows) // runs, (part + 1) * len(rows) // runs
+            start, run = rng.randrange(low, high), array("q")
+            for index in chain(range(start, high), range(low, start)):
+                if total * runs >= wanted * (part + 1):
+                    break
+                run.append(index)
+                row = rows[index]
+                size = row.size if isinstance(row, LongLine) else len(str(row))
+                if isinstance(row, (str, LongLine)) and size > wanted:
+                    self._stretches[index] = [
+                        _stretch(size, number, parts, characters, rng) for number in range(parts)
+                    ]
+                    size = wanted
+                total += size
+            self._numbers.append(array("q", sorted(run)))
+
+    def __len__(self) -> int:
+        return sum(map(len, self._numbers)) + sum(map(len, self._stretches.values()))
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        for index in chain.from_iterable(self._numbers):
+            row = self._rows[index]
+            if index not in self._stretches:
+                yield index, row
+                continue
+            for start, size in self._stretches[index]:
+                text = row.read(start, size) if isinstance(row, LongLine) else row[start : start + size]
+                # It begins with a word, if there is one soon.
+                yield index, text if start == 0 else _FIRST_WORD.sub("", text, count=1)
+
+
+def _stretch(size: int, number: int, parts: int, wanted: int, rng: random.Random) -> tuple[int, int]:
+    """Where `wanted` of `size` characters begin in one of `parts` equal parts, and how many these are."""
+    low, high = number * size // parts, (number + 1) * size // parts
+    return low + rng.randrange(max(1, high - low - wanted + 1)), min(wanted, high - low)
+
+
+def _texts(source: Source, rows: _Selection, config: CalibrationConfig, tokenizer: Any) -> Iterator[str]:
+    for index, row in rows:
+        yield _as_text(source, index, row, config, tokenizer)
 
 
 def _as_text(source: Source, index: int, row: Any, config: CalibrationConfig, tokenizer: Any) -> str:
@@ -178,34 +247,46 @@ def _render(messages: list[dict[str, Any]], where: str, tokenizer: Any) -> str:
         raise CalibrationError(f"{where} cannot be rendered by the chat template: {error}") from error
 
 
-def _tokenize(texts: list[str], running: bool, rendered: bool, tokenizer: Any) -> list[int]:
+def _tokenize(texts: Iterable[str], running: bool, rendered: bool, tokenizer: Any) -> np.ndarray:
+    """Token ids of all texts, shape `(tokens,)`, int32."""
     # The end token of a chat model ends a turn; between documents of plain text it would be a surprise.
     chat = bool(getattr(tokenizer, "chat_template", None)) and not rendered
     eos = None if chat else tokenizer.eos_token_id
     if not running:
-        texts = [text for text in texts if text.strip()]
+        texts = (text for text in texts if text.strip())
+    # A chat template writes the special tokens itself.
+    special = not rendered
     if running or eos is None:
         # A line break that comes with the row is part of it, as in WikiText; a blank row is an empty one.
-        texts = ["\n\n".join(text if text.strip() else "" for text in texts)]
-    # A chat template writes the special tokens itself.
-    ids = tokenizer(texts, add_special_tokens=not rendered, verbose=False)["input_ids"]
-    if running or eos is None:
-        return ids[0]
-    ended = [rendered and text.rstrip().endswith(tokenizer.eos_token) for text in texts]
-    return [
-        token
-        for document, has_end in zip(ids, ended, strict=True)
-        for token in (document if has_end or document[-1:] == [eos] else [*document, eos])
-    ]
+        return token_ids(tokenizer, _joined(texts), add_special_tokens=special)
+    parts = []
+    for text in texts:
+        ids = token_ids(tokenizer, text, add_special_tokens=special)
+        ended = (rendered and text.rstrip().endswith(tokenizer.eos_token)) or ids[-1:].tolist() == [eos]
+        parts += [ids] if ended else [ids, np.array([eos], dtype=np.int32)]
+    return np.concatenate(parts)
 
 
-def _draw_sequences(ids: list[int], name: str, count: int, length: int, rng: random.Random) -> torch.LongTensor:
+def _joined(texts: Iterable[str]) -> Iterator[str]:
+    """The parts of the texts joined with two line breaks."""
+    for number, text in enumerate(texts):
+        if number:
+            yield "\n\n"
+        yield text if text.strip() else ""
+
+
+def _draw_sequences(ids: np.ndarray, name: str, count: int, length: int, rng: random.Random) -> torch.LongTensor:
     """One random sequence out of each of `count` equal stretches of `ids` cut into sequences of `length`."""
+    _check_enough(len(ids), str(len(ids)), name, count, length)
     found = len(ids) // length
+    chosen = [rng.randrange(i * found // count, (i + 1) * found // count) for i in range(count)]
+    return torch.from_numpy(ids[: found * length].reshape(found, length)[chosen]).long()
+
+
+def _check_enough(tokens: int, words: str, name: str, count: int, length: int) -> None:
+    found = tokens // length
     if found < count:
         raise CalibrationError(
-            f"There are {len(ids)} tokens in {name}, but {count} sequences of {length} need {count * length}: "
+            f"There are {words} tokens in {name}, but {count} sequences of {length} need {count * length}: "
             f"give more text, lower `num_samples` (there are {found} full sequences here) or lower `length`."
         )
-    chosen = [rng.randrange(i * found // count, (i + 1) * found // count) for i in range(count)]
-    return torch.tensor(ids[: found * length]).view(found, length)[chosen]

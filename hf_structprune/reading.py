@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from .errors import TextError
 from .files import can_only_be_a_path
+from .lines import Lines, LongLine
 
 
 FILES = (".txt", ".jsonl", ".json")
 
 
 def read_rows(
-    source: str | os.PathLike, *, name: str | None = None, split: str = "train", column: str = "text", **loading: Any
+    source: str | os.PathLike,
+    *,
+    name: str | None = None,
+    split: str = "train",
+    column: str = "text",
+    longest: int | None = None,
+    **loading: Any,
 ) -> Sequence[Any]:
-    """Rows of one source of text; those of a data set are read only when asked for.
+    """Rows of one source of text, read only when they are asked for (a `.json` file that is one list is read whole).
 
     Args:
         source: A `.txt`, `.jsonl` or `.json` file, a folder (made by `datasets.save_to_disk`, or with data files) or
@@ -26,6 +34,7 @@ def read_rows(
         name: Configuration of a data set.
         split: Split of a data set.
         column: Column of a data set, key in the objects of a JSON file.
+        longest: Lines of a `.txt` file with more bytes are given as a `LongLine`. Default: none.
         loading: More arguments of `datasets.load_dataset` for a data set of the Hub, for example `revision`.
 
     Raises:
@@ -33,9 +42,10 @@ def read_rows(
     """
     path = _file(source)
     if path is not None and path.suffix == ".txt":
-        return read_lines(path)
+        return _TextRows(path, longest)
     if path is not None:
-        return read_json(path, column) if path.suffix == ".json" else read_jsonl(path, column)
+        whole = path.suffix == ".json" and _begins_with_a_list(path)
+        return read_json(path, column) if whole else _JsonRows(path, column)
     loaded = _load(str(source), name, split, loading)
     _check_column(str(source), column, loaded.column_names)
     return loaded[column]
@@ -93,45 +103,84 @@ def read_lines(path: str | os.PathLike) -> list[str]:
 
     Language-model papers join these rows with two line breaks and tokenise the result once.
     """
-    lines = _read(path).split("\n")
-    if not lines[-1]:
-        lines.pop()  # what follows the last line break is not a line
-    return [line + "\n" if line.strip() else "" for line in lines]
+    return list(_TextRows(path))
 
 
 def read_jsonl(path: str | os.PathLike, column: str = "text") -> list[Any]:
     """Values under the key `column` in the rows of a `.jsonl` file."""
-    return [_value(row, where, column) for where, row in _json_lines(path)]
+    return list(_JsonRows(path, column))
 
 
 def read_json(path: str | os.PathLike, column: str = "text") -> list[Any]:
     """The same of a `.json` file: one list of objects, or an object a line as in a `.jsonl` file."""
-    return [_value(row, where, column) for where, row in _json_rows(Path(path))]
+    return [_value(row, where, column) for where, row in _json_rows(Path(path).expanduser())]
+
+
+class _TextRows(Sequence[Any]):
+    """Rows of a `.txt` file, read as they are asked for; lines of more bytes than `longest` are a `LongLine`."""
+
+    def __init__(self, path: str | os.PathLike, longest: int | None = None) -> None:
+        self._lines = Lines(Path(path).expanduser(), longest)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        line = self._lines[index]
+        if isinstance(line, LongLine):
+            return line
+        return line + "\n" if line.strip() else ""
+
+
+class _JsonRows(Sequence[Any]):
+    """Values of one key in the rows of a `.jsonl` file, read as they are asked for; blank lines are no rows."""
+
+    def __init__(self, path: str | os.PathLike, column: str) -> None:
+        self._path, self._column, self._lines = path, column, Lines(Path(path).expanduser())
+        blank = [number for number, line in enumerate(self._lines) if not line.strip()]
+        # Before row `i` are as many blank lines as entries here that are at most `i`.
+        self._blank = [number - before for before, number in enumerate(blank)]
+
+    def __len__(self) -> int:
+        return len(self._lines) - len(self._blank)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        number += bisect_right(self._blank, number)
+        where = f"Line {number + 1} of {self._path}"
+        return _value(_parsed(self._lines[number], where), where, self._column)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Rows of a JSON file, each with the words for where it is."""
-    text = _read(path) if path.suffix == ".json" else ""
-    if not text.lstrip().startswith("["):
-        yield from _json_lines(path)
+    if path.suffix == ".json" and _begins_with_a_list(path):
+        yield from _json_list(path)
         return
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise TextError(f"{path} is not JSON: {error}.") from error
-    for number, row in enumerate(rows):
+    for number, line in enumerate(Lines(path), start=1):
+        if line.strip():
+            where = f"Line {number} of {path}"
+            yield where, _parsed(line, where)
+
+
+def _begins_with_a_list(path: Path) -> bool:
+    line = next((line for line in Lines(path) if line.strip()), "")
+    return line.lstrip().startswith("[")
+
+
+def _json_list(path: Path) -> Iterator[tuple[str, Any]]:
+    for number, row in enumerate(_parsed(_read(path), str(path))):
         yield f"Item {number} of {path}", row
 
 
-def _json_lines(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(_read(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise TextError(f"Line {number} of {path} is not JSON: {error}.") from error
-        yield f"Line {number} of {path}", row
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise TextError(f"{where} is not JSON: {error}.") from error
 
 
 def _file(source: str | os.PathLike) -> Path | None:

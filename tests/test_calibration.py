@@ -1,14 +1,18 @@
 import json
+import tracemalloc
 
 import datasets
+import numpy as np
 import pytest
 import torch
 
+from hf_structprune import calibration
 from hf_structprune.calibration import as_batches, check_token_ids, load_tokens
 from hf_structprune.configuration import CalibrationConfig
 from hf_structprune.data import calibration_sample, wikitext2_sample
 from hf_structprune.errors import CalibrationError
 from hf_structprune.reading import read_lines
+from hf_structprune.tokenising import tokenise
 
 
 CHAT_TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
@@ -117,6 +121,85 @@ def test_long_sources_are_read_in_part_but_everywhere(tiny_tokenizer):
 def test_short_parts_leave_their_share_to_others(tiny_tokenizer):
     texts = [*words(1), *["x" * 20_000], *words(2, start=1)]
     assert load(tiny_tokenizer, texts=texts, num_samples=64).shape == (64, 16)
+
+
+class Counting:
+    """A tokenizer that counts the characters it is given: in all, and the most at once."""
+
+    is_fast, chat_template = True, None
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.eos_token_id, self.all, self.most = tokenizer, tokenizer.eos_token_id, 0, 0
+
+    def __call__(self, text, **options):
+        self.all, self.most = self.all + len(text), max(self.most, len(text))
+        return self.tokenizer(text, **options)
+
+
+@pytest.mark.parametrize("kind", ["one line", "in memory", "jsonl"])
+def test_of_a_document_as_much_is_read_as_is_asked_for(tmp_path, tiny_tokenizer, kind):
+    """4 sequences of 16 tokens: 64 characters for each, of 5 million."""
+    text = " ".join(f"word{i:06d}" for i in range(450_000))
+    if kind == "jsonl":
+        options = {"dataset": write_jsonl(tmp_path / "a.jsonl", [{"text": text}])}
+    elif kind == "one line":
+        (tmp_path / "a.txt").write_text(text)
+        options = {"dataset": str(tmp_path / "a.txt")}
+    else:
+        options = {"texts": [text]}
+    tokenizer = Counting(tiny_tokenizer)
+    tracemalloc.start()
+    try:
+        tokens = load(tokenizer, **options)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert tokens.shape == (4, 16) and tokenizer.all <= 4 * 16 * 64
+    assert peak < {"one line": 1e6, "in memory": 7e6, "jsonl": 30e6}[kind]  # what is in memory is hashed, JSON parsed
+    words = [int(tiny_tokenizer.decode(row).split("word")[1][:6].ljust(6, "0")) for row in tokens]
+    assert [word * 4 // 450_000 for word in words] == [0, 1, 2, 3]
+    assert torch.equal(load(tiny_tokenizer, **options), tokens)
+    assert not torch.equal(load(tiny_tokenizer, seed=1, **options), tokens)
+
+
+@pytest.mark.parametrize("rows", ["running", "documents"])
+def test_texts_are_tokenised_in_pieces(tmp_path, tiny_tokenizer, monkeypatch, rows):
+    """As much is asked for as there is; a tokenizer takes some hundred bytes for each character it gets at once."""
+    text = wikitext2_sample().read_text(encoding="utf-8")
+    texts = read_lines(wikitext2_sample()) if rows == "running" else text.split(" \n = ")
+    expected = load(tiny_tokenizer, texts=texts, num_samples=1000, length=64)
+
+    def in_small_pieces(tokenizer, text, *, add_special_tokens):
+        found = tokenise(tokenizer, text, add_special_tokens=add_special_tokens, piece=2000, overlap=400)
+        return np.concatenate([tokens.ids for tokens in found])
+
+    monkeypatch.setattr(calibration, "token_ids", in_small_pieces)
+    tokenizer = Counting(tiny_tokenizer)
+    assert torch.equal(load(tokenizer, texts=texts, num_samples=1000, length=64), expected)
+    assert tokenizer.most <= 2 * 2000 + 400 and tokenizer.all < 1.4 * len(text)
+
+
+def test_more_than_a_text_can_hold_is_refused_before_it_is_tokenised():
+    class Never:
+        is_fast, chat_template, eos_token_id = True, None, 2
+
+        def __call__(self, *_, **__):
+            pytest.fail("tokenised")
+
+    check_error(
+        r"at most \d+ tokens in `texts`, but 1000000000 sequences of 256",
+        Never(),
+        texts=words(100),
+        num_samples=10**9,
+        length=256,
+    )
+
+
+def test_what_is_too_much_for_a_text_is_not_set_aside(tiny_tokenizer):
+    match = r"270 tokens in `texts`, but 100000000000 sequences of 2 "
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "_TOKENS_PER_CHARACTER", 10**12)
+        check_error(match, tiny_tokenizer, texts=words(10), num_samples=10**11, length=2)
 
 
 # ------------------------------------------------------------------------------------------------- sources

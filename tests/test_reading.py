@@ -24,7 +24,7 @@ def test_json_is_a_list_or_lines(tmp_path, indent):
     (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, rows)))
     for name in ("list.json", "lines.json"):
         assert read_json(tmp_path / name, "body") == ["x\ny", "z"]
-        assert read_rows(tmp_path / name, column="body") == ["x\ny", "z"]
+        assert list(read_rows(tmp_path / name, column="body")) == ["x\ny", "z"]
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_json_is_a_list_or_lines(tmp_path, indent):
 def test_json_errors(tmp_path, content, match):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(TextError, match=match):
-        read_rows(tmp_path / "a.json")
+        list(read_rows(tmp_path / "a.json"))
 
 
 def test_errors_are_of_one_kind():

@@ -9,6 +9,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigurationError
+from ..tokenising import tokenise
+
+
+# Characters whose bytes are counted at once.
+_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -49,11 +54,10 @@ def encode(tokenizer: Any, text: str, bos: bool | None, everywhere: bool) -> Enc
     known = tokenizer.bos_token_id
     if bos and known is None:
         raise ConfigurationError("`bos` is True, but the tokenizer has no beginning-of-sequence token: leave it out.")
-    fast = bool(getattr(tokenizer, "is_fast", False))  # only these know where a token comes from
-    encoding = tokenizer(text, add_special_tokens=bos is None, return_offsets_mapping=fast, verbose=False)
-    ids, ends = encoding["input_ids"], None
-    if fast:
-        ends = np.array([end for _, end in encoding["offset_mapping"]], dtype=np.int64)
+    parts = list(tokenise(tokenizer, text, add_special_tokens=bos is None))
+    ids, ends = np.concatenate([part.ids for part in parts]).tolist(), None
+    if parts[0].ends is not None:
+        ends = np.concatenate([part.ends for part in parts])
     if bos and not everywhere:
         ids, ends = [known, *ids], None if ends is None else np.insert(ends, 0, 0)
     starts_with_bos = bool(ids) and known is not None and ids[0] == known
@@ -66,10 +70,22 @@ def _count(text: str, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     ends = np.maximum.accumulate(ends) if len(ends) else ends  # special tokens are nowhere: they end at 0
     if len(ends):
         ends[ends == ends[-1]] = len(text)
-    words, sizes = np.zeros(len(text) + 1, dtype=np.int64), np.zeros(len(text) + 1, dtype=np.int64)
-    breaks = np.array([match.start() for match in re.finditer(r"\s+", text)] + [len(text)], dtype=np.int64)
-    np.add.at(words, breaks.clip(min(1, len(text))), 1)  # the character before a break is the last of a word
-    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    sizes[1:] = 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000).astype(np.int64)
     where = np.insert(ends, 0, 0)
-    return words.cumsum()[where], sizes.cumsum()[where]
+    breaks = np.fromiter((match.start() for match in re.finditer(r"\s+", text)), np.int64)
+    # The character before a break is the last of a word.
+    words = np.searchsorted(np.append(breaks, len(text)).clip(min(1, len(text))), where, side="right")
+    return words, _bytes_before(text, where)
+
+
+def _bytes_before(text: str, where: np.ndarray) -> np.ndarray:
+    """UTF-8 bytes of the text before each of its characters `where`, which ascend."""
+    sizes, before = np.zeros(len(where), dtype=np.int64), 0
+    for first in range(0, len(text), _BLOCK):
+        block = text[first : first + _BLOCK]
+        codes = np.frombuffer(block.encode("utf-32-le"), dtype=np.uint32)
+        upto = np.insert((1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)).astype(np.int64), 0, before)
+        upto = upto.cumsum()
+        low, high = np.searchsorted(where, (first, first + len(block)), side="right")
+        sizes[low:high] = upto[where[low:high] - first]
+        before = upto[-1]
+    return sizes

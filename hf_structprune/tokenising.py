@@ -1,0 +1,119 @@
+"""Tokens of a long text, made in pieces: the same as of the whole, in the memory of a piece."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+# Characters that are tokenised at once, and by how many neighbouring pieces overlap. A tokenizer takes some hundred
+# bytes for a character.
+PIECE = 1 << 16
+OVERLAP = 1 << 11
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of a part of a text.
+
+    Args:
+        ids: Token ids.
+        ends: For each, the character of the text at which it ends (excluded); `None` if the tokenizer does not tell.
+    """
+
+    ids: np.ndarray
+    ends: np.ndarray | None
+
+
+def tokenise(
+    tokenizer: Any,
+    text: str | Iterable[str],
+    *,
+    add_special_tokens: bool = True,
+    piece: int = PIECE,
+    overlap: int = OVERLAP,
+) -> Iterator[Tokens]:
+    """The tokens that a tokenizer makes of a text at once, one part after the other.
+
+    Neighbouring pieces overlap. Both say which tokens there are in the overlap, and where these end; only if they say
+    the same of its inner half, the text is cut there, in the middle of what is agreed on. Otherwise the first of them
+    is made longer, up to the whole text. The edge of a piece changes the tokens near it: those of the word or the run
+    of spaces it cuts, and of what a tokenizer puts before a text. To be wrong, this must reach further than a quarter
+    of the overlap (512 characters), from both sides, to the same wrong tokens.
+
+    Tokenizers that do not tell where tokens end (those not of the library `tokenizers`) take the text whole.
+
+    Args:
+        tokenizer: A `transformers` tokenizer.
+        text: The text, or its parts in order.
+        add_special_tokens: What it puts at the beginning and the end of a text by default.
+        piece: Characters tokenised at once.
+        overlap: Characters that neighbouring pieces have in common; at most half of a piece.
+    """
+    parts = _in_parts([text] if isinstance(text, str) else text, piece)
+    if not getattr(tokenizer, "is_fast", False):
+        options = {"add_special_tokens": add_special_tokens, "return_offsets_mapping": False, "verbose": False}
+        yield Tokens(np.asarray(tokenizer("".join(parts), **options)["input_ids"], dtype=np.int64), None)
+        return
+    # `held` is the text from `start` on; its tokens from `begin` on are still to be given.
+    held, start, begin, size = _more("", parts, piece), 0, 0, piece
+    tokens = _encode(tokenizer, held, start, add_special_tokens)
+    while True:
+        stop = start + len(held)
+        following = _more(held[-overlap:], parts, size)
+        if len(following) <= overlap:
+            break
+        further = _encode(tokenizer, following, stop - overlap, add_special_tokens)
+        cut = _agreed(tokens, further, stop - overlap, stop)
+        if cut is None:
+            held += following[overlap:]
+            size = len(held)
+            tokens = _encode(tokenizer, held, start, add_special_tokens)
+            continue
+        yield Tokens(tokens.ids[begin : cut[0]], tokens.ends[begin : cut[0]])
+        held, start, begin, size, tokens = following, stop - overlap, cut[1], piece, further
+    yield Tokens(tokens.ids[begin:], tokens.ends[begin:])
+
+
+def token_ids(tokenizer: Any, text: str | Iterable[str], *, add_special_tokens: bool = True) -> np.ndarray:
+    """All ids of `tokenise`, shape `(tokens,)`, int32."""
+    found = tokenise(tokenizer, text, add_special_tokens=add_special_tokens)
+    return np.concatenate([tokens.ids.astype(np.int32) for tokens in found])
+
+
+def _in_parts(texts: Iterable[str], size: int) -> Iterator[str]:
+    for text in texts:
+        for first in range(0, len(text), size):
+            yield text[first : first + size]
+
+
+def _more(held: str, parts: Iterator[str], size: int) -> str:
+    """The text with at least so many characters behind it, as far as there are any."""
+    found, length = [held], 0
+    while length < size and (part := next(parts, None)) is not None:
+        found.append(part)
+        length += len(part)
+    return "".join(found)
+
+
+def _encode(tokenizer: Any, text: str, start: int, add_special_tokens: bool) -> Tokens:
+    found = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False)
+    ends = np.fromiter((end for _, end in found["offset_mapping"]), np.int64, len(found["input_ids"]))
+    # Special tokens are nowhere: they end at 0.
+    ends = np.maximum.accumulate(ends) if len(ends) else ends
+    return Tokens(np.asarray(found["input_ids"], dtype=np.int64), ends + start)
+
+
+def _agreed(one: Tokens, other: Tokens, first: int, last: int) -> tuple[int, int] | None:
+    """The numbers of one token in both lists, from the middle of the characters that both have tokenised alike."""
+    margin = (last - first) // 4
+    ranges = [np.searchsorted(t.ends, (first + margin, last - margin), side="right") for t in (one, other)]
+    (a, b), (c, d) = ranges
+    if b - a != d - c or a == b:
+        return None
+    same = np.array_equal(one.ids[a:b], other.ids[c:d]) and np.array_equal(one.ends[a:b], other.ends[c:d])
+    middle = (b - a) // 2
+    return (int(a + middle), int(c + middle)) if same else None
