@@ -63,8 +63,12 @@ class HiddenPlan:
     def __post_init__(self) -> None:
         if not 0 < self.keep < self.before:
             raise ConfigurationError(f"A hidden size of {self.keep} is asked for; it must be 1 to {self.before - 1}.")
-        if self.kept is not None and sorted(set(self.kept) & set(range(self.before))) != self.kept:
-            raise ConfigurationError(f"`kept` of the hidden size must name channels of {self.before}, ascending.")
+        if self.kept is None:
+            return
+        if len(self.kept) != self.keep or sorted(set(self.kept) & set(range(self.before))) != self.kept:
+            raise ConfigurationError(
+                f"`kept` of the hidden size must name {self.keep} channels of {self.before}, ascending."
+            )
 
 
 def normalised(dropped: Dropped | None, structure: ModelStructure) -> Dropped:

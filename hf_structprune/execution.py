@@ -12,9 +12,7 @@ from .checkpoint import rebuild
 from .compress import compress, corrects
 from .configuration import PruningConfig
 from .criteria import make_criterion
-from .decisions import normalised
-from .errors import ConfigurationError
-from .hidden import cut_hidden, hidden_group
+from .hidden import cut_hidden
 from .knowledge import Knowledge, look
 from .layout import target_of
 from .plan import PruningPlan
@@ -108,22 +106,3 @@ class Execution:
             group.kept = self._stay[group.layer, group.kind].tolist()
         result.count(self.structure)
         return result
-
-
-def check_plan(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> None:
-    """Refuses a plan that was made for another model.
-
-    Raises:
-        ConfigurationError: It names units, layers or a hidden size that this model does not have.
-    """
-    normalised(plan.dropped, structure)
-    if plan.hidden is not None and plan.hidden.before != (size := hidden_group(model, structure).size):
-        raise ConfigurationError(f"The plan is for a hidden size of {plan.hidden.before}; this model has {size}.")
-    groups = {(group.layer, group.kind): group for group in structure.groups}
-    for decision in plan.groups:
-        group = groups.get((decision.layer, decision.kind))
-        if group is None or group.num_units != decision.num_units:
-            raise ConfigurationError(
-                f"The plan is for a {plan.model_type} with {decision.num_units} {decision.kind} in layer "
-                f"{decision.layer}; this model has {group.num_units if group else 'none'}."
-            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from pathlib import Path
@@ -17,7 +18,7 @@ from .configuration import PruningConfig
 from .criteria import make_criterion
 from .depth import DepthChoice
 from .errors import CheckpointError, ConfigurationError, StructPruneError, UnsupportedModelError
-from .execution import Execution, check_plan
+from .execution import Execution
 from .hub.origin import origin_of, record
 from .hub.push import push_folder
 from .hub.save import save_checkpoint, take_over
@@ -26,6 +27,7 @@ from .layout import expressible_heads, target_of
 from .loading import load_model, load_tokenizer
 from .places import check_place
 from .plan import PruningPlan
+from .plan_check import check_plan
 from .planning import Planner, describe
 from .proof import kinds_of, prove
 from .structure import ModelStructure
@@ -132,7 +134,7 @@ class StructuredPruner:
         run = self._execution = Execution(self.model, self.structure, self.config, self.calibration_tokens)
         if isinstance(ratio, PruningPlan):
             check_plan(self.model, self.structure, ratio)
-            self._carry_out(ratio)
+            self._carry_out(copy.deepcopy(ratio))
         else:
             dense = self.structure if self.config.iterative_steps > 1 else None
             for steps_left in range(self.config.iterative_steps, 0, -1):
