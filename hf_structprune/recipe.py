@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .configuration import PruningConfig
 from .errors import ConfigurationError
+from .yaml_files import parse_yaml, read_text
 
 
 if TYPE_CHECKING:
@@ -98,17 +99,11 @@ class Recipe:
         """Reads and checks a recipe. `${NAME}` stands for an environment variable, `${NAME:-value}` has a default.
 
         Raises:
-            ConfigurationError: The file is no recipe, a variable is not set, or a value is not allowed.
+            ConfigurationError: The file is no recipe, a variable is not set, a value is not allowed, or a section or
+                option stands twice.
         """
-        import yaml
-
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-            content = yaml.safe_load(substitute(text))
-        except FileNotFoundError as error:
-            raise ConfigurationError(f"There is no recipe {path}.") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigurationError(f"{path} is not YAML: {error}") from error
+        text = read_text(path, "recipe")
+        content = parse_yaml(substitute(text), path)
         try:
             return cls.from_dict(content, text)
         except ConfigurationError as error:

@@ -15,6 +15,7 @@ from hf_structprune.errors import ConfigurationError
 from hf_structprune.quantization.source import Source
 from hf_structprune.recipe import Recipe, substitute
 from hf_structprune.recovery.configuration import DistillationConfig, RecoveryConfig
+from hf_structprune.yaml_files import parse_yaml
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -89,6 +90,37 @@ def test_mistakes_name_the_file_and_the_value(tmp_path, text, message):
     with pytest.raises(ConfigurationError, match=message) as error:
         load(tmp_path, text)
     assert "recipe.yaml" in str(error.value)
+
+
+TWICE = {
+    "section": (MINIMAL + "prune:\n  ratio: 0.5\n", "`prune` stands twice in one section, in lines 3 and 5"),
+    "option": (MINIMAL + "  ratio: 0.5\n", "`ratio` stands twice in one section, in lines 4 and 5"),
+    "deeper": (
+        MINIMAL + "  calibration:\n    length: 8\n    num_samples: 4\n    length: 16\n",
+        "`length` stands twice in one section, in lines 6 and 8",
+    ),
+    "in a list": (MINIMAL + "evaluate:\n  tasks: [{a: 1, a: 2}]\n", "`a` stands twice"),
+    "in a merge": ("x: &x {a: 1, a: 2}\n" + MINIMAL, "`a` stands twice"),
+}
+
+
+@pytest.mark.parametrize("text, message", TWICE.values(), ids=TWICE)
+def test_what_stands_twice_is_refused_with_its_lines(tmp_path, text, message):
+    with pytest.raises(ConfigurationError, match=message) as error:
+        load(tmp_path, text)
+    assert "recipe.yaml" in str(error.value)
+
+
+def test_merged_sections_may_be_overridden():
+    text = "x: {y: &m {<<: &b {a: 1, c: 3}, a: 2}}\ntop: {<<: *m, c: 4}\nlist: [{a: 1}, {a: 2}]\n"
+    assert parse_yaml(text, "file") == yaml.safe_load(text)
+    assert parse_yaml("", "file") is None
+
+
+@pytest.mark.parametrize("text, message", [("[" * 1000, "nested too deep"), ("a: 2026-13-45", "file is not YAML")])
+def test_yaml_that_cannot_be_read(text, message):
+    with pytest.raises(ConfigurationError, match=message):
+        parse_yaml(text, "file")
 
 
 def test_missing_file(tmp_path):

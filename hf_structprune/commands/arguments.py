@@ -8,13 +8,13 @@ import inspect
 import re
 import types
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from transformers.hf_argparser import HfArgumentParser
 
 from ..configuration import CalibrationConfig
 from ..errors import ConfigurationError
+from ..yaml_files import parse_yaml, read_text
 from .cli import program
 
 
@@ -151,17 +151,12 @@ def _help_texts(cls: type) -> dict[str, str]:
 
 def _read_defaults(parser: _Parser, path: str) -> dict[str, Any]:
     """The values of a YAML file, each through the parser, so that they are what the command line would give."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path} is not YAML: {error}") from error
+    content = parse_yaml(read_text(path), path)
     if content is not None and not isinstance(content, dict):
         raise ConfigurationError(f"{path} holds a {type(content).__name__}; it must hold `option: value` lines.")
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     defaults = {}
-    for key, value in _flatten(content or {}).items():
+    for key, value in _flatten(content or {}, path).items():
         if key not in actions and not (value is None and key.removeprefix("calibration_") in NOT_OPTIONS):
             raise ConfigurationError(f"`{key}` in {path} is not an option; the options are {', '.join(actions)}.")
         if value is not None:
@@ -169,14 +164,20 @@ def _read_defaults(parser: _Parser, path: str) -> dict[str, Any]:
     return defaults
 
 
-def _flatten(content: dict[Any, Any]) -> dict[str, Any]:
-    values = {}
+def _flatten(content: dict[Any, Any], path: str) -> dict[str, Any]:
+    """Every option under the name of its field, those of the calibration with its prefix."""
+    values: dict[str, Any] = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
+        named = {name: value}
         if name == "calibration" and isinstance(value, dict):
-            values.update({f"calibration_{k}": v for k, v in _flatten(value).items()})
-        else:
-            values[name] = value
+            named = {f"calibration_{k}": v for k, v in _flatten(value, path).items()}
+        for name in named.keys() & values.keys():
+            raise ConfigurationError(
+                f"{path}: `{name}` is given twice (hyphens are underscores, `calibration:` is a prefix), and only "
+                "one can be meant: remove one."
+            )
+        values |= named
     return values
 
 

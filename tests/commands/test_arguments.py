@@ -151,6 +151,9 @@ def test_several_positional_arguments_and_another_name(yaml_file):
         ("calibration_texts: [a, b]", "`calibration_texts` in .* is not an option"),
         ("- ratio", "holds a list"),
         ("ratio: [", "is not YAML"),
+        ("ratio: 0.1\nratio: 0.3", "`ratio` stands twice in one section, in lines 1 and 2"),
+        ("round-to: 8\nround_to: 16", "`round_to` is given twice"),
+        ("calibration: {length: 8}\ncalibration_length: 16", "`calibration_length` is given twice"),
         ("criterion: best", "`criterion` is 'best'"),
     ],
 )
