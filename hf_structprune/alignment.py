@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+from .checks import Described
 from .errors import ConfigurationError
 
 
@@ -36,6 +37,7 @@ ALIGNMENTS = {
     "gguf-256": Alignment(256, _GGUF_BLOCKS),  # k-quants
     "tensor-cores": Alignment(64, _NVIDIA),
 }
+AlignTo = Annotated[str | int, Described(f"an integer of at least 1 or one of {', '.join(ALIGNMENTS)}")]
 GROUP_SIZES = (128, 64, 32)
 HIDDEN = "hidden size"  # the name of the input of all maps that read the residual stream
 # What goes wrong with an input that is no multiple of these, ascending: who misses one misses all larger ones.

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from .checks import check_int, check_keys
+from .checks import Count, Limits, Number, check_fields, check_keys
 from .errors import ConfigurationError
 
 
@@ -40,28 +39,22 @@ class CalibrationConfig:
     column: str = "text"
     texts: list[str] | None = None
     tokens: Any = None
-    num_samples: int = 128
-    length: int = 256
-    batch_size: int = 8
-    seed: int = 0
+    num_samples: Count = 128
+    length: Annotated[int, Limits(2)] = 256
+    batch_size: Count = 8
+    seed: Number = 0
     chat_template: bool = False
     fingerprint: str | None = None
 
     def __post_init__(self) -> None:
-        check_int("num_samples", self.num_samples, 1)
-        check_int("length", self.length, 2)
-        check_int("batch_size", self.batch_size, 1)
-        check_int("seed", self.seed, 0)
+        if isinstance(self.texts, str):
+            raise ConfigurationError("`texts` is one string; it must be a list of strings. Use `dataset` for a file.")
+        check_fields(self)
         given = [n for n in ("dataset", "texts", "tokens") if getattr(self, n) is not None]
         if len(given) > 1:
             raise ConfigurationError(f"`{given[0]}` and `{given[1]}` both give calibration data; give one of them.")
-        if isinstance(self.dataset, os.PathLike):
-            self.dataset = str(self.dataset)
-        if isinstance(self.texts, str):
-            raise ConfigurationError("`texts` is one string; it must be a list of strings. Use `dataset` for a file.")
         if self.texts is not None:
-            self.texts = list(self.texts)
-            self.fingerprint = hashlib.sha256("\0".join(map(str, self.texts)).encode()).hexdigest()[:16]
+            self.fingerprint = hashlib.sha256("\0".join(self.texts).encode()).hexdigest()[:16]
         if self.tokens is not None:
             if getattr(self.tokens, "ndim", None) != 2 or self.tokens.dtype.is_floating_point:
                 raise ConfigurationError("`tokens` must be an integer tensor of shape (num_samples, length).")

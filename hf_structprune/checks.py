@@ -1,42 +1,354 @@
-"""Checks of options that several configurations share; messages name the option, the value and what is allowed."""
+"""The one checker of options: what a field of a dataclass may hold is read from its type.
+
+`int`, `float`, `bool`, `str`, `Path`, `None`, unions, `Literal`, lists, tuples, dictionaries and dataclasses are
+understood. `Annotated` adds what a type cannot say: `Limits`, `OneOf`, `Described`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+import math
+import numbers
+import os
+import types
+from collections.abc import Collection, Mapping, Sequence, Set
+from decimal import Decimal
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .errors import ConfigurationError
 
 
-def is_number(value: Any) -> bool:
-    """Whether it is a number, which a bool is not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+_LONGEST = 120  # characters of a value in a message
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a number has to lie between.
+
+    Attributes:
+        least, most: The ends.
+        open: Which of them are not allowed themselves: `""`, `"least"`, `"most"` or `"both"`.
+    """
+
+    least: float = -math.inf
+    most: float = math.inf
+    open: Literal["", "least", "most", "both"] = ""
+
+    def allow(self, value: float) -> bool:
+        """Whether a number lies between them; NaN and infinity never do."""
+        if not _is_finite(value) or not self.least <= value <= self.most:
+            return False
+        at_end = {"least": value == self.least, "most": value == self.most}
+        return not any(hit and self.open in (end, "both") for end, hit in at_end.items())
+
+    def __str__(self) -> str:
+        if self.most == math.inf:
+            return "" if self.least == -math.inf else f" {'above' if self.open else 'of at least'} {self.least:g}"
+        if self.open:
+            brackets = "(" if self.open in ("least", "both") else "[", ")" if self.open in ("most", "both") else "]"
+            return f" in {brackets[0]}{self.least:g}, {self.most:g}{brackets[1]}"
+        return f" from {self.least:g} to {self.most:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+    """The only values that are allowed."""
+
+    allowed: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """What is allowed in words of its own, which stand behind "it must be"."""
+
+    words: str
+
+
+Count = Annotated[int, Limits(1)]  # of at least one
+Number = Annotated[int, Limits(0)]  # counted from 0, such as a layer's or a seed
+# A number of things, or a share of all there are. What is of one, is one thing.
+Limit = Annotated[
+    Annotated[int, Limits(1)] | Annotated[float, Limits(0, 1, open="both")],
+    Described("a number of documents, or a share below 1"),
+]
+# The part of a model that goes.
+Ratio = Annotated[float, Limits(0, 1, open="most"), Described("a number in [0, 1): 0.3 removes 30 %")]
+
+
+class _Refused(Exception):
+    """A value that a type does not allow: with the value, the rule in words, and what may have been meant."""
+
+    def __init__(self, value: Any, rule: str, hint: str = "") -> None:
+        self.value, self.rule, self.hint = value, rule, hint
+
+
+def check_fields(config: Any) -> None:
+    """Checks every field of a dataclass by its type, and brings what is plain into the form that the type names.
+
+    `"30%"`, `"0.3"`, `"1e-3"`, decimals, fractions, NumPy's numbers and tensors of one number become plain numbers,
+    arrays and tuples lists, one text a list of one where a list of texts is wanted, paths texts, dictionaries
+    dataclasses.
+
+    Raises:
+        ConfigurationError: Names the field, its value and what is allowed.
+    """
+    for field in dataclasses.fields(config):
+        value = checked(field.name, getattr(config, field.name), field_types(type(config))[field.name])
+        object.__setattr__(config, field.name, value)
+
+
+@cache
+def field_types(cls: type) -> dict[str, Any]:
+    """The types of the fields of a dataclass, with what `Annotated` adds."""
+    return get_type_hints(cls, include_extras=True)
+
+
+def checked(name: str, value: Any, annotation: Any, error: type[ConfigurationError] = ConfigurationError) -> Any:
+    """A value in the form that a type names.
+
+    Args:
+        name: What the message calls it.
+        value: What was given.
+        annotation: Its type, `Annotated` included.
+        error: What is raised.
+
+    Raises:
+        ConfigurationError: Names it, its value and what is allowed.
+    """
+    try:
+        return _read(value, annotation)
+    except _Refused as refused:
+        raise error(f"`{name}` is {_shown(refused.value)}; {refused.rule}.{refused.hint}") from None
 
 
 def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
     """Refuses a value that is none of the allowed ones."""
-    if value not in allowed:
-        raise ConfigurationError(f"`{name}` is {value!r}; allowed values are {', '.join(map(str, allowed))}.")
-
-
-def check_int(name: str, value: Any, minimum: int) -> None:
-    """Refuses what is no integer of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ConfigurationError(f"`{name}` is {value!r}; it must be an integer of at least {minimum}.")
-
-
-def check_number(name: str, value: Any, least: float, most: float) -> None:
-    """Refuses what is no number from `least` to `most`."""
-    if not (is_number(value) and least <= value <= most):
-        raise ConfigurationError(f"`{name}` is {value!r}; it must be a number from {least:g} to {most:g}.")
+    checked(name, value, Annotated[Any, OneOf(tuple(allowed))])
 
 
 def check_keys(cls: type, values: dict[str, Any]) -> None:
-    """Refuses a dictionary with a key that is no field of a dataclass."""
+    """Refuses what is no dictionary, or one with a key that is no field of a dataclass."""
+    if not isinstance(values, Mapping):
+        raise ConfigurationError(f"{_shown(values)} is given as {cls.__name__}; it must hold `option: value` pairs.")
     known = [field.name for field in dataclasses.fields(cls)]
     for key in values:
         if key not in known:
             raise ConfigurationError(
                 f"`{key}` is not an option of {cls.__name__}; the options are {', '.join(known)}."
             )
+
+
+def _read(value: Any, annotation: Any) -> Any:
+    rules: tuple[Any, ...] = ()
+    if get_origin(annotation) is Annotated:
+        annotation, *rest = get_args(annotation)
+        rules = tuple(rest)
+    described = next((rule.words for rule in rules if isinstance(rule, Described)), None)
+    try:
+        result = _read_type(value, annotation, rules)
+    except _Refused as refused:
+        if described is None:
+            raise
+        raise _Refused(value, f"it must be {described}", refused.hint) from None
+    for rule in rules:
+        if isinstance(rule, OneOf) and not _is_one_of(result, rule.allowed):
+            raise _Refused(value, f"allowed values are {', '.join(map(str, rule.allowed))}")
+    return result
+
+
+def _read_type(value: Any, annotation: Any, rules: tuple[Any, ...]) -> Any:
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if annotation is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _read_union(value, parts)
+    if origin is Literal:
+        return _read(value, Annotated[Any, OneOf(parts)])
+    if origin in (list, Sequence):
+        return [_read(item, parts[0]) for item in _items(value, annotation)]
+    if origin is tuple:
+        return _read_tuple(value, annotation, parts)
+    if origin in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            raise _Refused(value, _rule(annotation))
+        return {_read(key, parts[0]): _read(item, parts[1]) for key, item in value.items()}
+    if dataclasses.is_dataclass(annotation):
+        return _read_dataclass(value, annotation)
+    if annotation not in _READERS:
+        raise TypeError(f"No rule for values of the type {annotation!r}.")
+    result = _READERS[annotation](value)
+    for rule in rules:
+        if isinstance(rule, Limits) and (result is None or not rule.allow(result)):
+            result = None
+    if result is None:
+        raise _Refused(value, _rule(Annotated[(annotation, *rules)] if rules else annotation), _hint(value, rules))
+    return result
+
+
+def _read_union(value: Any, members: tuple[Any, ...]) -> Any:
+    if value is None and types.NoneType in members:
+        return None
+    members = tuple(member for member in members if member is not types.NoneType)
+    refusals = []
+    for member in members:
+        try:
+            return _read(value, member)
+        except _Refused as refused:
+            refusals.append(refused)
+    if len(members) == 1:
+        raise refusals[0]
+    inner = [refused for refused in refusals if refused.value is not value]  # the form is right, an item of it is not
+    raise inner[0] if inner else _Refused(value, f"it must be {' or '.join(map(_in_words, members))}")
+
+
+def _read_tuple(value: Any, annotation: Any, parts: tuple[Any, ...]) -> tuple[Any, ...]:
+    items = _items(value, annotation)
+    if len(parts) == 2 and parts[1] is Ellipsis:
+        return tuple(_read(item, parts[0]) for item in items)
+    if len(items) != len(parts):
+        raise _Refused(value, _rule(annotation))
+    return tuple(_read(item, part) for item, part in zip(items, parts, strict=True))
+
+
+def _read_dataclass(value: Any, cls: type) -> Any:
+    if isinstance(value, Mapping):
+        check_keys(cls, value)
+        return cls(**value)
+    if not isinstance(value, cls):
+        raise _Refused(value, _rule(cls))
+    return value
+
+
+def _items(value: Any, annotation: Any) -> list[Any]:
+    """What a list is made of: of arrays and sets too, or of one text where texts are wanted."""
+    if isinstance(value, (str, os.PathLike)) and _is_text(get_args(annotation)[0]):
+        return [value]
+    if getattr(value, "ndim", None) == 0:  # an array of one number, which has a length all the same
+        raise _Refused(value, _rule(annotation))
+    if hasattr(value, "ndim") and hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Set):
+        value = sorted(value, key=str) if not all(map(_is_number, value)) else sorted(value)
+    if not isinstance(value, Collection) or isinstance(value, (str, bytes, Mapping)):
+        raise _Refused(value, _rule(annotation))
+    return list(value)
+
+
+def _is_text(annotation: Any) -> bool:
+    return (get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation) is str
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed)
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy or a tensor of no dimension as Python's own; anything else as it is."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        try:
+            return value.item()
+        except (RuntimeError, ValueError):  # a tensor that holds no value, on the meta device
+            return value
+    return value
+
+
+def _whole(value: Any) -> int | None:
+    value = _plain(value)
+    if isinstance(value, numbers.Integral):
+        return None if isinstance(value, bool) else int(value)
+    number = _real(value)
+    return int(number) if number is not None and number == int(number) and "%" not in str(value) else None
+
+
+def _real(value: Any) -> float | int | None:
+    value = _plain(value)
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, Decimal, str)):
+        return None
+    if type(value) in (int, float):
+        return value if _is_finite(value) else None
+    text = value.strip() if isinstance(value, str) else ""
+    try:
+        if text.lstrip("+-").isdecimal():
+            return int(text) if _is_finite(int(text)) else None
+        number = float(Decimal(text[:-1].strip()) / 100) if text.endswith("%") else float(value)
+    except (ValueError, ArithmeticError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond what a float holds
+        return False
+
+
+def _truth(value: Any) -> bool | None:
+    value = _plain(value)
+    return value if isinstance(value, bool) else None
+
+
+def _text(value: Any) -> str | None:
+    path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    return path if isinstance(path, str) else None
+
+
+def _path(value: Any) -> Path | None:
+    text = _text(value)
+    return None if text is None else Path(text)
+
+
+_READERS = {int: _whole, float: _real, bool: _truth, str: _text, Path: _path}
+_NAMES = {int: "an integer", float: "a number", bool: "True or False", str: "a text", Path: "a path"}
+
+
+def _rule(annotation: Any) -> str:
+    return f"it must be {_in_words(annotation)}"
+
+
+def _in_words(annotation: Any) -> str:
+    """What a type allows: `"an integer of at least 1"`."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        rules = annotation.__metadata__
+        for rule in rules:
+            if isinstance(rule, Described):
+                return rule.words
+            if isinstance(rule, OneOf):
+                return f"one of {', '.join(map(str, rule.allowed))}"
+        return _in_words(parts[0]) + "".join(str(rule) for rule in rules if isinstance(rule, Limits))
+    if origin in (Union, types.UnionType):
+        return " or ".join(_in_words(part) for part in parts if part is not types.NoneType)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, parts))}"
+    if origin in (list, Sequence) or (origin is tuple and parts[-1] is Ellipsis):
+        return f"a list, each of its items {_in_words(parts[0])}"
+    if origin is tuple:
+        return f"a list of {len(parts)}: {', '.join(map(_in_words, parts))}"
+    if origin in (dict, Mapping):
+        return f"pairs of {_in_words(parts[0])} and {_in_words(parts[1])}"
+    return _NAMES.get(annotation, f"a {annotation.__name__}")
+
+
+def _hint(value: Any, rules: tuple[Any, ...]) -> str:
+    """What may have been meant by a number that is not allowed."""
+    if isinstance(value, str) and "," in value and _real(value.replace(",", ".")) is not None:
+        return f" Decimals are written with a point: {value.replace(',', '.').strip()}."
+    number = _real(value)
+    limits = next((rule for rule in rules if isinstance(rule, Limits)), Limits())
+    if number is not None and limits.least >= 0 and limits.most <= 1 < number <= 100:
+        return f' If {number:g} % is meant, write {number / 100:g} or "{number:g}%".'
+    return ""
+
+
+def _shown(value: Any) -> str:
+    """A value on one line that is not too long."""
+    is_number = isinstance(value, str) and _real(value) is not None
+    text = value.strip() if is_number else " ".join(repr(value).split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

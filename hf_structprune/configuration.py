@@ -7,14 +7,25 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from .alignment import check_align_to, check_step, multiple_of
+from .alignment import AlignTo, check_align_to, check_step, multiple_of
 from .calibration_configuration import CalibrationConfig
-from .checks import check_choice, check_int, check_keys, is_number
+from .checks import Count, Described, Limits, Number, OneOf, Ratio, check_choice, check_fields, check_keys
 from .errors import ConfigurationError
 from .files import write_text
-from .units import DEPTH_UNITS, UNITS, WIDTH_UNITS, check_depth, complete_units, parse_split, split_criterion
+from .json_files import read_json_object
+from .units import (
+    DEPTH_CRITERIA,
+    DEPTH_UNITS,
+    HIDDEN_CRITERIA,
+    UNITS,
+    WIDTH_UNITS,
+    check_depth,
+    complete_units,
+    parse_split,
+    split_criterion,
+)
 
 
 CONFIG_NAME = "pruning_config.json"
@@ -24,11 +35,7 @@ TAYLOR_VARIANTS = ("vectorize", "first", "second", "mix")
 AGGREGATIONS = ("sum", "mean", "max", "prod", "first", "last")
 ALLOCATIONS = ("uniform", "global", "search")
 LAYOUTS = ("uniform", "per_layer")
-
-
-def _check_ratio(name: str, value: Any) -> None:
-    if not is_number(value) or not 0.0 <= value < 1.0:
-        raise ConfigurationError(f"`{name}` is {value!r}; it must be a number in [0, 1): 0.3 removes 30 %.")
+_LayerRange = Annotated[tuple[Number, Number], Described("(start, end), 0 <= start < end, end excluded")]
 
 
 @dataclass
@@ -94,73 +101,49 @@ class PruningConfig:
         calibration (`CalibrationConfig`): The text.
     """
 
-    units: tuple[str, ...] | None = None
+    units: tuple[Annotated[str, OneOf(UNITS)], ...] | None = None
     criterion: str = "obs"
-    taylor: str = "first"
-    aggregation: str = "sum"
+    taylor: Annotated[str, OneOf(TAYLOR_VARIANTS)] = "first"
+    aggregation: Annotated[str, OneOf(AGGREGATIONS)] = "sum"
     compensation: bool = True
-    error_correction: float = 0.5
+    error_correction: Annotated[float, Limits(0, 1)] = 0.5
     token_weighting: bool = True
-    damping: float | None = None
-    allocation: str = "uniform"
-    layout: str = "uniform"
-    depth_criterion: str = "exchange"
-    num_layers: int | None = None
-    keep_first: int | None = None
-    hidden_criterion: str = "activation"
-    hidden_size: int | None = None
+    damping: Annotated[float, Limits(0, open="least"), Described("a positive number")] | None = None
+    allocation: Annotated[str, OneOf(ALLOCATIONS)] = "uniform"
+    layout: Annotated[str, OneOf(LAYOUTS)] = "uniform"
+    depth_criterion: Annotated[str, OneOf(DEPTH_CRITERIA)] = "exchange"
+    num_layers: Count | None = None
+    keep_first: Count | None = None
+    hidden_criterion: Annotated[str, OneOf(HIDDEN_CRITERIA)] = "activation"
+    hidden_size: Count | None = None
     split: dict[str, float] | list[str] | None = None
-    layers: list[int] | None = None
-    layer_range: tuple[int, int] | None = None
-    protect_first: int = 0
-    protect_last: int = 0
-    attention_ratio: float | None = None
-    mlp_ratio: float | None = None
-    round_to: int | None = None
-    align_to: str | int | None = None
-    iterative_steps: int = 1
+    layers: list[Number] | None = None
+    layer_range: _LayerRange | None = None
+    protect_first: Number = 0
+    protect_last: Number = 0
+    attention_ratio: Ratio | None = None
+    mlp_ratio: Ratio | None = None
+    round_to: Count | None = None
+    align_to: AlignTo | None = None
+    iterative_steps: Count = 1
     gradient_checkpointing: bool = False
-    seed: int = 0
+    seed: Number = 0
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def __post_init__(self) -> None:
-        if isinstance(self.calibration, dict):
-            self.calibration = CalibrationConfig.from_dict(self.calibration)
-        if not isinstance(self.calibration, CalibrationConfig):
-            raise ConfigurationError(f"`calibration` is {self.calibration!r}; it must be a CalibrationConfig.")
+        check_fields(self)
         self.split = parse_split(self.split)
         self._check_units()
         split_criterion(self, CRITERIA)
         check_choice("criterion", self.criterion, CRITERIA)
-        check_choice("taylor", self.taylor, TAYLOR_VARIANTS)
-        check_choice("aggregation", self.aggregation, AGGREGATIONS)
-        check_choice("allocation", self.allocation, ALLOCATIONS)
-        check_choice("layout", self.layout, LAYOUTS)
-        for name in ("compensation", "token_weighting", "gradient_checkpointing"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigurationError(f"`{name}` is {getattr(self, name)!r}; it must be True or False.")
-        if self.damping is not None and not (is_number(self.damping) and 0 < self.damping < float("inf")):
-            raise ConfigurationError(f"`damping` is {self.damping!r}; it must be a positive number, or None.")
-        if not is_number(self.error_correction) or not 0 <= self.error_correction <= 1:
-            raise ConfigurationError(f"`error_correction` is {self.error_correction!r}; it must be between 0 and 1.")
-        for name in ("protect_first", "protect_last", "seed"):
-            check_int(name, getattr(self, name), 0)
-        check_int("iterative_steps", self.iterative_steps, 1)
-        if self.round_to is not None:
-            check_int("round_to", self.round_to, 1)
         self._check_alignment()
         self._check_layers()
         check_depth(self)
 
     def _check_units(self) -> None:
-        for name in ("attention_ratio", "mlp_ratio"):
-            if getattr(self, name) is not None:
-                _check_ratio(name, getattr(self, name))
         self.units = complete_units(self)
         if not self.units:
             raise ConfigurationError(f"`units` is empty; name at least one of {', '.join(UNITS)}.")
-        for unit in self.units:
-            check_choice("units", unit, UNITS)
         if self.attention_ratio is not None and not {"kv_groups", "query_heads"} & set(self.units):
             raise ConfigurationError(f"`attention_ratio` is given, but `units` is {self.units}: no heads in it.")
         if self.mlp_ratio is not None and "mlp_neurons" not in self.units:
@@ -170,7 +153,7 @@ class PruningConfig:
         self.align_to = check_align_to(self.align_to)
         check_step(self.round_to, self.align_to)
         multiple = multiple_of(self.align_to)
-        if self.hidden_size is not None and type(self.hidden_size) is int and self.hidden_size % multiple:
+        if self.hidden_size is not None and self.hidden_size % multiple:
             lower = self.hidden_size // multiple * multiple
             nearest = " or ".join(str(size) for size in (lower, lower + multiple) if size)
             raise ConfigurationError(
@@ -181,19 +164,10 @@ class PruningConfig:
     def _check_layers(self) -> None:
         if self.layers is not None and self.layer_range is not None:
             raise ConfigurationError("`layers` and `layer_range` are both given; give one of them.")
-        if self.layers is not None:
-            if isinstance(self.layers, (str, int)):
-                raise ConfigurationError(f"`layers` is {self.layers!r}; it must be a list of layer numbers.")
-            self.layers = list(self.layers)
-            for layer in self.layers:
-                check_int("layers", layer, 0)
-        if self.layer_range is not None:
-            pair = tuple(self.layer_range) if isinstance(self.layer_range, (tuple, list)) else ()
-            if len(pair) != 2 or not all(type(end) is int for end in pair) or not 0 <= pair[0] < pair[1]:
-                raise ConfigurationError(
-                    f"`layer_range` is {self.layer_range!r}; it must be (start, end), 0 <= start < end, end excluded."
-                )
-            self.layer_range = pair
+        if self.layer_range is not None and self.layer_range[0] >= self.layer_range[1]:
+            raise ConfigurationError(
+                f"`layer_range` is {self.layer_range!r}; it must be (start, end), 0 <= start < end, end excluded."
+            )
         if self.layout == "uniform":
             chosen = [n for n in ("layers", "layer_range", "protect_first", "protect_last") if getattr(self, n)]
             if chosen and self.kinds(WIDTH_UNITS):
@@ -271,7 +245,4 @@ class PruningConfig:
         """Reads a configuration from a JSON file or from a checkpoint folder."""
         path = Path(path)
         path = path / CONFIG_NAME if path.is_dir() else path
-        try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except json.JSONDecodeError as error:
-            raise ConfigurationError(f"{path} is not JSON: {error}") from error
+        return cls.from_dict(read_json_object(path, ConfigurationError))

@@ -19,6 +19,7 @@ from rich.table import Table
 from .decisions import Dropped, GroupPlan, HiddenPlan, is_dropped, normalised
 from .errors import ConfigurationError
 from .files import write_text
+from .json_files import read_json_object
 from .structure import CoupledGroup, LayerStructure, ModelStructure
 from .units import WIDTH_UNITS
 
@@ -201,10 +202,7 @@ class PruningPlan:
         """Reads a plan from a JSON file or from a checkpoint folder."""
         path = Path(path)
         path = path / PLAN_NAME if path.is_dir() else path
-        try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except json.JSONDecodeError as error:
-            raise ConfigurationError(f"{path} is not JSON: {error}") from error
+        return cls.from_dict(read_json_object(path, ConfigurationError))
 
     def __str__(self) -> str:
         console = Console(file=StringIO(), width=100, color_system=None)

@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 
 from .calibration import check_token_ids, load_tokens
 from .checkpoint import has_weights
+from .checks import Ratio, checked
 from .configuration import PruningConfig
 from .criteria import make_criterion
 from .depth import DepthChoice
-from .errors import CheckpointError, ConfigurationError, StructPruneError, UnsupportedModelError
+from .errors import CheckpointError, ConfigurationError, RatioError, StructPruneError, UnsupportedModelError
 from .execution import Execution
 from .hub.origin import origin_of, record
 from .hub.push import push_folder
@@ -109,6 +110,7 @@ class StructuredPruner:
             RatioError: More than can be cut; says how much can.
             UnsupportedModelError: Cutting this model type is not shown to be right, see `proof.prove`.
         """
+        ratio = checked("ratio", ratio, Ratio | None, RatioError)
         prove(self.model, self.structure, self.config.units)
         return self._plan(ratio, self._look() if self._looks_first else Knowledge())
 
@@ -121,6 +123,8 @@ class StructuredPruner:
         Returns:
             The smaller model, also in `self.model`; the plan that was carried out is in `self.last_plan`.
         """
+        if not isinstance(ratio, PruningPlan):
+            ratio = checked("ratio", ratio, Ratio | None, RatioError)
         if self._execution is not None and self._execution.touched:
             raise StructPruneError(
                 "This pruner has pruned its model. To prune the result again, make a new pruner from `pruner.model`."

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from .checks import check_choice, check_int, is_number
+from .checks import Described, Limits, OneOf, checked
 from .errors import ConfigurationError
 
 
@@ -15,6 +15,8 @@ WIDTH_UNITS = ("kv_groups", "query_heads", "mlp_neurons")
 SUBLAYER_UNITS = ("attention", "mlp")
 DEPTH_UNITS = ("layers", *SUBLAYER_UNITS)
 UNITS = (*WIDTH_UNITS, *DEPTH_UNITS, "hidden")
+_Part = Annotated[float, Limits(0, open="least"), Described("a positive number")]
+_Split = dict[Annotated[str, OneOf(UNITS)], _Part]
 DEPTH_CRITERIA = ("angular", "block_influence", "perplexity", "taylor", "magnitude", "greedy", "exchange")
 HIDDEN_CRITERIA = ("magnitude", "taylor", "activation", "pca")
 # Which kind an option speaks of; it is cut if nothing else is said.
@@ -26,11 +28,10 @@ _NAMED_BY = {
 
 def complete_units(config: PruningConfig) -> tuple[str, ...]:
     """`units` as a tuple; where none are given, those that other options name, else MLP neurons."""
-    units = config.units
-    if units is None:
-        named = [kind for option, kind in _NAMED_BY.items() if getattr(config, option) is not None]
-        units = tuple(dict.fromkeys([*named, *(config.split or {})])) or ("mlp_neurons",)
-    return (units,) if isinstance(units, str) else tuple(units)
+    if config.units is not None:
+        return config.units
+    named = [kind for option, kind in _NAMED_BY.items() if getattr(config, option) is not None]
+    return tuple(dict.fromkeys([*named, *(config.split or {})])) or ("mlp_neurons",)
 
 
 def parse_split(split: Any) -> dict[str, float] | None:
@@ -45,14 +46,7 @@ def parse_split(split: Any) -> dict[str, float] | None:
         split = dict(part.split("=") for part in split)
     if not isinstance(split, dict) or not split:
         raise ConfigurationError(f"`split` is {split!r}; it must be like {{'layers': 0.5, 'mlp_neurons': 0.5}}.")
-    for kind in split:
-        check_choice("split", kind, UNITS)
-    try:
-        parts = {kind: float(part) for kind, part in split.items()}
-    except (TypeError, ValueError):
-        parts = {}
-    if not parts or not all(is_number(part) and part > 0 for part in parts.values()):
-        raise ConfigurationError(f"`split` is {split!r}; every part must be a positive number.")
+    parts = {kind: float(part) for kind, part in checked("split", split, _Split).items()}
     if abs(sum(parts.values()) - 1) > 1e-6:
         raise ConfigurationError(f"`split` is {split!r}; its parts must add up to 1, not {sum(parts.values()):g}.")
     return parts
@@ -83,8 +77,6 @@ def split_criterion(config: PruningConfig, width_criteria: tuple[str, ...]) -> N
             f"`criterion` is {config.criterion!r}, which ranks heads and neurons, but `units` is {config.units}: set "
             "`depth_criterion` for layers and sublayers, `hidden_criterion` for hidden channels."
         )
-    check_choice("depth_criterion", config.depth_criterion, DEPTH_CRITERIA)
-    check_choice("hidden_criterion", config.hidden_criterion, HIDDEN_CRITERIA)
 
 
 def check_depth(config: PruningConfig) -> None:
@@ -97,7 +89,6 @@ def check_depth(config: PruningConfig) -> None:
         value = getattr(config, name)
         if value is None:
             continue
-        check_int(name, value, 1)
         if _NAMED_BY[name] not in config.units:
             raise ConfigurationError(
                 f"`{name}` is given, but `units` is {config.units}: no '{_NAMED_BY[name]}' in it."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from ..alignment import multiple_of, step_of
+from ..checks import Ratio, checked
 from ..configuration import PruningConfig
 from ..errors import ConfigurationError, RatioError
 from ..hidden import HiddenGroup
@@ -31,8 +32,7 @@ def check_ratio(ratio: float | None, config: PruningConfig) -> None:
             f"The ratio {ratio!r} is given, and {', '.join(f'`{name}`' for name in stated)} in the configuration says "
             "how much goes: give one or the other."
         )
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0.0 <= ratio < 1.0:
-        raise RatioError(f"The ratio is {ratio!r}; it must be a number in [0, 1): 0.3 removes 30 %.")
+    checked("ratio", ratio, Ratio, RatioError)
 
 
 def hidden_step(size: int, config: PruningConfig) -> int:

@@ -7,11 +7,12 @@ import dataclasses
 import inspect
 import re
 import types
-from collections.abc import Sequence
-from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from transformers.hf_argparser import HfArgumentParser
 
+from ..checks import checked, field_types
 from ..configuration import CalibrationConfig
 from ..errors import ConfigurationError
 from ..yaml_files import parse_yaml, read_text
@@ -97,9 +98,29 @@ def _make_parser(command: str, description: str, sources: list[type]) -> _Parser
                 parser.add_argument(
                     _with_hyphens(f"--{name}"), action=switch, default=field.default, help=texts[field.name]
                 )
+    readers = {
+        PREFIXES.get(cls, "") + name: _reader(name, kind) for cls in sources for name, kind in field_types(cls).items()
+    }
+    for action in parser._actions:
+        if action.dest in readers and action.type is not None:
+            action.type = readers[action.dest]
     for action in parser._actions:  # shown once by --help; both spellings are understood
         action.option_strings = [name for name in action.option_strings if "_" not in name]
     return parser
+
+
+def _reader(name: str, annotation: Any) -> Callable[[str], Any]:
+    """Reads what was typed for an option, or one of several values, as the field's type says."""
+
+    kind = _item_type(annotation)
+
+    def read(text: str) -> Any:
+        try:
+            return checked(name, text, kind)
+        except ConfigurationError as error:
+            raise argparse.ArgumentTypeError(str(error).rstrip(".")) from error
+
+    return read
 
 
 def _with_hyphens(argument: str) -> str:
@@ -126,12 +147,24 @@ def _as_options(cls: type) -> type:
 
 def _option_type(annotation: Any) -> Any:
     """The one type of an option: sequences become lists, of a union the sequence or else the first member counts."""
+    members = _members(annotation)
+    item = _item_type(annotation)
+    return members[0] if item is annotation else list[item]
+
+
+def _item_type(annotation: Any) -> Any:
+    """What the items are of where a sequence is wanted, else the type itself."""
+    for member in _members(annotation):
+        if get_origin(member) in (list, tuple, Sequence):
+            return get_args(member)[0]
+    return annotation
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The types that a value may have, but `None`, without what `Annotated` adds to them."""
     is_union = get_origin(annotation) in (Union, types.UnionType)
     members = [m for m in get_args(annotation) if m is not types.NoneType] if is_union else [annotation]
-    for member in members:
-        if get_origin(member) in (list, tuple, Sequence):
-            return list[get_args(member)[0]]
-    return members[0]
+    return [get_args(member)[0] if get_origin(member) is Annotated else member for member in members]
 
 
 def _is_switch(cls: type, field: dataclasses.Field) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+from ..checks import Count
 from ..errors import ConfigurationError
 from ..evaluation.efficiency import EfficiencyConfig, measure_efficiency
 from ..evaluation.environment import describe_environment
@@ -40,15 +41,11 @@ class BenchmarkArguments:
     """
 
     baseline: str | None = None
-    rounds: int = 3
+    rounds: Count = 3
     questions: str | None = None
     output: str | None = None
     state: str | None = None
     overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise ConfigurationError(f"`rounds` is {self.rounds}; it must be at least 1.")
 
 
 def run(argv: Sequence[str]) -> None:

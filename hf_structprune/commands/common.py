@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 
+from ..checks import check_fields
 from ..configuration import PruningConfig
 from ..errors import ConfigurationError, StructPruneError
 from ..files import can_only_be_a_path
@@ -54,6 +55,7 @@ class ModelArguments:
     json: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.dtype not in {"auto", *DTYPES, *DTYPES.values()}:
             raise ConfigurationError(f"`dtype` is {self.dtype!r}; allowed values are auto, {', '.join(DTYPES)}.")
         if self.device is not None and self.device_map is not None:
@@ -185,8 +187,6 @@ def check_ratio(ratio: float | None, config: PruningConfig) -> None:
         names = ("attention_ratio", "mlp_ratio", "num_layers", "keep_first", "hidden_size")
         stated = [f"--{name.replace('_', '-')}" for name in names if getattr(config, name) is not None]
         raise ConfigurationError(f"--ratio and {' / '.join(stated)} are both given; give one or the other.")
-    if ratio is not None and not 0.0 <= ratio < 1.0:
-        raise ConfigurationError(f"--ratio is {ratio}; it must be a number in [0, 1): 0.3 removes 30 %.")
 
 
 def check_output_dir(path: str, overwrite: bool) -> None:

@@ -6,10 +6,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from rich.console import Console
 
-from ..errors import ConfigurationError
+from ..checks import OneOf
 from ..evaluation.results import RESULTS_NAME, STATES, EvaluationResult
 from ..evaluation.table import ResultTable
 from ..files import write_text
@@ -35,7 +36,7 @@ class CompareArguments:
     """
 
     results: list[str]
-    format: str | None = None
+    format: Annotated[str, OneOf(FORMATS)] | None = None
     output: str | None = None
     pictures: str | None = None
 
@@ -43,8 +44,6 @@ class CompareArguments:
         if self.format is None:
             suffix = Path(self.output or "").suffix[1:]
             self.format = suffix if suffix in FORMATS else "table"
-        if self.format not in FORMATS:
-            raise ConfigurationError(f"`format` is {self.format!r}; allowed values are {', '.join(FORMATS)}.")
 
 
 def run(argv: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..checks import Ratio
 from ..configuration import CONFIG_NAME, PruningConfig
 from ..evaluation import (
     EfficiencyConfig,
@@ -48,7 +49,7 @@ class DemoArguments:
     """
 
     model: str = DEMO_MODEL
-    ratio: float = 0.2
+    ratio: Ratio = 0.2
     output_dir: str = "out"
     prompt: str = "What is the capital of France?"
 

@@ -7,8 +7,9 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from ..checks import OneOf
 from ..errors import ConfigurationError
 from .arguments import parse
 from .common import results_only_on_stdout, show, speaking
@@ -44,7 +45,7 @@ class ExportArguments:
     """
 
     model: str
-    format: str | None = None
+    format: Annotated[str, OneOf(tuple(FORMATS))] | None = None
     output: str | None = None
     overwrite: bool = False
     quant: str | None = None
@@ -52,10 +53,6 @@ class ExportArguments:
     pad: bool = False
     trust_remote_code: bool = False
     json: bool = False
-
-    def __post_init__(self) -> None:
-        if self.format is not None and self.format not in FORMATS:
-            raise ConfigurationError(f"`format` is {self.format!r}; allowed values are {', '.join(FORMATS)}.")
 
 
 def run(argv: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from ..errors import ConfigurationError
+from ..checks import Count, check_fields
 from .arguments import parse
 from .common import ModelArguments, default_window, load_for_measuring, results_only_on_stdout, show
 
@@ -48,15 +48,13 @@ class PerplexityArguments:
     window: int | None = None
     stride: int | None = None
     bos: bool | None = None
-    max_windows: int | None = None
-    batch_size: int = 1
+    max_windows: Count | None = None
+    batch_size: Count = 1
 
     def __post_init__(self) -> None:
         from ..evaluation.protocol import find_protocol
 
-        for name, value in (("max_windows", self.max_windows), ("batch_size", self.batch_size)):
-            if value is not None and value < 1:
-                raise ConfigurationError(f"`{name}` is {value}; it must be at least 1.")
+        check_fields(self)
         find_protocol(self.protocol).change(window=self.window, stride=self.stride, bos=self.bos)
 
 

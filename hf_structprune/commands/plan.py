@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..checks import Ratio
 from ..configuration import PruningConfig
 from ..places import check_place
 from .arguments import parse
@@ -20,7 +21,7 @@ class PlanArguments:
         output (`str`, *optional*): File to save the plan in, as JSON.
     """
 
-    ratio: float | None = None
+    ratio: Ratio | None = None
     output: str | None = None
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..checks import Ratio
 from ..configuration import PruningConfig
 from ..errors import ConfigurationError
 from .arguments import parse
@@ -32,7 +33,7 @@ class PruneArguments:
     """
 
     output_dir: str | None = None
-    ratio: float | None = None
+    ratio: Ratio | None = None
     plan: str | None = None
     overwrite: bool = False
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..allocation.budget import active_layers
+from ..checks import Number, check_fields
 from ..configuration import PruningConfig
 from ..decisions import Dropped, emptied, normalised
 from ..errors import ConfigurationError, UnsupportedModelError
@@ -115,16 +116,14 @@ class Amount:
         most: `parameters` is never exceeded, and it is no error if fewer can go.
     """
 
-    count: int | None = None
-    parameters: int | None = None
+    count: Number | None = None
+    parameters: Number | None = None
     most: bool = False
 
     def __post_init__(self) -> None:
         if (self.count is None) == (self.parameters is None):
             raise ConfigurationError("Give either `count` or `parameters`: how many units go, or how much they hold.")
-        name, value = ("count", self.count) if self.parameters is None else ("parameters", self.parameters)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ConfigurationError(f"`{name}` is {value!r}; it must be a whole number, 0 or more.")
+        check_fields(self)
 
     def wants(self, removal: Removal, unit: Unit) -> bool:
         """Whether this unit is to go on top of what has gone; of two amounts equally far away the smaller is taken."""

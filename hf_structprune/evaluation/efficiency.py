@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..checks import Count, Limits, Number, check_fields
 from ..errors import ConfigurationError, UnsupportedModelError
 from .macs import count_macs, count_macs_with_attention
 from .memory import cache_growth, peak_memory, weight_bytes
@@ -35,19 +37,16 @@ class EfficiencyConfig:
         seed: Seed of the random token ids.
     """
 
-    batch_size: int = 1
-    length: int = 64
-    new_tokens: int = 32
-    warmup: int = 2
-    repeats: int = 5
+    batch_size: Count = 1
+    length: Count = 64
+    new_tokens: Annotated[int, Limits(2)] = 32
+    warmup: Number = 2
+    repeats: Count = 5
     speed: bool = True
-    seed: int = 0
+    seed: Number = 0
 
     def __post_init__(self) -> None:
-        minimum = {"batch_size": 1, "length": 1, "new_tokens": 2, "warmup": 0, "repeats": 1}
-        for name, least in minimum.items():
-            if getattr(self, name) < least:
-                raise ConfigurationError(f"`{name}` is {getattr(self, name)}; it must be at least {least}.")
+        check_fields(self)
 
 
 def measure_efficiency(model: PreTrainedModel, config: EfficiencyConfig | None = None) -> list[Figure]:

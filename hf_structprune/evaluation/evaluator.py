@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..checks import Count, Limit, Number, check_fields
 from ..errors import ConfigurationError
 from ..places import check_place
 from .environment import describe_environment
@@ -66,33 +67,24 @@ class EvaluationConfig:
     window: int | None = None
     stride: int | None = None
     bos: bool | None = None
-    max_windows: int | None = None
+    max_windows: Count | None = None
     tasks: Sequence[str] | None = None
-    num_fewshot: int | None = None
-    limit: float | None = None
+    num_fewshot: Number | None = None
+    limit: Limit | None = None
     include_path: str | None = None
     efficiency: bool = True
     samples: bool = True
-    batch_size: int = 8
-    seed: int = 42
+    batch_size: Count = 8
+    seed: Number = 42
 
     def __post_init__(self) -> None:
         from .protocol import find_protocol
 
+        check_fields(self)
         self.texts = _listed(("sample",) if self.texts is None else self.texts)
         self.texts = () if self.texts == ("none",) else self.texts
         self.tasks = _listed(self.tasks or ())
         find_protocol(self.protocol).change(window=self.window, stride=self.stride, bos=self.bos)
-        for name, minimum in (("max_windows", 1), ("num_fewshot", 0), ("batch_size", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < minimum):
-                raise ConfigurationError(f"`{name}` is {value!r}; it must be an integer of at least {minimum}.")
-        if self.limit is not None and (self.limit <= 0 or (self.limit > 1 and self.limit != int(self.limit))):
-            raise ConfigurationError(f"`limit` is {self.limit}; give a number of documents, or a share below 1.")
-        if self.limit is not None and self.limit >= 1:
-            self.limit = int(self.limit)
-        if self.include_path is not None:
-            self.include_path = os.fspath(self.include_path)
         if not (self.texts or self.tasks or self.efficiency or self.samples):
             raise ConfigurationError("There is nothing to measure: name texts or tasks, or set `efficiency`.")
 
@@ -183,8 +175,7 @@ def evaluate(
 
 
 def _listed(values: Sequence[str]) -> tuple[str, ...]:
-    values = (values,) if isinstance(values, (str, os.PathLike)) else values
-    return tuple(dict.fromkeys(os.fspath(value) for value in values))
+    return tuple(dict.fromkeys(values))
 
 
 def _steps(

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..checks import Count, checked
 from ..errors import ConfigurationError
 from ..files import write_text
 from ..hardware import cuda_devices, synchronize
@@ -147,8 +148,7 @@ def generate_samples(
     Raises:
         ConfigurationError: There is no room for a new token, or a prompt has no token.
     """
-    if max_new_tokens < 1:
-        raise ConfigurationError(f"`max_new_tokens` is {max_new_tokens}; it must be at least 1.")
+    max_new_tokens = checked("max_new_tokens", max_new_tokens, Count)
     prompts = PROMPTS if prompts is None else [prompts] if isinstance(prompts, str) else prompts
     samples = []
     with eval_mode(model):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from ..checks import Count, checked
 from ..errors import ConfigurationError
 from .encoding import EncodedText, encode
 from .likelihood import window_losses
@@ -180,7 +181,9 @@ def measure_perplexity(
             there is no such protocol, or a number is impossible.
     """
     chosen = find_protocol(protocol).change(window=window, stride=stride, bos=bos)
-    _check_numbers(model, chosen.window, max_windows, batch_size)
+    max_windows = checked("max_windows", max_windows, Count | None)
+    batch_size = checked("batch_size", batch_size, Count)
+    _check_context(model, chosen.window)
     encoded = encode(tokenizer, text.text, chosen.bos, chosen.bos_everywhere)
     found = _find_windows(encoded, chosen)
     windows = spread(found, max_windows)
@@ -196,10 +199,7 @@ def measure_perplexity(
     return _result(key, losses, windows, encoded, window=ids.shape[1], protocol=words, source=text.source)
 
 
-def _check_numbers(model: PreTrainedModel, window: int, max_windows: int | None, batch_size: int) -> None:
-    for name, value in (("max_windows", max_windows), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise ConfigurationError(f"`{name}` is {value}; it must be at least 1.")
+def _check_context(model: PreTrainedModel, window: int) -> None:
     context = context_length(model)
     if context is not None and window > context:
         raise ConfigurationError(f"`window` is {window}, but the model's context is {context} tokens: lower `window`.")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from ..checks import Count, Limits, check_choice, check_fields, checked
 from ..errors import ConfigurationError
 
 
@@ -25,15 +26,14 @@ class PerplexityProtocol:
         bos_everywhere: `bos=True` means one at the start of every window rather than at the start of the text.
     """
 
-    window: int = 2048
+    window: Annotated[int, Limits(2)] = 2048
     stride: int = 2048
     keep_tail: bool = False
     bos: bool | None = None
     bos_everywhere: bool = True
 
     def __post_init__(self) -> None:
-        if self.window < 2:
-            raise ConfigurationError(f"`window` is {self.window}; it must be at least 2.")
+        check_fields(self)
         if not 1 <= self.stride <= self.window:
             raise ConfigurationError(
                 f"`stride` is {self.stride}; it must be 1 to {self.window}, the `window`, or tokens would be left out."
@@ -47,7 +47,7 @@ class PerplexityProtocol:
         Raises:
             ConfigurationError: A value is impossible.
         """
-        window = self.window if window is None else window
+        window = checked("window", self.window if window is None else window, Count)
         stride = max(1, self.stride * window // self.window) if stride is None else stride
         return replace(self, window=window, stride=stride, bos=self.bos if bos is None else bos)
 
@@ -110,8 +110,7 @@ def find_protocol(name: str) -> PerplexityProtocol:
     Raises:
         ConfigurationError: There is none of that name.
     """
-    if name not in PROTOCOLS:
-        raise ConfigurationError(f"`protocol` is {name!r}; allowed values are {', '.join(PROTOCOLS)}.")
+    check_choice("protocol", name, tuple(PROTOCOLS))
     return PROTOCOLS[name]
 
 

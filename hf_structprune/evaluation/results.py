@@ -8,10 +8,12 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from ..checks import OneOf, check_fields
 from ..errors import ConfigurationError
 from ..files import write_text
+from ..json_files import read_json_object
 from .parts import Parts
 
 
@@ -61,7 +63,7 @@ class EvaluationResult:
     """
 
     model: str
-    state: str = "dense"
+    state: Annotated[str, OneOf(STATES)] = "dense"
     base_model: str | None = None
     figures: dict[str, Figure] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -69,8 +71,7 @@ class EvaluationResult:
     samples: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.state not in STATES:
-            raise ConfigurationError(f"`state` is {self.state!r}; allowed values are {', '.join(STATES)}.")
+        check_fields(self)
 
     def add(self, *figures: Figure) -> None:
         """Adds figures; one that is there already is replaced."""
@@ -113,12 +114,9 @@ class EvaluationResult:
         """Reads a JSON file, or the `evaluation_results.json` of a checkpoint folder."""
         path = Path(path)
         path = path / RESULTS_NAME if path.is_dir() else path
-        try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigurationError(f"{path} is not JSON: {error}") from error
-        except FileNotFoundError as error:
-            raise ConfigurationError(f"There is no {path}; `hf-structprune evaluate` writes one.") from error
+        if not path.exists():
+            raise ConfigurationError(f"There is no {path}; `hf-structprune evaluate` writes one.")
+        return cls.from_dict(read_json_object(path, ConfigurationError))
 
 
 def _to_json(figure: Figure) -> dict[str, Any]:

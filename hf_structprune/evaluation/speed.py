@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from ..errors import ConfigurationError, EvaluationError
+from ..checks import Count, checked
+from ..errors import EvaluationError
 from ..hardware import device_name, synchronize
 from .memory import read_weights
 from .results import Figure
@@ -140,8 +141,7 @@ def time_loading(
     Raises:
         EvaluationError: It could not be loaded; says why.
     """
-    if repeats < 1:
-        raise ConfigurationError(f"`repeats` is {repeats}; it must be at least 1.")
+    repeats = checked("repeats", repeats, Count)
     options = {"model": os.fspath(model), "dtype": dtype, "device": device, "repeats": repeats, "kwargs": kwargs}
     code = f"import json, sys; from {__name__} import _load; print(json.dumps(_load(**json.loads(sys.argv[1]))))"
     process = subprocess.run(

@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..checks import Count, Limit, Number, checked
 from ..errors import ConfigurationError
 from .modes import eval_mode
 from .parts import Parts, fingerprint
@@ -91,7 +92,8 @@ def run_tasks(
         ConfigurationError: A number is impossible, a name is unknown, or a task cannot be run on text.
         EvaluationError: lm-eval or a data set is missing; says which task needs which.
     """
-    _check_numbers(num_fewshot, limit, batch_size)
+    num_fewshot, limit = checked("num_fewshot", num_fewshot, Number | None), checked("limit", limit, Limit | None)
+    batch_size = checked("batch_size", batch_size, Count)
     manager = task_manager(include_path)
     loaded = load_tasks(_names(tasks, manager), manager)
     from lm_eval import simple_evaluate
@@ -113,15 +115,6 @@ def _names(tasks: str | Sequence[str], manager: Any) -> list[str]:
     if not names:
         raise ConfigurationError(f"No task is named; suites are {', '.join(SUITES)}.")
     return find_names(names, manager)
-
-
-def _check_numbers(num_fewshot: int | None, limit: int | float | None, batch_size: int) -> None:
-    if num_fewshot is not None and num_fewshot < 0:
-        raise ConfigurationError(f"`num_fewshot` is {num_fewshot}; it must be at least 0.")
-    if limit is not None and (limit <= 0 or (limit > 1 and limit != int(limit))):
-        raise ConfigurationError(f"`limit` is {limit}; give a number of documents, or a share below 1.")
-    if batch_size < 1:
-        raise ConfigurationError(f"`batch_size` is {batch_size}; it must be at least 1.")
 
 
 def _figures(results: dict[str, Any]) -> list[Figure]:

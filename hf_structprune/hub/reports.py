@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..json_files import read_json_object
 
 
 def read_versioned(path: Path, version: int) -> dict[str, Any] | None:
@@ -21,10 +21,8 @@ def read_versioned(path: Path, version: int) -> dict[str, Any] | None:
     """
     if not path.is_file():
         return None
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        if report["schema_version"] == version:
-            return report
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error!r}") from error
-    raise CheckpointError(f"{path} is of version {report['schema_version']}; this package reads {version}.")
+    report = read_json_object(path)
+    if report.get("schema_version") != version:
+        found = report.get("schema_version")
+        raise CheckpointError(f"{path} is of version {found!r}; this package reads {version}.")
+    return report

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from ..calibration_configuration import CalibrationConfig
-from ..checks import check_choice, check_int, check_keys
+from ..checks import Limits, Number, OneOf, check_fields, check_keys
 from ..errors import ConfigurationError
 
 
@@ -46,31 +46,25 @@ class QuantizationConfig:
         ConfigurationError: A value is impossible.
     """
 
-    method: str = "bitsandbytes"
+    method: Annotated[str, OneOf(METHODS)] = "bitsandbytes"
     bits: int = 4
-    group_size: int = 128
-    four_bit_type: str = "nf4"
+    group_size: Annotated[int, Limits(-1)] = 128
+    four_bit_type: Annotated[str, OneOf(FOUR_BIT_TYPES)] = "nf4"
     double_quant: bool = True
     sym: bool = True
     desc_act: bool = False
-    iterations: int = 200
+    iterations: Number = 200
     device: str | None = None
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    seed: int = 0
+    seed: Number = 0
 
     def __post_init__(self) -> None:
-        check_choice("method", self.method, METHODS)
-        if isinstance(self.bits, bool) or self.bits not in BITS[self.method]:
+        check_fields(self)
+        if self.bits not in BITS[self.method]:
             allowed = ", ".join(map(str, BITS[self.method]))
             raise ConfigurationError(f"`bits` is {self.bits!r}; {self.method} can store weights in {allowed} bits.")
-        check_choice("four_bit_type", self.four_bit_type, FOUR_BIT_TYPES)
-        check_int("group_size", self.group_size, -1)
         if self.group_size == 0:
             raise ConfigurationError("`group_size` is 0; give a number of weights, or -1 for a whole row.")
-        check_int("iterations", self.iterations, 0)
-        check_int("seed", self.seed, 0)
-        if isinstance(self.calibration, dict):
-            self.calibration = CalibrationConfig.from_dict(self.calibration)
 
     def to_dict(self) -> dict[str, Any]:
         """Values that fit in JSON."""

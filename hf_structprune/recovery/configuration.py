@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from ..checks import check_choice, check_int, check_keys, check_number
+from ..checks import Count, Limits, Number, OneOf, check_fields, check_keys
 from ..errors import ConfigurationError
 
 
@@ -22,6 +22,8 @@ TEACHER_DTYPES = ("bf16", "fp16", "fp32", "int8", "auto")
 INITIALISATIONS = re.compile(r"gaussian|orthogonal|mica|pissa|pissa_niter_\d+|olora")
 # Learning rates by what is trained, see `RecoveryConfig.learning_rate`.
 LEARNING_RATES = {"lora": 1e-4, "qlora": 1e-4, "full": 2e-5}
+_Length = Annotated[int, Limits(8)]  # tokens
+_Weight = Annotated[float, Limits(0, 1e6)]
 
 
 @dataclass
@@ -74,65 +76,44 @@ class RecoveryConfig:
         ConfigurationError: A value is impossible.
     """
 
-    method: str = "lora"
-    weights: str = "lora"
-    bits: int = 4
-    rank: int = 8
-    alpha: int = 16
-    dropout: float = 0.05
+    method: Annotated[str, OneOf(METHODS)] = "lora"
+    weights: Annotated[str, OneOf(WEIGHTS)] = "lora"
+    bits: Annotated[int, OneOf((4, 8))] = 4
+    rank: Count = 8
+    alpha: Count = 16
+    dropout: Annotated[float, Limits(0, 0.99)] = 0.05
     target_modules: Sequence[str] | None = None
     modules_to_save: Sequence[str] | None = None
     init_lora_weights: str | None = None
     use_dora: bool = False
     use_rslora: bool = False
-    max_length: int = 512
+    max_length: _Length = 512
     packing: bool = False
     prompt_loss: bool = False
-    max_samples: int | None = None
-    learning_rate: float | None = None
-    scheduler: str = "cosine"
-    warmup: float = 0.03
-    weight_decay: float = 0.0
-    epochs: float = 2.0
-    max_steps: int | None = None
-    batch_size: int = 64
-    micro_batch_size: int = 4
+    max_samples: Count | None = None
+    learning_rate: Annotated[float, Limits(1e-12, 10)] | None = None
+    scheduler: Annotated[str, OneOf(SCHEDULERS)] = "cosine"
+    warmup: Annotated[float, Limits(0, 0.99)] = 0.03
+    weight_decay: Annotated[float, Limits(0, 10)] = 0.0
+    epochs: Annotated[float, Limits(1e-6, 1e6)] = 2.0
+    max_steps: Count | None = None
+    batch_size: Count = 64
+    micro_batch_size: Count = 4
     gradient_checkpointing: bool = False
-    precision: str = "auto"
-    save_steps: int | None = None
+    precision: Annotated[str, OneOf(PRECISIONS)] = "auto"
+    save_steps: Count | None = None
     report_to: Sequence[str] | None = None
-    evaluations: int = 10
+    evaluations: Count = 10
     text: str = "sample"
-    max_windows: int = 32
-    window: int = 512
-    target: float | None = None
-    patience: int | None = 3
-    seed: int = 42
+    max_windows: Count = 32
+    window: _Length = 512
+    target: Annotated[float, Limits(1e-6, 1)] | None = None
+    patience: Count | None = 3
+    seed: Number = 42
 
     def __post_init__(self) -> None:
-        _check_fields(
-            self, check_choice,
-            (
-                ("method", METHODS), ("weights", WEIGHTS), ("bits", (4, 8)), ("scheduler", SCHEDULERS),
-                ("precision", PRECISIONS),
-            ),
-        )  # fmt: skip
-        _check_fields(
-            self, check_int,
-            (
-                ("rank", 1), ("alpha", 1), ("max_length", 8), ("max_samples", 1), ("max_steps", 1), ("batch_size", 1),
-                ("micro_batch_size", 1), ("save_steps", 1), ("evaluations", 1), ("max_windows", 1), ("window", 8),
-                ("patience", 1), ("seed", 0),
-            ),
-        )  # fmt: skip
-        _check_fields(
-            self, check_number,
-            (
-                ("dropout", 0.0, 0.99), ("warmup", 0.0, 0.99), ("learning_rate", 1e-12, 10.0),
-                ("weight_decay", 0.0, 10.0), ("epochs", 1e-6, 1e6), ("target", 1e-6, 1.0),
-            ),
-        )  # fmt: skip
-        if self.init_lora_weights is not None and not INITIALISATIONS.fullmatch(str(self.init_lora_weights)):
+        check_fields(self)
+        if self.init_lora_weights is not None and not INITIALISATIONS.fullmatch(self.init_lora_weights):
             raise ConfigurationError(
                 f"`init_lora_weights` is {self.init_lora_weights!r}; allowed values are gaussian, orthogonal, mica, "
                 "pissa, pissa_niter_NUMBER and olora."
@@ -147,12 +128,6 @@ class RecoveryConfig:
                 f"`batch_size` is {self.batch_size}, which is no multiple of `micro_batch_size` "
                 f"{self.micro_batch_size}: change one of them."
             )
-        if isinstance(self.report_to, str):
-            self.report_to = [self.report_to]
-        if isinstance(self.target_modules, str):
-            self.target_modules = [self.target_modules]
-        if isinstance(self.modules_to_save, str):
-            self.modules_to_save = [self.modules_to_save]
 
     @property
     def trained(self) -> str:
@@ -198,30 +173,18 @@ class DistillationConfig:
         ConfigurationError: A value is impossible.
     """
 
-    temperature: float = 1.0
-    label_weight: float = 0.0
+    temperature: Annotated[float, Limits(0.05, 100)] = 1.0
+    label_weight: Annotated[float, Limits(0, 1)] = 0.0
     on_prompts: bool = True
-    hidden_weight: float = 0.0
-    attention_weight: float = 0.0
-    layer_map: Sequence[int] | None = None
-    teacher_dtype: str = "auto"
+    hidden_weight: _Weight = 0.0
+    attention_weight: _Weight = 0.0
+    layer_map: Sequence[Number] | None = None
+    teacher_dtype: Annotated[str, OneOf(TEACHER_DTYPES)] = "auto"
     cache: str | None = None
-    top_k: int = 64
+    top_k: Count = 64
 
     def __post_init__(self) -> None:
-        check_choice("teacher_dtype", self.teacher_dtype, TEACHER_DTYPES)
-        check_int("top_k", self.top_k, 1)
-        if self.layer_map is not None:
-            self.layer_map = list(self.layer_map)
-            for layer in self.layer_map:
-                check_int("layer_map", layer, 0)
-        _check_fields(
-            self, check_number,
-            (
-                ("temperature", 0.05, 100.0), ("label_weight", 0.0, 1.0), ("hidden_weight", 0.0, 1e6),
-                ("attention_weight", 0.0, 1e6),
-            ),
-        )  # fmt: skip
+        check_fields(self)
         if self.cache is not None and (self.hidden_weight or self.attention_weight):
             raise ConfigurationError(
                 "`cache` keeps the dense model's predictions only, not its hidden states: leave it out, or set "
@@ -243,11 +206,3 @@ class DistillationConfig:
 
 def _public_name(source: str) -> str:
     return Path(source).name if Path(source).expanduser().exists() else source
-
-
-def _check_fields(config: Any, check: Callable[..., None], limits: Sequence[tuple[Any, ...]]) -> None:
-    """Applies a check to fields, each given as `(name, limits ...)`; `None` is fine where the field's type says so."""
-    types = {field.name: str(field.type) for field in dataclasses.fields(config)}
-    for name, *values in limits:
-        if getattr(config, name) is not None or "None" not in types[name]:
-            check(name, getattr(config, name), *values)

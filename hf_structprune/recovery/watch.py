@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import random
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..checks import Count, Limits, checked
 from ..errors import ConfigurationError
 from ..evaluation.encoding import encode
 from ..evaluation.likelihood import window_losses
@@ -51,13 +52,9 @@ class Watch:
         max_windows: int | None = 32,
         batch_size: int = 4,
     ) -> None:
-        for name, value, least in (
-            ("window", window, 2),
-            ("max_windows", max_windows, 1),
-            ("batch_size", batch_size, 1),
-        ):
-            if value is not None and value < least:
-                raise ConfigurationError(f"`{name}` is {value}; it must be at least {least}.")
+        window = checked("window", window, Annotated[int, Limits(2)])
+        batch_size = checked("batch_size", batch_size, Count)
+        max_windows = checked("max_windows", max_windows, Count | None)
         self.text = load_text(text) if isinstance(text, str) else text
         self.tokenizer, self.window, self.batch_size = tokenizer, window, batch_size
         encoded = encode(tokenizer, self.text.text, None, True)

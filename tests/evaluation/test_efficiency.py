@@ -148,7 +148,7 @@ def test_progress_bar_follows_transformers(capfd):
     [("batch_size", 0, 1), ("length", 0, 1), ("new_tokens", 1, 2), ("warmup", -1, 0), ("repeats", 0, 1)],
 )
 def test_impossible_numbers(field, value, least):
-    with pytest.raises(ConfigurationError, match=f"`{field}` is {value}; it must be at least {least}"):
+    with pytest.raises(ConfigurationError, match=f"`{field}` is {value}; it must be an integer of at least {least}"):
         EfficiencyConfig(**{field: value})
 
 

@@ -155,7 +155,7 @@ def test_progress_bar_follows_transformers(tiny_llama, tiny_tokenizer, capsys):
     ("options", "match"),
     [
         ({"window": 257}, "`window` is 257, but the model's context is 256"),
-        ({"window": 1}, "`window` is 1; it must be at least 2"),
+        ({"window": 1}, "`window` is 1; it must be an integer of at least 2"),
         ({"window": 64, "max_windows": 0}, "`max_windows` is 0"),
         ({"window": 64, "batch_size": 0}, "`batch_size` is 0"),
         ({"window": 200, "text": "short"}, "`window` is 200, but the text has only 5 tokens"),

@@ -13,7 +13,7 @@ from hf_structprune.recovery.configuration import DistillationConfig, RecoveryCo
     [
         ("bits", 2), ("method", "lra"), ("weights", "none"),
         ("rank", 0), ("rank", True), ("rank", None), ("alpha", 1.5), ("dropout", 1.0),
-        ("learning_rate", 0.0), ("learning_rate", "1e-4"), ("epochs", 0), ("max_steps", 0), ("warmup", 1.0),
+        ("learning_rate", 0.0), ("learning_rate", "high"), ("epochs", 0), ("max_steps", 0), ("warmup", 1.0),
         ("target", 0.0), ("target", 1.5), ("patience", 0), ("precision", "int8"), ("scheduler", "cosinus"),
         ("max_length", 1), ("init_lora_weights", "pisa"), ("init_lora_weights", "eva"), ("seed", -1),
         ("evaluations", 0),
