@@ -66,7 +66,7 @@ def test_what_is_plain_becomes_plain(value, annotation, result):
         (0, Annotated[float, Limits(0, open="least")], "`x` is 0; it must be a number above 0."),
         (1.5, Count, "`x` is 1.5; it must be an integer of at least 1."),
         (True, Count, "`x` is True; it must be an integer of at least 1."),
-        ("30%", Count, "`x` is '30%'; it must be an integer of at least 1."),
+        ("30%", Count, "`x` is 30%; it must be an integer of at least 1."),
         (5, str, "`x` is 5; it must be a text."),
         ("yes", bool, "`x` is 'yes'; it must be True or False."),
         (3, list[Count], "`x` is 3; it must be a list, each of its items an integer of at least 1."),
