@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 from transformers.utils import logging
 
 from .checkpoint import dense_copy
-from .errors import CheckpointError
+from .errors import CheckpointError, ConfigurationError
 from .folders import settle
 from .four_bit import compute_as_stored
 from .hub.network import gated_errors
@@ -19,7 +19,24 @@ from .hub.network import gated_errors
 logger = logging.get_logger(__name__)
 
 # Options of loading a model that go to the tokenizer too.
-_TOKENIZER_OPTIONS = ("revision", "gguf_file", "trust_remote_code", "token", "cache_dir", "local_files_only")
+_TOKENIZER_OPTIONS = (
+    "revision", "subfolder", "gguf_file", "trust_remote_code", "token", "cache_dir", "local_files_only",
+)  # fmt: skip
+
+
+def plain_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of loading under the names that Transformers has now: `dtype` for `torch_dtype`.
+
+    Beside a `dtype`, also one that this package gives, Transformers does not look at `torch_dtype`.
+
+    Raises:
+        ConfigurationError: Both are given.
+    """
+    if options.get("torch_dtype") is None:
+        return {name: value for name, value in options.items() if name != "torch_dtype"}
+    if options.get("dtype") is not None:
+        raise ConfigurationError("`dtype` and `torch_dtype`, its old name, are both given; give `dtype`.")
+    return {"dtype" if name == "torch_dtype" else name: value for name, value in options.items() if name != "dtype"}
 
 
 def load_model(model_id: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
@@ -35,6 +52,7 @@ def load_model(model_id: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
         HubError: The model is gated and the token has no access to it.
     """
     settle(model_id)
+    kwargs = plain_options(kwargs)
     gguf = bool(kwargs.get("gguf_file"))
     if gguf:
         # Quantised weights have fewer bits than bfloat16 holds, and the file names no dtype of its own.
@@ -53,10 +71,18 @@ def load_model(model_id: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
 
 
 def load_tokenizer(model_id: str | os.PathLike, **kwargs: Any) -> Any:
-    """The tokenizer of a model, or `None` with a warning where there is none: pruning without text needs none."""
+    """The tokenizer of a model, or `None` with a warning where there is none: pruning without text needs none.
+
+    It stands beside the weights or, where these have a `subfolder`, else at the top of the repository.
+    """
     settle(model_id)
-    try:
-        return AutoTokenizer.from_pretrained(model_id, **{k: v for k, v in kwargs.items() if k in _TOKENIZER_OPTIONS})
-    except (OSError, ValueError, KeyError) as error:
-        logger.warning(f"No tokenizer could be loaded, so that calibration needs token ids: {error}")
-        return None
+    options = {name: value for name, value in kwargs.items() if name in _TOKENIZER_OPTIONS}
+    places = [options] + ([{**options, "subfolder": ""}] if options.get("subfolder") else [])
+    reasons = []
+    for place in places:
+        try:
+            return AutoTokenizer.from_pretrained(model_id, **place)
+        except (OSError, ValueError, KeyError) as error:
+            reasons.append(f"{error}")
+    logger.warning(f"No tokenizer could be loaded, so that calibration needs token ids: {reasons[0]}")
+    return None

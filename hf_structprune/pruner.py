@@ -25,7 +25,7 @@ from .hub.push import push_folder
 from .hub.save import save_checkpoint, take_over
 from .knowledge import Knowledge, look
 from .layout import expressible_heads, target_of
-from .loading import load_model, load_tokenizer
+from .loading import load_model, load_tokenizer, plain_options
 from .places import check_place
 from .plan import PruningPlan
 from .plan_check import check_plan
@@ -86,7 +86,8 @@ class StructuredPruner:
             config: What to cut and how.
             tokenizer: Tokenizer to use instead of the model's own.
             kwargs: Given to `AutoModelForCausalLM.from_pretrained`: `dtype` (default: the checkpoint's), `device_map`,
-                `revision`, `gguf_file`, `trust_remote_code`, ...
+                `revision`, `subfolder`, `gguf_file`, `trust_remote_code`, ... Those that say which weights these are
+                go into the card.
         """
         if isinstance(model_or_id, PreTrainedModel):
             if kwargs:
@@ -94,9 +95,10 @@ class StructuredPruner:
                     f"`{next(iter(kwargs))}` is an option of loading, but the model is loaded already."
                 )
             return cls(model_or_id, config, tokenizer)
+        kwargs = plain_options(kwargs)
         model = load_model(model_or_id, **kwargs)
         pruner = cls(model, config, load_tokenizer(model_or_id, **kwargs) if tokenizer is None else tokenizer)
-        pruner.origin = origin_of(model, **kwargs)
+        pruner.origin = origin_of(model, kwargs)
         return pruner
 
     def plan(self, ratio: float | None = None) -> PruningPlan:

@@ -40,6 +40,9 @@ class ModelArguments:
         device (`str`, *optional*): `cpu`, `cuda`, `cuda:1`, `mps`. Default: the CPU.
         device_map (`str`, *optional*): `auto` spreads the layers over what there is, through accelerate.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        subfolder (`str`, *optional*): A folder in the repository or folder that holds the model.
+        variant (`str`, *optional*): Which of several versions of the weights, for example `fp16` for
+            `model.fp16.safetensors`.
         gguf_file (`str`, *optional*): A GGUF file of the repository or folder to read the weights from.
         trust_remote_code (`bool`): Run modelling code that comes with the model.
         json (`bool`): Print one JSON object and nothing else on stdout.
@@ -50,6 +53,8 @@ class ModelArguments:
     device: str | None = None
     device_map: str | None = None
     revision: str | None = None
+    subfolder: str | None = None
+    variant: str | None = None
     gguf_file: str | None = None
     trust_remote_code: bool = False
     json: bool = False
@@ -67,6 +72,8 @@ class ModelArguments:
             "dtype": DTYPES.get(self.dtype, self.dtype),
             "device_map": self.device_map,
             "revision": self.revision,
+            "subfolder": self.subfolder,
+            "variant": self.variant,
             "gguf_file": self.gguf_file,
             "trust_remote_code": self.trust_remote_code or None,
         }
@@ -112,7 +119,8 @@ def load_config(arguments: ModelArguments) -> PretrainedConfig:
 
     options = arguments.loading_options()
     with _loading(arguments.model):
-        reading = {name: options[name] for name in ("revision", "gguf_file", "trust_remote_code") if name in options}
+        names = ("revision", "subfolder", "gguf_file", "trust_remote_code")
+        reading = {name: options[name] for name in names if name in options}
         return AutoConfig.from_pretrained(arguments.model, **reading)
 
 

@@ -157,7 +157,7 @@ class _Run:
         if not pruned:
             self.out.print(f"Pruning {self.base} ...")
             if self.source.model != self.base:  # the card names the model, not the cache it was read from
-                pruner.origin = Origin.of(self.base)
+                pruner.origin = Origin.of(self.base).with_options_of(pruner.origin)
             pruner.prune(self.recipe.ratio)
             pruner.save_pretrained(self.folder)
         if not measured:

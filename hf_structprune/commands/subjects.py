@@ -67,7 +67,7 @@ def find_baseline(name: str, arguments: ModelArguments) -> Subject | EvaluationR
     path = Path(name)
     if path.suffix == ".json":
         return EvaluationResult.load(path)
-    changes = {"model": name, "revision": None, "gguf_file": None}
+    changes = {"model": name, "revision": None, "subfolder": None, "gguf_file": None}
     if path.suffix == ".gguf" and path.is_file():
         changes |= {"model": str(path.parent), "gguf_file": path.name}
     return find_subject(dataclasses.replace(arguments, **changes))
@@ -93,7 +93,8 @@ def _has_file(arguments: ModelArguments, name: str) -> bool:
     """Whether a folder or a repository of the Hub has a file."""
     from transformers.utils import cached_file
 
+    places = {"revision": arguments.revision, "subfolder": arguments.subfolder or ""}
     try:
-        return cached_file(arguments.model, name, revision=arguments.revision) is not None
+        return cached_file(arguments.model, name, **places) is not None
     except OSError:
         return False

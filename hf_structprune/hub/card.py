@@ -26,6 +26,7 @@ from .origin import Origin, public_config, read_origin
 from .snippets import (
     full_configuration,
     loading,
+    loading_value,
     making_in_python,
     making_on_the_command_line,
     quantising,
@@ -157,10 +158,10 @@ def _name(folder: Path, previous: str) -> str:
 def _origin(base_model: Any, known: dict[str, Any], recorded: Origin | None) -> Origin | None:
     """What was pruned: as given, as the card says (where it may have been corrected by hand), or as recorded."""
     if base_model is not None:
-        return Origin.of(base_model)
+        return Origin.of(base_model).with_options_of(recorded)
     stated = known.get("base_model")
     if isinstance(stated, str) and (recorded is None or stated != recorded.name):
-        return Origin(stated, True)
+        return Origin(stated, True).with_options_of(recorded)
     return recorded
 
 
@@ -224,7 +225,7 @@ def _making(contents: Contents, origin: Origin | None) -> dict[str, Any]:
     return {
         "base_name": origin.name if origin is not None else "the base model",
         "base_link": _link(origin),
-        "revision": options.get("revision"),
+        "loaded": {name: loading_value(value).strip('"') for name, value in options.items()},
         "asked": None if plan.ratio_requested is None else f"{plan.ratio_requested:.2%}",
         "got": f"{plan.ratio:.2%}",
         "layout": "per layer: layers differ" if contents.per_layer else "uniform: all layers alike",

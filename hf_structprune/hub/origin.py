@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import metadata_load
@@ -28,6 +30,18 @@ logger = logging.get_logger(__name__)
 RECORD = "hf_structprune"
 TAGS = ["structured-pruning", "pruned", "hf_structprune"]
 _HUB_TIMEOUT = 10.0
+# Options of loading that say where weights are read and put and how they are computed with, not which they are.
+_HOW_NOT_WHAT = frozenset({
+    "token", "use_auth_token", "cache_dir", "local_files_only", "force_download", "resume_download", "proxies",
+    "user_agent", "device_map", "max_memory", "offload_folder", "offload_state_dict", "offload_buffers",
+    "low_cpu_mem_usage", "tp_plan", "tp_size", "device_mesh", "distributed_config", "attn_implementation",
+    "experts_implementation", "use_kernels", "allow_all_kernels", "kernel_config", "output_loading_info",
+    "disable_mmap", "tqdm_class", "use_safetensors", "weights_only", "generation_config",
+})  # fmt: skip
+# Values that are as good as none.
+_NO_OPTION = {"dtype": "auto", "trust_remote_code": False, "ignore_mismatched_sizes": False}
+# Stands for what JSON cannot hold, beside the name of its type.
+IN_MEMORY = "in_memory"
 LIBRARIES = ("torch", "transformers")
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 
@@ -41,7 +55,8 @@ class Origin:
         on_hub: Whether the name is a Hub id.
         folder: The folder, while it is known.
         options: What has to be given to `from_pretrained` to load the same weights: `revision` (the commit on the
-            Hub), `dtype`, `gguf_file`, `trust_remote_code`.
+            Hub), `dtype`, `subfolder`, `gguf_file`, and whatever else was given. What JSON cannot hold is
+            `{"in_memory": name of its type}`.
     """
 
     name: str
@@ -65,13 +80,20 @@ class Origin:
             raise ConfigurationError(f"`base_model` is {str(name)!r}: neither a folder nor a Hub id.") from error
         return cls(str(name), True)
 
+    def with_options_of(self, recorded: Origin | None) -> Origin:
+        """The same model under another name: loaded as recorded, but a commit is one of its own repository only."""
+        options = {} if recorded is None else recorded.options
+        same = recorded is not None and recorded.name == self.name
+        return dataclasses.replace(self, options={k: v for k, v in options.items() if same or k != "revision"})
 
-def origin_of(model: PreTrainedModel, **kwargs: Any) -> Origin | None:
+
+def origin_of(model: PreTrainedModel, options: Mapping[str, Any] | None = None) -> Origin | None:
     """Where a model was loaded from; `None` for one that was made in memory.
 
     Args:
         model: The model.
-        kwargs: The options it was loaded with; the commit behind a `revision` is looked up in the cache.
+        options: What it was loaded with; the commit behind a `revision` is looked up in the cache. `None` for a model
+            that others have loaded: then only its dtype is known.
     """
     name = model.config._name_or_path
     if not name:
@@ -80,14 +102,34 @@ def origin_of(model: PreTrainedModel, **kwargs: Any) -> Origin | None:
         origin = Origin.of(name)
     except ConfigurationError:  # a folder that is gone
         origin = Origin(Path(name).name, False)
-    options = {key: kwargs[key] for key in ("gguf_file", "trust_remote_code") if kwargs.get(key)}
-    if kwargs.get("dtype", "auto") != "auto":
-        options["dtype"] = str(kwargs["dtype"]).removeprefix("torch.")
-    if origin.on_hub:
-        places = {key: kwargs.get(key) for key in ("cache_dir", "revision")}
-        file = try_to_load_from_cache(name, options.get("gguf_file", "config.json"), **places)
-        options |= {"revision": Path(file).parent.name} if isinstance(file, str) else {}
-    return dataclasses.replace(origin, options=options)
+    given = {"dtype": model.dtype} if options is None else options
+    kept = {key: _written(key, value) for key, value in given.items() if _matters(key, value)}
+    if origin.on_hub and options is not None:
+        places = {key: options.get(key) for key in ("cache_dir", "revision")}
+        file = "/".join(filter(None, [options.get("subfolder"), options.get("gguf_file") or "config.json"]))
+        found = try_to_load_from_cache(name, file, **places)
+        kept |= {"revision": Path(found).parts[-1 - len(Path(file).parts)]} if isinstance(found, str) else {}
+    return dataclasses.replace(origin, options=kept)
+
+
+def _matters(key: str, value: Any) -> bool:
+    """Whether an option of loading has a say in which weights there are."""
+    if value is None or key in _HOW_NOT_WHAT:
+        return False
+    return not isinstance(value, (str, bool)) or value != _NO_OPTION.get(key, "")
+
+
+def _written(key: str, value: Any) -> Any:
+    """An option as JSON holds it; of a path the name only, since cards are public."""
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, os.PathLike):
+        return Path(value).name
+    if key != "state_dict" and isinstance(value, dict):
+        return {str(name): _written("", part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_written("", part) for part in value]
+    return value if isinstance(value, (str, int, float)) else {IN_MEMORY: type(value).__name__}
 
 
 def public_config(config: PruningConfig) -> PruningConfig:

@@ -9,10 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..configuration import PruningConfig
+from .origin import IN_MEMORY
 
 
 # Calibration data that was given in memory: code can only name its place.
 _IN_MEMORY = ("texts", "tokens", "fingerprint")
+# Options of loading that the commands have, and the dtypes that they know.
+COMMAND_OPTIONS = ("dtype", "revision", "subfolder", "variant", "gguf_file", "trust_remote_code")
+COMMAND_DTYPES = ("bfloat16", "float16", "float32")
 _LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}"{options})
@@ -90,7 +94,7 @@ def making_in_python(base: str, config: PruningConfig, ratio: float | None, opti
         + ["StructuredPruner"]
     )
     what = repr(ratio) if ratio is not None else 'PruningPlan.load("pruning_plan.json")' if config.needs_ratio else ""
-    more = "".join(f", {name}={_literal(value)}" for name, value in options.items())
+    more = "".join(f", {name}={loading_value(value)}" for name, value in options.items())
     return (
         f"from hf_structprune import {', '.join(names)}\n\n"
         f"config = {config_expression(config)}\n"
@@ -101,7 +105,9 @@ def making_in_python(base: str, config: PruningConfig, ratio: float | None, opti
 
 
 def making_on_the_command_line(base: str, config: PruningConfig, ratio: float | None, options: dict[str, Any]) -> str:
-    """The same as one command."""
+    """The same as one command; empty if the model was loaded in a way that the command line does not know."""
+    if not set(options) <= set(COMMAND_OPTIONS) or options.get("dtype", COMMAND_DTYPES[0]) not in COMMAND_DTYPES:
+        return ""
     words = ["hf-structprune", "prune", base, "--output-dir", "pruned", *_options(options, "")]
     if ratio is not None:
         words += ["--ratio", str(ratio)]
@@ -139,6 +145,11 @@ def _changed(values: Any) -> dict[str, Any]:
 def _literal(value: Any) -> str:
     """As code formatters write it."""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+
+
+def loading_value(value: Any) -> str:
+    """As `_literal`; of what was given in memory code can only name the type."""
+    return f"{value[IN_MEMORY]}(...)" if isinstance(value, dict) and IN_MEMORY in value else _literal(value)
 
 
 def _options(values: dict[str, Any], prefix: str) -> list[str]:
