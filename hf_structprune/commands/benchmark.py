@@ -54,6 +54,10 @@ def run(argv: Sequence[str]) -> None:
     model, command, config = parse(
         argv, "benchmark", description, ModelArguments, BenchmarkArguments, EfficiencyConfig
     )
+    if command.output is not None:
+        check_place(command.output, file=True)
+    if command.questions is not None:
+        check_place(command.questions)
     output = None if command.output is None else Path(command.output)
     with results_only_on_stdout():
         subject = find_subject(model, command.state)

@@ -14,6 +14,7 @@ from ..checks import OneOf
 from ..evaluation.results import RESULTS_NAME, STATES, EvaluationResult
 from ..evaluation.table import ResultTable
 from ..files import write_text
+from ..places import check_place
 from .arguments import parse
 from .common import results_only_on_stdout, show
 
@@ -52,6 +53,10 @@ def run(argv: Sequence[str]) -> None:
         "Show the results of several evaluations in one table; the first are what the others are compared with."
     )
     (command,) = parse(argv, "compare", description, CompareArguments)
+    if command.pictures is not None:
+        check_place(command.pictures)
+    if command.output is not None:
+        check_place(command.output, file=True)
     results = [EvaluationResult.load(path) for path in _paths(command.results)]
     table = ResultTable(results)
     if command.pictures is not None:

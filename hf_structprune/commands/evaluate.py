@@ -77,6 +77,8 @@ def _with_suites(config: EvaluationConfig, suites: list[str] | None) -> Evaluati
 
 
 def _output(model: str, command: EvaluateArguments) -> Path | None:
+    if command.output is not None:
+        check_place(command.output, file=True)
     output = None if command.output is None else Path(command.output)
     if output is None and (Path(model) / CONFIG_NAME).is_file():
         output = Path(model) / RESULTS_NAME

@@ -46,7 +46,6 @@ def inspect_depth(
         files = []
         if output_dir is not None:
             folder = Path(output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
             found.to_csv(folder / CSV_NAME)
             draw_distances(found, folder / PICTURE_NAME)
             files = [str(folder / name) for name in (CSV_NAME, PICTURE_NAME)]

@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..errors import ConfigurationError
 from ..evaluation.text import EvaluationText
+from ..folders import check_folder
 from ..four_bit import compute_as_stored
 from ..hub.own_files import check_card, check_own_files
 from . import trainer_access
@@ -114,6 +115,7 @@ class LoraRecoveryCallback(TrainerCallback):
             source = source_of(model)
             if source is not None:
                 check_own_files(source)
+            check_folder(self._merged(args))
             check_card(self._merged(args))
         prefer_lower(args)
         watch = Watch(self._tokenizer, self.text, window=fitting_window(self.window, model), **self.windows)
