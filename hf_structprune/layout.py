@@ -232,7 +232,10 @@ def _check_depth(model: PreTrainedModel, structure: ModelStructure, plan: Prunin
     if getattr(model.config, "num_kv_shared_layers", 0):
         raise CheckpointError("Layers share their keys and values with others; dropping one is not supported.")
     values = _without_dropped(model, structure, plan)
-    shallow = _target(_stock_class(model), type(model.config), values, model).skeleton()
+    try:
+        shallow = _target(_stock_class(model), type(model.config), values, model).skeleton()
+    except _REFUSED as error:
+        raise CheckpointError(f"No {type(model.config).__name__} is without these layers: {error}") from error
     dense, cut = ([layer for _, layer in decoder_layers(m, structure.family)] for m in (skeleton(model), shallow))
     check_layers(dense, cut, [layer.index for layer in layers_left(structure, plan)])
 

@@ -6,6 +6,7 @@ import math
 import re
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from .depth_check import description
@@ -161,9 +162,18 @@ def _with_few_layers(
         return values, everything
     cut = [layer for _, layer in decoder_layers(shallow, structure.family)]
     same = len(cut) == len(kept) and all(
-        description(layers[old]) == description(layer) for old, layer in zip(kept, cut, strict=True)
+        _without_numbers(layers[old]) == _without_numbers(layer) for old, layer in zip(kept, cut, strict=True)
     )
     return (fewer, kept) if same else (values, everything)
+
+
+def _without_numbers(layer: nn.Module) -> dict[str, Any]:
+    """What a layer is, whatever its numbers: some classes scale by the number of layers."""
+    numbers = (int, float)
+    return {
+        key: "number" if isinstance(value, numbers) and not isinstance(value, bool) else value
+        for key, value in description(layer).items()
+    }
 
 
 def representatives(values: dict[str, Any], layers: list) -> list[int]:

@@ -211,3 +211,15 @@ def test_a_device_map_follows_the_layers():
     model.hf_device_map = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 0, "model.layers.2.mlp": 1}
     drop(model, ModelStructure.of(model), {"layers": [1]})
     assert model.hf_device_map == {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1.mlp": 1}
+
+
+def test_layers_that_a_configuration_class_cannot_be_without_are_refused_by_its_reason():
+    values = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=4, vocab_size=64)
+    types = ["linear_attention", "full_attention", "linear_attention"]
+    config = transformers.OlmoHybridConfig(**values, num_hidden_layers=3, layer_types=types, pad_token_id=0)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    structure = ModelStructure.of(model)
+    plan = PruningPlan.from_counts(structure, {}, model_type="olmo_hybrid", layout="uniform", dropped={"layers": [1]})
+    with pytest.raises(CheckpointError, match="(?s)OlmoHybridConfig is without these layers.*at least one attention"):
+        target_of(model, structure, plan)

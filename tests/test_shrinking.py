@@ -58,8 +58,13 @@ def test_factors_of_each_rotated_channel_shrink_with_the_heads():
     assert len(values["rope_parameters"]["short_factor"]) == head // 2 == 4
 
 
+def test_numbers_that_follow_the_depth_do_not_keep_all_layers():
+    values, kept = shrunk("MiniCPM3Config", num_hidden_layers=9)  # its residual scale follows the number of layers
+    assert kept == [0, 1, 2] and values["num_hidden_layers"] == 3
+
+
 def test_a_rule_that_cannot_name_fewer_layers_keeps_them_all():
-    values, kept = shrunk("MiniCPM3Config", num_hidden_layers=5)  # its residual scale follows the number of layers
+    values, kept = shrunk("BeamConfig", num_hidden_layers=5)
     assert kept == [0, 1, 2, 3, 4] and values["num_hidden_layers"] == 5
 
 
