@@ -12,7 +12,7 @@ from .checkpoint import rebuild
 from .compress import compress, corrects
 from .configuration import PruningConfig
 from .criteria import make_criterion
-from .hidden import cut_hidden
+from .hidden import cut_hidden, shrunk_config_model
 from .knowledge import Knowledge, look
 from .layout import target_of
 from .plan import PruningPlan
@@ -30,14 +30,12 @@ class Execution:
         structure: Its coupled groups.
         config: How to cut.
         tokens: Loads the calibration tokens; called only where they are needed.
-        touched: Whether the weights have been changed.
     """
 
     model: PreTrainedModel
     structure: ModelStructure
     config: PruningConfig
     tokens: Callable[[], torch.Tensor]
-    touched: bool = False
     _dense: ModelStructure = field(init=False)
     _model_type: str = field(init=False)  # of the dense model: that of the pruned one may be another
     _inner: ModelStructure = field(init=False)  # after the hidden size was cut, before anything else
@@ -56,17 +54,25 @@ class Execution:
             plan: What goes; units that it does not name are chosen.
             known: What was found out about the model already.
         """
+        self._prove(plan)
         self._plan = plan
         if plan.hidden is not None:
             data_free = plan.hidden.kept is not None or self.config.hidden_criterion == "magnitude"
             tokens = None if data_free and not self.config.compensation else self.tokens()
-            self.touched = True
             kept = None if plan.hidden.kept is None else torch.tensor(plan.hidden.kept)
             self.model, kept = cut_hidden(self.model, self.structure, plan.hidden.keep, self.config, tokens, kept)
             plan.hidden.kept = None if kept is None else kept.tolist()
             self.structure = self._inner = ModelStructure.of(self.model)
         if plan.hidden is None or plan.groups or plan.dropped:
             self._cut(plan, known)
+
+    def _prove(self, plan: PruningPlan) -> None:
+        """Builds everything that will come out, without weights; raises what would be raised in the middle."""
+        shell, structure = self.model, self.structure
+        if plan.hidden is not None:
+            shell = shrunk_config_model(self.model, plan.hidden.keep, self.structure)
+            structure = ModelStructure.of(shell)
+        ModelStructure.of(target_of(shell, structure, plan).skeleton(), whole=False)
 
     def _cut(self, plan: PruningPlan, known: Knowledge | None) -> None:
         """Cuts layers, heads and neurons as planned."""
@@ -77,12 +83,11 @@ class Execution:
         known = known or Knowledge()
         looks = self.config.compensation or (criterion.needs_inputs and not plan.chosen and known.scores is None)
         tokens = self.tokens() if looks and (plan.groups or (plan.dropped and corrects(self.config))) else None
-        self.touched = True
         kept = compress(self.model, self.structure, plan, criterion, self.config, tokens, known.scores, known.salience)
         cut_units(self.model, self.structure, kept)
         drop(self.model, self.structure, plan.dropped)
         self.model = rebuild(self.model, target)
-        self.structure = ModelStructure.of(self.model)
+        self.structure = ModelStructure.of(self.model, whole=False)
         for layer, kind in kept:
             if kind == "kv_groups" and (layer, "query_heads") in self._stay.keys() - kept.keys():
                 # Groups of one query head each, which an earlier step has left: it goes with its group.

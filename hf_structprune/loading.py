@@ -14,6 +14,7 @@ from .errors import CheckpointError, ConfigurationError
 from .folders import settle
 from .four_bit import compute_as_stored
 from .hub.network import gated_errors
+from .tied_weights import has_own_head, with_ties
 
 
 logger = logging.get_logger(__name__)
@@ -48,7 +49,8 @@ def load_model(model_id: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
             `gguf_file` are de-quantised, to bfloat16 by default.
 
     Raises:
-        CheckpointError: Weights are missing, which Transformers would make up at random.
+        CheckpointError: Weights are missing, which Transformers would make up at random, or there are others that it
+            would leave out.
         HubError: The model is gated and the token has no access to it.
     """
     settle(model_id)
@@ -67,7 +69,17 @@ def load_model(model_id: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
             f"{', '.join(lacking[:5])}{' ...' if len(lacking) > 5 else ''}."
         )
     compute_as_stored(model)
-    return (dense_copy(model) if gguf else model).eval()
+    surplus = sorted(map(str, info["unexpected_keys"]))
+    if surplus:
+        raise CheckpointError(
+            f"{model_id} has weights that its configuration does not name, so that a {type(model).__name__} would "
+            f"lose them: {', '.join(surplus[:5])}{' ...' if len(surplus) > 5 else ''}. If they are of no use, load it "
+            "with `AutoModelForCausalLM` and give the model, or save that model and give its folder."
+        )
+    model = (dense_copy(model) if gguf else model).eval()
+    if has_own_head(model):  # which Transformers keeps, even if the configuration says tied
+        with_ties(model.config, False)
+    return model
 
 
 def load_tokenizer(model_id: str | os.PathLike, **kwargs: Any) -> Any:

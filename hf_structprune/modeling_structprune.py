@@ -43,7 +43,7 @@ def __getattr__(name: str) -> type:
 
 
 class PerLayerMixin:
-    """Builds every decoder layer from its own configuration and refuses to load incomplete weights."""
+    """Builds every decoder layer from its own configuration and refuses to load weights that do not fit."""
 
     def __init__(self, config, *args, **kwargs):
         with _layers_from_their_own_config(type(self)):
@@ -57,6 +57,12 @@ class PerLayerMixin:
             raise RuntimeError(
                 f"{pretrained_model_name_or_path} lacks weights that config.json describes; they would be "
                 f"random: {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}."
+            )
+        surplus = sorted(str(key) for key in info["unexpected_keys"])
+        if surplus:
+            raise RuntimeError(
+                f"{pretrained_model_name_or_path} has weights that config.json does not describe; they would be "
+                f"lost: {', '.join(surplus[:5])}{' ...' if len(surplus) > 5 else ''}."
             )
         return (model, info) if output_loading_info else model
 

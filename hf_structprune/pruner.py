@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo
+from torch import nn
 from transformers import PreTrainedModel
 
 from .calibration import check_token_ids, load_tokens
@@ -20,12 +22,15 @@ from .criteria import make_criterion
 from .depth import DepthChoice
 from .errors import CheckpointError, ConfigurationError, RatioError, StructPruneError, UnsupportedModelError
 from .execution import Execution
+from .half_pruned import interrupted, mark, marked_if_changed
 from .hub.origin import origin_of, record
 from .hub.push import push_folder
 from .hub.save import save_checkpoint, take_over
 from .knowledge import Knowledge, look
 from .layout import expressible_heads, target_of
 from .loading import load_model, load_tokenizer, plain_options
+from .measuring import measuring
+from .model_checks import check_finite, check_model, check_savable
 from .places import check_place
 from .plan import PruningPlan
 from .plan_check import check_plan
@@ -56,14 +61,10 @@ class StructuredPruner:
     """
 
     def __init__(self, model: PreTrainedModel, config: PruningConfig | None = None, tokenizer: Any = None) -> None:
-        if getattr(model.config, "quantization_config", None) is not None or getattr(model, "hf_quantizer", None):
-            raise UnsupportedModelError(
-                "The model is quantised; its weights cannot be cut. Load it without quantisation, prune it, and "
-                "quantise the result."
-            )
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer = check_model(model), tokenizer
+        self._given = weakref.ref(model)
         self.config = config or PruningConfig()
-        self.structure = ModelStructure.of(model)
+        self.structure = ModelStructure.of(self.model)
         self.origin = origin_of(model)
         self.last_plan: PruningPlan | None = None
         self.depth_choice: DepthChoice | None = None
@@ -89,7 +90,7 @@ class StructuredPruner:
                 `revision`, `subfolder`, `gguf_file`, `trust_remote_code`, ... Those that say which weights these are
                 go into the card.
         """
-        if isinstance(model_or_id, PreTrainedModel):
+        if isinstance(model_or_id, nn.Module):
             if kwargs:
                 raise ConfigurationError(
                     f"`{next(iter(kwargs))}` is an option of loading, but the model is loaded already."
@@ -113,8 +114,11 @@ class StructuredPruner:
             UnsupportedModelError: Cutting this model type is not shown to be right, see `proof.prove`.
         """
         ratio = checked("ratio", ratio, Ratio | None, RatioError)
-        prove(self.model, self.structure, self.config.units)
-        return self._plan(ratio, self._look() if self._looks_first else Knowledge())
+        with measuring(self.model):
+            prove(self.model, self.structure, self.config.units)
+            if self._looks_first or self.config.chooses_depth(ratio):
+                check_finite(self.model)
+            return self._plan(ratio, self._look() if self._looks_first else Knowledge())
 
     def prune(self, ratio: float | PruningPlan | None = None) -> PreTrainedModel:
         """Prunes the model.
@@ -127,7 +131,7 @@ class StructuredPruner:
         """
         if not isinstance(ratio, PruningPlan):
             ratio = checked("ratio", ratio, Ratio | None, RatioError)
-        if self._execution is not None and self._execution.touched:
+        if self.last_plan is not None:
             raise StructPruneError(
                 "This pruner has pruned its model. To prune the result again, make a new pruner from `pruner.model`."
             )
@@ -136,7 +140,21 @@ class StructuredPruner:
                 "Some weights are not in memory (meta device or offloaded): only planning is possible. Load the "
                 "model with a `device_map` that fits, or on the CPU."
             )
-        prove(self.model, self.structure, kinds_of(ratio) if isinstance(ratio, PruningPlan) else self.config.units)
+        check_savable(self.model, configuration=self.config, origin=self.origin and self.origin.options)
+        dense = self.model
+        with measuring(dense), marked_if_changed(dense, self._given()):
+            prove(dense, self.structure, kinds_of(ratio) if isinstance(ratio, PruningPlan) else self.config.units)
+            check_finite(dense)
+            try:
+                self._prune(ratio)
+            except BaseException as error:
+                if self.model is not dense:  # some of several steps are done
+                    mark(self.model, interrupted(error))
+                raise
+        return self.model
+
+    def _prune(self, ratio: float | PruningPlan | None) -> None:
+        """Carries out a plan, or as many as there are steps."""
         run = self._execution = Execution(self.model, self.structure, self.config, self.calibration_tokens)
         if isinstance(ratio, PruningPlan):
             check_plan(self.model, self.structure, ratio)
@@ -145,9 +163,9 @@ class StructuredPruner:
             dense = self.structure if self.config.iterative_steps > 1 else None
             for steps_left in range(self.config.iterative_steps, 0, -1):
                 self._carry_out(*self._plan_step(ratio, dense, steps_left))
-        self.last_plan = run.describe(ratio.ratio_requested if isinstance(ratio, PruningPlan) else ratio)
-        record(self.model, self.origin, self.config, self.last_plan)
-        return self.model
+        plan = run.describe(ratio.ratio_requested if isinstance(ratio, PruningPlan) else ratio)
+        record(self.model, self.origin, self.config, plan)
+        self.last_plan = plan
 
     def save_pretrained(self, folder: str | os.PathLike, **kwargs: Any) -> None:
         """Writes the pruned model as a checkpoint, all at once or not at all.

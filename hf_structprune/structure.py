@@ -49,21 +49,28 @@ class ModelStructure:
     matrix_parameters: int
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> ModelStructure:
+    def of(cls, model: PreTrainedModel, whole: bool = True) -> ModelStructure:
         """Reads the coupled groups of a model; works on the meta device.
+
+        Args:
+            model: The model.
+            whole: Whether it is still to be cut; of one that has been, nothing more need be left to cut.
 
         Raises:
             UnsupportedModelError: Neither coupled groups nor sublayers were understood; the message names what was
                 not.
         """
         try:
-            return cls._read(model)
+            structure = cls._read(model)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise UnsupportedModelError(
                 f"The structure of {type(model).__name__} (model type {model.config.model_type!r}) cannot be read: "
                 f"{reason.rstrip('.')}. It is built in a way that is not understood."
             ) from error
+        if whole and not any(layer.groups or layer.sublayers for layer in structure.layers):
+            raise UnsupportedModelError(f"Nothing of this model can be cut. {'; '.join(structure.notes)}.")
+        return structure
 
     @classmethod
     def _read(cls, model: PreTrainedModel) -> ModelStructure:
@@ -80,8 +87,6 @@ class ModelStructure:
             layers.append(structure)
             notes += layer_notes
         notes = list(dict.fromkeys(notes))
-        if not any(layer.groups or layer.sublayers for layer in layers):
-            raise UnsupportedModelError(f"Nothing of this model can be cut. {'; '.join(notes)}.")
         total = sum(p.numel() for p in model.parameters())
         return cls(family, layers, notes, total, matrix_parameters(model, _active_experts(config)))
 

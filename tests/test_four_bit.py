@@ -9,8 +9,8 @@ from torch import nn
 bnb = pytest.importorskip("bitsandbytes")
 
 from hf_structprune.errors import CheckpointError  # noqa: E402
-from hf_structprune.evaluation.modes import eval_mode  # noqa: E402
 from hf_structprune.four_bit import compute_as_stored  # noqa: E402
+from hf_structprune.measuring import measuring  # noqa: E402
 from hf_structprune.stored_weights import StoredLinear4bit, stored_weight  # noqa: E402
 
 
@@ -109,7 +109,7 @@ def test_on_other_devices_bitsandbytes_computes(monkeypatch):
 def test_measuring_leaves_the_layers_of_others_as_they_were(monkeypatch):
     force_four_bit_cpu(monkeypatch, "avx512_bf16")
     fits, _ = layer(64, 32)
-    with torch.no_grad(), pytest.raises(ZeroDivisionError), eval_mode(fits):
+    with torch.no_grad(), pytest.raises(ZeroDivisionError), measuring(fits):
         fits(torch.randn(3, 64))
         raise ZeroDivisionError
     assert type(fits) is bnb.nn.Linear4bit and not hasattr(fits.weight.quant_state, "packing_format_for_cpu")

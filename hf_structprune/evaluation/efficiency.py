@@ -13,9 +13,9 @@ from transformers.utils import logging
 
 from ..checks import Count, Limits, Number, check_fields
 from ..errors import ConfigurationError, UnsupportedModelError
+from ..measuring import measuring
 from .macs import count_macs, count_macs_with_attention
 from .memory import cache_growth, peak_memory, weight_bytes
-from .modes import eval_mode
 from .results import Figure
 from .speed import devices_of, median_figure, time_generation, time_prefill, where
 
@@ -148,7 +148,7 @@ def _dense_shapes(model: PreTrainedModel) -> PreTrainedModel:
 def _speed_figures(model: PreTrainedModel, config: EfficiencyConfig, ids: torch.LongTensor) -> list[Figure]:
     runs = config.warmup + config.repeats
     prefill, generation = [], []
-    with eval_mode(model), tqdm(total=runs, desc="Speed", disable=not logging.is_progress_bar_enabled()) as bar:
+    with measuring(model), tqdm(total=runs, desc="Speed", disable=not logging.is_progress_bar_enabled()) as bar:
         for run in range(runs):
             seconds = time_prefill(model, ids), time_generation(model, ids, config.new_tokens)
             if run >= config.warmup:

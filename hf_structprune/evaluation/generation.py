@@ -20,8 +20,8 @@ from ..checks import Count, checked
 from ..errors import ConfigurationError
 from ..files import write_text
 from ..hardware import cuda_devices, synchronize
+from ..measuring import measuring
 from .memory import memory_in_use
-from .modes import eval_mode
 from .results import Figure
 from .speed import devices_of, where
 
@@ -151,7 +151,7 @@ def generate_samples(
     max_new_tokens = checked("max_new_tokens", max_new_tokens, Count)
     prompts = PROMPTS if prompts is None else [prompts] if isinstance(prompts, str) else prompts
     samples = []
-    with eval_mode(model):
+    with measuring(model):
         for prompt in tqdm(prompts, desc="Samples", disable=not logging.is_progress_bar_enabled()):
             inputs = _encode(model, tokenizer, prompt)
             answer = _answer(model, tokenizer, prompt, inputs, max_new_tokens, seed, **options)
@@ -199,7 +199,7 @@ def question_protocol(
         longest = questions[room.index(min(room))]
         raise ConfigurationError(f"`max_length` is {max_length}, and {longest!r} alone has {max_length - min(room)}.")
     answers = []
-    with eval_mode(model):
+    with measuring(model):
         _answer(model, tokenizer, questions[0], encoded[0], min(_WARMUP_TOKENS, room[0]), 0)
         runs = zip(questions, encoded, room, strict=True)
         for run in tqdm(runs, "Questions", len(questions), disable=not logging.is_progress_bar_enabled()):

@@ -10,11 +10,16 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..language_head import has_plain_head, positions_at_once
-from .modes import eval_mode
+from ..measuring import measuring
 
 
-@torch.no_grad()
-def window_losses(model: PreTrainedModel, ids: torch.LongTensor, counts: list[int], batch_size: int) -> np.ndarray:
+def window_losses(
+    model: PreTrainedModel,
+    ids: torch.LongTensor,
+    counts: list[int],
+    batch_size: int,
+    autocast: torch.dtype | None = None,
+) -> np.ndarray:
     """Summed negative log-likelihood of the last tokens of each window, in nats.
 
     Args:
@@ -22,12 +27,13 @@ def window_losses(model: PreTrainedModel, ids: torch.LongTensor, counts: list[in
         ids: Token ids of shape `(windows, window)`.
         counts: How many tokens of each window count, at most `window - 1`.
         batch_size: Windows that go through the model at once.
+        autocast: Compute in this dtype, see `measuring`.
 
     Returns:
         The sums, of shape `(windows,)`, in float64.
     """
     ids, sums = ids.to(model.device), []
-    with eval_mode(model):
+    with measuring(model, autocast=autocast):
         score = _plain_losses if has_plain_head(model, ids[:1]) else _own_losses
         batches = list(zip(ids.split(batch_size), torch.tensor(counts).split(batch_size), strict=True))
         for rows, last in tqdm(batches, desc="Perplexity", disable=not logging.is_progress_bar_enabled()):

@@ -11,9 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from ..measuring import measuring
 from ..plan import PruningPlan
 from ..structure import ModelStructure
-from .modes import eval_mode
 
 
 def count_macs(model: PreTrainedModel, batch_size: int = 1, length: int = 64) -> int:
@@ -46,7 +46,7 @@ def count_macs_with_attention(model: PreTrainedModel, ids: torch.LongTensor) -> 
     # Fused attention of the CPU is unknown to the counter; the plain kind consists of products that it knows.
     plain = sdpa_kernel(SDPBackend.MATH)
     counter = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(_grouped_products(), _grouped_flops))
-    with eval_mode(model), _torch_attention(model), plain, counter:
+    with measuring(model), _torch_attention(model), plain, counter:
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     return counter.get_total_flops() // 2
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from ..hardware import cuda_devices
-from .modes import eval_mode
+from ..measuring import measuring
 
 
 _PAGE = 4096
@@ -82,7 +82,7 @@ class CacheGrowth:
 @torch.no_grad()
 def cache_growth(model: PreTrainedModel) -> CacheGrowth | None:
     """Compares the model's own cache after one token and after two; `None` if it has none with keys and values."""
-    with eval_mode(model):
+    with measuring(model):
         first, second = (_cache_layers(model, tokens) for tokens in (1, 2))
     if not second or not any(size for size, _ in second):
         return None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checks import Count, Limit, Number, checked
 from ..errors import ConfigurationError
-from .modes import eval_mode
+from ..measuring import measuring
 from .parts import Parts, fingerprint
 from .results import Figure
 from .task_loading import find_names, load_tasks, quiet, task_manager
@@ -99,7 +99,7 @@ def run_tasks(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    with quiet(), eval_mode(model):
+    with quiet(), measuring(model):
         results = simple_evaluate(
             # A copy of the tokenizer, because lm-eval gives it a padding token.
             model=HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size),

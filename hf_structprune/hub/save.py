@@ -14,6 +14,7 @@ from transformers.utils import logging
 from ..configuration import CONFIG_NAME
 from ..errors import StructPruneError
 from ..folders import check_folder, write_folder
+from ..half_pruned import check_whole
 from ..plan import PLAN_NAME
 from .card import CARD_NAME, write_card
 from .uploads import choose_files
@@ -34,6 +35,7 @@ def save_checkpoint(pruner: StructuredPruner, folder: Path, name: str, **kwargs:
         name: What the card calls the model.
         kwargs: Given to the model's `save_pretrained`.
     """
+    check_whole(pruner.model)
     plan = pruner.last_plan
     if plan is None:
         raise StructPruneError("Nothing has been pruned yet: call `prune` before `save_pretrained` or `push_to_hub`.")

@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
-from ..evaluation.modes import eval_mode
 from ..files import write_text
+from ..measuring import measuring
 
 
 _FRAMES = 12  # from an event up to the Trainer there are two, and one for each function of ours
@@ -52,7 +52,7 @@ def log(trainer: Trainer, values: dict[str, float]) -> None:
     whatever is logged in train mode, and starts them anew.
     """
     wish = trainer.control.should_log
-    with eval_mode(trainer.model):
+    with measuring(trainer.model):
         trainer.log(dict(values))
     trainer.control.should_log = wish
 

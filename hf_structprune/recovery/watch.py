@@ -109,10 +109,9 @@ class Watch:
                 f"`window` is {self.window}, but the model's context is {context} tokens: lower `window`."
             )
         plain = _Whole(model) if is_sharded(model) else model
-        mixed = contextlib.nullcontext() if autocast is None else torch.autocast(plain.device.type, autocast)
-        with unchanged_randomness(), _without_bars(), mixed:
+        with unchanged_randomness(), _without_bars():
             counts = [self.window - 1] * len(self.ids)
-            losses = window_losses(plain, self.ids, counts, self.batch_size)
+            losses = window_losses(plain, self.ids, counts, self.batch_size, autocast)
         return float(losses.sum() / self.tokens)
 
 

@@ -6,8 +6,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ...evaluation.modes import eval_mode
 from ...language_head import PROBE_LENGTH, has_plain_head
+from ...measuring import measuring
 from .blocks import LogitTransform
 from .predictions import project
 
@@ -34,7 +34,7 @@ def find_transform(model: PreTrainedModel) -> LogitTransform | None:
     weight = getattr(head, "weight", None)
     if weight is not None and weight.is_floating_point() and weight.shape[0] == model.config.vocab_size:
         ids = torch.linspace(0, weight.shape[0] - 1, PROBE_LENGTH).long()[None].to(model.device)
-        with eval_mode(model):
+        with measuring(model):
             if has_plain_head(model, ids):
                 return LogitTransform()
             for transform in _candidates(model.config.get_text_config()):

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import CheckpointError, ConfigurationError
-from ...evaluation.modes import eval_mode
 from ...loading import load_model, load_tokenizer
+from ...measuring import measuring
 from ..configuration import DistillationConfig
 from .heads import find_transform
 from .hidden import LayerTerms, layer_terms, record_outputs
@@ -80,8 +80,7 @@ class ModelTeacher:
         given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items() if k != "labels"}
         given["use_cache"] = False
         taps = self.terms.teacher_modules(self.model) if self.terms else {}
-        off = torch.autocast(positions.device.type, enabled=False)
-        with eval_mode(self.model), off, record_outputs(taps) as outputs:
+        with measuring(self.model), record_outputs(taps) as outputs:
             predictions = self._predict(given, positions.to(device))
         states = {name: output[positions.to(output.device)] for name, output in outputs.items()}
         return Lesson(_moved(predictions, positions.device), states)
