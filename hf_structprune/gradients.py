@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from .calibration import as_batches
+from .finite import check_numbers
 from .language_head import has_plain_head, positions_at_once
 from .structure import CoupledGroup, is_linear, matrix
 
@@ -81,6 +82,8 @@ def taylor_salience(
         return _probed(model, {m for m, _ in wanted}, batch.shape[1], share, report)
 
     backward_passes(model, tokens, batch_size, gradient_checkpointing, around)
+    for (module, _), score in salience.items():
+        check_numbers(score, f"The gradients of `{module}`")
     return {key: score.abs() for key, score in salience.items()}
 
 

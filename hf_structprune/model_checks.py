@@ -30,7 +30,7 @@ _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 # Hooks of these libraries are put where they are by their own means (moving weights, recording outputs).
 _OWN_HOOKS = ("accelerate", "transformers", "torch")
 # What differs without a difference to what the model computes.
-_HARMLESS = ("padding_idx", "name_or_path", "loss_type")
+_HARMLESS = ("padding_idx", "name_or_path", "loss_type", "vocab_size")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _QUANTISED = "Its weights cannot be cut. Load it without quantisation, prune it, and quantise the result."
 
@@ -57,22 +57,6 @@ def check_model(model: PreTrainedModel) -> PreTrainedModel:
     _check_plain(model)
     _check_class(model)
     return as_shared(model, _check_described(model))
-
-
-def check_finite(model: nn.Module) -> None:
-    """Refuses weights that are no numbers; one pass over all of them, without a copy.
-
-    Raises:
-        UnsupportedModelError: Names the first such tensor.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.numel() and parameter.device.type != "meta":
-            ends = torch.stack(torch.aminmax(parameter.detach()))
-            if not bool(ends.isfinite().all()):
-                raise UnsupportedModelError(
-                    f"`{name}` has values that are not finite (NaN or Inf), so that nothing can be said about what "
-                    "is important in this model. The checkpoint is damaged, or its training has diverged."
-                )
 
 
 def check_savable(model: PreTrainedModel, **values: Any) -> None:

@@ -22,6 +22,7 @@ from .criteria import make_criterion
 from .depth import DepthChoice
 from .errors import CheckpointError, ConfigurationError, RatioError, StructPruneError, UnsupportedModelError
 from .execution import Execution
+from .finite import check_finite
 from .half_pruned import interrupted, mark, marked_if_changed
 from .hub.origin import origin_of, record
 from .hub.push import push_folder
@@ -30,7 +31,7 @@ from .knowledge import Knowledge, look
 from .layout import expressible_heads, target_of
 from .loading import load_model, load_tokenizer, plain_options
 from .measuring import measuring
-from .model_checks import check_finite, check_model, check_savable
+from .model_checks import check_model, check_savable
 from .places import check_place
 from .plan import PruningPlan
 from .plan_check import check_plan
@@ -64,7 +65,8 @@ class StructuredPruner:
         self.model, self.tokenizer = check_model(model), tokenizer
         self._given = weakref.ref(model)
         self.config = config or PruningConfig()
-        self.structure = ModelStructure.of(self.model)
+        with measuring(self.model):
+            self.structure = ModelStructure.of(self.model)
         self.origin = origin_of(model)
         self.last_plan: PruningPlan | None = None
         self.depth_choice: DepthChoice | None = None

@@ -11,6 +11,7 @@ from torch import nn
 
 from .calibration import as_batches
 from .errors import UnsupportedModelError
+from .finite import check_numbers
 from .forwards import as_output, others_of, replaced_forwards
 
 
@@ -124,6 +125,7 @@ class LayerStream:
             entered.append(_hidden(args, kwargs))
 
         def after_layer(_, __, output):
+            check_numbers(_first(output), f"The hidden states that leave layer {len(entered) - 1}")
             self._layer_extras = others_of(output)
             if outputs:
                 self.additive &= _is_sum(_first(output), [entered[-1], *outputs.values()])
@@ -183,6 +185,7 @@ class LayerStream:
                 with suppress(_Stop):
                     self._run(index, number, self.hidden[number])
                 captured = seen.pop()
+                check_numbers(captured, f"The inputs of `{consumer}`")
                 self._leading.append(captured.shape[:-1])
                 inputs = inputs or self.blank(captured)
                 inputs[number].copy_(captured.reshape(*batch.shape, -1))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..finite import check_numbers
 from ..gradients import backward_passes
 from ..structure import ModelStructure
 from .removal import Unit
@@ -69,6 +70,8 @@ def taylor_scores(
         return _reduced(weights, totals, share)
 
     backward_passes(model, tokens, batch_size, gradient_checkpointing, around)
+    for name, total in totals.items():
+        check_numbers(total, f"The gradients of `{name}`")
     return {unit: float(sum(totals[name] for name in names)) for unit, names in members.items()}
 
 
