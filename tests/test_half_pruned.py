@@ -88,7 +88,7 @@ def test_an_interrupt_before_it_leaves_the_model_as_it_was_and_the_pruner_usable
     pruner = pruner_of(model)
     with monkeypatch.context() as patch:
         break_at(patch, "compress", KeyboardInterrupt())
-        with untouched(model, "", KeyboardInterrupt):
+        with untouched(model, None, KeyboardInterrupt):
             pruner.prune(0.05)
     check_whole(model)
     assert families.count(pruner.prune(0.05)) == pruner.last_plan.parameters_after
@@ -98,7 +98,7 @@ def test_the_smaller_hidden_size_is_cut_from_a_copy_so_that_the_model_stays_whol
     model = families.make_model("llama")
     pruner = pruner_of(model, units=("hidden", "mlp_neurons"), split={"hidden": 0.5, "mlp_neurons": 0.5})
     break_at(monkeypatch, "rebuild", KeyboardInterrupt())
-    with untouched(model, "", KeyboardInterrupt):
+    with untouched(model, None, KeyboardInterrupt):
         pruner.prune(0.3)
     check_whole(model)
     assert pruner.model is model
@@ -195,7 +195,7 @@ def test_a_plan_of_another_model_leaves_everything_as_it_was():
     plan = pruner_of(families.make_model("llama")).plan(0.2)
     model = families.make_model("qwen3")
     assert isinstance(plan, PruningPlan)
-    with untouched(model, "", StructPruneError):
+    with untouched(model, None, StructPruneError):
         pruner_of(model).prune(plan)
 
 

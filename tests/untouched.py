@@ -34,7 +34,7 @@ def bits(tensor):
 
 
 @contextlib.contextmanager
-def untouched(model, message, error=StructPruneError):
+def untouched(model, message=None, error=StructPruneError):
     """What is inside raises an error with this message and leaves the model as it was."""
     before = facts(model)
     with pytest.raises(error, match=message):
