@@ -236,12 +236,16 @@ class _Compression:
             if decision.kept is not None:
                 self.kept[key] = torch.tensor(decision.kept)
                 continue
+            # Query heads stay only in KV groups that do; where all of these stay, there is nothing to rank.
+            blocks = self.kept.get((layer.index, "kv_groups")) if group.kind == "query_heads" else None
+            size = group.num_units // group.blocks
+            if blocks is not None and decision.keep == len(blocks) * size:
+                self.kept[key] = torch.arange(group.num_units).view(group.blocks, size)[blocks.cpu()].flatten()
+                continue
             score = self.scores.get(key)
             if score is None:
                 drop = group.num_units - decision.keep
                 score = self.criterion.score(Scoring(group, self.model, statistics, self.salience, drop))
-            # Query heads stay only in KV groups that do.
-            blocks = self.kept.get((layer.index, "kv_groups")) if group.kind == "query_heads" else None
             self.kept[key] = best_units(score, group, decision.keep, blocks)
 
 

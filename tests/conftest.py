@@ -56,3 +56,7 @@ def tiny_llama():
         bos_token_id=1, eos_token_id=2, pad_token_id=None,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--draws", type=int, default=300, help="how many cases tests/test_property.py draws")
