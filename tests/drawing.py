@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import families
 import torch
 
+from hf_structprune import PruningConfig, StructuredPruner
 from hf_structprune.configuration import AGGREGATIONS, ALLOCATIONS, CRITERIA, TAYLOR_VARIANTS
 from hf_structprune.units import DEPTH_CRITERIA, HIDDEN_CRITERIA, UNITS, WIDTH_UNITS
 
@@ -33,6 +34,7 @@ class Draw:
         ratio: What `prune` is asked for.
         training: Whether the model is in training mode.
         damaged: Whether one weight is not a number.
+        again: Whether the model comes out of a pruning that has left layers of different widths.
     """
 
     family: str
@@ -42,10 +44,14 @@ class Draw:
     ratio: float | None
     training: bool = False
     damaged: bool = False
-    seed: int = field(default=0)
+    again: bool = False
+    seed: int = 0
 
     def model(self) -> torch.nn.Module:
         model = families.make_model(self.family, self.dtype, self.seed, **self.changes)
+        if self.again:
+            config = PruningConfig(layout="per_layer", layers=[0], criterion="l2", compensation=False)
+            model = StructuredPruner(model, config).prune(0.03)
         if self.damaged:
             with torch.no_grad():
                 list(model.parameters())[-1].view(-1)[0] = float("nan")
@@ -63,7 +69,8 @@ def draw(seed: int) -> Draw:
     ratio = _ratio(rng, options)
     changes = {"tie_word_embeddings": rng.random() < 0.5}
     dtype = torch.bfloat16 if rng.random() < 0.2 and family != "mixtral" else torch.float32
-    return Draw(family, changes, dtype, options, ratio, rng.random() < 0.2, rng.random() < 0.04, seed)
+    flags = rng.random() < 0.2, rng.random() < 0.04, rng.random() < 0.1 and family != "mixtral"
+    return Draw(family, changes, dtype, options, ratio, *flags, seed)
 
 
 def _ratio(rng: random.Random, options: dict[str, Any]) -> float | None:
