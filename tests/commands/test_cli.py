@@ -52,7 +52,7 @@ def test_version(capsys):
         (["plan", "m", "--ratio", "1.5"], ["--ratio: `ratio` is 1.5"]),
         (["plan", "m", "--ratio", "0.3", "--mlp-ratio", "0.3"], ["both given"]),
         (["plan", "m", "--ratio", "0.3", "--criterion", "best"], ["`criterion`", "'best'", "obs"]),
-        (["plan", "m", "--ratio", "0.3", "--config", "no-such.yaml"], ["No such file", "no-such.yaml"]),
+        (["plan", "m", "--ratio", "0.3", "--config", "no-such.yaml"], ["There is no file", "no-such.yaml"]),
         (["prune", "m", "--ratio", "0.3"], ["--output-dir is missing"]),
         (["prune", "m", "--output-dir", "o", "--plan", "p", "--ratio", "0.3"], ["--ratio and --plan"]),
         (["prune", "m", "--output-dir", "o", "--plan", "no-such.json"], ["There is no file no-such.json"]),
