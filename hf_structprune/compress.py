@@ -74,6 +74,7 @@ def compress(
     tokens: torch.Tensor | None = None,
     scores: Scores | None = None,
     salience: Salience | None = None,
+    notes: list[str] | None = None,
 ) -> Kept:
     """Chooses the units that stay and re-fits the consumers, in place.
 
@@ -86,11 +87,19 @@ def compress(
         tokens: Calibration tokens, where inputs are looked at.
         scores: Scores that are known already, by `(layer, kind)`.
         salience: Reduced gradients, for gradient criteria.
+        notes: What was asked for and could not be done is added here.
 
     Returns:
         The units that stay, by `(layer, kind)`.
     """
-    return _Compression(model, structure, plan, criterion, config, scores or {}, salience).run(tokens)
+    compression = _Compression(model, structure, plan, criterion, config, scores or {}, salience)
+    kept = compression.run(tokens)
+    if compression.uncorrected and notes is not None:
+        notes.append(
+            "error correction: the layers of this model do not simply add up, so that re-fits look at their own "
+            "outputs only"
+        )
+    return kept
 
 
 class _Compression:
@@ -104,6 +113,7 @@ class _Compression:
         self.first, self.last = _reach(plan)
         self.stream: LayerStream | None = None
         self.correcting = False
+        self.uncorrected = False  # though it was asked for
         self.error: list[torch.Tensor] = []  # what the hidden states lack of the dense model's, float32
         self.outputs: list[list[torch.Tensor]] = []  # of the layer's consumers so far
         self.weight_unit: float | None = None
@@ -115,6 +125,7 @@ class _Compression:
         if looks or correcting:
             self.stream = new_stream(self.model, self.structure, tokens, self.config, dense=correcting)
             self.correcting = correcting and self.stream.additive
+            self.uncorrected = correcting and not self.correcting
             self.stream = self.stream if looks or self.correcting else None
         if self.correcting:
             self._pass_dropped(-1)

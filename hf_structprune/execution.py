@@ -16,7 +16,7 @@ from .hidden import cut_hidden, shrunk_config_model
 from .knowledge import Knowledge, look
 from .layout import target_of
 from .plan import PruningPlan
-from .planning import describe
+from .planning import describe, size_of
 from .structure import ModelStructure
 from .surgery import Kept, cut_units, drop
 
@@ -38,13 +38,15 @@ class Execution:
     tokens: Callable[[], torch.Tensor]
     _dense: ModelStructure = field(init=False)
     _model_type: str = field(init=False)  # of the dense model: that of the pruned one may be another
+    _size: int = field(init=False)  # bytes of the dense model
+    _notes: list[str] = field(init=False, default_factory=list)
     _inner: ModelStructure = field(init=False)  # after the hidden size was cut, before anything else
     _plan: PruningPlan | None = field(init=False, default=None)
     _stay: Kept = field(init=False)
 
     def __post_init__(self) -> None:
         self._dense = self._inner = self.structure
-        self._model_type = self.model.config.model_type
+        self._model_type, self._size = self.model.config.model_type, size_of(self.model)
         self._stay = {(group.layer, group.kind): torch.arange(group.num_units) for group in self.structure.groups}
 
     def carry_out(self, plan: PruningPlan, known: Knowledge | None = None) -> None:
@@ -83,7 +85,9 @@ class Execution:
         known = known or Knowledge()
         looks = self.config.compensation or (criterion.needs_inputs and not plan.chosen and known.scores is None)
         tokens = self.tokens() if looks and (plan.groups or (plan.dropped and corrects(self.config))) else None
-        kept = compress(self.model, self.structure, plan, criterion, self.config, tokens, known.scores, known.salience)
+        kept = compress(
+            self.model, self.structure, plan, criterion, self.config, tokens, known.scores, known.salience, self._notes
+        )
         cut_units(self.model, self.structure, kept)
         drop(self.model, self.structure, plan.dropped)
         self.model = rebuild(self.model, target)
@@ -107,7 +111,9 @@ class Execution:
             self.model, self._inner, counts, ratio, plan.layout, plan.dropped, plan.hidden, dense, self.config.align_to
         )
         result.model_type = self._model_type
+        result.notes += dict.fromkeys(self._notes)
+        result.bytes_per_parameter = self._size / self._dense.total_parameters
         for group in result.groups:
             group.kept = self._stay[group.layer, group.kind].tolist()
-        result.count(self.structure)
+        result.count(self.structure, size_of(self.model))
         return result

@@ -44,12 +44,15 @@ class PruningPlan:
         matrix_parameters_before, matrix_parameters_after: Weights that multiply each token.
         neurons_before, neurons_after: MLP neurons a token passes, all layers together.
         bytes_per_parameter: Mean size of a parameter in memory.
+        bytes_per_parameter_after: The same after pruning, once that is done; `None` for as before.
         notes: What is left alone, and why.
         dropped: Numbers of the layers (`"layers"`) and of the layers whose `"attention"` or `"mlp"` goes, ascending.
         hidden: The residual stream; `None` if it stays as wide as it is.
         num_layers: Decoder layers before.
         removed: Parameters that go, by kind of unit.
         warnings: Widths that later tools will refuse or run slowly, and what is not quite as if it were zeroed.
+        given: Whether it was given to `prune`, so that the configuration there did not decide how much goes.
+        calibrated: Whether text was looked at to make it and to carry it out; `None` where that is not recorded.
     """
 
     ratio_requested: float | None
@@ -69,6 +72,9 @@ class PruningPlan:
     num_layers: int = 0
     removed: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    bytes_per_parameter_after: float | None = None
+    given: bool = False
+    calibrated: bool | None = None
 
     @classmethod
     def from_counts(
@@ -115,12 +121,14 @@ class PruningPlan:
             {kind: count for kind, count in removed.items() if count},
         )  # fmt: skip
 
-    def count(self, structure: ModelStructure) -> None:
+    def count(self, structure: ModelStructure, size: int) -> None:
         """Takes the figures after pruning from the model that came out, so that they are not a forecast.
 
         Args:
             structure: Of the pruned model.
+            size: Its bytes.
         """
+        self.bytes_per_parameter_after = size / structure.total_parameters
         self.parameters_after, self.matrix_parameters_after = structure.total_parameters, structure.matrix_parameters
         self.neurons_after = sum(group.num_units for group in structure.groups if group.kind == "mlp_neurons")
 
@@ -136,7 +144,7 @@ class PruningPlan:
 
     @property
     def bytes_after(self) -> int:
-        return round(self.parameters_after * self.bytes_per_parameter)
+        return round(self.parameters_after * (self.bytes_per_parameter_after or self.bytes_per_parameter))
 
     @property
     def macs_before(self) -> int:

@@ -243,15 +243,19 @@ def describe(
         dense: Structure before the hidden size was cut, if it was.
         align_to: What widths were to be multiples of.
     """
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
     plan = PruningPlan.from_counts(
         inner, counts, model_type=model.config.model_type, layout=layout, ratio_requested=ratio,
-        bytes_per_parameter=size / sum(p.numel() for p in model.parameters()), dropped=dropped, hidden=hidden,
-        dense=dense,
+        bytes_per_parameter=size_of(model) / sum(p.numel() for p in model.parameters()), dropped=dropped,
+        hidden=hidden, dense=dense,
     )  # fmt: skip
     plan.warnings = warnings_of(inner, plan, hidden.before if hidden else model.config.hidden_size, align_to)
     plan.warnings += approximations(model, inner, plan)
     return plan
+
+
+def size_of(model: PreTrainedModel) -> int:
+    """Bytes of all distinct parameters."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def removed_by(dropped: Dropped, structure: ModelStructure) -> int:

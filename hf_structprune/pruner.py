@@ -73,6 +73,7 @@ class StructuredPruner:
         self._saved: Path | None = None
         self._execution: Execution | None = None
         self._expressible: set[tuple[int, int]] | None = None
+        self._calibrated = False
 
     @classmethod
     def from_pretrained(
@@ -120,7 +121,9 @@ class StructuredPruner:
             prove(self.model, self.structure, self.config.units)
             if self._looks_first or self.config.chooses_depth(ratio):
                 check_finite(self.model)
-            return self._plan(ratio, self._look() if self._looks_first else Knowledge())
+            plan = self._plan(ratio, self._look() if self._looks_first else Knowledge())
+        plan.calibrated = self._calibrated
+        return plan
 
     def prune(self, ratio: float | PruningPlan | None = None) -> PreTrainedModel:
         """Prunes the model.
@@ -157,7 +160,7 @@ class StructuredPruner:
 
     def _prune(self, ratio: float | PruningPlan | None) -> None:
         """Carries out a plan, or as many as there are steps."""
-        run = self._execution = Execution(self.model, self.structure, self.config, self.calibration_tokens)
+        run = self._execution = Execution(self.model, self.structure, self.config, self._tokens)
         if isinstance(ratio, PruningPlan):
             check_plan(self.model, self.structure, ratio)
             self._carry_out(copy.deepcopy(ratio))
@@ -166,6 +169,8 @@ class StructuredPruner:
             for steps_left in range(self.config.iterative_steps, 0, -1):
                 self._carry_out(*self._plan_step(ratio, dense, steps_left))
         plan = run.describe(ratio.ratio_requested if isinstance(ratio, PruningPlan) else ratio)
+        plan.given = isinstance(ratio, PruningPlan)
+        plan.calibrated = self._calibrated or (ratio.calibrated if plan.given else False)
         record(self.model, self.origin, self.config, plan)
         self.last_plan = plan
 
@@ -228,15 +233,20 @@ class StructuredPruner:
         check_token_ids(tokens, self.model.get_input_embeddings().weight.shape[0])
         return tokens
 
+    def _tokens(self) -> torch.Tensor:
+        """The calibration tokens for the work itself, which is recorded to have looked at them."""
+        self._calibrated = True
+        return self.calibration_tokens()
+
     def _look(self) -> Knowledge:
-        return look(self.model, self.structure, self.config, self.calibration_tokens)
+        return look(self.model, self.structure, self.config, self._tokens)
 
     def _plan(
         self, ratio: float | None, known: Knowledge, dense: ModelStructure | None = None, steps_left: int = 1
     ) -> PruningPlan:
         """A plan for the next of the steps that are left from `dense`, the model as it was, to what is asked."""
         planner = Planner(
-            self.model, self.structure, self.config, self.calibration_tokens, self._head_counts(), dense, steps_left
+            self.model, self.structure, self.config, self._tokens, self._head_counts(), dense, steps_left
         )
         plan = planner.plan(ratio, known)
         self.depth_choice = planner.depth

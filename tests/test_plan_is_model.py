@@ -1,7 +1,6 @@
 """What a plan says is what the model is, after every path there is to a pruned model."""
 
 import copy
-import json
 import random
 
 import families
@@ -10,21 +9,20 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_structprune import PruningConfig, PruningPlan, StructuredPruner
-from hf_structprune.errors import StructPruneError
 from hf_structprune.structure import ModelStructure
 from hf_structprune.surgery import cut_units, drop
-from hf_structprune.units import DEPTH_UNITS, WIDTH_UNITS
 
 
 PATHS = ("ratio", "ratio", "plan", "named plan", "JSON", "again")
 
 
-def check_plan_is_model(dense, pruner):
+def check_plan_is_model(dense, pruner, path):
     """Compares the plan that was carried out with the dense model and with the one that came out, in every figure.
 
     Args:
         dense: A copy of the model before.
         pruner: The pruner that has pruned.
+        path: How, see `prune`.
     """
     plan, small = pruner.last_plan, pruner.model
     before, after = ModelStructure.of(dense), ModelStructure.of(small)
@@ -50,6 +48,7 @@ def check_plan_is_model(dense, pruner):
             one_each = group.kind == "query_heads" and there is None and keep
             units = new.attention.heads if one_each else there.num_units if there else 0
             assert units == keep, (old.index, group.kind)
+    assert plan.given is (path in ("plan", "JSON", "named plan"))
     assert plan.chosen and all(len(group.kept) == group.keep < group.num_units for group in plan.groups)
     record = small.config.hf_structprune
     figures = ("ratio_requested", "ratio", "layout", "parameters_before", "parameters_after")
@@ -80,12 +79,14 @@ def draw(seed):
     widths = [k for k in families.kinds_of(name) if layout == "per_layer" or name not in families.DERIVED_HEAD_DIM]
     widths = [k for k in widths if k == "mlp_neurons" or layout == "per_layer" or name != "falcon_7b"]
     depth = ["layers", "layers", "attention", "mlp"] if layout == "per_layer" else ["layers"]
-    mode = r.choice(["width", "width", "width", "steps", "steps", "by kind", "depth", "joint", "hidden", "hidden split"])
+    modes = ["width", "width", "width", "steps", "steps", "by kind", "depth", "joint", "hidden", "hidden split"]
+    mode = r.choice([m for m in modes if "hidden" not in m or name not in families.DERIVED_HEAD_DIM])
     options = {"layout": layout, "compensation": r.random() < 0.2, "seed": seed, "depth_criterion": "magnitude"}
     options |= {"calibration": families.calibration(8, 8), "hidden_criterion": "magnitude"}
     options |= r.choice([{"round_to": None}, {"round_to": 1}, {"round_to": 4}, {"align_to": 8}])
     ratio = r.choice([0.03, 0.06, 0.1, 0.15, 0.2])
     units = tuple(r.sample(widths, r.randint(1, len(widths)))) if widths else ()
+    ratio = ratio if "mlp_neurons" in units else min(ratio, 0.03)
     if mode == "hidden":
         return name, {**options, "layout": "uniform", "hidden_size": 24}, None, r.choice(PATHS)
     if mode == "depth" or not units:
@@ -109,8 +110,13 @@ def draw(seed):
 def prune(model, options, ratio, path, folder):
     """A pruner that has pruned the model on one of the paths, and what the model was before."""
     if path == "again":
-        first = {"layout": options["layout"], "criterion": "l2", "compensation": False, "round_to": 1}
-        model = StructuredPruner(model, PruningConfig(**first, units=WIDTH_UNITS if len(folder.name) % 2 else None)).prune(0.04)
+        first = {
+            "criterion": "l2",
+            "compensation": False,
+            "round_to": 1,
+            "units": ModelStructure.of(model).kinds()[-1],
+        }
+        model = StructuredPruner(model, PruningConfig(**first, layout=options["layout"])).prune(0.04)
     dense = copy.deepcopy(model)
     pruner = StructuredPruner(model, PruningConfig(**options))
     if path in ("plan", "JSON", "named plan"):
@@ -126,21 +132,49 @@ def prune(model, options, ratio, path, folder):
     return dense, pruner
 
 
-@pytest.mark.parametrize("seed", range(80))
+@pytest.mark.parametrize("seed", range(60))
 def test_the_plan_is_the_model(seed, tmp_path):
     name, options, ratio, path = draw(seed)
     model = families.make_model(name, seed=seed, tie_word_embeddings=seed % 3 == 0)
-    before = families.count(model)
-    try:
-        dense, pruner = prune(model, options, ratio, path, tmp_path)
-    except StructPruneError:
-        assert families.count(model) <= before  # not every draw can be carried out
-        pytest.skip("refused")
-    check_plan_is_model(dense, pruner)
+    dense, pruner = prune(model, options, ratio, path, tmp_path)
+    check_plan_is_model(dense, pruner, path)
     if seed % 4:
         return
     pruner.save_pretrained(tmp_path / "small")
     assert PruningPlan.load(tmp_path / "small") == pruner.last_plan
-    assert json.loads((tmp_path / "small" / "config.json").read_text())["hf_structprune"]["ratio"] == pruner.last_plan.ratio
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small", trust_remote_code=True)
     assert families.count(reloaded) == pruner.last_plan.parameters_after
+
+
+def test_bytes_are_counted_where_not_all_weights_have_one_dtype():
+    model = families.make_model("llama", torch.bfloat16)
+    model.model.embed_tokens.float()
+    pruner = StructuredPruner(model, PruningConfig(criterion="l2", compensation=False))
+    before = size(model)
+    pruner.prune(0.2)
+    plan = pruner.last_plan
+    assert (plan.bytes_before, plan.bytes_after) == (before, size(pruner.model))
+    assert PruningPlan.from_dict(plan.to_dict()).bytes_after == plan.bytes_after
+
+
+@pytest.mark.parametrize("name, said", [("llama", False), ("granite", True)])
+def test_what_was_asked_and_could_not_be_done_is_said(name, said):
+    """Granite multiplies what its sublayers add: no error of earlier cuts can be corrected."""
+    pruner = StructuredPruner(families.make_model(name), PruningConfig(calibration=families.calibration(8, 8)))
+    pruner.prune(0.1)
+    assert any(note.startswith("error correction") for note in pruner.last_plan.notes) is said
+
+
+def test_whether_text_was_looked_at_is_recorded():
+    calibration = families.calibration(8, 8)
+    blind = PruningConfig(criterion="l2", compensation=False, calibration=calibration)
+    by_text = dict(units=("layers",), depth_criterion="perplexity", error_correction=0.0)
+    seeing = PruningConfig(**by_text, calibration=calibration)
+    pruner = StructuredPruner(families.make_model("llama"), blind)
+    pruner.calibration_tokens()  # by the user, who only wants to see them
+    pruner.prune(0.1)
+    assert pruner.last_plan.calibrated is False
+    plan = StructuredPruner(families.make_model("llama"), seeing).plan(0.3)
+    other = StructuredPruner(families.make_model("llama"), PruningConfig(units=("layers",), error_correction=0.0))
+    assert plan.calibrated is True and other.prune(plan) is other.model
+    assert other.last_plan.calibrated is True and other.last_plan.given is True

@@ -20,7 +20,7 @@ from .contents import Contents
 from .decisions import what_went
 from .hand_text import SECTIONS, generated_for, generated_mark, is_ours, read_sections, section
 from .licences import attribution
-from .metadata import make_metadata, text_in_words
+from .metadata import calibration_in_words, make_metadata, uses_text
 from .metadata_rules import violations
 from .origin import Origin, public_config, read_origin
 from .snippets import (
@@ -79,7 +79,7 @@ def make_card(
     data = make_metadata(
         name, contents.config, origin, contents.result, known,
         base_first=base_model is not None, recovery=contents.recovery,
-        ratio=contents.plan.ratio_requested, quantised=contents.state == "quantised",
+        uses_text=uses_text(contents.config, contents.plan), quantised=contents.state == "quantised",
         quantised_on=None if contents.quantization is None else quantization.calibration_of(contents.quantization),
     )  # fmt: skip
     problems = violations(data.to_dict())
@@ -220,8 +220,9 @@ def _making(contents: Contents, origin: Origin | None) -> dict[str, Any]:
     """How it was made."""
     config, plan, versions = contents.config, contents.plan, contents.record.get("versions", {})
     tasks = any(name.startswith("tasks/") for side in contents.results for name in side.figures)
+    used_text = uses_text(config, plan)
     public, options = public_config(config), origin.options if origin is not None else {}
-    code = (origin.name if origin is not None else "BASE_MODEL", public, plan.ratio_requested, options)
+    code = (origin.name if origin is not None else "BASE_MODEL", public, plan.ratio_requested, options, plan.given)
     return {
         "base_name": origin.name if origin is not None else "the base model",
         "base_link": _link(origin),
@@ -231,7 +232,8 @@ def _making(contents: Contents, origin: Origin | None) -> dict[str, Any]:
         "layout": "per layer: layers differ" if contents.per_layer else "uniform: all layers alike",
         "what": what_went(config, plan),
         "config": config,
-        "calibration": text_in_words(config, plan.ratio_requested),
+        "calibration": calibration_in_words(config.calibration) if used_text else "none",
+        "refitted": config.compensation and used_text and bool(plan.groups or plan.hidden or config.error_correction),
         "versions": ", ".join(f"{library} {number}" for library, number in versions.items()),
         "package_version": versions.get("hf_structprune", ""),
         "notes": plan.notes,

@@ -11,6 +11,7 @@ from ..calibration_configuration import CalibrationConfig
 from ..configuration import PruningConfig
 from ..evaluation.results import EvaluationResult
 from ..files import can_only_be_a_path
+from ..plan import PruningPlan
 from ..units import WIDTH_UNITS
 from .benchmarks import model_index
 from .origin import TAGS, Origin, base_metadata, is_file
@@ -35,7 +36,7 @@ def make_metadata(
     *,
     base_first: bool = False,
     recovery: dict[str, Any] | None = None,
-    ratio: float | None = None,
+    uses_text: bool = True,
     quantised: bool = False,
     quantised_on: CalibrationConfig | None = None,
 ) -> ModelCardData:
@@ -50,13 +51,13 @@ def make_metadata(
             language set by hand.
         base_first: Take licence and language from the base model even if the replaced card has others.
         recovery: The report of its recovery, whose data sets are named.
-        ratio: The ratio that was asked for.
+        uses_text: Whether calibration text was looked at, see `uses_text`.
         quantised: Whether its weights are quantised.
         quantised_on: The text that they were quantised with, if it took one.
     """
     kept = {key: value for key, value in known.items() if key not in _MADE_ANEW}
     base = base_metadata(origin) if origin is not None else {}
-    used = [*(_datasets(config.calibration) if _uses_text(config, ratio) else ()), *_trained_on(recovery)]
+    used = [*(_datasets(config.calibration) if uses_text else ()), *_trained_on(recovery)]
     used += [] if quantised_on is None else _datasets(quantised_on)
     tags = [*TAGS, *([QUANTISED_TAG] if quantised else [])]
     fields: dict[str, Any] = {
@@ -75,14 +76,17 @@ def make_metadata(
     return ModelCardData(**{key: fields[key] for key in (*order, *fields) if key in fields})
 
 
-def _uses_text(config: PruningConfig, ratio: float | None) -> bool:
+def uses_text(config: PruningConfig, plan: PruningPlan) -> bool:
+    """Whether calibration text was looked at: as recorded, or else as the configuration asks for."""
     from ..criteria import make_criterion
 
+    if plan.calibrated is not None:
+        return plan.calibrated
     criterion = make_criterion(config)
     by_text = config.compensation or config.allocation == "search"
     if config.kinds(WIDTH_UNITS):
         by_text |= criterion.needs_inputs or criterion.needs_gradients
-    if config.chooses_depth(ratio):
+    if config.chooses_depth(plan.ratio_requested):
         by_text |= config.depth_criterion != "magnitude"
     return by_text or ("hidden" in config.units and config.hidden_criterion != "magnitude")
 
@@ -105,11 +109,6 @@ def _trained_on(recovery: dict[str, Any] | None) -> list[str]:
     """Data sets of the Hub that were trained on; the report names files without their folders, so without a slash."""
     names = [] if recovery is None else dataset_names(recovery)
     return [name for name in names if name.count("/") == 1 and not is_file(name)]
-
-
-def text_in_words(config: PruningConfig, ratio: float | None) -> str:
-    """The calibration text of pruning, see `calibration_in_words`."""
-    return calibration_in_words(config.calibration) if _uses_text(config, ratio) else "none"
 
 
 def calibration_in_words(calibration: CalibrationConfig) -> str:

@@ -78,7 +78,9 @@ def config_expression(config: PruningConfig) -> str:
     return f"PruningConfig({', '.join(parts)})"
 
 
-def making_in_python(base: str, config: PruningConfig, ratio: float | None, options: dict[str, Any]) -> str:
+def making_in_python(
+    base: str, config: PruningConfig, ratio: float | None, options: dict[str, Any], given: bool = False
+) -> str:
     """The lines that make the model again.
 
     Args:
@@ -86,14 +88,12 @@ def making_in_python(base: str, config: PruningConfig, ratio: float | None, opti
         config: What it was pruned with.
         ratio: What was asked for.
         options: What has to be given to `from_pretrained` to load the same weights.
+        given: Whether a plan was given instead of what was asked for.
     """
+    by_plan = given or (ratio is None and config.needs_ratio)
     names = ["CalibrationConfig"] if "CalibrationConfig(" in config_expression(config) else []
-    names += (
-        ["PruningConfig"]
-        + ([] if ratio is not None or not config.needs_ratio else ["PruningPlan"])
-        + ["StructuredPruner"]
-    )
-    what = repr(ratio) if ratio is not None else 'PruningPlan.load("pruning_plan.json")' if config.needs_ratio else ""
+    names += ["PruningConfig", *(["PruningPlan"] if by_plan else []), "StructuredPruner"]
+    what = 'PruningPlan.load("pruning_plan.json")' if by_plan else "" if ratio is None else repr(ratio)
     more = "".join(f", {name}={loading_value(value)}" for name, value in options.items())
     return (
         f"from hf_structprune import {', '.join(names)}\n\n"
@@ -104,15 +104,17 @@ def making_in_python(base: str, config: PruningConfig, ratio: float | None, opti
     )
 
 
-def making_on_the_command_line(base: str, config: PruningConfig, ratio: float | None, options: dict[str, Any]) -> str:
+def making_on_the_command_line(
+    base: str, config: PruningConfig, ratio: float | None, options: dict[str, Any], given: bool = False
+) -> str:
     """The same as one command; empty if the model was loaded in a way that the command line does not know."""
     if not set(options) <= set(COMMAND_OPTIONS) or options.get("dtype", COMMAND_DTYPES[0]) not in COMMAND_DTYPES:
         return ""
     words = ["hf-structprune", "prune", base, "--output-dir", "pruned", *_options(options, "")]
-    if ratio is not None:
-        words += ["--ratio", str(ratio)]
-    elif config.needs_ratio:
+    if given or (ratio is None and config.needs_ratio):
         words += ["--plan", "pruning_plan.json"]
+    elif ratio is not None:
+        words += ["--ratio", str(ratio)]
     return shlex.join(words + _options(_changed(config), "") + _calibration_options(config))
 
 

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
-from hf_structprune import PruningConfig, StructuredPruner
+from hf_structprune import PruningConfig, PruningPlan, StructuredPruner
 from hf_structprune.commands import cli
 from hf_structprune.commands.common import DTYPES, ModelArguments
 from hf_structprune.errors import ConfigurationError
@@ -125,3 +125,24 @@ def test_the_commit_of_a_subfolder_on_the_hub(online, base, tmp_path):
     pruner = StructuredPruner.from_pretrained("other/model", DATA_FREE, subfolder="text/model")
     assert pruner.origin.options == {"subfolder": "text/model", "revision": commit.oid}
     assert pruner.tokenizer is not None
+
+
+def test_a_model_made_by_a_plan_is_made_again_by_that_plan(base, tmp_path, monkeypatch):
+    """The configuration beside it would cut something else, by another criterion."""
+    monkeypatch.chdir(tmp_path)
+    planning = dataclasses.replace(
+        DATA_FREE, units=("kv_groups", "mlp_neurons"), layout="per_layer", criterion="random"
+    )
+    load = {"subfolder": "text/model"}
+    StructuredPruner.from_pretrained("base", planning, **load).plan(0.2).save("plan.json")
+    pruner = StructuredPruner.from_pretrained("base", DATA_FREE, **load)
+    pruner.prune(PruningPlan.load("plan.json"))
+    pruner.save_pretrained("small")
+    card = ModelCard.load("small/README.md").text
+    assert 'pruner.prune(PruningPlan.load("pruning_plan.json"))' in card and "--ratio" not in card
+    assert "Numbers of units: as in a plan that was given" in card and "* Criterion:" not in card
+    assert "* Calibration: none" in card and "* Re-fit of what is left: no" in card
+    command = next(line for line in card.splitlines() if line.startswith("hf-structprune prune base"))
+    cli.main([*command.replace("dir pruned", "dir again").replace("pruning_plan", "small/pruning_plan").split()[1:]])
+    again = AutoModelForCausalLM.from_pretrained("again").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in pruner.model.state_dict().items())
