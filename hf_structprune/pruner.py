@@ -29,7 +29,7 @@ from .hub.push import push_folder
 from .hub.save import save_checkpoint, take_over
 from .knowledge import Knowledge, look
 from .layout import expressible_heads, target_of
-from .loading import load_model, load_tokenizer, plain_options
+from .loading import as_tokenizer, load_config, load_model, load_tokenizer, plain_options, refuse_quantised
 from .measuring import measuring
 from .model_checks import check_model, check_savable
 from .places import check_place
@@ -47,7 +47,7 @@ class StructuredPruner:
     Args:
         model (`PreTrainedModel`): A causal language model, in memory. Planning works on the meta device too.
         config (`PruningConfig`, *optional*): What to cut and how. The defaults suit most models.
-        tokenizer (*optional*): Needed to calibrate on text, and saved with the checkpoint.
+        tokenizer (*optional*): Needed to calibrate on text, and saved with the checkpoint; also its folder or Hub id.
 
     Example:
 
@@ -62,7 +62,7 @@ class StructuredPruner:
     """
 
     def __init__(self, model: PreTrainedModel, config: PruningConfig | None = None, tokenizer: Any = None) -> None:
-        self.model, self.tokenizer = check_model(model), tokenizer
+        self.model, self.tokenizer = check_model(model), as_tokenizer(tokenizer)
         self._given = weakref.ref(model)
         self.config = config or PruningConfig()
         with measuring(self.model):
@@ -100,6 +100,7 @@ class StructuredPruner:
                 )
             return cls(model_or_id, config, tokenizer)
         kwargs = plain_options(kwargs)
+        refuse_quantised(load_config(model_or_id, **kwargs), str(model_or_id))
         model = load_model(model_or_id, **kwargs)
         pruner = cls(model, config, load_tokenizer(model_or_id, **kwargs) if tokenizer is None else tokenizer)
         pruner.origin = origin_of(model, kwargs)

@@ -16,8 +16,7 @@ from rich.console import Console, RenderableType
 from ..checks import check_fields
 from ..configuration import PruningConfig
 from ..errors import ConfigurationError, StructPruneError
-from ..files import can_only_be_a_path
-from ..folders import check_folder, settle
+from ..folders import check_folder
 
 
 if TYPE_CHECKING:
@@ -89,8 +88,7 @@ def load_pruner(arguments: ModelArguments, config: PruningConfig | None = None) 
     from ..pruner import StructuredPruner
 
     check_device(arguments.device)
-    with _loading(arguments.model):
-        pruner = StructuredPruner.from_pretrained(arguments.model, config, **arguments.loading_options())
+    pruner = StructuredPruner.from_pretrained(arguments.model, config, **arguments.loading_options())
     if arguments.device is not None:
         pruner.model.to(arguments.device)
     return pruner
@@ -106,8 +104,7 @@ def load_for_measuring(arguments: ModelArguments) -> tuple[PreTrainedModel, Any]
 
     check_device(arguments.device)
     options = arguments.loading_options()
-    with _loading(arguments.model):
-        model, tokenizer = load_model(arguments.model, **options), load_tokenizer(arguments.model, **options)
+    model, tokenizer = load_model(arguments.model, **options), load_tokenizer(arguments.model, **options)
     if tokenizer is None:
         raise StructPruneError(f"{arguments.model} has no tokenizer, without which nothing can be measured.")
     return (model if arguments.device is None else model.to(arguments.device)), tokenizer
@@ -115,48 +112,28 @@ def load_for_measuring(arguments: ModelArguments) -> tuple[PreTrainedModel, Any]
 
 def load_config(arguments: ModelArguments) -> PretrainedConfig:
     """The configuration of a model alone, which also tells whether there is such a model."""
-    from transformers import AutoConfig
+    from ..loading import load_config as load
 
-    options = arguments.loading_options()
-    with _loading(arguments.model):
-        names = ("revision", "subfolder", "gguf_file", "trust_remote_code")
-        reading = {name: options[name] for name in names if name in options}
-        return AutoConfig.from_pretrained(arguments.model, **reading)
+    return load(arguments.model, **arguments.loading_options())
 
 
 def load_shapes(arguments: ModelArguments, config: PruningConfig | None = None) -> StructuredPruner:
     """The model on the meta device: only its configuration is read, which is enough to inspect it and to plan."""
     import torch
-    from transformers import AutoModelForCausalLM
 
+    from ..loading import refuse_quantised, shapes_of
     from ..pruner import StructuredPruner
 
     check_device(arguments.device)
     model_config = load_config(arguments)
-    with _loading(arguments.model):
-        if arguments.dtype != "auto":
-            dtype = arguments.loading_options()["dtype"]
-        else:  # as `loading.load_model` does it
-            dtype = torch.bfloat16 if arguments.gguf_file else model_config.dtype
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                model_config, dtype=dtype, trust_remote_code=arguments.trust_remote_code
-            )
+    refuse_quantised(model_config, arguments.model)
+    if arguments.dtype != "auto":
+        dtype = arguments.loading_options()["dtype"]
+    else:  # as `loading.load_model` does it
+        dtype = torch.bfloat16 if arguments.gguf_file else model_config.dtype
+    remote = arguments.trust_remote_code
+    model = shapes_of(model_config, arguments.model, dtype=dtype, trust_remote_code=remote)
     return StructuredPruner.from_pretrained(model, config)
-
-
-@contextlib.contextmanager
-def _loading(name: str) -> Iterator[None]:
-    """Says which model could not be loaded; what Transformers raises then is of many kinds."""
-    settle(name)
-    if can_only_be_a_path(name) and not Path(name).exists():
-        raise StructPruneError(f"cannot load {name!r}: there is no such folder.")
-    try:
-        yield
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        if isinstance(error, StructPruneError):
-            raise
-        raise StructPruneError(f"cannot load {name!r}: {error}") from error
 
 
 def load_to_plan(arguments: ModelArguments, config: PruningConfig, ratio: float | None) -> StructuredPruner:

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from ..checks import Count, Limit, Number, check_fields
 from ..errors import ConfigurationError
+from ..loading import as_tokenizer
 from ..places import check_place
 from .environment import describe_environment
 from .fingerprint import model_fingerprint
@@ -134,7 +135,7 @@ def evaluate(
 
     Args:
         model: The model, on the device it is to run on.
-        tokenizer: Its tokenizer.
+        tokenizer: Its tokenizer, or where it is.
         config: What to measure. Default: the packaged text, efficiency and samples.
         name: Hub id or folder, for tables and cards.
         state: `"dense"`, `"pruned"`, `"recovered"` or `"quantised"`.
@@ -146,7 +147,7 @@ def evaluate(
         ConfigurationError: `output` holds something else, or cannot be written.
         StructPruneError: A text or a task cannot be used.
     """
-    config = config or EvaluationConfig()
+    config, tokenizer = config or EvaluationConfig(), as_tokenizer(tokenizer)
     if output is not None:
         check_place(output, file=True)
     texts, tasks = config.load()

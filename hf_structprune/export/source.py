@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import ExportError, StructPruneError
-from ..files import can_only_be_a_path
-from ..hub.network import gated_errors
-from ..loading import load_model, load_tokenizer
+from ..errors import ExportError
+from ..loading import as_tokenizer, load_config, load_model, load_tokenizer
 
 
 def load_source(
@@ -36,27 +33,18 @@ def load_source(
         The model in eval mode, and the tokenizer or `None`.
 
     Raises:
-        ExportError: The model is quantised, cannot be loaded, or has no tokenizer.
-        CheckpointError: Weights are missing.
+        ExportError: The model is quantised, or has no tokenizer.
+        CheckpointError: The model cannot be loaded, or weights are missing.
     """
     if isinstance(model, PreTrainedModel):
         refuse_quantised(model.config, "The model")
         return model.eval(), _checked(tokenizer, with_tokenizer)
-    if can_only_be_a_path(str(model)) and not Path(model).exists():
-        raise ExportError(f"cannot load {str(model)!r}: there is no such folder.")
-    options = {name: kwargs[name] for name in ("revision", "trust_remote_code") if kwargs.get(name)}
-    try:
-        with gated_errors(str(model)):
-            config = AutoConfig.from_pretrained(model, **options)
-        refuse_quantised(config, str(model))
-        if check is not None:
-            check(config)
-        tokenizer = _checked(load_tokenizer(model, **kwargs) if tokenizer is None else tokenizer, with_tokenizer)
-        return load_model(model, **kwargs), tokenizer
-    except StructPruneError:
-        raise
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise ExportError(f"cannot load {str(model)!r}: {error}") from error
+    config = load_config(model, **kwargs)
+    refuse_quantised(config, str(model))
+    if check is not None:
+        check(config)
+    tokenizer = load_tokenizer(model, **kwargs) if tokenizer is None else as_tokenizer(tokenizer)
+    return load_model(model, **kwargs), _checked(tokenizer, with_tokenizer)
 
 
 def _checked(tokenizer: Any, needed: bool) -> Any:

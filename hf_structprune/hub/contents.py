@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from ..configuration import CONFIG_NAME, PruningConfig
 from ..errors import HubError
 from ..evaluation.results import RESULTS_NAME, EvaluationResult
+from ..json_files import read_json_object
 from ..plan import PLAN_NAME, PruningPlan
 from .origin import RECORD
 from .quantization import read_quantization
@@ -64,7 +64,7 @@ class Contents:
         result, dense, pruned, recovered = (_results(folder / name) for name in names)
         contents = cls(
             folder, PruningConfig.load(folder), PruningPlan.load(folder),
-            json.loads((folder / "config.json").read_text(encoding="utf-8")), result, dense, pruned,
+            read_json_object(folder / "config.json", repeats=True), result, dense, pruned,
             read_report(folder), recovered, read_quantization(folder),
         )  # fmt: skip
         check_results(contents)

@@ -5,7 +5,6 @@ Every file is not only read but told in the words of the card, so that whatever 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from ..configuration import CONFIG_NAME, PruningConfig
 from ..errors import CheckpointError, StructPruneError
 from ..evaluation.results import RESULTS_NAME, EvaluationResult
 from ..evaluation.table import ResultTable
+from ..json_files import read_json_object
 from ..plan import PLAN_NAME, PruningPlan
 from . import quantization, recovery
 from .card import CARD_NAME, read_metadata
@@ -63,6 +63,7 @@ def check_file(path: Path, read: Callable[[Path], Any]) -> None:
         what = "it is damaged (nested too deep)"
     else:
         return
+    what = f"it{what[len(str(path)) :]}" if what.startswith(str(path)) else what
     raise CheckpointError(f"{path} cannot be used: {what.rstrip('.')}. Put it right, or take it away.")
 
 
@@ -71,7 +72,7 @@ def _tell_card(path: Path) -> None:
 
 
 def _tell_model_config(path: Path) -> None:
-    json.loads(path.read_text(encoding="utf-8")).get(RECORD)
+    read_json_object(path, repeats=True).get(RECORD)
 
 
 def _tell_config(path: Path) -> None:

@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 
 from ..errors import UnsupportedModelError
 from ..files import write_text
+from ..json_files import read_json_object
 from .backend import Backend, Save, device_of
 from .calibrating import calibration_rows
 from .configuration import QuantizationConfig
@@ -88,12 +89,12 @@ def _restore(path: Path, source: Source, dtype: torch.dtype) -> None:
     """Puts back what GPTQModel changes: it sets a padding token, and names a temporary folder of this machine."""
     config = copy.deepcopy(source.shapes.config)
     config.dtype = dtype
-    written = json.loads((path / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    written = read_json_object(path / "config.json")["quantization_config"]
     config.quantization_config = _without_paths(written)
     config.save_pretrained(path)
     file = path / "quantize_config.json"
     if file.is_file():
-        content = _without_paths(json.loads(file.read_text(encoding="utf-8")))
+        content = _without_paths(read_json_object(file))
         write_text(file, json.dumps(content, indent=2) + "\n")
     try:
         GenerationConfig.from_pretrained(source.name).save_pretrained(path)

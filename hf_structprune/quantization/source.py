@@ -9,13 +9,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..errors import CheckpointError
 from ..evaluation.results import RESULTS_NAME, EvaluationResult
-from ..files import can_only_be_a_path
-from ..folders import settle
-from ..hub.network import gated_errors
+from ..loading import load_config, shapes_of
 
 
 @dataclass(frozen=True)
@@ -40,20 +38,11 @@ class Source:
             CheckpointError: There is no such model, or it is quantised already.
         """
         name = str(name)
-        settle(name)
-        if can_only_be_a_path(name) and not Path(name).is_dir():
-            raise CheckpointError(f"There is no folder {name}.")
-        try:
-            with gated_errors(name):
-                config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{name} cannot be read: {error}") from error
+        config = load_config(name, trust_remote_code=trust_remote_code)
         if getattr(config, "quantization_config", None) is not None:
             raise CheckpointError(f"{name} is quantised already: give the checkpoint as it was before.")
-        with torch.device("meta"):
-            shapes = AutoModelForCausalLM.from_config(
-                config, dtype=config.dtype or torch.float32, trust_remote_code=trust_remote_code
-            )
+        dtype = config.dtype or torch.float32
+        shapes = shapes_of(config, name, dtype=dtype, trust_remote_code=trust_remote_code)
         return cls(name, shapes, trust_remote_code)
 
     @property

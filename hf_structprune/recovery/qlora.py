@@ -6,11 +6,11 @@ import os
 from typing import Any
 
 import torch
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from ..errors import CheckpointError, ConfigurationError
 from ..extras import need
-from ..loading import load_model
+from ..loading import load_config, load_model
 
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -75,7 +75,5 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 def _check_plain(model_id: str | os.PathLike, kwargs: dict[str, Any]) -> None:
     """Refuses a quantised checkpoint, of which Transformers would keep the quantisation it has."""
-    names = ("revision", "trust_remote_code", "token", "cache_dir", "local_files_only")
-    config = AutoConfig.from_pretrained(model_id, **{name: kwargs[name] for name in names if name in kwargs})
-    if getattr(config, "quantization_config", None) is not None:
+    if getattr(load_config(model_id, **kwargs), "quantization_config", None) is not None:
         raise CheckpointError(f"{model_id} is quantised already: give the checkpoint as it was before.")

@@ -17,7 +17,7 @@ from ..evaluation.protocol import context_length
 from ..extras import need
 from ..folders import check_folder
 from ..hub.own_files import check_card, check_own_files
-from ..loading import load_model, load_tokenizer
+from ..loading import load_config, load_model, load_tokenizer
 from .begun import fingerprint_of_rows, fingerprint_of_weights, read_settings, refuse_others, settings_of
 from .best import BEST_FOLDER
 from .checkpoints import KeepNewest, in_order, newest_whole, step_of
@@ -235,11 +235,9 @@ def _find_teacher(model: str | os.PathLike, teacher: Any) -> Any:
     """
     if teacher is not None:
         return teacher
-    from transformers import AutoConfig
-
     from ..hub.origin import RECORD
 
-    config = AutoConfig.from_pretrained(model) if isinstance(model, (str, os.PathLike)) else model.config
+    config = load_config(model) if isinstance(model, (str, os.PathLike)) else model.config
     recorded = getattr(config, RECORD, None) or {}
     if recorded.get("base_model") and recorded.get("base_model_on_hub"):
         return recorded["base_model"]

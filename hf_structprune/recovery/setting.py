@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, StructPruneError
 from ..evaluation.protocol import context_length
+from ..loading import load_config
 from .wrappers import underneath
 
 
@@ -72,6 +73,6 @@ def saved_dtype(model: nn.Module) -> torch.dtype | None:
     name = str(getattr(underneath(model).config, "_name_or_path", "") or "")
     options = {"local_files_only": True, "trust_remote_code": False}
     try:
-        return getattr(AutoConfig.from_pretrained(name, **options), "dtype", None) if name else None
-    except (OSError, ValueError):
+        return getattr(load_config(name, **options), "dtype", None) if name else None
+    except StructPruneError:
         return None

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import CheckpointError, ConfigurationError
-from ...loading import load_model, load_tokenizer
+from ...loading import load_config, load_model, load_tokenizer
 from ...measuring import measuring
 from ..configuration import DistillationConfig
 from .heads import find_transform
@@ -138,11 +138,10 @@ def load_teacher(
 
 def _check_found(teacher: str | os.PathLike, loading: dict[str, Any]) -> None:
     """Tells a teacher that cannot be reached from one without a tokenizer."""
-    options = {name: loading[name] for name in ("revision", "trust_remote_code") if name in loading}
     try:
-        AutoConfig.from_pretrained(teacher, **options)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"The teacher {str(teacher)!r} cannot be loaded: {error}") from error
+        load_config(teacher, **loading)
+    except CheckpointError as error:
+        raise CheckpointError(f"The teacher cannot be used: {error}") from error
 
 
 def _loading(config: DistillationConfig, device: torch.device) -> dict[str, Any]:
