@@ -20,9 +20,8 @@ from .tied_weights import has_own_head, with_ties
 logger = logging.get_logger(__name__)
 
 # Options of loading a model that go to the tokenizer too.
-_TOKENIZER_OPTIONS = (
-    "revision", "subfolder", "gguf_file", "trust_remote_code", "token", "cache_dir", "local_files_only",
-)  # fmt: skip
+_WHERE = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
+_TOKENIZER_OPTIONS = (*_WHERE, "gguf_file", "trust_remote_code")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 
 
@@ -52,9 +51,9 @@ def load_config(model_id: str | os.PathLike, **kwargs: Any) -> PreTrainedConfig:
         CheckpointError: There is no such model, it is an adapter, or its configuration is damaged.
         HubError: The model is gated and the token has no access to it.
     """
-    refuse_adapter(model_id, kwargs.get("subfolder"))
+    options = {name: value for name, value in kwargs.items() if name in _TOKENIZER_OPTIONS}
+    refuse_adapter(model_id, **{name: options[name] for name in _WHERE if name in options})
     with readable(model_id, "config.json", kwargs.get("subfolder")):
-        options = {name: value for name, value in kwargs.items() if name in _TOKENIZER_OPTIONS}
         config = AutoConfig.from_pretrained(model_id, **options)
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and layers < 1:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
@@ -72,30 +73,33 @@ def check_objects(folder: Path) -> None:
             read_json_object(path, repeats=True)
 
 
-def refuse_adapter(source: str | os.PathLike, subfolder: str | None = None) -> None:
+def refuse_adapter(source: str | os.PathLike, **options: Any) -> None:
     """Refuses a folder or repository that holds an adapter of PEFT: Transformers would load its base model under it.
+
+    Args:
+        source: The folder or Hub id.
+        options: Where in it to look and how: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
         CheckpointError: Says what to do.
     """
-    if _is_adapter(source, subfolder or ""):
+    if _is_adapter(str(source), options):
         raise CheckpointError(
             f"{source} holds an adapter of PEFT, whose weights are not in its base model: merge it first, "
             "`PeftModel.from_pretrained(base, ADAPTER).merge_and_unload().save_pretrained(FOLDER)`, and give FOLDER."
         )
 
 
-def _is_adapter(source: str | os.PathLike, subfolder: str) -> bool:
+def _is_adapter(source: str, options: dict[str, Any]) -> bool:
     """Whether a folder, or a repository as far as it is in the cache or can be asked, holds an adapter of PEFT."""
     if Path(source).is_dir():
-        return Path(source, subfolder, _ADAPTER).is_file()
+        return Path(source, options.get("subfolder") or "", _ADAPTER).is_file()
+    if can_only_be_a_path(source):
+        return False
     from transformers.utils import find_adapter_config_file
 
     try:
-        return (
-            not can_only_be_a_path(str(source))
-            and find_adapter_config_file(str(source), subfolder=subfolder) is not None
-        )
+        return find_adapter_config_file(source, **options) is not None
     except Exception:  # of the connection and of names that are no ids: what it is, cannot be told
         return False
 

@@ -43,7 +43,7 @@ def encode(tokenizer: Any, text: str, bos: bool | None, everywhere: bool) -> Enc
     to the token with its last character.
 
     Args:
-        tokenizer: A `transformers` tokenizer.
+        tokenizer: A `transformers` tokenizer, or the folder or Hub id of one.
         text: The text.
         bos: `None`: special tokens as the tokenizer adds them; `True`: a BOS token and no others; `False`: none.
         everywhere: With `bos=True`: leave the BOS token to the caller, who puts it before every window.
@@ -51,6 +51,9 @@ def encode(tokenizer: Any, text: str, bos: bool | None, everywhere: bool) -> Enc
     Raises:
         ConfigurationError: A BOS token is asked for and the tokenizer has none.
     """
+    from ..loading import as_tokenizer
+
+    tokenizer = as_tokenizer(tokenizer)
     known = tokenizer.bos_token_id
     if bos and known is None:
         raise ConfigurationError("`bos` is True, but the tokenizer has no beginning-of-sequence token: leave it out.")

@@ -17,7 +17,6 @@ from transformers.utils import logging
 
 from ..checks import Count, Limit, Number, check_fields
 from ..errors import ConfigurationError
-from ..loading import as_tokenizer
 from ..places import check_place
 from .environment import describe_environment
 from .fingerprint import model_fingerprint
@@ -147,6 +146,8 @@ def evaluate(
         ConfigurationError: `output` holds something else, or cannot be written.
         StructPruneError: A text or a task cannot be used.
     """
+    from ..loading import as_tokenizer
+
     config, tokenizer = config or EvaluationConfig(), as_tokenizer(tokenizer)
     if output is not None:
         check_place(output, file=True)

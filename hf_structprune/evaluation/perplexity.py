@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from ..checks import Count, checked
 from ..errors import ConfigurationError
-from ..loading import as_tokenizer
 from .encoding import EncodedText, encode
 from .likelihood import window_losses
 from .paired import ratio_and_stderr
@@ -185,7 +184,7 @@ def measure_perplexity(
     max_windows = checked("max_windows", max_windows, Count | None)
     batch_size = checked("batch_size", batch_size, Count)
     _check_context(model, chosen.window)
-    encoded = encode(as_tokenizer(tokenizer), text.text, chosen.bos, chosen.bos_everywhere)
+    encoded = encode(tokenizer, text.text, chosen.bos, chosen.bos_everywhere)
     found = _find_windows(encoded, chosen)
     windows = spread(found, max_windows)
     ids = _window_ids(encoded, windows, chosen)

@@ -180,7 +180,7 @@ Disk = namedtuple("Disk", "total used free")
         ({"dtype": "bf16"}, ConfigurationError, ["`dtype` is 'bf16'", "fp32, fp16"]),
         ({"output": "a file"}, ConfigurationError, ["is a file"]),
         ({"output": "source"}, ConfigurationError, ["the checkpoint itself"]),
-        ({"model": "no/such"}, ExportError, ["cannot load", "no/such"]),
+        ({"model": "no/such"}, CheckpointError, ["cannot load", "no/such"]),
     ],
 )
 def test_what_cannot_be_meant(options, error, parts, tmp_path, tiny_llama):

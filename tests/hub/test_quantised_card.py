@@ -167,7 +167,7 @@ def test_results_of_other_states_and_models_are_refused(quantised):
 
 
 def test_reports_that_cannot_be_read(quantised):
-    for content, message in (("{", "cannot be read"), ('{"schema_version": 9}', "of version 9"), ("[]", "cannot be")):
+    for content, message in (("{", "is not JSON"), ('{"schema_version": 9}', "of version 9"), ("[]", "holds a list")):
         (quantised / "quantization.json").write_text(content)
         with pytest.raises(CheckpointError, match=message):
             make_card(quantised)

@@ -193,7 +193,7 @@ def test_states_and_files_that_do_not_fit(folder):
     with pytest.raises(ConfigurationError, match="evaluation_results_pruned.json is of a recovered model"):
         make_card(folder)
     (folder / "evaluation_results_pruned.json").unlink()
-    for content, message in (("{", "cannot be read"), ('{"schema_version": 9}', "of version 9"), ("[]", "cannot be")):
+    for content, message in (("{", "is not JSON"), ('{"schema_version": 9}', "of version 9"), ("[]", "holds a list")):
         (folder / "recovery.json").write_text(content)
         with pytest.raises(CheckpointError, match=message):
             make_card(folder)

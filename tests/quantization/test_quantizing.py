@@ -237,7 +237,7 @@ def test_what_is_in_the_way(dense, tmp_path):
         quantize(dense, tmp_path / "file")
     with pytest.raises(ConfigurationError, match="not empty"):
         quantize(dense, dense)
-    with pytest.raises(CheckpointError, match="There is no folder"):
+    with pytest.raises(CheckpointError, match="there is no such folder"):
         quantize(tmp_path / "nothing", tmp_path / "out")
 
 

@@ -67,7 +67,7 @@ def test_folders_are_loaded_in_the_dtype_asked_for(tmp_path, tiny_tokenizer, dty
 
 
 def test_a_teacher_that_is_not_there_is_not_said_to_lack_a_tokenizer(tiny_llama, tiny_tokenizer):
-    with pytest.raises(CheckpointError, match="The teacher 'some/model' cannot be loaded"):
+    with pytest.raises(CheckpointError, match="The teacher cannot be used: cannot load 'some/model'"):
         load_teacher("some/model", tiny_llama, DistillationConfig(), tokenizer=tiny_tokenizer)
 
 
