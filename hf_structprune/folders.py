@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -115,8 +116,10 @@ def _errors(folder: str | os.PathLike, new: Path, place: Path) -> Iterator[None]
     """Turns what the file system says into one line that tells what is in the folder now."""
     try:
         yield
-    except (OSError, SafetensorError, CheckpointError) as error:
+    except Exception as error:
         cause = error.__cause__ if isinstance(error, CheckpointError) else error
+        if type(cause) is Exception and (number := re.search(r"\(os error (\d+)\)", f"{cause}")):  # of tokenizers
+            cause = OSError(int(number[1]), os.strerror(int(number[1])))
         if not isinstance(cause, (OSError, SafetensorError)):
             raise
         state = f"{said(folder)} is unchanged"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .checks import Ratio, checked
 from .configuration import PruningConfig
 from .errors import ConfigurationError
 from .yaml_files import parse_yaml, read_text
@@ -174,7 +175,7 @@ def _check_sections(content: Any) -> None:
 
 def _pruning(section: dict[str, Any]) -> tuple[float | None, PruningConfig]:
     """The ratio and the configuration; a preset takes the ratio as its own."""
-    preset, ratio = section.pop("preset", None), section.pop("ratio", None)
+    preset, ratio = section.pop("preset", None), checked("ratio", section.pop("ratio", None), Ratio | None)
     if preset is None:
         return ratio, _build(PruningConfig, section, "prune")
     if preset not in PRESETS:

@@ -146,3 +146,17 @@ def test_an_error_of_a_single_file_says_what_it_means_for_the_folder(tmp_path):
 
     with pytest.raises(CheckpointError, match="^of another kind$"):
         write_folder(tmp_path / "out", refuse)
+
+
+def test_a_full_disk_is_one_line_from_the_tokenizer_too(tmp_path):
+    def fail(folder):
+        raise Exception("No space left on device (os error 28)")  # as the tokenizers library words it
+
+    with pytest.raises(CheckpointError, match="out is unchanged: no space left on device"):
+        write_folder(tmp_path / "out", fail)
+
+    def bug(folder):
+        raise Exception("something else")
+
+    with pytest.raises(Exception, match="^something else$"):
+        write_folder(tmp_path / "out", bug)

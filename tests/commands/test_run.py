@@ -155,7 +155,7 @@ def test_push_hands_the_section_on(recipe, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "old, new, message",
     [
-        ("ratio: 0.1", "ratio: 1.5", "--ratio is 1.5"),
+        ("ratio: 0.1", "ratio: 1.5", "`ratio` is 1.5"),
         ("some.txt", "none.txt", "none.txt"),
         ("  window: 32", "  tasks: [no_such_task]", "no_such_task"),
         ("repo_id: me/smaller", "repo: me/smaller", "`repo` is not an option of `push`"),

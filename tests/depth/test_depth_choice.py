@@ -231,7 +231,7 @@ def test_wrong_requests_name_what_is_wrong():
         with pytest.raises(ConfigurationError, match="either `count` or `parameters`"):
             choose(model, structure, "magnitude", **amount)
     for amount in (dict(count=-1), dict(count=1.5), dict(parameters=True)):
-        with pytest.raises(ConfigurationError, match=f"`{next(iter(amount))}` is .*whole number"):
+        with pytest.raises(ConfigurationError, match=f"`{next(iter(amount))}` is .*integer of at least"):
             choose(model, structure, "magnitude", **amount)
     with pytest.raises(ConfigurationError, match="kinds.*must name some of layers, attention, mlp"):
         choose(model, structure, "magnitude", ("heads",), count=1)
