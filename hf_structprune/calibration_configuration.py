@@ -37,7 +37,7 @@ class CalibrationConfig:
     name: str | None = None
     split: str = "train"
     column: str = "text"
-    texts: list[str] | None = None
+    texts: list[Any] | None = None
     tokens: Any = None
     num_samples: Count = 128
     length: Annotated[int, Limits(2)] = 256
@@ -54,7 +54,7 @@ class CalibrationConfig:
         if len(given) > 1:
             raise ConfigurationError(f"`{given[0]}` and `{given[1]}` both give calibration data; give one of them.")
         if self.texts is not None:
-            self.fingerprint = hashlib.sha256("\0".join(self.texts).encode()).hexdigest()[:16]
+            self.fingerprint = hashlib.sha256("\0".join(map(str, self.texts)).encode()).hexdigest()[:16]
         if self.tokens is not None:
             if getattr(self.tokens, "ndim", None) != 2 or self.tokens.dtype.is_floating_point:
                 raise ConfigurationError("`tokens` must be an integer tensor of shape (num_samples, length).")

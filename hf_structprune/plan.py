@@ -73,7 +73,7 @@ class PruningPlan:
     removed: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     bytes_per_parameter_after: float | None = None
-    given: bool = False
+    given: bool = field(default=False, compare=False)
     calibrated: bool | None = None
 
     @classmethod
