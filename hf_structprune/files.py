@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .errors import PlaceError
 from .leftovers import claim, draft, drafts, release
-from .places import PROBE, check_place, check_room, is_device, parents_of, reason, resolve, said
+from .places import PROBE, check_place, check_room, is_device, of_the_system, parents_of, reason, resolve, said
 
 
 # A file that is being written, or the folder it is written in.
@@ -86,7 +86,9 @@ def _draft(path: str | os.PathLike) -> Iterator[tuple[Path, Path]]:
 def _errors(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except Exception as error:
+        if of_the_system(error) is None:
+            raise
         check_place(path, file=True)  # which knows better why
         raise PlaceError(f"{said(path)} cannot be written: {reason(error)}.") from error
 

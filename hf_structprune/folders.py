@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import errno
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from safetensors import SafetensorError
 
 from .errors import CheckpointError
 from .leftovers import as_kind, claim, draft, drafts, kind_of, number_of, release
-from .places import PROBE, check_place, check_room, must_stay, parents_of, reason, resolve, said
+from .places import PROBE, check_place, check_room, must_stay, of_the_system, parents_of, reason, resolve, said
 
 
 # Files of an earlier checkpoint that would be mistaken for part of a new one.
@@ -118,9 +117,7 @@ def _errors(folder: str | os.PathLike, new: Path, place: Path) -> Iterator[None]
         yield
     except Exception as error:
         cause = error.__cause__ if isinstance(error, CheckpointError) else error
-        if type(cause) is Exception and (number := re.search(r"\(os error (\d+)\)", f"{cause}")):  # of tokenizers
-            cause = OSError(int(number[1]), os.strerror(int(number[1])))
-        if not isinstance(cause, (OSError, SafetensorError)):
+        if of_the_system(cause) is None and not isinstance(cause, SafetensorError):
             raise
         state = f"{said(folder)} is unchanged"
         if any((place / as_kind(new, kind).name).exists() for kind in (_READY, _MOVING)):

@@ -15,6 +15,7 @@ from .errors import PlaceError
 from .leftovers import draft, release
 
 
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 # Kind of the draft that tries whether there can be one.
 PROBE = "gone"
 # No permission, or no such thing in this file system.
@@ -161,8 +162,20 @@ def said(path: str | os.PathLike) -> str:
     return name if len(name) <= 300 else f"{name[:140]} ... {name[-140:]}"
 
 
+def of_the_system(error: BaseException | None) -> OSError | None:
+    """What the system said, also where a library has put it into an exception of its own; `None` if it was not that.
+
+    The libraries `safetensors` and `tokenizers` say `(os error 28)` in the text of theirs.
+    """
+    if isinstance(error, OSError):
+        return error
+    found = _OS_ERROR.search(str(error))
+    return None if found is None else OSError(int(found[1]), os.strerror(int(found[1])))
+
+
 def reason(error: BaseException) -> str:
     """What the system says, in one line."""
+    error = of_the_system(error) or error
     if isinstance(error, OSError) and error.strerror:
         words = error.strerror[0].lower() + error.strerror[1:]
         return words if error.errno not in _REFUSED else f"{words}; choose another place"
