@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -18,6 +19,7 @@ from .structure import ModelStructure, decoder_layers
 
 
 VOCABULARY, WINDOW, EXPERTS = 128, 8, 16
+_KINDS = 8  # of layers, that differences in numbers may make
 # An epsilon that shows: beside activations of about 1, one of 1e-6 would hide what is wrong with it.
 EPSILON = 0.02
 _HEAD_COUNTS = re.compile(r"(^|_)n_(kv_)?head$|heads$|num_query_groups$")
@@ -176,11 +178,24 @@ def _without_numbers(layer: nn.Module) -> dict[str, Any]:
     }
 
 
-def representatives(values: dict[str, Any], layers: list) -> list[int]:
-    """The first two layers of every kind; three where all are of one kind."""
+def representatives(values: dict[str, Any], layers: Sequence[nn.Module]) -> list[int]:
+    """The first two layers of every kind; three where all are of one kind.
+
+    Layers that differ in numbers alone (a scale, a window) are of different kinds, unless there are too many.
+    """
+    kinds = _kinds(values, layers, description)
+    if len(kinds) > _KINDS:
+        kinds = _kinds(values, layers, _without_numbers)
+    most = 3 if len(kinds) == 1 else 2
+    return sorted(index for indices in kinds for index in indices[:most])
+
+
+def _kinds(
+    values: dict[str, Any], layers: Sequence[nn.Module], describe: Callable[[nn.Module], dict[str, Any]]
+) -> list[list[int]]:
+    """Numbers of the layers that are alike, and have the same entries in all lists of the configuration."""
     lists = [value for value in values.values() if isinstance(value, (list, tuple)) and len(value) == len(layers)]
     kinds: dict[str, list[int]] = {}
     for index, layer in enumerate(layers):
-        kinds.setdefault(repr((description(layer), [value[index] for value in lists])), []).append(index)
-    most = 3 if len(kinds) == 1 else 2
-    return sorted(index for indices in kinds.values() for index in indices[:most])
+        kinds.setdefault(repr((describe(layer), [value[index] for value in lists])), []).append(index)
+    return list(kinds.values())

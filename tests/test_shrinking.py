@@ -63,9 +63,13 @@ def test_numbers_that_follow_the_depth_do_not_keep_all_layers():
     assert kept == [0, 1, 2] and values["num_hidden_layers"] == 3
 
 
+def test_numbers_that_differ_in_every_layer_do_not_make_each_a_kind():
+    assert shrunk("BeamConfig", num_hidden_layers=20)[1] == [0, 1, 3, 4, 5, 11]
+
+
 def test_a_rule_that_cannot_name_fewer_layers_keeps_them_all():
-    values, kept = shrunk("BeamConfig", num_hidden_layers=5)
-    assert kept == [0, 1, 2, 3, 4] and values["num_hidden_layers"] == 5
+    _, kept = shrunk("Gemma3nTextConfig", num_hidden_layers=15, num_kv_shared_layers=5)
+    assert kept == list(range(15))
 
 
 @pytest.mark.parametrize("heads, kv_heads, expected", [(32, 32, (2, 2)), (14, 2, (14, 2)), (64, 1, (2, 1))])
