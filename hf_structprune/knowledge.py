@@ -13,6 +13,7 @@ from .compress import Scores, score_inputs
 from .configuration import PruningConfig
 from .criteria import Scoring, make_criterion
 from .gradients import Salience, taylor_salience
+from .measuring import measures
 from .sensitivity import Sensitivity, measure_sensitivity
 from .structure import ModelStructure
 
@@ -32,6 +33,7 @@ class Knowledge:
     salience: Salience | None = None
 
 
+@measures
 def look(
     model: PreTrainedModel, structure: ModelStructure, config: PruningConfig, tokens: Callable[[], torch.Tensor]
 ) -> Knowledge:
@@ -56,9 +58,8 @@ def look(
     elif config.allocation == "global" and criterion.needs_inputs:
         known.scores = score_inputs(model, structure, criterion, config, tokens(), groups)
     elif config.allocation == "global":
-        with torch.no_grad():
-            scorings = {(g.layer, g.kind): Scoring(g, model, salience=known.salience) for g in groups}
-            known.scores = {key: criterion.score(scoring).cpu() for key, scoring in scorings.items()}
+        scorings = {(g.layer, g.kind): Scoring(g, model, salience=known.salience) for g in groups}
+        known.scores = {key: criterion.score(scoring).cpu() for key, scoring in scorings.items()}
     return known
 
 

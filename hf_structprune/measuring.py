@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from .four_bit import as_stored
 from .half_pruned import check_whole
+
+
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -44,6 +49,17 @@ def measuring(model: nn.Module, *, autocast: torch.dtype | None = None) -> Itera
         finally:
             for module, training in modes:
                 module.training = training
+
+
+def measures(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Runs a function, whose first argument is a model, while that is `measuring`."""
+
+    @wraps(function)
+    def run(model: nn.Module, *args: Any, **kwargs: Any) -> Result:
+        with measuring(model):
+            return function(model, *args, **kwargs)
+
+    return run
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from .configuration import PruningConfig
 from .consumers import kept_columns, refitted, write_columns
 from .criteria import Criterion, Scoring
 from .gradients import Salience
+from .measuring import measures
 from .selection import best_units
 from .statistics import HELD_OUT, InputStatistics
 from .stream import LayerStream
@@ -25,7 +26,7 @@ PROBES = (0.2, 0.45)  # shares of a group that are cut to probe it
 _EVERY = 4  # predictions are compared at each so many-th token
 
 
-@torch.no_grad()
+@measures
 def measure_sensitivity(
     model: PreTrainedModel,
     structure: ModelStructure,
@@ -86,14 +87,15 @@ def _probe(
     if drop == 0:
         return 1e-12
     module = model.get_submodule(group.consumer.module)
-    original = module.weight.detach().clone()
+    original = module.weight  # stays as it is: what is tried is written to a copy
     kept = {(group.layer, group.kind): best_units(score, group, group.num_units - drop)}
     columns = kept_columns([group], kept, matrix(module).shape[1])
     try:
+        module.weight = nn.Parameter(original.detach().clone(), requires_grad=False)
         write_columns(module, refitted(module, statistics, columns, config), columns)
         divergence = sum(_kl(d, test.finish(group.layer, number, _EVERY)) for number, d in enumerate(dense))
     finally:
-        module.weight.copy_(original)
+        module.weight = original
     tokens = sum(d.shape[0] * d.shape[1] for d in dense)
     return max(divergence / tokens, 1e-12) / (drop / group.num_units) ** 2
 

@@ -94,6 +94,15 @@ def test_an_interrupt_before_it_leaves_the_model_as_it_was_and_the_pruner_usable
     assert families.count(pruner.prune(0.05)) == pruner.last_plan.parameters_after
 
 
+def test_measuring_writes_to_no_weight_of_the_model(monkeypatch):
+    model = families.make_model("llama")
+    pruner = pruner_of(model, allocation="search", layout="per_layer")
+    break_at(monkeypatch, "target_of", KeyboardInterrupt())  # after everything was measured
+    with untouched(model, None, KeyboardInterrupt):
+        pruner.prune(0.1)
+    check_whole(model)
+
+
 def test_the_smaller_hidden_size_is_cut_from_a_copy_so_that_the_model_stays_whole(monkeypatch):
     model = families.make_model("llama")
     pruner = pruner_of(model, units=("hidden", "mlp_neurons"), split={"hidden": 0.5, "mlp_neurons": 0.5})

@@ -8,10 +8,12 @@ import torch
 from untouched import facts
 
 from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
+from hf_structprune.depth import layer_similarities
 from hf_structprune.evaluation import perplexity
 from hf_structprune.evaluation.likelihood import window_losses
 from hf_structprune.measuring import measuring
 from hf_structprune.recovery.distillation.teacher import ModelTeacher
+from hf_structprune.structure import ModelStructure
 
 
 @contextlib.contextmanager
@@ -111,6 +113,16 @@ def test_evaluation_does_not_depend_on_it_either(enter):
             again = ModelTeacher(model).lesson({"input_ids": tokens}, torch.ones_like(tokens).bool())
         assert torch.equal(again.predictions.hidden, lesson.predictions.hidden)
     assert facts(model) == before
+
+
+def test_layers_are_compared_in_a_state_of_their_own():
+    tokens, found = families.make_tokens(4, 12), []
+    for mode, enter in (("eval", contextlib.nullcontext), ("train", STATES["autocast"])):
+        model = with_dropout("gpt2", mode)
+        structure = ModelStructure.of(model)
+        with enter():
+            found.append(layer_similarities(model, structure, tokens, sublayers=True))
+    assert found[0].distances == found[1].distances and found[0].influences == found[1].influences
 
 
 def test_mixed_precision_is_what_is_asked_for():

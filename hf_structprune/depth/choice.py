@@ -13,6 +13,7 @@ from ..checks import check_choice
 from ..configuration import PruningConfig
 from ..decisions import Dropped
 from ..errors import RatioError
+from ..measuring import measures
 from ..structure import ModelStructure
 from ..units import DEPTH_CRITERIA
 from .distances import layer_similarities
@@ -49,6 +50,7 @@ class DepthChoice:
     baseline: float | None = None
 
 
+@measures
 def choose_depth(
     model: PreTrainedModel,
     structure: ModelStructure,

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..measuring import measures
 from ..stream import LayerStream
 from ..structure import LayerStructure, ModelStructure, decoder_layers
 from .removal import Unit
@@ -17,7 +18,7 @@ from .silence import Silencer
 from .similarities import LayerSimilarities
 
 
-@torch.no_grad()
+@measures
 def layer_similarities(
     model: PreTrainedModel,
     structure: ModelStructure,
