@@ -204,8 +204,9 @@ def test_other_documents_or_prompts_are_no_pairs(model, tiny_tokenizer, folder):
     def parts(**options):
         return run_tasks(model, tiny_tokenizer, "tiny_b", include_path=folder, **options)[0].parts
 
-    assert parts().pairs_with(parts(batch_size=1))
-    assert not parts().pairs_with(parts(limit=1)) and not parts().pairs_with(parts(num_fewshot=1))
+    base = parts()
+    assert base.pairs_with(parts(batch_size=1))
+    assert not base.pairs_with(parts(limit=1)) and not base.pairs_with(parts(num_fewshot=1))
 
 
 @pytest.mark.parametrize(
