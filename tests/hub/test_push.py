@@ -234,8 +234,8 @@ def test_metadata_that_the_hub_refuses(online, folder):
     assert not online.files("me/small")
 
 
-def test_only_whole_checkpoints_of_ours(online, folder, tiny_llama, tmp_path):
-    tiny_llama.save_pretrained(tmp_path / "plain")
+def test_only_whole_checkpoints_of_ours(online, folder, tmp_path):
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "plain")
     token = online.token("me")
     with pytest.raises(HubError, match="no pruning_config.json.*hf upload"):
         push_folder(tmp_path / "plain", "me/small", token=token)
