@@ -305,8 +305,9 @@ class Trial:
         group = hidden_group(self.model, self.structure)
         config = PruningConfig(units=("hidden",), hidden_size=group.size - 1, compensation=False)
         errors: list[CheckpointError] = []
-        for step in (1, 2, 4, 8, *(layer.attention.heads for layer in self.structure.layers if layer.attention)):
-            if step >= group.size:
+        heads = [layer.attention.heads for layer in self.structure.layers if layer.attention]
+        for step in (1, 2, 4, 8, group.size % 8, *heads):  # classes ask for multiples of the heads, experts of 8
+            if not 0 < step < group.size:
                 continue
             kept = torch.randperm(group.size)[step:].sort().values
             try:

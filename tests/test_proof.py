@@ -43,6 +43,7 @@ RIGHT = [
     ("OlmoConfig", SIZE, set(UNITS) - {"hidden"}),
     ("YoutuConfig", dict(**SIZE, **LATENT, num_attention_heads=4, num_key_value_heads=4), ["mlp_neurons", "hidden"]),
     ("Exaone4Config", dict(**SIZE, **HEAD), ["hidden"]),
+    ("DeepseekV3Config", dict(num_hidden_layers=4), ["hidden"]),  # norms over latents; channels that experts need
 ]
 
 
