@@ -1,8 +1,17 @@
 """The exceptions of the package: one small hierarchy, every message says what was wrong and what to do."""
 
+from __future__ import annotations
+
+from typing import Any
+
+from .masking import masked
+
 
 class StructPruneError(Exception):
-    """Base class of everything this package raises on purpose."""
+    """Base class of everything this package raises on purpose. No message of it repeats a secret."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*(masked(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class ConfigurationError(StructPruneError, ValueError):

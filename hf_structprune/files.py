@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .errors import PlaceError
 from .leftovers import claim, draft, drafts, release
+from .masking import masked
 from .places import PROBE, check_place, check_room, is_device, of_the_system, parents_of, reason, resolve, said
 
 
@@ -25,8 +26,8 @@ def can_only_be_a_path(name: str) -> bool:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a text file (UTF-8) all at once, see `write_bytes`."""
-    write_bytes(path, text.encode("utf-8"))
+    """Writes a text file (UTF-8) all at once and without the secrets that stand in it, see `write_bytes`."""
+    write_bytes(path, masked(text).encode("utf-8"))
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:

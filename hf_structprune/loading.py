@@ -13,6 +13,7 @@ from transformers.utils import logging
 from .checkpoint import dense_copy
 from .errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from .four_bit import compute_as_stored
+from .masking import remember
 from .readable import readable, refuse_adapter
 from .tied_weights import has_own_head, with_ties
 
@@ -51,6 +52,7 @@ def load_config(model_id: str | os.PathLike, **kwargs: Any) -> PreTrainedConfig:
         CheckpointError: There is no such model, it is an adapter, or its configuration is damaged.
         HubError: The model is gated and the token has no access to it.
     """
+    remember(kwargs.get("token"))
     options = {name: value for name, value in kwargs.items() if name in _TOKENIZER_OPTIONS}
     refuse_adapter(model_id, **{name: options[name] for name in _WHERE if name in options})
     with readable(model_id, "config.json", kwargs.get("subfolder")):

@@ -16,6 +16,7 @@ from .files import can_only_be_a_path
 from .folders import settle
 from .hub.network import gated_errors
 from .json_files import read_json_object
+from .masking import is_masked
 
 
 # Files that Transformers reads besides the weights. Some of them it leaves out without a word where they are damaged.
@@ -59,7 +60,7 @@ def readable(source: str | os.PathLike, part: str = "", subfolder: str | None = 
     except StructPruneError:
         raise
     except Exception as wrong:  # libraries raise every kind there is for files that are not as they should be
-        raise CheckpointError(_explain(name, folder, part, wrong)) from wrong
+        raise CheckpointError(_explain(name, folder, part, wrong)) from (wrong if is_masked(wrong) else None)
 
 
 def check_objects(folder: Path) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..errors import StructPruneError
+from ..masking import MaskedStream, masked
 
 
 COMMANDS = {
@@ -56,8 +59,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     # and torch 2.13 warns of its code: neither is about what the user does.
     for name in ("torch.utils._pytree", "torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    with _masked_output():
+        return _run(list(sys.argv[1:] if argv is None else argv))
+
+
+@contextlib.contextmanager
+def _masked_output() -> Iterator[None]:
+    """Masks secrets in everything that is printed, by libraries too, and in the traceback of a bug."""
     try:
-        _dispatch(list(sys.argv[1:] if argv is None else argv))
+        with (
+            contextlib.redirect_stdout(MaskedStream(sys.stdout)),
+            contextlib.redirect_stderr(MaskedStream(sys.stderr)),
+        ):
+            yield
+    except Exception:
+        sys.excepthook = lambda *about: sys.stderr.write(masked("".join(traceback.format_exception(*about))))
+        raise
+
+
+def _run(argv: list[str]) -> int:
+    try:
+        _dispatch(argv)
         sys.stdout.flush()
         return 0
     except SystemExit as stop:  # argparse after --help

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from huggingface_hub import get_token
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -15,6 +14,7 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import HubError, StructPruneError
+from ..masking import is_masked, remember
 
 
 # The base class of the errors of the client's HTTP library, which is another one in other versions of the client.
@@ -46,6 +46,7 @@ def clear_errors(repo_id: str, token: str | None = None) -> Iterator[None]:
         HubError: Says what was wrong and what to do. What it was raised from is kept for the traceback unless the
             token stands in it.
     """
+    remember(token)
     try:
         yield
     except StructPruneError:
@@ -54,13 +55,7 @@ def clear_errors(repo_id: str, token: str | None = None) -> Iterator[None]:
         message = explain(error, repo_id)
         if message is None:
             raise
-        secret = token or get_token()
-        if secret is None:
-            raise HubError(message) from error
-        message = message.replace(secret, "[token]")
-        if any(secret in f"{cause!r} {cause}" for cause in causes(error)):
-            raise HubError(message) from None
-        raise HubError(message) from error
+        raise HubError(message) from (error if is_masked(error) else None)
 
 
 @contextmanager
@@ -74,7 +69,7 @@ def gated_errors(repo_id: str) -> Iterator[None]:
         yield
     except OSError as error:
         if any(isinstance(cause, GatedRepoError) for cause in causes(error)):
-            raise HubError(f"{explain(error, repo_id)}") from error
+            raise HubError(f"{explain(error, repo_id)}") from (error if is_masked(error) else None)
         raise
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from transformers.utils import logging
 
 from ..configuration import PruningConfig
 from ..errors import ConfigurationError
+from ..masking import masked
 from ..plan import PruningPlan
 from .network import is_network_error
 
@@ -163,7 +165,7 @@ def record(model: PreTrainedModel, origin: Origin | None, config: PruningConfig,
         "versions": versions(),
         "pruning_config": public_config(config).to_dict(),
     }
-    setattr(model.config, RECORD, values)
+    setattr(model.config, RECORD, json.loads(masked(json.dumps(values))))
     model.add_model_tags(list(TAGS))
 
 

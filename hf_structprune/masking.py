@@ -1,0 +1,86 @@
+"""Secrets in what is shown or written: tokens, credentials in addresses and headers, values of secret variables.
+
+Texts leave the package at three places, which all mask: the messages of its errors, the output of its commands, and
+the text files that it writes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from typing import Any
+
+
+MASK = "[secret]"
+_SHORTEST = 8  # a shorter value would be found within words that are none
+_PATTERNS = (
+    (re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}"), MASK),
+    (re.compile(r"(?i)(authorization['\"]?\s*[:=]\s*['\"]?(?:\w+\s+)?)[^\s'\",;]{8,}"), rf"\1{MASK}"),
+    (re.compile(r"(?i)(\bbearer\s+)[\w.~+/=-]{8,}"), rf"\1{MASK}"),
+    (re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^\s/@'\"]+@"), rf"\1{MASK}@"),
+    (re.compile(r"(?i)([?&][\w-]*(?:token|signature|credential|secret|password|key)=)[^&\s'\"]+"), rf"\1{MASK}"),
+)
+_SECRET_NAME = re.compile(r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|PAT|API_?KEY|KEY)(?:_|$)")
+_given: set[str] = set()
+
+
+def remember(secret: Any) -> None:
+    """Has a token that was given as an argument masked from now on; `None`, `True` and the like are none."""
+    if isinstance(secret, str) and secret.strip():
+        _given.add(secret.strip())
+
+
+def masked(text: str) -> str:
+    """A text with `[secret]` in place of every secret that stands in it."""
+    for secret in sorted(_secrets(), key=len, reverse=True):
+        text = text.replace(secret, MASK)
+    for pattern, replacement in _PATTERNS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def is_masked(error: BaseException) -> bool:
+    """Whether an error and all that it came from can be shown as they are."""
+    seen: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in seen:
+        seen.append(current)
+        said = f"{current!r} {current}"
+        if masked(said) != said:
+            return False
+        current = current.__cause__ or current.__context__
+    return True
+
+
+class MaskedStream:
+    """A text stream that masks what is written to it, and is the stream in everything else."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes a text without its secrets."""
+        self._stream.write(masked(text))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        """Writes several texts."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _secrets() -> set[str]:
+    """Values that are known to be secret here: given as arguments, in the environment, stored by `hf auth login`."""
+    found = {value for name, value in os.environ.items() if _SECRET_NAME.search(name.upper()) and _is_secret(value)}
+    hub = sys.modules.get("huggingface_hub")  # what was not imported has sent no token
+    token = getattr(hub, "get_token", lambda: None)()
+    return found | _given | ({token} if token else set())
+
+
+def _is_secret(value: str) -> bool:
+    """Whether the value of a variable with a secret's name is one: not a switch, a number or a file."""
+    return len(value) >= _SHORTEST and not value.isdecimal() and not os.path.exists(value)
