@@ -48,6 +48,8 @@ _TENSOR_CORES = {
 _GGUF = {32: "llama.cpp keeps it in 16 bits", 256: "llama.cpp's k-quants fall back to other types"}
 _MULTIPLES = (8, 32, 64, 128, 256)
 _SHOWN = 5
+# As near as this to what was asked for, or as this share of it, needs no warning.
+_NEAR, _NEAR_SHARE = 0.01, 0.1
 
 
 def check_align_to(value: Any) -> str | int | None:
@@ -89,6 +91,22 @@ def step_of(round_to: int | None, align_to: str | int | None, default: int) -> i
     if round_to is None:
         return default if align_to is None else multiple_of(align_to)
     return max(round_to, multiple_of(align_to))
+
+
+def far_off(asked: float, got: float, align_to: str | int | None, round_to: int | None) -> list[str]:
+    """A warning where widths in large steps make another model of it than was asked for; none if they do not.
+
+    Args:
+        asked, got: Shares of all parameters.
+        align_to, round_to: As in the configuration.
+    """
+    if (align_to is None and round_to is None) or abs(got - asked) <= max(_NEAR, _NEAR_SHARE * asked):
+        return []
+    name, value = ("round_to", round_to) if align_to is None else ("align_to", align_to)
+    return [
+        f"{asked:.2%} of all parameters were asked for and {got:.2%} go: `{name}` is {value!r}, so that widths are "
+        f"multiples of {step_of(round_to, align_to, 1)}: a smaller one comes nearer"
+    ]
 
 
 def dividing_group_sizes(sizes: Iterable[int]) -> list[int]:

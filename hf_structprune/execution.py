@@ -108,8 +108,9 @@ class Execution:
                 counts[layer, kind] //= counts[layer, "kv_groups"]
         plan, dense = self._plan, self._dense if self._plan.hidden else None
         result = describe(
-            self.model, self._inner, counts, ratio, plan.layout, plan.dropped, plan.hidden, dense, self.config.align_to
-        )
+            self.model, self._inner, counts, ratio, plan.layout, plan.dropped, plan.hidden, dense,
+            self.config.align_to, self.config.round_to,
+        )  # fmt: skip
         result.model_type = self._model_type
         result.notes += dict.fromkeys(self._notes)
         result.bytes_per_parameter = self._size / self._dense.total_parameters

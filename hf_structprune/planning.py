@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .alignment import far_off
 from .allocation import Budget, Counts, allocate, next_counts
 from .allocation.amounts import check_ratio, hidden_sizes_for
 from .allocation.joint import best_part, levelled_off, prefix_costs
@@ -81,7 +82,7 @@ class Planner:
             counts = next_counts(now, goal, self.steps_left)
         plan = describe(
             self.model, inner, counts, ratio, self.config.layout, dropped, hidden, self.structure if hidden else None,
-            self.config.align_to,
+            self.config.align_to, self.config.round_to,
         )  # fmt: skip
         target_of(shell, inner, plan)  # raises if no checkpoint could hold the result
         return plan
@@ -229,6 +230,7 @@ def describe(
     hidden: HiddenPlan | None = None,
     dense: ModelStructure | None = None,
     align_to: str | int | None = None,
+    round_to: int | None = None,
 ) -> PruningPlan:
     """The plan of decisions that have been made.
 
@@ -241,7 +243,7 @@ def describe(
         dropped: Layers and sublayers that go.
         hidden: The decision for the hidden size.
         dense: Structure before the hidden size was cut, if it was.
-        align_to: What widths were to be multiples of.
+        align_to, round_to: What widths were to be multiples of.
     """
     plan = PruningPlan.from_counts(
         inner, counts, model_type=model.config.model_type, layout=layout, ratio_requested=ratio,
@@ -250,6 +252,8 @@ def describe(
     )  # fmt: skip
     plan.warnings = warnings_of(inner, plan, hidden.before if hidden else model.config.hidden_size, align_to)
     plan.warnings += approximations(model, inner, plan)
+    if ratio is not None and (plan.groups or plan.hidden):
+        plan.warnings += far_off(ratio, plan.ratio, align_to, round_to)
     return plan
 
 

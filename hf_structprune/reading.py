@@ -177,10 +177,7 @@ def _json_list(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise TextError(f"{where} is not JSON: {error}.") from error
+    return parse_json(text, where, TextError, repeats=True)
 
 
 def _file(source: str | os.PathLike) -> Path | None:

@@ -5,26 +5,31 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import types
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checks import Ratio, checked
+from .checks import Ratio, check_fields, checked
 from .configuration import PruningConfig
 from .errors import ConfigurationError
+from .quantization.configuration import QuantizationConfig
+from .recovery.configuration import DistillationConfig, RecoveryConfig
 from .yaml_files import parse_yaml, read_text
 
 
 if TYPE_CHECKING:
     from .evaluation.evaluator import EvaluationConfig
-    from .quantization.configuration import QuantizationConfig
-    from .recovery.configuration import DistillationConfig, RecoveryConfig
 
 
 RECIPE_NAME = "recipe.yaml"
 SECTIONS = ("model", "output_dir", "prune", "recover", "quantize", "evaluate", "push")
-PUSH_OPTIONS = ("repo_id", "private", "revision", "create_pr", "commit_message")
+# The options of the section `push` with their types.
+PUSH_OPTIONS = {
+    "repo_id": str | None, "private": bool | None, "revision": str | None, "create_pr": bool,
+    "commit_message": str | None,
+}  # fmt: skip
 PRESETS = {"llm_pruner": PruningConfig.llm_pruner}
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
@@ -47,6 +52,9 @@ class RecoverySection:
     config: RecoveryConfig
     distillation: DistillationConfig
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     def __str__(self) -> str:
         return f"recovered by {self.config.method} on {', '.join(self.dataset)}"
 
@@ -62,6 +70,9 @@ class QuantizationSection:
 
     output_dir: str
     config: QuantizationConfig
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def __str__(self) -> str:
         return f"quantised to {self.config.bits} bits by {self.config.method}"
@@ -115,19 +126,22 @@ class Recipe:
         from .evaluation.evaluator import EvaluationConfig
 
         _check_sections(content)
-        model = content["model"]
+        model = content["model"] if isinstance(content["model"], dict) else {"model": content["model"]}
+        model = {**model, "model": checked("model", model.get("model"), str)}
+        output_dir = checked("output_dir", content["output_dir"], str)
         ratio, pruning = _pruning(dict(content["prune"]))
         push = content.get("push") or {}
-        _check_options(push, PUSH_OPTIONS, "push")
+        _check_options(push, list(PUSH_OPTIONS), "push")
+        push = {name: checked(name, value, PUSH_OPTIONS[name]) for name, value in push.items()}
         evaluation, dense_results = content.get("evaluate"), None
         if evaluation is not None:
             evaluation = {name: value for name, value in evaluation.items() if value is not None}
-            dense_results = evaluation.pop("dense_results", None)
+            dense_results = checked("dense_results", evaluation.pop("dense_results", None), str | None)
             evaluation = _build(EvaluationConfig, evaluation, "evaluate")
         recovery = _recovery(content)
         recipe = cls(
-            model if isinstance(model, dict) else {"model": model}, str(content["output_dir"]), ratio, pruning,
-            recovery, _quantization(content, recovery), evaluation, dense_results, push, text,
+            model, output_dir, ratio, pruning, recovery, _quantization(content, recovery), evaluation, dense_results,
+            push, text,
         )  # fmt: skip
         recipe._check_folders()
         return recipe
@@ -169,7 +183,7 @@ def _check_sections(content: Any) -> None:
         if not content.get(name):
             raise ConfigurationError(f"The section `{name}` is missing.")
     for name in SECTIONS[2:]:
-        if not isinstance(content.get(name) or {}, dict):
+        if not isinstance(content.get(name), (dict, types.NoneType)):
             raise ConfigurationError(f"`{name}` is {content[name]!r}; it must hold `option: value` lines.")
 
 
@@ -188,8 +202,6 @@ def _pruning(section: dict[str, Any]) -> tuple[float | None, PruningConfig]:
 
 def _recovery(content: dict[str, Any]) -> RecoverySection | None:
     """The section `recover`, if there is one; the checkpoint goes beside the pruned one unless it says where."""
-    from .recovery.configuration import DistillationConfig, RecoveryConfig
-
     if not content.get("recover"):
         return None
     section = {name: value for name, value in content["recover"].items() if value is not None}
@@ -197,16 +209,14 @@ def _recovery(content: dict[str, Any]) -> RecoverySection | None:
     split = section.pop("split", "train")
     if not dataset:
         raise ConfigurationError("`recover` needs a `dataset`: a file, a folder or a data set of the Hub.")
-    distillation = _build(DistillationConfig, section.pop("distillation", None) or {}, "recover.distillation")
+    distillation = checked("distillation", section.pop("distillation", None), dict[str, Any] | None) or {}
+    distillation = _build(DistillationConfig, distillation, "recover.distillation")
     config = _build(RecoveryConfig, section, "recover")
-    dataset = [dataset] if isinstance(dataset, str) else list(dataset)
     return RecoverySection(dataset, split, folder, config, distillation)
 
 
 def _quantization(content: dict[str, Any], recovery: RecoverySection | None) -> QuantizationSection | None:
     """The section `quantize`, if there is one; the checkpoint goes beside the one that it is made of."""
-    from .quantization.configuration import QuantizationConfig
-
     if not content.get("quantize"):
         return None
     section = {name: value for name, value in content["quantize"].items() if value is not None}

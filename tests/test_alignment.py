@@ -2,6 +2,7 @@
 
 import json
 
+import families
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -12,13 +13,17 @@ from hf_structprune.alignment import (
     HIDDEN,
     Input,
     dividing_group_sizes,
+    far_off,
     findings,
     multiple_of,
     step_of,
     unreached,
 )
 from hf_structprune.commands.arguments import parse
-from hf_structprune.errors import ConfigurationError
+from hf_structprune.errors import ConfigurationError, RatioError
+
+
+L2 = {"criterion": "l2", "compensation": False}
 
 
 @pytest.mark.parametrize("given, kept, multiple", [
@@ -38,6 +43,37 @@ def test_a_bad_one_names_what_is_allowed(value):
     with pytest.raises(ConfigurationError) as error:
         PruningConfig(align_to=value)
     assert repr(value) in str(error.value) and all(name in str(error.value) for name in ALIGNMENTS)
+
+
+@pytest.mark.parametrize(
+    ("asked", "got", "options", "warned"),
+    [
+        (0.001, 0.13, (128, None), "`align_to` is 128, so that widths are multiples of 128"),
+        (0.001, 0.13, ("gguf-256", 8), "`align_to` is 'gguf-256', so that widths are multiples of 256"),
+        (0.3, 0.2, (None, 64), "`round_to` is 64, so that widths are multiples of 64"),
+        (0.3, 0.2, (None, None), None), (0.3, 0.28, (128, None), None), (0.001, 0.009, (128, None), None),
+    ],
+)  # fmt: skip
+def test_steps_that_make_another_ratio_of_it_are_warned_of(asked, got, options, warned):
+    lines = far_off(asked, got, *options)
+    assert (warned is None) == (not lines)
+    assert warned is None or (warned in lines[0] and f"{asked:.2%}" in lines[0] and f"{got:.2%}" in lines[0])
+
+
+def test_the_plan_and_what_was_done_say_that_the_step_was_too_large():
+    pruner = StructuredPruner(families.make_model("llama"), PruningConfig(**L2, align_to=32))
+    (line,) = [line for line in pruner.plan(0.01).warnings if "were asked for" in line]
+    pruner.prune(0.01)
+    assert line in pruner.last_plan.warnings
+
+
+@pytest.mark.parametrize("option", ["round_to", "align_to"])
+def test_a_step_that_leaves_nothing_to_go_is_named(option):
+    model = families.make_model("llama")
+    width = model.config.intermediate_size
+    pruner = StructuredPruner(model, PruningConfig(**{option: width}))
+    with pytest.raises(RatioError, match=f"at most 0.00%.*`{option}` is {width}, so that each MLP keeps"):
+        pruner.plan(0.1)
 
 
 def test_yaml_takes_numbers_and_names(tmp_path):

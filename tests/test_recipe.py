@@ -84,12 +84,30 @@ def test_variables(monkeypatch):
         (MINIMAL + "  preset: flap\n", "`preset` is 'flap'; allowed values are llm_pruner"),
         (MINIMAL + "  preset: llm_pruner\n  criterium: l2\n", "`criterium` is not an option"),
         (MINIMAL + "evaluate: {task: boolq}\n", "`task` is not an option of `evaluate`"),
+        (MINIMAL + "evaluate: {limit: lots}\n", "`limit` is 'lots'; it must be a number of documents"),
+        (MINIMAL + "evaluate: []\n", r"`evaluate` is \[\]; it must hold"),
+        (MINIMAL + "evaluate: {dense_results: 5}\n", "`dense_results` is 5; it must be a text"),
+        (MINIMAL + "recover: {dataset: 5}\n", "`dataset` is 5; it must be a list"),
+        (MINIMAL + "recover: {dataset: d, split: 1}\n", "`split` is 1; it must be a text"),
+        (MINIMAL + "recover: {dataset: d, distillation: 5}\n", "`distillation` is 5; it must be pairs"),
+        (MINIMAL + "recover: {dataset: d, learning_rate: quick}\n", "`learning_rate` is 'quick'; it must be a number"),
+        (MINIMAL + "push: {private: maybe}\n", "`private` is 'maybe'; it must be True or False"),
+        (MINIMAL.replace("0.2", "0,1"), "`ratio` is '0,1'; it must be a number.*with a point: 0.1"),
+        (MINIMAL.replace("0.2", "20"), '`ratio` is 20; .*write 0.2 or "20%"'),
+        ("model: 5\noutput_dir: o\nprune: {ratio: 0.2}\n", "`model` is 5; it must be a text"),
+        ("model: {dtype: bf16}\noutput_dir: o\nprune: {ratio: 0.2}\n", "`model` is None; it must be a text"),
+        ("model: m\noutput_dir: [o]\nprune: {ratio: 0.2}\n", r"`output_dir` is \['o'\]; it must be a text"),
     ],
 )
 def test_mistakes_name_the_file_and_the_value(tmp_path, text, message):
     with pytest.raises(ConfigurationError, match=message) as error:
         load(tmp_path, text)
     assert "recipe.yaml" in str(error.value)
+
+
+def test_numbers_that_yaml_reads_as_texts(tmp_path):
+    recipe = load(tmp_path, MINIMAL.replace("0.2", "20%") + "recover: {dataset: d, learning_rate: 1e-3}\n")
+    assert recipe.ratio == 0.2 and recipe.recovery.config.learning_rate == 1e-3
 
 
 TWICE = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from ..alignment import multiple_of, step_of
+from ..checks import Ratio, checked
 from ..configuration import PruningConfig
 from ..decisions import Dropped, is_dropped
 from ..errors import ConfigurationError, RatioError, UnsupportedModelError
@@ -81,8 +82,7 @@ class Budget:
 
     def target(self, ratio: float | None) -> int:
         """Parameters that are still to go for a share of all parameters; checks that so many can go."""
-        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0.0 <= ratio < 1.0:
-            raise RatioError(f"The ratio is {ratio!r}; it must be a number in [0, 1): 0.3 removes 30 %.")
+        ratio = checked("ratio", ratio, Ratio, RatioError)
         total = self.dense.total_parameters
         target = ratio * total - self.gone
         if target > self.removable:
@@ -90,7 +90,7 @@ class Budget:
             largest = math.floor((self.gone + self.removable) / total * 10_000) / 10_000
             raise RatioError(
                 f"The ratio {ratio:.2%} cannot be reached: {self._where} allow at most {largest:.2%} of all "
-                "parameters. Ask for less, or allow more `units` or layers."
+                f"parameters. {self._held_back}Ask for less, or allow more `units` or layers."
             )
         return round(target)
 
@@ -100,7 +100,8 @@ class Budget:
         if target > self.removable:
             raise RatioError(
                 f"{target:,} parameters are left to be taken from heads and neurons, but {self._where} allow at most "
-                f"{self.removable:,}. Ask for less, let more of the others go, or allow more `units` or layers."
+                f"{self.removable:,}. {self._held_back}Ask for less, let more of the others go, or allow more "
+                "`units` or layers."
             )
         return target
 
@@ -108,6 +109,19 @@ class Budget:
     def _where(self) -> str:
         kinds = ", ".join(self.config.kinds(WIDTH_UNITS))
         return f"units {kinds} in {len(self.layers)} of {len(self.structure.layers)} layers"
+
+    @property
+    def _held_back(self) -> str:
+        """Which option keeps most of what could go: the step of widths, where one unit would be much less."""
+        kept = sum(self.smallest_width(group) * group.unit_parameters for group in self.mlps)
+        step = max((self.step(group) for group in self.mlps), default=1)
+        if step == 1 or kept < self.removable:
+            return ""
+        name = "align_to" if self.config.align_to is not None else "round_to"
+        value = getattr(self.config, name)
+        if value is None:
+            return ""
+        return f"`{name}` is {value!r}, so that each MLP keeps at least {step} neurons: take a smaller one. "
 
     @property
     def gone(self) -> int:

@@ -126,7 +126,7 @@ class Encoder:
     def _apply(self, messages: list[dict[str, Any]], chat: Chat, **options: Any) -> Any:
         more = dict(chat.template or {})
         if isinstance(more.get("tools"), str):
-            more["tools"] = json.loads(more["tools"])
+            more["tools"] = parse_json(more["tools"], "The value of `tools`", TextError, repeats=True)
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options, **more)
         except Exception as error:  # a template is a program of the model's author and fails as it likes
