@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 from .errors import TextError
 from .files import can_only_be_a_path
+from .json_files import parse_json
 from .lines import Lines, LongLine
 
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 
 RECIPE_NAME = "recipe.yaml"
+MODEL_OPTIONS = (
+    "model", "dtype", "device", "device_map", "revision", "subfolder", "variant", "gguf_file", "trust_remote_code",
+)  # fmt: skip
 SECTIONS = ("model", "output_dir", "prune", "recover", "quantize", "evaluate", "push")
 # The options of the section `push` with their types.
 PUSH_OPTIONS = {
@@ -127,6 +130,7 @@ class Recipe:
 
         _check_sections(content)
         model = content["model"] if isinstance(content["model"], dict) else {"model": content["model"]}
+        _check_options(model, MODEL_OPTIONS, "model")
         model = {**model, "model": checked("model", model.get("model"), str)}
         output_dir = checked("output_dir", content["output_dir"], str)
         ratio, pruning = _pruning(dict(content["prune"]))

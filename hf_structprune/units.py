@@ -29,7 +29,7 @@ _NAMED_BY = {
 def complete_units(config: PruningConfig) -> tuple[str, ...]:
     """`units` as a tuple; where none are given, those that other options name, else MLP neurons."""
     if config.units is not None:
-        return config.units
+        return tuple(dict.fromkeys(config.units))
     named = [kind for option, kind in _NAMED_BY.items() if getattr(config, option) is not None]
     return tuple(dict.fromkeys([*named, *(config.split or {})])) or ("mlp_neurons",)
 
@@ -43,6 +43,10 @@ def parse_split(split: Any) -> dict[str, float] | None:
     if split is None:
         return None
     if isinstance(split, (list, tuple)) and all(isinstance(part, str) and part.count("=") == 1 for part in split):
+        kinds = [part.partition("=")[0] for part in split]
+        for kind in kinds:
+            if kinds.count(kind) > 1:
+                raise ConfigurationError(f"`split` names '{kind}' {kinds.count(kind)} times: {', '.join(split)}.")
         split = dict(part.split("=") for part in split)
     if not isinstance(split, dict) or not split:
         raise ConfigurationError(f"`split` is {split!r}; it must be like {{'layers': 0.5, 'mlp_neurons': 0.5}}.")

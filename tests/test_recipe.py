@@ -1,5 +1,6 @@
 """Recipes: reading, variables, mistakes, and the committed ones on shapes."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -11,9 +12,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 
 from hf_structprune import CalibrationConfig, PruningConfig, QuantizationConfig, StructuredPruner
 from hf_structprune.commands import cli
+from hf_structprune.commands.common import ModelArguments
 from hf_structprune.errors import ConfigurationError
 from hf_structprune.quantization.source import Source
-from hf_structprune.recipe import Recipe, substitute
+from hf_structprune.recipe import MODEL_OPTIONS, Recipe, substitute
 from hf_structprune.recovery.configuration import DistillationConfig, RecoveryConfig
 from hf_structprune.yaml_files import parse_yaml
 
@@ -80,6 +82,9 @@ def test_variables(monkeypatch):
         (MINIMAL + "evaluation: {}\n", "`evaluation` is not a section"),
         (MINIMAL + "push: me/smaller\n", "`push` is 'me/smaller'"),
         (MINIMAL + "  criterium: l2\n", "`criterium` is not an option of `prune`"),
+        (MINIMAL.replace("some/model", "{model: m, revison: x}"), "`revison` is not an option of `model`"),
+        (MINIMAL.replace("some/model", "{revision: x}"), "`model` is None; it must be a text"),
+        (MINIMAL.replace("some/model", "[m]"), r"`model` is \['m'\]; it must be a text"),
         (MINIMAL + "  criterion: l3\n", "`criterion` is 'l3'"),
         (MINIMAL + "  preset: flap\n", "`preset` is 'flap'; allowed values are llm_pruner"),
         (MINIMAL + "  preset: llm_pruner\n  criterium: l2\n", "`criterium` is not an option"),
@@ -139,6 +144,10 @@ def test_merged_sections_may_be_overridden():
 def test_yaml_that_cannot_be_read(text, message):
     with pytest.raises(ConfigurationError, match=message):
         parse_yaml(text, "file")
+
+
+def test_models_of_recipes_have_the_options_of_the_commands():
+    assert {*MODEL_OPTIONS} == {field.name for field in dataclasses.fields(ModelArguments)} - {"json"}
 
 
 def test_missing_file(tmp_path):

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checks import check_keys
 from ..configuration import CONFIG_NAME, PruningConfig
 from ..errors import ConfigurationError
 from ..evaluation import EfficiencyConfig, EvaluationResult, ResultTable, evaluate
@@ -77,7 +76,6 @@ def run(argv: Sequence[str]) -> None:
     if recipe.recovery is not None:
         recipe_recovery.check_section(recipe.recovery)
     options = {name: value for name, value in recipe.model.items() if name != "model"}
-    check_keys(ModelArguments, options)
     source = dataclasses.replace(find_model(recipe.model["model"]), **options)
     if recipe.quantization is not None:
         recipe_quantization.check_section(recipe.quantization, recipe, source)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import TextError
 from ..extras import need
+from ..json_files import parse_json
 from .formats import Chat, Example, Instruction, Pair, Text
 
 
