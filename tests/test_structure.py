@@ -8,7 +8,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from hf_structprune import PruningConfig, StructuredPruner
+from hf_structprune import PruningConfig
+from hf_structprune.allocation import Budget
 from hf_structprune.errors import UnsupportedModelError
 from hf_structprune.structure import ModelStructure
 from hf_structprune.surgery import cut_units
@@ -180,7 +181,7 @@ def test_where_no_width_is_understood_layers_can_still_go(units):
     structure = ModelStructure.of(model)
     assert structure.groups == [] and all(len(layer.sublayers) == 2 for layer in structure.layers)
     with pytest.raises(UnsupportedModelError, match=r"have none.*experts.*`self_attn\.sinks` is not understood"):
-        StructuredPruner(model, PruningConfig(units=units)).plan(0.1)
+        Budget(structure, PruningConfig(units=units))
 
 
 def test_norms_without_weights_are_read():

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..errors import ConfigurationError
+from ..errors import CheckpointError, ConfigurationError
 from ..evaluation.evaluator import TEXTS
 from ..evaluation.results import EvaluationResult, Figure
 from ..hardware import release_memory
@@ -86,7 +86,7 @@ def _from_checkpoint(
     with unchanged_randomness():
         try:
             model: PreTrainedModel | None = load_model(dense, **loading)
-        except (OSError, ValueError) as error:
+        except (CheckpointError, ValueError) as error:
             raise ConfigurationError(f"`dense` is {str(dense)!r}, of which no model can be loaded: {error}") from error
         _compare_tokenizers(load_tokenizer(dense, **loading), watch, dense)
         value = _measure(model.to(device), watch, autocast)
