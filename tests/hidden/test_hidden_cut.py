@@ -199,7 +199,7 @@ def test_sizes_with_which_experts_cannot_run_are_refused(name, dtype):
     model = AutoModelForCausalLM.from_config(families.make_config(name), dtype=dtype)
     structure = ModelStructure.of(model)
     for keep in (20, 26, 28):
-        with pytest.raises(CheckpointError, match=f"Hidden size {keep}: .*multiple of 8, such as {keep // 8 * 8} "):
+        with pytest.raises(CheckpointError, match=rf"Hidden size {keep}: .*multiple of 8, such as {keep // 8 * 8}\.$"):
             cut_hidden(model, structure, keep, NO_REFIT, None, torch.arange(keep))
     small, _ = cut_hidden(model, structure, KEEP, NO_REFIT, None, KEPT)
     assert families.logits(small.eval(), families.make_tokens(2, 8)).isfinite().all()

@@ -66,7 +66,8 @@ def test_channels_that_repeat_others_are_cut_without_loss(name, tied):
 @pytest.mark.parametrize("name", POSSIBLE)
 def test_the_refit_brings_every_family_closer_to_the_dense_model(name):
     model = families.make_model(name)
-    kept = torch.arange(4, families.HIDDEN)
+    mixture = name in ("mixtral", "qwen3_moe")  # whose experts want multiples of 8
+    kept = torch.arange(8 if mixture else 4, families.HIDDEN)
     plain = divergence(model, cut(model, config(compensation=False), kept))
     assert divergence(model, cut(model, config(), kept)) < 0.9 * plain
 
