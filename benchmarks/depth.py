@@ -26,19 +26,20 @@ import transformers
 from matplotlib.axes import Axes
 
 from hf_structprune import PruningConfig, PruningPlan, StructuredPruner
+from hf_structprune.allocation.depth import choose_depth
+from hf_structprune.allocation.exchange import exchange
+from hf_structprune.allocation.greedy import Losses
+from hf_structprune.allocation.removal import Removal, depth_candidates
 from hf_structprune.commands.benchmark import take_turns
 from hf_structprune.commands.common import load_pruner
 from hf_structprune.commands.demo_model import DEMO_MODEL, find_model
 from hf_structprune.commands.subjects import find_subject
-from hf_structprune.depth import TextLoss, choose_depth
-from hf_structprune.depth.exchange import exchange
-from hf_structprune.depth.greedy import Losses
-from hf_structprune.depth.removal import Removal, depth_candidates
 from hf_structprune.evaluation import perplexity, read_text
 from hf_structprune.evaluation.canvas import COLOURS, GREY, legend_below, make_panels, save, set_title
 from hf_structprune.evaluation.efficiency import EfficiencyConfig
 from hf_structprune.evaluation.results import EvaluationResult
-from hf_structprune.units import DEPTH_UNITS
+from hf_structprune.stats.losses import TextLoss
+from hf_structprune.units.kinds import DEPTH_UNITS
 
 
 RESULTS = Path(__file__).parent / "results" / "depth.json"

@@ -3,11 +3,11 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .auto import load_per_layer_checkpoints
+from .model.per_layer import load_per_layer_checkpoints
 
 
 if TYPE_CHECKING:
-    from .configuration import CalibrationConfig, PruningConfig
+    from .config import CalibrationConfig, PruningConfig
     from .errors import StructPruneError
     from .plan import PruningPlan
     from .pruner import StructuredPruner
@@ -33,10 +33,10 @@ __all__ = [
 ]
 
 _MODULES = {
-    "CalibrationConfig": ".configuration",
+    "CalibrationConfig": ".config",
     "DistillationConfig": ".recovery.configuration",
     "LoraRecoveryCallback": ".recovery.callback",
-    "PruningConfig": ".configuration",
+    "PruningConfig": ".config",
     "PruningPlan": ".plan",
     "QuantizationConfig": ".quantization.configuration",
     "RecoveryConfig": ".recovery.configuration",

@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from .errors import ConfigurationError
-from .structure import LayerStructure, ModelStructure
-from .units import DEPTH_UNITS, SUBLAYER_UNITS
+from .model.structure import LayerStructure, ModelStructure
+from .units.kinds import DEPTH_UNITS, SUBLAYER_UNITS
 
 
 Dropped = dict[str, list[int]]

@@ -18,10 +18,10 @@ from rich.table import Table
 
 from .decisions import Dropped, GroupPlan, HiddenPlan, is_dropped, normalised
 from .errors import ConfigurationError
-from .files import write_text
-from .json_files import read_json_object
-from .structure import CoupledGroup, LayerStructure, ModelStructure
-from .units import WIDTH_UNITS
+from .files.json_files import read_json_object
+from .files.writing import write_text
+from .model.structure import CoupledGroup, LayerStructure, ModelStructure
+from .units.kinds import WIDTH_UNITS
 
 
 PLAN_NAME = "pruning_plan.json"

@@ -6,12 +6,12 @@ from collections import Counter
 
 from transformers import PreTrainedModel
 
-from .configuration import LAYOUTS
+from .config import LAYOUTS
 from .decisions import is_dropped, normalised
 from .errors import ConfigurationError
-from .hidden import hidden_group
+from .model.structure import ModelStructure
 from .plan import PruningPlan
-from .structure import ModelStructure
+from .units.hidden_group import hidden_group
 
 
 def check_plan(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> None:

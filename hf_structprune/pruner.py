@@ -14,31 +14,31 @@ from huggingface_hub import CommitInfo
 from torch import nn
 from transformers import PreTrainedModel
 
-from .calibration import check_token_ids, load_tokens
-from .checkpoint import has_weights
+from .allocation.depth import DepthChoice
 from .checks import Ratio, checked
-from .configuration import PruningConfig
+from .config import PruningConfig
 from .criteria import make_criterion
-from .depth import DepthChoice
 from .errors import CheckpointError, ConfigurationError, RatioError, StructPruneError, UnsupportedModelError
-from .execution import Execution
-from .finite import check_finite
-from .half_pruned import interrupted, mark, marked_if_changed
+from .files.places import check_place
 from .hub.origin import origin_of, record
 from .hub.push import push_folder
 from .hub.save import save_checkpoint, take_over
-from .knowledge import Knowledge, look
-from .layout import expressible_heads, target_of
-from .loading import as_tokenizer, load_config, load_model, load_tokenizer, plain_options, refuse_quantised
-from .measuring import measuring
-from .model_checks import check_model, check_savable
-from .places import check_place
+from .model.checks import check_model, check_savable
+from .model.finite import check_finite
+from .model.half_pruned import interrupted, mark, marked_if_changed
+from .model.loading import as_tokenizer, load_config, load_model, load_tokenizer, plain_options, refuse_quantised
+from .model.measuring import measuring
+from .model.proof import kinds_of, prove
+from .model.rebuild import has_weights
+from .model.structure import ModelStructure
+from .model.target import expressible_heads, target_of
 from .plan import PruningPlan
 from .plan_check import check_plan
-from .planning import Planner, describe
-from .proof import kinds_of, prove
-from .structure import ModelStructure
-from .units import WIDTH_UNITS
+from .planner import Planner, describe
+from .prune import Execution
+from .stats.knowledge import Knowledge, look
+from .text.calibration import check_token_ids, load_tokens
+from .units.kinds import WIDTH_UNITS
 
 
 class StructuredPruner:

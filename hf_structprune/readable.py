@@ -10,12 +10,12 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
-from .damage import damaged_weights
 from .errors import CheckpointError, StructPruneError
-from .files import can_only_be_a_path
-from .folders import settle
+from .files.damage import damaged_weights
+from .files.folders import settle
+from .files.json_files import read_json_object
+from .files.writing import can_only_be_a_path
 from .hub.network import gated_errors
-from .json_files import read_json_object
 from .masking import is_masked
 
 

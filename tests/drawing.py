@@ -10,8 +10,8 @@ import families
 import torch
 
 from hf_structprune import PruningConfig, StructuredPruner
-from hf_structprune.configuration import AGGREGATIONS, ALLOCATIONS, CRITERIA, TAYLOR_VARIANTS
-from hf_structprune.units import DEPTH_CRITERIA, HIDDEN_CRITERIA, UNITS, WIDTH_UNITS
+from hf_structprune.config import AGGREGATIONS, ALLOCATIONS, CRITERIA, TAYLOR_VARIANTS
+from hf_structprune.units.kinds import DEPTH_CRITERIA, HIDDEN_CRITERIA, UNITS, WIDTH_UNITS
 
 
 FAMILIES = ("llama", "qwen3", "gemma2", "phi3", "gpt2", "opt", "falcon", "mixtral")

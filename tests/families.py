@@ -7,9 +7,9 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from hf_structprune import CalibrationConfig
-from hf_structprune.layout import target_of
+from hf_structprune.model.structure import ModelStructure
+from hf_structprune.model.target import target_of
 from hf_structprune.plan import PruningPlan
-from hf_structprune.structure import ModelStructure
 
 
 VOCAB = 64
@@ -156,8 +156,8 @@ def plan_of(model, counts, layout, dropped=None):
 
 def cut(model, kept, counts, layout, dropped=None):
     """The model without the units that are not kept, and without what is dropped: surgery and rebuilding only."""
-    from hf_structprune.checkpoint import rebuild
-    from hf_structprune.surgery import cut_units, drop
+    from hf_structprune.model.rebuild import rebuild
+    from hf_structprune.model.surgery import cut_units, drop
 
     structure = ModelStructure.of(model)
     plan = plan_of(model, counts, layout, dropped)

@@ -6,8 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-from hf_structprune import folders, places
-from hf_structprune.folders import check_folder, settle, write_folder
+from hf_structprune.files import folders, places
+from hf_structprune.files.folders import check_folder, settle, write_folder
 
 
 OLD = {"config.json": "old", "model.safetensors": "old", "old.txt": "mine", "recovery.json": "old"}

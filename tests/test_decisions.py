@@ -7,8 +7,8 @@ import pytest
 
 from hf_structprune.decisions import HiddenPlan, is_dropped, normalised
 from hf_structprune.errors import ConfigurationError
+from hf_structprune.model.structure import ModelStructure
 from hf_structprune.plan import PruningPlan
-from hf_structprune.structure import ModelStructure
 
 
 @pytest.fixture

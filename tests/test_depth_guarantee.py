@@ -8,10 +8,10 @@ import torch
 from transformers import DynamicCache
 from transformers.models.olmo2 import modeling_olmo2
 
-from hf_structprune import modeling_structprune
 from hf_structprune.errors import UnsupportedModelError
-from hf_structprune.structure import ModelStructure
-from hf_structprune.surgery import mask_sublayers, mask_units
+from hf_structprune.model import modeling_structprune
+from hf_structprune.model.structure import ModelStructure
+from hf_structprune.model.surgery import mask_sublayers, mask_units
 
 
 LAYERS = [{"layers": [0]}, {"layers": [1]}, {"layers": [0, 2]}]

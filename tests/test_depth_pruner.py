@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_structprune import PruningConfig, PruningPlan, StructuredPruner
 from hf_structprune.errors import ConfigurationError, RatioError
-from hf_structprune.structure import ModelStructure, decoder_layers
-from hf_structprune.units import DEPTH_CRITERIA
+from hf_structprune.model.structure import ModelStructure, decoder_layers
+from hf_structprune.units.kinds import DEPTH_CRITERIA
 
 
 FEW = ("llama", "gemma2", "gpt2", "mixtral")

@@ -9,8 +9,8 @@ from transformers.models.olmo2 import modeling_olmo2
 
 from hf_structprune import PruningConfig, StructuredPruner
 from hf_structprune.errors import UnsupportedModelError
-from hf_structprune.structure import ModelStructure
-from hf_structprune.surgery import mask_units
+from hf_structprune.model.structure import ModelStructure
+from hf_structprune.model.surgery import mask_units
 
 
 def cases(layout):

@@ -15,12 +15,13 @@ import torch
 from families import make_model
 from forced_hardware import force_accelerator, force_cuda, force_no_accelerator
 
-from hf_structprune import QuantizationConfig, checkpoint, hardware, statistics
+from hf_structprune import QuantizationConfig, hardware
 from hf_structprune.errors import ConfigurationError
 from hf_structprune.evaluation import memory, speed
 from hf_structprune.evaluation.environment import describe_environment
 from hf_structprune.evaluation.fingerprint import model_fingerprint
-from hf_structprune.layout import Target
+from hf_structprune.model import rebuild as checkpoint
+from hf_structprune.model.target import Target
 from hf_structprune.quantization.awq import Awq
 from hf_structprune.quantization.backend import device_of, need_accelerator
 from hf_structprune.recovery.baseline import release_memory
@@ -29,6 +30,7 @@ from hf_structprune.recovery.distillation.blocks import CACHED_LOGITS, rows_at_o
 from hf_structprune.recovery.distillation.teacher import ModelTeacher
 from hf_structprune.recovery.setting import mixed_precision
 from hf_structprune.recovery.watch import unchanged_randomness
+from hf_structprune.stats import moments as statistics
 
 
 CPU, CUDA, MPS, META = map(torch.device, ("cpu", "cuda:1", "mps", "meta"))

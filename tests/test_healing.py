@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from hf_structprune import PruningConfig
-from hf_structprune.compress import compress
 from hf_structprune.criteria import make_criterion
+from hf_structprune.model.structure import ModelStructure
+from hf_structprune.model.surgery import drop
 from hf_structprune.plan import PruningPlan
-from hf_structprune.structure import ModelStructure
-from hf_structprune.surgery import drop
+from hf_structprune.refit.layer_by_layer import compress
 
 
 ADDITIVE = ["llama", "qwen3", "phi3", "smollm3", "cohere2", "gpt_neox", "opt", "gpt2", "falcon_7b"]

@@ -9,11 +9,11 @@ from test_depth_pruner import check, make_pruner
 
 from hf_structprune import CalibrationConfig, PruningConfig
 from hf_structprune.allocation import allocate
-from hf_structprune.depth import choose_depth
+from hf_structprune.allocation.depth import choose_depth
 from hf_structprune.errors import ConfigurationError, RatioError, UnsupportedModelError
-from hf_structprune.hidden import hidden_group
-from hf_structprune.knowledge import sensitivities
-from hf_structprune.structure import ModelStructure
+from hf_structprune.model.structure import ModelStructure
+from hf_structprune.stats.knowledge import sensitivities
+from hf_structprune.units.hidden_group import hidden_group
 
 
 def make_model(name="llama", layers=6, width=200, **changes):

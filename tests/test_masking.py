@@ -9,9 +9,9 @@ from transformers import AutoConfig, AutoTokenizer
 
 from hf_structprune.commands import cli
 from hf_structprune.errors import CheckpointError, ConfigurationError
-from hf_structprune.files import write_text
-from hf_structprune.loading import load_config, load_tokenizer
+from hf_structprune.files.writing import write_text
 from hf_structprune.masking import MASK, MaskedStream, is_masked, masked, remember
+from hf_structprune.model.loading import load_config, load_tokenizer
 
 
 TOKEN = "hf_" + "aB3" * 11
@@ -76,7 +76,7 @@ def test_a_token_that_a_server_echoes_is_not_repeated(monkeypatch):
     records = []
     handler = logging.Handler()
     handler.emit = records.append
-    logger = logging.getLogger("hf_structprune.loading")
+    logger = logging.getLogger("hf_structprune.model.loading")
     logger.addHandler(handler)
     try:
         assert load_tokenizer("me/model", token=GIVEN) is None

@@ -8,8 +8,8 @@ import pytest
 from hf_structprune import PruningConfig, PruningPlan, StructuredPruner
 from hf_structprune.decisions import GroupPlan, HiddenPlan
 from hf_structprune.errors import ConfigurationError
+from hf_structprune.model.structure import ModelStructure
 from hf_structprune.plan_check import check_plan
-from hf_structprune.structure import ModelStructure
 
 
 def make_pruner(model, **options):

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_structprune import PruningConfig, PruningPlan, StructuredPruner
-from hf_structprune.structure import ModelStructure
-from hf_structprune.surgery import cut_units, drop
+from hf_structprune.model.structure import ModelStructure
+from hf_structprune.model.surgery import cut_units, drop
 
 
 PATHS = ("ratio", "ratio", "plan", "named plan", "JSON", "again")

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_structprune import CalibrationConfig, PruningConfig, PruningPlan, StructPruneError, StructuredPruner
-from hf_structprune.structure import ModelStructure
-from hf_structprune.surgery import cut_units, drop, mask_sublayers, mask_units
+from hf_structprune.model.structure import ModelStructure
+from hf_structprune.model.surgery import cut_units, drop, mask_sublayers, mask_units
 
 
 def pytest_generate_tests(metafunc):

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from hf_structprune import CalibrationConfig, PruningConfig, PruningPlan, StructuredPruner
-from hf_structprune.configuration import CRITERIA
+from hf_structprune.config import CRITERIA
 from hf_structprune.errors import ConfigurationError, StructPruneError, UnsupportedModelError
-from hf_structprune.structure import ModelStructure
+from hf_structprune.model.structure import ModelStructure
 
 
 def units_of(name):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..configuration import PruningConfig
+from ..config import PruningConfig
 from ..decisions import Dropped
-from ..structure import ModelStructure
+from ..model.structure import ModelStructure
 from .budget import Budget, Counts
 from .by_kind import allocate_by_kind
 from .global_ranking import allocate_global

@@ -6,9 +6,9 @@ import math
 
 from ..alignment import multiple_of, step_of
 from ..checks import Ratio, checked
-from ..configuration import PruningConfig
+from ..config import PruningConfig
 from ..errors import ConfigurationError, RatioError
-from ..hidden import HiddenGroup
+from ..units.hidden_group import HiddenGroup
 
 
 def check_ratio(ratio: float | None, config: PruningConfig) -> None:

@@ -6,11 +6,11 @@ import math
 
 from ..alignment import multiple_of, step_of
 from ..checks import Ratio, checked
-from ..configuration import PruningConfig
+from ..config import PruningConfig
 from ..decisions import Dropped, is_dropped
 from ..errors import ConfigurationError, RatioError, UnsupportedModelError
-from ..structure import CoupledGroup, LayerStructure, ModelStructure
-from ..units import WIDTH_UNITS
+from ..model.structure import CoupledGroup, LayerStructure, ModelStructure
+from ..units.kinds import WIDTH_UNITS
 
 
 Counts = dict[tuple[int, str], int]

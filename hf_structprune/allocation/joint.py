@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 from ..decisions import Dropped, normalised
 from ..errors import RatioError
-from ..structure import ModelStructure
+from ..model.structure import ModelStructure
 from .budget import Counts
 
 
 if TYPE_CHECKING:
-    from ..depth import DepthChoice
-    from ..depth.removal import Unit
-    from ..sensitivity import Sensitivity
+    from ..stats.sensitivity import Sensitivity
+    from .depth import DepthChoice
+    from .removal import Unit
 
 _PATIENCE = 2  # removals that may cost more than they save before no more are tried
 

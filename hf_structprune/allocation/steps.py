@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ..structure import CoupledGroup, LayerStructure
+from ..model.structure import CoupledGroup, LayerStructure
 from .budget import Budget, Counts
 
 

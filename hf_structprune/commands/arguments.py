@@ -13,9 +13,9 @@ from typing import Annotated, Any, NoReturn, Union, get_args, get_origin, get_ty
 from transformers.hf_argparser import HfArgumentParser
 
 from ..checks import checked, field_types
-from ..configuration import CalibrationConfig
+from ..config import CalibrationConfig
 from ..errors import ConfigurationError
-from ..yaml_files import parse_yaml, read_text
+from ..files.yaml_files import parse_yaml, read_text
 from .cli import program
 
 

@@ -18,7 +18,7 @@ from ..evaluation.generation import question_protocol
 from ..evaluation.results import EvaluationResult, Figure
 from ..evaluation.speed import median_figure, time_loading
 from ..evaluation.table import ResultTable
-from ..places import check_place
+from ..files.places import check_place
 from .arguments import parse
 from .common import ModelArguments, load_for_measuring, results_only_on_stdout, show
 from .subjects import Subject, baseline_output, find_baseline, find_subject, save_baseline

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, RenderableType
 
 from ..checks import check_fields
-from ..configuration import PruningConfig
+from ..config import PruningConfig
 from ..errors import ConfigurationError, StructPruneError
-from ..folders import check_folder
+from ..files.folders import check_folder
 
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def load_for_measuring(arguments: ModelArguments) -> tuple[PreTrainedModel, Any]
     Raises:
         StructPruneError: There is no such model, it cannot be read, it has no tokenizer, or the device is not there.
     """
-    from ..loading import load_model, load_tokenizer
+    from ..model.loading import load_model, load_tokenizer
 
     check_device(arguments.device)
     options = arguments.loading_options()
@@ -112,7 +112,7 @@ def load_for_measuring(arguments: ModelArguments) -> tuple[PreTrainedModel, Any]
 
 def load_config(arguments: ModelArguments) -> PretrainedConfig:
     """The configuration of a model alone, which also tells whether there is such a model."""
-    from ..loading import load_config as load
+    from ..model.loading import load_config as load
 
     return load(arguments.model, **arguments.loading_options())
 
@@ -121,7 +121,7 @@ def load_shapes(arguments: ModelArguments, config: PruningConfig | None = None) 
     """The model on the meta device: only its configuration is read, which is enough to inspect it and to plan."""
     import torch
 
-    from ..loading import refuse_quantised, shapes_of
+    from ..model.loading import refuse_quantised, shapes_of
     from ..pruner import StructuredPruner
 
     check_device(arguments.device)

@@ -13,8 +13,8 @@ from rich.console import Console
 from ..checks import OneOf
 from ..evaluation.results import RESULTS_NAME, STATES, EvaluationResult
 from ..evaluation.table import ResultTable
-from ..files import write_text
-from ..places import check_place
+from ..files.places import check_place
+from ..files.writing import write_text
 from .arguments import parse
 from .common import results_only_on_stdout, show
 

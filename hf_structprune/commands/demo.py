@@ -9,15 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..checks import Ratio
-from ..configuration import CONFIG_NAME, PruningConfig
-from ..evaluation import (
-    EfficiencyConfig,
-    EvaluationConfig,
-    EvaluationResult,
-    ResultTable,
-    evaluate,
-    generate_samples,
-)
+from ..config import CONFIG_NAME, PruningConfig
+from ..evaluation import EfficiencyConfig, EvaluationConfig, EvaluationResult, ResultTable, evaluate, generate_samples
 from ..evaluation.pictures import draw_widths
 from ..evaluation.results import RESULTS_NAME
 from ..hub import write_card

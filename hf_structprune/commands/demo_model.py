@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 from ..errors import StructPruneError
-from ..folders import write_folder
+from ..files.folders import write_folder
 from .common import ModelArguments, load_pruner
 
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..configuration import CONFIG_NAME
+from ..config import CONFIG_NAME
 from ..errors import ConfigurationError
 from ..evaluation.evaluator import EvaluationConfig, evaluate
 from ..evaluation.results import RESULTS_NAME, EvaluationResult
 from ..evaluation.table import ResultTable
-from ..places import check_place
+from ..files.places import check_place
 from ..plan import PLAN_NAME, PruningPlan
 from .arguments import parse
 from .common import ModelArguments, load_for_measuring, results_only_on_stdout, show

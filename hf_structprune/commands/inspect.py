@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from ..configuration import CalibrationConfig
+from ..config import CalibrationConfig
 from ..errors import ConfigurationError
 from .arguments import parse
 from .common import ModelArguments, load_shapes, results_only_on_stdout, show
@@ -19,7 +19,7 @@ from .inspect_depth import inspect_depth
 
 
 if TYPE_CHECKING:
-    from ..structure import CoupledGroup, ModelStructure
+    from ..model.structure import CoupledGroup, ModelStructure
 
 
 @dataclass

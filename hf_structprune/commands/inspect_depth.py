@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from ..configuration import CalibrationConfig, PruningConfig
+from ..config import CalibrationConfig, PruningConfig
 from .common import ModelArguments, check_output_dir, load_pruner, results_only_on_stdout, show
 
 
 if TYPE_CHECKING:
-    from ..depth import LayerSimilarities
+    from ..stats.similarities import LayerSimilarities
 
 CSV_NAME, PICTURE_NAME = "layer_distances.csv", "layer_distances.png"
 _KINDS = ("layers", "attention", "mlp")
@@ -29,8 +29,8 @@ def inspect_depth(
         output_dir: Folder for `layer_distances.csv` (PruneMe's format, all block sizes) and `layer_distances.png`.
         overwrite: Write to the folder even if it is not empty.
     """
-    from ..depth import layer_similarities
-    from ..depth.picture import draw_distances
+    from ..allocation.depth_picture import draw_distances
+    from ..criteria.distances import layer_similarities
     from ..evaluation.canvas import require_matplotlib
 
     if output_dir is not None:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..checks import Ratio
-from ..configuration import PruningConfig
-from ..places import check_place
+from ..config import PruningConfig
+from ..files.places import check_place
 from .arguments import parse
 from .common import ModelArguments, check_ratio, load_to_plan, results_only_on_stdout, show
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..checks import Ratio
-from ..configuration import PruningConfig
+from ..config import PruningConfig
 from ..errors import ConfigurationError
 from .arguments import parse
 from .common import (

@@ -7,13 +7,13 @@ from pathlib import Path
 from ..errors import ConfigurationError
 from ..hub.origin import public_config
 from ..hub.quantization import read_quantization
-from ..layout import target_of
+from ..model.target import target_of
 from ..quantization.backends import BACKENDS
 from ..quantization.quantizing import quantize
 from ..quantization.source import Source
-from ..recipe import QuantizationSection, Recipe
-from ..units import DEPTH_UNITS
+from ..units.kinds import DEPTH_UNITS
 from .common import ModelArguments, load_shapes, load_to_plan, plans_by_shapes
+from .recipe import QuantizationSection, Recipe
 
 
 def check_section(section: QuantizationSection, recipe: Recipe, source: ModelArguments) -> None:

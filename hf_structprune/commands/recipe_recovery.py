@@ -7,10 +7,10 @@ from pathlib import Path
 from ..errors import ConfigurationError
 from ..extras import need
 from ..hub.recovery import read_report
-from ..recipe import RecoverySection
 from ..recovery.checkpoints import newest_whole
 from ..recovery.recovering import recover, training_folder
 from .common import ModelArguments
+from .recipe import RecoverySection
 
 
 def check_section(section: RecoverySection) -> None:

@@ -9,21 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..configuration import CONFIG_NAME, PruningConfig
+from ..commands import recipe_quantization, recipe_recovery
+from ..config import CONFIG_NAME, PruningConfig
 from ..errors import ConfigurationError
 from ..evaluation import EfficiencyConfig, EvaluationResult, ResultTable, evaluate
 from ..evaluation.pictures import draw_widths
 from ..evaluation.results import RESULTS_NAME
-from ..files import write_text
-from ..folders import check_folder
+from ..files.folders import check_folder
+from ..files.places import check_place
+from ..files.writing import write_text
 from ..hub import push_folder, write_card
 from ..hub.contents import DENSE_RESULTS_NAME, WIDTHS_NAME, Contents
 from ..hub.origin import Origin
 from ..hub.own_files import check_card, check_file, check_own_files
-from ..places import check_place
 from ..plan import PruningPlan
-from ..recipe import RECIPE_NAME, QuantizationSection, Recipe, RecoverySection
-from . import recipe_quantization, recipe_recovery
 from .arguments import parse
 from .benchmark import take_turns_apart
 from .common import (
@@ -37,6 +36,7 @@ from .common import (
     speaking,
 )
 from .demo_model import find_model
+from .recipe import RECIPE_NAME, QuantizationSection, Recipe, RecoverySection
 from .subjects import Subject
 
 

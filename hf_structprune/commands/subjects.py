@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..configuration import CONFIG_NAME
+from ..config import CONFIG_NAME
 from ..errors import ConfigurationError
 from ..evaluation.results import STATES, EvaluationResult
 from ..hub.recovery import RECOVERY_NAME

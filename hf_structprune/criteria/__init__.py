@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..configuration import PruningConfig
+from ..config import PruningConfig
 from .activation import Activation
 from .base import ConsumerCriterion, Criterion, Scoring, TensorCriterion
 from .magnitude import L1, L2

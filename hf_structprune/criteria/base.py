@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..configuration import PruningConfig
-from ..statistics import InputStatistics
-from ..structure import CoupledGroup, Part, is_linear, matrix
+from ..config import PruningConfig
+from ..model.structure import CoupledGroup, Part, is_linear, matrix
+from ..stats.moments import InputStatistics
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..compensation import SELECTION_DAMPING, obs_scores
+from ..refit.closed_form import SELECTION_DAMPING, obs_scores
 from .base import Criterion, Scoring
 
 

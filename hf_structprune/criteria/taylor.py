@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..structure import Part
+from ..model.structure import Part
 from .base import Scoring, TensorCriterion
 
 

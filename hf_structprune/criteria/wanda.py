@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..statistics import InputStatistics
+from ..stats.moments import InputStatistics
 from .base import ConsumerCriterion
 
 

@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from ..errors import EvaluationError
-from ..files import write_bytes
+from ..files.writing import write_bytes
 
 
 if TYPE_CHECKING:

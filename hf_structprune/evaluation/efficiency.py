@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..checks import Count, Limits, Number, check_fields
 from ..errors import ConfigurationError, UnsupportedModelError
-from ..measuring import measuring
+from ..model.measuring import measuring
 from .macs import count_macs, count_macs_with_attention
 from .memory import cache_growth, peak_memory, weight_bytes
 from .results import Figure

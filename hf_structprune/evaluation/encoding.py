@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigurationError
-from ..tokenising import tokenise
+from ..text.tokenising import tokenise
 
 
 # Characters whose bytes are counted at once.
@@ -51,7 +51,7 @@ def encode(tokenizer: Any, text: str, bos: bool | None, everywhere: bool) -> Enc
     Raises:
         ConfigurationError: A BOS token is asked for and the tokenizer has none.
     """
-    from ..loading import as_tokenizer
+    from ..model.loading import as_tokenizer
 
     tokenizer = as_tokenizer(tokenizer)
     known = tokenizer.bos_token_id

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..checks import Count, Limit, Number, check_fields
 from ..errors import ConfigurationError
-from ..places import check_place
+from ..files.places import check_place
 from .environment import describe_environment
 from .fingerprint import model_fingerprint
 from .results import EvaluationResult
@@ -146,7 +146,7 @@ def evaluate(
         ConfigurationError: `output` holds something else, or cannot be written.
         StructPruneError: A text or a task cannot be used.
     """
-    from ..loading import as_tokenizer
+    from ..model.loading import as_tokenizer
 
     config, tokenizer = config or EvaluationConfig(), as_tokenizer(tokenizer)
     if output is not None:

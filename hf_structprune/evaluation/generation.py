@@ -18,9 +18,9 @@ from transformers.utils import logging
 
 from ..checks import Count, checked
 from ..errors import ConfigurationError
-from ..files import write_text
+from ..files.writing import write_text
 from ..hardware import cuda_devices, synchronize
-from ..measuring import measuring
+from ..model.measuring import measuring
 from .memory import memory_in_use
 from .results import Figure
 from .speed import devices_of, where

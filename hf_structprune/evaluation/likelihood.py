@@ -9,8 +9,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..language_head import has_plain_head, positions_at_once
-from ..measuring import measuring
+from ..model.language_head import has_plain_head, positions_at_once
+from ..model.measuring import measuring
 
 
 def window_losses(

@@ -11,9 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from ..measuring import measuring
+from ..model.measuring import measuring
+from ..model.structure import ModelStructure
 from ..plan import PruningPlan
-from ..structure import ModelStructure
 
 
 def count_macs(model: PreTrainedModel, batch_size: int = 1, length: int = 64) -> int:

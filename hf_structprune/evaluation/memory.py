@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from ..hardware import cuda_devices
-from ..measuring import measuring
+from ..model.measuring import measuring
 
 
 _PAGE = 4096

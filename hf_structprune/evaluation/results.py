@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 from ..checks import OneOf, check_fields
 from ..errors import ConfigurationError
-from ..files import write_text
-from ..json_files import read_json_object
+from ..files.json_files import read_json_object
+from ..files.writing import write_text
 from .parts import Parts
 
 

@@ -158,7 +158,7 @@ def time_loading(
 
 
 def _load(model: str, dtype: str, device: str, repeats: int, kwargs: dict[str, Any]) -> list[float]:
-    from ..loading import load_model
+    from ..model.loading import load_model
 
     seconds = []
     for _ in range(repeats + 1):

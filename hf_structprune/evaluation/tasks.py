@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checks import Count, Limit, Number, checked
 from ..errors import ConfigurationError
-from ..measuring import measuring
+from ..model.measuring import measuring
 from .parts import Parts, fingerprint
 from .results import Figure
 from .task_loading import find_names, load_tasks, quiet, task_manager

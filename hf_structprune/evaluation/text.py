@@ -9,7 +9,7 @@ from typing import Any
 
 from ..data import wikitext2_sample
 from ..errors import ConfigurationError, TextError
-from ..reading import FILES, is_local, read_lines, read_rows
+from ..text.reading import FILES, is_local, read_lines, read_rows
 
 
 SAMPLE = "sample"

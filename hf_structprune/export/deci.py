@@ -11,8 +11,8 @@ from huggingface_hub import save_torch_state_dict
 from transformers import PreTrainedModel
 
 from ..errors import ExportError
-from ..folders import check_folder, write_folder
-from . import configuration_decilm
+from ..export import configuration_decilm
+from ..files.folders import check_folder, write_folder
 from .configuration_decilm import DeciLMConfig
 from .deci_blocks import WIDTH_MULTIPLE, Block, block_configs, fit
 from .deci_padding import State, pad_layer

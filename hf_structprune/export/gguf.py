@@ -14,8 +14,8 @@ from transformers.utils.logging import is_progress_bar_enabled
 
 from ..errors import ConfigurationError
 from ..extras import need
-from ..files import appearing
-from ..places import check_place
+from ..files.places import check_place
+from ..files.writing import appearing
 from .gguf_layout import Layout, check, context_of, layout_of
 from .gguf_metadata import write_metadata
 from .gguf_tensors import StoredTensor, stored_tensors

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..errors import ExportError
-from ..modeling_structprune import PREFIX
+from ..model.modeling_structprune import PREFIX
 
 
 LAYER = "model.layers.{}."

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ..errors import ConfigurationError, ExportError
 from ..evaluation.memory import weight_bytes
 from ..extras import need
-from ..folders import check_folder, write_folder
+from ..files.folders import check_folder, write_folder
 from .genai import GENAI_CONFIG_NAME, genai_config
 from .result import Exported
 from .source import load_source

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ExportError
-from ..loading import as_tokenizer, load_config, load_model, load_tokenizer
+from ..model.loading import as_tokenizer, load_config, load_model, load_tokenizer
 
 
 def load_source(

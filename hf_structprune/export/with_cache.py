@@ -12,7 +12,7 @@ from torch.export import Dim
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from ..errors import ExportError
-from ..skipping import overrides_of
+from ..model.skipping import overrides_of
 
 
 # Sizes of the sample that is traced. All differ, and none is 0 or 1, which tracing would take for constants.

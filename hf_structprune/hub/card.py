@@ -12,8 +12,8 @@ from transformers.utils import logging
 from ..errors import HubError
 from ..evaluation.results import EvaluationResult
 from ..evaluation.table import ResultTable
-from ..files import write_text
-from . import quantization, recovery
+from ..files.writing import write_text
+from ..hub import quantization, recovery
 from .benchmarks import EVAL_RESULTS, WRITTEN_BY_US, eval_results
 from .citations import citations
 from .contents import Contents

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..configuration import CONFIG_NAME
+from ..config import CONFIG_NAME
 from ..errors import StructPruneError
 from ..plan import PLAN_NAME
 from .card import CARD_NAME, write_card

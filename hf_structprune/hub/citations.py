@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..configuration import PruningConfig
-from ..units import WIDTH_UNITS
+from ..config import PruningConfig
+from ..units.kinds import WIDTH_UNITS
 
 
 _PAPERS = {

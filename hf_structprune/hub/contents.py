@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..configuration import CONFIG_NAME, PruningConfig
+from ..config import CONFIG_NAME, PruningConfig
 from ..errors import HubError
 from ..evaluation.results import RESULTS_NAME, EvaluationResult
-from ..json_files import read_json_object
+from ..files.json_files import read_json_object
 from ..plan import PLAN_NAME, PruningPlan
 from .origin import RECORD
 from .quantization import read_quantization

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..configuration import PruningConfig
+from ..config import PruningConfig
 from ..plan import PruningPlan
-from ..units import DEPTH_UNITS, WIDTH_UNITS
+from ..units.kinds import DEPTH_UNITS, WIDTH_UNITS
 
 
 _GONE = {"layers": "Decoder layers", "attention": "Attention of layers", "mlp": "MLP of layers"}

@@ -7,12 +7,12 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from ..calibration_configuration import CalibrationConfig
-from ..configuration import PruningConfig
+from ..config import PruningConfig
 from ..evaluation.results import EvaluationResult
-from ..files import can_only_be_a_path
+from ..files.writing import can_only_be_a_path
 from ..plan import PruningPlan
-from ..units import WIDTH_UNITS
+from ..text.calibration_config import CalibrationConfig
+from ..units.kinds import WIDTH_UNITS
 from .benchmarks import model_index
 from .origin import TAGS, Origin, base_metadata, is_file
 from .recovery import dataset_names

@@ -19,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..configuration import PruningConfig
+from ..config import PruningConfig
 from ..errors import ConfigurationError
 from ..masking import masked
 from ..plan import PruningPlan

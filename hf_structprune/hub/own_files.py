@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..configuration import CONFIG_NAME, PruningConfig
+from ..config import CONFIG_NAME, PruningConfig
 from ..errors import CheckpointError, StructPruneError
 from ..evaluation.results import RESULTS_NAME, EvaluationResult
 from ..evaluation.table import ResultTable
-from ..json_files import read_json_object
+from ..files.json_files import read_json_object
+from ..hub import quantization, recovery
 from ..plan import PLAN_NAME, PruningPlan
-from . import quantization, recovery
 from .card import CARD_NAME, read_metadata
 from .carrying import is_pruned
 from .contents import DENSE_RESULTS_NAME, PRUNED_RESULTS_NAME, RECOVERED_RESULTS_NAME, Contents

@@ -6,8 +6,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from ..calibration_configuration import CalibrationConfig
 from ..quantization.configuration import QuantizationConfig
+from ..text.calibration_config import CalibrationConfig
 from .metadata import calibration_in_words
 from .origin import LIBRARIES
 from .reports import read_versioned

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..json_files import read_json_object
+from ..files.json_files import read_json_object
 
 
 def read_versioned(path: Path, version: int) -> dict[str, Any] | None:

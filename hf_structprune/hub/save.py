@@ -11,10 +11,10 @@ import torch
 from safetensors import safe_open
 from transformers.utils import logging
 
-from ..configuration import CONFIG_NAME
+from ..config import CONFIG_NAME
 from ..errors import StructPruneError
-from ..folders import check_folder, write_folder
-from ..half_pruned import check_whole
+from ..files.folders import check_folder, write_folder
+from ..model.half_pruned import check_whole
 from ..plan import PLAN_NAME
 from .card import CARD_NAME, write_card
 from .uploads import choose_files

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from ..configuration import PruningConfig
+from ..config import PruningConfig
 from .origin import IN_MEMORY
 
 

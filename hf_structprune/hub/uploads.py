@@ -7,8 +7,8 @@ import re
 from fnmatch import fnmatch
 from pathlib import Path
 
-from ..damage import damaged_weights
 from ..errors import HubError
+from ..files.damage import damaged_weights
 from .benchmarks import EVAL_RESULTS, TASKS
 from .contents import check_is_ours
 

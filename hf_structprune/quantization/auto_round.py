@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..loading import load_model
+from ..model.loading import load_model
 from .backend import Backend, Save, device_of
 from .calibrating import calibration_rows
 from .configuration import QuantizationConfig

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig
 
-from ..loading import load_model
+from ..model.loading import load_model
 from .backend import Backend, Save, device_of
 from .configuration import QuantizationConfig
 from .source import Source
@@ -51,8 +51,9 @@ class BitsAndBytes(Backend):
         return [
             f"It has layers with {' and '.join(widths)}. bitsandbytes' 4-bit kernels cannot run these on CPUs with "
             "AVX512-BF16 or AMX (an error at first use), and with plain AVX512 they compute wrong numbers if "
-            f"{_BLOCK} does not divide the inputs. This package's commands and `hf_structprune.loading.load_model` "
-            "compute rightly on every CPU, and other devices have no such limits, nor have 8 bits. "
+            f"{_BLOCK} does not divide the inputs. This package's commands and "
+            "`hf_structprune.model.loading.load_model` compute rightly on every CPU, and other devices have no such "
+            "limits, nor have 8 bits. "
             f"`PruningConfig(align_to={_BLOCK})` prunes to widths that run everywhere."
         ]
 

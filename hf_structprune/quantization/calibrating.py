@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from ..calibration import check_token_ids, load_tokens
 from ..errors import ConfigurationError
 from ..evaluation.protocol import context_length
+from ..text.calibration import check_token_ids, load_tokens
 from .configuration import QuantizationConfig
 from .source import Source
 

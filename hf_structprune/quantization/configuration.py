@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from ..calibration_configuration import CalibrationConfig
 from ..checks import Limits, Number, OneOf, check_fields, check_keys
 from ..errors import ConfigurationError
+from ..text.calibration_config import CalibrationConfig
 
 
 METHODS = ("bitsandbytes", "torchao", "gptq", "awq", "auto-round")

@@ -15,8 +15,8 @@ import torch
 from transformers import GenerationConfig
 
 from ..errors import UnsupportedModelError
-from ..files import write_text
-from ..json_files import read_json_object
+from ..files.json_files import read_json_object
+from ..files.writing import write_text
 from .backend import Backend, Save, device_of
 from .calibrating import calibration_rows
 from .configuration import QuantizationConfig

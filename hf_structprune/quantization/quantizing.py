@@ -13,11 +13,11 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from ..errors import CheckpointError, ConfigurationError
-from ..folders import check_folder
+from ..files.folders import check_folder
+from ..files.places import check_room
 from ..hardware import free_memory
 from ..hub.own_files import check_card, check_own_files
-from ..loading import load_tokenizer
-from ..places import check_room
+from ..model.loading import load_tokenizer
 from .backend import Backend, device_of
 from .backends import BACKENDS
 from .configuration import QuantizationConfig

@@ -8,8 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..files import write_text
-from ..folders import write_folder
+from ..files.folders import write_folder
+from ..files.writing import write_text
 from ..hub.card import CARD_NAME
 from ..hub.carrying import STILL_TRUE, copy_files, is_pruned, read, write_card_from
 from ..hub.origin import public_config, versions

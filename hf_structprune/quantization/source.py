@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..errors import CheckpointError
 from ..evaluation.results import RESULTS_NAME, EvaluationResult
-from ..loading import load_config, shapes_of
+from ..model.loading import load_config, shapes_of
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TorchAoConfig
 
-from ..loading import load_model
+from ..model.loading import load_model
 from .backend import Backend, Save, device_of, need_accelerator
 from .configuration import QuantizationConfig
 from .groups import check_groups

@@ -15,7 +15,7 @@ from ..errors import CheckpointError, ConfigurationError
 from ..evaluation.evaluator import TEXTS
 from ..evaluation.results import EvaluationResult, Figure
 from ..hardware import release_memory
-from ..loading import load_model, load_tokenizer
+from ..model.loading import load_model, load_tokenizer
 from .watch import Watch, text_fingerprint, unchanged_randomness
 
 

@@ -12,10 +12,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..errors import ConfigurationError
 from ..evaluation.text import EvaluationText
-from ..folders import check_folder
-from ..four_bit import compute_as_stored
+from ..files.folders import check_folder
 from ..hub.own_files import check_card, check_own_files
-from . import trainer_access
+from ..quantization.four_bit import compute_as_stored
+from ..recovery import trainer_access
 from .beginning import begin
 from .best import BEST_FOLDER, BestWeights
 from .curve import Point, RecoveryCurve, measuring_steps

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..damage import damage, damaged_weights, first_damage, those_there
+from ..files.damage import damage, damaged_weights, first_damage, those_there
 from .travelling import BEST_NAME, STATE_NAME
 
 

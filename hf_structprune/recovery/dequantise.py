@@ -34,7 +34,7 @@ def dequantised(layer: nn.Module) -> nn.Linear:
     """
     weight = layer.weight.detach()
     if type(layer.weight).__name__ == "Params4bit":
-        from ..stored_weights import stored_weight
+        from ..quantization.stored_weights import stored_weight
 
         values = stored_weight(layer.weight)
     else:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import TextError
 from ..extras import need
-from ..json_files import parse_json
+from ..files.json_files import parse_json
 from .formats import Chat, Example, Instruction, Pair, Text
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint import assemble, has_weights
 from ..errors import CheckpointError
-from ..layout import Target
+from ..model.rebuild import assemble, has_weights
+from ..model.target import Target
 from .dequantise import dequantised, is_quantised, quantisation_of
 
 

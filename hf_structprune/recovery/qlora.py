@@ -10,7 +10,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from ..errors import CheckpointError, ConfigurationError
 from ..extras import need
-from ..loading import load_config, load_model
+from ..model.loading import load_config, load_model
 
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}

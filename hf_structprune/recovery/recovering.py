@@ -15,9 +15,9 @@ from transformers.utils import logging
 from ..errors import ConfigurationError
 from ..evaluation.protocol import context_length
 from ..extras import need
-from ..folders import check_folder
+from ..files.folders import check_folder
 from ..hub.own_files import check_card, check_own_files
-from ..loading import load_config, load_model, load_tokenizer
+from ..model.loading import load_config, load_model, load_tokenizer
 from .begun import fingerprint_of_rows, fingerprint_of_weights, read_settings, refuse_others, settings_of
 from .best import BEST_FOLDER
 from .checkpoints import KeepNewest, in_order, newest_whole, step_of

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..errors import EvaluationError
 from ..evaluation.canvas import require_matplotlib
 from ..evaluation.environment import describe_environment
-from ..files import write_text
+from ..files.writing import write_text
 from .picture import draw_curve
 from .session import Session
 from .wrappers import is_peft, without_parallel

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, ConfigurationError
 from ..evaluation.results import RESULTS_NAME, EvaluationResult
-from ..files import write_text
-from ..folders import write_folder
+from ..files.folders import write_folder
+from ..files.writing import write_text
 from ..hub.card import CARD_NAME
 from ..hub.carrying import STILL_TRUE, card_name, copy_files, is_pruned, or_say, read, write_card_from
 from ..hub.contents import PRUNED_RESULTS_NAME

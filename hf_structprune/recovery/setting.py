@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from ..errors import ConfigurationError, StructPruneError
 from ..evaluation.protocol import context_length
-from ..loading import load_config
+from ..model.loading import load_config
 from .wrappers import underneath
 
 

@@ -14,8 +14,8 @@ from typing import Any
 from transformers.utils import logging
 
 from ..errors import ConfigurationError, TextError
-from ..reading import as_table, read_table
-from . import formats
+from ..recovery import formats
+from ..text.reading import as_table, read_table
 from .formats import Example, read_example, recognise
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
-from ..files import write_text
-from ..measuring import measuring
+from ..files.writing import write_text
+from ..model.measuring import measuring
 
 
 _FRAMES = 12  # from an event up to the Trainer there are two, and one for each function of ours

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, ConfigurationError
-from ..files import write_text
+from ..files.writing import write_text
 from .curve import Point, RecoveryCurve
 from .session import Clock, Session, agreed
 

@@ -10,9 +10,9 @@ from hf_structprune import PruningConfig, StructuredPruner
 from hf_structprune.allocation import allocate
 from hf_structprune.allocation.budget import Budget
 from hf_structprune.errors import ConfigurationError, RatioError
-from hf_structprune.expected import shape_after
+from hf_structprune.model.expected import shape_after
+from hf_structprune.model.structure import ModelStructure
 from hf_structprune.plan import PruningPlan
-from hf_structprune.structure import ModelStructure
 
 
 RATIOS = (0.02, 0.1, 0.2, 0.3)

@@ -11,8 +11,8 @@ from hf_structprune import PruningConfig
 from hf_structprune.allocation import allocate
 from hf_structprune.allocation.budget import active_layers, spread
 from hf_structprune.errors import ConfigurationError, RatioError
+from hf_structprune.model.structure import ModelStructure
 from hf_structprune.plan import PruningPlan
-from hf_structprune.structure import ModelStructure
 
 
 ALL = ("mlp_neurons", "kv_groups", "query_heads")

@@ -4,9 +4,9 @@ import families
 import torch
 
 from hf_structprune.allocation import allocate
-from hf_structprune.configuration import PruningConfig
+from hf_structprune.config import PruningConfig
+from hf_structprune.model.structure import ModelStructure
 from hf_structprune.plan import PruningPlan
-from hf_structprune.structure import ModelStructure
 
 
 def test_search_is_as_good_as_trying_everything():

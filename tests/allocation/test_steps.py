@@ -8,7 +8,7 @@ import pytest
 from hf_structprune import PruningConfig, StructuredPruner
 from hf_structprune.allocation import Budget, next_counts
 from hf_structprune.errors import StructPruneError
-from hf_structprune.structure import ModelStructure
+from hf_structprune.model.structure import ModelStructure
 
 
 ALL = ("mlp_neurons", "kv_groups", "query_heads")

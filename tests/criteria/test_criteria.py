@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from hf_structprune import PruningConfig
-from hf_structprune.compensation import obs_scores
-from hf_structprune.configuration import AGGREGATIONS, CRITERIA, TAYLOR_VARIANTS
+from hf_structprune.config import AGGREGATIONS, CRITERIA, TAYLOR_VARIANTS
 from hf_structprune.criteria import BY_NAME, Scoring, make_criterion
 from hf_structprune.criteria.base import join
-from hf_structprune.gradients import taylor_salience
-from hf_structprune.statistics import InputStatistics
-from hf_structprune.structure import ModelStructure, matrix
+from hf_structprune.model.structure import ModelStructure, matrix
+from hf_structprune.refit.closed_form import obs_scores
+from hf_structprune.stats.gradients import taylor_salience
+from hf_structprune.stats.moments import InputStatistics
 
 
 KINDS = ("kv_groups", "query_heads", "mlp_neurons")

@@ -12,7 +12,7 @@ from hf_structprune.evaluation import EfficiencyConfig, efficiency, measure_effi
 from hf_structprune.evaluation.macs import count_macs, count_macs_with_attention
 from hf_structprune.evaluation.results import EvaluationResult
 from hf_structprune.evaluation.speed import GenerationTime
-from hf_structprune.structure import ModelStructure
+from hf_structprune.model.structure import ModelStructure
 
 
 SMALL = EfficiencyConfig(batch_size=2, length=8, new_tokens=3, warmup=1, repeats=2)

@@ -8,7 +8,7 @@ from transformers.utils import logging
 from hf_structprune.errors import ConfigurationError
 from hf_structprune.evaluation import generate_samples, generation, question_protocol
 from hf_structprune.evaluation.generation import PROMPTS, QUESTIONS, Answer, QuestionResult
-from hf_structprune.structure import ModelStructure
+from hf_structprune.model.structure import ModelStructure
 
 
 TEMPLATE = (

@@ -17,7 +17,7 @@ from families import (
 from transformers import AutoModelForCausalLM
 
 from hf_structprune.evaluation.macs import count_macs, count_macs_with_attention
-from hf_structprune.structure import ModelStructure
+from hf_structprune.model.structure import ModelStructure
 
 
 KV = 2 * HEAD_DIM

@@ -5,7 +5,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from hf_structprune.evaluation import memory
 from hf_structprune.evaluation.memory import cache_growth, memory_in_use, peak_memory, weight_bytes
-from hf_structprune.structure import ModelStructure
+from hf_structprune.model.structure import ModelStructure
 
 
 # KV heads that end up in the cache; Falcon's new architecture repeats its two for all query heads.

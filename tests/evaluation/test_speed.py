@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 from hf_structprune.errors import ConfigurationError, EvaluationError
 from hf_structprune.evaluation import speed, time_loading
 from hf_structprune.evaluation.speed import median_figure, time_generation, time_prefill, where
-from hf_structprune.structure import ModelStructure
+from hf_structprune.model.structure import ModelStructure
 
 
 class Clock:
@@ -130,7 +130,7 @@ def test_the_first_load_is_not_counted(monkeypatch):
         return make_model("llama")
 
     monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr("hf_structprune.loading.load_model", load)
+    monkeypatch.setattr("hf_structprune.model.loading.load_model", load)
     assert speed._load("folder", "auto", "cpu", 2, {"revision": "main"}) == [2.0, 3.0]
 
 

@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_structprune.errors import ConfigurationError, EvaluationError
 from hf_structprune.evaluation import SUITES, check_tasks, expand, run_tasks
-from hf_structprune.structure import ModelStructure
+from hf_structprune.model.structure import ModelStructure
 
 
 pytest.importorskip("lm_eval")

@@ -19,7 +19,7 @@ from vocabularies import TEXTS, byte_level, sentence_piece
 
 from hf_structprune.errors import ConfigurationError, ExportError, PlaceError, StructPruneError
 from hf_structprune.export.gguf import export_gguf
-from hf_structprune.structure import ModelStructure
+from hf_structprune.model.structure import ModelStructure
 
 
 VOCAB = 400

@@ -15,7 +15,7 @@ from vocabularies import SPLITS, TEXTS, byte_level, sentence_piece
 
 from hf_structprune.data import wikitext2_sample
 from hf_structprune.export.gguf import QUANTISED, export_gguf
-from hf_structprune.structure import ModelStructure
+from hf_structprune.model.structure import ModelStructure
 
 
 VOCAB = 400

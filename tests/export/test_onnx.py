@@ -21,7 +21,7 @@ from hf_structprune.errors import CheckpointError, ConfigurationError, ExportErr
 from hf_structprune.export import onnx
 from hf_structprune.export.onnx import export_onnx, run_graph
 from hf_structprune.export.with_cache import ForwardWithCache
-from hf_structprune.structure import ModelStructure
+from hf_structprune.model.structure import ModelStructure
 
 
 # Layer 0 has no attention, layer 2 no MLP; the others have other widths and KV heads.

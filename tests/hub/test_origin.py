@@ -16,7 +16,7 @@ from hf_structprune.errors import ConfigurationError
 from hf_structprune.hub import write_card
 from hf_structprune.hub.origin import Origin, origin_of
 from hf_structprune.hub.snippets import COMMAND_DTYPES, COMMAND_OPTIONS, making_in_python, making_on_the_command_line
-from hf_structprune.loading import load_model, load_tokenizer, plain_options
+from hf_structprune.model.loading import load_model, load_tokenizer, plain_options
 
 
 DATA_FREE = PruningConfig(criterion="l2", compensation=False, round_to=1)

@@ -17,7 +17,7 @@ from hf_structprune.commands.cli import main
 from hf_structprune.errors import CheckpointError, ConfigurationError, StructPruneError, UnsupportedModelError
 from hf_structprune.evaluation.results import EvaluationResult
 from hf_structprune.hub.quantization import read_quantization
-from hf_structprune.loading import load_model
+from hf_structprune.model.loading import load_model
 from hf_structprune.quantization import quantizing
 from hf_structprune.quantization.backends import BACKENDS
 from hf_structprune.quantization.source import Source
@@ -317,7 +317,7 @@ def test_command(dense, tmp_path, capsys):
 def test_sizes_are_measured_truly(method, bits, dense, tmp_path):
     pytest.importorskip(method)
     from hf_structprune.evaluation.efficiency import EfficiencyConfig, measure_efficiency
-    from hf_structprune.loading import load_model
+    from hf_structprune.model.loading import load_model
 
     result = quantize(dense, tmp_path / method, QuantizationConfig(method, bits=bits))
     measured = measure_efficiency(load_model(result.folder), EfficiencyConfig(length=8, speed=False))

@@ -12,11 +12,7 @@ pytest.importorskip("peft")
 
 from safetensors.torch import load_file  # noqa: E402
 
-from hf_structprune.recovery import (  # noqa: E402
-    RecoveryConfig,
-    recover,
-    recovering,  # noqa: E402
-)
+from hf_structprune.recovery import RecoveryConfig, recover, recovering
 
 
 @pytest.mark.parametrize("has", [True, False])

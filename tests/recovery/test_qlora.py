@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import hf_structprune  # noqa: F401, lets the auto class load per-layer checkpoints
 from hf_structprune import extras
 from hf_structprune.errors import CheckpointError, ConfigurationError, StructPruneError
+from hf_structprune.model.structure import ModelStructure
 from hf_structprune.recovery import qlora
 from hf_structprune.recovery.merge import merge_adapter
-from hf_structprune.structure import ModelStructure
 
 
 TOKENS = make_tokens(4, 16)

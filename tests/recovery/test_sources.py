@@ -5,15 +5,7 @@ from datasets import Dataset, DatasetDict, IterableDatasetDict
 
 from hf_structprune.errors import ConfigurationError, TextError
 from hf_structprune.recovery.formats import Chat, Instruction, Pair, Text
-from hf_structprune.recovery.sources import (
-    COMMON,
-    dump,
-    load_rows,
-    mix_counts,
-    public_sources,
-    restore,
-    to_common,
-)
+from hf_structprune.recovery.sources import COMMON, dump, load_rows, mix_counts, public_sources, restore, to_common
 
 
 def texts(count, letter="t"):

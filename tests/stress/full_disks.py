@@ -13,10 +13,10 @@ from pathlib import Path
 
 from checkpoints import NOTES, contents, leftovers, make_pruners
 
-from hf_structprune import folders, places
 from hf_structprune.errors import StructPruneError
 from hf_structprune.export.deci import export_deci
 from hf_structprune.export.gguf import export_gguf
+from hf_structprune.files import folders, places
 
 
 def run(root: Path, count: int, seed: int) -> tuple[Counter, list[str]]:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from checkpoints import NOTES, contents, leftovers, make_pruners
 
-from hf_structprune import folders
-from hf_structprune.folders import settle
+from hf_structprune.files import folders
+from hf_structprune.files.folders import settle
 
 
 # Where it is saved. Without an exchange in one step, as on some file systems, there are two renames.

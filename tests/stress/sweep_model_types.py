@@ -30,10 +30,11 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner, proof
+from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
 from hf_structprune.errors import StructPruneError
-from hf_structprune.structure import ModelStructure
-from hf_structprune.units import UNITS
+from hf_structprune.model import proof
+from hf_structprune.model.structure import ModelStructure
+from hf_structprune.units.kinds import UNITS
 
 
 RIGHT, REFUSED, WRONG, CRASH = "right", "refused", "WRONG", "CRASH"

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import CheckpointError, ConfigurationError, PlaceError
-from ...files import write_text
-from ...places import check_room
+from ...files.places import check_room
+from ...files.writing import write_text
 
 
 SCHEMA_VERSION = 1

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ...errors import ConfigurationError
 from ...evaluation.fingerprint import model_fingerprint
-from ...language_head import positions_at_once
+from ...model.language_head import positions_at_once
 from ..configuration import DistillationConfig
 from .cache import CacheOrigin, PredictionCache, sequence_key
 from .predictions import HiddenPredictions, LogitPredictions, TopPredictions, top_predictions, wide

@@ -6,8 +6,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ...language_head import PROBE_LENGTH, has_plain_head
-from ...measuring import measuring
+from ...model.language_head import PROBE_LENGTH, has_plain_head
+from ...model.measuring import measuring
 from .blocks import LogitTransform
 from .predictions import project
 

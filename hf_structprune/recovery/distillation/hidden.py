@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...errors import ConfigurationError
-from ...families import family_of
-from ...structure import decoder_layers
+from ...model.families import family_of
+from ...model.structure import decoder_layers
 from ..configuration import DistillationConfig
 
 

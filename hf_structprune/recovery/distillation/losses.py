@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigurationError
-from ...language_head import positions_at_once
+from ...model.language_head import positions_at_once
 from .blocks import IGNORED, LogitTransform, Rows, full_block, rows_at_once, top_k_block
 from .predictions import Predictions, TopPredictions, project, wide
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import CheckpointError, ConfigurationError
-from ...loading import load_config, load_model, load_tokenizer
-from ...measuring import measuring
+from ...model.loading import load_config, load_model, load_tokenizer
+from ...model.measuring import measuring
 from ..configuration import DistillationConfig
 from .heads import find_transform
 from .hidden import LayerTerms, layer_terms, record_outputs

@@ -11,7 +11,7 @@ from transformers.utils import logging
 from trl import SFTTrainer
 
 from ...errors import ConfigurationError
-from ...four_bit import compute_as_stored
+from ...quantization.four_bit import compute_as_stored
 from ..configuration import DistillationConfig
 from .cached_teacher import cached_teacher
 from .heads import find_transform

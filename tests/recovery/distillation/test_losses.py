@@ -7,11 +7,7 @@ import torch.nn.functional as F
 from hf_structprune.errors import ConfigurationError
 from hf_structprune.recovery.distillation.blocks import LogitTransform
 from hf_structprune.recovery.distillation.losses import StudentHead, Targets, distillation_loss
-from hf_structprune.recovery.distillation.predictions import (
-    HiddenPredictions,
-    LogitPredictions,
-    top_predictions,
-)
+from hf_structprune.recovery.distillation.predictions import HiddenPredictions, LogitPredictions, top_predictions
 
 
 N, V, H, H_TEACHER = 13, 29, 7, 5

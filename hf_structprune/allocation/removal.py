@@ -1,0 +1,153 @@
+"""What can go of the depth of a model, how large it is, and when enough has gone. No weights are looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from ..checks import Number, check_fields
+from ..config import PruningConfig
+from ..decisions import Dropped, emptied, normalised
+from ..errors import ConfigurationError, UnsupportedModelError
+from ..model.structure import ModelStructure
+from ..units.kinds import DEPTH_UNITS, SUBLAYER_UNITS
+from .budget import active_layers
+
+
+Unit = tuple[int, str]  # number of the layer; "layers" (the whole layer), "attention" or "mlp"
+
+
+def depth_candidates(structure: ModelStructure, config: PruningConfig, kinds: tuple[str, ...]) -> list[Unit]:
+    """The layers and sublayers that may go: lower layers first, within one the whole layer, its attention, its MLP.
+
+    Scores are compared in this order, so that of equal ones the first goes.
+
+    Raises:
+        ConfigurationError: A kind is none of `"layers"`, `"attention"` and `"mlp"`, or no layer may be cut.
+        UnsupportedModelError: The layers that may be cut have none of these sublayers.
+    """
+    wrong = [kind for kind in kinds if kind not in DEPTH_UNITS]
+    if wrong or not kinds:
+        raise ConfigurationError(f"`kinds` is {kinds!r}; it must name some of {', '.join(DEPTH_UNITS)}.")
+    units = [
+        (index, kind)
+        for index in active_layers(config, len(structure.layers))
+        for kind in DEPTH_UNITS
+        if kind in kinds and (kind == "layers" or structure.layers[index].sublayer(kind) is not None)
+    ]
+    lacking = [kind for kind in kinds if kind not in {found for _, found in units}]
+    if lacking:
+        raise UnsupportedModelError(
+            f"No layer that may be cut has an {lacking[0]} that could go alone. {'; '.join(structure.notes)}"
+        )
+    return units
+
+
+@dataclass
+class Removal:
+    """What has gone so far.
+
+    Attributes:
+        structure: Of the dense model.
+        units: In the order they went.
+        before: What was gone at the beginning, in the form of a plan's `dropped`; not among `units`.
+    """
+
+    structure: ModelStructure
+    units: list[Unit] = field(default_factory=list)
+    before: Dropped = field(default_factory=dict)
+
+    def can(self, unit: Unit) -> bool:
+        """Whether a unit is still there and a layer stays when it goes."""
+        layer, kind = unit
+        gone = self.gone()
+        if layer in gone.get("layers", ()) or layer in gone.get(kind, ()):
+            return False
+        return len(self._gone([*self.units, unit])["layers"]) < len(self.structure.layers)
+
+    def parameters(self, extra: Iterable[Unit] = ()) -> int:
+        """Parameters of everything that has gone since the beginning, these units included."""
+        return self._parameters(self._gone([*self.units, *extra])) - self._parameters(self._gone([]))
+
+    def gone(self, extra: Iterable[Unit] = ()) -> dict[str, set[int]]:
+        """Layers and sublayers that are gone, these units included; a layer that has lost all is a layer."""
+        return self._gone([*self.units, *extra])
+
+    def in_parts(self, candidates: Iterable[Unit]) -> list[Unit]:
+        """The units, a layer as its sublayers if they may go alone: so one of them can come back."""
+        single, parts = set(candidates), []
+        for layer, kind in self.units:
+            sublayers = [(layer, sublayer.kind) for sublayer in self.structure.layers[layer].sublayers]
+            whole = layer in emptied({name: [layer] for _, name in sublayers}, self.structure)
+            parts += sublayers if kind == "layers" and whole and single.issuperset(sublayers) else [(layer, kind)]
+        return list(dict.fromkeys(parts))
+
+    def without(self, unit: Unit) -> Removal:
+        """The same but for one unit, which is back."""
+        return Removal(self.structure, [one for one in self.units if one != unit], self.before)
+
+    def dropped(self) -> Dropped:
+        """The units in the form of a plan's `dropped`."""
+        dropped: Dropped = {}
+        for layer, kind in self.units:
+            dropped.setdefault(kind, []).append(layer)
+        return normalised(dropped, self.structure)
+
+    def _gone(self, units: list[Unit]) -> dict[str, set[int]]:
+        gone = {kind: set(self.before.get(kind, ())) for kind in DEPTH_UNITS}
+        for layer, kind in units:
+            gone[kind].add(layer)
+        gone["layers"] |= emptied(gone, self.structure)
+        return {kind: numbers if kind == "layers" else numbers - gone["layers"] for kind, numbers in gone.items()}
+
+    def _parameters(self, gone: dict[str, set[int]]) -> int:
+        layers = self.structure.layers
+        sublayers = [layers[number].sublayer(kind) for kind in SUBLAYER_UNITS for number in gone[kind]]
+        return sum(layers[number].parameters for number in gone["layers"]) + sum(s.parameters for s in sublayers)
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much is to go: exactly one of `count` and `parameters`.
+
+    Attributes:
+        count: Number of removals.
+        parameters: Parameters to remove, as near as whole units allow.
+        most: `parameters` is never exceeded, and it is no error if fewer can go.
+    """
+
+    count: Number | None = None
+    parameters: Number | None = None
+    most: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.count is None) == (self.parameters is None):
+            raise ConfigurationError("Give either `count` or `parameters`: how many units go, or how much they hold.")
+        check_fields(self)
+
+    def wants(self, removal: Removal, unit: Unit) -> bool:
+        """Whether this unit is to go on top of what has gone; of two amounts equally far away the smaller is taken."""
+        if self.count is not None:
+            return len(removal.units) < self.count
+        return self.nearer(removal.parameters([unit]), removal.parameters())
+
+    def returns(self, removal: Removal) -> list[Unit]:
+        """The units whose return leads nearer to the amount."""
+        now, gone = self.distance(removal), removal.parameters()
+        rests = {unit: removal.without(unit) for unit in removal.units}
+        return [unit for unit, rest in rests.items() if self.distance(rest) < now and rest.parameters() < gone]
+
+    def excess(self, removal: Removal) -> int:
+        """Units, or parameters, that are gone beyond the amount; negative if some are lacking."""
+        return len(removal.units) - self.count if self.count is not None else removal.parameters() - self.parameters
+
+    def distance(self, removal: Removal) -> tuple[int, int]:
+        """How far what has gone is away from the amount; of two equally far away the one with less gone is smaller."""
+        excess = self.excess(removal)
+        return abs(excess), excess
+
+    def nearer(self, more: int, fewer: int) -> bool:
+        """Whether removing `more` parameters comes nearer to the wanted amount than `fewer`."""
+        if self.most:
+            return more <= self.parameters
+        return abs(more - self.parameters) < abs(fewer - self.parameters)

@@ -1,0 +1,140 @@
+"""How much layers and blocks of layers change the residual stream: angular distance and block influence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..allocation.removal import Unit
+from ..model.measuring import measures
+from ..model.silence import Silencer
+from ..model.structure import LayerStructure, ModelStructure, decoder_layers
+from ..stats.similarities import LayerSimilarities
+from ..stats.stream import LayerStream
+
+
+@measures
+def layer_similarities(
+    model: PreTrainedModel,
+    structure: ModelStructure,
+    tokens: torch.Tensor,
+    *,
+    batch_size: int = 8,
+    sublayers: bool = False,
+) -> LayerSimilarities:
+    """Compares the residual stream at all positions, in one pass over the text.
+
+    Position `i` is what enters layer `i`; position `L` is what leaves the last layer, before the final norm.
+
+    * Angular distance `arccos(cos(h_i, h_j)) / pi` of the last token of each sequence, averaged over the sequences,
+      for every pair of positions (Gromov et al. 2024, arXiv 2403.17887, eq. 8). Only the states of last tokens are
+      kept: (L + 1) x sequences x hidden.
+    * Block influence `1 - mean cos(h_i, h_(i+1))` over all tokens (ShortGPT, Men et al. 2024, arXiv 2403.03853).
+
+    A sublayer is measured in the same way between the stream before and after it. In between a layer's attention and
+    its MLP the stream is what the layer returns if its MLP adds nothing: exact in layers that add one after the
+    other, whether or not they scale or norm what they add; layers with both side by side are taken to add the
+    attention first. This runs every attention twice.
+
+    Args:
+        model: A causal language model in eval mode; it is left as it is.
+        structure: Its layers and sublayers.
+        tokens: Token ids, shape (sequences, length), without padding.
+        batch_size: Sequences that go through the model at once.
+        sublayers: Measure attentions and MLPs too.
+    """
+    stream = LayerStream(model, decoder_layers(model, structure.family), tokens, batch_size)
+    silencer = Silencer(model, structure, tokens[:1, :2]) if sublayers else None
+    positions = [_last(stream.hidden)]
+    found: dict[Unit, _Pair] = {}
+    for layer in tqdm(structure.layers, desc="Distances", disable=not logging.is_progress_bar_enabled()):
+        stream.enter(layer.index)
+        for number, before in enumerate(stream.hidden):
+            after = stream.outputs(layer.index, number, last=layer.index)
+            ends = {"layers": (before, after)}
+            if silencer is not None:
+                ends.update(_around_sublayers(stream, silencer, layer, number, after))
+            for kind, states in ends.items():
+                found.setdefault((layer.index, kind), _Pair()).add(*states)
+            before.copy_(after)
+        positions.append(_last(stream.hidden))
+    distances = {unit: pair.distance for unit, pair in found.items()}
+    influences = {unit: pair.influence for unit, pair in found.items()}
+    return LayerSimilarities(_mean_distances(positions), distances, influences)
+
+
+def angular_distance(cosines: torch.Tensor) -> torch.Tensor:
+    """`arccos(cos) / pi`, 0 to 1; rounding beyond [-1, 1] is cut off."""
+    return cosines.clamp(-1.0, 1.0).arccos() / math.pi
+
+
+def _around_sublayers(
+    stream: LayerStream, silencer: Silencer, layer: LayerStructure, number: int, after: torch.Tensor
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The stream before and after each sublayer of a layer, for one batch.
+
+    Where the structure knows only the attention, the layer with it is compared with the layer without it.
+    """
+    attention, mlp = layer.sublayer("attention"), layer.sublayer("mlp")
+    ends: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    known = mlp or attention
+    if known is None:
+        return ends
+    with silencer.silenced([known]):
+        without = stream.outputs(layer.index, number, last=layer.index)
+    ends[known.kind] = without, after
+    if mlp is not None and attention is not None:
+        ends["attention"] = stream.hidden[number], without
+    return ends
+
+
+def _last(states: Collection[torch.Tensor]) -> torch.Tensor:
+    """The states of the last token of every sequence, on the CPU, shape (sequences, hidden)."""
+    return torch.cat([state[:, -1] for state in states]).cpu()
+
+
+def _cosines(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1).clamp(-1.0, 1.0)
+
+
+class _Pair:
+    """Running means of the two measures between two positions."""
+
+    def __init__(self) -> None:
+        self._cosines = self._angles = 0.0
+        self._tokens = self._sequences = 0
+
+    def add(self, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Adds a batch of states, shape (sequences, length, hidden)."""
+        cosines = _cosines(before, after)
+        self._cosines += float(cosines.sum(dtype=torch.float64))
+        self._tokens += cosines.numel()
+        ends = before[:, -1].double(), after[:, -1].double()
+        self._angles += float(angular_distance(torch.nn.functional.cosine_similarity(*ends, dim=-1)).sum())
+        self._sequences += len(before)
+
+    @property
+    def influence(self) -> float:
+        return 1.0 - self._cosines / self._tokens
+
+    @property
+    def distance(self) -> float:
+        return self._angles / self._sequences
+
+
+def _mean_distances(positions: list[torch.Tensor]) -> torch.Tensor:
+    """Mean angular distances between positions, one sequence at a time; float64, exactly 0 of each to itself.
+
+    Args:
+        positions: States of last tokens, each of shape (sequences, hidden).
+    """
+    total = torch.zeros(len(positions), len(positions), dtype=torch.float64)
+    for sequence in zip(*positions, strict=True):
+        unit = torch.nn.functional.normalize(torch.stack(sequence).double(), dim=-1)
+        total += angular_distance(unit @ unit.T)
+    return (total / len(positions[0])).fill_diagonal_(0.0)

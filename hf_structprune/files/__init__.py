@@ -1,0 +1,1 @@
+"""Reading and writing files and folders, whole or not at all."""

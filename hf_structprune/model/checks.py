@@ -1,0 +1,262 @@
+"""What has to be true of a model before a tensor of it changes: what would be lost or mistaken is refused."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from ..errors import ConfigurationError, UnsupportedModelError
+from .depth_check import description
+from .expected import skeleton
+from .half_pruned import check_whole
+from .target import _REFUSED
+from .tied_weights import as_shared
+
+
+_HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
+    "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
+_TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+# Hooks of these libraries are put where they are by their own means (moving weights, recording outputs).
+_OWN_HOOKS = ("accelerate", "transformers", "torch")
+# What differs without a difference to what the model computes.
+_HARMLESS = ("padding_idx", "name_or_path", "loss_type", "vocab_size")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_QUANTISED = "Its weights cannot be cut. Load it without quantisation, prune it, and quantise the result."
+
+
+def check_model(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of which nothing is lost when it is pruned, with a configuration that says what its tensors say.
+
+    Nothing is written to; works on the meta device.
+
+    Args:
+        model: What the caller takes for a causal language model.
+
+    Returns:
+        The same model, or one with the same tensors where the configuration is wrong about which are tied, see
+        `tied_weights.as_shared`.
+
+    Raises:
+        UnsupportedModelError: It is wrapped, compiled, quantised, masked or no causal language model; or it has a
+            class, hooks, modules, parameters or settings of its own, which its configuration does not describe.
+        StructPruneError: It is half-pruned.
+    """
+    _check_wrapped(model)
+    check_whole(model)
+    _check_plain(model)
+    _check_class(model)
+    return as_shared(model, _check_described(model))
+
+
+def check_savable(model: PreTrainedModel, **values: Any) -> None:
+    """Refuses what could not be written when everything is done.
+
+    Args:
+        model: The model, for its generation configuration.
+        values: What will be written as JSON, by what it is called in the message.
+
+    Raises:
+        ConfigurationError: Names what cannot be written.
+    """
+    for name, value in values.items():
+        try:
+            json.dumps(value.to_dict() if hasattr(value, "to_dict") else value)
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(f"The {name} cannot be written as JSON: {error}. It is {value!r}.") from error
+    if model.generation_config is None:
+        return
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:
+        lines = [line.strip("- ") for line in str(error).splitlines() if line.startswith("- ")] or [str(error)]
+        raise ConfigurationError(
+            "Transformers would refuse to save the generation configuration of this model (generation_config.json, "
+            f"`model.generation_config`): {' '.join(lines)}"
+        ) from error
+
+
+def _check_wrapped(model: Any) -> None:
+    if isinstance(model, PreTrainedModel):
+        return
+    name = type(model).__name__
+    inside = model._modules if isinstance(model, nn.Module) else {}
+    if "_orig_mod" in inside:
+        raise UnsupportedModelError("The model is compiled: give `model._orig_mod`, and compile the result.")
+    if "module" in inside:
+        raise UnsupportedModelError(f"The model is wrapped in a {name}: give `model.module`.")
+    if "base_model" in inside and hasattr(model, "merge_and_unload"):
+        raise UnsupportedModelError(
+            "The model has PEFT adapters, which would not fit the pruned weights: merge them first, and give "
+            "`model.merge_and_unload()`."
+        )
+    if "pretrained_model" in inside:
+        raise UnsupportedModelError(f"The model is wrapped in a {name}: give `model.pretrained_model`.")
+    raise UnsupportedModelError(
+        f"{name} is no model of Transformers: give what `AutoModelForCausalLM.from_pretrained` returns."
+    )
+
+
+def _check_plain(model: PreTrainedModel) -> None:
+    """Refuses modules and weights that stand for others."""
+    if getattr(model.config, "quantization_config", None) is not None or getattr(model, "hf_quantizer", None):
+        raise UnsupportedModelError(f"The model is quantised. {_QUANTISED}")
+    for name, module in model.named_modules():
+        what = f"`{name}`" if name else "The model"
+        reason = _stands_for_others(module)
+        if reason is not None:
+            raise UnsupportedModelError(f"{what} {reason}")
+    for name, parameter in model.named_parameters():
+        if type(parameter) is not nn.Parameter or type(parameter.data) is not torch.Tensor:
+            kind = type(parameter.data if type(parameter) is nn.Parameter else parameter).__name__
+            raise UnsupportedModelError(f"`{name}` is a {kind} and no plain tensor (quantised?). {_QUANTISED}")
+        if parameter.dtype not in _DTYPES:
+            raise UnsupportedModelError(f"`{name}` is of {parameter.dtype}, which is a quantised one. {_QUANTISED}")
+        if parameter.is_inference():
+            raise UnsupportedModelError(
+                f"`{name}` was made inside `torch.inference_mode()` and cannot be written to: load the model outside."
+            )
+
+
+def _stands_for_others(module: nn.Module) -> str | None:
+    """Why a module is not what it seems, and the way out."""
+    library = type(module).__module__.partition(".")[0]
+    if library == "peft":
+        return "is an adapter of PEFT, which would not fit the pruned weights: merge first (`merge_and_unload()`)."
+    if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
+        return "is compiled: prune the model as it was before (`_orig_mod`), and compile the result."
+    if parametrize.is_parametrized(module):
+        name = next(iter(module.parametrizations))
+        return (
+            "is parametrised: make its weights permanent first "
+            f"(`torch.nn.utils.parametrize.remove_parametrizations(module, {name!r})`)."
+        )
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod):
+            return (
+                f"is masked: make the zeros permanent (`torch.nn.utils.prune.remove(module, {hook._tensor_name!r})`)."
+            )
+        if type(hook).__module__.startswith("torch.nn.utils"):
+            return f"has its weights computed by {type(hook).__name__}: remove that first (see `torch.nn.utils`)."
+    return None
+
+
+def stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """The class of a model, or of one whose layers differ in width the class that its layers are of."""
+    bases = type(model).__bases__
+    return bases[1] if bases[0].__name__ == "PerLayerMixin" else type(model)
+
+
+def _check_class(model: PreTrainedModel) -> None:
+    stock, config = stock_class(model), type(model.config)
+    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(config, ())
+    known = known if isinstance(known, tuple) else (known,)
+    names = " or ".join(one.__name__ for one in known)
+    if not stock.__module__.startswith("transformers.models."):
+        parents = [one for one in stock.__mro__ if one.__module__.startswith("transformers.models.")]
+        own = ", ".join(f"`{name}`" for name in vars(stock) if not name.startswith("_"))
+        raise UnsupportedModelError(
+            f"{stock.__name__} is a class of its own{f', with {own}' if own else ''}: the pruned model would be a "
+            f"plain {parents[0].__name__} without it. Give a {parents[0].__name__}."
+            if parents
+            else f"{stock.__name__} is no class of Transformers, and its code is not understood."
+        )
+    if not known:
+        raise UnsupportedModelError(
+            f"{stock.__name__} is no causal language model, and `AutoModelForCausalLM` loads none from a "
+            f"{config.__name__}, so that the result could not be loaded. A part of a model cannot be pruned alone."
+        )
+    if stock not in known:
+        raise UnsupportedModelError(
+            f"{stock.__name__} is no causal language model: give a {names} (`AutoModelForCausalLM.from_pretrained`), "
+            "whose head predicts the next token."
+        )
+
+
+def _check_described(model: PreTrainedModel) -> PreTrainedModel:
+    """Compares a model with what its class builds from its configuration, module by module; returns the latter."""
+    try:
+        expected = skeleton(model)
+    except _REFUSED as error:
+        raise UnsupportedModelError(f"`model.config` builds no {type(model).__name__}: {error}") from error
+    there, built = description(model), description(expected)
+    tensors = {name for one in (model, expected) for name in one.state_dict(keep_vars=True)}
+    tensors |= {name for one in (model, expected) for name, _ in one.named_buffers()}
+    for name in [*there, *(name for name in built if name not in there)]:
+        if there.get(name) != built.get(name) and _matters(name, name in tensors, there, built):
+            raise UnsupportedModelError(
+                f"`{name}` of this {type(model).__name__} is {_shown(there.get(name))}, but its configuration builds "
+                f"{_shown(built.get(name))}: the pruned model, which is built from the configuration, would lose "
+                "that. Write it into `model.config`, or load the model as it was saved."
+            )
+    stock = dict(expected.named_modules())
+    for name, module in model.named_modules():
+        for method in _replaced_methods(module, stock[name], getattr(model, "hf_device_map", None) is not None):
+            raise UnsupportedModelError(
+                f"`{method}` of {f'`{name}`' if name else 'the model'} was replaced by a function, which the pruned "
+                "model would not have. Give the model as its class makes it."
+            )
+        for hook in _added_hooks(module, stock[name]):
+            raise UnsupportedModelError(
+                f"{f'`{name}`' if name else 'The model'} has a hook ({_name(hook)}), which the pruned model would not "
+                "have. Remove it (`handle.remove()`) and add it to the result."
+            )
+    return expected
+
+
+def _matters(name: str, is_tensor: bool, there: dict[str, Any], built: dict[str, Any]) -> bool:
+    """Whether a difference is one of what the model computes when it is not trained."""
+    owner, _, leaf = name.rpartition(".")
+    if is_tensor or leaf == "class":
+        return True
+    if name not in there or name not in built:  # a note that somebody left, or that running the model has left
+        return False
+    dropout = "drop" in leaf or (leaf == "p" and "Dropout" in built.get(f"{owner}.class", ""))
+    return not dropout and leaf not in _HARMLESS
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else f"{value}"
+
+
+def _replaced_methods(module: nn.Module, stock: nn.Module, dispatched: bool) -> Iterator[str]:
+    for name, value in vars(module).items():
+        method = inspect.getattr_static(type(module), name, None)
+        if name in vars(stock) or not inspect.isfunction(method) or not callable(value):
+            continue
+        if name == "forward" and "_hf_hook" in vars(module):  # Accelerate's, around the class's own
+            value = vars(module).get("_old_forward")
+            if getattr(value, "__func__", None) is method:
+                continue
+        elif dispatched and name in ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa"):
+            continue
+        yield name
+
+
+def _added_hooks(module: nn.Module, stock: nn.Module) -> Iterator[Any]:
+    own = {_name(hook) for place in _HOOKS for hook in getattr(stock, place, {}).values()}
+    hooks = [hook for place in _HOOKS for hook in getattr(module, place, {}).values()]
+    for parameter in module._parameters.values():
+        for place in _TENSOR_HOOKS:
+            hooks += (getattr(parameter, place, None) or {}).values()
+    for hook in hooks:
+        if _name(hook) not in own and _name(hook).partition(".")[0] not in _OWN_HOOKS:
+            yield hook
+
+
+def _name(hook: Any) -> str:
+    """Full name of a function, of the function in a wrapper, or of the class of what is called."""
+    hook = getattr(hook, "hook", hook)
+    hook = getattr(hook, "func", hook)
+    named = hook if hasattr(hook, "__qualname__") else type(hook)
+    return f"{named.__module__}.{named.__qualname__}"

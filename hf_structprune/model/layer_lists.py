@@ -1,0 +1,87 @@
+"""What a configuration says layer by layer, after layers are gone; pure functions of its values."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from ..errors import CheckpointError
+
+
+COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+# Lists of numbers of layers; all other lists with an entry for every layer are cut.
+_INDEX_LISTS = (
+    "mlp_only_layers", "moe_layers", "cross_attention_layers", "full_attn_idxs", "attn_layer_indices",
+    "hybrid_layer_ids", "global_attn_indexes",
+)  # fmt: skip
+# How many of the first layers are of another kind.
+_PREFIXES = ("first_k_dense_replace", "num_dense_layers", "max_window_layers")
+# Lists that may happen to be as long as the model is deep.
+_NOT_LAYERS = (
+    "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "begin_suppress_tokens",
+    "bad_words_ids", "mrope_section",
+)  # fmt: skip
+# Rules that a list replaces: the list says it for each layer, so the rule must not be read any more.
+_REPLACED_BY = {
+    "sliding_window_pattern": "layer_types", "_sliding_window_pattern": "layer_types",
+    "global_attn_every_n_layers": "layer_types", "full_attention_interval": "layer_types",
+    "no_rope_layer_interval": "no_rope_layers", "interleave_moe_layer_step": "moe_layers",
+}  # fmt: skip
+
+
+def without_layers(
+    values: dict[str, Any], dropped: Collection[int], num_layers: int, count_key: str | None = None
+) -> dict[str, Any]:
+    """The values of a configuration without some layers.
+
+    The number of layers falls; every list with an entry for each layer (`layer_types`, `no_rope_layers`,
+    `attention_layers`, ...) loses those of the dropped ones; numbers of layers (`mlp_only_layers`, the keys of
+    `per_layer_config`) and counts of first layers (`first_k_dense_replace`) are those of the layers that stay; rules
+    such as every fourth layer are dropped where the list is there, or become a list (`decoder_sparse_step`).
+
+    Rules that are not known here stay as they are: `layout.target_of` compares what is built with the dense layers.
+
+    Args:
+        values: As from `config.to_dict()`; not changed.
+        dropped: Numbers of the layers that go.
+        num_layers: Layers before.
+        count_key: Key of the number of layers; default: the one of `COUNT_KEYS` that is there.
+
+    Returns:
+        New values.
+
+    Raises:
+        CheckpointError: The number of layers is not in the values, or is another one.
+    """
+    kept = [index for index in range(num_layers) if index not in set(dropped)]
+    count_key = count_key or next((key for key in COUNT_KEYS if values.get(key) == num_layers), COUNT_KEYS[0])
+    if values.get(count_key) != num_layers:
+        raise CheckpointError(f"`{count_key}` is {values.get(count_key)!r}, but the model has {num_layers} layers.")
+    result = _explicit(values, num_layers)
+    for key, value in list(result.items()):
+        if key in _INDEX_LISTS and value is not None:
+            result[key] = _renumbered(value, kept)
+        elif key in _PREFIXES and isinstance(value, int) and value < num_layers:
+            result[key] = sum(index < value for index in kept)
+        elif isinstance(value, (list, tuple)) and len(value) == num_layers and key not in _NOT_LAYERS:
+            result[key] = [value[index] for index in kept]
+        elif key == "per_layer_config" and value:
+            entries = {int(index): entry for index, entry in value.items()}
+            result[key] = {str(new): entries[old] for new, old in enumerate(kept) if old in entries}
+    if result.get("attention_types") and result.get("attention_layers"):  # GPT-Neo: runs of the list
+        result["attention_types"] = [[[one], 1] for one in result["attention_layers"]]
+    return {**result, count_key: len(kept)}
+
+
+def _renumbered(numbers: Collection[int], kept: list[int]) -> list[int]:
+    return [kept.index(number) for number in numbers if number in kept]
+
+
+def _explicit(values: dict[str, Any], num_layers: int) -> dict[str, Any]:
+    """Values without rules that count layers, where a list can say the same."""
+    values = {key: value for key, value in values.items() if not values.get(_REPLACED_BY.get(key, ""))}
+    step = values.get("decoder_sparse_step")
+    if step and step > 1:  # Qwen MoE: every so manieth layer has experts
+        dense = {index for index in range(num_layers) if (index + 1) % step} | set(values.get("mlp_only_layers") or ())
+        values |= {"decoder_sparse_step": 1, "mlp_only_layers": sorted(dense)}
+    return values

@@ -1,0 +1,76 @@
+"""The state in which models are looked at, whatever state the caller is in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ..quantization.four_bit import as_stored
+from .half_pruned import check_whole
+
+
+Result = TypeVar("Result")
+
+
+@contextmanager
+def measuring(model: nn.Module, *, autocast: torch.dtype | None = None) -> Iterator[None]:
+    """Puts model and torch into the state for measuring; afterwards both are as they were, also after an error.
+
+    Every module is in evaluation mode (no dropout), nothing asks for gradients (`torch.enable_grad` inside does), and
+    what the caller has switched on is off: `torch.autocast`, `torch.inference_mode`, another default dtype or device.
+    In evaluation mode, and only there, bitsandbytes repacks 4-bit weights in place on some CPUs: see `four_bit`.
+
+    Args:
+        model: The model.
+        autocast: Compute in this dtype with autocast, as training with mixed precision does.
+
+    Raises:
+        StructPruneError: The model is half-pruned.
+    """
+    check_whole(model)
+    modes = [(module, module.training) for module in model.modules()]
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        own = {parameter.device.type for parameter in model.parameters()}
+        for kind in filter(torch.amp.is_autocast_available, {"cpu", *own}):
+            mixed = autocast is not None and kind in own
+            stack.enter_context(torch.autocast(kind, dtype=autocast if mixed else None, enabled=mixed))
+        stack.enter_context(_plain_defaults())
+        model.eval()
+        try:
+            with as_stored(model):
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def measures(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Runs a function, whose first argument is a model, while that is `measuring`."""
+
+    @wraps(function)
+    def run(model: nn.Module, *args: Any, **kwargs: Any) -> Result:
+        with measuring(model):
+            return function(model, *args, **kwargs)
+
+    return run
+
+
+@contextmanager
+def _plain_defaults() -> Iterator[None]:
+    """New tensors are float32 and on the CPU unless they are told otherwise, as the computations take for granted."""
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)

@@ -1,0 +1,469 @@
+"""The guarantee, tested on a small model before the user's is touched: cutting units is the same as zeroing them.
+
+The test-suite proves it for the model types in `families.PROVEN`. For any other type a small random model with the
+structure of the user's is built (see `shrinking`), cut by the same surgery, and compared with one whose units are
+zeroed. What differs, or cannot be tried, is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import tempfile
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from ..config import PruningConfig
+from ..decisions import Dropped, emptied
+from ..errors import CheckpointError, StructPruneError, UnsupportedModelError
+from ..hooks import as_output, others_of
+from ..plan import PruningPlan
+from ..refit.norms import NormKind, stream_norms
+from ..stats.stream import LayerStream
+from ..units.hidden_cut import cut_hidden
+from ..units.hidden_group import hidden_group
+from ..units.kinds import SUBLAYER_UNITS, UNITS, WIDTH_UNITS
+from .families import PROVEN
+from .modeling_structprune import PerLayerMixin
+from .rebuild import rebuild
+from .shrinking import VOCABULARY, representatives, shrunk_values
+from .structure import LayerStructure, ModelStructure, decoder_layers
+from .surgery import Kept, cut_units, drop, mask_sublayers, mask_units
+from .target import _stock_class, _target, target_of
+
+
+# Largest difference of logits, relative to the largest logit, that rounding explains in float64.
+TOLERANCE = 1e-7
+# What has to change at least for a test to say anything.
+EFFECT = 1e-5
+_LARGEST = 3e7  # parameters of a small model
+_LENGTH, _SEQUENCES = 14, 2
+# Why a kind is refused, `None` if it is proven, by what `_key` gives.
+_verdicts: dict[tuple, str | None] = {}
+
+
+def prove(model: PreTrainedModel, structure: ModelStructure, kinds: Collection[str]) -> None:
+    """Refuses kinds of units for which cutting is not shown to equal zeroing; the model itself is not run or changed.
+
+    Takes about a second for each type and kind that the test-suite does not cover; the answer is kept for as long as
+    the process lives. Random numbers and the default dtype of the caller are left as they are.
+
+    Args:
+        model: The model; the meta device will do.
+        structure: Its structure.
+        kinds: Kinds of units that are to be cut.
+
+    Raises:
+        UnsupportedModelError: A kind is not proven: names it, the model type, and what differs or could not be tried.
+            Or the class is none of Transformers'.
+    """
+    if is_proven(model):
+        return
+    _stock_class(model)  # refuses classes of which no checkpoint could be written
+    kinds = [kind for kind in UNITS if kind in kinds and has_units(structure, kind)]
+    for kind, reason in verdicts(model, structure, kinds).items():
+        if reason is not None:
+            raise UnsupportedModelError(
+                f"'{kind}' of model type {model.config.model_type!r} ({type(model).__name__}) is not cut: {reason}. "
+                f"Leave '{kind}' out of `units`."
+            )
+
+
+def verdicts(model: PreTrainedModel, structure: ModelStructure, kinds: Collection[str]) -> dict[str, str | None]:
+    """Why kinds of units are refused, `None` for those that are proven; arguments as for `prove`."""
+    key, trial = _key(model, structure), None
+    for kind in kinds:
+        if (key, kind) not in _verdicts:
+            with apart():
+                trial = trial or Trial(model, structure)
+                _verdicts[key, kind] = trial.verdict(kind)
+    return {kind: _verdicts[key, kind] for kind in kinds}
+
+
+def has_units(structure: ModelStructure, kind: str) -> bool:
+    """Whether there is something of a kind that can go; where there is nothing, planning says so."""
+    if kind in WIDTH_UNITS:
+        return any(group.num_units > group.blocks for group in structure.groups if group.kind == kind)
+    if kind in SUBLAYER_UNITS:
+        return any(layer.sublayer(kind) for layer in structure.layers)
+    return kind == "hidden" or len(structure.layers) > 1
+
+
+def kinds_of(plan: PruningPlan) -> set[str]:
+    """Kinds of units that a plan takes from a model."""
+    widths = {group.kind for group in plan.groups if group.keep < group.num_units}
+    return {*widths, *plan.dropped, *(["hidden"] if plan.hidden else [])}
+
+
+def is_proven(model: PreTrainedModel) -> bool:
+    """Whether the test-suite proves the guarantee for this type, and the class is the one it was proven for."""
+    stock = type(model).__module__.startswith("transformers.models.") or isinstance(model, PerLayerMixin)
+    return model.config.model_type in PROVEN and stock
+
+
+def _key(model: PreTrainedModel, structure: ModelStructure) -> tuple:
+    values = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
+    parts = [_parts(layer) for layer in structure.layers]
+    facts = [values, parts, structure.notes, _silent_padding(model)]
+    return type(model), json.dumps(facts, default=str, sort_keys=True)
+
+
+def _silent_padding(model: PreTrainedModel) -> bool:
+    """Whether the padding token is embedded as zeros; some classes make it so when they load a checkpoint."""
+    embeddings = model.get_input_embeddings()
+    index = getattr(embeddings, "padding_idx", None)
+    if index is None or embeddings.weight.device.type == "meta":
+        return index is not None
+    return not embeddings.weight[index].any()
+
+
+class _Differs(Exception):
+    """Zeroed and cut are not the same."""
+
+
+def _reason(attempt: Callable[[], None]) -> str | None:
+    """What goes wrong in an attempt, `None` if nothing does."""
+    try:
+        attempt()
+    except _Differs as error:
+        return f"on a small random model of the same configuration, {error}"
+    except StructPruneError as error:
+        return f"a small random model of the same configuration does not show that it can be: {error}".rstrip(".")
+    except Exception as error:  # code of any model class runs here
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+        return f"a small random model of the same configuration could not be built and cut ({reason})"
+    return None
+
+
+def small_twin(model: PreTrainedModel, structure: ModelStructure) -> PreTrainedModel:
+    """A small random model in float64 on the CPU with the structure of a model.
+
+    Raises:
+        UnsupportedModelError: It is not small, or its parts are not those of the model.
+    """
+    values, kept = shrunk_values(model, structure)
+    target = _target(_stock_class(model), type(model.config), values, model)
+    size = sum(parameter.numel() for parameter in target.skeleton().parameters())
+    if size > _LARGEST:
+        raise UnsupportedModelError(f"its configuration could not be made small ({size:,} parameters are left)")
+    twin = type(model)._from_config(
+        target.config, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    )
+    twin = _randomised(twin.to(torch.float64)).eval()
+    if _silent_padding(model):
+        embeddings = twin.get_input_embeddings()
+        embeddings.weight[embeddings.padding_idx] = 0
+    for old, layer in zip(kept, ModelStructure.of(twin).layers, strict=True):
+        if _parts(layer) != _parts(structure.layers[old]):
+            raise UnsupportedModelError(f"the small model's layer for layer {old} has other parts than the model's")
+    return twin
+
+
+def _parts(layer: LayerStructure) -> tuple[list[str], list[str]]:
+    return [group.kind for group in layer.groups], [sublayer.kind for sublayer in layer.sublayers]
+
+
+@torch.no_grad()
+def _randomised(model: PreTrainedModel) -> PreTrainedModel:
+    """Draws all parameters, so that activations are about 1, no bias is 0 and no norm weight 1."""
+    embeddings = model.get_input_embeddings().weight
+    for parameter in model.parameters():
+        noise = torch.randn_like(parameter)
+        if parameter.ndim < 2:
+            parameter.add_(0.3 * noise)
+        else:
+            parameter.copy_(noise if parameter is embeddings else noise / math.sqrt(min(parameter.shape[-2:])))
+    return model
+
+
+class Trial:
+    """Tries on a small twin of a model whether cutting units equals zeroing them.
+
+    Args:
+        model: The model.
+        structure: Its structure.
+    """
+
+    def __init__(self, model: PreTrainedModel, structure: ModelStructure) -> None:
+        self._why_not: str | None = _reason(lambda: self._begin(model, structure))
+
+    def _begin(self, model: PreTrainedModel, structure: ModelStructure) -> None:
+        self.model = small_twin(model, structure)
+        self.structure = ModelStructure.of(self.model)
+        self.tokens = torch.randint(4, VOCABULARY, (_SEQUENCES, _LENGTH)) % self._vocabulary()
+        self.dense = logits(self.model, self.tokens)
+        self._reloaded: set[type] = set()
+        if not self.dense.isfinite().all():
+            raise UnsupportedModelError("its logits are not finite")
+        self._follow()
+
+    def verdict(self, kind: str) -> str | None:
+        """Why a kind is refused, `None` if it is proven."""
+        tries = {"layers": self._layers, "hidden": self._hidden}
+        tries |= {part: lambda: self._sublayers(kind) for part in SUBLAYER_UNITS}
+        return self._why_not or _reason(tries.get(kind, lambda: self._widths(kind)))
+
+    def _vocabulary(self) -> int:
+        return len(self.model.get_input_embeddings().weight)
+
+    def _follow(self) -> None:
+        """Carried layer by layer, as when calibrating, hidden states have to give the same logits."""
+        layers = decoder_layers(self.model, self.structure.family)
+        with _Float64(), torch.no_grad():
+            stream = LayerStream(self.model, layers, self.tokens, _SEQUENCES)
+            got = stream.finish(0, 0)
+        self._compare(got, self.dense, "hidden states carried from layer to layer give other logits than the model")
+
+    def _widths(self, kind: str) -> None:
+        """Half of the units of every group; with equal widths and with widths of each layer, where they can be had."""
+        groups = [group for group in self.structure.groups if group.kind == kind]
+        kept = {(group.layer, kind): _half(group.num_units, group.blocks) for group in groups}
+        counts = {(g.layer, kind): len(kept[g.layer, kind]) // g.blocks for g in groups}
+        if all(len(kept[g.layer, kind]) == g.num_units for g in groups):
+            raise UnsupportedModelError(f"none of the {kind} of the small model can go")
+        self._in_some_layout(lambda layout: self._cut(kept, counts, layout), lambda: self._masked(kept))
+
+    def _in_some_layout(self, cut: Callable[[str], PreTrainedModel], reference: Callable[[], torch.Tensor]) -> None:
+        expected, errors = None, []
+        for layout in ("uniform", "per_layer"):
+            try:
+                small = cut(layout)
+            except CheckpointError as error:
+                errors.append(error)
+                continue
+            expected = reference() if expected is None else expected
+            self._check(small, expected)
+        if len(errors) == 2:
+            raise errors[-1]
+
+    def _masked(self, kept: Kept) -> torch.Tensor:
+        masked = copy.deepcopy(self.model)
+        mask_units(masked, self.structure, kept)
+        for group in self.structure.groups:
+            share = len(kept.get((group.layer, group.kind), range(group.num_units))) / group.num_units
+            for part in group.norms:
+                _over_kept(masked.get_submodule(part.module), share)
+        return logits(masked, self.tokens)
+
+    def _cut(self, kept: Kept, counts: dict, layout: str, dropped: Dropped | None = None) -> PreTrainedModel:
+        plan = PruningPlan.from_counts(
+            self.structure, counts, model_type=self.model.config.model_type, layout=layout, dropped=dropped
+        )
+        target = target_of(self.model, self.structure, plan)
+        small = copy.deepcopy(self.model)
+        cut_units(small, self.structure, kept)
+        drop(small, self.structure, plan.dropped)
+        return rebuild(small, target)
+
+    def _sublayers(self, kind: str) -> None:
+        """A sublayer of each kind of layer, alone."""
+        tried = False
+        for layer in self._of_each_kind():
+            dropped = {kind: [layer.index]}
+            if layer.sublayer(kind) is not None and not emptied(dropped, self.structure):
+                masked = copy.deepcopy(self.model)
+                mask_sublayers(masked, self.structure, dropped)
+                self._check(self._cut({}, {}, "per_layer", dropped), logits(masked, self.tokens))
+                tried = True
+        if not tried:
+            raise UnsupportedModelError(f"no layer of it can do without its {kind} alone")
+
+    def _layers(self) -> None:
+        """A layer of each kind, alone; one that no configuration can be without is refused when the plan is made."""
+        errors: list[CheckpointError] = []
+        layers = self._of_each_kind()
+        for layer in layers:
+            try:
+                small = self._without(layer.index)
+            except CheckpointError as error:
+                errors.append(error)
+                continue
+            with _passed_over(self.model.get_submodule(layer.name)):
+                expected = logits(self.model, self.tokens)
+            self._check(small, expected)
+        if len(errors) == len(layers):
+            raise errors[0]
+
+    def _without(self, index: int) -> PreTrainedModel:
+        try:
+            return self._cut({}, {}, "uniform", {"layers": [index]})
+        except CheckpointError:
+            return self._cut({}, {}, "per_layer", {"layers": [index]})
+
+    def _of_each_kind(self) -> list[LayerStructure]:
+        modules = [module for _, module in decoder_layers(self.model, self.structure.family)]
+        return [self.structure.layers[i] for i in representatives(self.model.config.to_dict(), modules)]
+
+    def _hidden(self) -> None:
+        group = hidden_group(self.model, self.structure)
+        config = PruningConfig(units=("hidden",), hidden_size=group.size - 1, compensation=False)
+        errors: list[CheckpointError] = []
+        heads = [layer.attention.heads for layer in self.structure.layers if layer.attention]
+        for step in (1, 2, 4, 8, group.size % 8, *heads):  # classes ask for multiples of the heads, experts of 8
+            if not 0 < step < group.size:
+                continue
+            kept = torch.randperm(group.size)[step:].sort().values
+            try:
+                small, _ = cut_hidden(self.model, self.structure, group.size - step, config, None, kept)
+            except CheckpointError as error:
+                errors.append(error)
+                continue
+            masked = copy.deepcopy(self.model)
+            mask_channels(masked, group.dims(), kept)
+            self._check(small, logits(masked, self.tokens))
+            return
+        raise errors[0]
+
+    def _check(self, small: PreTrainedModel, expected: torch.Tensor) -> None:
+        """Compares a cut model with the logits that it should have, and its first checkpoint with it."""
+        if _difference(expected, self.dense) < EFFECT:
+            raise UnsupportedModelError("cutting from the small model changed nothing, so that nothing is shown")
+        self._compare(logits(small, self.tokens), expected, "zeroing and cutting give different logits")
+        if type(small) not in self._reloaded:
+            self._reload(small)
+            self._reloaded.add(type(small))
+
+    def _reload(self, small: PreTrainedModel) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            small.save_pretrained(folder)
+            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+        state = loaded.state_dict()
+        for name, tensor in small.state_dict().items():
+            # Some classes keep some weights in float32.
+            if name not in state or not torch.equal(state[name], tensor.to(state[name].dtype)):
+                raise _Differs(f"`{name}` is not the same after saving and loading the cut model")
+
+    def _compare(self, got: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+        difference = _difference(got, expected)
+        if not difference <= TOLERANCE:
+            raise _Differs(f"{what} (by {difference:.2g} of the largest)")
+
+
+def _difference(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got - expected).abs().max() / expected.abs().max())
+
+
+def _half(units: int, blocks: int) -> torch.Tensor:
+    """Every other unit of each block, at random; one at least."""
+    size = units // blocks
+    keep = max(1, size // 2)
+    return torch.cat([block * size + torch.randperm(size)[:keep] for block in range(blocks)]).sort().values
+
+
+@torch.no_grad()
+def mask_channels(model: nn.Module, dims: dict[str, int], kept: torch.Tensor) -> None:
+    """Zeroes what belongs to other channels than those that are kept, in place: the reference for the hidden size.
+
+    Weights of norms stay. A LayerNorm takes mean and variance over the kept channels: over the zeros as well, both
+    would be others, for which no LayerNorm over fewer channels could make up.
+
+    Args:
+        model: The model.
+        dims: The dimension that holds the channels, by parameter.
+        kept: Numbers of the channels that stay.
+    """
+    norms = stream_norms(model, set(dims))
+    for name, dim in dims.items():
+        if name.rpartition(".")[0] not in norms:
+            gone = torch.ones(model.get_parameter(name).shape[dim], dtype=torch.bool)
+            gone[kept] = False
+            model.get_parameter(name).movedim(dim, 0)[gone] = 0
+    for name, kind in norms.items():
+        if kind.centred:
+            _among(model.get_submodule(name), kept, kind)
+
+
+def _among(norm: nn.Module, kept: torch.Tensor, kind: NormKind) -> None:
+    """Lets a LayerNorm see the kept channels alone; the others give zeros."""
+    small = copy.deepcopy(norm)
+    for leaf, parameter in norm.named_parameters(recurse=False):
+        setattr(small, leaf, nn.Parameter(parameter[kept]))
+    if hasattr(small, "normalized_shape"):
+        small.normalized_shape = (len(kept),)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        y = torch.zeros_like(x)
+        y[..., kept] = small(x[..., kept])
+        return y
+
+    norm.forward = forward
+
+
+def _over_kept(norm: nn.Module, share: float) -> None:
+    """Lets a norm over all heads, of which a share is kept and the others are zero, give what it gives over those.
+
+    `w x / sqrt(S / n' + eps)` over `n'` channels is `w sqrt(n'/n) x / sqrt(S / n + eps n'/n)` over all `n`.
+    """
+    norm.weight.data *= math.sqrt(share)
+    for name in ("variance_epsilon", "eps"):
+        if isinstance(getattr(norm, name, None), float):
+            setattr(norm, name, getattr(norm, name) * share)
+
+
+@contextmanager
+def _passed_over(layer: nn.Module) -> Iterator[None]:
+    """While it is open, a layer returns the hidden states that it gets."""
+
+    def back(_, args, kwargs, output):
+        return as_output(args[0] if args else kwargs["hidden_states"], others_of(output))
+
+    handle = layer.register_forward_hook(back, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits of a model in float64 throughout, also where its class asks for less."""
+    with _Float64():
+        return model(tokens, use_cache=False).logits
+
+
+class _Float64(TorchFunctionMode):
+    """While it is open, whatever asks for a smaller floating-point type gets float64."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16):
+            func = torch.Tensor.double
+        args = tuple(map(_as_float64, args))
+        return func(*args, **{name: _as_float64(value) for name, value in (kwargs or {}).items()})
+
+
+def _as_float64(value):
+    smaller = isinstance(value, torch.dtype) and value in (torch.float32, torch.float16, torch.bfloat16)
+    return torch.float64 if smaller else value
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Settings of its own, and the caller's again afterwards: random numbers, default dtype and device, messages."""
+    dtype, verbosity, bars = torch.get_default_dtype(), logging.get_verbosity(), logging.is_progress_bar_enabled()
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        try:
+            torch.default_generator.manual_seed(0)  # and not those of other devices
+            torch.set_default_dtype(torch.float64)
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()

@@ -1,0 +1,201 @@
+"""A small model with the structure of a large one: sizes shrink together, all else in its configuration stays."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import StructPruneError
+from .depth_check import description
+from .expected import skeleton
+from .layer_lists import without_layers
+from .structure import ModelStructure, decoder_layers
+from .target import _stock_class, _target
+
+
+VOCABULARY, WINDOW, EXPERTS = 128, 8, 16
+_KINDS = 8  # of layers, that differences in numbers may make
+# An epsilon that shows: beside activations of about 1, one of 1e-6 would hide what is wrong with it.
+EPSILON = 0.02
+_HEAD_COUNTS = re.compile(r"(^|_)n_(kv_)?head$|heads$|num_query_groups$")
+_HEAD_SIZES = re.compile(
+    r"head_(dim|size)$|^head_dim|(rope|nope|rotary|v_head)_dim$|_rank$|kv_channels$|d_kv$|d_head$"
+)
+_WIDTHS = re.compile(
+    r"^(hidden_size|n_embd|d_model|dim|n_inner|d_ff|embed_dim|embedding_size|hidden_dim|lru_width|block_dim)$"
+    r"|^(in|out)_features$|intermediate|ffn|feed_?forward|embed_proj_dim|block_ff_dim|(^|_)hidden_size|_mlp$|mamba_d_ssm"
+)
+_NOT_SIZES = re.compile(r"_dims$|multiplier|factor|scale|group")
+_WINDOWS = re.compile(r"sliding_window(_size)?$|attention_chunk_size$|attention_window$|window_size$")
+
+
+def shrunk_values(model: PreTrainedModel, structure: ModelStructure) -> tuple[dict[str, Any], list[int]]:
+    """Configuration values of a small model with the structure of a model.
+
+    The size of a head shrinks by one factor, the number of heads by another, every width by both, so that all
+    relations between them hold. Vocabulary, windows and the number of experts become small; epsilons large enough to
+    matter. Everything else stays: activation, biases, norms, patterns, scalings, rotation of positions. One or two
+    layers of every distinct kind are left, all of them where the configuration cannot name just those.
+
+    Args:
+        model: The model; the meta device will do.
+        structure: Its structure.
+
+    Returns:
+        The values, and the numbers of the layers in the model that are left.
+    """
+    values = model.config.to_dict()
+    for key in ("quantization_config", "auto_map", "architectures", "_name_or_path"):
+        values.pop(key, None)
+    values, kept = _with_few_layers(model, structure, values)
+    size, count = _factors(model, values)
+    return _shrunk(values, size, count, _experts(values)), kept
+
+
+def _experts(values: dict[str, Any]) -> int:
+    """How many experts are left: in each group they are chosen from, two at least, and as many as a token needs."""
+    groups, chosen = values.get("n_group") or 1, values.get("topk_group") or 1
+    return max(EXPERTS, groups * max(2, -(-(values.get("num_experts_per_tok") or 1) // chosen)))
+
+
+def _factors(model: PreTrainedModel, values: dict[str, Any]) -> tuple[int, int]:
+    """By what the sizes of heads and the numbers of heads are divided."""
+    numbers = list(_numbers(values))
+    names = getattr(model.config, "attribute_map", {})
+    hidden, heads, head = (
+        values.get(names.get(name, name)) for name in ("hidden_size", "num_attention_heads", "head_dim")
+    )
+    counts = [value for key, value in numbers if _HEAD_COUNTS.search(key) and value > 1]
+    head = head or (hidden // heads if heads else 64)
+    sizes = [head, *(value for key, value in numbers if key.endswith("head_dim") and value)]
+    sections = [part for part in _sections(values) if part]
+    partial = any(isinstance(value, float) and value < 1 for value in _named(values, "partial_rotary_factor"))
+    smallest = 16 if partial else 8
+    size = max((n for n in _divisors(math.gcd(*sizes, *sections)) if min(sizes) / n >= smallest), default=1)
+    count = max((n for n in _divisors(math.gcd(*counts)) if min(counts) / n >= 2), default=1) if counts else 1
+    while hidden % (size * count) and count > 1:
+        count = max(n for n in _divisors(count) if n < count)
+    while hidden % (size * count) and size > 1:
+        size = max(n for n in _divisors(size) if n < size)
+    return size, count
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _numbers(values: Any, key: str = ""):
+    """Every integer in nested values, with the key that holds it."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            yield from _numbers(value, str(name) if not str(name).isdigit() else key)
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from _numbers(value, key)
+    elif isinstance(values, int) and not isinstance(values, bool):
+        yield key, values
+
+
+def _named(values: Any, name: str):
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from [value] if key == name else _named(value, name)
+
+
+def _sections(values: dict[str, Any]) -> list[int]:
+    return [part for section in _named(values, "mrope_section") for part in section or ()]
+
+
+def _shrunk(values: Any, size: int, count: int, experts: int, key: str = "") -> Any:
+    again = (size, count, experts)
+    if isinstance(values, dict):
+        return {k: _shrunk(v, *again, key if str(k).isdigit() else str(k)) for k, v in values.items()}
+    if key in ("short_factor", "long_factor") and isinstance(values, (list, tuple)):
+        return list(values[::size])
+    if isinstance(values, (list, tuple)):
+        return [_shrunk(value, *again, key) for value in values]
+    if isinstance(values, float) and "eps" in key.split("_") + [key[-3:]] and 0 < values < EPSILON:
+        return EPSILON
+    if isinstance(values, bool) or not isinstance(values, int) or _NOT_SIZES.search(key):
+        return values
+    return _number(key, values, *again)
+
+
+def _number(key: str, value: int, size: int, count: int, experts: int) -> int:
+    if "vocab_size" in key:
+        return min(value, VOCABULARY)
+    if key.endswith(("token_id", "token_index")):
+        return value if value < VOCABULARY else 3
+    if _WINDOWS.search(key):
+        return min(value, WINDOW)
+    if key == "mrope_section":
+        return value // size
+    if _HEAD_COUNTS.search(key):
+        return value // count if value > 1 else value
+    if _HEAD_SIZES.search(key):
+        return max(value // size, min(value, 2)) if value else value
+    if "experts" in key and "tok" not in key:
+        return min(value, experts)
+    if _WIDTHS.search(key):
+        return max(value // (size * count), 4) if value > 4 else value
+    return value
+
+
+def _with_few_layers(
+    model: PreTrainedModel, structure: ModelStructure, values: dict[str, Any]
+) -> tuple[dict[str, Any], list[int]]:
+    """Values with one or two layers of each kind, three at least; with all layers if that cannot be written."""
+    layers = [layer for _, layer in decoder_layers(skeleton(model), structure.family)]
+    everything = list(range(len(layers)))
+    kept = representatives(values, layers)
+    if len(kept) == len(layers):
+        return values, everything
+    key = getattr(model.config, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")
+    key = key if values.get(key) == len(layers) else None
+    try:
+        fewer = without_layers(values, set(everything) - set(kept), len(layers), key)
+        shallow = _target(_stock_class(model), type(model.config), fewer, model).skeleton()
+    except (StructPruneError, ValueError, RuntimeError, TypeError, AttributeError, KeyError, IndexError):
+        return values, everything
+    cut = [layer for _, layer in decoder_layers(shallow, structure.family)]
+    same = len(cut) == len(kept) and all(
+        _without_numbers(layers[old]) == _without_numbers(layer) for old, layer in zip(kept, cut, strict=True)
+    )
+    return (fewer, kept) if same else (values, everything)
+
+
+def _without_numbers(layer: nn.Module) -> dict[str, Any]:
+    """What a layer is, whatever its numbers: some classes scale by the number of layers."""
+    numbers = (int, float)
+    return {
+        key: "number" if isinstance(value, numbers) and not isinstance(value, bool) else value
+        for key, value in description(layer).items()
+    }
+
+
+def representatives(values: dict[str, Any], layers: Sequence[nn.Module]) -> list[int]:
+    """The first two layers of every kind; three where all are of one kind.
+
+    Layers that differ in numbers alone (a scale, a window) are of different kinds, unless there are too many.
+    """
+    kinds = _kinds(values, layers, description)
+    if len(kinds) > _KINDS:
+        kinds = _kinds(values, layers, _without_numbers)
+    most = 3 if len(kinds) == 1 else 2
+    return sorted(index for indices in kinds for index in indices[:most])
+
+
+def _kinds(
+    values: dict[str, Any], layers: Sequence[nn.Module], describe: Callable[[nn.Module], dict[str, Any]]
+) -> list[list[int]]:
+    """Numbers of the layers that are alike, and have the same entries in all lists of the configuration."""
+    lists = [value for value in values.values() if isinstance(value, (list, tuple)) and len(value) == len(layers)]
+    kinds: dict[str, list[int]] = {}
+    for index, layer in enumerate(layers):
+        kinds.setdefault(repr((describe(layer), [value[index] for value in lists])), []).append(index)
+    return list(kinds.values())

@@ -1,0 +1,1 @@
+"""Closed-form re-fitting of what is left."""

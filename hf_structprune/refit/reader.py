@@ -1,0 +1,59 @@
+"""Consumers of coupled groups: which columns stay, what they are re-fitted to, and what they then put out."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..config import PruningConfig
+from ..model.structure import CoupledGroup, matrix
+from ..model.surgery import Kept, dropped
+from ..stats.moments import InputStatistics
+from .closed_form import DEFAULT_DAMPING, choose_damping, refit
+
+
+def refitted(
+    module: nn.Module, statistics: InputStatistics, columns: torch.Tensor, config: PruningConfig
+) -> torch.Tensor:
+    """A consumer's weight on the columns that stay, shape (out, columns), re-fitted if compensation is on."""
+    weight = matrix(module)
+    columns = columns.to(weight.device)
+    if not config.compensation:
+        return weight[:, columns]
+    damping = config.damping
+    if damping is None and not statistics.held_out.tokens:
+        damping = DEFAULT_DAMPING
+    elif damping is None:
+        damping = choose_damping(weight.float(), statistics.fit, statistics.held_out, columns)
+    moments = statistics.moments
+    return refit(weight, moments.gram, columns, damping, moments.target).to(weight.dtype)
+
+
+def by_consumer(groups: list[CoupledGroup]) -> dict[str, list[CoupledGroup]]:
+    """Groups of one layer by the module that consumes them, KV groups before the query heads in them."""
+    consumers: dict[str, list[CoupledGroup]] = {}
+    for group in groups:
+        consumers.setdefault(group.consumer.module, []).append(group)
+    return consumers
+
+
+def kept_columns(groups: list[CoupledGroup], kept: Kept, width: int) -> torch.Tensor:
+    """Columns of a consumer that stay when units of these groups go, ascending."""
+    stay = torch.ones(width, dtype=torch.bool)
+    for group in groups:
+        stay[group.consumer.index[dropped(group, kept[group.layer, group.kind])].flatten()] = False
+    return stay.nonzero().squeeze(1)
+
+
+def write_columns(module: nn.Module, weight: torch.Tensor, columns: torch.Tensor) -> None:
+    """Sets these columns of a linear map and zeroes the others."""
+    full = matrix(module)
+    weight = weight.clone()  # may be a view of what is zeroed next
+    full.zero_()
+    full[:, columns.to(full.device)] = weight
+
+
+def consume(module: nn.Module, inputs: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Outputs of the consumer from the inputs that stay."""
+    columns = columns.to(inputs.device)
+    return nn.functional.linear(inputs[..., columns], matrix(module)[:, columns], module.bias)

@@ -1,0 +1,161 @@
+"""Turns the residual stream into the basis of its principal components, so that the last channels carry least.
+
+SliceGPT (Ashkboos et al., 2024, https://huggingface.co/papers/2401.15024) with one orthogonal `Q` for all layers: no
+matrix has to be added between layers, and the result is a plain checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..config import PruningConfig
+from ..errors import UnsupportedModelError
+from ..model.rebuild import assemble
+from ..model.target import Target
+from ..stats.gradients import _on_device
+from ..text.calibration import as_batches
+from ..units.hidden_group import HiddenGroup
+from .norms import NormKind, stream_norms
+from .two_streams import hooked
+
+
+def check_rotatable(model: PreTrainedModel, group: HiddenGroup) -> None:
+    """Refuses models whose stream cannot be turned.
+
+    Raises:
+        UnsupportedModelError: The LM head is tied, or a norm of the stream subtracts the mean.
+    """
+    head, vocabulary = model.get_output_embeddings(), len(model.get_input_embeddings().weight)
+    if head is None or head.weight is model.get_input_embeddings().weight:
+        raise UnsupportedModelError(
+            "hidden_criterion='pca' needs an LM head of its own: the weights of the final norm go into the head and "
+            "not into the embeddings it is tied to, so that it would have to be untied, which adds vocabulary x "
+            f"hidden size = {group.size * vocabulary:,} parameters. Use 'activation'."
+        )
+    for name, kind in stream_norms(model, set(group.dims())).items():
+        if kind.centred:
+            raise UnsupportedModelError(
+                f"hidden_criterion='pca' needs RMS norms: `{name}` subtracts the mean over the channels, which "
+                "depends on their basis. Use 'activation'."
+            )
+
+
+@torch.no_grad()
+def principal_components(
+    model: PreTrainedModel, group: HiddenGroup, config: PruningConfig, tokens: torch.Tensor
+) -> torch.Tensor:
+    """Eigenvectors of the second moment of what the norms of the stream receive, the largest first.
+
+    Every token counts by its direction only (`x / rms(x)`), as the norms see it, and all norms count alike.
+
+    Returns:
+        `Q`, orthogonal, shape (H, H), float64.
+    """
+    gram = torch.zeros(group.size, group.size, dtype=torch.float64)
+
+    def add(_, args):
+        x = args[0].flatten(0, -2).float()
+        x = x / x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
+        gram.add_((x.T @ x).double().cpu())
+
+    norms = stream_norms(model, set(group.dims()))
+    with hooked([model.get_submodule(name).register_forward_pre_hook(add) for name in norms]):
+        batches = as_batches(tokens, config.calibration.batch_size)
+        for batch in tqdm(batches, desc="Channels", disable=not logging.is_progress_bar_enabled()):
+            model.base_model(input_ids=_on_device(model, batch), use_cache=False)
+    return torch.linalg.eigh(gram).eigenvectors.flip(1)
+
+
+@torch.no_grad()
+def rotated(model: PreTrainedModel, group: HiddenGroup, rotation: torch.Tensor) -> PreTrainedModel:
+    """The same function with its stream `x` written as `Q^T x`: exact, but for rounding.
+
+    The weights of every norm go into the matrices that read it, after which the norm commutes with `Q`; then readers,
+    writers, embeddings and head are multiplied by `Q` along their channels.
+
+    Args:
+        model: A model with RMS norms and an untied head; stays as it is.
+        group: Its residual stream.
+        rotation: `Q`, orthogonal, shape (H, H).
+
+    Raises:
+        UnsupportedModelError: Not all norms and readers belong together one to one (norms behind the writers, as in
+            Gemma 2, or readers without a norm), or see `check_rotatable`.
+    """
+    check_rotatable(model, group)
+    norms = stream_norms(model, set(group.dims()))
+    scales = _reader_scales(model, group, norms)
+    state = dict(model.state_dict())
+    for name, dim in group.entries:
+        owner = name.rpartition(".")[0]
+        if owner in norms:
+            state[name] = torch.full_like(state[name], 1 - norms[owner].offset)
+            continue
+        tensor = state[name].movedim(dim, -1).double()
+        tensor = tensor * scales[name].to(tensor) if name in scales else tensor
+        tensor = tensor @ rotation.to(tensor)
+        state[name] = tensor.movedim(-1, dim).to(state[name].dtype).contiguous()
+    target = Target(type(model), copy.deepcopy(model.config))
+    return assemble(target, state, dict(model.named_buffers()), model)
+
+
+def _reader_scales(model: PreTrainedModel, group: HiddenGroup, norms: dict[str, NormKind]) -> dict[str, torch.Tensor]:
+    """What every reader gets from its norm's weights, shape (H,), by the name of the reader's parameter."""
+    readers = _readers(model, group)
+    by_output = _outputs_read(model, list(norms), readers)
+    for name in [*norms, *readers]:
+        if not any(name == norm or name in read for norm, read in by_output.items() if read):
+            raise UnsupportedModelError(
+                f"hidden_criterion='pca' needs every norm of the stream in front of linear maps that read it, and "
+                f"nothing else: `{name}` is not in such a pair. Use 'activation'."
+            )
+    scales = {}
+    for norm, read in by_output.items():
+        weight = model.get_submodule(norm).weight.double() + norms[norm].offset
+        scales |= {parameter: weight for name in read for parameter in readers[name]}
+    return scales
+
+
+def _readers(model: PreTrainedModel, group: HiddenGroup) -> dict[str, list[str]]:
+    """Parameters whose last dimension reads channels, by the full name of their module; not the embeddings."""
+    readers: dict[str, list[str]] = {}
+    for name, dim in group.entries:
+        module, parameter = name.rpartition(".")[0], model.get_parameter(name)
+        embeds = isinstance(model.get_submodule(module), torch.nn.Embedding)
+        if parameter.ndim > 1 and dim == parameter.ndim - 1 and not embeds:
+            readers.setdefault(module, []).append(name)
+    return readers
+
+
+def _outputs_read(model: PreTrainedModel, norms: list[str], readers: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Which modules read the output of which norm, found by running two tokens."""
+    outputs: dict[int, str] = {}
+    alive: list[torch.Tensor] = []  # so that no other tensor can have the address of one of these
+    read: dict[str, list[str]] = {norm: [] for norm in norms}
+
+    def after_norm(name):
+        def hook(_, __, output):
+            alive.append(output)
+            outputs[output.data_ptr()] = name
+
+        return hook
+
+    def before_reader(name):
+        def hook(_, args):
+            alive.append(args[0])
+            norm = outputs.get(args[0].data_ptr())
+            if norm is not None:
+                read[norm].append(name)
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(after_norm(name)) for name in norms]
+    handles += [model.get_submodule(name).register_forward_pre_hook(before_reader(name)) for name in readers]
+    with hooked(handles):
+        model(input_ids=_on_device(model, torch.tensor([[0, 1]])), use_cache=False)
+    return read

@@ -1,0 +1,112 @@
+"""How much the predictions of a model suffer when one coupled group alone is cut."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..allocation.selection import best_units
+from ..config import PruningConfig
+from ..criteria import Criterion, Scoring
+from ..model.measuring import measures
+from ..model.structure import CoupledGroup, ModelStructure, matrix
+from ..refit.layer_by_layer import new_stream
+from ..refit.reader import kept_columns, refitted, write_columns
+from .gradients import Salience
+from .moments import HELD_OUT, InputStatistics
+from .stream import LayerStream
+
+
+Sensitivity = dict[tuple[int, str], float]
+
+PROBES = (0.2, 0.45)  # shares of a group that are cut to probe it
+_EVERY = 4  # predictions are compared at each so many-th token
+
+
+@measures
+def measure_sensitivity(
+    model: PreTrainedModel,
+    structure: ModelStructure,
+    criterion: Criterion,
+    config: PruningConfig,
+    tokens: torch.Tensor,
+    groups: list[CoupledGroup],
+    salience: Salience | None = None,
+) -> Sensitivity:
+    """For every group the coefficient `a` of `KL(dense || cut) = a * share^2`, where `share` of its units go.
+
+    Each group alone is cut at two shares, its consumer re-fitted, and the rest of the model run on held-out sequences;
+    `a` is the geometric mean of the two values of `KL / share^2`. The model is left as it was.
+
+    Args:
+        model: The dense model.
+        structure: Its coupled groups.
+        criterion: Chooses the units to cut.
+        config: Compensation and calibration settings.
+        tokens: Calibration tokens; one sequence in eight is held out, the others are fitted on.
+        groups: Groups to probe; query heads are not among them.
+        salience: Reduced gradients, for gradient criteria.
+    """
+    numbers = torch.arange(len(tokens))
+    held_out = (numbers + numbers // HELD_OUT) % HELD_OUT == HELD_OUT - 1
+    if not held_out.any():
+        held_out[-1] = True
+    fit = new_stream(model, structure, tokens[~held_out] if not held_out.all() else tokens, config)
+    test = new_stream(model, structure, tokens[held_out], config)
+    dense = [test.finish(0, number, _EVERY) for number in range(len(test.batches))]
+    sensitivity: Sensitivity = {}
+    for layer in tqdm(structure.layers, desc="Sensitivity", disable=not logging.is_progress_bar_enabled()):
+        for group in (g for g in groups if g.layer == layer.index):
+            inputs = fit.capture(layer.index, group.consumer.module)
+            statistics = InputStatistics(inputs[0].shape[-1], True, device=inputs[0].device)
+            for batch in inputs:
+                statistics.update(batch)
+            score = criterion.score(Scoring(group, model, statistics, salience))
+            costs = [_probe(model, group, score, share, statistics, config, test, dense) for share in PROBES]
+            sensitivity[group.layer, group.kind] = (costs[0] * costs[1]) ** 0.5
+        fit.advance(layer.index)
+        test.advance(layer.index)
+    return sensitivity
+
+
+def _probe(
+    model: nn.Module,
+    group: CoupledGroup,
+    score: torch.Tensor,
+    share: float,
+    statistics: InputStatistics,
+    config: PruningConfig,
+    test: LayerStream,
+    dense: list[torch.Tensor],
+) -> float:
+    """`KL / share^2` with this share of a group cut; the weights are put back."""
+    drop = min(max(1, round(share * group.num_units)), group.num_units - 1)
+    if drop == 0:
+        return 1e-12
+    module = model.get_submodule(group.consumer.module)
+    original = module.weight  # stays as it is: what is tried is written to a copy
+    kept = {(group.layer, group.kind): best_units(score, group, group.num_units - drop)}
+    columns = kept_columns([group], kept, matrix(module).shape[1])
+    try:
+        module.weight = nn.Parameter(original.detach().clone(), requires_grad=False)
+        write_columns(module, refitted(module, statistics, columns, config), columns)
+        divergence = sum(_kl(d, test.finish(group.layer, number, _EVERY)) for number, d in enumerate(dense))
+    finally:
+        module.weight = original
+    tokens = sum(d.shape[0] * d.shape[1] for d in dense)
+    return max(divergence / tokens, 1e-12) / (drop / group.num_units) ** 2
+
+
+def _kl(dense: torch.Tensor, cut: torch.Tensor) -> float:
+    """`KL(dense || cut)` summed over tokens, one sequence at a time to keep float32 logits few."""
+    total = 0.0
+    for p, q in zip(dense, cut, strict=True):
+        total += float(
+            nn.functional.kl_div(
+                q.float().log_softmax(-1), p.float().log_softmax(-1), log_target=True, reduction="sum"
+            )
+        )
+    return total

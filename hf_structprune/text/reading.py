@@ -1,0 +1,255 @@
+"""Rows of text from files, folders of data sets and the Hub: the one reader for calibration and evaluation."""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import TextError
+from ..files.json_files import parse_json
+from ..files.writing import can_only_be_a_path
+from .lines import Lines, LongLine
+
+
+FILES = (".txt", ".jsonl", ".json")
+
+
+def read_rows(
+    source: str | os.PathLike,
+    *,
+    name: str | None = None,
+    split: str = "train",
+    column: str = "text",
+    longest: int | None = None,
+    **loading: Any,
+) -> Sequence[Any]:
+    """Rows of one source of text, read only when they are asked for (a `.json` file that is one list is read whole).
+
+    Args:
+        source: A `.txt`, `.jsonl` or `.json` file, a folder (made by `datasets.save_to_disk`, or with data files) or
+            the id of a data set of the Hub.
+        name: Configuration of a data set.
+        split: Split of a data set.
+        column: Column of a data set, key in the objects of a JSON file.
+        longest: Lines of a `.txt` file with more bytes are given as a `LongLine`. Default: none.
+        loading: More arguments of `datasets.load_dataset` for a data set of the Hub, for example `revision`.
+
+    Raises:
+        TextError: There is no such source, split or column, or it cannot be read.
+    """
+    path = _file(source)
+    if path is not None and path.suffix == ".txt":
+        return _TextRows(path, longest)
+    if path is not None:
+        whole = path.suffix == ".json" and _begins_with_a_list(path)
+        return read_json(path, column) if whole else _JsonRows(path, column)
+    loaded = _load(str(source), name, split, loading)
+    _check_column(str(source), column, loaded.column_names)
+    return loaded[column]
+
+
+def read_table(source: str | os.PathLike, *, name: str | None = None, split: str = "train", **loading: Any) -> Any:
+    """All columns of a source as a `datasets.Dataset`; a `.txt` file is one row, the whole text under `text`.
+
+    Args:
+        source, name, split, loading: As in `read_rows`.
+
+    Raises:
+        TextError: There is no such source or split, or it cannot be read.
+    """
+    path = _file(source)
+    if path is None:
+        return _load(str(source), name, split, loading)
+    if path.suffix == ".txt":
+        return as_table([{"text": _read(path)}], path.name)
+    return as_table([_object(row, where) for where, row in _json_rows(path)], path.name)
+
+
+def as_table(rows: Sequence[Any], name: str) -> Any:
+    """Objects as a `datasets.Dataset` with every key that one of them has; where it is missing, there is `None`.
+
+    Raises:
+        TextError: A row is not an object, or the values of one key are of different kinds.
+    """
+    import datasets
+    import pyarrow
+
+    columns = dict.fromkeys(key for number, row in enumerate(rows) for key in _object(row, f"Row {number} of {name}"))
+    try:
+        return datasets.Dataset.from_dict({key: [row.get(key) for row in rows] for key in columns})
+    except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise TextError(f"The rows of {name} are no table, a key has values of different kinds: {error}") from error
+
+
+def is_local(source: str) -> bool:
+    """Whether a source is a file or folder rather than the id of a data set of the Hub.
+
+    Raises:
+        TextError: It can only be a path, and there is nothing there.
+    """
+    path = Path(source).expanduser()
+    if path.exists() or path.suffix in FILES:
+        return True
+    if can_only_be_a_path(source):
+        raise TextError(f"There is no file or folder {path}.")
+    return False
+
+
+def read_lines(path: str | os.PathLike) -> list[str]:
+    """Rows of a text file as WikiText-2 has them: `""` for a blank line, else the line with its line break.
+
+    Language-model papers join these rows with two line breaks and tokenise the result once.
+    """
+    return list(_TextRows(path))
+
+
+def read_jsonl(path: str | os.PathLike, column: str = "text") -> list[Any]:
+    """Values under the key `column` in the rows of a `.jsonl` file."""
+    return list(_JsonRows(path, column))
+
+
+def read_json(path: str | os.PathLike, column: str = "text") -> list[Any]:
+    """The same of a `.json` file: one list of objects, or an object a line as in a `.jsonl` file."""
+    return [_value(row, where, column) for where, row in _json_rows(Path(path).expanduser())]
+
+
+class _TextRows(Sequence[Any]):
+    """Rows of a `.txt` file, read as they are asked for; lines of more bytes than `longest` are a `LongLine`."""
+
+    def __init__(self, path: str | os.PathLike, longest: int | None = None) -> None:
+        self._lines = Lines(Path(path).expanduser(), longest)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        line = self._lines[index]
+        if isinstance(line, LongLine):
+            return line
+        return line + "\n" if line.strip() else ""
+
+
+class _JsonRows(Sequence[Any]):
+    """Values of one key in the rows of a `.jsonl` file, read as they are asked for; blank lines are no rows."""
+
+    def __init__(self, path: str | os.PathLike, column: str) -> None:
+        self._path, self._column, self._lines = path, column, Lines(Path(path).expanduser())
+        blank = [number for number, line in enumerate(self._lines) if not line.strip()]
+        # Before row `i` are as many blank lines as entries here that are at most `i`.
+        self._blank = [number - before for before, number in enumerate(blank)]
+
+    def __len__(self) -> int:
+        return len(self._lines) - len(self._blank)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        number += bisect_right(self._blank, number)
+        where = f"Line {number + 1} of {self._path}"
+        return _value(_parsed(self._lines[number], where), where, self._column)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Rows of a JSON file, each with the words for where it is."""
+    if path.suffix == ".json" and _begins_with_a_list(path):
+        yield from _json_list(path)
+        return
+    for number, line in enumerate(Lines(path), start=1):
+        if line.strip():
+            where = f"Line {number} of {path}"
+            yield where, _parsed(line, where)
+
+
+def _begins_with_a_list(path: Path) -> bool:
+    line = next((line for line in Lines(path) if line.strip()), "")
+    return line.lstrip().startswith("[")
+
+
+def _json_list(path: Path) -> Iterator[tuple[str, Any]]:
+    for number, row in enumerate(_parsed(_read(path), str(path))):
+        yield f"Item {number} of {path}", row
+
+
+def _parsed(text: str, where: str) -> Any:
+    return parse_json(text, where, TextError, repeats=True)
+
+
+def _file(source: str | os.PathLike) -> Path | None:
+    """The path of a source that is a file of text; `None` for a folder or an id.
+
+    Raises:
+        TextError: It is a file of another kind.
+    """
+    path = Path(source).expanduser()
+    if path.suffix in FILES:
+        return path
+    if path.is_file():
+        raise TextError(f"{path} is neither a .txt nor a .jsonl or .json file; convert it, or give its folder.")
+    return None
+
+
+def _read(path: str | os.PathLike) -> str:
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise TextError(f"There is no file {path}.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TextError(f"{path} is not UTF-8 text: {error}.") from error
+
+
+def _value(row: Any, where: str, column: str) -> Any:
+    _check_column(where, column, list(_object(row, where, column)))
+    return row[column]
+
+
+def _object(row: Any, where: str, column: str = "text") -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise TextError(f'{where} is not an object such as {{"{column}": "..."}}.')
+    return row
+
+
+def _check_column(where: str, column: str, columns: list[str]) -> None:
+    if column not in columns:
+        raise TextError(f"{where} has no column {column!r}; it has {', '.join(map(repr, columns))}.")
+
+
+def _load(source: str, name: str | None, split: str, loading: dict[str, Any]) -> Any:
+    if is_local(source):
+        return _load_folder(Path(source).expanduser(), name, split)
+    return _load_from_hub(source, name, split, loading)
+
+
+def _load_folder(path: Path, name: str | None, split: str) -> Any:
+    import datasets
+
+    try:
+        if not any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):
+            return datasets.load_dataset(str(path), name, split=split)
+        loaded = datasets.load_from_disk(str(path))
+    except Exception as error:  # `datasets` raises a different type for every builder
+        raise TextError(f"The folder {path} cannot be read as a dataset: {error}") from error
+    if not isinstance(loaded, datasets.DatasetDict):
+        return loaded
+    if split not in loaded:
+        raise TextError(f"{path} has no split {split!r}; it has {', '.join(map(repr, loaded))}.")
+    return loaded[split]
+
+
+def _load_from_hub(dataset: str, name: str | None, split: str, loading: dict[str, Any]) -> Any:
+    import datasets
+
+    named = f"{dataset!r} (name {name!r}, split {split!r})"
+    try:
+        return datasets.load_dataset(dataset, name, split=split, **loading)
+    except Exception as error:  # `datasets` raises a different type for every builder
+        raise TextError(
+            f"The dataset {named} cannot be loaded from the Hub: {error}. Check its id, name and split and the "
+            "network, or give local text: a .txt, .jsonl or .json file, or a dataset folder."
+        ) from error

@@ -1,0 +1,233 @@
+"""Coupled groups: which rows and columns belong to a unit, written out by hand."""
+
+import copy
+
+import families
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from hf_structprune import PruningConfig
+from hf_structprune.allocation import Budget
+from hf_structprune.errors import UnsupportedModelError
+from hf_structprune.model.structure import ModelStructure
+from hf_structprune.model.surgery import cut_units
+
+
+# Heads of 2 channels: four query heads over two KV heads, and three neurons.
+HAND = dict(
+    vocab_size=16, hidden_size=8, intermediate_size=3, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, pad_token_id=0,
+)  # fmt: skip
+
+
+def first_layer(class_name, **values):
+    config = getattr(transformers, class_name)(**values)
+    return ModelStructure.of(AutoModelForCausalLM.from_config(config)).layers[0]
+
+
+def parts(group):
+    """`{module: [index, ...]}` below the layer: a fused module has several."""
+    found = {}
+    for part in group.parts:
+        name = part.module.split(".", 3)[-1]
+        found.setdefault((name, part.axis), []).append(part.index.tolist())
+    return found
+
+
+def test_grouped_query_attention_by_hand():
+    group = first_layer("LlamaConfig", **HAND).group("kv_groups")
+    assert (group.num_units, group.blocks) == (2, 1)
+    assert parts(group) == {
+        ("self_attn.q_proj", "rows"): [[[0, 1, 2, 3], [4, 5, 6, 7]]],
+        ("self_attn.k_proj", "rows"): [[[0, 1], [2, 3]]],
+        ("self_attn.v_proj", "rows"): [[[0, 1], [2, 3]]],
+        ("self_attn.o_proj", "columns"): [[[0, 1, 2, 3], [4, 5, 6, 7]]],
+    }
+
+
+def test_query_heads_by_hand_belong_to_the_kv_group_they_read():
+    group = first_layer("LlamaConfig", **HAND).group("query_heads")
+    assert (group.num_units, group.blocks) == (4, 2)
+    heads = [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert parts(group) == {("self_attn.q_proj", "rows"): [heads], ("self_attn.o_proj", "columns"): [heads]}
+
+
+def test_mlp_neurons_by_hand():
+    group = first_layer("LlamaConfig", **HAND).group("mlp_neurons")
+    neurons = [[0], [1], [2]]
+    assert parts(group) == {
+        ("mlp.gate_proj", "rows"): [neurons],
+        ("mlp.up_proj", "rows"): [neurons],
+        ("mlp.down_proj", "columns"): [neurons],
+    }
+
+
+def test_phi3_fuses_q_k_v_and_gate_up_one_after_the_other():
+    layer = first_layer("Phi3Config", **HAND)
+    assert parts(layer.group("kv_groups")) == {
+        ("self_attn.qkv_proj", "rows"): [
+            [[0, 1, 2, 3], [4, 5, 6, 7]], [[8, 9], [10, 11]], [[12, 13], [14, 15]],
+        ],
+        ("self_attn.o_proj", "columns"): [[[0, 1, 2, 3], [4, 5, 6, 7]]],
+    }  # fmt: skip
+    assert parts(layer.group("mlp_neurons")) == {
+        ("mlp.gate_up_proj", "rows"): [[[0], [1], [2]], [[3], [4], [5]]],
+        ("mlp.down_proj", "columns"): [[[0], [1], [2]]],
+    }
+
+
+def test_falcon_fuses_each_kv_group():
+    layer = first_layer(
+        "FalconConfig", vocab_size=16, hidden_size=8, ffn_hidden_size=3, num_hidden_layers=2, num_attention_heads=4,
+        num_kv_heads=2, new_decoder_architecture=True,
+    )  # fmt: skip
+    assert parts(layer.group("kv_groups")) == {
+        ("self_attention.query_key_value", "rows"): [
+            [[0, 1, 2, 3], [8, 9, 10, 11]], [[4, 5], [12, 13]], [[6, 7], [14, 15]],
+        ],
+        ("self_attention.dense", "columns"): [[[0, 1, 2, 3], [4, 5, 6, 7]]],
+    }  # fmt: skip
+    assert parts(layer.group("query_heads"))["self_attention.query_key_value", "rows"] == [
+        [[0, 1], [2, 3], [8, 9], [10, 11]]
+    ]
+
+
+def test_gpt_neox_fuses_each_head():
+    values = {k: v for k, v in HAND.items() if k != "num_key_value_heads"}
+    layer = first_layer("GPTNeoXConfig", **values)
+    assert parts(layer.group("kv_groups")) == {
+        ("attention.query_key_value", "rows"): [
+            [[0, 1], [6, 7], [12, 13], [18, 19]],
+            [[2, 3], [8, 9], [14, 15], [20, 21]],
+            [[4, 5], [10, 11], [16, 17], [22, 23]],
+        ],
+        ("attention.dense", "columns"): [[[0, 1], [2, 3], [4, 5], [6, 7]]],
+    }
+    assert layer.group("query_heads") is None
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_unit_parameters_are_what_a_cut_unit_takes_along(name):
+    model = families.make_model(name)
+    structure = ModelStructure.of(model)
+    assert structure.total_parameters == families.count(model)
+    for kind in families.kinds_of(name):
+        group = structure.layers[0].group(kind)
+        small = copy.deepcopy(model)
+        cut_units(small, structure, {(0, kind): torch.arange(1, group.num_units)})
+        assert families.count(model) - families.count(small) == group.unit_parameters
+        biases = sum(p.numel() for p in model.parameters() if p.ndim == 1)
+        biases -= sum(p.numel() for p in small.parameters() if p.ndim == 1)
+        assert group.unit_parameters - group.unit_matrix_parameters == biases
+
+
+def test_tied_embeddings_count_once():
+    tied = ModelStructure.of(families.make_model("llama", tie_word_embeddings=True))
+    untied = ModelStructure.of(families.make_model("llama", tie_word_embeddings=False))
+    assert untied.total_parameters - tied.total_parameters == families.VOCAB * families.HIDDEN
+    assert untied.matrix_parameters == tied.matrix_parameters  # the LM head multiplies either way
+
+
+def test_experts_are_left_alone_and_said_so():
+    structure = ModelStructure.of(families.make_model("mixtral"))
+    assert structure.kinds() == ["kv_groups", "query_heads"]
+    assert any("experts" in note and "left alone" in note for note in structure.notes)
+
+
+def test_dense_layers_of_a_mixture_are_found():
+    structure = ModelStructure.of(families.make_model("qwen3_moe"))
+    assert [layer.group("mlp_neurons") is not None for layer in structure.layers] == [True, False, False]
+    assert any("experts" in note for note in structure.notes)
+
+
+@pytest.mark.parametrize(
+    "class_name, values, module",
+    [
+        ("MambaConfig", dict(hidden_size=8, num_hidden_layers=1, state_size=2), r"layers\.0 \(MambaBlock\)"),
+        ("BloomConfig", dict(hidden_size=8, n_layer=1, n_head=2), r"transformer\.h\.0 \(BloomBlock\)"),
+    ],
+)
+def test_a_model_without_description_is_refused_by_the_name_of_its_layer(class_name, values, module):
+    config = getattr(transformers, class_name)(vocab_size=16, **values)
+    with pytest.raises(UnsupportedModelError, match=f"'{config.model_type}'.*{module}.*families.py|{module}"):
+        ModelStructure.of(AutoModelForCausalLM.from_config(config))
+
+
+def test_attention_with_an_unknown_parameter_is_left_alone_and_the_parameter_named():
+    model = families.make_model("mistral")
+    model.model.layers[1].self_attn.sinks = torch.nn.Parameter(torch.zeros(families.HEADS))
+    structure = ModelStructure.of(model)
+    assert [layer.group("kv_groups") is not None for layer in structure.layers] == [True, False, True]
+    assert structure.layers[1].group("mlp_neurons") is not None
+    assert structure.notes == ["self_attn: parameter `self_attn.sinks` is not understood, left alone"]
+
+
+def test_a_model_of_which_nothing_is_understood_is_refused_with_the_reasons():
+    model = families.make_model("mixtral")
+    for layer in model.model.layers:
+        layer.self_attn.sinks = torch.nn.Parameter(torch.zeros(families.HEADS))
+        layer.scale = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(UnsupportedModelError, match=r"experts.*`self_attn\.sinks` is not understood"):
+        ModelStructure.of(model)
+
+
+@pytest.mark.parametrize("units", ["mlp_neurons", "kv_groups"])
+def test_where_no_width_is_understood_layers_can_still_go(units):
+    model = families.make_model("mixtral")
+    for layer in model.model.layers:
+        layer.self_attn.sinks = torch.nn.Parameter(torch.zeros(families.HEADS))
+    structure = ModelStructure.of(model)
+    assert structure.groups == [] and all(len(layer.sublayers) == 2 for layer in structure.layers)
+    with pytest.raises(UnsupportedModelError, match=r"have none.*experts.*`self_attn\.sinks` is not understood"):
+        Budget(structure, PruningConfig(units=units))
+
+
+def test_norms_without_weights_are_read():
+    structure = ModelStructure.of(AutoModelForCausalLM.from_config(transformers.NanoChatConfig(**HAND)))
+    assert structure.kinds() == ["kv_groups", "query_heads", "mlp_neurons"]
+
+
+def test_neurons_that_are_compared_with_each_other_are_left_alone():
+    with torch.device("meta"):
+        values = dict(
+            num_hidden_layers=5, num_kv_shared_layers=0, activation_sparsity_pattern=[0.9, 0.0, 0.9, 0.0, 0.9]
+        )
+        structure = ModelStructure.of(AutoModelForCausalLM.from_config(transformers.Gemma3nTextConfig(**values)))
+    assert [layer.group("mlp_neurons") is not None for layer in structure.layers] == [False, True, False, True, False]
+    assert any("compares each neuron with the mean of all" in note for note in structure.notes)
+
+
+def test_what_crashes_the_reading_is_a_refusal_that_names_the_type():
+    model = families.make_model("llama")
+    del model.model.layers[1].self_attn.q_proj.weight
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM .model type 'llama'. cannot be read: .*weight"):
+        ModelStructure.of(model)
+
+
+def test_gpt_oss_with_its_attention_sinks_is_refused():
+    config = transformers.GptOssConfig(**HAND, num_local_experts=2, num_experts_per_tok=1, head_dim=2)
+    with pytest.raises(UnsupportedModelError, match=r"self_attn|GptOssDecoderLayer"):
+        ModelStructure.of(AutoModelForCausalLM.from_config(config))
+
+
+def test_attention_with_unknown_norms_is_left_alone_with_a_note():
+    structure = ModelStructure.of(families.make_model("stablelm", qk_layernorm=True))
+    assert structure.kinds() == ["mlp_neurons"]
+    assert any("self_attn" in note and "layernorm" in note and "left alone" in note for note in structure.notes)
+
+
+def test_heads_bound_to_alibi_slopes_are_left_alone_with_a_note():
+    structure = ModelStructure.of(families.make_model("falcon", alibi=True))
+    assert structure.kinds() == ["mlp_neurons"]
+    assert any("ALiBi" in note for note in structure.notes)
+
+
+def test_structure_of_a_model_on_the_meta_device_is_that_of_a_real_one():
+    real = ModelStructure.of(families.make_model("phi3"))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(families.make_config("phi3"))
+    meta = ModelStructure.of(model)
+    assert [parts(g) for g in meta.groups] == [parts(g) for g in real.groups]
+    assert (meta.total_parameters, meta.matrix_parameters) == (real.total_parameters, real.matrix_parameters)

@@ -1,0 +1,17 @@
+import pytest
+from torch import nn
+
+from hf_structprune.hooks import replaced_forwards
+
+
+def test_modules_run_other_functions_only_while_it_is_open():
+    plain, wrapped = nn.Identity(), nn.Identity()
+    wrapped.forward = own = lambda x: x + 1  # as Accelerate does where it moves weights
+    with pytest.raises(KeyError), replaced_forwards([(plain, lambda x: -x), (wrapped, lambda x: 10 * x)]):
+        assert plain(2) == -2 and wrapped(2) == 20
+        with replaced_forwards([(plain, lambda x: 0), (plain, lambda x: 7)]):
+            assert plain(2) == 7
+        assert plain(2) == -2
+        raise KeyError
+    assert plain(2) == 2 and "forward" not in plain.__dict__
+    assert wrapped(2) == 3 and wrapped.__dict__["forward"] is own

@@ -1,0 +1,371 @@
+import json
+import tracemalloc
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from hf_structprune.config import CalibrationConfig
+from hf_structprune.data import calibration_sample, wikitext2_sample
+from hf_structprune.errors import CalibrationError
+from hf_structprune.text import calibration
+from hf_structprune.text.calibration import as_batches, check_token_ids, load_tokens
+from hf_structprune.text.reading import read_lines
+from hf_structprune.text.tokenising import tokenise
+
+
+CHAT_TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
+
+
+def words(count, start=0):
+    return [f"document {i:05d} says hello." for i in range(start, start + count)]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def load(tokenizer, **options):
+    return load_tokens(CalibrationConfig(**{"num_samples": 4, "length": 16} | options), tokenizer)
+
+
+def load_all(tokenizer, full, **options):
+    """Every sequence there is, so that the whole stream can be compared."""
+    tokens = load(tokenizer, num_samples=full, **options)
+    assert tokens.shape[0] == full and tokens.dtype == torch.long
+    return tokens.flatten().tolist()
+
+
+# ------------------------------------------------------------------------------------------- packaged data
+
+
+def test_packaged_sample_works_offline_and_alternates():
+    rows = [json.loads(line) for line in calibration_sample().read_text(encoding="utf-8").splitlines()]
+    assert all(row["text"].strip() for row in rows) and len(rows) == 176
+    assert all(row["text"].startswith("= ") for row in rows[::2])  # Wikipedia: an article or section heading
+    assert not any(row["text"].startswith("= ") for row in rows[1::2])
+    assert wikitext2_sample().read_text(encoding="utf-8").startswith(" \n = Robert Boulter = \n")
+
+
+def test_default_shape_and_determinism(tiny_tokenizer):
+    first = load_tokens(CalibrationConfig(), tiny_tokenizer)
+    assert first.shape == (128, 256)
+    assert torch.equal(first, load_tokens(CalibrationConfig(), tiny_tokenizer))
+    assert not torch.equal(first, load_tokens(CalibrationConfig(seed=1), tiny_tokenizer))
+    assert len(torch.unique(first, dim=0)) == 128
+
+
+# ---------------------------------------------------------------------------------------- joining and cutting
+
+
+def test_documents_of_a_chat_model_are_joined_by_line_breaks(make_tokenizer):
+    tokenizer, texts = make_tokenizer(bos=True, chat_template=CHAT_TEMPLATE), words(10)
+    stream = tokenizer("\n\n".join(texts))["input_ids"]
+    full = len(stream) // 16
+    assert load_all(tokenizer, full, texts=texts) == stream[: full * 16]
+
+
+def test_documents_are_joined_by_eos(tiny_tokenizer):
+    texts = words(10)
+    stream = [i for text in texts for i in [*tiny_tokenizer(text)["input_ids"], 2]]
+    full = len(stream) // 16
+    assert load_all(tiny_tokenizer, full, texts=texts) == stream[: full * 16]
+
+
+def test_empty_rows_between_documents_are_dropped(tiny_tokenizer):
+    texts = words(10)
+    expected = load(tiny_tokenizer, texts=texts)
+    assert torch.equal(load(tiny_tokenizer, texts=[" ", *texts[:5], "", *texts[5:]]), expected)
+
+
+def test_documents_are_joined_by_blank_lines_without_eos(make_tokenizer):
+    tokenizer = make_tokenizer(eos=False)
+    stream = tokenizer("\n\n".join(words(10)))["input_ids"]
+    full = len(stream) // 16
+    assert load_all(tokenizer, full, texts=words(10)) == stream[: full * 16]
+
+
+def test_bos_only_at_document_starts(make_tokenizer):
+    tokenizer = make_tokenizer(bos=True)
+    stream = [i for text in words(10) for i in [1, *tokenizer(text, add_special_tokens=False)["input_ids"], 2]]
+    full = len(stream) // 16
+    assert load_all(tokenizer, full, texts=words(10)) == stream[: full * 16]
+
+
+def test_sequences_are_spread_evenly(tiny_tokenizer):
+    text = "".join(f"{i:04d}" for i in range(1600))  # 400 sequences of 16 characters; a sequence starts with its place
+    for seed in range(3):
+        tokens = load(tiny_tokenizer, texts=[text], seed=seed, num_samples=40)
+        numbers = [int(tiny_tokenizer.decode(row)[:4]) // 4 for row in tokens]
+        assert [n // 10 for n in numbers] == list(range(40))
+
+
+def test_long_sources_are_read_in_part_but_everywhere(tiny_tokenizer):
+    read = []
+
+    class Rows(list):
+        def __getitem__(self, index):
+            if isinstance(index, int):
+                read.append(index)
+            return super().__getitem__(index)
+
+    config = CalibrationConfig(num_samples=10, length=16)
+    config.texts = Rows(words(20_000))
+    assert load_tokens(config, tiny_tokenizer).shape == (10, 16)
+    assert 350 < len(set(read)) < 450  # 10 x 16 x 64 characters, 26 a document
+    assert {index // 2000 for index in read} == set(range(10))
+
+
+def test_short_parts_leave_their_share_to_others(tiny_tokenizer):
+    texts = [*words(1), *["x" * 20_000], *words(2, start=1)]
+    assert load(tiny_tokenizer, texts=texts, num_samples=64).shape == (64, 16)
+
+
+class Counting:
+    """A tokenizer that counts the characters it is given: in all, and the most at once."""
+
+    is_fast, chat_template = True, None
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.eos_token_id, self.all, self.most = tokenizer, tokenizer.eos_token_id, 0, 0
+
+    def __call__(self, text, **options):
+        self.all, self.most = self.all + len(text), max(self.most, len(text))
+        return self.tokenizer(text, **options)
+
+
+@pytest.mark.parametrize("kind", ["one line", "in memory", "jsonl"])
+def test_of_a_document_as_much_is_read_as_is_asked_for(tmp_path, tiny_tokenizer, kind):
+    """4 sequences of 16 tokens: 64 characters for each, of 5 million."""
+    text = " ".join(f"word{i:06d}" for i in range(450_000))
+    if kind == "jsonl":
+        options = {"dataset": write_jsonl(tmp_path / "a.jsonl", [{"text": text}])}
+    elif kind == "one line":
+        (tmp_path / "a.txt").write_text(text)
+        options = {"dataset": str(tmp_path / "a.txt")}
+    else:
+        options = {"texts": [text]}
+    tokenizer = Counting(tiny_tokenizer)
+    tracemalloc.start()
+    try:
+        tokens = load(tokenizer, **options)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert tokens.shape == (4, 16) and tokenizer.all <= 4 * 16 * 64
+    assert peak < {"one line": 1e6, "in memory": 7e6, "jsonl": 30e6}[kind]  # what is in memory is hashed, JSON parsed
+    words = [int(tiny_tokenizer.decode(row).split("word")[1][:6].ljust(6, "0")) for row in tokens]
+    assert [word * 4 // 450_000 for word in words] == [0, 1, 2, 3]
+    assert torch.equal(load(tiny_tokenizer, **options), tokens)
+    assert not torch.equal(load(tiny_tokenizer, seed=1, **options), tokens)
+
+
+@pytest.mark.parametrize("rows", ["running", "documents"])
+def test_texts_are_tokenised_in_pieces(tmp_path, tiny_tokenizer, monkeypatch, rows):
+    """As much is asked for as there is; a tokenizer takes some hundred bytes for each character it gets at once."""
+    text = wikitext2_sample().read_text(encoding="utf-8")
+    texts = read_lines(wikitext2_sample()) if rows == "running" else text.split(" \n = ")
+    expected = load(tiny_tokenizer, texts=texts, num_samples=1000, length=64)
+
+    def in_small_pieces(tokenizer, text, *, add_special_tokens):
+        found = tokenise(tokenizer, text, add_special_tokens=add_special_tokens, piece=2000, overlap=400)
+        return np.concatenate([tokens.ids for tokens in found])
+
+    monkeypatch.setattr(calibration, "token_ids", in_small_pieces)
+    tokenizer = Counting(tiny_tokenizer)
+    assert torch.equal(load(tokenizer, texts=texts, num_samples=1000, length=64), expected)
+    assert tokenizer.most <= 2 * 2000 + 400 and tokenizer.all < 1.4 * len(text)
+
+
+def test_more_than_a_text_can_hold_is_refused_before_it_is_tokenised():
+    class Never:
+        is_fast, chat_template, eos_token_id = True, None, 2
+
+        def __call__(self, *_, **__):
+            pytest.fail("tokenised")
+
+    check_error(
+        r"at most \d+ tokens in `texts`, but 1000000000 sequences of 256",
+        Never(),
+        texts=words(100),
+        num_samples=10**9,
+        length=256,
+    )
+
+
+def test_what_is_too_much_for_a_text_is_not_set_aside(tiny_tokenizer):
+    match = r"270 tokens in `texts`, but 100000000000 sequences of 2 "
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "_TOKENS_PER_CHARACTER", 10**12)
+        check_error(match, tiny_tokenizer, texts=words(10), num_samples=10**11, length=2)
+
+
+# ------------------------------------------------------------------------------------------------- sources
+
+
+def test_txt_follows_the_row_protocol(tmp_path, tiny_tokenizer):
+    path = tmp_path / "a.txt"
+    path.write_text(" \n = Title = \n \n Some text here . \n More .\n" * 20, encoding="utf-8")
+    rows = read_lines(path)
+    assert rows[:5] == ["", " = Title = \n", "", " Some text here . \n", " More .\n"] and len(rows) == 100
+    stream = tiny_tokenizer("\n\n".join(rows))["input_ids"]
+    full = len(stream) // 16
+    assert load_all(tiny_tokenizer, full, dataset=path) == stream[: full * 16]
+    assert load_all(tiny_tokenizer, full, texts=rows) == stream[: full * 16]  # rows of WikiText from the Hub
+
+
+def test_jsonl_and_dataset_folders_equal_texts(tmp_path, tiny_tokenizer):
+    texts = words(10)
+    expected = load(tiny_tokenizer, texts=texts)
+    jsonl = write_jsonl(tmp_path / "a.jsonl", [{"body": text} for text in texts])
+    assert torch.equal(load(tiny_tokenizer, dataset=jsonl, column="body"), expected)
+    dataset = datasets.Dataset.from_dict({"body": texts})
+    dataset.save_to_disk(tmp_path / "single")
+    datasets.DatasetDict(valid=dataset).save_to_disk(tmp_path / "splits")
+    (tmp_path / "plain").mkdir()
+    dataset.to_parquet(tmp_path / "plain" / "train.parquet")
+    for folder, split in (("single", "train"), ("splits", "valid"), ("plain", "train")):
+        tokens = load(tiny_tokenizer, dataset=str(tmp_path / folder), column="body", split=split)
+        assert torch.equal(tokens, expected), folder
+
+
+def test_hub_dataset_gets_id_name_and_split(monkeypatch, tiny_tokenizer):
+    asked = []
+
+    def load_dataset(path, name, split):
+        asked.append((path, name, split))
+        return datasets.Dataset.from_dict({"text": words(10)})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    tokens = load(tiny_tokenizer, dataset="org/data", name="en", split="validation")
+    assert asked == [("org/data", "en", "validation")]
+    assert torch.equal(tokens, load(tiny_tokenizer, texts=words(10)))
+
+
+def test_several_datasets_are_interleaved(tmp_path, tiny_tokenizer):
+    paths = [write_jsonl(tmp_path / f"{i}.jsonl", [{"text": str(i) * 100}] * 3) for i in range(2)]
+    tokens = load(tiny_tokenizer, dataset=paths, num_samples=5)
+    texts = [tiny_tokenizer.decode(row).replace("</s>", "") for row in tokens]
+    assert [set(text) for text in texts] == [{"0"}, {"1"}, {"0"}, {"1"}, {"0"}]
+    alone = [load(tiny_tokenizer, dataset=path, num_samples=n) for path, n in zip(paths, (3, 2), strict=True)]
+    assert torch.equal(tokens[::2], alone[0]) and torch.equal(tokens[1::2], alone[1])
+
+
+def test_tokens_in_memory_need_no_tokenizer():
+    tokens = torch.arange(12, dtype=torch.int32).view(3, 4)
+    loaded = load_tokens(CalibrationConfig(tokens=tokens), None)
+    assert loaded.dtype == torch.long and torch.equal(loaded, tokens.long())
+
+
+def test_chat_template_renders_messages_and_texts(make_tokenizer):
+    tokenizer = make_tokenizer(bos=True, chat_template=CHAT_TEMPLATE)
+    chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    text = "[user]hello</s>[assistant]hi</s>[user]plain</s>" * 5  # no second eos and no bos: the template has its own
+    stream = tokenizer(text, add_special_tokens=False)["input_ids"]
+    full = len(stream) // 16
+    tokens = load_all(tokenizer, full, texts=[chat, "plain"] * 5, chat_template=True)
+    assert tokens == stream[: full * 16] and stream.count(2) == 15
+
+
+def test_lines_of_a_text_file_are_user_turns_with_a_chat_template(tmp_path, make_tokenizer):
+    tokenizer = make_tokenizer(chat_template=CHAT_TEMPLATE)
+    (tmp_path / "a.txt").write_text("hello\n\nhow are you\n", encoding="utf-8")
+    stream = tokenizer("[user]hello\n</s>[user]how are you\n</s>")["input_ids"]
+    tokens = load_all(tokenizer, 2, dataset=str(tmp_path / "a.txt"), chat_template=True)
+    assert tokens == stream[:32]
+
+
+# -------------------------------------------------------------------------------------------------- errors
+
+
+def check_error(match, tokenizer, **options):
+    with pytest.raises(CalibrationError, match=match):
+        load(tokenizer, **options)
+
+
+def test_too_little_text_says_how_much_there_is(tiny_tokenizer):
+    match = r"35 tokens in `texts`, but 4 sequences of 16 need 64.*there are 2 full"
+    check_error(match, tiny_tokenizer, texts=["x" * 34])
+
+
+def test_wrong_columns_are_named(tmp_path, tiny_tokenizer):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"body": "x", "title": "y"}])
+    check_error(r"no column 'text'; it has 'body', 'title'", tiny_tokenizer, dataset=path)
+    datasets.Dataset.from_dict({"body": ["x"]}).save_to_disk(tmp_path / "d")
+    check_error(r"no column 'text'; it has 'body'", tiny_tokenizer, dataset=str(tmp_path / "d"))
+
+
+def test_wrong_split_is_named(tmp_path, tiny_tokenizer):
+    dataset = datasets.Dataset.from_dict({"text": ["x"]})
+    datasets.DatasetDict(valid=dataset, test=dataset).save_to_disk(tmp_path / "d")
+    check_error(r"no split 'train'; it has 'valid', 'test'", tiny_tokenizer, dataset=str(tmp_path / "d"))
+
+
+def test_rows_that_are_not_text(tiny_tokenizer):
+    chat = [{"role": "user", "content": "x"}]
+    check_error(r"no text in `texts`", tiny_tokenizer, texts=[])
+    check_error(r"no text in `texts`", tiny_tokenizer, texts=["", " \n"])
+    check_error(r"Row 1 of `texts` is a NoneType, not a text\.$", tiny_tokenizer, texts=["x", None])
+    check_error(r"is a list, not a text\. Set `chat_template=True`", tiny_tokenizer, texts=[chat])
+
+
+def test_chat_errors(make_tokenizer):
+    check_error("has no chat template", make_tokenizer(), texts=["x"], chat_template=True)
+    tokenizer = make_tokenizer(chat_template="{{ raise_exception('roles must alternate') }}")
+    check_error("Row 0 .* cannot be rendered.*alternate", tokenizer, texts=["x"], chat_template=True)
+    check_error("is a int, not a text or a list of", tokenizer, texts=[3], chat_template=True)
+
+
+def test_files_that_cannot_be_read(tmp_path, tiny_tokenizer):
+    missing = tmp_path / "missing"
+    for name in (f"{missing}.txt", f"{missing}.jsonl", f"{missing}/deep", "./missing"):
+        check_error("There is no file", tiny_tokenizer, dataset=name)
+    (tmp_path / "a.csv").write_text("text\nx\n")
+    check_error("neither a .txt nor a .jsonl", tiny_tokenizer, dataset=str(tmp_path / "a.csv"))
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\nnot json\n')
+    check_error("Line 2 of .* is not JSON", tiny_tokenizer, dataset=str(tmp_path / "a.jsonl"))
+    (tmp_path / "b.jsonl").write_text('["x"]\n')
+    check_error("Line 1 of .* is not an object", tiny_tokenizer, dataset=str(tmp_path / "b.jsonl"))
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\xff")
+    check_error("not UTF-8", tiny_tokenizer, dataset=str(tmp_path / "a.txt"))
+    (tmp_path / "empty").mkdir()
+    check_error("cannot be read as a dataset", tiny_tokenizer, dataset=str(tmp_path / "empty"))
+
+
+def test_unreachable_hub_names_the_dataset_and_the_way_out(tiny_tokenizer):
+    match = r"'org/nothing' \(name None, split 'train'\) cannot be loaded from the Hub.*give local text"
+    check_error(match, tiny_tokenizer, dataset="org/nothing")
+
+
+def test_number_of_datasets(tmp_path, tiny_tokenizer):
+    check_error("empty list", tiny_tokenizer, dataset=[])
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x" * 200}])
+    check_error("`num_samples` is 1, but there are 2", tiny_tokenizer, dataset=[path, path], num_samples=1)
+
+
+def test_no_tokenizer():
+    check_error("needs a tokenizer", None)
+
+
+def test_saved_configuration_without_its_data(tiny_tokenizer):
+    saved = CalibrationConfig(texts=words(10)).to_dict()
+    with pytest.raises(CalibrationError, match="was given in memory.*give `texts`, `tokens` or `dataset`"):
+        load_tokens(CalibrationConfig.from_dict(saved), tiny_tokenizer)
+
+
+# ------------------------------------------------------------------------------------------------- helpers
+
+
+def test_as_batches():
+    tokens = torch.arange(10).view(5, 2)
+    batches = as_batches(tokens, 2)
+    assert [len(batch) for batch in batches] == [2, 2, 1] and torch.equal(torch.cat(batches), tokens)
+
+
+def test_check_token_ids():
+    check_token_ids(torch.tensor([[0, 127]]), 128)
+    for ids in ([[0, 128]], [[-1, 5]]):
+        with pytest.raises(CalibrationError, match=r"128 entries \(0 to 127\)"):
+            check_token_ids(torch.tensor(ids), 128)
