@@ -35,8 +35,8 @@ from hf_structprune.commands.common import load_pruner
 from hf_structprune.commands.demo_model import DEMO_MODEL, find_model
 from hf_structprune.commands.subjects import find_subject
 from hf_structprune.evaluation import perplexity, read_text
-from hf_structprune.evaluation.canvas import COLOURS, GREY, legend_below, make_panels, save, set_title
 from hf_structprune.evaluation.efficiency import EfficiencyConfig
+from hf_structprune.evaluation.pictures import COLOURS, GREY, legend_below, make_panels, save, set_title
 from hf_structprune.evaluation.results import EvaluationResult
 from hf_structprune.stats.losses import TextLoss
 from hf_structprune.units.kinds import DEPTH_UNITS

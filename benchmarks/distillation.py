@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from hf_structprune.evaluation.memory import peak_memory
+from hf_structprune.evaluation.efficiency import peak_memory
 from hf_structprune.files.writing import write_text
 from hf_structprune.recovery.distillation.losses import StudentHead, Targets, distillation_loss
 from hf_structprune.recovery.distillation.predictions import HiddenPredictions, top_predictions

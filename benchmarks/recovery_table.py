@@ -15,8 +15,8 @@ import json
 import math
 from pathlib import Path
 
-from hf_structprune.evaluation.canvas import COLOURS, GREY, legend_below, make_panels, save, set_title
-from hf_structprune.evaluation.paired import compare_figures
+from hf_structprune.evaluation.comparison import compare_figures
+from hf_structprune.evaluation.pictures import COLOURS, GREY, legend_below, make_panels, save, set_title
 from hf_structprune.evaluation.results import EvaluationResult, Figure
 
 

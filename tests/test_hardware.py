@@ -17,13 +17,12 @@ from forced_hardware import force_accelerator, force_cuda, force_no_accelerator
 
 from hf_structprune import QuantizationConfig, hardware
 from hf_structprune.errors import ConfigurationError
-from hf_structprune.evaluation import memory, speed
-from hf_structprune.evaluation.environment import describe_environment
-from hf_structprune.evaluation.fingerprint import model_fingerprint
+from hf_structprune.evaluation import efficiency
+from hf_structprune.evaluation.environment import describe_environment, model_fingerprint
 from hf_structprune.model import rebuild as checkpoint
 from hf_structprune.model.target import Target
-from hf_structprune.quantization.awq import Awq
 from hf_structprune.quantization.backend import device_of, need_accelerator
+from hf_structprune.quantization.gptq import Awq
 from hf_structprune.recovery.baseline import release_memory
 from hf_structprune.recovery.configuration import RecoveryConfig
 from hf_structprune.recovery.distillation.blocks import CACHED_LOGITS, rows_at_once
@@ -97,9 +96,9 @@ def test_the_generators_of_cuda_go_on_as_before(monkeypatch):
 def test_devices_in_words(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties(f"GPU {device.index}", 5))
-    assert speed.where(on(CUDA, torch.bfloat16)) == "bfloat16 on GPU 1"
-    assert speed.where(on(MPS)) == "float32 on mps"
-    assert speed.where(on(CPU)) == f"float32 on cpu ({torch.get_num_threads()} threads)"
+    assert efficiency.where(on(CUDA, torch.bfloat16)) == "bfloat16 on GPU 1"
+    assert efficiency.where(on(MPS)) == "float32 on mps"
+    assert efficiency.where(on(CPU)) == f"float32 on cpu ({torch.get_num_threads()} threads)"
     cpu, cuda, mps = (describe_environment(device)["hardware"] for device in (CPU, CUDA, MPS))
     assert (cuda["device"], cuda["type"], cuda["device_memory"]) == ("GPU 1", "cuda", 5)
     assert mps["device"] == f"mps of {cpu['device']}" and "device_memory" not in mps
@@ -110,11 +109,11 @@ def test_peak_memory_of_other_systems(monkeypatch):
     resource = pytest.importorskip("resource")
     monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3))
     monkeypatch.setattr(sys, "platform", "linux")
-    assert memory._peak_since_start() == 3 * 1024
+    assert efficiency._peak_since_start() == 3 * 1024
     monkeypatch.setattr(sys, "platform", "darwin")  # which counts bytes
-    assert memory._peak_since_start() == 3
+    assert efficiency._peak_since_start() == 3
     monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
-    assert memory._peak_since_start() is None
+    assert efficiency._peak_since_start() is None
 
 
 def test_weights_that_are_not_here_have_no_fingerprint_of_their_own():

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigurationError
-from ..evaluation.canvas import CARD, INK, make_panels, save, set_title, whole_numbers
+from ..evaluation.pictures import CARD, INK, make_panels, save, set_title, whole_numbers
 from ..stats.similarities import LayerSimilarities
 
 

@@ -184,7 +184,7 @@ def check_output_dir(path: str, overwrite: bool) -> None:
 
 def default_window(model: PreTrainedModel, protocol: str = "paper") -> int:
     """The protocol's window for perplexity, or the model's context where that is shorter."""
-    from ..evaluation.protocol import find_protocol
+    from ..evaluation.protocols import find_protocol
 
     return find_protocol(protocol).window_for(model)
 

@@ -16,7 +16,7 @@ from .common import results_only_on_stdout, show, speaking
 
 
 if TYPE_CHECKING:
-    from ..export.result import Exported
+    from ..export.common import Exported
 
 # Each format's module and function: `function(model, output, *, <options>) -> Exported`. Its keyword arguments are
 # the options below that the format takes; those that were not given keep the function's own defaults.

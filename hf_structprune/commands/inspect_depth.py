@@ -31,7 +31,7 @@ def inspect_depth(
     """
     from ..allocation.depth_picture import draw_distances
     from ..criteria.distances import layer_similarities
-    from ..evaluation.canvas import require_matplotlib
+    from ..evaluation.pictures import require_matplotlib
 
     if output_dir is not None:
         require_matplotlib()  # before anything is measured

@@ -52,7 +52,7 @@ class PerplexityArguments:
     batch_size: Count = 1
 
     def __post_init__(self) -> None:
-        from ..evaluation.protocol import find_protocol
+        from ..evaluation.protocols import find_protocol
 
         check_fields(self)
         find_protocol(self.protocol).change(window=self.window, stride=self.stride, bos=self.bos)

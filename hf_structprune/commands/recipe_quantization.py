@@ -8,9 +8,9 @@ from ..errors import ConfigurationError
 from ..hub.origin import public_config
 from ..hub.quantization import read_quantization
 from ..model.target import target_of
-from ..quantization.backends import BACKENDS
+from ..quantization.backend import Source
+from ..quantization.methods import BACKENDS
 from ..quantization.quantizing import quantize
-from ..quantization.source import Source
 from ..units.kinds import DEPTH_UNITS
 from .common import ModelArguments, load_shapes, load_to_plan, plans_by_shapes
 from .recipe import QuantizationSection, Recipe

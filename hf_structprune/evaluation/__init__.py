@@ -1,12 +1,11 @@
 """Measuring models: perplexity on any text, zero-shot tasks, size, memory and speed, generated text."""
 
-from .efficiency import EfficiencyConfig, measure_efficiency
+from .efficiency import EfficiencyConfig, measure_efficiency, time_loading
 from .evaluator import EvaluationConfig, evaluate
 from .generation import QuestionResult, generate_samples, question_protocol
 from .perplexity import PerplexityResult, measure_perplexity, perplexity
-from .protocol import PROTOCOLS, PerplexityProtocol
+from .protocols import PROTOCOLS, PerplexityProtocol
 from .results import EvaluationResult, Figure
-from .speed import time_loading
 from .table import ResultTable
 from .tasks import SUITES, check_tasks, expand, run_tasks
 from .text import EvaluationText, load_text, read_text

@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.utils import logging
 
-from ..checks import Count, Limits, Number, check_fields
-from ..errors import ConfigurationError, UnsupportedModelError
+from ..checks import Count, Limits, Number, check_fields, checked
+from ..errors import ConfigurationError, EvaluationError, UnsupportedModelError
+from ..hardware import cuda_devices, device_name, synchronize
 from ..model.measuring import measuring
-from .macs import count_macs, count_macs_with_attention
-from .memory import cache_growth, peak_memory, weight_bytes
+from ..model.structure import ModelStructure
+from ..plan import PruningPlan
 from .results import Figure
-from .speed import devices_of, median_figure, time_generation, time_prefill, where
 
 
 logger = logging.get_logger(__name__)
@@ -172,3 +188,363 @@ def _speed_figures(model: PreTrainedModel, config: EfficiencyConfig, ids: torch.
     ):
         figures.append(median_figure(f"efficiency/{name}", values, unit, protocol))
     return figures
+
+
+def count_macs(model: PreTrainedModel, batch_size: int = 1, length: int = 64) -> int:
+    """`batch_size * length * (weights of all linear maps, LM head included + MLP neurons)`, from true shapes.
+
+    The convention of LLM-Pruner's tables, and of `PruningPlan.macs`: one multiply-accumulate for each weight that a
+    token passes and one for each activated MLP neuron; products between activations (attention) are not counted. Of
+    experts, those count that a token is sent to. Works on the meta device.
+
+    Raises:
+        UnsupportedModelError: The structure of the model is not understood.
+    """
+    structure = ModelStructure.of(model)
+    plan = PruningPlan.from_counts(structure, {}, model_type=model.config.model_type, layout="per_layer")
+    return plan.macs(batch_size, length)
+
+
+@torch.no_grad()
+def count_macs_with_attention(model: PreTrainedModel, ids: torch.LongTensor) -> int:
+    """Multiply-accumulates of all matrix products of a forward pass: half the operations torch's own counter counts.
+
+    For a layer of `h` heads of size `d`, attention adds `2 * batch_size * h * d * length ** 2`: scores and weighted
+    values over the full square, whatever the mask leaves out. Norms, activations and other element-wise operations
+    are not counted.
+
+    Args:
+        model: The model; it runs once.
+        ids: Token ids, shape `(batch_size, length)`.
+    """
+    # Fused attention of the CPU is unknown to the counter; the plain kind consists of products that it knows.
+    plain = sdpa_kernel(SDPBackend.MATH)
+    counter = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(_grouped_products(), _grouped_flops))
+    with measuring(model), _torch_attention(model), plain, counter:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return counter.get_total_flops() // 2
+
+
+def _grouped_products() -> list[Any]:
+    """Operations that multiply rows by the matrix of their expert, which the counter does not know."""
+    names = (("aten", "_grouped_mm"), ("transformers", "grouped_mm_fallback"))
+    found = [getattr(getattr(torch.ops, namespace), name, None) for namespace, name in names]
+    return [operation for operation in found if operation is not None]
+
+
+def _grouped_flops(rows: torch.Size, weights: torch.Size, *args: Any, **kwargs: Any) -> int:
+    """Each of the rows, shape `(n, k)`, times one of the matrices, shape `(groups, k, m)`."""
+    return 2 * rows[0] * rows[1] * weights[-1]
+
+
+@contextmanager
+def _torch_attention(model: PreTrainedModel) -> Iterator[None]:
+    """With attention of torch itself, where the model uses kernels from elsewhere."""
+    own = model.config._attn_implementation
+    if own in ("eager", "sdpa"):
+        yield
+        return
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
+
+
+_PAGE = 4096
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def weight_bytes(model: nn.Module) -> dict[str, int]:
+    """Bytes of everything that is saved with a model, by dtype (`"bfloat16"`); tied tensors count once.
+
+    Quantised weights count as they are stored, with their scales and zero points.
+    """
+    sizes: dict[tuple, tuple[str, int]] = {}
+    for value in model.state_dict().values():
+        for tensor in _plain_tensors(value):
+            size = tensor.numel() * tensor.element_size()
+            sizes[tensor.device, tensor.data_ptr(), size] = (str(tensor.dtype).removeprefix("torch."), size)
+    total: Counter[str] = Counter()
+    for dtype, size in sizes.values():
+        total[dtype] += size
+    return dict(total)
+
+
+def _plain_tensors(value: object) -> Iterator[torch.Tensor]:
+    """A tensor, or those inside one of a wrapper class, which knows only the dtype it stands for."""
+    if isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value):
+        for name in value.__tensor_flatten__()[0]:
+            yield from _plain_tensors(getattr(value, name))
+    elif isinstance(value, torch.Tensor):
+        yield value
+
+
+def read_weights(model: nn.Module) -> None:
+    """Reads a byte of every page of the weights: files mapped into memory are read only when they are used."""
+    for value in model.state_dict().values():
+        for tensor in _plain_tensors(value):
+            tensor.contiguous().view(-1).view(torch.uint8)[::_PAGE].sum()
+
+
+@dataclass(frozen=True)
+class CacheGrowth:
+    """Bytes that one more token of one sequence adds to the key-value cache.
+
+    Attributes:
+        layers: Bytes of each layer.
+        windows: Length of each layer's sliding window, `None` where it attends to everything. A layer stops growing
+            when its window is full.
+    """
+
+    layers: list[int]
+    windows: list[int | None]
+
+    @property
+    def total(self) -> int:
+        """Bytes of a token while no window is full."""
+        return sum(self.layers)
+
+    @property
+    def without_windows(self) -> int:
+        """Bytes of a token when all windows are full."""
+        return sum(size for size, window in zip(self.layers, self.windows, strict=True) if window is None)
+
+
+@torch.no_grad()
+def cache_growth(model: PreTrainedModel) -> CacheGrowth | None:
+    """Compares the model's own cache after one token and after two; `None` if it has none with keys and values."""
+    with measuring(model):
+        first, second = (_cache_layers(model, tokens) for tokens in (1, 2))
+    if not second or not any(size for size, _ in second):
+        return None
+    layers = [after - before for (before, _), (after, _) in zip(first, second, strict=True)]
+    return CacheGrowth(layers, [window for _, window in second])
+
+
+def _cache_layers(model: PreTrainedModel, tokens: int) -> list[tuple[int, int | None]]:
+    ids = torch.zeros((1, tokens), dtype=torch.long, device=model.device)
+    cache = getattr(model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True), "past_key_values", None)
+    result = []
+    for layer in getattr(cache, "layers", ()):
+        held = [getattr(layer, name, None) for name in ("keys", "values")]
+        size = sum(t.numel() * t.element_size() for t in held if isinstance(t, torch.Tensor))
+        result.append((size, getattr(layer, "sliding_window", None)))
+    return result
+
+
+@dataclass
+class PeakMemory:
+    """Peak memory of a block of code.
+
+    Attributes:
+        value: Bytes at the peak, everything that was there before included; `None` where it cannot be known.
+        before: Bytes in use when the block began.
+        method: How they were read.
+    """
+
+    value: int | None = None
+    before: int | None = None
+    method: str = ""
+
+
+@contextmanager
+def peak_memory(devices: set[torch.device]) -> Iterator[PeakMemory]:
+    """Measures the peak of the CUDA allocator over the CUDA devices, or else of the process's resident memory."""
+    cuda = cuda_devices(devices)
+    peak = PeakMemory()
+    if cuda:
+        for device in cuda:
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        peak.before = memory_in_use(devices)
+        yield peak
+        peak.value = sum(map(torch.cuda.max_memory_allocated, cuda))
+        peak.method = "peak of the CUDA allocator (max_memory_allocated, reset before)"
+        return
+    peak.before = memory_in_use(devices)
+    reset = _reset_resident_peak()
+    yield peak
+    peak.value = _status("VmHWM") if reset else _peak_since_start()
+    how = "VmHWM, reset before" if reset else "ru_maxrss, since the process started"
+    peak.method = f"peak resident memory of the process ({how})"
+
+
+def memory_in_use(devices: set[torch.device]) -> int:
+    """Bytes that the CUDA allocator has given out on the CUDA devices, or else the resident memory of the process."""
+    cuda = cuda_devices(devices)
+    if cuda:
+        return sum(map(torch.cuda.memory_allocated, cuda))
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def _reset_resident_peak() -> bool:
+    """Makes the kernel forget the peak so far (Linux)."""
+    try:
+        _CLEAR.write_text("5")
+        return _status("VmHWM") is not None
+    except OSError:
+        return False
+
+
+def _status(name: str) -> int | None:
+    found = re.search(rf"^{name}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
+
+
+def _peak_since_start() -> int | None:
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else size * 1024
+
+
+@dataclass(frozen=True)
+class GenerationTime:
+    """Seconds of one generation.
+
+    Attributes:
+        first_token: From the call to the first new token.
+        decode: From the first new token to the last.
+    """
+
+    first_token: float
+    decode: float
+
+
+def devices_of(model: PreTrainedModel) -> set[torch.device]:
+    """The devices the weights are on."""
+    return {parameter.device for parameter in model.parameters()}
+
+
+def where(model: PreTrainedModel) -> str:
+    """Dtype and device in words: `"bfloat16 on cpu (2 threads)"`."""
+    device, dtype = model.device, str(model.dtype).removeprefix("torch.")
+    return f"{dtype} on {device_name(device)}" + (
+        f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
+    )
+
+
+@torch.no_grad()
+def time_prefill(model: PreTrainedModel, ids: torch.LongTensor) -> float:
+    """Seconds of a forward pass over `ids`, shape `(batch, length)`, that fills a cache; logits of the last token."""
+    devices = devices_of(model)
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    mask = torch.ones_like(ids)
+    synchronize(devices)
+    start = time.perf_counter()
+    model(input_ids=ids, attention_mask=mask, use_cache=True, **last)
+    synchronize(devices)
+    return time.perf_counter() - start
+
+
+def time_generation(model: PreTrainedModel, ids: torch.LongTensor, new_tokens: int) -> GenerationTime:
+    """Times `model.generate`, greedy, for exactly `new_tokens` tokens after `ids`, shape `(batch, length)`.
+
+    Raises:
+        EvaluationError: The model's own `generate` made another number of tokens.
+    """
+    devices = devices_of(model)
+    clock = _TokenClock(devices, new_tokens)
+    settings = GenerationConfig(
+        max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, num_beams=1, use_cache=True
+    )
+    synchronize(devices)
+    start = time.perf_counter()
+    with _own_generation_config(model):
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), generation_config=settings,
+            stopping_criteria=StoppingCriteriaList([clock]),
+        )  # fmt: skip
+    if clock.tokens != new_tokens:
+        raise EvaluationError(f"{type(model).__name__} generated {clock.tokens} tokens instead of {new_tokens}.")
+    return GenerationTime(clock.first - start, clock.last - clock.first)
+
+
+class _TokenClock(StoppingCriteria):
+    """Notes when the first and the last token are there; stops nothing."""
+
+    def __init__(self, devices: set[torch.device], new_tokens: int) -> None:
+        self.devices, self.new_tokens = devices, new_tokens
+        self.tokens, self.first, self.last = 0, 0.0, 0.0
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
+        self.tokens += 1
+        if self.tokens in (1, self.new_tokens):
+            synchronize(self.devices)
+            self.first, self.last = self.first or time.perf_counter(), time.perf_counter()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+@contextmanager
+def _own_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """Without the model's generation settings (sampling, stop words, kinds of cache), so that all are timed alike."""
+    config = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = config
+
+
+def median_figure(name: str, values: list[float], unit: str, protocol: str, **details: Any) -> Figure:
+    """The median of repeated measurements, with their spread in the details (`iqr`: third minus first quartile)."""
+    quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    spread = {"min": min(values), "max": max(values), "iqr": quartiles[2] - quartiles[0], "values": values}
+    return Figure(
+        name, statistics.median(values), unit, higher_is_better=unit != "s", protocol=protocol,
+        details={**spread, **details},
+    )  # fmt: skip
+
+
+def time_loading(
+    model: str | os.PathLike, *, dtype: str = "auto", device: str = "cpu", repeats: int = 3, **kwargs: Any
+) -> Figure:
+    """Seconds that loading a checkpoint takes, in a fresh process, as figure `efficiency/load_time`.
+
+    The process loads it once without counting: that imports the code of the model and brings the files into the
+    system's cache. What is counted is building, reading all weights (Transformers maps files into memory and leaves
+    reading to the first use) and moving to the device.
+
+    Args:
+        model: Folder, or id of a model that is in the cache.
+        dtype: Dtype to load in; `"auto"` is the checkpoint's.
+        device: Device to move it to.
+        repeats: Loads that count; the figure is their median.
+        kwargs: Further options of `from_pretrained` that JSON can hold, for example `gguf_file`.
+
+    Raises:
+        EvaluationError: It could not be loaded; says why.
+    """
+    repeats = checked("repeats", repeats, Count)
+    options = {"model": os.fspath(model), "dtype": dtype, "device": device, "repeats": repeats, "kwargs": kwargs}
+    code = f"import json, sys; from {__name__} import _load; print(json.dumps(_load(**json.loads(sys.argv[1]))))"
+    process = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(options)], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )  # fmt: skip
+    if process.returncode:
+        reason = [f"the process ended with status {process.returncode}", *process.stderr.strip().splitlines()][-1]
+        raise EvaluationError(f"{model} could not be loaded: {reason}")
+    seconds = json.loads(process.stdout.splitlines()[-1])
+    how = f"from_pretrained onto {device} in a fresh process, all weights read"
+    protocol = f"{how}; files in the system's cache, median of {repeats}"
+    return median_figure("efficiency/load_time", seconds, "s", protocol, device=device, dtype=dtype)
+
+
+def _load(model: str, dtype: str, device: str, repeats: int, kwargs: dict[str, Any]) -> list[float]:
+    from ..model.loading import load_model
+
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        loaded = load_model(model, dtype=dtype, **kwargs).to(device)
+        read_weights(loaded)
+        synchronize(devices_of(loaded))
+        seconds.append(time.perf_counter() - start)
+        del loaded
+    return seconds[1:]

@@ -1,9 +1,11 @@
-"""Where and when something was measured: versions, hardware, date."""
+"""Where, when and on which model something was measured: versions, hardware, date, fingerprint."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
+import json
 import platform
 from datetime import datetime, timezone
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import psutil
 import torch
+from transformers import PreTrainedModel
 
 
 # Distributions that figures depend on, besides torch and this package.
@@ -70,3 +73,28 @@ def _cpu_name() -> str:
             if key.strip() == "model name":
                 return value.strip()
     return platform.processor() or platform.machine()
+
+
+_SAMPLES = 256  # elements of each parameter
+_NOT_THE_MODEL = ("_name_or_path", "_commit_hash", "transformers_version")
+
+
+@torch.no_grad()
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """16 hexadecimal digits of the configuration and of the names, shapes, dtypes and some elements of all parameters.
+
+    Where a model was loaded from does not count. A change of a single element is likely to be missed; training,
+    merging, pruning, rounding and quantising change all of them and are not.
+
+    Args:
+        model: A model with its weights in memory; of one on the meta device only shapes count.
+    """
+    config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_THE_MODEL}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        if parameter.device.type != "meta":
+            step = max(1, parameter.numel() // _SAMPLES) | 1  # odd, so that it does not stay in one column
+            some = parameter.detach().reshape(-1)[::step].contiguous().cpu()
+            digest.update(some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -18,8 +18,7 @@ from transformers.utils import logging
 from ..checks import Count, Limit, Number, check_fields
 from ..errors import ConfigurationError
 from ..files.places import check_place
-from .environment import describe_environment
-from .fingerprint import model_fingerprint
+from .environment import describe_environment, model_fingerprint
 from .results import EvaluationResult
 
 
@@ -78,7 +77,7 @@ class EvaluationConfig:
     seed: Number = 42
 
     def __post_init__(self) -> None:
-        from .protocol import find_protocol
+        from .protocols import find_protocol
 
         check_fields(self)
         self.texts = _listed(("sample",) if self.texts is None else self.texts)
@@ -198,7 +197,7 @@ def _steps(
 
 def _measure_text(model: Any, tokenizer: Any, config: EvaluationConfig, text: Any, result: EvaluationResult) -> None:
     from .perplexity import measure_perplexity
-    from .protocol import PROTOCOLS
+    from .protocols import PROTOCOLS
 
     window = config.window or PROTOCOLS[config.protocol].window_for(model)
     measured = measure_perplexity(

@@ -21,9 +21,8 @@ from ..errors import ConfigurationError
 from ..files.writing import write_text
 from ..hardware import cuda_devices, synchronize
 from ..model.measuring import measuring
-from .memory import memory_in_use
+from .efficiency import devices_of, memory_in_use, where
 from .results import Figure
-from .speed import devices_of, where
 
 
 PROMPTS = (

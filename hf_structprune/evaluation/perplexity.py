@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..checks import Count, checked
 from ..errors import ConfigurationError
-from .encoding import EncodedText, encode
-from .likelihood import window_losses
-from .paired import ratio_and_stderr
-from .parts import Parts, fingerprint
-from .protocol import PerplexityProtocol, context_length, find_protocol
-from .results import Figure
+from ..model.language_head import has_plain_head, positions_at_once
+from ..model.measuring import measuring
+from ..text.tokenising import tokenise
+from .comparison import ratio_and_stderr
+from .protocols import PerplexityProtocol, Window, context_length, cut_windows, find_protocol, spread
+from .results import Figure, Parts, fingerprint
 from .text import EvaluationText, load_text
-from .windows import Window, cut_windows, spread
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class PerplexityResult:
     With the summed negative log-likelihood `S` of the tokens that count, in nats, and their number `T`, words `W` and
     bytes `B`: perplexity `exp(S / T)`, word perplexity `exp(S / W)`, byte perplexity `exp(S / B)`, bits per byte
     `S / B / ln 2`, as lm-eval defines them for `wikitext`. Words and bytes are those of the same tokens, see
-    `encoding.encode`; so the figures are right for a part of the text too, and without a BOS token the first token of
+    `encode`; so the figures are right for a part of the text too, and without a BOS token the first token of
     the text is neither in `S` nor in `B`. They are missing (`None`) if the tokenizer does not tell the parts of the
     text.
 
@@ -265,3 +267,141 @@ def _exp(value: float) -> float:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+# Characters whose bytes are counted at once.
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """Tokens of a text.
+
+    Args:
+        ids: Token ids.
+        words: Words up to and with each token, of shape `(len(ids) + 1,)`: `words[j] - words[i]` words belong to the
+            tokens `i` to `j` (excluded). `None` if the tokenizer does not say which part of the text a token is.
+        bytes: The same for UTF-8 bytes.
+        bos: Id of the BOS token the text begins with, or that is to stand before every window; `None` without.
+    """
+
+    ids: list[int]
+    words: np.ndarray | None
+    bytes: np.ndarray | None
+    bos: int | None
+
+
+def encode(tokenizer: Any, text: str, bos: bool | None, everywhere: bool) -> EncodedText:
+    """Tokenises a text once.
+
+    Words and bytes are those of the text itself, and their total is that of lm-eval's `wikitext` task:
+    `len(re.split(r"\\s+", text))` and `len(text.encode())`. Each belongs to one token: a character to the first token
+    that reaches its end, one that no token covers to the token behind it (at the end of the text: before it), a word
+    to the token with its last character.
+
+    Args:
+        tokenizer: A `transformers` tokenizer, or the folder or Hub id of one.
+        text: The text.
+        bos: `None`: special tokens as the tokenizer adds them; `True`: a BOS token and no others; `False`: none.
+        everywhere: With `bos=True`: leave the BOS token to the caller, who puts it before every window.
+
+    Raises:
+        ConfigurationError: A BOS token is asked for and the tokenizer has none.
+    """
+    from ..model.loading import as_tokenizer
+
+    tokenizer = as_tokenizer(tokenizer)
+    known = tokenizer.bos_token_id
+    if bos and known is None:
+        raise ConfigurationError("`bos` is True, but the tokenizer has no beginning-of-sequence token: leave it out.")
+    parts = list(tokenise(tokenizer, text, add_special_tokens=bos is None))
+    ids, ends = np.concatenate([part.ids for part in parts]).tolist(), None
+    if parts[0].ends is not None:
+        ends = np.concatenate([part.ends for part in parts])
+    if bos and not everywhere:
+        ids, ends = [known, *ids], None if ends is None else np.insert(ends, 0, 0)
+    starts_with_bos = bool(ids) and known is not None and ids[0] == known
+    words, sizes = (None, None) if ends is None else _count(text, ends)
+    return EncodedText(ids, words, sizes, known if bos or starts_with_bos else None)
+
+
+def _count(text: str, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Words and bytes up to each token, from the characters at which the tokens end."""
+    ends = np.maximum.accumulate(ends) if len(ends) else ends  # special tokens are nowhere: they end at 0
+    if len(ends):
+        ends[ends == ends[-1]] = len(text)
+    where = np.insert(ends, 0, 0)
+    breaks = np.fromiter((match.start() for match in re.finditer(r"\s+", text)), np.int64)
+    # The character before a break is the last of a word.
+    words = np.searchsorted(np.append(breaks, len(text)).clip(min(1, len(text))), where, side="right")
+    return words, _bytes_before(text, where)
+
+
+def _bytes_before(text: str, where: np.ndarray) -> np.ndarray:
+    """UTF-8 bytes of the text before each of its characters `where`, which ascend."""
+    sizes, before = np.zeros(len(where), dtype=np.int64), 0
+    for first in range(0, len(text), _BLOCK):
+        block = text[first : first + _BLOCK]
+        codes = np.frombuffer(block.encode("utf-32-le"), dtype=np.uint32)
+        upto = np.insert((1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)).astype(np.int64), 0, before)
+        upto = upto.cumsum()
+        low, high = np.searchsorted(where, (first, first + len(block)), side="right")
+        sizes[low:high] = upto[where[low:high] - first]
+        before = upto[-1]
+    return sizes
+
+
+def window_losses(
+    model: PreTrainedModel,
+    ids: torch.LongTensor,
+    counts: list[int],
+    batch_size: int,
+    autocast: torch.dtype | None = None,
+) -> np.ndarray:
+    """Summed negative log-likelihood of the last tokens of each window, in nats.
+
+    Args:
+        model: The model, on the device it is to run on; it is in eval mode meanwhile and gets its modes back.
+        ids: Token ids of shape `(windows, window)`.
+        counts: How many tokens of each window count, at most `window - 1`.
+        batch_size: Windows that go through the model at once.
+        autocast: Compute in this dtype, see `measuring`.
+
+    Returns:
+        The sums, of shape `(windows,)`, in float64.
+    """
+    ids, sums = ids.to(model.device), []
+    with measuring(model, autocast=autocast):
+        score = _plain_losses if has_plain_head(model, ids[:1]) else _own_losses
+        batches = list(zip(ids.split(batch_size), torch.tensor(counts).split(batch_size), strict=True))
+        for rows, last in tqdm(batches, desc="Perplexity", disable=not logging.is_progress_bar_enabled()):
+            sums += [part.sum().item() for part in score(model, rows, last).split(last.tolist())]
+    return np.array(sums)
+
+
+def _plain_losses(model: PreTrainedModel, ids: torch.LongTensor, counts: torch.LongTensor) -> torch.Tensor:
+    """Losses of the tokens that count, one window after the other, with the head applied to chunks of them."""
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    scored = torch.arange(ids.shape[1]) >= ids.shape[1] - counts[:, None]
+    rows, columns = (index.to(hidden.device) for index in scored.nonzero(as_tuple=True))
+    hidden, targets = hidden[rows, columns - 1], ids.to(hidden.device)[rows, columns]
+    head = model.get_output_embeddings()
+    chunk = positions_at_once(head.weight.shape[0])
+    pairs = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    return torch.cat([_token_losses(head(part), target) for part, target in pairs])
+
+
+def _own_losses(model: PreTrainedModel, ids: torch.LongTensor, counts: torch.LongTensor) -> torch.Tensor:
+    """The same from the model's own logits, one window at a time."""
+    losses = []
+    for row, count in zip(ids, counts.tolist(), strict=True):
+        logits = model(input_ids=row[None], use_cache=False).logits[0, -count - 1 : -1]
+        chunk = positions_at_once(logits.shape[-1])
+        pairs = zip(logits.split(chunk), row[-count:].split(chunk), strict=True)
+        losses += [_token_losses(part, target) for part, target in pairs]
+    return torch.cat(losses)
+
+
+def _token_losses(logits: torch.Tensor, targets: torch.LongTensor) -> torch.Tensor:
+    loss = F.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
+    return loss.cpu().double()  # not every accelerator knows float64

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +16,127 @@ from ..checks import OneOf, check_fields
 from ..errors import ConfigurationError
 from ..files.json_files import read_json_object
 from ..files.writing import write_text
-from .parts import Parts
+
+
+MAX_PARTS = 256  # more are merged with their neighbours, so that files of results stay small
+FORMS = ("mean", "exp", "bits")
+_DIGITS = 9  # significant ones of each sum
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a figure `g(sum(sums) / sum(counts))`, by which it is compared with that of another model.
+
+    Attributes:
+        key: Fingerprint of what was measured, in order: two figures are pairs where it is the same.
+        sums: One for each window or document: negative log-likelihood in nats, right (1) or wrong (0), a score.
+        counts: What each sum is over: predicted tokens, words, bytes, or 1 document.
+        form: `g`: `"mean"` is `x`, `"exp"` is `exp(x)`, `"bits"` is `x / ln 2`.
+    """
+
+    key: str
+    sums: tuple[float, ...]
+    counts: tuple[int, ...]
+    form: str = "mean"
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise ConfigurationError(f"`form` is {self.form!r}; allowed values are {', '.join(FORMS)}.")
+        whole = len(self.sums) == len(self.counts) and sum(self.counts) > 0
+        if not whole or not all(map(math.isfinite, self.sums)):
+            raise ConfigurationError(
+                "There must be finite sums, and for each a count, or they are no parts of a figure."
+            )
+
+    @classmethod
+    def of(
+        cls, key: str, sums: Iterable[float], counts: Iterable[int] | None = None, form: str = "mean"
+    ) -> Parts | None:
+        """The parts as they are stored: rounded to nine digits, and merged with neighbours where there are many.
+
+        Args:
+            key: See `fingerprint`.
+            sums: One for each window or document, in order.
+            counts: What each sum is over. Default: 1 each.
+            form: See `Parts`.
+
+        Returns:
+            `None` if there are none, or a sum is not finite.
+        """
+        sums = [float(value) for value in sums]
+        counts = [1] * len(sums) if counts is None else [int(count) for count in counts]
+        if not sum(counts) > 0 or not all(map(math.isfinite, sums)):
+            return None
+        parts = cls(key, tuple(float(f"{value:.{_DIGITS}g}") for value in sums), tuple(counts), form)
+        if len(sums) <= MAX_PARTS or parts.are_hits:
+            return parts
+        edges = [i * len(sums) // MAX_PARTS for i in range(MAX_PARTS + 1)]
+        blocks = [slice(*edge) for edge in zip(edges, edges[1:], strict=False)]
+        return cls.of(key, [math.fsum(sums[b]) for b in blocks], [sum(counts[b]) for b in blocks], form)
+
+    @property
+    def are_hits(self) -> bool:
+        """Whether every part is one answer, right or wrong."""
+        return self.form == "mean" and set(self.counts) == {1} and set(self.sums) <= {0.0, 1.0}
+
+    @property
+    def mean(self) -> float:
+        """`sum(sums) / sum(counts)`."""
+        return math.fsum(self.sums) / sum(self.counts)
+
+    def value(self, mean: float | None = None) -> float:
+        """The figure, or what it would be at another `mean`."""
+        mean = self.mean if mean is None else mean
+        try:
+            return {"mean": lambda x: x, "exp": math.exp, "bits": lambda x: x / math.log(2)}[self.form](mean)
+        except OverflowError:
+            return math.inf
+
+    def pairs_with(self, other: Parts) -> bool:
+        """Whether both are of the same windows or documents in the same order."""
+        return (self.key, self.form, self.counts) == (other.key, other.form, other.counts)
+
+    def to_json(self) -> dict[str, Any]:
+        """Few bytes that people can still read: answers as hexadecimal digits (the first is the highest bit)."""
+        if self.are_hits:
+            bits = "".join(str(int(hit)) for hit in self.sums)
+            return {"key": self.key, "hits": f"{int(bits, 2):0{-(-len(bits) // 4)}x}", "documents": len(bits)}
+        same = len(set(self.counts)) == 1
+        return {
+            "key": self.key,
+            "form": self.form,
+            "sums": " ".join(f"{value:.{_DIGITS}g}" for value in self.sums),
+            "counts": self.counts[0] if same else " ".join(map(str, self.counts)),
+        }
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Parts:
+        """Reads what `to_json` made.
+
+        Raises:
+            ConfigurationError: It is something else.
+        """
+        try:
+            if "hits" in content:
+                hits, documents = content["hits"], content["documents"]
+                bits = f"{int(hits, 16):0{4 * len(hits)}b}"[-documents:]
+                if -(-documents // 4) != len(hits) or int(bits, 2) != int(hits, 16):
+                    raise ValueError(f"{hits!r} are no {documents} answers")
+                return cls(content["key"], tuple(map(float, bits)), (1,) * len(bits))
+            sums, counts = tuple(map(float, content["sums"].split())), content["counts"]
+            counts = (counts,) * len(sums) if isinstance(counts, int) else tuple(map(int, counts.split()))
+            return cls(content["key"], sums, counts, content["form"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigurationError(f"The parts of a figure are incomplete or of another kind: {error}.") from error
+
+
+def fingerprint(pieces: Iterable[bytes] | Sequence[str]) -> str:
+    """16 hexadecimal digits that say what was measured, in order."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        piece = piece.encode() if isinstance(piece, str) else piece
+        digest.update(len(piece).to_bytes(8, "little") + piece)
+    return digest.hexdigest()[:16]
 
 
 SCHEMA_VERSION = 1

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import PreTrainedModel
 
 from ..errors import ExportError
 from ..export import configuration_decilm
 from ..files.folders import check_folder, write_folder
+from .common import Exported, load_source
 from .configuration_decilm import DeciLMConfig
-from .deci_blocks import WIDTH_MULTIPLE, Block, block_configs, fit
-from .deci_padding import State, pad_layer
-from .result import Exported
-from .source import load_source
 
 
 # Models that compute what a Llama computes, from tensors of the same names.
@@ -168,3 +167,180 @@ def _notes(blocks: list[Block], padding: float, tokenizer: Any) -> list[str]:
     if tokenizer is None:
         notes.append("The model has no tokenizer; put one into the folder.")
     return notes
+
+
+WIDTH_MULTIPLE = 256  # of widths that `ffn_mult` can say
+
+
+@dataclass(frozen=True)
+class Block:
+    """The sizes of one layer; 0 where it has no attention or no MLP.
+
+    Attributes:
+        kv_heads: KV heads.
+        group: Query heads of each.
+        width: Neurons of the MLP.
+    """
+
+    kv_heads: int
+    group: int
+    width: int
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.kv_heads * self.group
+
+
+def fit(blocks: list[Block], pad: bool) -> list[Block]:
+    """The sizes that are written for the layers of a model.
+
+    Args:
+        blocks: The sizes that they have.
+        pad: Allow larger ones, whose additional heads and neurons will be zeros: as many query heads in all layers,
+            MLP widths that `ffn_mult` can say, and an attention before the first MLP.
+
+    Raises:
+        ExportError: A layer has sizes that the format cannot say; names it and the way out.
+    """
+    if not any(block.heads for block in blocks):
+        raise ExportError("No layer has attention, but a DeciLM model begins with one.")
+    if pad:
+        blocks = [replace(block, width=-(-block.width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE) for block in blocks]
+        return _with_first_attention(_with_equal_heads(blocks))
+    heads = max(block.heads for block in blocks)
+    for number, block in enumerate(blocks):
+        if block.heads not in (0, heads):
+            raise ExportError(
+                f"Layer {number} has {block.heads} query heads and another one {heads}, but in the DeciLM format all "
+                "layers have as many (only their KV heads may differ). Pad it with heads of zeros (`pad`), prune "
+                "heads in the uniform layout, or prune 'mlp_neurons' and leave heads alone."
+            )
+    first = _first(blocks)
+    if not blocks[first].heads:
+        raise ExportError(
+            f"Layer {first} has an MLP but no attention, and none before it: in the DeciLM format the first sublayer "
+            "is an attention. Pad it with one of zeros (`pad`), or keep that attention (`protect_first`)."
+        )
+    return blocks
+
+
+def _first(blocks: list[Block]) -> int:
+    """Number of the first layer that does anything."""
+    return next(number for number, block in enumerate(blocks) if block.heads or block.width)
+
+
+def _with_equal_heads(blocks: list[Block]) -> list[Block]:
+    """The least number of query heads that all layers can be padded to, whole groups in each."""
+    there = [block for block in blocks if block.heads]
+    most = max(block.kv_heads for block in there) * max(block.group for block in there)
+    for heads in range(max(block.heads for block in there), most + 1):
+        # As few KV heads as hold those of the layer: the smallest groups that hold its own have the most room.
+        padded = [_padded_heads(block, heads) for block in blocks]
+        if all(padded):
+            return padded
+    raise AssertionError("one group size and one number of KV heads always hold all layers")
+
+
+def _padded_heads(block: Block, heads: int) -> Block | None:
+    """A layer with so many query heads and as few KV heads as possible, `None` if none holds it."""
+    if not block.heads:
+        return block
+    groups = [group for group in range(heads, block.group - 1, -1) if heads % group == 0]
+    return next((replace(block, kv_heads=heads // g, group=g) for g in groups if heads // g >= block.kv_heads), None)
+
+
+def _with_first_attention(blocks: list[Block]) -> list[Block]:
+    """An attention, with one KV head, in the first layer that does anything."""
+    first = _first(blocks)
+    if blocks[first].heads:
+        return blocks
+    heads = max(block.heads for block in blocks)
+    return [replace(b, kv_heads=1, group=heads) if number == first else b for number, b in enumerate(blocks)]
+
+
+def block_configs(blocks: list[Block], hidden_size: int) -> list[dict[str, dict[str, Any]]]:
+    """The layers as the configuration describes them.
+
+    Args:
+        blocks: Sizes that fit the format.
+        hidden_size: Size of the residual stream.
+    """
+    return [
+        {
+            "attention": {
+                "no_op": not block.heads, "n_heads_in_group": block.group or None, "replace_with_linear": False,
+            },
+            "ffn": {"no_op": not block.width, **_width(block.width, hidden_size), "replace_with_linear": False},
+        }
+        for block in blocks
+    ]  # fmt: skip
+
+
+def _width(width: int, hidden_size: int) -> dict[str, Any]:
+    """The width of an MLP: as a multiple of the hidden size where the format can say it so."""
+    if width % WIDTH_MULTIPLE:
+        return {"intermediate_size": width}
+    return {"ffn_mult": 3 * width / (2 * hidden_size) if width else None}
+
+
+State = dict[str, torch.Tensor]
+
+
+def pad_layer(state: State, prefix: str, old: Block, new: Block, head_dim: int) -> None:
+    """Pads the tensors of one layer, in place in the dictionary.
+
+    Args:
+        state: Tensors by name; must hold those of another layer with attention if this one has none.
+        prefix: Beginning of the layer's names, such as `"model.layers.3."`.
+        old: Its sizes.
+        new: The sizes it gets.
+        head_dim: Size of a head.
+    """
+    if new.width > old.width:
+        neurons = torch.arange(old.width)
+        for name in ("gate_proj", "up_proj"):
+            _spread(state, f"{prefix}mlp.{name}", neurons, new.width, rows=True)
+        _spread(state, f"{prefix}mlp.down_proj", neurons, new.width, rows=False)
+    if old.heads == new.heads and old.kv_heads == new.kv_heads:
+        return
+    if not old.heads:
+        _add_attention(state, prefix, new, head_dim)
+        return
+    # Each KV head keeps its own query heads; those that are added stand behind them, and added KV heads at the end.
+    heads = torch.arange(old.kv_heads)[:, None] * new.group + torch.arange(old.group)
+    queries, keys = _rows_of(heads.flatten(), head_dim), _rows_of(torch.arange(old.kv_heads), head_dim)
+    _spread(state, f"{prefix}self_attn.q_proj", queries, new.heads * head_dim, rows=True)
+    for name in ("k_proj", "v_proj"):
+        _spread(state, f"{prefix}self_attn.{name}", keys, new.kv_heads * head_dim, rows=True)
+    _spread(state, f"{prefix}self_attn.o_proj", queries, new.heads * head_dim, rows=False)
+
+
+def _rows_of(heads: torch.Tensor, head_dim: int) -> torch.Tensor:
+    return (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
+
+
+def _spread(state: State, name: str, index: torch.Tensor, size: int, rows: bool) -> None:
+    """Puts the rows (with the bias), or the columns, of a linear map at these places among `size`."""
+    weight = state[f"{name}.weight"]
+    padded = weight.new_zeros((size, weight.shape[1]) if rows else (weight.shape[0], size))
+    padded[(index, slice(None)) if rows else (slice(None), index)] = weight
+    state[f"{name}.weight"] = padded
+    if rows and f"{name}.bias" in state:
+        bias = state[f"{name}.bias"]
+        state[f"{name}.bias"] = bias.new_zeros(size)
+        state[f"{name}.bias"][index] = bias
+
+
+def _add_attention(state: State, prefix: str, new: Block, head_dim: int) -> None:
+    """An attention of zeros, with the tensors that those of other layers have."""
+    other = next(name for name in state if name.endswith(".self_attn.q_proj.weight")).removesuffix("q_proj.weight")
+    queries, keys = new.heads * head_dim, new.kv_heads * head_dim
+    for name, size in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys), ("o_proj", None)):
+        like = state[f"{other}{name}.weight"]
+        shape = (like.shape[0], queries) if size is None else (size, like.shape[1])
+        state[f"{prefix}self_attn.{name}.weight"] = like.new_zeros(shape)
+        if f"{other}{name}.bias" in state:
+            state[f"{prefix}self_attn.{name}.bias"] = like.new_zeros(shape[0])
+    norm = state[f"{other.removesuffix('self_attn.')}input_layernorm.weight"]
+    state[f"{prefix}input_layernorm.weight"] = torch.ones_like(norm)

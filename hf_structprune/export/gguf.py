@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +14,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils.logging import is_progress_bar_enabled
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, ExportError, StructPruneError
 from ..extras import need
 from ..files.places import check_place
 from ..files.writing import appearing
-from .gguf_layout import Layout, check, context_of, layout_of
-from .gguf_metadata import write_metadata
-from .gguf_tensors import StoredTensor, stored_tensors
+from .common import Exported, load_source
+from .gguf_model import Layout, StoredTensor, check, context_of, layout_of, stored_tensors, write_metadata
 from .gguf_vocab import write_vocabulary
-from .llama_cpp import need_llama_cpp, quantise
-from .result import Exported
-from .source import load_source
 
 
 if TYPE_CHECKING:
@@ -162,3 +160,35 @@ def _block(quant: str) -> int:
     if quant in ("f32", "f16", "bf16"):
         return 1
     return 256 if "_k" in quant or quant == "iq4_xs" else 32
+
+
+def need_llama_cpp() -> None:
+    """Makes sure that the package is installed.
+
+    Raises:
+        StructPruneError: It is not; says how to install it.
+    """
+    if find_spec("llama_cpp") is None:
+        raise StructPruneError(
+            "Types besides f32, f16, bf16 and q8_0 are made by llama.cpp, which is missing: `pip install "
+            "llama-cpp-python` (which compiles it)."
+        )
+
+
+def quantise(source: Path, target: Path, file_type: int) -> None:
+    """Writes a GGUF file with the weights of another one in fewer bits.
+
+    Args:
+        source: A file in f32, f16 or bf16.
+        target: The file to write.
+        file_type: Number of the type in llama.cpp's `llama_ftype`.
+
+    Raises:
+        ExportError: llama.cpp reports a failure.
+    """
+    import llama_cpp
+
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = file_type
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(parameters)) != 0:
+        raise ExportError(f"llama.cpp could not quantise {source.name}; what it says is on stderr.")

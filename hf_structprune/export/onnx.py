@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import json
 import logging as python_logging
 import os
@@ -14,17 +15,17 @@ from typing import Any
 import psutil
 import torch
 import transformers
-from transformers import PreTrainedModel
+from torch import nn
+from torch.export import Dim
+from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import ConfigurationError, ExportError
-from ..evaluation.memory import weight_bytes
+from ..evaluation.efficiency import weight_bytes
 from ..extras import need
 from ..files.folders import check_folder, write_folder
-from .genai import GENAI_CONFIG_NAME, genai_config
-from .result import Exported
-from .source import load_source
-from .with_cache import ForwardWithCache
+from ..model.skipping import overrides_of
+from .common import Exported, load_source
 
 
 logger = logging.get_logger(__name__)
@@ -194,3 +195,165 @@ def run_graph(graph: Any, past: dict, tokens: torch.Tensor, mask: torch.Tensor, 
 
 def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob(f"{_FILENAME}*"))
+
+
+# Sizes of the sample that is traced. All differ, and none is 0 or 1, which tracing would take for constants.
+_BATCH, _TOKENS, _PAST = 2, 3, 5
+
+Past = dict[str, dict[str, torch.Tensor]]
+
+
+class ForwardWithCache(nn.Module):
+    """One forward pass, prefill or decoding, whose cache goes in and out as plain tensors.
+
+    In go `input_ids` (batch, tokens), `attention_mask` (batch, past + tokens) and, for each layer with attention,
+    `past_key_values.<layer>.key` and `.value` (batch, KV heads of that layer, past, head size). Out come `logits`
+    (batch, tokens, vocabulary) and `present.<layer>.key` and `.value`, longer by the tokens. These names are those of
+    Optimum, Transformers.js and ONNX Runtime GenAI. An empty past makes it a prefill.
+
+    The position of a token is the number of tokens before it that the mask shows, as in `generate`: batches are padded
+    on the left. Layers with a sliding window keep the whole past; their mask hides what is outside of the window.
+
+    Args:
+        model: The model, in eval mode.
+
+    Raises:
+        ExportError: The model keeps something else than keys and values.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model, self.config = model, _plain_config(model)
+        names = inspect.signature(model.forward).parameters
+        # Transformers 5.24 gave the argument another name.
+        self._cache_name = "cache" if "cache" in names else "past_key_values"
+        self._takes_positions = "position_ids" in names
+        skipped = [overrides_of(model.config, i).get("skip", ()) for i in range(model.config.num_hidden_layers)]
+        self.without_attention = [i for i, skip in enumerate(skipped) if "attention" in skip]
+        self.shapes = self._cache_shapes()
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, past_key_values: Past
+    ) -> dict[str, torch.Tensor | Past]:
+        """Logits of the tokens, and the cache with them."""
+        length = attention_mask.shape[1] - input_ids.shape[1]
+        # A layer without attention keeps nothing but the count of the tokens, which Transformers may ask it for.
+        count = input_ids.new_zeros((input_ids.shape[0], 1, length, 1), dtype=self.model.dtype)
+        absent = {"key": count, "value": count}
+        layers = [past_key_values.get(str(i), absent) for i in range(self.config.num_hidden_layers)]
+        cache = DynamicCache([(layer["key"], layer["value"]) for layer in layers])
+        logits = self._logits(input_ids, attention_mask, **{self._cache_name: cache}, use_cache=True)
+        present = {name: {"key": cache.layers[int(name)].keys, "value": cache.layers[int(name)].values}
+                   for name in past_key_values}  # fmt: skip
+        return {"logits": logits, "present": present}
+
+    def reference(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Logits of whole sequences by the model itself, without a cache."""
+        return self._logits(input_ids, attention_mask, use_cache=False)
+
+    def past(self, batch: int, length: int = 0) -> Past:
+        """A past of random keys and values; of none without a length, which begins a sequence."""
+        names = ("key", "value")
+        return {
+            str(layer): {name: torch.randn(batch, heads, length, size).to(self.model.dtype) for name in names}
+            for layer, (heads, size) in self.shapes.items()
+        }
+
+    def sample(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Inputs to trace with, and which of their dimensions vary: batch, tokens and past."""
+        inputs = {
+            "input_ids": torch.ones(_BATCH, _TOKENS, dtype=torch.long),
+            "attention_mask": torch.ones(_BATCH, _PAST + _TOKENS, dtype=torch.long),
+            "past_key_values": self.past(_BATCH, _PAST),
+        }
+        # Not AUTO: a dimension that cannot vary is an error and no silent constant.
+        varies = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+        layer = {name: {0: Dim.DYNAMIC, 2: Dim.DYNAMIC} for name in ("key", "value")}
+        past = {name: layer for name in inputs["past_key_values"]}
+        return inputs, {"input_ids": varies, "attention_mask": varies, "past_key_values": past}
+
+    def _logits(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> torch.Tensor:
+        if self._takes_positions:
+            positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+            options["position_ids"] = positions[:, -input_ids.shape[1] :]
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, **options).logits
+
+    @torch.no_grad()
+    def _cache_shapes(self) -> dict[int, tuple[int, int]]:
+        """KV heads and head size of each layer with attention, as the model writes them into a cache."""
+        cache, tokens = DynamicCache(), torch.zeros(1, 2, dtype=torch.long)
+        self._logits(tokens, torch.ones_like(tokens), **{self._cache_name: cache}, use_cache=True)
+        number = self.config.num_hidden_layers
+        layers = [i for i in range(number) if i not in self.without_attention]
+        if not layers or len(cache.layers) != number or any(cache.layers[i].keys.ndim != 4 for i in layers):
+            raise ExportError(
+                f"{type(self.model).__name__} does not keep keys and values for each of its layers, so its cache "
+                "cannot be exported."
+            )
+        return {i: (cache.layers[i].keys.shape[1], cache.layers[i].keys.shape[3]) for i in layers}
+
+
+def _plain_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The model's configuration without what names its modelling code, which an exported graph does not need."""
+    config = copy.deepcopy(model.config)
+    config.dtype = model.dtype
+    if hasattr(config, "auto_map"):
+        del config.auto_map
+    return config
+
+
+GENAI_CONFIG_NAME = "genai_config.json"
+
+
+def genai_config(
+    config: PreTrainedConfig, generation: GenerationConfig, shapes: dict[int, tuple[int, int]], filename: str
+) -> dict[str, Any] | str:
+    """The configuration of ONNX Runtime GenAI, or why there is none.
+
+    Args:
+        config: The model's configuration.
+        generation: How it generates.
+        shapes: KV heads and head size of each layer that has attention.
+        filename: The graph.
+
+    Returns:
+        The content of `genai_config.json`, or a sentence.
+    """
+    end = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
+    context = getattr(config, "max_position_embeddings", None)
+    if end is None or context is None:
+        missing = "token that ends a text" if end is None else "longest context"
+        return f"ONNX Runtime GenAI has to know the {missing}, which the configuration does not say."
+    heads, size = next(iter(shapes.values()))  # layers that differ, or have no cache, it finds in the graph
+    ends = end if isinstance(end, list) else [end]
+    return {
+        "model": {
+            "type": "decoder",  # any decoder; the names below say the rest
+            "bos_token_id": config.bos_token_id if config.bos_token_id is not None else ends[0],
+            "eos_token_id": end,
+            "pad_token_id": config.pad_token_id if config.pad_token_id is not None else ends[0],
+            "vocab_size": config.vocab_size,
+            "context_length": context,
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "filename": filename,
+                "hidden_size": config.hidden_size,
+                "num_hidden_layers": config.num_hidden_layers,
+                "num_key_value_heads": heads,
+                "head_size": size,
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        # The graph gives back a longer past and does not write into the one it was given.
+        "search": {"do_sample": False, "max_length": context, "past_present_share_buffer": False},
+    }

@@ -6,8 +6,8 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigurationError
-from ..evaluation.formatting import label_of
 from ..evaluation.results import EvaluationResult, Figure
+from ..evaluation.table import label_of
 
 
 if TYPE_CHECKING:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
-from ..errors import ConfigurationError
+from ..errors import CheckpointError, ConfigurationError
+from ..evaluation.protocols import context_length
+from ..evaluation.results import RESULTS_NAME, EvaluationResult
 from ..extras import need
 from ..hardware import default_device
+from ..model.loading import load_config, shapes_of
+from ..text.calibration import check_token_ids, load_tokens
 from .configuration import QuantizationConfig
-from .source import Source
 
 
 Save = Callable[[Path], None]
@@ -95,3 +103,127 @@ def need_accelerator(config: QuantizationConfig, what: str, instead: str) -> Non
     """
     if torch.device(device_of(config)).type == "cpu":
         raise ConfigurationError(f"{what} needs an accelerator (CUDA or XPU), and the device is the CPU: {instead}.")
+
+
+# The sizes that kernels are written for.
+USUAL = (256, 128, 64, 32)
+
+
+def dividing(source: Source) -> list[int]:
+    """The usual group sizes that divide the inputs of every layer, the largest first."""
+    return [size for size in USUAL if all(columns % size == 0 for _, columns in source.linears.values())]
+
+
+def check_groups(source: Source, size: int, *, whole_row: bool = True) -> None:
+    """Refuses a group size that some layer's inputs are no multiple of.
+
+    Args:
+        source: The model.
+        size: Weights of a row that share a scale; -1 for all of them.
+        whole_row: Whether -1 is possible.
+
+    Raises:
+        ConfigurationError: Names the layer, its inputs and the sizes that divide all layers.
+    """
+    if size == -1 and whole_row:
+        return
+    for name, (_, columns) in source.linears.items():
+        if size == -1 or columns % size:
+            fitting = [*map(str, dividing(source)), *(["-1 (a whole row)"] if whole_row else [])]
+            raise ConfigurationError(
+                f"`group_size` is {size}, which does not divide the {columns} inputs of {name}. "
+                + (f"Sizes that divide all layers: {', '.join(fitting)}." if fitting else "")
+                + " `PruningConfig(align_to=...)` prunes to widths that group sizes divide."
+            )
+
+
+def calibration_rows(source: Source, config: QuantizationConfig, tokenizer: Any) -> torch.LongTensor:
+    """Token ids of shape `(num_samples, length)`.
+
+    Raises:
+        ConfigurationError: The sequences are longer than the model's context.
+        CalibrationError: The data cannot be used.
+    """
+    context = context_length(source.shapes)
+    if context is not None and config.calibration.length > context:
+        raise ConfigurationError(
+            f"`calibration.length` is {config.calibration.length}, but the model's context is {context} tokens."
+        )
+    tokens = load_tokens(config.calibration, tokenizer)
+    check_token_ids(tokens, source.shapes.get_input_embeddings().weight.shape[0])
+    return tokens
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that is not quantised yet.
+
+    Attributes:
+        name: Folder or Hub id.
+        shapes: The model on the meta device, in the dtype of its checkpoint.
+        trust_remote_code: Whether code that comes with it may run.
+    """
+
+    name: str
+    shapes: PreTrainedModel
+    trust_remote_code: bool = False
+
+    @classmethod
+    def read(cls, name: str | os.PathLike, trust_remote_code: bool = False) -> Source:
+        """Reads the configuration.
+
+        Raises:
+            CheckpointError: There is no such model, or it is quantised already.
+        """
+        name = str(name)
+        config = load_config(name, trust_remote_code=trust_remote_code)
+        if getattr(config, "quantization_config", None) is not None:
+            raise CheckpointError(f"{name} is quantised already: give the checkpoint as it was before.")
+        dtype = config.dtype or torch.float32
+        shapes = shapes_of(config, name, dtype=dtype, trust_remote_code=trust_remote_code)
+        return cls(name, shapes, trust_remote_code)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where it is; `None` for one on the Hub."""
+        return Path(self.name) if Path(self.name).is_dir() else None
+
+    @property
+    def public_name(self) -> str:
+        """What reports call it: a Hub id or the name of a folder, never its path."""
+        return self.name if self.folder is None else self.folder.absolute().name
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether its layers differ in width."""
+        return bool(getattr(self.shapes.config, "is_heterogeneous", False))
+
+    @property
+    def parameters(self) -> int:
+        """Distinct parameters."""
+        return sum(p.numel() for p in self.shapes.parameters())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all parameters in the dtype of the checkpoint."""
+        return sum(p.numel() * p.element_size() for p in self.shapes.parameters())
+
+    @cached_property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Name and shape `(outputs, inputs)` of every linear map that is quantised: all but the head."""
+        head = self.shapes.get_output_embeddings()
+        return {
+            name: (module.out_features, module.in_features)
+            for name, module in self.shapes.named_modules()
+            if isinstance(module, nn.Linear) and module is not head
+        }
+
+    @property
+    def measured(self) -> dict[str, Path]:
+        """The results that lie in its folder, by the state of the model that they were measured on."""
+        found = {}
+        for path in [*sorted(self.folder.glob("evaluation_results*.json"))] if self.folder else []:
+            state = EvaluationResult.load(path).state
+            if path.name == RESULTS_NAME or path.name == f"evaluation_results_{state}.json":
+                found.setdefault(state, path)
+        return found

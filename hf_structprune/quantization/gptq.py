@@ -1,4 +1,4 @@
-"""GPTQ: columns are rounded one after the other, later ones make up for it. https://huggingface.co/papers/2210.17323"""
+"""GPTQ and AWQ, both through GPTQModel."""
 
 from __future__ import annotations
 
@@ -17,11 +17,8 @@ from transformers import GenerationConfig
 from ..errors import UnsupportedModelError
 from ..files.json_files import read_json_object
 from ..files.writing import write_text
-from .backend import Backend, Save, device_of
-from .calibrating import calibration_rows
+from .backend import Backend, Save, Source, calibration_rows, check_groups, device_of
 from .configuration import QuantizationConfig
-from .groups import check_groups
-from .source import Source
 
 
 # Weights are packed into words of so many bits, along the inputs and, for zero points, along the outputs.
@@ -132,3 +129,32 @@ class Gptq(GptqModelBackend):
 
     def settings(self, config: QuantizationConfig) -> dict[str, Any]:
         return {**super().settings(config), "quant_method": "gptq", "desc_act": config.desc_act}
+
+
+# GPTQModel searches for the best clipping of so many outputs at once.
+_OUTPUTS = 64
+
+
+class Awq(GptqModelBackend):
+    """AWQ through GPTQModel."""
+
+    extra = "awq"
+
+    def check(self, source: Source, config: QuantizationConfig) -> None:
+        super().check(source, config)
+        for name, (rows, _) in source.linears.items():
+            if rows % _OUTPUTS:
+                raise UnsupportedModelError(
+                    f"{name} has {rows} outputs, and AWQ takes {_OUTPUTS} at once: prune to widths that are multiples "
+                    f"of {_OUTPUTS}, or choose gptq."
+                )
+
+    def dtype(self, source: Source) -> torch.dtype:
+        # The kernels of AWQ compute in 16 bits only.
+        return torch.float16 if source.shapes.dtype == torch.float32 else source.shapes.dtype
+
+    def settings(self, config: QuantizationConfig) -> dict[str, Any]:
+        return {**super().settings(config), "quant_method": "awq", "format": "gemm"}
+
+    def kernel(self, config: QuantizationConfig) -> str:
+        return "auto" if device_of(config).startswith("cuda") else "awq_torch"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from ..evaluation.canvas import COLOURS, GREY, INK, make_panels, save, set_title, whole_numbers
+from ..evaluation.pictures import COLOURS, GREY, INK, make_panels, save, set_title, whole_numbers
 from .curve import Point, RecoveryCurve, exp
 
 

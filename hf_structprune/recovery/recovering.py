@@ -13,7 +13,7 @@ import torch
 from transformers.utils import logging
 
 from ..errors import ConfigurationError
-from ..evaluation.protocol import context_length
+from ..evaluation.protocols import context_length
 from ..extras import need
 from ..files.folders import check_folder
 from ..hub.own_files import check_card, check_own_files

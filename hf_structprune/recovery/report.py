@@ -13,8 +13,8 @@ from transformers import TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ..errors import EvaluationError
-from ..evaluation.canvas import require_matplotlib
 from ..evaluation.environment import describe_environment
+from ..evaluation.pictures import require_matplotlib
 from ..files.writing import write_text
 from .picture import draw_curve
 from .session import Session

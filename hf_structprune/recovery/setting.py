@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from ..errors import ConfigurationError, StructPruneError
-from ..evaluation.protocol import context_length
+from ..evaluation.protocols import context_length
 from ..model.loading import load_config
 from .wrappers import underneath
 

@@ -16,11 +16,9 @@ from transformers.utils import logging
 
 from ..checks import Count, Limits, checked
 from ..errors import ConfigurationError
-from ..evaluation.encoding import encode
-from ..evaluation.likelihood import window_losses
-from ..evaluation.protocol import PROTOCOLS, context_length
+from ..evaluation.perplexity import encode, window_losses
+from ..evaluation.protocols import PROTOCOLS, context_length, cut_windows, spread
 from ..evaluation.text import EvaluationText, load_text
-from ..evaluation.windows import cut_windows, spread
 from ..hardware import cuda_devices
 from .wrappers import is_sharded, underneath
 

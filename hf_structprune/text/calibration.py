@@ -16,8 +16,7 @@ import torch
 from ..config import CalibrationConfig
 from ..data import calibration_sample
 from ..errors import CalibrationError, TextError
-from .lines import LongLine
-from .reading import read_jsonl, read_rows
+from .reading import LongLine, read_jsonl, read_rows
 from .tokenising import token_ids
 
 

@@ -16,7 +16,7 @@ from hf_structprune.commands.common import ModelArguments
 from hf_structprune.commands.recipe import MODEL_OPTIONS, Recipe, substitute
 from hf_structprune.errors import ConfigurationError
 from hf_structprune.files.yaml_files import parse_yaml
-from hf_structprune.quantization.source import Source
+from hf_structprune.quantization.backend import Source
 from hf_structprune.recovery.configuration import DistillationConfig, RecoveryConfig
 
 

@@ -9,9 +9,8 @@ from transformers.utils import logging
 
 from hf_structprune.errors import ConfigurationError
 from hf_structprune.evaluation import EfficiencyConfig, efficiency, measure_efficiency
-from hf_structprune.evaluation.macs import count_macs, count_macs_with_attention
+from hf_structprune.evaluation.efficiency import GenerationTime, count_macs, count_macs_with_attention
 from hf_structprune.evaluation.results import EvaluationResult
-from hf_structprune.evaluation.speed import GenerationTime
 from hf_structprune.model.structure import ModelStructure
 
 

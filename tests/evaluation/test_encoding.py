@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from hf_structprune.errors import ConfigurationError
-from hf_structprune.evaluation.encoding import encode
+from hf_structprune.evaluation.perplexity import encode
 
 
 TEXTS = ["two words", " \n = Title = \n\n one\ttwo  three \n", "café 東京 😀 x", "x", " ", "a  b", "😀"]

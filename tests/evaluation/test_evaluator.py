@@ -10,8 +10,8 @@ import torch
 
 from hf_structprune.errors import ConfigurationError, StructPruneError, TextError
 from hf_structprune.evaluation import evaluator
+from hf_structprune.evaluation.environment import model_fingerprint
 from hf_structprune.evaluation.evaluator import EvaluationConfig, evaluate
-from hf_structprune.evaluation.fingerprint import model_fingerprint
 from hf_structprune.evaluation.results import EvaluationResult, Figure
 from hf_structprune.evaluation.table import ResultTable
 from hf_structprune.evaluation.text import load_text

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from hf_structprune.evaluation.formatting import label_of, scale_of
 from hf_structprune.evaluation.results import Figure
+from hf_structprune.evaluation.table import label_of, scale_of
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from families import (
 )
 from transformers import AutoModelForCausalLM
 
-from hf_structprune.evaluation.macs import count_macs, count_macs_with_attention
+from hf_structprune.evaluation.efficiency import count_macs, count_macs_with_attention
 from hf_structprune.model.structure import ModelStructure
 
 

@@ -3,8 +3,8 @@ import torch
 from families import FAMILIES, HEAD_DIM, HEADS, LAYERS, cut, make_model, random_units
 from transformers import MambaConfig, MambaForCausalLM
 
-from hf_structprune.evaluation import memory
-from hf_structprune.evaluation.memory import cache_growth, memory_in_use, peak_memory, weight_bytes
+from hf_structprune.evaluation import efficiency as memory
+from hf_structprune.evaluation.efficiency import cache_growth, memory_in_use, peak_memory, weight_bytes
 from hf_structprune.model.structure import ModelStructure
 
 

@@ -7,10 +7,9 @@ from itertools import product
 import numpy as np
 import pytest
 
-from hf_structprune.evaluation import paired
-from hf_structprune.evaluation.paired import compare_figures, compare_parts, mcnemar
-from hf_structprune.evaluation.parts import Parts
-from hf_structprune.evaluation.results import EvaluationResult, Figure
+from hf_structprune.evaluation import comparison as paired
+from hf_structprune.evaluation.comparison import compare_figures, compare_parts, mcnemar
+from hf_structprune.evaluation.results import EvaluationResult, Figure, Parts
 from hf_structprune.evaluation.table import ResultTable
 
 

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from hf_structprune.errors import ConfigurationError
-from hf_structprune.evaluation.parts import MAX_PARTS, Parts, fingerprint
-from hf_structprune.evaluation.results import EvaluationResult, Figure
+from hf_structprune.evaluation.results import MAX_PARTS, EvaluationResult, Figure, Parts, fingerprint
 
 
 @pytest.mark.parametrize("number", [1, 4, 5, 8, 203])

@@ -10,8 +10,7 @@ from matplotlib.collections import LineCollection, PathCollection
 from hf_structprune.decisions import HiddenPlan
 from hf_structprune.errors import ConfigurationError, EvaluationError
 from hf_structprune.evaluation import pictures
-from hf_structprune.evaluation.parts import Parts
-from hf_structprune.evaluation.results import EvaluationResult, Figure
+from hf_structprune.evaluation.results import EvaluationResult, Figure, Parts
 from hf_structprune.plan import GroupPlan, PruningPlan
 
 

@@ -6,8 +6,9 @@ from families import FAMILIES, cut, make_model, make_tokens, random_units
 from transformers import GenerationConfig
 
 from hf_structprune.errors import ConfigurationError, EvaluationError
-from hf_structprune.evaluation import speed, time_loading
-from hf_structprune.evaluation.speed import median_figure, time_generation, time_prefill, where
+from hf_structprune.evaluation import efficiency as speed
+from hf_structprune.evaluation import time_loading
+from hf_structprune.evaluation.efficiency import median_figure, time_generation, time_prefill, where
 from hf_structprune.model.structure import ModelStructure
 
 

@@ -297,7 +297,7 @@ def test_names(folder):
 
 
 def test_suites_are_known_to_lm_eval(folder):
-    from hf_structprune.evaluation.task_loading import find_names, task_manager
+    from hf_structprune.evaluation.tasks import find_names, task_manager
 
     for tasks in SUITES.values():
         assert find_names(tasks, task_manager(folder)) == list(tasks)

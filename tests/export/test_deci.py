@@ -11,8 +11,7 @@ from transformers import AutoTokenizer
 
 from hf_structprune.commands.cli import main
 from hf_structprune.errors import ConfigurationError, ExportError
-from hf_structprune.export.deci import FAMILIES, export_deci
-from hf_structprune.export.deci_blocks import Block, block_configs, fit
+from hf_structprune.export.deci import FAMILIES, Block, block_configs, export_deci, fit
 from hf_structprune.model.loading import load_model
 from hf_structprune.model.structure import ModelStructure
 

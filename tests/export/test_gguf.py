@@ -306,7 +306,7 @@ def test_bad_arguments(export, tmp_path, monkeypatch):
         export_gguf(model, tmp_path, tokenizer=byte_level())
     with pytest.raises(ExportError, match="no tokenizer"):
         export_gguf(model, tmp_path / "x.gguf")
-    monkeypatch.setattr("hf_structprune.export.llama_cpp.find_spec", lambda _: None)
+    monkeypatch.setattr("hf_structprune.export.gguf.find_spec", lambda _: None)
     with pytest.raises(StructPruneError, match="pip install llama-cpp-python"):
         export(model, quant="q4_k_m")
     model.config.quantization_config = {"quant_method": "gptq"}

@@ -19,8 +19,7 @@ from hf_structprune import PruningConfig, StructuredPruner
 from hf_structprune.commands import cli
 from hf_structprune.errors import CheckpointError, ConfigurationError, ExportError, StructPruneError
 from hf_structprune.export import onnx
-from hf_structprune.export.onnx import export_onnx, run_graph
-from hf_structprune.export.with_cache import ForwardWithCache
+from hf_structprune.export.onnx import ForwardWithCache, export_onnx, run_graph
 from hf_structprune.model.structure import ModelStructure
 
 

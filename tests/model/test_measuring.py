@@ -10,7 +10,7 @@ from untouched import facts
 from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
 from hf_structprune.criteria.distances import layer_similarities
 from hf_structprune.evaluation import perplexity
-from hf_structprune.evaluation.likelihood import window_losses
+from hf_structprune.evaluation.perplexity import window_losses
 from hf_structprune.model.measuring import measuring
 from hf_structprune.model.structure import ModelStructure
 from hf_structprune.recovery.distillation.teacher import ModelTeacher

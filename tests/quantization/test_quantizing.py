@@ -19,8 +19,8 @@ from hf_structprune.evaluation.results import EvaluationResult
 from hf_structprune.hub.quantization import read_quantization
 from hf_structprune.model.loading import load_model
 from hf_structprune.quantization import quantizing
-from hf_structprune.quantization.backends import BACKENDS
-from hf_structprune.quantization.source import Source
+from hf_structprune.quantization.backend import Source
+from hf_structprune.quantization.methods import BACKENDS
 from hf_structprune.recovery.dequantise import dequantised, is_quantised
 
 
@@ -291,8 +291,7 @@ def test_after_a_failure_the_folder_is_as_it_was(dense, tmp_path, monkeypatch):
 
 
 def test_calibration_too_long_for_the_model(dense):
-    from hf_structprune.quantization.calibrating import calibration_rows
-    from hf_structprune.quantization.source import Source
+    from hf_structprune.quantization.backend import Source, calibration_rows
 
     config = QuantizationConfig("gptq", calibration=CalibrationConfig(length=100_000))
     with pytest.raises(ConfigurationError, match="`calibration.length` is 100000, but the model's context"):

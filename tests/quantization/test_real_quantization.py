@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_structprune import CalibrationConfig, QuantizationConfig, quantize
-from hf_structprune.quantization.backends import BACKENDS
 from hf_structprune.quantization.configuration import METHODS
+from hf_structprune.quantization.methods import BACKENDS
 
 
 pytestmark = pytest.mark.slow

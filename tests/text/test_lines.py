@@ -6,8 +6,8 @@ import tracemalloc
 import pytest
 
 from hf_structprune.errors import TextError
-from hf_structprune.text import lines
-from hf_structprune.text.lines import Lines, LongLine
+from hf_structprune.text import reading as lines
+from hf_structprune.text.reading import Lines, LongLine
 
 
 def expected(path):

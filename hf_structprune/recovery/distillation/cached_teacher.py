@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...errors import ConfigurationError
-from ...evaluation.fingerprint import model_fingerprint
+from ...evaluation.environment import model_fingerprint
 from ...model.language_head import positions_at_once
 from ..configuration import DistillationConfig
 from .cache import CacheOrigin, PredictionCache, sequence_key

@@ -1,15 +1,34 @@
-"""The model to export: loaded whole, with its tokenizer, and not quantised."""
+"""What every export takes and gives back."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ExportError
 from ..model.loading import as_tokenizer, load_config, load_model, load_tokenizer
+
+
+@dataclass
+class Exported:
+    """A model in another format.
+
+    Args:
+        path: The file or folder.
+        size: Bytes on disk.
+        details: What else is worth knowing, as JSON takes it.
+        notes: Sentences for people: what came out otherwise than asked, and why.
+    """
+
+    path: Path
+    size: int
+    details: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def load_source(

@@ -1,16 +1,17 @@
-"""bitsandbytes: nf4 or fp4 in blocks of 64 weights, or int8 with a scale a row. https://huggingface.co/papers/2305.14314"""
+"""The methods that need no more than one class: bitsandbytes, torchao, auto-round; and the list of all."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from ..model.loading import load_model
-from .backend import Backend, Save, device_of
+from .backend import Backend, Save, Source, calibration_rows, check_groups, device_of, need_accelerator
 from .configuration import QuantizationConfig
-from .source import Source
+from .gptq import Awq, Gptq
 
 
 # What 4-bit kernels of CPUs want: inputs in blocks of weights that share a scale, outputs in rows packed together.
@@ -77,3 +78,69 @@ def _settings(config: QuantizationConfig, dtype: torch.dtype) -> BitsAndBytesCon
         load_in_4bit=True, bnb_4bit_quant_type=config.four_bit_type, bnb_4bit_use_double_quant=config.double_quant,
         bnb_4bit_compute_dtype=dtype,
     )  # fmt: skip
+
+
+class TorchAo(Backend):
+    """The weights are rounded while they are loaded, and written as safetensors of their plain parts."""
+
+    packages = libraries = ("torchao",)
+    extra = "torchao"
+    on_device = True
+
+    def check(self, source: Source, config: QuantizationConfig) -> None:
+        super().check(source, config)
+        if config.bits == 4:
+            need_accelerator(config, "torchao with 4 bits", "set `bits=8`, or choose bitsandbytes, which has 4 bits")
+            check_groups(source, config.group_size, whole_row=False)
+
+    def group_size(self, config: QuantizationConfig) -> int | None:
+        return config.group_size if config.bits == 4 else None
+
+    def run(self, source: Source, config: QuantizationConfig, tokenizer: Any) -> Save:
+        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+
+        kind = Int8WeightOnlyConfig() if config.bits == 8 else Int4WeightOnlyConfig(group_size=config.group_size)
+        model = load_model(
+            source.name, dtype=source.shapes.dtype, device_map={"": device_of(config)},
+            trust_remote_code=source.trust_remote_code, quantization_config=TorchAoConfig(kind),
+        )  # fmt: skip
+        return model.save_pretrained
+
+
+class AutoRound(Backend):
+    """auto-round in its own format, which Transformers loads where auto-round is installed."""
+
+    packages = ("auto_round",)
+    libraries = ("auto-round",)
+    extra = "auto-round"
+
+    def check(self, source: Source, config: QuantizationConfig) -> None:
+        super().check(source, config)
+        check_groups(source, config.group_size)
+
+    def run(self, source: Source, config: QuantizationConfig, tokenizer: Any) -> Save:
+        from auto_round import AutoRound as Rounding
+
+        rows = calibration_rows(source, config, tokenizer)
+        model = load_model(source.name, dtype=source.shapes.dtype, trust_remote_code=source.trust_remote_code)
+        rounding = Rounding(
+            model, tokenizer, bits=config.bits, group_size=config.group_size, sym=config.sym,
+            iters=config.iterations, seed=config.seed, device_map=device_of(config),
+            dataset=list(rows.split(config.calibration.batch_size)),
+            seqlen=rows.shape[1], nsamples=rows.shape[0], batch_size=config.calibration.batch_size,
+        )  # fmt: skip
+        rounding.quantize()
+
+        def save(path: Path) -> None:
+            rounding.save_quantized(str(path), format="auto_round", inplace=True)
+
+        return save
+
+
+BACKENDS: dict[str, Backend] = {
+    "bitsandbytes": BitsAndBytes(),
+    "torchao": TorchAo(),
+    "gptq": Gptq(),
+    "awq": Awq(),
+    "auto-round": AutoRound(),
+}
