@@ -19,16 +19,16 @@ from hf_structprune import QuantizationConfig, hardware
 from hf_structprune.errors import ConfigurationError
 from hf_structprune.evaluation import efficiency
 from hf_structprune.evaluation.environment import describe_environment, model_fingerprint
+from hf_structprune.hardware import release_memory
 from hf_structprune.model import rebuild as checkpoint
 from hf_structprune.model.target import Target
 from hf_structprune.quantization.backend import device_of, need_accelerator
 from hf_structprune.quantization.gptq import Awq
-from hf_structprune.recovery.baseline import release_memory
+from hf_structprune.recovery.callback import mixed_precision
 from hf_structprune.recovery.configuration import RecoveryConfig
 from hf_structprune.recovery.distillation.blocks import CACHED_LOGITS, rows_at_once
 from hf_structprune.recovery.distillation.teacher import ModelTeacher
-from hf_structprune.recovery.setting import mixed_precision
-from hf_structprune.recovery.watch import unchanged_randomness
+from hf_structprune.recovery.held_out import unchanged_randomness
 from hf_structprune.stats import moments as statistics
 
 
@@ -169,18 +169,18 @@ def test_the_dtype_of_mixed_precision(bf16, fp16, dtype):
     [
         ("lora", "bf16", torch.bfloat16), ("lora", "fp16", torch.float32), ("lora", "fp32", torch.float32),
         ("full", "bf16", torch.float32), ("full", "fp16", torch.float32), ("distill", "bf16", torch.bfloat16),
-        ("qlora", "bf16", "bfloat16"), ("qlora", "fp16", "float16"), ("qlora", "fp32", "float32"),
+        ("qlora", "bf16", torch.bfloat16), ("qlora", "fp16", torch.float16), ("qlora", "fp32", torch.float32),
     ],
 )  # fmt: skip
 def test_a_student_is_loaded_in_the_dtype_of_its_training(method, precision, dtype, monkeypatch):
     """What is trained is in float32; so is what adapters are put on if float16 is computed in."""
-    from hf_structprune.recovery import qlora, recovering
+    from hf_structprune.recovery import training
 
     force_accelerator(monkeypatch, True)
     loaded = []
-    for module, name in ((recovering, "load_model"), (qlora, "load_quantised")):
-        monkeypatch.setattr(module, name, lambda model, dtype, **options: loaded.append(dtype))
-    recovering._load_student("pruned", RecoveryConfig(method=method, precision=precision), False)
+    for name in ("load_model", "load_quantised"):
+        monkeypatch.setattr(training, name, lambda model, dtype, **options: loaded.append(dtype))
+    training.load_student("pruned", RecoveryConfig(method=method, precision=precision), False)
     assert loaded == [dtype]
 
 

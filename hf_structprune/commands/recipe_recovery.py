@@ -7,8 +7,8 @@ from pathlib import Path
 from ..errors import ConfigurationError
 from ..extras import need
 from ..hub.recovery import read_report
-from ..recovery.checkpoints import newest_whole
 from ..recovery.recovering import recover, training_folder
+from ..recovery.resume import newest_whole
 from .common import ModelArguments
 from .recipe import RecoverySection
 

@@ -1,31 +1,42 @@
-"""`LoraRecoveryCallback`: watches the training of a pruned model and keeps the best of it."""
+"""`LoraRecoveryCallback`: measures the training of a pruned model and keeps the best of it."""
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from ..errors import ConfigurationError
+from ..evaluation.protocols import context_length
 from ..evaluation.text import EvaluationText
 from ..files.folders import check_folder
+from ..files.writing import write_text
 from ..hub.own_files import check_card, check_own_files
+from ..hub.recovery import card_section
+from ..model.measuring import measuring
 from ..quantization.four_bit import compute_as_stored
-from ..recovery import trainer_access
-from .beginning import begin
-from .best import BEST_FOLDER, BestWeights
-from .curve import Point, RecoveryCurve, measuring_steps
-from .ending import RECOVERED_FOLDER, measure_chosen, put_back_best, save_all
-from .report import build_report, describe_training
+from .curve import measuring_steps
+from .held_out import HeldOutText
+from .save import build_report, describe_training, save_all, source_of
 from .session import Session
-from .setting import METRIC, fitting_window, mixed_precision, prefer_lower, source_of, tokenizer_of
-from .travelling import write_state
-from .watch import Watch
-from .wrappers import check_trainable
+from .weights import BEST_FOLDER, BestWeights, check_trainable, underneath
+
+
+logger = logging.get_logger(__name__)
+
+METRIC = "eval_recovery_log_perplexity"
+RECOVERED_FOLDER = "recovered"
+_FRAMES = 12  # from an event up to the Trainer there are two, and one for each function of ours
+_ORIGINAL = "_without_recovery"
 
 
 class LoraRecoveryCallback(TrainerCallback):
@@ -107,8 +118,8 @@ class LoraRecoveryCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Measures the pruned and the dense model, or reads them from the checkpoint that is resumed."""
-        self._trainer, resumed = trainer_access.calling_trainer(self)
-        self._tokenizer = tokenizer_of(processing_class, self._trainer)
+        self._trainer, resumed = calling_trainer(self)
+        self._tokenizer = _tokenizer_of(processing_class, self._trainer)
         check_trainable(model)
         compute_as_stored(model)
         if self.merge:
@@ -117,23 +128,23 @@ class LoraRecoveryCallback(TrainerCallback):
                 check_own_files(source)
             check_folder(self._merged(args))
             check_card(self._merged(args))
-        prefer_lower(args)
-        watch = Watch(self._tokenizer, self.text, window=fitting_window(self.window, model), **self.windows)
+        _prefer_lower(args)
         first = state.is_world_process_zero
         self.session = session = Session(
-            watch, RecoveryCurve(math.inf), BestWeights(Path(args.output_dir) / BEST_FOLDER, writes=first),
-            Point(0, math.inf), self.target, self.patience, mixed_precision(args), speaks=first,
+            HeldOutText(self._tokenizer, self.text, window=_fitting(self.window, model), **self.windows),
+            BestWeights(Path(args.output_dir) / BEST_FOLDER, writes=first),
+            target=self.target, patience=self.patience, autocast=mixed_precision(args), speaks=first,
         )  # fmt: skip
         folders = [resumed, f"{args.output_dir}/checkpoint-{state.global_step}", args.resume_from_checkpoint]
-        measured = begin(session, model, self.dense, state.global_step, folders, args.device)
+        measured = session.begin(model, self.dense, state.global_step, folders, args.device)
         self.report, self._active = None, True
         self._steps = measuring_steps(state.max_steps, self.evaluations)
         if self._trainer is None:
             session.warn("The Trainer of this callback was not found: recovery.json has the curve, its logs have not.")
             return
-        trainer_access.keep_in_card(self._trainer, self._card_section)
+        keep_in_card(self._trainer, self._card_section)
         if measured:
-            trainer_access.log(self._trainer, session.logs(session.value_at(state.global_step), state.global_step))
+            _log(self._trainer, session.logs(session.value_at(state.global_step), state.global_step))
 
     def on_evaluate(
         self,
@@ -146,7 +157,7 @@ class LoraRecoveryCallback(TrainerCallback):
     ) -> None:
         """Measures when the Trainer evaluates, and adds the value to its metrics."""
         if self._active:
-            value = self._measure(args, state, control, model)
+            value = self._measure(state, control, model)
             if metrics is not None:
                 metrics[METRIC] = value
 
@@ -160,7 +171,7 @@ class LoraRecoveryCallback(TrainerCallback):
     ) -> None:
         """Measures from time to time, if the Trainer does not evaluate."""
         if args.eval_strategy == "no" and state.global_step in self._steps:
-            self._measure(args, state, control, model)
+            self._measure(state, control, model)
 
     def on_epoch_end(
         self,
@@ -172,7 +183,7 @@ class LoraRecoveryCallback(TrainerCallback):
     ) -> None:
         """Measures after the last step, while reporting callbacks still listen."""
         if control.should_training_stop or state.global_step >= state.max_steps:
-            self._measure(args, state, control, model)
+            self._measure(state, control, model)
 
     def on_log(
         self,
@@ -196,7 +207,7 @@ class LoraRecoveryCallback(TrainerCallback):
         """Puts the curve and the best weights into the checkpoint."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self._active and state.is_world_process_zero and folder.is_dir():
-            write_state(self.session, folder, self.settings)
+            self.session.write_state(folder, self.settings)
 
     def on_train_end(
         self,
@@ -210,16 +221,15 @@ class LoraRecoveryCallback(TrainerCallback):
         from accelerate import PartialState
 
         self._active, session = False, self.session
-        seconds, merged = session.clock.seconds, None
+        seconds = session.clock.seconds
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            measure_chosen(session, model, state)
+            session.accept_choice(model, state)
         else:
-            put_back_best(session, model, state.global_step)
-        if self.merge:
-            merged = self._merged(args)
+            session.put_back_best(model, state.global_step)
         self.report = build_report(session, describe_training(args, state, model, seconds), self.about)
         try:
             if state.is_world_process_zero:
+                merged = self._merged(args) if self.merge else None
                 save_all(session, model, self._tokenizer, self.report, Path(args.output_dir), merged)
         finally:
             PartialState().wait_for_everyone()
@@ -228,7 +238,7 @@ class LoraRecoveryCallback(TrainerCallback):
         """Where the merged model goes."""
         return Path(self.output_dir or Path(args.output_dir) / RECOVERED_FOLDER)
 
-    def _measure(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any) -> float:
+    def _measure(self, state: TrainerState, control: TrainerControl, model: Any) -> float:
         """Measures once a step, logs, and stops the training if that is due."""
         session, step = self.session, state.global_step
         if session.stopped == "nan":
@@ -239,12 +249,116 @@ class LoraRecoveryCallback(TrainerCallback):
         value = session.measure(model, step)
         if session.stopped:
             control.should_training_stop = True
-        if self._trainer is not None and math.isfinite(value):
+        if not math.isfinite(value):
+            return math.inf
+        if self._trainer is not None:
             with session.clock.paused():
-                trainer_access.log(self._trainer, session.logs(value, step))
-        return value if math.isfinite(value) else math.inf
+                _log(self._trainer, session.logs(value, step))
+        return value
 
     def _card_section(self) -> str:
-        from .save import card_section
-
         return card_section(self.report or build_report(self.session, {}, self.about))
+
+
+def _tokenizer_of(processing_class: Any, trainer: Trainer | None) -> Any:
+    """The tokenizer of a training, also out of a processor or a collator."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if tokenizer is None and trainer is not None:
+        tokenizer = getattr(trainer.data_collator, "tokenizer", None)
+    if tokenizer is None:
+        raise ConfigurationError("The Trainer has no tokenizer to measure with: give it `processing_class=tokenizer`.")
+    return tokenizer
+
+
+def mixed_precision(args: TrainingArguments) -> torch.dtype | None:
+    """The dtype that mixed-precision training computes in."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+
+
+def _prefer_lower(args: TrainingArguments) -> None:
+    """Transformers takes any metric for one of which more is better, unless its name ends with `loss`."""
+    if args.metric_for_best_model in (METRIC, METRIC.removeprefix("eval_")) and args.greater_is_better:
+        logger.warning(f"{METRIC} is better when lower, so `greater_is_better` is set to False.")
+        args.greater_is_better = False
+
+
+def _fitting(window: int, model: nn.Module) -> int:
+    """The window, or the model's context where that is shorter."""
+    context = context_length(underneath(model))
+    if context is None or window <= context:
+        return window
+    logger.warning(f"`window` is {window}, but the model's context is {context} tokens: {context} are taken.")
+    return context
+
+
+def calling_trainer(callback: TrainerCallback) -> tuple[Trainer | None, str | None]:
+    """The Trainer whose event is being handled, and the checkpoint that its training was resumed from.
+
+    Events get arguments, state and model, but not the Trainer, and without it nothing can be logged: reporting
+    callbacks stand before those of the user, so what a callback adds to the logs it is handed comes too late for
+    them. Only `Trainer.log` reaches all of them. So this looks at the objects that the functions further up the stack
+    belong to, and takes the Trainer that has this callback. The folder given to `Trainer.train` is in the arguments of
+    the same function and nowhere else.
+
+    Args:
+        callback: The callback that handles the event.
+
+    Returns:
+        The Trainer and the checkpoint's folder; `None` each where there is none.
+    """
+    frame = sys._getframe(1)
+    for _ in range(_FRAMES):
+        if frame is None:
+            break
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer) and any(one is callback for one in owner.callback_handler.callbacks):
+            folder = frame.f_locals.get("resume_from_checkpoint")
+            return owner, folder if isinstance(folder, str) else None
+        frame = frame.f_back
+    return None, None
+
+
+def _log(trainer: Trainer, values: dict[str, float]) -> None:
+    """Logs values through a Trainer without any effect on its own logs.
+
+    `Trainer.log` takes back a wish to log that is still open, and TRL's adds the averages of its training metrics to
+    whatever is logged in train mode, and starts them anew.
+    """
+    wish = trainer.control.should_log
+    with measuring(trainer.model):
+        trainer.log(dict(values))
+    trainer.control.should_log = wish
+
+
+def keep_in_card(trainer: Trainer, section: Callable[[], str]) -> None:
+    """Makes every model card that a Trainer writes from now on end with a section.
+
+    `Trainer.push_to_hub` writes the card anew after all callbacks have been called, so the section is put in by the
+    writing itself.
+
+    Args:
+        trainer: The Trainer; only this one is changed.
+        section: Gives the section when a card has been written.
+    """
+    original = getattr(trainer.create_model_card, _ORIGINAL, trainer.create_model_card)
+
+    @functools.wraps(original)
+    def create_model_card(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        card = Path(trainer.args.output_dir) / "README.md"
+        if trainer.is_world_process_zero() and card.is_file():
+            write_text(card, _with_section(card.read_text(encoding="utf-8"), section()))
+        return result
+
+    setattr(create_model_card, _ORIGINAL, original)
+    trainer.create_model_card = create_model_card
+
+
+def _with_section(card: str, section: str) -> str:
+    """A card with a section once, in the place of an earlier one, found by the comments in its first and last line."""
+    lines = section.strip().splitlines()
+    before, begin, rest = card.partition(lines[0])
+    _, end, after = rest.partition(lines[-1])
+    if begin and end:
+        return f"{before}{section.strip()}{after}"
+    return f"{card.rstrip()}\n\n{section.strip()}\n"

@@ -1,11 +1,18 @@
-"""`RecoveryCurve`: how much of the lost quality is back at which step, and when to stop. Arithmetic only."""
+"""`RecoveryCurve`: how much of the lost quality is back at which step, when to stop, and the picture of it."""
 
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..evaluation.pictures import COLOURS, GREY, INK, make_panels, save, set_title, whole_numbers
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # A loss smaller than this, in nats, is no loss that a share could be of: 0.1 % of a perplexity.
 TINY = 1e-3
@@ -43,9 +50,6 @@ class RecoveryCurve:
     def recovered(self, log_perplexity: float) -> float | None:
         """`(pruned - now) / (pruned - dense)`: 0 is no better than before training, 1 is as good as the dense model.
 
-        Args:
-            log_perplexity: The value now, in nats.
-
         Returns:
             The share, below 0 for a model that got worse; `None` without a dense model, or if pruning lost nothing.
         """
@@ -54,14 +58,14 @@ class RecoveryCurve:
         return (self.pruned - log_perplexity) / (self.pruned - self.dense)
 
     @property
-    def start(self) -> Point:
-        """The pruned model."""
-        return Point(0, self.pruned)
+    def all_points(self) -> list[Point]:
+        """The pruned model, at step 0, and the measurements."""
+        return [Point(0, self.pruned), *self.points]
 
     @property
     def best(self) -> Point:
         """The first measurement with the lowest log-perplexity; the pruned model itself is one."""
-        return min((self.start, *self.points), key=lambda point: point.log_perplexity)
+        return min(self.all_points, key=lambda point: point.log_perplexity)
 
     @property
     def is_worse(self) -> bool:
@@ -83,7 +87,7 @@ class RecoveryCurve:
         share = self.recovered(self.points[-1].log_perplexity)
         if target is not None and share is not None and share >= target:
             return "target"
-        since = len(self.points) - 1 - self.points.index(self.best) if self.best in self.points else len(self.points)
+        since = len(self.points) - self.all_points.index(self.best)
         return "worse" if patience is not None and since >= patience else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,3 +113,65 @@ def measuring_steps(max_steps: int, evaluations: int | None) -> frozenset[int]:
 def exp(log_perplexity: float) -> float:
     """The perplexity, infinite where the number is too large."""
     return math.exp(log_perplexity) if log_perplexity < 700 else math.inf
+
+
+def curve_figure(curve: RecoveryCurve, best_step: int | None = None) -> Figure:
+    """Log-perplexity against training steps, between the pruned and the dense model.
+
+    The second axis says how much of the loss is back, where that is known.
+
+    Args:
+        curve: The measurements.
+        best_step: The step whose weights were kept. Default: the best.
+    """
+    figure, (axis,) = make_panels(1, height=3.6)
+    points = curve.all_points
+    axis.plot(
+        [p.step for p in points], [p.log_perplexity for p in points],
+        color=COLOURS[0], linewidth=2, marker="o", markersize=4, zorder=3,
+    )  # fmt: skip
+    _line(axis, curve.pruned, "pruned", COLOURS[5], above=not curve.is_worse)
+    if curve.dense is not None:
+        _line(axis, curve.dense, "dense", COLOURS[2])
+    kept = next((p for p in points if p.step == best_step), curve.best)
+    axis.plot([kept.step], [kept.log_perplexity], marker="*", markersize=14, color=COLOURS[0], zorder=4)
+    if kept.step:  # the pruned model has its own line
+        share = curve.recovered(kept.log_perplexity)
+        back = "" if share is None else f", {100 * share:.0f} % back"
+        axis.annotate(  # below it, where nothing is if it is the best
+            f"perplexity {exp(kept.log_perplexity):.2f}{back}", (kept.step, kept.log_perplexity), (0, -9),
+            textcoords="offset points", ha="right" if kept.step > points[-1].step / 2 else "left", va="top",
+            fontsize=8, color=INK, zorder=5,
+        )  # fmt: skip
+    axis.margins(x=0.02, y=0.12)
+    axis.set_ylabel("log-perplexity of held-out text (nats)")
+    axis.set_xlabel("training steps")
+    whole_numbers(axis.xaxis)
+    if curve.recovered(curve.pruned) is not None:
+        _share_axis(axis, curve)
+    set_title(axis, "Recovery: quality that comes back with training")
+    return figure
+
+
+def draw_curve(curve: RecoveryCurve, path: str | os.PathLike, best_step: int | None = None) -> None:
+    """Saves `curve_figure` as PNG."""
+    save(curve_figure(curve, best_step), path)
+
+
+def _line(axis: Axes, height: float, name: str, colour: str, above: bool = True) -> None:
+    axis.axhline(height, color=colour, linewidth=1.2, linestyle="--", zorder=2)
+    axis.annotate(
+        f"{name}, perplexity {exp(height):.2f}", (0.5, height), (0, 3 if above else -4),
+        xycoords=axis.get_yaxis_transform(), textcoords="offset points", ha="center",
+        va="bottom" if above else "top", fontsize=8, color=colour,
+    )  # fmt: skip
+
+
+def _share_axis(axis: Axes, curve: RecoveryCurve) -> None:
+    lost = curve.pruned - curve.dense
+    second = axis.secondary_yaxis(
+        "right", functions=(lambda y: 100 * (curve.pruned - y) / lost, lambda share: curve.pruned - share * lost / 100)
+    )
+    second.set_ylabel("% back", color=INK, fontsize=9)
+    second.tick_params(colors=INK, labelsize=8)
+    second.spines["right"].set_color(GREY)

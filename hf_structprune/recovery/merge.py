@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Iterator
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import CheckpointError
 from ..model.rebuild import assemble, has_weights
 from ..model.target import Target
-from .dequantise import dequantised, is_quantised, quantisation_of
+from .weights import is_peft, without_parallel
 
 
 @torch.no_grad()
@@ -35,23 +36,20 @@ def merge_adapter(model: nn.Module, *, dtype: torch.dtype | None = None) -> PreT
     Raises:
         CheckpointError: The adapter cannot be put into weights, is broken (NaN), or the weights are not all here.
     """
-    from accelerate.utils import extract_model_from_parallel
-
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    model = without_parallel(model)
     _check_adapter(model)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = model.get_base_model() if is_peft(model) else model
     method = quantisation_of(base)
     _check_base(base, method)
-    adapted = method is not None or any(map(_is_wrapper, base.modules()))
-    if not adapted and "forward" not in vars(base) and dtype is None:
-        return base
     if method is not None:
         dtype = dtype or getattr(base.config, "dtype", None) or torch.get_default_dtype()
+    merged = {path: _merged(layer, path, dtype) for path, layer in _changed_layers(base)}
+    if not merged and "forward" not in vars(base) and dtype is None:
+        return base
     target = Target(type(base), _plain_config(base))
-    walk = _Walk(dtype, copies=adapted)
-    walk.go(base, target.skeleton(), "", new=False)
-    _untie(target, walk.tensors)
-    result = assemble(target, walk.tensors, walk.buffers, base).requires_grad_(True)
+    tensors, buffers = _collect(base, merged, target.skeleton(), dtype)
+    _untie(target, tensors)
+    result = assemble(target, tensors, buffers, base).requires_grad_(True)
     if dtype is not None:
         result.config.dtype = dtype
     if getattr(base, "model_tags", None):
@@ -59,59 +57,61 @@ def merge_adapter(model: nn.Module, *, dtype: torch.dtype | None = None) -> PreT
     return result
 
 
-class _Walk:
-    """Collects the tensors of a plain model out of one with adapters, in the shape of a skeleton."""
-
-    def __init__(self, dtype: torch.dtype | None, copies: bool) -> None:
-        self.dtype, self.copies = dtype, copies
-        self.tensors: dict[str, torch.Tensor] = {}
-        self.buffers: dict[str, torch.Tensor] = {}
-        self._done: dict[int, torch.Tensor] = {}  # what is in two places in the base model stays one tensor
-
-    def go(self, module: nn.Module, skeleton: nn.Module, path: str, new: bool) -> None:
-        """Takes what the skeleton has at a path; `new` says that the module was made here and nobody else's."""
-        source = _plain(module, path, keep_dtype=self.dtype is None)
-        new = new or source is not module
-        for name in (name for name, tensor in skeleton._parameters.items() if tensor is not None):
-            tensor = getattr(source, name)
-            self.tensors[path + name] = tensor.detach().to(self.dtype or tensor.dtype) if new else self._own(tensor)
-        for name in (name for name, tensor in skeleton._buffers.items() if tensor is not None):
-            self.buffers[path + name] = getattr(source, name).clone()
-            if name not in skeleton._non_persistent_buffers_set:
-                self.tensors[path + name] = self.buffers[path + name]
-        for name, child in skeleton.named_children():
-            self.go(getattr(source, name), child, f"{path}{name}.", new)
-
-    def _own(self, tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in self._done:
-            self._done[id(tensor)] = tensor.detach().to(self.dtype or tensor.dtype, copy=self.copies)
-        return self._done[id(tensor)]
-
-
-def _plain(module: nn.Module, path: str, keep_dtype: bool) -> nn.Module:
-    """A module without the wrappers of PEFT and bitsandbytes, with what they compute in its weights."""
-    if not _is_wrapper(module):
-        return dequantised(module) if is_quantised(module) else module
-    base = _innermost(module)
-    dtypes = {name: p.dtype for name, p in base.named_parameters()} if keep_dtype else {}
-    one = _in_float32(module, base)
-    try:
-        if hasattr(one, "unload_and_optionally_merge_module"):
-            merged = one.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+def _changed_layers(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The outermost modules that PEFT or bitsandbytes have put in the place of plain ones, by path."""
+    for name, child in module.named_children():
+        if _is_wrapper(child) or is_quantised(child):
+            yield path + name, child
         else:
-            one.merge(safe_merge=True)
-            merged = one.get_base_layer()
-    except (ValueError, RuntimeError, NotImplementedError) as error:
-        raise CheckpointError(f"The adapter of {path.rstrip('.')} cannot be merged: {error}") from error
-    for name, parameter in merged.named_parameters():
-        parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
-    return merged
+            yield from _changed_layers(child, f"{path}{name}.")
+
+
+def _collect(
+    base: PreTrainedModel, merged: dict[str, nn.Module], skeleton: PreTrainedModel, dtype: torch.dtype | None
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Tensors and buffers of the plain model: those of merged layers and, if there are any, copies of the others."""
+    tensors, buffers, copies = {}, {}, {}
+    for path, module in skeleton.named_modules(remove_duplicate=False):
+        owner = next((own for own in merged if f"{path}.".startswith(f"{own}.")), None)
+        source = base.get_submodule(path) if owner is None else merged[owner].get_submodule(path[len(owner) + 1 :])
+        prefix = f"{path}." if path else ""
+        for name in (name for name, tensor in module._parameters.items() if tensor is not None):
+            tensor = getattr(source, name)
+            if id(tensor) not in copies:  # what is in two places in the base model stays one tensor
+                copies[id(tensor)] = tensor.detach().to(dtype or tensor.dtype, copy=bool(merged) and owner is None)
+            tensors[prefix + name] = copies[id(tensor)]
+        for name in (name for name, tensor in module._buffers.items() if tensor is not None):
+            buffers[prefix + name] = getattr(source, name).clone()
+            if name not in module._non_persistent_buffers_set:
+                tensors[prefix + name] = buffers[prefix + name]
+    return tensors, buffers
+
+
+def _merged(module: nn.Module, path: str, dtype: torch.dtype | None) -> nn.Module:
+    """A plain layer that computes what one of PEFT or bitsandbytes does, in a dtype or that of the plain weights."""
+    base = _innermost(module)
+    dtypes = {} if is_quantised(base) else {name: p.dtype for name, p in base.named_parameters()}
+    if _is_wrapper(module):
+        one = _in_float32(module, base)
+        try:
+            if hasattr(one, "unload_and_optionally_merge_module"):
+                result = one.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+            else:
+                one.merge(safe_merge=True)
+                result = one.get_base_layer()
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            raise CheckpointError(f"The adapter of {path} cannot be merged: {error}") from error
+    else:
+        result = dequantised(module)
+    for name, parameter in result.named_parameters():
+        parameter.data = parameter.data.to(dtype or dtypes.get(name, parameter.dtype))
+    return result
 
 
 def _in_float32(module: nn.Module, base: nn.Module) -> nn.Module:
     """A copy of an adapted layer in at least float32; over a quantised layer one of PEFT's plain kind."""
     if not is_quantised(base):
-        return _wide(_duplicate(module))
+        return _wide_copy(module)
     from peft.tuners.lora import Linear, LoraLayer
 
     if not isinstance(module, LoraLayer):
@@ -119,23 +119,20 @@ def _in_float32(module: nn.Module, base: nn.Module) -> nn.Module:
     one = copy.copy(module)
     one._modules = {**module._modules, "base_layer": None}
     one._caches = {}
-    one = _wide(_duplicate(one))
+    one = _wide_copy(one)
     one._modules["base_layer"] = dequantised(base)
     one.__class__, one.fan_in_fan_out, one.is_target_conv_1d_layer = Linear, False, False
     return one
 
 
-def _duplicate(module: nn.Module) -> nn.Module:
+def _wide_copy(module: nn.Module) -> nn.Module:
     """A deep copy, without what the layer was made with: tied adapters keep tensors there that have none."""
     kept = [vars(part).get("kwargs") for part in module.modules()]
-    return copy.deepcopy(module, {id(kwargs): kwargs for kwargs in kept if kwargs is not None})
-
-
-def _wide(module: nn.Module) -> nn.Module:
-    for tensor in (*module.parameters(), *module.buffers()):
+    result = copy.deepcopy(module, {id(kwargs): kwargs for kwargs in kept if kwargs is not None})
+    for tensor in (*result.parameters(), *result.buffers()):
         if tensor.is_floating_point() and tensor.itemsize < 4:
             tensor.data = tensor.data.float()
-    return module
+    return result
 
 
 def _is_wrapper(module: nn.Module) -> bool:
@@ -181,7 +178,7 @@ def _check_base(base: nn.Module, method: str | None) -> None:
             )
 
 
-def _plain_config(base: PreTrainedModel):
+def _plain_config(base: PreTrainedModel) -> PreTrainedConfig:
     """The configuration without quantisation, and with the cache that Trainer turns off for training."""
     config = copy.deepcopy(base.config)
     if hasattr(config, "quantization_config"):
@@ -194,10 +191,45 @@ def _plain_config(base: PreTrainedModel):
 def _untie(target: Target, tensors: dict[str, torch.Tensor]) -> None:
     """Says in the configuration that embeddings are not tied if the tensors differ; else makes them one again."""
     tied = getattr(target.skeleton(), "all_tied_weights_keys", None) or {}
-    differ = [name for name, source in tied.items() if not torch.equal(tensors[name], tensors[source])]
-    for name, source in tied.items():
-        if not differ:
-            tensors[name] = tensors[source]
-    if differ:
+    if all(torch.equal(tensors[name], tensors[source]) for name, source in tied.items()):
+        tensors |= {name: tensors[source] for name, source in tied.items()}
+    else:
         target.config.tie_word_embeddings = False
         target.config.get_text_config().tie_word_embeddings = False
+
+
+def quantisation_of(model: nn.Module) -> str | None:
+    """The quantisation method of a model, such as `"bitsandbytes"`; `None` for a plain one."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if config is None:
+        return None
+    method = config.get("quant_method") if isinstance(config, dict) else config.quant_method
+    return str(getattr(method, "value", method))
+
+
+def is_quantised(layer: nn.Module) -> bool:
+    """Whether a layer holds a weight of bitsandbytes, in 4 or 8 bits."""
+    return type(getattr(layer, "weight", None)).__name__ in ("Params4bit", "Int8Params")
+
+
+@torch.no_grad()
+def dequantised(layer: nn.Module) -> nn.Linear:
+    """A plain linear map in float32 with the numbers that a bitsandbytes one computes with on every CPU.
+
+    Raises:
+        CheckpointError: The weight has not been quantised yet, as before its model was moved to a device.
+    """
+    if type(layer.weight).__name__ == "Params4bit":
+        from ..quantization.stored_weights import stored_weight
+
+        values = stored_weight(layer.weight)
+    else:
+        scales = layer.state.SCB if layer.state.SCB is not None else getattr(layer.weight, "SCB", None)
+        if scales is None:
+            raise CheckpointError("An 8-bit weight has no scales: its model was not loaded completely.")
+        values = layer.weight.to(torch.float32) * (scales.to(layer.weight.device).view(-1, 1) / 127)
+    result = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    result.weight = nn.Parameter(values.to(torch.float32).view(layer.out_features, layer.in_features))
+    if layer.bias is not None:
+        result.bias = nn.Parameter(layer.bias.detach().to(torch.float32, copy=True))
+    return result

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+from torch import nn
 from transformers.utils import logging
 
 from ..errors import ConfigurationError
@@ -17,23 +17,30 @@ from ..evaluation.protocols import context_length
 from ..extras import need
 from ..files.folders import check_folder
 from ..hub.own_files import check_card, check_own_files
-from ..model.loading import load_config, load_model, load_tokenizer
-from .begun import fingerprint_of_rows, fingerprint_of_weights, read_settings, refuse_others, settings_of
-from .best import BEST_FOLDER
-from .checkpoints import KeepNewest, in_order, newest_whole, step_of
+from ..model.loading import load_config, load_tokenizer
+from .callback import LoraRecoveryCallback
 from .configuration import DistillationConfig, RecoveryConfig
-from .data import load_rows, prepare, public_sources
-from .endings import stopping_tokens
-from .precision import DTYPES, choose_precision
-from .setting import source_of
+from .data import load_rows, prepare, public_sources, stopping_tokens
+from .resume import (
+    KeepNewest,
+    fingerprint_of_rows,
+    fingerprint_of_weights,
+    in_order,
+    newest_whole,
+    refuse_other_settings,
+    settings_of,
+    step_of,
+)
+from .save import source_of
+from .training import adapter_config, choose_precision, load_student, training_arguments, widen
+from .weights import BEST_FOLDER
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, TrainerCallback
     from trl import SFTTrainer
 
-    from .callback import LoraRecoveryCallback
     from .distillation.teacher import ModelTeacher
 
 logger = logging.get_logger(__name__)
@@ -123,11 +130,11 @@ def recover(
         teacher=_name(teacher) if distilled else None,
     )  # fmt: skip
     if checkpoint is not None:
-        refuse_others(read_settings(checkpoint), settings, checkpoint)
+        refuse_other_settings(checkpoint, settings)
     teacher = _find_teacher(model, teacher) if distilled else None
     rows = load_rows(dataset, split=split, max_samples=config.max_samples, seed=config.seed)
     tokenizer = tokenizer or load_tokenizer(model, trust_remote_code=trust_remote_code)
-    student = _load_student(model, config, trust_remote_code)
+    student = load_student(model, config, trust_remote_code)
     prepared, data = prepare(
         rows, tokenizer, max_length=config.max_length, context=context_length(student),
         prompt_loss=config.prompt_loss, packing=config.packing, seed=config.seed,
@@ -137,7 +144,7 @@ def recover(
         logger.info(line)
     settings |= {"training_rows": fingerprint_of_rows(prepared), "model_weights": fingerprint_of_weights(student)}
     if checkpoint is not None:
-        refuse_others(read_settings(checkpoint), settings, checkpoint)
+        refuse_other_settings(checkpoint, settings)
     about = {
         "configuration": config.to_public_dict(),
         "model": _name(model),
@@ -149,9 +156,14 @@ def recover(
         loaded = _load_teacher(teacher, student, tokenizer, config, distillation, trust_remote_code)
         dense = loaded.model if dense is None or _same(dense, teacher) else dense
         about |= {"teacher": teacher_name or _name(teacher), "distillation": distillation.to_public_dict()}
-    callback = _callback(config, folder, dense)
+    callback = LoraRecoveryCallback(
+        dense, text=config.text, window=config.window, max_windows=config.max_windows,
+        batch_size=config.micro_batch_size, evaluations=config.evaluations, target=config.target,
+        patience=config.patience, output_dir=folder,
+    )  # fmt: skip
     callback.about, callback.settings = about, settings
-    trainer = _trainer(student, tokenizer, prepared, config, training, callback, loaded, distillation)
+    callbacks = [callback, KeepNewest()]
+    trainer = _trainer(student, tokenizer, prepared, config, training, callbacks, loaded, distillation)
     _remove_steps(training, after=checkpoint)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -247,24 +259,6 @@ def _find_teacher(model: str | os.PathLike, teacher: Any) -> Any:
     )
 
 
-def _load_student(model: Any, config: RecoveryConfig, trust_remote_code: bool) -> PreTrainedModel:
-    """The pruned model; weights that are trained are in float32, a frozen base in the precision of the computation."""
-    precision = choose_precision(config.precision)
-    if config.trained == "qlora":
-        from .qlora import load_quantised
-
-        compute = "bfloat16" if precision == "bf16" else str(DTYPES[precision]).removeprefix("torch.")
-        return load_quantised(
-            model, bits=config.bits, dtype=compute, gradient_checkpointing=config.gradient_checkpointing,
-            trust_remote_code=trust_remote_code,
-        )  # fmt: skip
-    frozen = config.trained == "lora" and precision != "fp16"
-    dtype = DTYPES[precision] if frozen else torch.float32
-    if isinstance(model, torch.nn.Module):
-        return model.to(dtype)
-    return load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
-
-
 def _load_teacher(
     teacher: Any,
     student: PreTrainedModel,
@@ -276,7 +270,7 @@ def _load_teacher(
     """The teacher; one that is loaded here computes as the student does unless another dtype was asked for."""
     from .distillation.teacher import load_teacher
 
-    if distillation.teacher_dtype == "auto" and not isinstance(teacher, torch.nn.Module):
+    if distillation.teacher_dtype == "auto" and not isinstance(teacher, nn.Module):
         distillation = dataclasses.replace(distillation, teacher_dtype=choose_precision(config.precision))
     return load_teacher(teacher, student, distillation, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
 
@@ -287,30 +281,17 @@ def _same(one: Any, other: Any) -> bool:
     return str(one) == str(other) if named else one is other
 
 
-def _callback(config: RecoveryConfig, folder: Path, dense: Any) -> LoraRecoveryCallback:
-    from .callback import LoraRecoveryCallback
-
-    return LoraRecoveryCallback(
-        dense, text=config.text, window=config.window, max_windows=config.max_windows,
-        batch_size=config.micro_batch_size, evaluations=config.evaluations, target=config.target,
-        patience=config.patience, output_dir=folder,
-    )  # fmt: skip
-
-
 def _trainer(
     student: PreTrainedModel,
     tokenizer: Any,
     rows: Dataset,
     config: RecoveryConfig,
     training: Path,
-    callback: LoraRecoveryCallback,
+    callbacks: list[TrainerCallback],
     teacher: ModelTeacher | None,
     distillation: DistillationConfig,
 ) -> SFTTrainer:
     from trl import SFTTrainer
-
-    from .adapters import adapter_config, widen
-    from .training import training_arguments
 
     options = {
         "model": student,
@@ -318,7 +299,7 @@ def _trainer(
         "train_dataset": rows,
         "processing_class": tokenizer,
         "peft_config": adapter_config(config, student),
-        "callbacks": [callback, KeepNewest()],
+        "callbacks": callbacks,
     }
     if teacher is None:
         trainer = SFTTrainer(**options)

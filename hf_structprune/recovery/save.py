@@ -1,18 +1,26 @@
-"""`save_recovered`: the recovered checkpoint, with what of the pruned one is still true, written all at once."""
+"""What is left of a training: its report, the curve as a picture, and the recovered checkpoint with its card."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 import math
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCardData
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
+from transformers.utils import logging
 
-from ..errors import CheckpointError, ConfigurationError
+from ..errors import CheckpointError, ConfigurationError, EvaluationError, StructPruneError
+from ..evaluation.environment import describe_environment
+from ..evaluation.pictures import require_matplotlib
 from ..evaluation.results import RESULTS_NAME, EvaluationResult
 from ..files.folders import write_folder
 from ..files.writing import write_text
@@ -21,11 +29,117 @@ from ..hub.carrying import STILL_TRUE, card_name, copy_files, is_pruned, or_say,
 from ..hub.contents import PRUNED_RESULTS_NAME
 from ..hub.hand_text import generated_mark, is_ours
 from ..hub.origin import TAGS
-from ..hub.recovery import PICTURE_NAME, RECOVERY_NAME, card_section
+from ..hub.recovery import PICTURE_NAME, RECOVERY_NAME, SCHEMA_VERSION, card_section
 from ..hub.snippets import loading
+from ..model.loading import load_config
+from .curve import draw_curve
+from .merge import merge_adapter, quantisation_of
+from .session import Session
+from .weights import is_peft, is_sharded, underneath, without_parallel
 
 
-__all__ = ["PICTURE_NAME", "RECOVERY_NAME", "card_section", "save_recovered"]
+logger = logging.get_logger(__name__)
+
+
+def build_report(session: Session, training: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+    """The content of `recovery.json`: what was trained, how much came back, and how that was measured.
+
+    Args:
+        session: The training.
+        training: See `describe_training`.
+        about: More that belongs into it: `configuration` (`RecoveryConfig.to_dict()`), `data`, ...
+    """
+    versions = describe_environment()["versions"]
+    for name in ("peft", "trl"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "curve": session.curve.to_dict(),
+        "text": session.held_out.describe(),
+        "stopped": session.stopped,
+        "best_step": session.kept.step,
+        "recovered": session.curve.recovered(session.kept.log_perplexity),
+        "configuration": {},
+        "training": training,
+        "versions": versions,
+        **about,
+    }
+
+
+def describe_training(
+    args: TrainingArguments, state: TrainerState, model: nn.Module, seconds: float
+) -> dict[str, Any]:
+    """What was trained, and how long; no names of folders."""
+    plain = without_parallel(model)
+    tokens = [logs["num_tokens"] for logs in state.log_history if "num_tokens" in logs]
+    return {
+        "steps": state.global_step,
+        "max_steps": state.max_steps,
+        "seconds": round(seconds, 1),
+        "tokens": int(tokens[-1] if tokens else state.num_input_tokens_seen) or None,
+        "method": str(plain.active_peft_config.peft_type.value).lower() if is_peft(plain) else "full",
+        "trainable_parameters": sum(p.numel() for p in plain.parameters() if p.requires_grad),
+        "learning_rate": args.learning_rate,
+        "epochs": state.epoch,
+        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "processes": args.world_size,
+    }
+
+
+def save_all(
+    session: Session, model: nn.Module, tokenizer: Any, report: dict[str, Any], folder: Path, merged: Path | None
+) -> None:
+    """Writes the report and the picture, and the merged model.
+
+    Args:
+        session: The training.
+        model: The model with the weights to save; it stays as it is.
+        tokenizer: Its tokenizer.
+        report: `recovery.json`.
+        folder: Where report and picture go.
+        merged: Where the merged model goes; `None` writes none.
+
+    Raises:
+        CheckpointError: Something cannot be merged or written.
+    """
+    write_text(folder / RECOVERY_NAME, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    picture = partial(draw_curve, session.curve, best_step=session.kept.step)
+    try:
+        require_matplotlib()
+        picture(folder / PICTURE_NAME)
+    except EvaluationError as error:
+        logger.warning(f"The recovery curve is not drawn. {error}")
+        picture = None
+    if merged is None:
+        return
+    if is_sharded(model):
+        logger.warning(
+            "The weights are spread over several processes, so they are not merged here: save them with "
+            "`trainer.save_model()` and merge them in one process."
+        )
+        return
+    plain = merge_adapter(model, dtype=_saved_dtype(model))
+    save_recovered(plain, tokenizer, merged, source=source_of(model), report=report, picture=picture)
+
+
+def source_of(model: nn.Module) -> Path | None:
+    """The pruned checkpoint that a model was loaded from, if it is one of ours."""
+    folder = Path(str(getattr(underneath(model).config, "_name_or_path", "") or ""))
+    return folder if (folder / "pruning_plan.json").is_file() else None
+
+
+def _saved_dtype(model: nn.Module) -> torch.dtype | None:
+    """The dtype of the checkpoint that a model was loaded from, in which it is saved again, whatever it is trained in.
+
+    `None` where it came from none, or from one that is neither a folder nor in the cache.
+    """
+    name = str(getattr(underneath(model).config, "_name_or_path", "") or "")
+    options = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        return getattr(load_config(name, **options), "dtype", None) if name else None
+    except StructPruneError:
+        return None
 
 
 def save_recovered(
@@ -74,15 +188,14 @@ def save_recovered(
         if source is None:
             _write_plain_card(path, card_name(folder, previous), previous, report)
             return
-        _carry_over(source, path)
+        copy_files(source, path, STILL_TRUE)
+        _copy_results(source, path)
         write_card_from(source, path, folder, previous)
 
     write_folder(folder, write, size=size)
 
 
 def _check(model: PreTrainedModel) -> None:
-    from .dequantise import quantisation_of
-
     if quantisation_of(model) is not None or hasattr(model, "peft_config"):
         raise CheckpointError("The model is quantised or has adapters: save what `merge_adapter` makes of it.")
     for name, parameter in model.named_parameters():
@@ -90,20 +203,13 @@ def _check(model: PreTrainedModel) -> None:
             raise CheckpointError(f"`{name}` has values that are not finite; the model was not saved to be used.")
 
 
-def _carry_over(source: Path, path: Path) -> None:
-    copy_files(source, path, STILL_TRUE)
-    # A model that was recovered once has the results of its pruned state under their second name already.
+def _copy_results(source: Path, path: Path) -> None:
+    """A model that was recovered once has the results of its pruned state under their second name already."""
     for name in (PRUNED_RESULTS_NAME, RESULTS_NAME):
-        if (source / name).is_file() and _state(source / name) == "pruned":
-            shutil.copyfile(source / name, path / PRUNED_RESULTS_NAME)
-            return
-
-
-def _state(results: Path) -> str | None:
-    try:
-        return EvaluationResult.load(results).state
-    except ConfigurationError:
-        return None
+        with contextlib.suppress(ConfigurationError):
+            if (source / name).is_file() and EvaluationResult.load(source / name).state == "pruned":
+                shutil.copyfile(source / name, path / PRUNED_RESULTS_NAME)
+                return
 
 
 def _restore_cache(path: Path, source: Path | None) -> None:

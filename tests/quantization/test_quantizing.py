@@ -21,7 +21,7 @@ from hf_structprune.model.loading import load_model
 from hf_structprune.quantization import quantizing
 from hf_structprune.quantization.backend import Source
 from hf_structprune.quantization.methods import BACKENDS
-from hf_structprune.recovery.dequantise import dequantised, is_quantised
+from hf_structprune.recovery.merge import dequantised, is_quantised
 
 
 IDS = torch.arange(3, 35)[None]

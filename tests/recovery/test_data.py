@@ -3,7 +3,7 @@ import torch
 from datasets import Dataset
 
 from hf_structprune.errors import ConfigurationError, TextError
-from hf_structprune.recovery import encoding
+from hf_structprune.recovery import data as texts
 from hf_structprune.recovery.data import load_rows, prepare
 
 
@@ -79,14 +79,14 @@ def test_chats_are_the_same_as_trl_with_assistant_only_loss(tmp_path, make_token
     result, report = prepare(Dataset.from_list(rows), tokenizer, max_length=200)
     assert both(result) == both(expected)
     assert spelled(tokenizer, result) == ["yes</s>no</s>"]
-    assert report.notes[-1] == f"{encoding.ALL_BY_MASK} (1 chats)"
+    assert report.notes[-1] == f"{texts.ALL_BY_MASK} (1 chats)"
 
 
 @pytest.mark.parametrize(
     ("template", "learned", "note"),
     [
-        (CHATML, "yes</s>\nno</s>\n", encoding.ALL_BY_PREFIX),
-        (LOOKS_BACK, "!no</s>\n", encoding.LAST),
+        (CHATML, "yes</s>\nno</s>\n", texts.ALL_BY_PREFIX),
+        (LOOKS_BACK, "!no</s>\n", texts.LAST),
     ],
 )
 def test_answers_of_a_chat_without_marks(template, learned, note, make_tokenizer):

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 from killed_training import Die, build
-from training_setup import losses, make_callback, make_lora, make_tiny, make_trainer, script_environment
-from watching import WATCH
+from training_setup import HELD_OUT, losses, make_callback, make_lora, make_tiny, make_trainer, script_environment
 
 from hf_structprune.errors import CheckpointError, ConfigurationError
-from hf_structprune.recovery.travelling import BEST_NAME, STATE_NAME
+from hf_structprune.recovery.session import BEST_NAME, STATE_NAME
 
 
 HERE = Path(__file__).parent
@@ -46,7 +45,7 @@ def test_killed_in_the_middle_and_resumed(tmp_path, kind):
     assert history(resumed) == pytest.approx(history(whole), abs=1e-5) and len(history(whole)) == 8
     assert measured(callback) == pytest.approx(measured(watched), abs=1e-5) and len(measured(watched)) == 10
     assert callback.report["best_step"] == watched.report["best_step"]
-    assert WATCH.measure(resumed.model) == pytest.approx(WATCH.measure(whole.model), abs=1e-5)
+    assert HELD_OUT.measure(resumed.model) == pytest.approx(HELD_OUT.measure(whole.model), abs=1e-5)
     seconds = [point["seconds"] for point in callback.report["curve"]["points"]]
     assert seconds == sorted(seconds)
 
@@ -150,26 +149,27 @@ def test_checkpoint_of_a_training_without_the_callback(tmp_path, kind, caplog):
     curve = callback.session.curve
     assert "no recovery_state.json" in caplog.text and [point.step for point in curve.points] == [4, 6, 8]
     if kind == "lora":
-        assert curve.pruned == WATCH.measure(make_tiny()) > curve.points[0].log_perplexity
+        assert curve.pruned == HELD_OUT.measure(make_tiny()) > curve.points[0].log_perplexity
     else:
         assert curve.pruned == curve.points[0].log_perplexity
     assert len(losses(trainer)) == 8
 
 
 def test_a_failed_write_leaves_the_earlier_best(tmp_path, monkeypatch):
-    from hf_structprune.recovery import best
-    from hf_structprune.recovery.best import BestWeights
+    from hf_structprune.recovery import weights
+    from hf_structprune.recovery.weights import BestWeights
 
     kept, model = BestWeights(tmp_path), make_lora()
     kept.keep(model, 3)
+    before = kept.path.read_bytes()
 
     def half(weights, path, metadata):
         Path(path).write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(best, "save_file", half)
+    monkeypatch.setattr(weights, "save_file", half)
     with pytest.raises(CheckpointError, match="no space left"):
         kept.keep(model, 4)
-    assert kept.step == 3 and os.listdir(tmp_path) == ["weights.safetensors"]
+    assert os.listdir(tmp_path) == ["weights.safetensors"] and kept.path.read_bytes() == before
     with pytest.raises(CheckpointError, match="another model"):
         kept.restore(make_tiny())

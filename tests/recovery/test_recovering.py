@@ -14,9 +14,9 @@ pytest.importorskip("peft")
 from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner  # noqa: E402
 from hf_structprune.commands import cli  # noqa: E402
 from hf_structprune.errors import ConfigurationError, StructPruneError, TextError  # noqa: E402
+from hf_structprune.hub.recovery import PICTURE_NAME, RECOVERY_NAME  # noqa: E402
 from hf_structprune.recovery import DistillationConfig, LoraRecoveryCallback, RecoveryConfig, recover
 from hf_structprune.recovery.recovering import _check_folders  # noqa: E402
-from hf_structprune.recovery.save import PICTURE_NAME, RECOVERY_NAME  # noqa: E402
 
 
 TEMPLATE = (

@@ -2,12 +2,9 @@
 
 import pytest
 import torch
-from training_setup import make_lora, make_tiny
-from watching import WATCH
+from training_setup import HELD_OUT, make_lora, make_tiny
 
-from hf_structprune.recovery.best import BestWeights
-from hf_structprune.recovery.session import agreed
-from hf_structprune.recovery.wrappers import as_before_training, is_sharded
+from hf_structprune.recovery.weights import BestWeights, agreed, as_before_training, is_sharded
 
 
 @pytest.fixture
@@ -30,22 +27,22 @@ def shard(model):
 
 @pytest.mark.parametrize("make", [make_lora, make_tiny])
 def test_sharded_weights_are_measured_kept_and_put_back(group, tmp_path, make):
-    plain = WATCH.measure(make())
+    plain = HELD_OUT.measure(make())
     model = shard(make())
     assert is_sharded(model) and not is_sharded(make())
-    assert WATCH.measure(model) == pytest.approx(plain, abs=1e-5)
+    assert HELD_OUT.measure(model) == pytest.approx(plain, abs=1e-5)
     best = BestWeights(tmp_path)
     best.keep(model, 3)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.2)
-    assert abs(WATCH.measure(model) - plain) > 1e-3
+    assert abs(HELD_OUT.measure(model) - plain) > 1e-3
     if make is make_lora:
         with as_before_training(model):
-            assert WATCH.measure(model) == pytest.approx(plain, abs=1e-5)
+            assert HELD_OUT.measure(model) == pytest.approx(plain, abs=1e-5)
     best.restore(model)
-    assert best.step == 3 and WATCH.measure(model) == pytest.approx(plain, abs=1e-5)
+    assert HELD_OUT.measure(model) == pytest.approx(plain, abs=1e-5)
 
 
 def test_one_value_for_all(group):

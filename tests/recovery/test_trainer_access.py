@@ -4,8 +4,8 @@ import pytest
 from training_setup import Listener, losses, make_callback, make_trainer
 from transformers import TrainerCallback
 
-from hf_structprune.recovery import trainer_access
-from hf_structprune.recovery.trainer_access import calling_trainer, keep_in_card, with_section
+from hf_structprune.recovery import callback as module
+from hf_structprune.recovery.callback import _with_section, calling_trainer, keep_in_card
 
 
 class Finder(TrainerCallback):
@@ -54,7 +54,7 @@ def test_logging_leaves_the_trainers_own_logs_alone(tmp_path):
 
 
 def test_without_a_trainer_the_report_has_the_curve(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(trainer_access, "calling_trainer", lambda callback: (None, None))
+    monkeypatch.setattr(module, "calling_trainer", lambda callback: (None, None))
     callback = make_callback()
     trainer = make_trainer(tmp_path, callback)
     with caplog.at_level("WARNING"):
@@ -70,9 +70,9 @@ def section(share):
 
 def test_section():
     card = "---\nlicense: mit\n---\n\n# A model\n"
-    once = with_section(card, section("10 %"))
+    once = _with_section(card, section("10 %"))
     assert once == f"{card}\n{section('10 %')}\n"
-    assert with_section(once + "\nbehind\n", section("20 %")) == f"{card}\n{section('20 %')}\n\nbehind\n"
+    assert _with_section(once + "\nbehind\n", section("20 %")) == f"{card}\n{section('20 %')}\n\nbehind\n"
 
 
 @pytest.mark.parametrize("times", [1, 2])

@@ -1,5 +1,7 @@
 """What TRL and PEFT are given: arguments, adapters, precision."""
 
+import json
+
 import pytest
 import torch
 from forced_hardware import force_accelerator, force_bf16_cpu, force_cuda, force_no_accelerator
@@ -8,11 +10,18 @@ from forced_hardware import force_accelerator, force_bf16_cpu, force_cuda, force
 pytest.importorskip("trl")
 pytest.importorskip("peft")
 
+from safetensors.torch import load_file  # noqa: E402
+
 from hf_structprune.errors import ConfigurationError  # noqa: E402
-from hf_structprune.recovery.adapters import adapter_config, widen  # noqa: E402
+from hf_structprune.recovery import recover, recovering  # noqa: E402
 from hf_structprune.recovery.configuration import RecoveryConfig  # noqa: E402
-from hf_structprune.recovery.precision import choose_precision  # noqa: E402
-from hf_structprune.recovery.training import accumulation_steps, training_arguments  # noqa: E402
+from hf_structprune.recovery.training import (  # noqa: E402  # noqa: E402
+    accumulation_steps,
+    adapter_config,
+    choose_precision,  # noqa: E402
+    training_arguments,
+    widen,
+)
 
 
 def test_arguments_follow_the_settings(tmp_path):
@@ -131,3 +140,26 @@ def test_fp16_needs_an_accelerator(monkeypatch):
     force_no_accelerator(monkeypatch)
     with pytest.raises(ConfigurationError, match="needs an accelerator"):
         choose_precision("fp16")
+
+
+@pytest.mark.parametrize("has", [True, False])
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+def test_it_trains_on_either_cpu(method, has, tiny_llama, make_tokenizer, tmp_path, monkeypatch):
+    """A frozen base is loaded in the dtype that is computed in; the result has the dtype of the checkpoint."""
+    if method == "qlora":
+        pytest.importorskip("bitsandbytes")
+    force_bf16_cpu(monkeypatch, has)
+    tiny_llama.save_pretrained(tmp_path / "pruned")
+    make_tokenizer().save_pretrained(tmp_path / "pruned")
+    (tmp_path / "data.jsonl").write_text(json.dumps({"text": "The quick brown fox jumps."}) + "\n")
+    (tmp_path / "watched.txt").write_text("The quick brown fox jumps over the lazy dog. " * 10)
+    seen, load = [], recovering.load_student
+    monkeypatch.setattr(recovering, "load_student", lambda *args: seen.append(load(*args)) or seen[0])
+    config = RecoveryConfig(
+        method=method, rank=2, alpha=4, max_length=64, batch_size=1, micro_batch_size=1, max_steps=1, evaluations=1,
+        max_windows=1, window=32, text=str(tmp_path / "watched.txt"),
+    )  # fmt: skip
+    folder = recover(tmp_path / "pruned", tmp_path / "data.jsonl", tmp_path / "out", config).folder
+    computed = torch.bfloat16 if has and method == "lora" else torch.float32
+    assert seen[0].dtype == computed
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.float32}

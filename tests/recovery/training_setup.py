@@ -18,6 +18,7 @@ from transformers import (
 
 from hf_structprune.evaluation.text import EvaluationText
 from hf_structprune.recovery.callback import LoraRecoveryCallback
+from hf_structprune.recovery.held_out import HeldOutText
 
 
 LETTERS = "the cat sat on the mat and the dog ran to the cat, then on. "
@@ -44,6 +45,9 @@ def tokenizer():
     made = build_tokenizer()
     made.pad_token = "</s>"
     return made
+
+
+HELD_OUT = HeldOutText(tokenizer(), TEXT, window=32, max_windows=4)
 
 
 def rows(count=32):

@@ -9,9 +9,17 @@ import torch
 from killed_training import build
 
 from hf_structprune.errors import ConfigurationError
-from hf_structprune.recovery.begun import fingerprint_of_weights, read_settings, refuse_others, settings_of
-from hf_structprune.recovery.checkpoints import KeepNewest, flaw, in_order, newest_whole
 from hf_structprune.recovery.configuration import DistillationConfig, RecoveryConfig
+from hf_structprune.recovery.resume import (
+    KeepNewest,
+    fingerprint_of_weights,
+    flaw,
+    in_order,
+    newest_whole,
+    refuse_other_settings,
+    settings_of,
+)
+from hf_structprune.recovery.session import STATE_NAME
 
 
 SETTINGS = {"rank": 4}
@@ -28,7 +36,7 @@ def trained(request, tmp_path_factory):
 
 
 def test_every_file_is_needed_whole(trained, tmp_path):
-    assert flaw(trained) is None and read_settings(trained) == SETTINGS
+    assert flaw(trained) is None
     weights = [path.name for path in trained.glob("*model.safetensors")]
     needed = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "recovery_state.json"]
     for name in [*weights, "recovery_best.safetensors", *needed]:
@@ -108,16 +116,17 @@ def test_older_checkpoints_go_only_after_a_newer_one_is_finished(tmp_path):
 
 def test_all_settings_are_compared_but_those_that_change_nothing(tmp_path):
     begun = settings_of(RecoveryConfig(precision="fp32"), DistillationConfig(), model="m")
+    (tmp_path / STATE_NAME).write_text(json.dumps({"settings": begun}))
     same = RecoveryConfig(
         precision="fp32", learning_rate=1e-4, report_to=["wandb"], save_steps=3, gradient_checkpointing=True
     )
-    refuse_others(begun, settings_of(same, DistillationConfig(), model="m"), tmp_path / "checkpoint-2")
+    refuse_other_settings(tmp_path, settings_of(same, DistillationConfig(), model="m"))
     other = settings_of(RecoveryConfig(precision="fp32", seed=1), DistillationConfig(temperature=2.0), model="n")
     with pytest.raises(
         ConfigurationError,
         match=r"`model` is 'n', it was 'm'; `seed` is 1, it was 42; `temperature` is 2.0, it was 1.0. Give the same",
     ):
-        refuse_others(begun, other, tmp_path / "checkpoint-2")
+        refuse_other_settings(tmp_path, other)
 
 
 def test_weights_have_a_fingerprint(tiny_llama):

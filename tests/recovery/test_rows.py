@@ -1,11 +1,21 @@
+"""Rows of every kind of source and format, alone and mixed."""
+
 import json
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 
 from hf_structprune.errors import ConfigurationError, TextError
-from hf_structprune.recovery.formats import Chat, Instruction, Pair, Text
-from hf_structprune.recovery.sources import COMMON, dump, load_rows, mix_counts, public_sources, restore, to_common
+from hf_structprune.recovery.rows import (
+    COMMON,
+    FORMATS,
+    load_rows,
+    mix_counts,
+    public_sources,
+    read_example,
+    recognise,
+    to_common,
+)
 
 
 def texts(count, letter="t"):
@@ -54,7 +64,7 @@ def test_of_a_stream_the_first_rows_are_taken(caplog):
     assert "its first 4 rows are taken, in their order" in caplog.text
     assert len(load_rows(IterableDatasetDict(train=stream), max_samples=20)) == 9
     mixed = load_rows([(stream, 0.5), (texts(9, "u"), 0.5)], max_samples=6)
-    taken = sorted(restore(example).text for example in mixed["example"])
+    taken = sorted(json.loads(example)["text"] for example in mixed["example"])
     assert [one[0] for one in taken] == ["t"] * 3 + ["u"] * 3
     with pytest.raises(TextError, match="no split 'test'"):
         load_rows(IterableDatasetDict(train=stream), split="test", max_samples=1)
@@ -97,9 +107,9 @@ def test_formats_are_mixed_row_for_row(tmp_path):
         ("dolly.jsonl", "instruction"), ("data", "text"), ("data (2)", "prompt-completion"),
         ("data (3)", "prompt-completion"),
     }  # fmt: skip
-    examples = [restore(text) for text in mix["example"][:]]
-    assert Chat(chats[0]["prompt"] + chats[0]["completion"], 1) in examples
-    assert Pair("p", "c") in examples and Text("t4") in examples and Instruction("i19", "", "r") in examples
+    examples = [json.loads(text) for text in mix["example"][:]]
+    assert chat(chats[0]["prompt"] + chats[0]["completion"], 1) in examples
+    assert pairs[0] in examples and {"text": "t4"} in examples and task("i19", "", "r") in examples
     assert examples != sorted(examples, key=repr), "not shuffled"
     assert mix[:] == load_rows(sources, seed=3)[:]
     assert mix[:] != load_rows(sources, seed=4)[:]
@@ -107,7 +117,7 @@ def test_formats_are_mixed_row_for_row(tmp_path):
 
 
 def test_empty_rows_stay_to_be_counted():
-    assert to_common(Dataset.from_list([{"text": ""}, {"text": "x"}]))["example"][0] == dump(None) == ""
+    assert to_common(Dataset.from_list([{"text": ""}, {"text": "x"}]))["example"][0] == ""
 
 
 @pytest.mark.parametrize(
@@ -167,3 +177,85 @@ def test_public_sources_are_names_with_their_shares(tmp_path):
     assert public_sources([f"{tmp_path}/a.jsonl@0.25", "some/data@0.75"]) == ["a.jsonl@0.25", "some/data@0.75"]
     assert public_sources(tmp_path / "a.jsonl") == ["a.jsonl"]
     assert public_sources([{"text": "a"}]) == ["data"]
+
+
+USER, BOT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "name"),
+    [
+        (["messages", "prompt", "prompt_id"], "messages"),  # UltraChat
+        (["id", "conversations"], "conversations"),  # ShareGPT
+        (["completion", "prompt"], "prompt-completion"),
+        (["instruction", "input", "output", "text"], "instruction"),  # Alpaca
+        (["instruction", "context", "response", "category"], "instruction"),  # Dolly
+        (["question", "answer"], "question-answer"),
+        (["text", "timestamp", "url"], "text"),  # C4
+    ],
+)
+def test_formats_are_recognised_by_their_columns(columns, name):
+    assert recognise(columns, "x").name == name
+
+
+def test_unknown_columns_name_what_is_there_and_what_is_known():
+    with pytest.raises(TextError, match="rows.jsonl has the columns 'prompt', 'chosen'") as error:
+        recognise(["prompt", "chosen"], "rows.jsonl")
+    assert all(known.name in str(error.value) for known in FORMATS)
+    assert "input|context (optional)" in str(error.value)
+
+
+def read(**row):
+    return read_example(row, recognise(list(row), "x"), "Row 0 of x")
+
+
+def task(instruction, context, answer):
+    return {"instruction": instruction, "input": context, "output": answer}
+
+
+def chat(messages, prompt_turns=None):
+    return {"messages": messages, "prompt_turns": prompt_turns, "template": {}}
+
+
+def test_examples():
+    assert read(text="x", url="u") == {"text": "x"}
+    assert read(prompt="p", completion="c") == {"prompt": "p", "completion": "c"}
+    assert read(instruction="i", context="c", response="r") == task("i", "c", "r")
+    assert read(instruction="i", output="r") == read(question="i", answer="r") == task("i", "", "r")
+    assert read(messages=[USER, BOT, USER]) == chat([USER, BOT])
+    assert read(prompt=[USER], completion=[BOT]) == chat([USER, BOT], 1)
+    turns = [{"from": "human", "value": "q", "weight": None}, {"from": "gpt", "value": "a", "weight": None}]
+    assert read(conversations=turns) == chat([USER, BOT])
+    parts = [{"type": "text", "text": "a", "image": None}, {"type": None, "text": ""}, "b"]
+    assert read(messages=[USER, {"role": "assistant", "content": parts}]) == chat([USER, {**BOT, "content": "ab"}])
+    assert read(messages=[USER, BOT], tools="[]")["template"] == {"tools": "[]"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": " \n"}, {"text": None}, {"prompt": "p", "completion": " "}, {"instruction": "i", "output": None},
+        {"instruction": "", "output": "o"}, {"messages": []}, {"messages": [USER]}, {"messages": None},
+        {"prompt": [], "completion": [BOT]}, {"prompt": [USER], "completion": [{"role": "assistant", "content": ""}]},
+    ],
+)  # fmt: skip
+def test_nothing_to_learn(row):
+    assert read(**row) is None
+
+
+@pytest.mark.parametrize(
+    ("row", "match"),
+    [
+        ({"text": 3}, "Row 0 of x, format text: the text is a int"),
+        ({"messages": "hi"}, "the messages are a str, not a list"),
+        ({"messages": ["hi"]}, "a message is a str, not an object with `role`"),
+        ({"conversations": [{"from": "alien", "value": "x"}]}, "a message is by 'alien'; known are human"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a part of type 'image'; only text can be"),
+        ({"messages": [{"role": "user", "content": [3]}]}, "a part of a message is a int, not a text"),
+        ({"messages": [{"role": "user", "content": {}}]}, "a message is a dict, not a text"),
+        ({"prompt": [USER], "completion": "x"}, "must both be texts or both be lists"),
+    ],
+)
+def test_values_of_the_wrong_kind(row, match):
+    with pytest.raises(TextError, match=match):
+        read(**row)
