@@ -31,9 +31,7 @@ from hf_structprune.allocation.exchange import exchange
 from hf_structprune.allocation.greedy import Losses
 from hf_structprune.allocation.removal import Removal, depth_candidates
 from hf_structprune.commands.benchmark import take_turns
-from hf_structprune.commands.common import load_pruner
-from hf_structprune.commands.demo_model import DEMO_MODEL, find_model
-from hf_structprune.commands.subjects import find_subject
+from hf_structprune.commands.models import DEMO_MODEL, find_model, find_subject, load_pruner
 from hf_structprune.evaluation import perplexity, read_text
 from hf_structprune.evaluation.efficiency import EfficiencyConfig
 from hf_structprune.evaluation.pictures import COLOURS, GREY, legend_below, make_panels, save, set_title

@@ -19,8 +19,7 @@ from typing import Any
 
 from hf_structprune import CalibrationConfig, QuantizationConfig, StructPruneError, quantize
 from hf_structprune.commands.benchmark import take_turns
-from hf_structprune.commands.common import ModelArguments, load_for_measuring
-from hf_structprune.commands.subjects import find_subject
+from hf_structprune.commands.models import ModelArguments, find_subject, load_for_measuring
 from hf_structprune.data import wikitext2_sample
 from hf_structprune.evaluation import perplexity, read_text
 from hf_structprune.evaluation.efficiency import EfficiencyConfig

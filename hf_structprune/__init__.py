@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .installed import __version__ as __version__
 from .model.per_layer import load_per_layer_checkpoints
 
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from .recovery.configuration import DistillationConfig, RecoveryConfig
     from .recovery.recovering import recover
 
-__version__ = "0.1.0.dev0"
 __all__ = [
     "CalibrationConfig",
     "DistillationConfig",

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from .alignment import AlignTo, check_align_to, check_step, multiple_of
 from .checks import Count, Described, Limits, Number, OneOf, Ratio, check_choice, check_fields, check_keys
 from .errors import ConfigurationError
-from .files.json_files import read_json_object
+from .files.reading import read_json_object
 from .files.writing import write_text
 from .text.calibration_config import CalibrationConfig
 from .units.kinds import (

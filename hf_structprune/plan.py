@@ -18,7 +18,7 @@ from rich.table import Table
 
 from .decisions import Dropped, GroupPlan, HiddenPlan, is_dropped, normalised
 from .errors import ConfigurationError
-from .files.json_files import read_json_object
+from .files.reading import read_json_object
 from .files.writing import write_text
 from .model.structure import CoupledGroup, LayerStructure, ModelStructure
 from .units.kinds import WIDTH_UNITS

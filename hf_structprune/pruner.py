@@ -20,9 +20,9 @@ from .config import PruningConfig
 from .criteria import make_criterion
 from .errors import CheckpointError, ConfigurationError, RatioError, StructPruneError, UnsupportedModelError
 from .files.places import check_place
+from .hub.checkpoint import save_checkpoint
 from .hub.origin import origin_of, record
-from .hub.push import push_folder
-from .hub.save import save_checkpoint, take_over
+from .hub.push import push_folder, take_over
 from .model.checks import check_model, check_savable
 from .model.finite import check_finite
 from .model.half_pruned import interrupted, mark, marked_if_changed
@@ -185,7 +185,7 @@ class StructuredPruner:
             kwargs: Given to the model's `save_pretrained`, for example `max_shard_size`.
         """
         check_place(folder)
-        save_checkpoint(self, Path(folder), Path(os.path.abspath(folder)).name, **kwargs)
+        self._save(Path(folder), Path(os.path.abspath(folder)).name, **kwargs)
         self._saved = Path(folder)
 
     def push_to_hub(
@@ -220,13 +220,17 @@ class StructuredPruner:
         """
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "model"
-            save_checkpoint(self, folder, repo_id, **save_kwargs)
+            self._save(folder, repo_id, **save_kwargs)
             if self._saved is not None:
                 take_over(self._saved, folder)
             return push_folder(
                 folder, repo_id, private=private, token=token, commit_message=commit_message, revision=revision,
                 create_pr=create_pr,
             )  # fmt: skip
+
+    def _save(self, folder: Path, name: str, **kwargs: Any) -> None:
+        about = {"config": self.config, "plan": self.last_plan, "origin": self.origin}
+        save_checkpoint(self.model, self.tokenizer, folder, name, **about, **kwargs)
 
     def calibration_tokens(self) -> torch.Tensor:
         """The token ids that `config.calibration` names, shape (sequences, length), checked against the vocabulary."""

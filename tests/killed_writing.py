@@ -6,8 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-from hf_structprune.files import folders, places
-from hf_structprune.files.folders import check_folder, settle, write_folder
+from hf_structprune.files import places, writing
+from hf_structprune.files.writing import check_folder, settle, write_folder
 
 
 OLD = {"config.json": "old", "model.safetensors": "old", "old.txt": "mine", "recovery.json": "old"}
@@ -38,14 +38,14 @@ def left(folder):
 
 
 def no_exchange(patch, folder):
-    patch.setattr(folders, "_exchange", lambda *_: False)
+    patch.setattr(writing, "_exchange", lambda *_: False)
 
 
 def cannot_move(patch, folder):
     def refuse(one, other):
         raise OSError(errno.EXDEV, "of a lower layer")
 
-    patch.setattr(folders, "_exchange", refuse)
+    patch.setattr(writing, "_exchange", refuse)
 
 
 def mounted(patch, folder):
@@ -131,5 +131,5 @@ if __name__ == "__main__":
     chosen, where = sys.argv[1], Path(sys.argv[2])
     WAYS.get(chosen, WAYS["exchange"])(Patch, Path(os.devnull))
     if chosen == "mounted":
-        places.must_stay = folders.must_stay = lambda folder: True
+        places.must_stay = writing.must_stay = lambda folder: True
     print(kill_settling(where) if chosen == "settling" else kill(chosen, where))

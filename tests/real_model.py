@@ -3,7 +3,7 @@
 import pytest
 
 from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
-from hf_structprune.commands.demo_model import DEMO_MODEL, find_model
+from hf_structprune.commands.models import DEMO_MODEL, find_model
 from hf_structprune.errors import StructPruneError
 
 

@@ -13,8 +13,8 @@ import torch
 
 from hf_structprune import CalibrationConfig, PruningConfig, QuantizationConfig
 from hf_structprune.checks import Count, Limits, OneOf, Ratio, check_fields, checked, field_types
-from hf_structprune.commands.common import ModelArguments
-from hf_structprune.commands.perplexity import PerplexityArguments
+from hf_structprune.commands.evaluate import PerplexityArguments
+from hf_structprune.commands.models import ModelArguments
 from hf_structprune.errors import ConfigurationError, StructPruneError
 from hf_structprune.evaluation.efficiency import EfficiencyConfig
 from hf_structprune.evaluation.evaluator import EvaluationConfig

@@ -3,7 +3,7 @@
 import pytest
 
 from hf_structprune.errors import StructPruneError
-from hf_structprune.extras import need
+from hf_structprune.installed import need
 
 
 def test_what_is_missing_is_named():

@@ -15,7 +15,7 @@ from transformers.hf_argparser import HfArgumentParser
 from ..checks import checked, field_types
 from ..config import CalibrationConfig
 from ..errors import ConfigurationError
-from ..files.yaml_files import parse_yaml, read_text
+from ..files.reading import parse_yaml, read_text
 from .cli import program
 
 

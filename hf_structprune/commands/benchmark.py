@@ -19,8 +19,16 @@ from ..evaluation.results import EvaluationResult, Figure
 from ..evaluation.table import ResultTable
 from ..files.places import check_place
 from .arguments import parse
-from .common import ModelArguments, load_for_measuring, results_only_on_stdout, show
-from .subjects import Subject, baseline_output, find_baseline, find_subject, save_baseline
+from .cli import results_only_on_stdout, show
+from .models import (
+    ModelArguments,
+    Subject,
+    baseline_output,
+    find_baseline,
+    find_subject,
+    load_for_measuring,
+    save_baseline,
+)
 
 
 @dataclass
@@ -47,7 +55,7 @@ class BenchmarkArguments:
     overwrite: bool = False
 
 
-def run(argv: Sequence[str]) -> None:
+def benchmark_command(argv: Sequence[str]) -> None:
     """Measures, saves and prints."""
     description = "Measure size, memory and speed of MODEL."
     model, command, config = parse(

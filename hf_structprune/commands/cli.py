@@ -5,32 +5,38 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import json
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ..errors import StructPruneError
+from ..errors import ConfigurationError, StructPruneError
 from ..masking import MaskedStream, masked
 
 
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+# The module of each command, which has a function `NAME_command`, and what it does.
 COMMANDS = {
-    "inspect": "what can be cut from a model: groups, units, sizes",
-    "plan": "what would go at a ratio and what it saves; changes nothing",
-    "prune": "prune a model and save the checkpoint",
-    "recover": "train a pruned model to get its quality back",
-    "quantize": "quantise a model: bitsandbytes, torchao, GPTQ, AWQ, auto-round",
-    "perplexity": "perplexity of a model on a text",
-    "evaluate": "perplexity, tasks, size and speed of a model, beside its dense one",
-    "compare": "results of several evaluations in one table",
-    "benchmark": "size, memory and speed of a model, beside its dense one",
-    "export": "write a model in the format of another runtime: GGUF for llama.cpp, ONNX",
-    "card": "write the model card of a pruned checkpoint",
-    "push": "push a pruned checkpoint to the Hub",
-    "run": "run a recipe: prune, measure both sides, write the card, push",
-    "demo": "prune a small model end to end and show what happened",
+    "inspect": ("inspect", "what can be cut from a model: groups, units, sizes"),
+    "plan": ("prune", "what would go at a ratio and what it saves; changes nothing"),
+    "prune": ("prune", "prune a model and save the checkpoint"),
+    "recover": ("recover", "train a pruned model to get its quality back"),
+    "quantize": ("convert", "quantise a model: bitsandbytes, torchao, GPTQ, AWQ, auto-round"),
+    "perplexity": ("evaluate", "perplexity of a model on a text"),
+    "evaluate": ("evaluate", "perplexity, tasks, size and speed of a model, beside its dense one"),
+    "compare": ("evaluate", "results of several evaluations in one table"),
+    "benchmark": ("benchmark", "size, memory and speed of a model, beside its dense one"),
+    "export": ("convert", "write a model in the format of another runtime: GGUF for llama.cpp, ONNX"),
+    "card": ("publish", "write the model card of a pruned checkpoint"),
+    "push": ("publish", "push a pruned checkpoint to the Hub"),
+    "run": ("run", "run a recipe: prune, measure both sides, write the card, push"),
+    "demo": ("demo", "prune a small model end to end and show what happened"),
 }
 HELP = """usage: hf-structprune COMMAND [MODEL] [options]
 
@@ -99,13 +105,14 @@ def _run(argv: list[str]) -> int:
 def _dispatch(argv: list[str]) -> None:
     name = argv[0] if argv else "--help"
     if name in ("-h", "--help"):
-        print(HELP.format(commands="\n".join(f"  {command:<13}  {text}" for command, text in COMMANDS.items())))
+        print(HELP.format(commands="\n".join(f"  {command:<13}  {text}" for command, (_, text) in COMMANDS.items())))
     elif name == "--version":
-        from .. import __version__
+        from ..installed import __version__
 
         print(f"hf-structprune {__version__}")
     elif name in COMMANDS:
-        importlib.import_module(f".{name}", __package__).run(argv[1:])
+        module = importlib.import_module(f".{COMMANDS[name][0]}", __package__)
+        getattr(module, f"{name}_command")(argv[1:])
     else:
         raise StructPruneError(f"unknown command {name!r}; the commands are {', '.join(COMMANDS)}")
 
@@ -129,6 +136,54 @@ def program() -> str:
 def _fail(message: str, code: int) -> int:
     print(f"{program()}:", " ".join(message.split()), file=sys.stderr)
     return code
+
+
+def check_output_dir(path: str, overwrite: bool) -> None:
+    """Refuses to write over something, or where nothing can be written, before any work is done."""
+    from ..files.writing import check_folder
+
+    folder = Path(path)
+    check_folder(path)
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise ConfigurationError(f"{path} is not empty; choose another --output-dir or say --overwrite.")
+
+
+@contextlib.contextmanager
+def results_only_on_stdout() -> Iterator[None]:
+    """Sends what libraries print while they work to stderr."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+@contextlib.contextmanager
+def speaking() -> Iterator[None]:
+    """Lets the package say on stderr what it does; as a library it says only what is amiss."""
+    logger, handler = logging.getLogger(__name__.partition(".")[0]), logging.StreamHandler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def console() -> Console:
+    """A console on stdout, wide enough for the tables when it is not a terminal."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False, soft_wrap=False)
+
+
+def show(as_json: bool, data: dict[str, Any], *tables: RenderableType) -> None:
+    """Prints a result: the data as JSON, or the tables for people."""
+    if as_json:
+        print(json.dumps(data))
+        return
+    out = console()
+    for table in tables:
+        out.print(table)
 
 
 if __name__ == "__main__":

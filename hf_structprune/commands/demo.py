@@ -18,9 +18,8 @@ from ..hub.contents import DENSE_RESULTS_NAME, WIDTHS_NAME
 from ..hub.origin import Origin
 from .arguments import parse
 from .benchmark import take_turns_apart
-from .common import ModelArguments, check_output_dir, check_ratio, console, load_pruner
-from .demo_model import DEMO_MODEL, find_model
-from .subjects import Subject
+from .cli import check_output_dir, console
+from .models import DEMO_MODEL, ModelArguments, Subject, check_ratio, find_model, load_pruner
 
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ class DemoArguments:
     prompt: str = "What is the capital of France?"
 
 
-def run(argv: Sequence[str]) -> None:
+def demo_command(argv: Sequence[str]) -> None:
     """Runs the demo."""
     (arguments,) = parse(argv, "demo", "Prune MODEL and show what happened.", DemoArguments)
     check_ratio(arguments.ratio, PruningConfig())

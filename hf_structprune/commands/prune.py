@@ -9,16 +9,10 @@ from dataclasses import dataclass
 from ..checks import Ratio
 from ..config import PruningConfig
 from ..errors import ConfigurationError
+from ..files.places import check_place
 from .arguments import parse
-from .common import (
-    ModelArguments,
-    check_output_dir,
-    check_ratio,
-    load_pruner,
-    plan_summary,
-    results_only_on_stdout,
-    show,
-)
+from .cli import check_output_dir, results_only_on_stdout, show
+from .models import ModelArguments, check_ratio, load_pruner, load_to_plan, plan_summary
 
 
 @dataclass
@@ -38,7 +32,7 @@ class PruneArguments:
     overwrite: bool = False
 
 
-def run(argv: Sequence[str]) -> None:
+def prune_command(argv: Sequence[str]) -> None:
     """Prunes, saves and says what came out."""
     description = "Prune MODEL and save a checkpoint that from_pretrained loads."
     model, command, config = parse(argv, "prune", description, ModelArguments, PruneArguments, PruningConfig)
@@ -68,3 +62,30 @@ def _load_plan(path: str):
     from ..plan import PruningPlan
 
     return PruningPlan.load(path)
+
+
+@dataclass
+class PlanArguments:
+    """Options of `plan`.
+
+    Args:
+        ratio (`float`, *optional*): Share of all parameters to remove: 0.3 removes 30 %.
+        output (`str`, *optional*): File to save the plan in, as JSON.
+    """
+
+    ratio: Ratio | None = None
+    output: str | None = None
+
+
+def plan_command(argv: Sequence[str]) -> None:
+    """Plans and prints."""
+    description = "Show what would go from MODEL at a ratio, and what it saves. Nothing is changed."
+    model, command, config = parse(argv, "plan", description, ModelArguments, PlanArguments, PruningConfig)
+    check_ratio(command.ratio, config)
+    if command.output is not None:
+        check_place(command.output, file=True)
+    with results_only_on_stdout():
+        plan = load_to_plan(model, config, command.ratio).plan(command.ratio)
+        if command.output is not None:
+            plan.save(command.output)
+    show(model.json, {"model": model.model, **plan.to_dict()}, plan.table())

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..checks import Ratio, check_fields, checked
 from ..config import PruningConfig
 from ..errors import ConfigurationError
-from ..files.yaml_files import parse_yaml, read_text
+from ..files.reading import parse_yaml, read_text
 from ..quantization.configuration import QuantizationConfig
 from ..recovery.configuration import DistillationConfig, RecoveryConfig
 

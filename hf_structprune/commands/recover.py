@@ -12,7 +12,7 @@ from rich.table import Table
 from ..errors import ConfigurationError
 from ..recovery.configuration import DistillationConfig, RecoveryConfig
 from .arguments import parse
-from .common import results_only_on_stdout, show, speaking
+from .cli import results_only_on_stdout, show, speaking
 
 
 @dataclass
@@ -46,7 +46,7 @@ class RecoverArguments:
     json: bool = False
 
 
-def run(argv: Sequence[str]) -> None:
+def recover_command(argv: Sequence[str]) -> None:
     """Trains, saves and says how much came back."""
     description = "Train a pruned model to get its quality back: LoRA, QLoRA, all weights or distillation."
     command, config, distillation = parse(

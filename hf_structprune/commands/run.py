@@ -9,35 +9,42 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..commands import recipe_quantization, recipe_recovery
 from ..config import CONFIG_NAME, PruningConfig
 from ..errors import ConfigurationError
 from ..evaluation import EfficiencyConfig, EvaluationResult, ResultTable, evaluate
 from ..evaluation.pictures import draw_widths
 from ..evaluation.results import RESULTS_NAME
-from ..files.folders import check_folder
 from ..files.places import check_place
-from ..files.writing import write_text
+from ..files.writing import check_folder, write_text
 from ..hub import push_folder, write_card
+from ..hub.checkpoint import check_card, check_file, check_own_files
 from ..hub.contents import DENSE_RESULTS_NAME, WIDTHS_NAME, Contents
-from ..hub.origin import Origin
-from ..hub.own_files import check_card, check_file, check_own_files
+from ..hub.origin import Origin, public_config
+from ..hub.reports import read_quantization, read_recovery
+from ..installed import need
+from ..model.target import target_of
 from ..plan import PruningPlan
+from ..quantization.backend import Source
+from ..quantization.methods import BACKENDS
+from ..quantization.quantizing import quantize
+from ..recovery.recovering import recover, training_folder
+from ..recovery.resume import newest_whole
+from ..units.kinds import DEPTH_UNITS
 from .arguments import parse
 from .benchmark import take_turns_apart
-from .common import (
+from .cli import check_output_dir, console, speaking
+from .models import (
     ModelArguments,
-    check_output_dir,
+    Subject,
     check_ratio,
-    console,
+    find_model,
     load_for_measuring,
     load_pruner,
+    load_shapes,
     load_to_plan,
-    speaking,
+    plans_by_shapes,
 )
-from .demo_model import find_model
 from .recipe import RECIPE_NAME, QuantizationSection, Recipe, RecoverySection
-from .subjects import Subject
 
 
 TURNS = 3
@@ -61,7 +68,7 @@ class RunArguments:
     dry_run: bool = False
 
 
-def run(argv: Sequence[str]) -> None:
+def run_command(argv: Sequence[str]) -> None:
     """Runs the steps that are not done yet."""
     description = (
         "Run RECIPE: prune, recover, quantise, measure, write the cards, push. What is done already is not done again."
@@ -74,11 +81,11 @@ def run(argv: Sequence[str]) -> None:
     if recipe.evaluation is not None:
         dataclasses.replace(recipe.evaluation, efficiency=False).load()  # mistakes show before any work
     if recipe.recovery is not None:
-        recipe_recovery.check_section(recipe.recovery)
+        check_recovery(recipe.recovery)
     options = {name: value for name, value in recipe.model.items() if name != "model"}
     source = dataclasses.replace(find_model(recipe.model["model"]), **options)
     if recipe.quantization is not None:
-        recipe_quantization.check_section(recipe.quantization, recipe, source)
+        check_quantization(recipe.quantization, recipe, source)
     _check_earlier(recipe, arguments.overwrite)
     if arguments.dry_run:
         _show_plan(recipe, source)
@@ -132,7 +139,7 @@ class _Run:
         self._finish(self.folder, "pruned")
         section = self.recipe.quantization
         if section is not None:
-            recipe_quantization.check_folder(section, self._result(self.folder))
+            _check_source(section, Source.read(str(self.folder), False))
         if self.recipe.recovery is not None:
             self._recover(self.recipe.recovery)
         if section is not None:
@@ -165,19 +172,19 @@ class _Run:
 
     def _recover(self, section: RecoverySection) -> None:
         """Trains the pruned checkpoint and measures and describes what came out."""
-        if not recipe_recovery.recovered_already(section, self.again):
+        if not recovered_already(section, self.again):
             self.out.print(f"Recovering {self.folder} ...")
             with speaking():
-                recipe_recovery.recover_section(section, self.folder, self.source, self.base, self.again)
+                recover_section(section, self.folder, self.source, self.base, self.again)
         self._finish(Path(section.output_dir), "recovered")
 
     def _quantise(self, section: QuantizationSection) -> None:
         """Quantises the last checkpoint and measures and describes what came out."""
         source = list(self.recipe.folders.values())[-2]
-        if not recipe_quantization.quantised_already(section, self.again):
+        if not quantised_already(section, self.again):
             self.out.print(f"Quantising {source} ...")
             with speaking():
-                recipe_quantization.quantise_section(section, self._result(source), self.again)
+                quantise_section(section, self._result(source), self.again)
         self._finish(Path(section.output_dir), "quantised")
 
     def _finish(self, folder: Path, state: str) -> None:
@@ -258,3 +265,92 @@ class _Run:
 
 def _copy(source: Path, target: Path) -> None:
     write_text(target, source.read_text(encoding="utf-8"))
+
+
+def check_quantization(section: QuantizationSection, recipe: Recipe, source: ModelArguments) -> None:
+    """Finds out before any work whether the model can be quantised, as far as shapes tell.
+
+    The shapes are those of the plan if it can be made without weights, else those of the dense model, which are right
+    where layers go and nothing else; `check_folder` looks at what was pruned in fact.
+
+    Raises:
+        StructPruneError: An extra is missing, or the settings do not fit the device or the model.
+    """
+    if plans_by_shapes(recipe.pruning, recipe.ratio):
+        pruner = load_to_plan(source, recipe.pruning, recipe.ratio)
+        plan = pruner.plan(recipe.ratio)
+        if plan.hidden is None:  # the plan is for the model after its residual stream is cut
+            shapes = target_of(pruner.model, pruner.structure, plan).skeleton()
+            _check_source(section, Source(source.model, shapes, source.trust_remote_code))
+    elif not set(recipe.pruning.units) - set(DEPTH_UNITS):
+        _check_source(section, Source(source.model, load_shapes(source).model, source.trust_remote_code))
+
+
+def _check_source(section: QuantizationSection, source: Source) -> None:
+    BACKENDS[section.config.method].check(source, section.config)
+
+
+def quantised_already(section: QuantizationSection, again: bool) -> bool:
+    """Whether the folder holds what this section makes.
+
+    Raises:
+        ConfigurationError: It holds what other settings have made.
+    """
+    report = None if again else read_quantization(Path(section.output_dir))
+    if report is None:
+        return False
+    if report["configuration"] != public_config(section.config).to_dict():
+        raise ConfigurationError(
+            f"{section.output_dir} holds a checkpoint that was quantised with other settings; choose another "
+            "`output_dir` in the section `quantize`, or say --overwrite."
+        )
+    return True
+
+
+def quantise_section(section: QuantizationSection, source: ModelArguments, again: bool) -> None:
+    """Quantises the checkpoint of the step before."""
+    quantize(
+        source.model, section.output_dir, section.config, overwrite=again, trust_remote_code=source.trust_remote_code
+    )
+
+
+def check_recovery(section: RecoverySection) -> None:
+    """Finds out before any work whether the training can be run.
+
+    Raises:
+        StructPruneError: An extra is missing, the data cannot be read, or it is of no format that is known.
+    """
+    need("trl", "peft", extra="recover")
+    from ..recovery.data import load_rows
+
+    load_rows(section.dataset, split=section.split, max_samples=1)
+
+
+def recovered_already(section: RecoverySection, again: bool) -> bool:
+    """Whether the folder holds what this section makes.
+
+    Raises:
+        ConfigurationError: It holds what other settings have made.
+        CheckpointError: Its report cannot be read.
+    """
+    report = None if again else read_recovery(Path(section.output_dir))
+    if report is None:
+        return False
+    if report["configuration"] != section.config.to_public_dict():
+        raise ConfigurationError(
+            f"{section.output_dir} holds a checkpoint that was recovered with other settings; choose another "
+            "`output_dir` in the section `recover`, or say --overwrite."
+        )
+    return True
+
+
+def recover_section(
+    section: RecoverySection, pruned: Path, dense: ModelArguments, dense_name: str, again: bool
+) -> None:
+    """Trains the pruned checkpoint; an interrupted training goes on where it stopped."""
+    resume = not again and newest_whole(training_folder(section.output_dir))[0] is not None
+    recover(
+        pruned, section.dataset, section.output_dir, section.config,
+        split=section.split, dense=dense.model, teacher=dense.model, teacher_name=dense_name,
+        distillation=section.distillation, resume=resume, overwrite=again, trust_remote_code=dense.trust_remote_code,
+    )  # fmt: skip

@@ -55,7 +55,7 @@ def describe_environment(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    from .. import __version__
+    from ..installed import __version__
 
     versions = {"hf_structprune": __version__, "torch": torch.__version__}
     for name in _DISTRIBUTIONS:

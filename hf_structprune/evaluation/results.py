@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from ..checks import OneOf, check_fields
 from ..errors import ConfigurationError
-from ..files.json_files import read_json_object
+from ..files.reading import read_json_object
 from ..files.writing import write_text
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ExportError
 from ..export import configuration_decilm
-from ..files.folders import check_folder, write_folder
+from ..files.writing import check_folder, write_folder
 from .common import Exported, load_source
 from .configuration_decilm import DeciLMConfig
 

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import is_progress_bar_enabled
 
 from ..errors import ConfigurationError, ExportError, StructPruneError
-from ..extras import need
 from ..files.places import check_place
 from ..files.writing import appearing
+from ..installed import need
 from .common import Exported, load_source
 from .gguf_model import Layout, StoredTensor, check, context_of, layout_of, stored_tensors, write_metadata
 from .gguf_vocab import write_vocabulary

@@ -22,8 +22,8 @@ from transformers.utils import logging
 
 from ..errors import ConfigurationError, ExportError
 from ..evaluation.efficiency import weight_bytes
-from ..extras import need
-from ..files.folders import check_folder, write_folder
+from ..files.writing import check_folder, write_folder
+from ..installed import need
 from ..model.skipping import overrides_of
 from .common import Exported, load_source
 

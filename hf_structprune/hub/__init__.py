@@ -1,7 +1,7 @@
 """Publishing: the model card, its machine-readable results, and the push to the Hub."""
 
 from .card import make_card, write_card
-from .metadata_rules import validate_card
+from .metadata import validate_card
 from .push import push_folder
 
 

@@ -1,13 +1,13 @@
-"""Where a pruned model comes from: recorded in its configuration, and what the card of its base model says."""
+"""Where a pruned model comes from: recorded in its configuration, and what its licence asks."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from transformers.utils import logging
 
 from ..config import PruningConfig
 from ..errors import ConfigurationError
+from ..installed import versions
+from ..library_errors import is_network_error
 from ..masking import masked
 from ..plan import PruningPlan
-from .network import is_network_error
 
 
 logger = logging.get_logger(__name__)
@@ -44,7 +45,6 @@ _HOW_NOT_WHAT = frozenset({
 _NO_OPTION = {"dtype": "auto", "trust_remote_code": False, "ignore_mismatched_sizes": False}
 # Stands for what JSON cannot hold, beside the name of its type.
 IN_MEMORY = "in_memory"
-LIBRARIES = ("torch", "transformers")
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -177,19 +177,6 @@ def read_origin(values: dict[str, Any]) -> Origin | None:
     return Origin(name, values.get("base_model_on_hub", False), None, values.get("base_model_options", {}))
 
 
-def versions() -> dict[str, str]:
-    """Versions of this package and of the libraries that matter for what it computes."""
-    from .. import __version__
-
-    found = {"hf_structprune": __version__}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def base_metadata(origin: Origin) -> dict[str, Any]:
     """Licence and language from the card of the base model; empty where no card can be read.
 
@@ -217,3 +204,46 @@ def _metadata_on_hub(name: str) -> dict[str, Any]:
     if not isinstance(try_to_load_from_cache(name, "README.md"), str):
         HfApi().model_info(name, timeout=_HUB_TIMEOUT)
     return ModelCard.load(name, ignore_metadata_errors=True).data.to_dict()
+
+
+# By version: family, licence, words to show, and what the name of a derived model has to begin with.
+_LLAMA = {
+    "2": ("Llama 2", "LLAMA 2 Community License", None, None),
+    "3": ("Meta Llama 3", "Meta Llama 3 Community License", "Built with Meta Llama 3", "Llama 3"),
+    "3.1": ("Llama 3.1", "Llama 3.1 Community License", "Built with Llama", "Llama"),
+    "3.2": ("Llama 3.2", "Llama 3.2 Community License", "Built with Llama", "Llama"),
+    "3.3": ("Llama 3.3", "Llama 3.3 Community License", "Built with Llama", "Llama"),
+    "4": ("Llama 4", "Llama 4 Community License", "Built with Llama", "Llama"),
+}
+
+
+def attribution(metadata: dict[str, Any], name: str) -> list[str]:
+    """The sentences that a licence wants in the card; empty where none is known to us.
+
+    Args:
+        metadata: `license`, `license_name` and `license_link` of the base model.
+        name: Hub id or name of the pruned model: Llama licences have a rule for it.
+    """
+    names = " ".join(str(metadata.get(key) or "").lower() for key in ("license", "license_name"))
+    llama = re.search(r"\bllama-?(\d(?:\.\d)?)", names)
+    if llama and llama[1] in _LLAMA:
+        return _llama(*_LLAMA[llama[1]], name)
+    if re.search(r"\bgemma", names):
+        return [
+            "Gemma is provided under and subject to the Gemma Terms of Use found at "
+            "https://ai.google.dev/gemma/terms. The files of this model are modified. Whoever passes it on passes "
+            "on the terms and the restrictions of use in them."
+        ]
+    return []
+
+
+def _llama(family: str, licence: str, words: str | None, prefix: str | None, name: str) -> list[str]:
+    sentences = [f"**{words}**"] if words else []
+    sentences.append(
+        f"{family} is licensed under the {licence}, Copyright (c) Meta Platforms, Inc. All Rights Reserved."
+    )
+    if prefix is None:
+        return sentences
+    rule = f'The licence asks that the name of a derived model begins with "{prefix}"'
+    begins = name.rsplit("/", 1)[-1].replace("-", " ").lower().startswith(prefix.lower())
+    return [*sentences, f"{rule}." if begins else f"{rule}: rename this one before you publish it."]

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
+from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
+import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from safetensors import safe_open
 from transformers.utils import logging
 
 from ..errors import HubError
-from .card import write_card
-from .network import LOGIN, clear_errors
-from .own_files import check_own_files
-from .uploads import check_checkpoint, choose_files, stale_files
+from ..files.reading import damaged_weights
+from ..library_errors import LOGIN, clear_errors
+from .card import CARD_NAME, write_card
+from .checkpoint import check_own_files
+from .contents import check_is_ours
+from .metadata import EVAL_RESULTS, TASKS
 
 
 logger = logging.get_logger(__name__)
@@ -93,3 +101,114 @@ def _check_token(token: str | None) -> None:
         raise HubError(f"There is no token for the Hub; {LOGIN}.")
     if not found.isascii() or not found.isprintable() or " " in found:
         raise HubError("The token has spaces, line breaks or other characters that no token of the Hub has.")
+
+
+# Hidden files may hold secrets (.env, .netrc, .git); pickles run code when they are read; the others are of training.
+_HIDDEN_THAT_GO = (".gitattributes", EVAL_RESULTS)
+_NEVER = (
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.pkl",
+    "*.pickle",
+    "*.ckpt",
+    "*.joblib",
+    "*.npy",
+    "*.npz",
+    "*.pyc",
+    "*.pem",
+    "*.key",
+)
+_FOLDERS = ("__pycache__", "checkpoint-*", "runs", "wandb")
+_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
+_LARGEST_TEXT = 10_000_000
+# Files of an earlier checkpoint on the Hub that would be taken for part of this one.
+_STALE = (
+    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "modeling_structprune.py",
+    "evaluation_results.json", "evaluation_results_dense.json", "evaluation_results_pruned.json",
+    "evaluation_results_recovered.json", "recovery.json", "recovery.png", "quantization.json",
+    *(f"{EVAL_RESULTS}/{task}.yaml" for task in TASKS),
+)  # fmt: skip
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Refuses a folder that is no complete checkpoint of this package.
+
+    Raises:
+        HubError: Says which file is missing or damaged.
+    """
+    check_is_ours(folder)
+    found = damaged_weights(folder, ("model.safetensors", "model.safetensors.index.json"))
+    if found is not None:
+        raise HubError(f"{folder} is no whole checkpoint: {found}.")
+
+
+def choose_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The files that go to the Hub and those that stay, relative to the folder, each in order.
+
+    Hidden files (but `.gitattributes` and `.eval_results/`), pickles and other files that run code when they are
+    loaded, keys, and what training leaves (`checkpoint-*`, `runs`) stay.
+
+    Raises:
+        HubError: A file that would go has what looks like a token of the Hub in it.
+    """
+    go: list[Path] = []
+    stay: list[Path] = []
+    for root, folders, files in os.walk(folder):
+        here = Path(root).relative_to(folder)
+        for name in sorted(folders):
+            if not _goes(here / name, _FOLDERS):
+                stay.append(here / name)
+        folders[:] = sorted(name for name in folders if here / name not in stay)
+        for name in sorted(files):
+            (go if _goes(here / name, _NEVER) else stay).append(here / name)
+    for path in go:
+        if (folder / path).stat().st_size < _LARGEST_TEXT and _TOKEN.search((folder / path).read_bytes()):
+            raise HubError(f"{folder / path} has what looks like a token of the Hub in it; nothing was uploaded.")
+    return go, stay
+
+
+def stale_files(remote: list[str], going: list[Path]) -> list[str]:
+    """Files of an earlier push that this one does not replace and that would be taken for part of it."""
+    new = {path.as_posix() for path in going}
+    return [name for name in remote if name not in new and any(fnmatch(name, pattern) for pattern in _STALE)]
+
+
+def _goes(path: Path, never: tuple[str, ...]) -> bool:
+    hidden = path.name.startswith(".") and str(path) not in _HIDDEN_THAT_GO
+    return not hidden and not any(fnmatch(path.name, pattern) for pattern in never)
+
+
+def take_over(source: Path, target: Path) -> None:
+    """Copies what stands beside the weights of one checkpoint (results, pictures, recipe, card) to another.
+
+    Only if both have the same weights: what was measured on others is not true of these.
+    """
+    if not (source / CARD_NAME).is_file():
+        return
+    if not _same_weights(source, target):
+        logger.warning(f"The model has changed since it was saved to {source}: the results there are left out.")
+        return
+    for path in choose_files(source)[0]:
+        weights = path.name.endswith((".safetensors", ".safetensors.index.json"))
+        if path.name == CARD_NAME or not (weights or (target / path).exists()):
+            (target / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / path, target / path)
+
+
+def _same_weights(one: Path, other: Path) -> bool:
+    first, second = dict(_tensors(one)), dict(_tensors(other))
+    return first.keys() == second.keys() and all(
+        torch.equal(_tensor(path, name), _tensor(second[name], name)) for name, path in first.items()
+    )
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Path]]:
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, "pt") as file:
+            yield from ((name, path) for name in file.keys())  # noqa: SIM118, a method and no dictionary
+
+
+def _tensor(path: Path, name: str) -> torch.Tensor:
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name)

@@ -1,12 +1,19 @@
-"""Reports beside a checkpoint: JSON files with a version."""
+"""`recovery.json` and `quantization.json` beside a checkpoint, and what a card says of them."""
 
 from __future__ import annotations
 
+import math
+import shlex
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
-from ..files.json_files import read_json_object
+from ..errors import CheckpointError, ConfigurationError
+from ..files.reading import read_json_object
+from ..installed import LIBRARIES
+from ..quantization.configuration import QuantizationConfig
+from ..recovery.configuration import DistillationConfig, RecoveryConfig
+from ..text.calibration_config import CalibrationConfig
+from .words import calibration_in_words, changed_options
 
 
 def read_versioned(path: Path, version: int) -> dict[str, Any] | None:
@@ -26,3 +33,284 @@ def read_versioned(path: Path, version: int) -> dict[str, Any] | None:
         found = report.get("schema_version")
         raise CheckpointError(f"{path} is of version {found!r}; this package reads {version}.")
     return report
+
+
+RECOVERY_NAME, PICTURE_NAME = "recovery.json", "recovery.png"
+SCHEMA_VERSION = 1
+BEGIN_RECOVERY, END_RECOVERY = "<!-- recovery, by hf_structprune -->", "<!-- end of recovery -->"
+_INITIALISED = "initialised by {}"
+_STOPPED = {
+    "target": "The target was reached, so that training ended there.",
+    "worse": "Training was stopped: it brought no further improvement.",
+    "nan": "Training was stopped: its loss was no longer finite.",
+}
+
+
+def read_recovery(folder: Path) -> dict[str, Any] | None:
+    """The `recovery.json` of a folder; `None` where there is none.
+
+    Raises:
+        CheckpointError: It cannot be read, or is of another version.
+    """
+    return read_versioned(folder / RECOVERY_NAME, SCHEMA_VERSION)
+
+
+def recovery_section(report: dict[str, Any], *, picture: str | None = PICTURE_NAME) -> str:
+    """The section "Recovery" in Markdown, between two comments by which it can be found and replaced.
+
+    Args:
+        report: The content of `recovery.json`.
+        picture: File with the curve, relative to the card; `None` if there is none.
+    """
+    lines = [f"* {name}: {text}" for name, text in _recovery_facts(report) if text]
+    parts = [BEGIN_RECOVERY, "## Recovery", outcome(report), "\n".join(lines)]
+    if picture is not None:
+        parts.append(f"![perplexity of the held-out text during training]({picture})")
+    command = recover_command(report)
+    if command is not None:
+        parts.append(f"```bash\n{command}\n```")
+    return "\n\n".join([*(part for part in parts if part), END_RECOVERY])
+
+
+def outcome(report: dict[str, Any]) -> str:
+    """What training did to the perplexity of the held-out text, good or bad."""
+    curve, step = report["curve"], report["best_step"]
+    pruned, kept, points = curve["pruned"], _value(report), curve["points"]
+    if not points:
+        return "The perplexity of the held-out text was not measured after training."
+    last = points[-1]
+    after = f"{_perplexity(last['log_perplexity'])} after step {last['step']:,}"
+    if step == 0:
+        text = (
+            f"**Training did not help.** The perplexity of a text that was not trained on was {_perplexity(pruned)} "
+            f"before it and {after}. The weights here are those from before training."
+        )
+    elif kept is None:
+        text = f"The weights after step {step:,} were kept; the held-out text was not measured there."
+    else:
+        verb = "rose" if kept > pruned else "fell" if kept < pruned else "stayed"
+        text = f"The perplexity of a text that was not trained on {verb} from {_perplexity(pruned)} to "
+        text += _perplexity(kept) + (": **training made the model worse**" if kept > pruned else "") + _share(report)
+        if last["step"] != step:
+            text += f" The weights are those after step {step:,}; it was {after}."
+    stopped = _STOPPED.get(report.get("stopped"))
+    return text + (f" {stopped}" if stopped else "")
+
+
+def recovery_summary(report: dict[str, Any]) -> str:
+    """The same in one sentence."""
+    kept, pruned, share = _value(report), report["curve"]["pruned"], report.get("recovered")
+    if report["best_step"] == 0 and report["curve"]["points"]:
+        return "Training it afterwards did not help, so that these are the weights from before, see Recovery."
+    if kept is not None and kept > pruned:
+        return "Training it afterwards made it worse on a text that was not trained on, see Recovery."
+    if share is None or not report["curve"]["points"]:
+        return "It was trained afterwards to get quality back, see Recovery."
+    return (
+        f"Training it afterwards brought back {share:.1%} of the log-perplexity that pruning had lost on a text that "
+        "was not trained on, see Recovery."
+    )
+
+
+def _share(report: dict[str, Any]) -> str:
+    """How much of what pruning lost is back; ends the sentence."""
+    dense, share = report["curve"]["dense"], report.get("recovered")
+    if dense is None:
+        return ". The dense model was not measured on it, so that no share can be given."
+    of_dense = f" (dense: {_perplexity(dense)})"
+    if share is None:
+        return f"{of_dense}. Pruning had lost nothing on this text."
+    if share < 0:
+        return f"{of_dense}."
+    return f"{of_dense}: {share:.1%} of the log-perplexity that pruning had lost on it is back."
+
+
+def _value(report: dict[str, Any]) -> float | None:
+    """Log-perplexity of the weights that were kept."""
+    curve, step = report["curve"], report["best_step"]
+    values = {point["step"]: point["log_perplexity"] for point in curve["points"]}
+    return values.get(step, curve["pruned"] if step == 0 else None)
+
+
+def _perplexity(log_perplexity: float) -> str:
+    return f"{math.exp(min(log_perplexity, 700.0)):,.2f}"
+
+
+def _recovery_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
+    text, versions = report.get("text") or {}, report.get("versions") or {}
+    held_out = f"`{text['name']}`" if text.get("name") else ""
+    if text.get("windows") and text.get("window"):
+        held_out += f", {text['windows']:,} windows of {text['window']:,} tokens"
+    return [
+        ("Method", _trained_how(report)),
+        ("Data", _data(report)),
+        ("Training", _training(report)),
+        ("Held-out text", held_out),
+        ("Versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
+    ]
+
+
+def _trained_how(report: dict[str, Any]) -> str:
+    values, training = report.get("configuration") or {}, report.get("training") or {}
+    if not values:
+        name = training.get("method")
+        return {"full": "all weights", None: ""}.get(name, str(name).upper().replace("LORA", "LoRA"))
+    config = RecoveryConfig.from_dict(values)
+    adapters = f"rank {config.rank}, alpha {config.alpha}"
+    adapters += ", DoRA" if config.use_dora else ""
+    adapters += ", rsLoRA" if config.use_rslora else ""
+    adapters += f", {' and '.join(config.modules_to_save)} trained whole" if config.modules_to_save else ""
+    adapters += f", {_INITIALISED.format(config.init_lora_weights)}" if config.init_lora_weights else ""
+    trained = {
+        "lora": f"LoRA ({adapters})",
+        "qlora": f"LoRA over a {config.bits}-bit base ({adapters})",
+        "full": "all weights",
+    }
+    what = trained[config.trained]
+    if config.method != "distill":
+        return f"{what}, trained on the labels of the data"
+    source = report.get("teacher") or "the dense model"
+    distillation = report.get("distillation") or {}
+    more = [
+        f"{name.replace('_', ' ')} {distillation[name]:g}"
+        for name in ("temperature", "label_weight", "hidden_weight", "attention_weight")
+        if distillation.get(name)
+    ]
+    return f"{what}, trained to predict what {source} predicts" + (f" ({', '.join(more)})" if more else "")
+
+
+def _data(report: dict[str, Any]) -> str:
+    sources = (report.get("data") or {}).get("sources") or []
+    if sources:
+        return "; ".join(f"`{one['name']}`, {one['sequences']:,} sequences" for one in sources)
+    return ", ".join(f"`{name}`" for name in dataset_names(report))
+
+
+def dataset_names(report: dict[str, Any]) -> list[str]:
+    """Names of the data that was trained on."""
+    sources = (report.get("data") or {}).get("sources") or []
+    given = (report.get("training") or {}).get("dataset") or []
+    return [one["name"] for one in sources] or ([given] if isinstance(given, str) else list(given))
+
+
+def _training(report: dict[str, Any]) -> str:
+    values = report.get("training") or {}
+    words = [
+        f"{values['steps']:,} steps" if values.get("steps") is not None else "",
+        f"{values['epochs']:.2f} epochs" if values.get("epochs") is not None else "",
+        f"batches of {values['batch_size']:,}" if values.get("batch_size") else "",
+        f"learning rate {values['learning_rate']:g}" if values.get("learning_rate") else "",
+        f"{values['tokens']:,} tokens" if values.get("tokens") else "",
+        f"{values['trainable_parameters']:,} trained parameters" if values.get("trainable_parameters") else "",
+        _duration(values["seconds"]) if values.get("seconds") else "",
+    ]
+    return ", ".join(filter(None, words))
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.1f} minutes"
+
+
+def recover_command(report: dict[str, Any]) -> str | None:
+    """The command that does the same again; `None` for a training that `hf-structprune recover` did not run.
+
+    The held-out text's dense perplexity is given as the number it was, so that nothing has to be measured again.
+    """
+    if not report.get("configuration"):
+        return None
+    try:
+        config = RecoveryConfig.from_dict(report["configuration"])
+        distillation = DistillationConfig.from_dict(report.get("distillation") or {})
+    except ConfigurationError:  # written by another version, with other options
+        return None
+    words = ["hf-structprune", "recover", report.get("model") or "PRUNED_MODEL"]
+    words += ["--dataset", *(report.get("dataset") or dataset_names(report) or ["YOUR_DATASET"])]
+    words += ["--output-dir", "recovered"]
+    dense = report["curve"]["dense"]
+    if config.method == "distill":
+        words += ["--teacher", report["teacher"]] if report.get("teacher") else []
+    if dense is not None:
+        words += ["--dense", f"{math.exp(dense):.6g}"]
+    return shlex.join(words + changed_options(config) + changed_options(distillation))
+
+
+QUANTIZATION_NAME = "quantization.json"
+_CALIBRATED = ("gptq", "awq", "auto-round")
+BEGIN_QUANTISATION, END_QUANTISATION = "<!-- quantisation, by hf_structprune -->", "<!-- end of quantisation -->"
+
+
+def read_quantization(folder: Path) -> dict[str, Any] | None:
+    """The `quantization.json` of a folder; `None` where there is none.
+
+    Raises:
+        CheckpointError: It cannot be read, or is of another version.
+    """
+    return read_versioned(folder / QUANTIZATION_NAME, SCHEMA_VERSION)
+
+
+def quantisation_section(report: dict[str, Any]) -> str:
+    """The section "Quantised" in Markdown, between two comments by which it can be found and replaced.
+
+    Args:
+        report: The content of `quantization.json`.
+    """
+    lines = [f"* {name}: {text}" for name, text in _quantisation_facts(report) if text]
+    lines += [f"* {note}" for note in report.get("notes") or []]
+    parts = [BEGIN_QUANTISATION, "## Quantised", _sizes(report), "\n".join(lines)]
+    return "\n\n".join(
+        [*(part for part in parts if part), f"```bash\n{quantize_command(report)}\n```", END_QUANTISATION]
+    )
+
+
+def quantisation_summary(report: dict[str, Any]) -> str:
+    """The same in one sentence."""
+    return f"Its weights were then quantised to {report['bits']} bits with {report['method']}, see Quantised."
+
+
+def quantize_command(report: dict[str, Any]) -> str:
+    """The command that does the same again."""
+    config = QuantizationConfig.from_dict(report["configuration"])
+    words = ["hf-structprune", "quantize", report.get("model") or "MODEL", "--output-dir", "quantised"]
+    words += ["--method", config.method] if config.method == QuantizationConfig().method else []
+    return shlex.join(words + changed_options(config))
+
+
+def calibration_of(report: dict[str, Any]) -> CalibrationConfig | None:
+    """The text that the values were chosen on; `None` for methods that round to the nearest."""
+    config = QuantizationConfig.from_dict(report["configuration"])
+    return config.calibration if config.method in _CALIBRATED else None
+
+
+def libraries(report: dict[str, Any]) -> list[str]:
+    """The libraries besides Transformers that quantised it and read it."""
+    return [name for name in report.get("versions") or {} if name not in ("hf_structprune", *LIBRARIES)]
+
+
+def _sizes(report: dict[str, Any]) -> str:
+    """`"The weights take 155.1 MB; they took 431.9 MB before."`"""
+    weights = report.get("weights") or {}
+    after, before = weights.get("bytes"), weights.get("bytes_before")
+    if not after:
+        return ""
+    text = f"The weights take {after / 1e6:,.1f} MB"
+    return text + (f", {after / before:.0%} of the {before / 1e6:,.1f} MB before." if before else ".")
+
+
+def _quantisation_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
+    versions, text = report.get("versions") or {}, calibration_of(report)
+    return [
+        ("Method", _quantised_how(report)),
+        ("Calibration", "none" if text is None else calibration_in_words(text)),
+        ("Versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
+    ]
+
+
+def _quantised_how(report: dict[str, Any]) -> str:
+    """`"bitsandbytes, 4 bits, nf4"`, `"gptq, 3 bits, groups of 128 weights"`."""
+    config, group = QuantizationConfig.from_dict(report["configuration"]), report.get("group_size")
+    words = [config.method, f"{config.bits} bits"]
+    if config.method == "bitsandbytes" and config.bits == 4:
+        words += [config.four_bit_type, *(["scales quantised too"] if config.double_quant else [])]
+    if group:
+        words.append("a scale for each row" if group == -1 else f"groups of {group} weights")
+    return ", ".join(words)

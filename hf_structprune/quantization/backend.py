@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from ..errors import CheckpointError, ConfigurationError
 from ..evaluation.protocols import context_length
 from ..evaluation.results import RESULTS_NAME, EvaluationResult
-from ..extras import need
 from ..hardware import default_device
+from ..installed import need
 from ..model.loading import load_config, shapes_of
 from ..text.calibration import check_token_ids, load_tokens
 from .configuration import QuantizationConfig

@@ -15,7 +15,7 @@ import torch
 from transformers import GenerationConfig
 
 from ..errors import UnsupportedModelError
-from ..files.json_files import read_json_object
+from ..files.reading import read_json_object
 from ..files.writing import write_text
 from .backend import Backend, Save, Source, calibration_rows, check_groups, device_of
 from .configuration import QuantizationConfig

@@ -16,16 +16,14 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from ..errors import CheckpointError, ConfigurationError
-from ..files.folders import check_folder, write_folder
 from ..files.places import check_room
-from ..files.writing import write_text
+from ..files.writing import check_folder, write_folder, write_text
 from ..hardware import free_memory
 from ..hub.card import CARD_NAME
-from ..hub.carrying import STILL_TRUE, copy_files, is_pruned, read, write_card_from
-from ..hub.origin import public_config, versions
-from ..hub.own_files import check_card, check_own_files
-from ..hub.quantization import QUANTIZATION_NAME, SCHEMA_VERSION
-from ..hub.recovery import PICTURE_NAME, RECOVERY_NAME
+from ..hub.checkpoint import STILL_TRUE, check_card, check_own_files, copy_files, is_pruned, read_text, write_card_from
+from ..hub.origin import public_config
+from ..hub.reports import PICTURE_NAME, QUANTIZATION_NAME, RECOVERY_NAME, SCHEMA_VERSION
+from ..installed import versions
 from ..model.loading import load_tokenizer
 from .backend import Backend, Save, Source, device_of
 from .configuration import QuantizationConfig
@@ -144,7 +142,7 @@ def save_quantised(
         CheckpointError: Writing failed.
     """
     report = _report(source, backend, config)
-    previous = read(folder / CARD_NAME)
+    previous = read_text(folder / CARD_NAME)
 
     def write(path: Path) -> None:
         save(path)

@@ -18,10 +18,9 @@ from transformers.utils import logging
 from ..errors import ConfigurationError
 from ..evaluation.protocols import context_length
 from ..evaluation.text import EvaluationText
-from ..files.folders import check_folder
-from ..files.writing import write_text
-from ..hub.own_files import check_card, check_own_files
-from ..hub.recovery import card_section
+from ..files.writing import check_folder, write_text
+from ..hub.checkpoint import check_card, check_own_files
+from ..hub.reports import recovery_section
 from ..model.measuring import measuring
 from ..quantization.four_bit import compute_as_stored
 from .curve import measuring_steps
@@ -257,7 +256,7 @@ class LoraRecoveryCallback(TrainerCallback):
         return value
 
     def _card_section(self) -> str:
-        return card_section(self.report or build_report(self.session, {}, self.about))
+        return recovery_section(self.report or build_report(self.session, {}, self.about))
 
 
 def _tokenizer_of(processing_class: Any, trainer: Trainer | None) -> Any:

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import ConfigurationError, TextError
-from ..extras import need
-from ..files.json_files import parse_json
+from ..files.reading import parse_json
+from ..installed import need
 from .rows import COMMON, Example, load_rows, public_sources, to_common
 
 

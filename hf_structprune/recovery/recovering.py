@@ -14,9 +14,9 @@ from transformers.utils import logging
 
 from ..errors import ConfigurationError
 from ..evaluation.protocols import context_length
-from ..extras import need
-from ..files.folders import check_folder
-from ..hub.own_files import check_card, check_own_files
+from ..files.writing import check_folder
+from ..hub.checkpoint import check_card, check_own_files
+from ..installed import need
 from ..model.loading import load_config, load_tokenizer
 from .callback import LoraRecoveryCallback
 from .configuration import DistillationConfig, RecoveryConfig

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import ConfigurationError
-from ..files.damage import damage, damaged_weights, first_damage, those_there
+from ..files.reading import damage, damaged_weights, first_damage, those_there
 from .configuration import DistillationConfig, RecoveryConfig
 from .session import BEST_NAME, STATE_NAME
 from .training import choose_precision

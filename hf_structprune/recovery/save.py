@@ -22,15 +22,13 @@ from ..errors import CheckpointError, ConfigurationError, EvaluationError, Struc
 from ..evaluation.environment import describe_environment
 from ..evaluation.pictures import require_matplotlib
 from ..evaluation.results import RESULTS_NAME, EvaluationResult
-from ..files.folders import write_folder
-from ..files.writing import write_text
-from ..hub.card import CARD_NAME
-from ..hub.carrying import STILL_TRUE, card_name, copy_files, is_pruned, or_say, read, write_card_from
+from ..files.writing import write_folder, write_text
+from ..hub.card import CARD_NAME, generated_mark, is_ours
+from ..hub.checkpoint import STILL_TRUE, card_name, copy_files, is_pruned, or_say, read_text, write_card_from
 from ..hub.contents import PRUNED_RESULTS_NAME
-from ..hub.hand_text import generated_mark, is_ours
 from ..hub.origin import TAGS
-from ..hub.recovery import PICTURE_NAME, RECOVERY_NAME, SCHEMA_VERSION, card_section
-from ..hub.snippets import loading
+from ..hub.reports import PICTURE_NAME, RECOVERY_NAME, SCHEMA_VERSION, recovery_section
+from ..hub.words import loading
 from ..model.loading import load_config
 from .curve import draw_curve
 from .merge import merge_adapter, quantisation_of
@@ -175,7 +173,7 @@ def save_recovered(
     _check(model)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     weights = {"parameters": sum(p.numel() for p in model.parameters()), "bytes": size}
-    previous = read(folder / CARD_NAME)
+    previous = read_text(folder / CARD_NAME)
 
     def write(path: Path) -> None:
         model.save_pretrained(path)
@@ -217,7 +215,7 @@ def _restore_cache(path: Path, source: Path | None) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     if config.get("use_cache") is not False:
         return
-    before = json.loads(read(source / "config.json") or "{}") if source is not None else {}
+    before = json.loads(read_text(source / "config.json") or "{}") if source is not None else {}
     config["use_cache"] = before.get("use_cache", True)
     write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
@@ -237,8 +235,13 @@ def _write_plain_card(path: Path, name: str, previous: str, report: dict[str, An
         return
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=[TAGS[-1]])
     picture = PICTURE_NAME if (path / PICTURE_NAME).is_file() else None
-    per_layer = "per_layer_config" in json.loads(read(path / "config.json"))
-    parts = [f"---\n{data.to_yaml()}\n---", generated_mark(name), f"# {name}", card_section(report, picture=picture)]
+    per_layer = "per_layer_config" in json.loads(read_text(path / "config.json"))
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        generated_mark(name),
+        f"# {name}",
+        recovery_section(report, picture=picture),
+    ]
     parts.append("## How to load it")
     for sentence, code in loading(name, per_layer):
         parts += [sentence, f"```python\n{code}\n```"]

@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from .. import hardware
 from ..errors import CheckpointError, ConfigurationError
-from ..extras import need
+from ..installed import need
 from ..model.loading import load_config, load_model
 from .configuration import RecoveryConfig
 

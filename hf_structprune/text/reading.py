@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from ..errors import TextError
-from ..files.json_files import parse_json
+from ..files.reading import parse_json
 from ..files.writing import can_only_be_a_path
 
 

@@ -8,8 +8,8 @@ import pytest
 from hf_structprune import CalibrationConfig, PruningConfig
 from hf_structprune.commands import arguments as arguments_module
 from hf_structprune.commands.arguments import parse
-from hf_structprune.commands.common import ModelArguments
-from hf_structprune.commands.plan import PlanArguments
+from hf_structprune.commands.models import ModelArguments
+from hf_structprune.commands.prune import PlanArguments
 from hf_structprune.errors import ConfigurationError
 
 

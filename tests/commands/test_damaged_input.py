@@ -13,7 +13,7 @@ from hf_structprune import PruningConfig, StructuredPruner
 from hf_structprune.commands import cli
 from hf_structprune.errors import CheckpointError, ConfigurationError
 from hf_structprune.evaluation.results import EvaluationResult, Figure
-from hf_structprune.readable import readable
+from hf_structprune.library_errors import readable
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 
 from hf_structprune import CalibrationConfig, PruningConfig, QuantizationConfig, StructuredPruner
 from hf_structprune.commands import cli
-from hf_structprune.commands.common import ModelArguments
+from hf_structprune.commands.models import ModelArguments
 from hf_structprune.commands.recipe import MODEL_OPTIONS, Recipe, substitute
 from hf_structprune.errors import ConfigurationError
-from hf_structprune.files.yaml_files import parse_yaml
+from hf_structprune.files.reading import parse_yaml
 from hf_structprune.quantization.backend import Source
 from hf_structprune.recovery.configuration import DistillationConfig, RecoveryConfig
 

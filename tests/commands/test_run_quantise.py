@@ -79,8 +79,8 @@ def done(monkeypatch):
     monkeypatch.setattr(benchmark, "_load_time", lambda arguments: loading)
     monkeypatch.setattr(run, "take_turns_apart", benchmark.take_turns)
     note(run, "take_turns_apart", lambda subjects, *rest: [subject.state for subject in subjects], briefly)
-    note(run.recipe_recovery, "recover_section", lambda *args: "recover")
-    note(run.recipe_quantization, "quantise_section", lambda *args: "quantise")
+    note(run, "recover_section", lambda *args: "recover")
+    note(run, "quantise_section", lambda *args: "quantise")
     return steps
 
 

@@ -5,8 +5,7 @@ import json
 import pytest
 from transformers import LlamaConfig
 
-from hf_structprune.commands.common import ModelArguments
-from hf_structprune.commands.subjects import Subject, find_baseline, find_subject
+from hf_structprune.commands.models import ModelArguments, Subject, find_baseline, find_subject
 from hf_structprune.errors import StructPruneError
 from hf_structprune.evaluation.results import EvaluationResult
 

@@ -204,7 +204,7 @@ def test_quantised_models_are_refused(tmp_path, tiny_llama):
 
 
 def test_what_is_missing_is_said_before_the_model_is_read(monkeypatch, tmp_path):
-    monkeypatch.setattr("hf_structprune.extras.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_structprune.installed.find_spec", lambda name: None)
     with pytest.raises(StructPruneError, match=r'onnxruntime is missing: `pip install "hf-structprune\[onnx\]"`'):
         export_onnx("no/such/model", tmp_path / "out")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_structprune.files.damage import damage, damaged_weights
+from hf_structprune.files.reading import damage, damaged_weights
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.safetensors", "a.pt", "a.pth", "a.bin"])

@@ -11,8 +11,8 @@ import pytest
 from killed_writing import AFTER, OLD, contents, fill, left, write_new
 
 from hf_structprune.errors import CheckpointError, PlaceError
-from hf_structprune.files import leftovers, places
-from hf_structprune.files.folders import settle, write_folder
+from hf_structprune.files import places
+from hf_structprune.files.writing import settle, write_folder
 
 
 def working_directory(monkeypatch, folder):
@@ -98,8 +98,8 @@ def test_what_a_living_process_writes_is_left_alone(tmp_path):
 
 def test_what_another_machine_has_left_is_left_alone(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(leftovers, "_machine", lambda: ("0" * 8, "1" * 8))
-        theirs = leftovers.draft(tmp_path / "out", "new")
+        patch.setattr(places, "_machine", lambda: ("0" * 8, "1" * 8))
+        theirs = places.draft(tmp_path / "out", "new")
     theirs.mkdir()
     write_folder(tmp_path / "out", write_new)
     assert theirs.is_dir()

@@ -5,7 +5,7 @@ import pytest
 from hf_structprune import PruningConfig, PruningPlan
 from hf_structprune.errors import CheckpointError, ConfigurationError
 from hf_structprune.evaluation.results import EvaluationResult
-from hf_structprune.files.json_files import read_json, read_json_object
+from hf_structprune.files.reading import read_json, read_json_object
 
 
 DAMAGED = {

@@ -2,8 +2,8 @@ import os
 
 import pytest
 
-from hf_structprune.files import leftovers
-from hf_structprune.files.leftovers import claim, draft, drafts, kind_of, release
+from hf_structprune.files import places
+from hf_structprune.files.places import claim, draft, drafts, kind_of, release
 from hf_structprune.files.writing import write_text
 
 
@@ -42,7 +42,7 @@ def test_what_lives_is_none(tmp_path):
     place = tmp_path / "a.txt"
     mine = draft(place, "part")
     mine.touch()
-    parent = left_by(place, pid=str(os.getppid()), start=leftovers._started(os.getppid()))
+    parent = left_by(place, pid=str(os.getppid()), start=places._started(os.getppid()))
     assert drafts(place, kinds=("part",)) == [] and parent.exists()
     release(mine)
     assert drafts(place, kinds=("part",)) == [mine]

@@ -8,9 +8,8 @@ import pytest
 from hf_structprune import PruningPlan, StructuredPruner
 from hf_structprune.errors import CheckpointError, ConfigurationError, PlaceError
 from hf_structprune.files import places
-from hf_structprune.files.folders import write_folder
 from hf_structprune.files.places import check_place, check_room, in_words, must_stay
-from hf_structprune.files.writing import appearing, write_text
+from hf_structprune.files.writing import appearing, write_folder, write_text
 
 
 LONG = "x" * 300

@@ -17,8 +17,8 @@ from hf_structprune.commands import cli
 from hf_structprune.errors import ConfigurationError, HubError
 from hf_structprune.evaluation.results import EvaluationResult, Figure
 from hf_structprune.hub import make_card, origin, validate_card, write_card
-from hf_structprune.hub.benchmarks import model_index
-from hf_structprune.hub.snippets import config_expression
+from hf_structprune.hub.metadata import model_index
+from hf_structprune.hub.words import config_expression
 
 
 DETAILS = {"num_fewshot": 0, "samples": 200, "samples_of_task": 10042}

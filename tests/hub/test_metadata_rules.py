@@ -2,9 +2,9 @@
 
 import pytest
 
-from hf_structprune.hub.hand_text import is_ours, read_sections, section
-from hf_structprune.hub.licences import attribution
-from hf_structprune.hub.metadata_rules import violations
+from hf_structprune.hub.card import is_ours, read_sections, section
+from hf_structprune.hub.metadata import violations
+from hf_structprune.hub.origin import attribution
 
 
 RESULT = {

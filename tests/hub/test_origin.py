@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from hf_structprune import PruningConfig, PruningPlan, StructuredPruner
 from hf_structprune.commands import cli
-from hf_structprune.commands.common import DTYPES, ModelArguments
+from hf_structprune.commands.models import DTYPES, ModelArguments
 from hf_structprune.errors import ConfigurationError
 from hf_structprune.hub import write_card
 from hf_structprune.hub.origin import Origin, origin_of
-from hf_structprune.hub.snippets import COMMAND_DTYPES, COMMAND_OPTIONS, making_in_python, making_on_the_command_line
+from hf_structprune.hub.words import COMMAND_DTYPES, COMMAND_OPTIONS, making_in_python, making_on_the_command_line
 from hf_structprune.model.loading import load_model, load_tokenizer, plain_options
 
 

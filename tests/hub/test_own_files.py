@@ -8,7 +8,7 @@ from hf_structprune.commands import cli
 from hf_structprune.errors import StructPruneError
 from hf_structprune.evaluation.results import EvaluationResult, Figure
 from hf_structprune.hub import push_folder
-from hf_structprune.hub.own_files import check_card, check_own_files
+from hf_structprune.hub.checkpoint import check_card, check_own_files
 
 from .reports import make_quantisation, make_report
 
@@ -96,7 +96,7 @@ def test_nothing_is_begun(full, tmp_path, online, capsys, monkeypatch):
     for name in RESULTS:
         (full / name).unlink(missing_ok=True)
     monkeypatch.setattr("safetensors.safe_open", None)
-    monkeypatch.setattr("hf_structprune.recovery.data.load_rows", None)
+    monkeypatch.setattr("hf_structprune.recovery.recovering.load_rows", None)
     for name, content in (("pruning_plan.json", "null"), ("recovery.json", '{"schema_version": 1}')):
         whole = (full / name).read_text()
         (full / name).write_text(content)

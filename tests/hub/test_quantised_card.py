@@ -9,13 +9,15 @@ from huggingface_hub import ModelCard
 from hf_structprune import CalibrationConfig, PruningPlan
 from hf_structprune.commands import cli
 from hf_structprune.commands.arguments import parse
-from hf_structprune.commands.common import ModelArguments
-from hf_structprune.commands.quantize import QuantizeArguments
-from hf_structprune.commands.subjects import find_subject
+from hf_structprune.commands.convert import QuantizeArguments
+from hf_structprune.commands.models import ModelArguments, find_subject
 from hf_structprune.errors import CheckpointError, ConfigurationError
 from hf_structprune.evaluation.results import EvaluationResult, Figure
 from hf_structprune.hub import make_card, push_folder, validate_card, write_card
-from hf_structprune.hub.quantization import BEGIN, END, calibration_of, card_section, libraries, quantize_command
+from hf_structprune.hub.reports import BEGIN_QUANTISATION as BEGIN
+from hf_structprune.hub.reports import END_QUANTISATION as END
+from hf_structprune.hub.reports import calibration_of, libraries, quantize_command
+from hf_structprune.hub.reports import quantisation_section as section_of
 from hf_structprune.quantization.configuration import QuantizationConfig
 
 from .reports import make_quantisation, make_report
@@ -136,16 +138,16 @@ def test_the_command_does_the_same_again(config):
     assert words[:2] == ["hf-structprune", "quantize"] and words.count("--method") == 1
     arguments, parsed = parse(words[2:], "quantize", "", QuantizeArguments, QuantizationConfig)
     assert parsed == config and (arguments.model, arguments.output_dir) == ("recovered", "quantised")
-    assert f"```bash\n{shlex.join(words)}\n```" in card_section(report)
+    assert f"```bash\n{shlex.join(words)}\n```" in section_of(report)
 
 
 def test_calibrated_methods_name_their_text(folder, plan):
     report = make_quantisation("gptq", group_size=64, calibration={"dataset": "them/texts"})
     assert calibration_of(report) == CalibrationConfig(dataset="them/texts")
-    assert "* Method: gptq, 4 bits, groups of 64 weights\n" in card_section(report)
-    assert "* Method: gptq, 4 bits, a scale for each row\n" in card_section(make_quantisation("gptq", group_size=-1))
-    assert "* Method: bitsandbytes, 8 bits\n" in card_section(make_quantisation(bits=8))
-    assert "* Calibration: 128 x 256 tokens of [them/texts](https://huggingface.co/datasets/" in card_section(report)
+    assert "* Method: gptq, 4 bits, groups of 64 weights\n" in section_of(report)
+    assert "* Method: gptq, 4 bits, a scale for each row\n" in section_of(make_quantisation("gptq", group_size=-1))
+    assert "* Method: bitsandbytes, 8 bits\n" in section_of(make_quantisation(bits=8))
+    assert "* Calibration: 128 x 256 tokens of [them/texts](https://huggingface.co/datasets/" in section_of(report)
     assert libraries(report) == ["gptq"]
     quantise(folder, plan, method="gptq", calibration={"dataset": "them/texts"})
     assert "them/texts" in make_card(folder).data.datasets

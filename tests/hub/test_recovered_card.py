@@ -10,13 +10,15 @@ from huggingface_hub import ModelCard
 from hf_structprune import PruningPlan
 from hf_structprune.commands import cli
 from hf_structprune.commands.arguments import parse
-from hf_structprune.commands.common import ModelArguments
+from hf_structprune.commands.models import ModelArguments, find_subject
 from hf_structprune.commands.recover import RecoverArguments
-from hf_structprune.commands.subjects import find_subject
 from hf_structprune.errors import CheckpointError, ConfigurationError
 from hf_structprune.evaluation.results import EvaluationResult, Figure
 from hf_structprune.hub import make_card, push_folder, validate_card, write_card
-from hf_structprune.hub.recovery import BEGIN, END, card_section, outcome, recover_command
+from hf_structprune.hub.reports import BEGIN_RECOVERY as BEGIN
+from hf_structprune.hub.reports import END_RECOVERY as END
+from hf_structprune.hub.reports import outcome, recover_command
+from hf_structprune.hub.reports import recovery_section as section_of
 from hf_structprune.recovery.configuration import DistillationConfig, RecoveryConfig
 
 from .reports import make_report
@@ -147,12 +149,12 @@ def test_the_outcome_is_told_as_it_is(report, sentences, folder):
 
 def test_a_section_says_nothing_that_is_not_in_the_report():
     bare = {"schema_version": 1, "curve": make_report()["curve"], "best_step": 20, "configuration": {}}
-    text = card_section(bare, picture=None)
+    text = section_of(bare, picture=None)
     assert (
         text.startswith(BEGIN) and text.endswith(END) and "```" not in text and "* " not in text and "![" not in text
     )
     assert not re.search(r"None|nan", text)
-    text = card_section({**bare, "training": {"method": "lora", "steps": 3, "seconds": None, "tokens": None}})
+    text = section_of({**bare, "training": {"method": "lora", "steps": 3, "seconds": None, "tokens": None}})
     assert "* Method: LoRA\n* Training: 3 steps\n" in text
 
 
@@ -170,7 +172,7 @@ def test_a_section_says_nothing_that_is_not_in_the_report():
 def test_the_command_does_the_same_again(config, distillation, words):
     settings = {"configuration": config.to_dict(), "distillation": distillation and distillation.to_dict()}
     report = make_report(**settings, teacher="them/large" if distillation else None)
-    assert words in card_section(report)
+    assert words in section_of(report)
     words = shlex.split(recover_command(report))
     assert words[:2] == ["hf-structprune", "recover"]
     classes = (RecoverArguments, RecoveryConfig, DistillationConfig)

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaF
 
 from hf_structprune import PruningConfig, PruningPlan, StructuredPruner
 from hf_structprune.errors import CheckpointError
-from hf_structprune.files.folders import write_folder
+from hf_structprune.files.writing import write_folder
 
 
 TOKENS = families.make_tokens(2, 12)

@@ -16,7 +16,7 @@ from hf_structprune import CalibrationConfig, PruningConfig, QuantizationConfig,
 from hf_structprune.commands.cli import main
 from hf_structprune.errors import CheckpointError, ConfigurationError, StructPruneError, UnsupportedModelError
 from hf_structprune.evaluation.results import EvaluationResult
-from hf_structprune.hub.quantization import read_quantization
+from hf_structprune.hub.reports import read_quantization
 from hf_structprune.model.loading import load_model
 from hf_structprune.quantization import quantizing
 from hf_structprune.quantization.backend import Source

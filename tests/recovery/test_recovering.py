@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner  # noqa: E402
 from hf_structprune.commands import cli  # noqa: E402
 from hf_structprune.errors import ConfigurationError, StructPruneError, TextError  # noqa: E402
-from hf_structprune.hub.recovery import PICTURE_NAME, RECOVERY_NAME  # noqa: E402
+from hf_structprune.hub.reports import PICTURE_NAME, RECOVERY_NAME  # noqa: E402
 from hf_structprune.recovery import DistillationConfig, LoraRecoveryCallback, RecoveryConfig, recover
 from hf_structprune.recovery.recovering import _check_folders  # noqa: E402
 
@@ -230,7 +230,7 @@ def test_a_model_in_memory(checkpoints, make_tokenizer):
 
 
 def test_a_missing_extra_is_named(checkpoints, monkeypatch):
-    monkeypatch.setattr("hf_structprune.extras.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_structprune.installed.find_spec", lambda name: None)
     with pytest.raises(StructPruneError, match=r'pip install "hf-structprune\[recover\]"'):
         run(checkpoints)
 

@@ -16,7 +16,7 @@ from checkpoints import NOTES, contents, leftovers, make_pruners
 from hf_structprune.errors import StructPruneError
 from hf_structprune.export.deci import export_deci
 from hf_structprune.export.gguf import export_gguf
-from hf_structprune.files import folders, places
+from hf_structprune.files import places, writing
 
 
 def run(root: Path, count: int, seed: int) -> tuple[Counter, list[str]]:
@@ -31,7 +31,7 @@ def run(root: Path, count: int, seed: int) -> tuple[Counter, list[str]]:
         "export gguf": lambda target: export_gguf(root / "whole", target / "model.gguf", quant="f32"),
         "plan": lambda target: pruners[1].last_plan.save(target / "plan.json"),
     }
-    check_room = folders.check_room
+    check_room = writing.check_room
     for number in range(count):
         name, action = list(actions.items())[number % len(actions)]
         blind = rng.random() < 0.5  # as if another process took the room after it was looked at
@@ -39,13 +39,13 @@ def run(root: Path, count: int, seed: int) -> tuple[Counter, list[str]]:
         disk = root / f"disk-{number}"
         disk.mkdir()
         with _disk(disk, size):
-            folders.check_room = (lambda *_, **__: None) if blind else check_room
+            writing.check_room = (lambda *_, **__: None) if blind else check_room
             before = _fill(disk, pruners[0], name)
             only_read = number % 7 == 6
             if only_read:
                 _mount("none", disk, None, 32 | 1, "")  # MS_REMOUNT, MS_RDONLY
             outcome = _outcome(action, disk)
-            folders.check_room = check_room
+            writing.check_room = check_room
             seen[f"{name}: {outcome.split(':')[0]}"] += 1
             faults = [outcome] if outcome.startswith("raw") else []
             if only_read and ("GB" in outcome or "read-only" not in outcome):

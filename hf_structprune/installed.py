@@ -1,10 +1,15 @@
-"""Packages that only some of the features need."""
+"""What is installed here: this package, the libraries that count, and packages that only some features need."""
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from .errors import StructPruneError
+
+
+__version__ = "0.1.0.dev0"
+LIBRARIES = ("torch", "transformers")
 
 
 def need(*packages: str, extra: str) -> None:
@@ -27,3 +32,14 @@ def _found(name: str) -> bool:
         return find_spec(name) is not None
     except ModuleNotFoundError:  # the package that it would be in
         return False
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of the libraries that matter for what it computes."""
+    found = {"hf_structprune": __version__}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,206 @@
+"""Reads what others may have written or damaged (JSON, YAML, weights); errors name the file and say what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError, safe_open
+
+from ..errors import CheckpointError, ConfigurationError, StructPruneError
+
+
+def read_json_object(
+    path: str | os.PathLike, error: type[StructPruneError] = CheckpointError, *, repeats: bool = False
+) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Args:
+        path: The file.
+        error: What is raised.
+        repeats: Whether an object may have a key twice, as in files of other libraries, which take the last.
+
+    Raises:
+        StructPruneError: There is no such file, or it holds something else; names it and says what is wrong.
+    """
+    content = read_json(path, error, repeats=repeats)
+    if not isinstance(content, dict):
+        raise error(f"{path} holds {_JSON_NAMES[type(content)]}; it must hold one object, {{...}}.")
+    return content
+
+
+def read_json(
+    path: str | os.PathLike, error: type[StructPruneError] = CheckpointError, *, repeats: bool = False
+) -> Any:
+    """What a JSON file holds, of whatever kind; arguments and errors as in `read_json_object`."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise error(f"There is no file {path}.") from None
+    except UnicodeDecodeError as wrong:
+        raise error(f"{path} is not JSON: it is not UTF-8 text ({wrong}).") from wrong
+    except OSError as wrong:
+        raise error(f"{path} cannot be read: {wrong.strerror}.") from wrong
+    return parse_json(text, str(path), error, repeats=repeats)
+
+
+def parse_json(text: str, where: str, error: type[StructPruneError], *, repeats: bool = False) -> Any:
+    """What a JSON text says.
+
+    Args:
+        text: The text.
+        where: What the message calls it: a file, or a line of it.
+        error: What is raised.
+        repeats: As in `read_json_object`.
+
+    Raises:
+        StructPruneError: It is not JSON, is nested too deep, or has a key twice in one object.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=None if repeats else _without_repeats)
+    except RecursionError:
+        raise error(f"{where} is not JSON that can be read: it is nested too deep.") from None
+    except ValueError as wrong:  # a number with thousands of digits and a repeated key too
+        raise error(f"{where} is not JSON: {wrong}.") from wrong
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands in it twice")
+    return result
+
+
+_JSON_NAMES = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "a truth value"}
+_JSON_NAMES[type(None)] = "null"
+
+
+def read_text(path: str | os.PathLike, what: str = "file") -> str:
+    """The text of a YAML file; `what` it is, messages say.
+
+    Raises:
+        ConfigurationError: It cannot be read, or is no text.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigurationError(f"There is no {what} {path}.") from None
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{path} is not YAML: {error}") from error
+
+
+def parse_yaml(text: str, where: str | os.PathLike) -> Any:
+    """What a YAML text says.
+
+    Args:
+        text: The text.
+        where: The file it is from, for messages.
+
+    Raises:
+        ConfigurationError: It is not YAML, or a key stands twice in one section, of which YAML would take the last.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        _refuse_repeats(node, where)
+        return None if node is None else loader.construct_document(node)
+    except RecursionError:
+        raise ConfigurationError(f"{where} is not YAML that can be read: it is nested too deep.") from None
+    except (yaml.YAMLError, ValueError) as error:  # a date that does not exist is a ValueError
+        if isinstance(error, ConfigurationError):
+            raise
+        raise ConfigurationError(f"{where} is not YAML: {error}") from error
+    finally:
+        loader.dispose()
+
+
+def _refuse_repeats(root: yaml.Node | None, where: str | os.PathLike) -> None:
+    """Raises where a key stands twice in one section, however deep."""
+    left, seen = [root], set()
+    while left:
+        node = left.pop()
+        if id(node) in seen:  # an alias
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            left += node.value
+        if not isinstance(node, yaml.MappingNode):
+            continue
+        lines: dict[tuple[str, str], int] = {}
+        for key, value in node.value:
+            left.append(value)
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if (key.tag, key.value) in lines:
+                first = lines[key.tag, key.value]
+                raise ConfigurationError(
+                    f"{where}: `{key.value}` stands twice in one section, in lines {first} and {line}, and only one "
+                    "can be meant: join them, or remove one."
+                )
+            lines[key.tag, key.value] = line
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a file of a checkpoint, or a folder of such files; `None` if it can be read to its end.
+
+    Files of torch have check sums and are read whole; of safetensors the header says how long the file is.
+    """
+    if path.is_dir():
+        inside = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        return first_damage(inside) if inside else f"{path.name} is empty"
+    if not path.is_file():
+        return f"{path.name} is missing"
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        elif path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                pass
+        elif path.suffix in (".pt", ".pth", ".bin"):
+            with zipfile.ZipFile(path) as file:
+                if file.testzip() is not None:
+                    return f"{path.name} is damaged"
+    except (OSError, ValueError, RecursionError, SafetensorError, zipfile.BadZipFile):
+        return f"{path.name} is cut off or damaged"
+    return None
+
+
+def damaged_weights(folder: Path, patterns: Sequence[str]) -> str | None:
+    """What is wrong with the weights in a folder; `None` if they are there and can be read.
+
+    Args:
+        folder: Where they are.
+        patterns: Names that files of weights may have, and of indices (`.index.json`) that name more.
+    """
+    there = those_there(folder, patterns)
+    if not there:
+        return "there are no weights"
+    shards: set[str] = set()
+    for index in (path for path in there if path.name.endswith(".index.json")):
+        if damage(index) is not None:
+            return damage(index)
+        content = json.loads(index.read_text(encoding="utf-8"))
+        names = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(names, dict) or not names:
+            return f"{index.name} names no files"
+        shards |= {str(name) for name in names.values()}
+    return first_damage([*there, *(folder / name for name in sorted(shards))])
+
+
+def those_there(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """The files of a folder with such names."""
+    return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+
+
+def first_damage(paths: Sequence[Path]) -> str | None:
+    """What is wrong with the first of some files that is not whole; `None` if all are."""
+    return next(filter(None, map(damage, paths)), None)

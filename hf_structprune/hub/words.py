@@ -1,0 +1,380 @@
+"""How a model was made and is used, as a card says it: what went, on which text, which papers, lines of code."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import PruningConfig
+from ..files.writing import can_only_be_a_path
+from ..plan import PruningPlan
+from ..text.calibration_config import CalibrationConfig
+from ..units.kinds import DEPTH_UNITS, WIDTH_UNITS
+from .origin import IN_MEMORY, is_file
+
+
+_GONE = {"layers": "Decoder layers", "attention": "Attention of layers", "mlp": "MLP of layers"}
+
+
+def what_went(config: PruningConfig, plan: PruningPlan) -> list[str]:
+    """One line for each kind of unit: what went, and by which criterion.
+
+    Args:
+        config: How the model was pruned.
+        plan: What went.
+    """
+    lines = []
+    if config.kinds(WIDTH_UNITS):
+        variant = f" (`{config.taylor}`)" if config.criterion == "taylor" else ""
+        how = f"`{config.criterion}`{variant}"
+        lines.append(
+            f"Numbers of units: as in a plan that was given; units that it did not name: criterion {how}"
+            if plan.given
+            else f"Criterion: {how}, allocation: `{config.allocation}`"
+        )
+    by_criterion = config.chooses_depth(plan.ratio_requested)
+    chosen = f"criterion `{config.depth_criterion}`" if by_criterion else "named in the configuration"
+    chosen = "named in a plan that was given" if plan.given else chosen
+    for kind in DEPTH_UNITS:
+        if kind in plan.dropped:
+            lines.append(f"{_GONE[kind]} gone, counted from 0: {', '.join(map(str, plan.dropped[kind]))} ({chosen})")
+    if plan.hidden is not None:
+        sizes = f"{plan.hidden.keep} instead of {plan.hidden.before}"
+        by = "as in a plan that was given, " if plan.given else ""
+        lines.append(f"Hidden size: {sizes} ({by}criterion `{config.hidden_criterion}`)")
+    shares = {kind: count / plan.parameters_before for kind, count in plan.removed.items()}
+    if len(shares) > 1:
+        lines.append(f"Of all parameters: {', '.join(f'{kind} {share:.1%}' for kind, share in shares.items())}")
+    return lines
+
+
+_PAPERS = {
+    "obs": """@inproceedings{hassibi1992second,
+  title     = {Second order derivatives for network pruning: Optimal Brain Surgeon},
+  author    = {Hassibi, Babak and Stork, David G.},
+  booktitle = {Advances in Neural Information Processing Systems},
+  volume    = {5},
+  year      = {1992}
+}""",
+    "ziplm": """@inproceedings{kurtic2023ziplm,
+  title     = {{ZipLM}: Inference-Aware Structured Pruning of Language Models},
+  author    = {Kurtic, Eldar and Frantar, Elias and Alistarh, Dan},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2023},
+  url       = {https://huggingface.co/papers/2302.04089}
+}""",
+    "wanda": """@inproceedings{sun2024wanda,
+  title     = {A Simple and Effective Pruning Approach for Large Language Models},
+  author    = {Sun, Mingjie and Liu, Zhuang and Bair, Anna and Kolter, J. Zico},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2024},
+  url       = {https://huggingface.co/papers/2306.11695}
+}""",
+    "flap": """@inproceedings{an2024flap,
+  title     = {Fluctuation-based Adaptive Structured Pruning for Large Language Models},
+  author    = {An, Yongqi and Zhao, Xu and Yu, Tao and Tang, Ming and Wang, Jinqiao},
+  booktitle = {Proceedings of the AAAI Conference on Artificial Intelligence},
+  year      = {2024},
+  url       = {https://huggingface.co/papers/2312.11983}
+}""",
+    "minitron": """@inproceedings{muralidharan2024minitron,
+  title     = {Compact Language Models via Pruning and Knowledge Distillation},
+  author    = {Muralidharan, Saurav and Sreenivas, Sharath Turuvekere and Joshi, Raviraj and others},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2024},
+  url       = {https://huggingface.co/papers/2407.14679}
+}""",
+    "llm-pruner": """@inproceedings{ma2023llmpruner,
+  title     = {{LLM-Pruner}: On the Structural Pruning of Large Language Models},
+  author    = {Ma, Xinyin and Fang, Gongfan and Wang, Xinchao},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2023},
+  url       = {https://huggingface.co/papers/2305.11627}
+}""",
+    "magnitude": """@inproceedings{li2017pruning,
+  title     = {Pruning Filters for Efficient {ConvNets}},
+  author    = {Li, Hao and Kadav, Asim and Durdanovic, Igor and Samet, Hanan and Graf, Hans Peter},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2017},
+  url       = {https://huggingface.co/papers/1608.08710}
+}""",
+    "angular": """@inproceedings{gromov2025unreasonable,
+  title     = {The Unreasonable Ineffectiveness of the Deeper Layers},
+  author    = {Gromov, Andrey and Tirumala, Kushal and Shapourian, Hassan and Glorioso, Paolo and Roberts, Daniel A.},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2025},
+  url       = {https://huggingface.co/papers/2403.17887}
+}""",
+    "block_influence": """@article{men2024shortgpt,
+  title   = {{ShortGPT}: Layers in Large Language Models are More Redundant Than You Expect},
+  author  = {Men, Xin and Xu, Mingyu and Zhang, Qingyu and Wang, Bingning and Lin, Hongyu and others},
+  journal = {arXiv preprint arXiv:2403.03853},
+  year    = {2024},
+  url     = {https://huggingface.co/papers/2403.03853}
+}""",
+    "shortened-llm": """@article{kim2024shortened,
+  title   = {Shortened {LLaMA}: Depth Pruning for Large Language Models with Comparison of Retraining Methods},
+  author  = {Kim, Bo-Kyeong and Kim, Geonmin and Kim, Tae-Ho and Castells, Thibault and others},
+  journal = {arXiv preprint arXiv:2402.02834},
+  year    = {2024},
+  url     = {https://huggingface.co/papers/2402.02834}
+}""",
+    "slicegpt": """@inproceedings{ashkboos2024slicegpt,
+  title     = {{SliceGPT}: Compress Large Language Models by Deleting Rows and Columns},
+  author    = {Ashkboos, Saleh and Croci, Maximilian L. and do Nascimento, Marcelo Gennari and others},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2024},
+  url       = {https://huggingface.co/papers/2401.15024}
+}""",
+    "sleb": """@inproceedings{song2024sleb,
+  title     = {{SLEB}: Streamlining {LLMs} through Redundancy Verification and Elimination of Transformer Blocks},
+  author    = {Song, Jiwon and Oh, Kyungseok and Kim, Taesu and Kim, Hyungjun and Kim, Yulhwa and Kim, Jae-Joon},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2024},
+  url       = {https://huggingface.co/papers/2402.09025}
+}""",
+    "lm-eval": """@misc{eval-harness,
+  title  = {The Language Model Evaluation Harness},
+  author = {Gao, Leo and Tow, Jonathan and Abbasi, Baber and Biderman, Stella and others},
+  year   = {2024},
+  doi    = {10.5281/zenodo.12608602},
+  url    = {https://github.com/EleutherAI/lm-evaluation-harness}
+}""",
+}
+_CRITERIA = {
+    "obs": ("obs", "ziplm"), "wanda": ("wanda",), "wifv": ("flap",), "activation": ("minitron",),
+    "taylor": ("llm-pruner",), "l1": ("magnitude",), "l2": ("magnitude",),
+}  # fmt: skip
+
+_DEPTH_CRITERIA = {
+    "angular": "angular", "block_influence": "block_influence", "perplexity": "shortened-llm",
+    "taylor": "shortened-llm", "magnitude": "shortened-llm", "greedy": "sleb", "exchange": "sleb",
+}  # fmt: skip
+_HIDDEN_CRITERIA = {
+    "activation": "minitron", "taylor": "llm-pruner", "magnitude": "llm-pruner", "pca": "slicegpt",
+}  # fmt: skip
+
+
+def citations(config: PruningConfig, tasks: bool = False, ratio: float | None = None) -> list[str]:
+    """BibTeX entries of what a configuration uses.
+
+    Args:
+        config: The configuration.
+        tasks: Whether tasks of lm-eval were measured.
+        ratio: The ratio that was asked for.
+    """
+    names = [*_CRITERIA.get(config.criterion, ())] if config.kinds(WIDTH_UNITS) else []
+    names += [_DEPTH_CRITERIA[config.depth_criterion]] if config.chooses_depth(ratio) else []
+    names += [_HIDDEN_CRITERIA[config.hidden_criterion]] if "hidden" in config.units else []
+    names += ["flap"] if config.allocation == "global" else []
+    names += ["obs"] if config.compensation else []
+    names += ["lm-eval"] if tasks else []
+    return [_PAPERS[name] for name in dict.fromkeys(names)]
+
+
+_SAMPLE = ["Salesforce/wikitext", "allenai/c4"]
+
+
+def uses_text(config: PruningConfig, plan: PruningPlan) -> bool:
+    """Whether calibration text was looked at: as recorded, or else as the configuration asks for."""
+    from ..criteria import make_criterion
+
+    if plan.calibrated is not None:
+        return plan.calibrated
+    criterion = make_criterion(config)
+    by_text = config.compensation or config.allocation == "search"
+    if config.kinds(WIDTH_UNITS):
+        by_text |= criterion.needs_inputs or criterion.needs_gradients
+    if config.chooses_depth(plan.ratio_requested):
+        by_text |= config.depth_criterion != "magnitude"
+    return by_text or ("hidden" in config.units and config.hidden_criterion != "magnitude")
+
+
+def _sources(calibration: CalibrationConfig) -> list[str]:
+    dataset = calibration.dataset
+    return [dataset] if isinstance(dataset, str) else list(dataset or [])
+
+
+def calibration_datasets(calibration: CalibrationConfig) -> list[str]:
+    """Data sets of the Hub that were calibrated on."""
+    if calibration.fingerprint is not None:
+        return []
+    sources = _sources(calibration)
+    hub = [source for source in sources if not is_file(source) and not can_only_be_a_path(source)]
+    return hub if sources else list(_SAMPLE)
+
+
+def calibration_in_words(calibration: CalibrationConfig) -> str:
+    """A calibration text; of local files the name only, since the card is public."""
+    size, sources = f"{calibration.num_samples} x {calibration.length} tokens", _sources(calibration)
+    if calibration.fingerprint is not None:
+        return f"{size}, given in memory (SHA-256 begins with `{calibration.fingerprint}`)"
+    if not sources:
+        return f"{size} of the sample of hf_structprune: half WikiText-2 (validation), half C4, English"
+    hub = calibration_datasets(calibration)
+    names = [f"[{s}](https://huggingface.co/datasets/{s})" if s in hub else f"`{Path(s).name}`" for s in sources]
+    which = "".join(
+        f", {k} `{v}`" for k, v in (("configuration", calibration.name), ("split", calibration.split)) if v
+    )
+    return f"{size} of {', '.join(names)}{which if hub else ''}"
+
+
+# Calibration data that was given in memory: code can only name its place.
+_IN_MEMORY = ("texts", "tokens", "fingerprint")
+# Options of loading that the commands have, and the dtypes that they know.
+COMMAND_OPTIONS = ("dtype", "revision", "subfolder", "variant", "gguf_file", "trust_remote_code")
+COMMAND_DTYPES = ("bfloat16", "float16", "float32")
+_LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}"{options})
+tokenizer = AutoTokenizer.from_pretrained("{name}")"""
+
+
+def loading(name: str, per_layer: bool, libraries: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """Ways to load a checkpoint, each with a sentence about it.
+
+    Args:
+        name: Hub id or folder.
+        per_layer: Whether its layers differ in width.
+        libraries: What its quantised weights need.
+    """
+    plain = _LOAD.format(name=name, options="")
+    needs = f"Its quantised weights need `pip install {' '.join(libraries)}`. " if libraries else ""
+    if not per_layer:
+        other = "nothing of this package" if libraries else "nothing else"
+        return [(f"{needs}It is a plain Transformers checkpoint; {other} has to be installed:", plain)]
+    return [
+        (
+            f"{needs}Its layers are not alike, which Transformers reads but does not build by itself yet. With "
+            "`pip install hf-structprune`:",
+            f"import hf_structprune  # before the model is loaded\n{plain}",
+        ),
+        (
+            "Or without it, by the modelling file that travels with the checkpoint:",
+            _LOAD.format(name=name, options=", trust_remote_code=True"),
+        ),
+    ]
+
+
+def recovering(name: str, per_layer: bool) -> str:
+    """The command that trains an adapter with TRL: on a pruned model, or once more on a recovered one."""
+    options = " --trust_remote_code" if per_layer else ""
+    return (
+        f"trl sft --model_name_or_path {name}{options} --dataset_name YOUR_DATASET \\\n"
+        "  --use_peft --lora_r 8 --lora_alpha 16 --lora_target_modules all-linear --output_dir recovered"
+    )
+
+
+def quantising(name: str) -> str:
+    """Commands that quantise the model."""
+    lines = [
+        f"hf-structprune quantize {name} --method {method} --bits 4 --output-dir quantised"
+        for method in ("bitsandbytes", "gptq")
+    ]
+    return "\n# or, calibrated:\n".join(lines)
+
+
+def config_expression(config: PruningConfig) -> str:
+    """A Python expression that gives an equal configuration: what differs from the defaults."""
+    changed = _changed(config)
+    calibration = {k: v for k, v in _changed(config.calibration).items() if k not in _IN_MEMORY}
+    parts = [f"{name}={_literal(value)}" for name, value in changed.items()]
+    if calibration:
+        inner = ", ".join(f"{name}={_literal(value)}" for name, value in calibration.items())
+        parts.append(f"calibration=CalibrationConfig({inner})")
+    return f"PruningConfig({', '.join(parts)})"
+
+
+def making_in_python(
+    base: str, config: PruningConfig, ratio: float | None, options: dict[str, Any], given: bool = False
+) -> str:
+    """The lines that make the model again.
+
+    Args:
+        base: The base model.
+        config: What it was pruned with.
+        ratio: What was asked for.
+        options: What has to be given to `from_pretrained` to load the same weights.
+        given: Whether a plan was given instead of what was asked for.
+    """
+    by_plan = given or (ratio is None and config.needs_ratio)
+    names = ["CalibrationConfig"] if "CalibrationConfig(" in config_expression(config) else []
+    names += ["PruningConfig", *(["PruningPlan"] if by_plan else []), "StructuredPruner"]
+    what = 'PruningPlan.load("pruning_plan.json")' if by_plan else "" if ratio is None else repr(ratio)
+    more = "".join(f", {name}={loading_value(value)}" for name, value in options.items())
+    return (
+        f"from hf_structprune import {', '.join(names)}\n\n"
+        f"config = {config_expression(config)}\n"
+        f'pruner = StructuredPruner.from_pretrained("{base}", config=config{more})\n'
+        f"pruner.prune({what})\n"
+        'pruner.save_pretrained("pruned")'
+    )
+
+
+def making_on_the_command_line(
+    base: str, config: PruningConfig, ratio: float | None, options: dict[str, Any], given: bool = False
+) -> str:
+    """The same as one command; empty if the model was loaded in a way that the command line does not know."""
+    if not set(options) <= set(COMMAND_OPTIONS) or options.get("dtype", COMMAND_DTYPES[0]) not in COMMAND_DTYPES:
+        return ""
+    words = ["hf-structprune", "prune", base, "--output-dir", "pruned", *_options(options, "")]
+    if given or (ratio is None and config.needs_ratio):
+        words += ["--plan", "pruning_plan.json"]
+    elif ratio is not None:
+        words += ["--ratio", str(ratio)]
+    return shlex.join(words + _options(_changed(config), "") + _calibration_options(config))
+
+
+def full_configuration(config: PruningConfig) -> str:
+    """Everything, as JSON."""
+    return json.dumps(config.to_dict(), indent=2)
+
+
+def changed_options(values: Any) -> list[str]:
+    """A configuration as options of the command line: what differs from the defaults, apart from `None`."""
+    words = _options({name: value for name, value in _changed(values).items() if value is not None}, "")
+    return words + (_calibration_options(values) if hasattr(values, "calibration") else [])
+
+
+def _calibration_options(config: Any) -> list[str]:
+    changed = {name: value for name, value in _changed(config.calibration).items() if name not in _IN_MEMORY}
+    return _options(changed, "calibration-")
+
+
+def _changed(values: Any) -> dict[str, Any]:
+    """Fields that differ from the defaults; the calibration apart."""
+    default = type(values)()
+    return {
+        field.name: getattr(values, field.name)
+        for field in dataclasses.fields(values)
+        if field.name != "calibration" and getattr(values, field.name) != getattr(default, field.name)
+    }
+
+
+def _literal(value: Any) -> str:
+    """As code formatters write it."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+
+
+def loading_value(value: Any) -> str:
+    """As `_literal`; of what was given in memory code can only name the type."""
+    return f"{value[IN_MEMORY]}(...)" if isinstance(value, dict) and IN_MEMORY in value else _literal(value)
+
+
+def _options(values: dict[str, Any], prefix: str) -> list[str]:
+    words: list[str] = []
+    for name, value in values.items():
+        option = f"--{prefix}{name}".replace("_", "-")
+        if isinstance(value, bool):
+            words.append(option if value else f"--no-{option[2:]}")
+        elif isinstance(value, (list, tuple)):
+            words += [option, *map(str, value)]
+        elif isinstance(value, dict):
+            words += [option, *(f"{key}={part}" for key, part in value.items())]
+        else:
+            words += [option, str(value)]
+    return words

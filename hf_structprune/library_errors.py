@@ -1,0 +1,258 @@
+"""What the libraries below raise for the Hub and for models that cannot be read, in words that say what to do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    StrictDataclassError,
+)
+
+from .errors import CheckpointError, HubError, StructPruneError
+from .files.reading import damaged_weights, read_json_object
+from .files.writing import can_only_be_a_path, settle
+from .masking import is_masked, remember
+
+
+# The base class of the errors of the client's HTTP library, which is another one in other versions of the client.
+_HTTP_ERROR = HfHubHTTPError.__mro__[1]
+LOGIN = "`hf auth login`, the environment variable HF_TOKEN or the argument `token` gives one"
+
+
+def is_network_error(error: BaseException) -> bool:
+    """Whether an error comes from the connection and not from what was asked."""
+    known = isinstance(error, (ConnectionError, TimeoutError, _HTTP_ERROR))
+    return known and not isinstance(error, HfHubHTTPError)
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and everything it was raised from."""
+    seen: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in seen:
+        yield current
+        seen.append(current)
+        current = current.__cause__ or current.__context__
+
+
+@contextmanager
+def clear_errors(repo_id: str, token: str | None = None) -> Iterator[None]:
+    """Turns what the client raises while it talks about a repository into `HubError`s.
+
+    Raises:
+        HubError: Says what was wrong and what to do. What it was raised from is kept for the traceback unless the
+            token stands in it.
+    """
+    remember(token)
+    try:
+        yield
+    except StructPruneError:
+        raise
+    except Exception as error:
+        message = explain(error, repo_id)
+        if message is None:
+            raise
+        raise HubError(message) from (error if is_masked(error) else None)
+
+
+@contextmanager
+def gated_errors(repo_id: str) -> Iterator[None]:
+    """Turns what Transformers raises for a gated model into a `HubError` that says how to get access.
+
+    Raises:
+        HubError: The model is gated, and there is no token or its account has not accepted the conditions.
+    """
+    try:
+        yield
+    except OSError as error:
+        if any(isinstance(cause, GatedRepoError) for cause in causes(error)):
+            raise HubError(f"{explain(error, repo_id)}") from (error if is_masked(error) else None)
+        raise
+
+
+def explain(error: BaseException, repo_id: str) -> str | None:
+    """One sentence for an error of the client and its causes; `None` for one that is not about the Hub."""
+    if isinstance(error, ValueError) and "README.md" in str(error):
+        return f"The Hub refuses the model card: {error}"
+    chain = list(causes(error))
+    for cause in chain:
+        if isinstance(cause, OfflineModeIsEnabled):
+            return "HF_HUB_OFFLINE is set, so that nothing can be pushed; unset it and push again."
+        if isinstance(cause, LocalTokenNotFoundError):
+            return f"There is no token for the Hub; {LOGIN}."
+        if isinstance(cause, GatedRepoError):
+            return (
+                f"{repo_id} is gated: accept its conditions on its page on the Hub with the account of your token, "
+                f"then try again ({LOGIN})."
+            )
+        if isinstance(cause, HFValidationError):
+            return f"{repo_id!r} is not the id of a repository, such as user/name: {cause}"
+    for cause in chain:
+        if isinstance(cause, HfHubHTTPError) and getattr(cause, "response", None) is not None:
+            return _explain_status(cause, repo_id)
+    for cause in chain:
+        if is_network_error(cause):
+            return (
+                f"The connection to the Hub was lost while pushing to {repo_id} ({type(cause).__name__}: {cause}). "
+                "Nothing is lost here, and files that had arrived stay there: the same command uploads only what is "
+                "missing."
+            )
+    if isinstance(error, (OSError, RuntimeError)):  # the storage backend has errors of many kinds
+        return f"The push to {repo_id} failed: {error}. Nothing is lost here; push again."
+    return None
+
+
+def _explain_status(error: HfHubHTTPError, repo_id: str) -> str:
+    status, said = error.response.status_code, (error.server_message or "").strip()
+    reason = f" The Hub says: {said}" if said else ""
+    if status == 401:
+        return f"The Hub does not accept the token for {repo_id}: it is wrong or has expired; {LOGIN}.{reason}"
+    if status == 403:
+        return (
+            f"The token has no right to write to {repo_id}: use one with the role `write` of an account that may, "
+            f"choose a repository of your own, or propose the change with `create_pr`.{reason}"
+        )
+    if status == 404:
+        return (
+            f"There is no {repo_id} on the Hub, or the token cannot see it; check the name and the revision.{reason}"
+        )
+    if status in (409, 412):
+        return f"{repo_id} was changed by someone else at the same time; nothing was committed, push again.{reason}"
+    if status == 429:
+        return f"The Hub asks to slow down; wait a few minutes and push again.{reason}"
+    if status >= 500:
+        return (
+            f"The Hub answered with the error {status}; nothing was committed to {repo_id}, push again later.{reason}"
+        )
+    return f"The Hub refused the request for {repo_id} ({status}).{reason}"
+
+
+# Files that Transformers reads besides the weights. Some of them it leaves out without a word where they are damaged.
+_OBJECTS = (
+    "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "adapter_config.json",
+)  # fmt: skip
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_ADAPTER = "adapter_config.json"
+# Endings of files that are no models by themselves, with the way to load them.
+_FILES = {
+    ".gguf": "give the folder that it is in as the model, and its name as `gguf_file` (--gguf-file {name})",
+    ".safetensors": "give the folder that it is in, in which config.json says what model the weights are of",
+    ".bin": "give the folder that it is in, in which config.json says what model the weights are of",
+    ".json": "give the folder that it is in",
+}
+
+
+@contextmanager
+def readable(source: str | os.PathLike, part: str = "", subfolder: str | None = None) -> Iterator[None]:
+    """Stands around calls of libraries that read a model, its configuration or its tokenizer, and around nothing else.
+
+    Args:
+        source: The folder or Hub id that is read.
+        part: What is read of it, for example `"config.json"`, if one file or kind of file.
+        subfolder: Where in it the files are.
+
+    Raises:
+        CheckpointError: There is no such model, it is a file or an adapter, a file of it is damaged, or the library
+            cannot make anything of it.
+        HubError: The model is gated and the token has no access to it.
+    """
+    name = str(source)
+    settle(name)
+    _check_place(name)
+    folder = Path(name, subfolder or "")
+    check_objects(folder)
+    try:
+        with gated_errors(name):
+            yield
+    except StructPruneError:
+        raise
+    except Exception as wrong:  # libraries raise every kind there is for files that are not as they should be
+        raise CheckpointError(_explain(name, folder, part, wrong)) from (wrong if is_masked(wrong) else None)
+
+
+def check_objects(folder: Path) -> None:
+    """Refuses a folder in which a small JSON file of Transformers is damaged.
+
+    Raises:
+        CheckpointError: Names the file.
+    """
+    for path in (folder / name for name in _OBJECTS):
+        if path.is_file():
+            read_json_object(path, repeats=True)
+
+
+def refuse_adapter(source: str | os.PathLike, **options: Any) -> None:
+    """Refuses a folder or repository that holds an adapter of PEFT: Transformers would load its base model under it.
+
+    Args:
+        source: The folder or Hub id.
+        options: Where in it to look and how: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`.
+
+    Raises:
+        CheckpointError: Says what to do.
+    """
+    if _is_adapter(str(source), options):
+        raise CheckpointError(
+            f"{source} holds an adapter of PEFT, whose weights are not in its base model: merge it first, "
+            "`PeftModel.from_pretrained(base, ADAPTER).merge_and_unload().save_pretrained(FOLDER)`, and give FOLDER."
+        )
+
+
+def _is_adapter(source: str, options: dict[str, Any]) -> bool:
+    """Whether a folder, or a repository as far as it is in the cache or can be asked, holds an adapter of PEFT."""
+    if Path(source).is_dir():
+        return Path(source, options.get("subfolder") or "", _ADAPTER).is_file()
+    if can_only_be_a_path(source):
+        return False
+    from transformers.utils import find_adapter_config_file
+
+    try:
+        return find_adapter_config_file(source, **options) is not None
+    except Exception:  # of the connection and of names that are no ids: what it is, cannot be told
+        return False
+
+
+def _check_place(name: str) -> None:
+    path = Path(name)
+    if path.is_file():
+        how = _FILES.get(path.suffix, "give a folder or the id of a model on the Hub").format(name=path.name)
+        raise CheckpointError(f"cannot load {name!r}: it is a file; {how}.")
+    if can_only_be_a_path(name) and not path.exists():
+        raise CheckpointError(f"cannot load {name!r}: there is no such folder.")
+
+
+def _explain(name: str, folder: Path, part: str, wrong: Exception) -> str:
+    """One line about what went wrong, with the file that is to blame where one is damaged."""
+    found = _damaged_file(folder) if folder.is_dir() else None
+    if found is not None:
+        return f"cannot load {name!r}: {found}"
+    said = " ".join(str(wrong).split()) or type(wrong).__name__
+    if isinstance(wrong, StrictDataclassError):
+        said = str(wrong).splitlines()[-1].strip().removeprefix("TypeError: ").removeprefix("ValueError: ")
+    elif not isinstance(wrong, (OSError, ValueError, ImportError)):  # their words say what is meant, of others do not
+        said = f"{type(wrong).__name__}: {said}"
+    where = f"{part} cannot be used: " if part and folder.is_dir() else ""
+    return f"cannot load {name!r}: {where}{said}"
+
+
+def _damaged_file(folder: Path) -> str | None:
+    """What is wrong with a large file, which is only read to find out what an error came from."""
+    try:
+        if (folder / "tokenizer.json").is_file():
+            read_json_object(folder / "tokenizer.json", repeats=True)
+    except CheckpointError as error:
+        return str(error)
+    if not any((folder / file).exists() for file in _WEIGHTS):
+        return None
+    found = damaged_weights(folder, _WEIGHTS)
+    return found and f"{found}."
