@@ -12,7 +12,7 @@ from forced_hardware import FOUR_BIT_CPUS, force_four_bit_cpu
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_structprune import CalibrationConfig, PruningConfig, QuantizationConfig, StructuredPruner, extras, quantize
+from hf_structprune import CalibrationConfig, PruningConfig, QuantizationConfig, StructuredPruner, installed, quantize
 from hf_structprune.commands.cli import main
 from hf_structprune.errors import CheckpointError, ConfigurationError, StructPruneError, UnsupportedModelError
 from hf_structprune.evaluation.results import EvaluationResult
@@ -208,7 +208,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("values", "error", "message"), REFUSED)
 def test_refused_before_any_weight_is_read(values, error, message, dense, tmp_path, monkeypatch):
-    monkeypatch.setattr(extras, "find_spec", lambda name: name)
+    monkeypatch.setattr(installed, "find_spec", lambda name: name)
     (dense / "model.safetensors").unlink()
     with pytest.raises(error, match=message):
         quantize(dense, tmp_path / "out", QuantizationConfig(**{"device": "cpu", **values}))
@@ -218,14 +218,14 @@ def test_refused_before_any_weight_is_read(values, error, message, dense, tmp_pa
 @pytest.mark.parametrize("pruned", ["per_layer"], indirect=True)
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_layers_of_different_widths_are_refused(method, pruned, tmp_path, monkeypatch):
-    monkeypatch.setattr(extras, "find_spec", lambda name: name)
+    monkeypatch.setattr(installed, "find_spec", lambda name: name)
     with pytest.raises(UnsupportedModelError, match="layers of different widths"):
         quantize(pruned, tmp_path / "out", QuantizationConfig(method, group_size=32))
 
 
 @pytest.mark.parametrize("method", BACKENDS)
 def test_missing_extras_are_named(method, dense, tmp_path, monkeypatch):
-    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    monkeypatch.setattr(installed, "find_spec", lambda name: None)
     extra = BACKENDS[method].extra
     with pytest.raises(StructPruneError, match=rf'is missing: `pip install "hf-structprune\[{extra}\]"`'):
         quantize(dense, tmp_path / "out", QuantizationConfig(method))

@@ -11,7 +11,7 @@ from peft.utils.integrations import dequantize_bnb_weight
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import hf_structprune  # noqa: F401, lets the auto class load per-layer checkpoints
-from hf_structprune import extras
+from hf_structprune import installed
 from hf_structprune.errors import CheckpointError, ConfigurationError, StructPruneError
 from hf_structprune.model.structure import ModelStructure
 from hf_structprune.recovery.merge import merge_adapter
@@ -150,9 +150,9 @@ def test_errors(checkpoint, monkeypatch):
     config = checkpoint / "config.json"
     content = json.loads(config.read_text())
     config.write_text(json.dumps({**content, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
-    monkeypatch.setattr(extras, "find_spec", lambda name: object())
+    monkeypatch.setattr(installed, "find_spec", lambda name: object())
     with pytest.raises(CheckpointError, match="quantised already"):
         load_quantised(checkpoint)
-    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    monkeypatch.setattr(installed, "find_spec", lambda name: None)
     with pytest.raises(StructPruneError, match=r'pip install "hf-structprune\[qlora\]"'):
         load_quantised(checkpoint)
