@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from .results import EvaluationResult, Parts
+from .results import EvaluationResult, Figure, Parts
 
-
-if TYPE_CHECKING:
-    from .results import Figure
 
 LEVEL = 0.05
 MANY = 30  # from here on the normal approximation is good enough: Student's factor is 2.05, and 1.96 at infinity
@@ -29,6 +26,12 @@ _NO_SPREAD = 1e-9  # of the mean: what rounding leaves of a difference that is t
 
 # How it was judged, in words, in the order in which tables tell.
 MCNEMAR, PAIRED, BOOTSTRAP, TOO_FEW, UNPAIRED = TESTS = ("mcnemar", "paired", "bootstrap", "too few", "unpaired")
+
+# Details of a figure that say how it was measured; others (counts, spreads) say what came out.
+_CONDITIONS = (
+    "version", "num_fewshot", "samples", "filter", "source", "window", "stride", "bos",
+    "batch_size", "length", "new_tokens", "device",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def compare_parts(base: Parts, other: Parts) -> Comparison:
     mean, stderr = map(float, ratio_and_stderr(differences, counts))
     factor = 2.0 if n >= MANY else bootstrap_factor(differences, counts)
     margin = factor * stderr if stderr > _NO_SPREAD * abs(mean) else 0.0
-    low, high = (_difference(base, mean + sign * margin) for sign in (-1, 1))
+    low, high = (base.value(base.mean + mean + sign * margin) - base.value() for sign in (-1, 1))
     return Comparison(PAIRED if n >= MANY else BOOTSTRAP, abs(mean) > margin, low, high)
 
 
@@ -153,44 +156,25 @@ def bootstrap_factor(differences: np.ndarray, counts: np.ndarray, seed: int = 0)
     return float(np.quantile(distances, 1 - LEVEL, method="higher"))
 
 
-def _difference(base: Parts, mean: float) -> float:
-    """A difference of means as one of figures."""
-    return base.value(base.mean + mean) - base.value()
+def other_conditions(name: str, result: EvaluationResult, reference: EvaluationResult) -> str | None:
+    """`"limit is 100 instead of 200"`: why a figure is not compared with that of the reference; `None` if it may be."""
+    mine, other = _conditions_of(name, result), _conditions_of(name, reference)
+    keys = [key for key in {**other, **mine} if mine.get(key) != other.get(key)]
+    # The protocol repeats the numbers; it is quoted only where it is all there is.
+    keys = [key for key in keys if key != "protocol"] or keys
+    return ", ".join(f"{key} is {_said(mine, key)} instead of {_said(other, key)}" for key in keys) or None
 
 
-# Details of a figure that say how it was measured; others (counts, spreads) say what came out.
-CONDITIONS = (
-    "version", "num_fewshot", "samples", "filter", "source", "window", "stride", "bos",
-    "batch_size", "length", "new_tokens", "device",
-)  # fmt: skip
-# Units of figures that depend on the machine.
-_TIMED = ("s", "tokens/s")
-
-
-def conditions_of(name: str, result: EvaluationResult) -> dict[str, Any]:
-    """What has to agree before a figure may be compared with that of another model.
-
-    Args:
-        name: Name of the figure.
-        result: A result that has it.
-    """
+def _conditions_of(name: str, result: EvaluationResult) -> dict[str, Any]:
     figure = result.figures[name]
-    conditions: dict[str, Any] = {"protocol": figure.protocol}
-    conditions |= {key: figure.details[key] for key in CONDITIONS if key in figure.details}
-    if figure.unit in _TIMED:
+    conditions = {"protocol": figure.protocol}
+    conditions |= {key: figure.details[key] for key in _CONDITIONS if key in figure.details}
+    if figure.unit in ("s", "tokens/s"):  # which depend on the machine
         hardware = result.environment.get("hardware", {})
         conditions |= {key: hardware.get(key) for key in ("device", "threads")}
     return conditions
 
 
-def difference_in_words(mine: dict[str, Any], other: dict[str, Any]) -> str | None:
-    """`"limit is 100 instead of 200"`; `None` where all conditions agree."""
-    keys = [key for key in {**other, **mine} if mine.get(key) != other.get(key)]
-    # The protocol repeats the numbers; it is quoted only where it is all there is.
-    keys = [key for key in keys if key != "protocol"] or keys
-    return ", ".join(f"{key} is {_say(mine, key)} instead of {_say(other, key)}" for key in keys) or None
-
-
-def _say(conditions: dict[str, Any], key: str) -> str:
+def _said(conditions: dict[str, Any], key: str) -> str:
     value = conditions.get(key, "")
     return "unknown" if value == "" else repr(value) if isinstance(value, str) else str(value)

@@ -33,10 +33,14 @@ from ..hardware import cuda_devices, device_name, synchronize
 from ..model.measuring import measuring
 from ..model.structure import ModelStructure
 from ..plan import PruningPlan
+from .protocols import context_length
 from .results import Figure
 
 
 logger = logging.get_logger(__name__)
+
+_PAGE = 4096
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -94,32 +98,27 @@ def measure_efficiency(model: PreTrainedModel, config: EfficiencyConfig | None =
         ConfigurationError: Prompt and new tokens are longer than the model's context.
     """
     config = config or EfficiencyConfig()
-    _check_context(model, config)
-    ids = _random_ids(model, config)
-    figures = _size_figures(model, config, ids)
-    return figures + _speed_figures(model, config, ids) if config.speed else figures
-
-
-def _check_context(model: PreTrainedModel, config: EfficiencyConfig) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    needed = config.length + config.new_tokens if config.speed else config.length
-    if context is not None and needed > context:
+    context = context_length(model)
+    if context is not None and config.length + config.new_tokens * config.speed > context:
         raise ConfigurationError(
             f"`length` is {config.length} and `new_tokens` {config.new_tokens}, but the model's context is {context} "
             "tokens: lower one of them."
         )
-
-
-def _random_ids(model: PreTrainedModel, config: EfficiencyConfig) -> torch.LongTensor:
-    """Token ids of shape `(batch_size, length)`, the same on every device."""
-    generator = torch.Generator().manual_seed(config.seed)
     vocab = model.get_input_embeddings().weight.shape[0]
-    return torch.randint(vocab, (config.batch_size, config.length), generator=generator).to(model.device)
+    generator = torch.Generator().manual_seed(config.seed)  # the same ids on every device
+    ids = torch.randint(vocab, (config.batch_size, config.length), generator=generator).to(model.device)
+    return _size_figures(model, config, ids) + (_speed_figures(model, config, ids) if config.speed else [])
+
+
+def _smaller(name: str, value: float, unit: str, protocol: str, **details: Any) -> Figure:
+    return Figure(f"efficiency/{name}", value, unit, higher_is_better=False, protocol=protocol, details=details)
 
 
 def _size_figures(model: PreTrainedModel, config: EfficiencyConfig, ids: torch.LongTensor) -> list[Figure]:
-    quantised = getattr(model.config, "quantization_config", None) is not None
-    shapes = _dense_shapes(model) if quantised else model
+    shapes, quantised = model, getattr(model.config, "quantization_config", None) is not None
+    if quantised:  # the dense model that it stands for
+        with torch.device("meta"):
+            shapes = type(model)(copy.deepcopy(model.config))
     stored = weight_bytes(model)
     figures = [
         _smaller("parameters", sum(p.numel() for p in shapes.parameters()), "", "true shapes, tied parameters once"),
@@ -140,36 +139,26 @@ def _size_figures(model: PreTrainedModel, config: EfficiencyConfig, ids: torch.L
         macs = count_macs_with_attention(model, ids)
         figures.append(_smaller("macs_with_attention", macs, "MAC", protocol, **counted))
     growth = cache_growth(model)
-    if growth is None:
+    if not growth:
         logger.warning("efficiency/kv_cache_bytes_per_token is left out: the model has no cache of keys and values.")
         return figures
-    protocol = "growth of the model's own cache from one token to two, one sequence"
+    layers, windows = map(list, zip(*growth, strict=True))
     figure = _smaller(
-        "kv_cache_bytes_per_token", growth.total, "B", protocol, without_windows=growth.without_windows,
-        layers=growth.layers, sliding_windows=growth.windows,
+        "kv_cache_bytes_per_token", sum(layers), "B", "growth of the model's own cache from one token to two, "
+        "one sequence", without_windows=sum(size for size, window in growth if window is None),
+        layers=layers, sliding_windows=windows,
     )  # fmt: skip
     return [*figures, figure]
 
 
-def _smaller(name: str, value: float, unit: str, protocol: str, **details) -> Figure:
-    return Figure(f"efficiency/{name}", value, unit, higher_is_better=False, protocol=protocol, details=details)
-
-
-def _dense_shapes(model: PreTrainedModel) -> PreTrainedModel:
-    """The dense model that a quantised one stands for, on the meta device."""
-    with torch.device("meta"):
-        return type(model)(copy.deepcopy(model.config))
-
-
 def _speed_figures(model: PreTrainedModel, config: EfficiencyConfig, ids: torch.LongTensor) -> list[Figure]:
     runs = config.warmup + config.repeats
-    prefill, generation = [], []
+    prefill, first, decode = [], [], []
     with measuring(model), tqdm(total=runs, desc="Speed", disable=not logging.is_progress_bar_enabled()) as bar:
-        for run in range(runs):
-            seconds = time_prefill(model, ids), time_generation(model, ids, config.new_tokens)
-            if run >= config.warmup:
-                prefill.append(seconds[0])
-                generation.append(seconds[1])
+        for _ in range(runs):
+            prefill.append(time_prefill(model, ids))
+            for seconds, found in zip((first, decode), time_generation(model, ids, config.new_tokens), strict=True):
+                seconds.append(found)
             bar.update()
         with peak_memory(devices_of(model)) as peak:
             time_generation(model, ids, config.new_tokens)
@@ -182,12 +171,15 @@ def _speed_figures(model: PreTrainedModel, config: EfficiencyConfig, ids: torch.
         figures.append(_smaller("peak_memory", peak.value, "B", protocol_of_peak, before=peak.before))
     tokens, decoded = config.batch_size * config.length, config.batch_size * (config.new_tokens - 1)
     for name, values, unit in (
-        ("time_to_first_token", [g.first_token for g in generation], "s"),
+        ("time_to_first_token", first, "s"),
         ("prefill_throughput", [tokens / seconds for seconds in prefill], "tokens/s"),
-        ("decode_throughput", [decoded / g.decode for g in generation], "tokens/s"),
+        ("decode_throughput", [decoded / seconds for seconds in decode], "tokens/s"),
     ):
-        figures.append(median_figure(f"efficiency/{name}", values, unit, protocol))
+        figures.append(median_figure(f"efficiency/{name}", values[config.warmup :], unit, protocol))
     return figures
+
+
+# ------------------------------------------------------------------------------------ multiply-accumulates
 
 
 def count_macs(model: PreTrainedModel, batch_size: int = 1, length: int = 64) -> int:
@@ -219,17 +211,13 @@ def count_macs_with_attention(model: PreTrainedModel, ids: torch.LongTensor) -> 
     """
     # Fused attention of the CPU is unknown to the counter; the plain kind consists of products that it knows.
     plain = sdpa_kernel(SDPBackend.MATH)
-    counter = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(_grouped_products(), _grouped_flops))
+    # So are products of rows with the matrix of their expert.
+    names = (("aten", "_grouped_mm"), ("transformers", "grouped_mm_fallback"))
+    grouped = filter(None, (getattr(getattr(torch.ops, space), name, None) for space, name in names))
+    counter = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(grouped, _grouped_flops))
     with measuring(model), _torch_attention(model), plain, counter:
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     return counter.get_total_flops() // 2
-
-
-def _grouped_products() -> list[Any]:
-    """Operations that multiply rows by the matrix of their expert, which the counter does not know."""
-    names = (("aten", "_grouped_mm"), ("transformers", "grouped_mm_fallback"))
-    found = [getattr(getattr(torch.ops, namespace), name, None) for namespace, name in names]
-    return [operation for operation in found if operation is not None]
 
 
 def _grouped_flops(rows: torch.Size, weights: torch.Size, *args: Any, **kwargs: Any) -> int:
@@ -251,8 +239,7 @@ def _torch_attention(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(own)
 
 
-_PAGE = 4096
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+# ---------------------------------------------------------------------------------------------------- memory
 
 
 def weight_bytes(model: nn.Module) -> dict[str, int]:
@@ -261,14 +248,18 @@ def weight_bytes(model: nn.Module) -> dict[str, int]:
     Quantised weights count as they are stored, with their scales and zero points.
     """
     sizes: dict[tuple, tuple[str, int]] = {}
-    for value in model.state_dict().values():
-        for tensor in _plain_tensors(value):
-            size = tensor.numel() * tensor.element_size()
-            sizes[tensor.device, tensor.data_ptr(), size] = (str(tensor.dtype).removeprefix("torch."), size)
+    for tensor in _saved_tensors(model):
+        size = tensor.numel() * tensor.element_size()
+        sizes[tensor.device, tensor.data_ptr(), size] = (str(tensor.dtype).removeprefix("torch."), size)
     total: Counter[str] = Counter()
     for dtype, size in sizes.values():
         total[dtype] += size
     return dict(total)
+
+
+def _saved_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    for value in model.state_dict().values():
+        yield from _plain_tensors(value)
 
 
 def _plain_tensors(value: object) -> Iterator[torch.Tensor]:
@@ -282,44 +273,23 @@ def _plain_tensors(value: object) -> Iterator[torch.Tensor]:
 
 def read_weights(model: nn.Module) -> None:
     """Reads a byte of every page of the weights: files mapped into memory are read only when they are used."""
-    for value in model.state_dict().values():
-        for tensor in _plain_tensors(value):
-            tensor.contiguous().view(-1).view(torch.uint8)[::_PAGE].sum()
-
-
-@dataclass(frozen=True)
-class CacheGrowth:
-    """Bytes that one more token of one sequence adds to the key-value cache.
-
-    Attributes:
-        layers: Bytes of each layer.
-        windows: Length of each layer's sliding window, `None` where it attends to everything. A layer stops growing
-            when its window is full.
-    """
-
-    layers: list[int]
-    windows: list[int | None]
-
-    @property
-    def total(self) -> int:
-        """Bytes of a token while no window is full."""
-        return sum(self.layers)
-
-    @property
-    def without_windows(self) -> int:
-        """Bytes of a token when all windows are full."""
-        return sum(size for size, window in zip(self.layers, self.windows, strict=True) if window is None)
+    for tensor in _saved_tensors(model):
+        tensor.contiguous().view(-1).view(torch.uint8)[::_PAGE].sum()
 
 
 @torch.no_grad()
-def cache_growth(model: PreTrainedModel) -> CacheGrowth | None:
-    """Compares the model's own cache after one token and after two; `None` if it has none with keys and values."""
+def cache_growth(model: PreTrainedModel) -> list[tuple[int, int | None]]:
+    """Bytes that one more token of one sequence adds to the model's own cache, from one token to two.
+
+    Returns:
+        For each layer its bytes, and the length of its sliding window (it stops growing when that is full), `None`
+        where it attends to everything. Empty if the model has no cache with keys and values.
+    """
     with measuring(model):
         first, second = (_cache_layers(model, tokens) for tokens in (1, 2))
-    if not second or not any(size for size, _ in second):
-        return None
-    layers = [after - before for (before, _), (after, _) in zip(first, second, strict=True)]
-    return CacheGrowth(layers, [window for _, window in second])
+    if not any(size for size, _ in second):
+        return []
+    return [(after - before, window) for (before, _), (after, window) in zip(first, second, strict=True)]
 
 
 def _cache_layers(model: PreTrainedModel, tokens: int) -> list[tuple[int, int | None]]:
@@ -352,19 +322,16 @@ class PeakMemory:
 def peak_memory(devices: set[torch.device]) -> Iterator[PeakMemory]:
     """Measures the peak of the CUDA allocator over the CUDA devices, or else of the process's resident memory."""
     cuda = cuda_devices(devices)
-    peak = PeakMemory()
+    for device in cuda:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    peak = PeakMemory(before=memory_in_use(devices))
+    reset = not cuda and _reset_resident_peak()
+    yield peak
     if cuda:
-        for device in cuda:
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-        peak.before = memory_in_use(devices)
-        yield peak
         peak.value = sum(map(torch.cuda.max_memory_allocated, cuda))
         peak.method = "peak of the CUDA allocator (max_memory_allocated, reset before)"
         return
-    peak.before = memory_in_use(devices)
-    reset = _reset_resident_peak()
-    yield peak
     peak.value = _status("VmHWM") if reset else _peak_since_start()
     how = "VmHWM, reset before" if reset else "ru_maxrss, since the process started"
     peak.method = f"peak resident memory of the process ({how})"
@@ -403,17 +370,7 @@ def _peak_since_start() -> int | None:
     return size if sys.platform == "darwin" else size * 1024
 
 
-@dataclass(frozen=True)
-class GenerationTime:
-    """Seconds of one generation.
-
-    Attributes:
-        first_token: From the call to the first new token.
-        decode: From the first new token to the last.
-    """
-
-    first_token: float
-    decode: float
+# ----------------------------------------------------------------------------------------------------- speed
 
 
 def devices_of(model: PreTrainedModel) -> set[torch.device]:
@@ -423,10 +380,8 @@ def devices_of(model: PreTrainedModel) -> set[torch.device]:
 
 def where(model: PreTrainedModel) -> str:
     """Dtype and device in words: `"bfloat16 on cpu (2 threads)"`."""
-    device, dtype = model.device, str(model.dtype).removeprefix("torch.")
-    return f"{dtype} on {device_name(device)}" + (
-        f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
-    )
+    threads = f" ({torch.get_num_threads()} threads)" if model.device.type == "cpu" else ""
+    return f"{str(model.dtype).removeprefix('torch.')} on {device_name(model.device)}{threads}"
 
 
 @torch.no_grad()
@@ -442,8 +397,11 @@ def time_prefill(model: PreTrainedModel, ids: torch.LongTensor) -> float:
     return time.perf_counter() - start
 
 
-def time_generation(model: PreTrainedModel, ids: torch.LongTensor, new_tokens: int) -> GenerationTime:
+def time_generation(model: PreTrainedModel, ids: torch.LongTensor, new_tokens: int) -> tuple[float, float]:
     """Times `model.generate`, greedy, for exactly `new_tokens` tokens after `ids`, shape `(batch, length)`.
+
+    Returns:
+        Seconds from the call to the first new token, and from there to the last.
 
     Raises:
         EvaluationError: The model's own `generate` made another number of tokens.
@@ -453,16 +411,20 @@ def time_generation(model: PreTrainedModel, ids: torch.LongTensor, new_tokens: i
     settings = GenerationConfig(
         max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, num_beams=1, use_cache=True
     )
-    synchronize(devices)
-    start = time.perf_counter()
-    with _own_generation_config(model):
+    # The model's own settings (sampling, stop words, kinds of cache) would come in: all are timed alike.
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        synchronize(devices)
+        start = time.perf_counter()
         model.generate(
             ids, attention_mask=torch.ones_like(ids), generation_config=settings,
             stopping_criteria=StoppingCriteriaList([clock]),
         )  # fmt: skip
+    finally:
+        model.generation_config = own
     if clock.tokens != new_tokens:
         raise EvaluationError(f"{type(model).__name__} generated {clock.tokens} tokens instead of {new_tokens}.")
-    return GenerationTime(clock.first - start, clock.last - clock.first)
+    return clock.first - start, clock.last - clock.first
 
 
 class _TokenClock(StoppingCriteria):
@@ -478,17 +440,6 @@ class _TokenClock(StoppingCriteria):
             synchronize(self.devices)
             self.first, self.last = self.first or time.perf_counter(), time.perf_counter()
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-
-@contextmanager
-def _own_generation_config(model: PreTrainedModel) -> Iterator[None]:
-    """Without the model's generation settings (sampling, stop words, kinds of cache), so that all are timed alike."""
-    config = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = config
 
 
 def median_figure(name: str, values: list[float], unit: str, protocol: str, **details: Any) -> Figure:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,9 +44,7 @@ class Parts:
             raise ConfigurationError(f"`form` is {self.form!r}; allowed values are {', '.join(FORMS)}.")
         whole = len(self.sums) == len(self.counts) and sum(self.counts) > 0
         if not whole or not all(map(math.isfinite, self.sums)):
-            raise ConfigurationError(
-                "There must be finite sums, and for each a count, or they are no parts of a figure."
-            )
+            raise ConfigurationError("Finite sums, and for each a count, are what parts of a figure are.")
 
     @classmethod
     def of(
@@ -54,14 +52,7 @@ class Parts:
     ) -> Parts | None:
         """The parts as they are stored: rounded to nine digits, and merged with neighbours where there are many.
 
-        Args:
-            key: See `fingerprint`.
-            sums: One for each window or document, in order.
-            counts: What each sum is over. Default: 1 each.
-            form: See `Parts`.
-
-        Returns:
-            `None` if there are none, or a sum is not finite.
+        Counts are 1 each if not given. `None` if there are no parts, or a sum is not finite.
         """
         sums = [float(value) for value in sums]
         counts = [1] * len(sums) if counts is None else [int(count) for count in counts]
@@ -111,11 +102,7 @@ class Parts:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Parts:
-        """Reads what `to_json` made.
-
-        Raises:
-            ConfigurationError: It is something else.
-        """
+        """Reads what `to_json` made; raises a `ConfigurationError` if it is something else."""
         try:
             if "hits" in content:
                 hits, documents = content["hits"], content["documents"]
@@ -130,7 +117,7 @@ class Parts:
             raise ConfigurationError(f"The parts of a figure are incomplete or of another kind: {error}.") from error
 
 
-def fingerprint(pieces: Iterable[bytes] | Sequence[str]) -> str:
+def fingerprint(pieces: Iterable[bytes | str]) -> str:
     """16 hexadecimal digits that say what was measured, in order."""
     digest = hashlib.sha256()
     for piece in pieces:
@@ -169,6 +156,19 @@ class Figure:
     details: dict[str, Any] = field(default_factory=dict)
     parts: Parts | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        content = dataclasses.asdict(self)
+        if not math.isfinite(self.value):  # JSON has no infinity
+            content["value"] = None
+        del content["parts"]
+        return content if self.parts is None else {**content, "parts": self.parts.to_json()}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Figure:
+        value, parts = content["value"], content.get("parts")
+        value = math.inf if value is None else value
+        return cls(**{**content, "value": value, "parts": None if parts is None else Parts.from_json(parts)})
+
 
 @dataclass
 class EvaluationResult:
@@ -205,7 +205,7 @@ class EvaluationResult:
 
     def to_dict(self) -> dict[str, Any]:
         content = dataclasses.asdict(self)
-        content["figures"] = [_to_json(figure) for figure in self.figures.values()]
+        content["figures"] = [figure.to_dict() for figure in self.figures.values()]
         return {"schema_version": SCHEMA_VERSION, **content}
 
     @classmethod
@@ -222,7 +222,7 @@ class EvaluationResult:
             )
         values = {name: value for name, value in content.items() if name != "schema_version"}
         try:
-            figures = [_from_json(figure) for figure in values.pop("figures")]
+            figures = [Figure.from_dict(figure) for figure in values.pop("figures")]
             return cls(figures={figure.name: figure for figure in figures}, **values)
         except (KeyError, TypeError) as error:
             raise ConfigurationError(f"The evaluation results are incomplete or of another kind: {error}.") from error
@@ -239,17 +239,3 @@ class EvaluationResult:
         if not path.exists():
             raise ConfigurationError(f"There is no {path}; `hf-structprune evaluate` writes one.")
         return cls.from_dict(read_json_object(path, ConfigurationError))
-
-
-def _to_json(figure: Figure) -> dict[str, Any]:
-    content = dataclasses.asdict(figure)
-    if not math.isfinite(figure.value):  # JSON has no infinity
-        content["value"] = None
-    del content["parts"]
-    return content if figure.parts is None else {**content, "parts": figure.parts.to_json()}
-
-
-def _from_json(content: dict[str, Any]) -> Figure:
-    parts = content.get("parts")
-    figure = Figure(**{**content, "parts": None if parts is None else Parts.from_json(parts)})
-    return dataclasses.replace(figure, value=math.inf) if figure.value is None else figure

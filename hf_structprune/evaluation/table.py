@@ -12,24 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
-from .comparison import (
-    BOOTSTRAP,
-    MCNEMAR,
-    PAIRED,
-    UNPAIRED,
-    Comparison,
-    compare_figures,
-    conditions_of,
-    difference_in_words,
-)
+from .comparison import BOOTSTRAP, MCNEMAR, PAIRED, UNPAIRED, Comparison, compare_figures, other_conditions
 from .results import EvaluationResult, Figure
 
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-MARK = "†"
-UNPAIRED_MARK = "‡"
+MARK, UNPAIRED_MARK = "†", "‡"
 _JUDGED = {True: " *", False: " ≈", None: " ?"}
 _TESTS = {
     MCNEMAR: "right and wrong answers by McNemar's exact test",
@@ -37,9 +27,16 @@ _TESTS = {
     BOOTSTRAP: "means of fewer than 30 by a bootstrap interval of the paired differences",
 }
 _FAMILIES = ("tasks", "efficiency")  # in this order, behind perplexities
-_COLUMNS = (
-    "value", "stderr", "difference", "ratio", "significant", "comparable", "test", "low", "high", "p_value",
-)  # fmt: skip
+
+# Metrics of tasks that are shares of questions, shown in per cent.
+_SHARES = ("acc", "exact_match", "f1", "em", "pass@")
+_LABELS = {
+    "macs": "MACs",
+    "macs_with_attention": "MACs with attention",
+    "weight_bytes": "weights",
+    "kv_cache_bytes_per_token": "KV cache per token",
+}
+_ARROWS = {True: " ↑", False: " ↓", None: ""}
 
 
 @dataclass(frozen=True)
@@ -52,10 +49,9 @@ class Cell:
         difference: The number minus that of the baseline; `None` for the baseline itself, where the baseline was not
             measured, and where both were measured under different conditions.
         ratio: The number divided by that of the baseline; `None` in the same cases, and where the baseline is 0.
-        significant: Whether the difference is more than chance, see `comparison`; `None` where that is not known.
         comparable: Whether it was measured under the conditions of the first result that has this figure.
-        comparison: How that was judged, see `compare_figures`; `None` where there is no difference, or neither
-            single windows or documents nor standard errors of both.
+        comparison: Whether the difference is more than chance, see `compare_figures`; `None` where there is no
+            difference, or neither single windows or documents nor standard errors of both.
     """
 
     value: float
@@ -68,6 +64,14 @@ class Cell:
     @property
     def significant(self) -> bool | None:
         return None if self.comparison is None else self.comparison.differs
+
+    def to_dict(self) -> dict[str, Any]:
+        judged = self.comparison or Comparison("", None)
+        return {
+            "value": self.value, "stderr": self.stderr, "difference": self.difference, "ratio": self.ratio,
+            "significant": self.significant, "comparable": self.comparable, "test": judged.test or None,
+            "low": judged.low, "high": judged.high, "p_value": judged.p_value,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,11 +87,6 @@ class Row:
     name: str
     figure: Figure
     cells: tuple[Cell | None, ...]
-
-    @property
-    def scale(self) -> Scale:
-        """How the numbers of the row are shown."""
-        return scale_of(self.figure, [cell.value for cell in self.cells if cell is not None])
 
 
 class ResultTable:
@@ -123,7 +122,7 @@ class ResultTable:
             reference = next(result for result in self.results if name in result.figures)
             cells = []
             for label, result in zip(self.labels, self.results, strict=True):
-                words = _deviation(name, result, reference)
+                words = other_conditions(name, result, reference) if name in result.figures else None
                 cells.append(_compare(name, result, self.results[0], words is None))
                 if words is not None:
                     key = (label, self.labels[self.results.index(reference)], words)
@@ -141,16 +140,12 @@ class ResultTable:
 
         names = [f"{label}: {result.model}" for label, result in zip(self.labels, self.results, strict=True)]
         table = Table(title="\n".join(names), caption="\n".join(self._legend()) or None, caption_justify="left")
-        head, *columns = self._columns()
-        table.add_column(head)
-        for column in columns:
-            table.add_column(column, justify="right")
-        before = None
-        for row in self._rows:
-            if before is not None and _family(row.name) != before:
-                table.add_section()
-            before = _family(row.name)
-            table.add_row(*self._texts(row))
+        for number, column in enumerate(self._columns()):
+            table.add_column(column, justify="right" if number else "left")
+        for row, following in zip(self._rows, [*self._rows[1:], None], strict=True):
+            table.add_row(
+                *self._texts(row), end_section=following is not None and _family(row.name) != _family(following.name)
+            )
         return table
 
     def to_markdown(self) -> str:
@@ -162,18 +157,19 @@ class ResultTable:
 
     def to_csv(self) -> str:
         """One line for each figure, unrounded; empty cells for what was not measured or not compared."""
-        header = ["figure", "unit"]
-        for number, label in enumerate(self.labels):
-            header += [label, *(f"{label} {column}" for column in _COLUMNS[1 : None if number else 2])]
-        file = io.StringIO()
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
+        lines = []
         for row in self._rows:
-            line = [row.name, row.figure.unit]
-            for number, cell in enumerate(row.cells):
-                columns = len(_COLUMNS) if number else 2
-                line += [None] * columns if cell is None else _values(cell)[:columns]
-            writer.writerow(line)
+            line = {"figure": row.name, "unit": row.figure.unit}
+            for number, (label, cell) in enumerate(zip(self.labels, row.cells, strict=True)):
+                for column, value in (Cell(math.nan) if cell is None else cell).to_dict().items():
+                    if number or column in ("value", "stderr"):
+                        key = label if column == "value" else f"{label} {column}"
+                        line[key] = None if cell is None else value
+            lines.append(line)
+        file = io.StringIO()
+        writer = csv.DictWriter(file, lines[0] if lines else ["figure", "unit"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
         return file.getvalue()
 
     def to_dict(self) -> dict[str, Any]:
@@ -184,11 +180,8 @@ class ResultTable:
         ]
         rows = []
         for row in self._rows:
-            cells = [
-                None if cell is None else dict(zip(_COLUMNS, map(_finite, _values(cell)), strict=True))
-                for cell in row.cells
-            ]
             figure = {"figure": row.name, "unit": row.figure.unit, "higher_is_better": row.figure.higher_is_better}
+            cells = [cell and {key: _finite(value) for key, value in cell.to_dict().items()} for cell in row.cells]
             rows.append({**figure, "cells": dict(zip(self.labels, cells, strict=True))})
         return {"baseline": self.labels[0], "results": results, "rows": rows, "notes": list(self.notes)}
 
@@ -199,19 +192,35 @@ class ResultTable:
         return columns
 
     def _texts(self, row: Row) -> list[str]:
+        scale = scale_of(row.figure, [cell.value for cell in row.cells if cell is not None])
         texts = [label_of(row.figure)]
         for number, cell in enumerate(row.cells):
             mark = "" if cell is None or cell.comparable else f" {MARK}"
-            texts.append("" if cell is None else row.scale.value(cell.value, cell.stderr) + mark)
+            texts.append("" if cell is None else scale.value(cell.value, cell.stderr) + mark)
             if number:
-                texts.append("" if cell is None or cell.difference is None else _change(cell, row.scale))
+                texts.append("" if cell is None or cell.difference is None else _change(cell, scale))
         return texts
 
     def _legend(self) -> list[str]:
+        """What the signs mean, how differences were judged, and what was not compared."""
         cells = [cell for row in self._rows for cell in row.cells if cell is not None]
         found = [cell.comparison for cell in cells if cell.comparison is not None]
         lines = ["± standard error."] if any(cell.stderr is not None for cell in cells) else []
-        return [*lines, *_paired_in_words(found), *_unpaired_in_words(found), *self.notes]
+        paired = [comparison for comparison in found if comparison.test != UNPAIRED]
+        if paired:
+            used = {comparison.test for comparison in paired}
+            tests = "; ".join(words for test, words in _TESTS.items() if test in used)
+            few = ", ? too few to tell" if any(comparison.differs is None for comparison in paired) else ""
+            lines.append(
+                "Differences are judged pair by pair on the same windows and documents, each at the 5 % level"
+                f"{tests and f' ({tests})'}: * differs, ≈ may be chance{few}."
+            )
+        for why in dict.fromkeys(comparison.why for comparison in found if comparison.test == UNPAIRED):
+            lines.append(
+                f"{UNPAIRED_MARK} compared unpaired, because {why}: * differs by more than two standard errors of "
+                "both together, ≈ by less, which may still be more than chance."
+            )
+        return [*lines, *self.notes]
 
 
 def _labels(results: Sequence[EvaluationResult]) -> list[str]:
@@ -222,12 +231,10 @@ def _labels(results: Sequence[EvaluationResult]) -> list[str]:
         short = Path(result.model).name or result.model
         labels.append(result.state if states[result.state] == 1 else f"{result.state} {short}")
     repeated = Counter(labels)
-    seen: Counter[str] = Counter()
-    for number, label in enumerate(labels):
-        if repeated[label] > 1:
-            seen[label] += 1
-            labels[number] = f"{label} ({seen[label]})"
-    return labels
+    return [
+        label if repeated[label] == 1 else f"{label} ({labels[: number + 1].count(label)})"
+        for number, label in enumerate(labels)
+    ]
 
 
 def _family(name: str) -> int:
@@ -235,25 +242,16 @@ def _family(name: str) -> int:
     return _FAMILIES.index(family) + 1 if family in _FAMILIES else 0
 
 
-def _deviation(name: str, result: EvaluationResult, reference: EvaluationResult) -> str | None:
-    """What differs between the conditions of a figure in two results, in words; `None` if nothing does."""
-    if name not in result.figures or result is reference:
-        return None
-    return difference_in_words(conditions_of(name, result), conditions_of(name, reference))
-
-
 def _compare(name: str, result: EvaluationResult, baseline: EvaluationResult, comparable: bool) -> Cell | None:
     figure, base = result.figures.get(name), baseline.figures.get(name)
     if figure is None:
         return None
-    cell = Cell(figure.value, figure.stderr, comparable=comparable)
-    if result is baseline or base is None or not comparable:
-        return cell
-    difference = figure.value - base.value
-    if math.isnan(difference):  # both are infinite
-        return cell
+    # Two infinite values have no difference.
+    if result is baseline or base is None or not comparable or math.isnan(figure.value - base.value):
+        return Cell(figure.value, figure.stderr, comparable=comparable)
     ratio = figure.value / base.value if base.value else None
-    return Cell(figure.value, figure.stderr, difference, ratio, comparable, compare_figures(figure, base))
+    comparison = compare_figures(figure, base)
+    return Cell(figure.value, figure.stderr, figure.value - base.value, ratio, comparable, comparison)
 
 
 def _change(cell: Cell, scale: Scale) -> str:
@@ -264,33 +262,6 @@ def _change(cell: Cell, scale: Scale) -> str:
     return scale.difference(cell.difference) + ratio + mark + unpaired
 
 
-def _paired_in_words(found: list[Comparison]) -> list[str]:
-    """How differences were judged where both sides have single windows or documents."""
-    judged = [comparison for comparison in found if comparison.test != UNPAIRED]
-    if not judged:
-        return []
-    tests = "; ".join(words for test, words in _TESTS.items() if test in {comparison.test for comparison in judged})
-    line = "Differences are judged pair by pair on the same windows and documents, each at the 5 % level"
-    few = ", ? too few to tell" if any(comparison.differs is None for comparison in judged) else ""
-    return [f"{line}{f' ({tests})' if tests else ''}: * differs, ≈ may be chance{few}."]
-
-
-def _unpaired_in_words(found: list[Comparison]) -> list[str]:
-    """How they were judged elsewhere, and why."""
-    whys = dict.fromkeys(comparison.why for comparison in found if comparison.test == UNPAIRED)
-    return [
-        f"{UNPAIRED_MARK} compared unpaired, because {why}: * differs by more than two standard errors of "
-        "both together, ≈ by less, which may still be more than chance."
-        for why in whys
-    ]
-
-
-def _values(cell: Cell) -> list[Any]:
-    judged = cell.comparison or Comparison("", None)
-    values = [cell.value, cell.stderr, cell.difference, cell.ratio, cell.significant, cell.comparable]
-    return [*values, judged.test or None, judged.low, judged.high, judged.p_value]
-
-
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -299,15 +270,7 @@ def _escape(text: str) -> str:
     return text.replace("|", "\\|").replace("*", "\\*")
 
 
-# Metrics of tasks that are shares of questions, shown in per cent.
-_SHARES = ("acc", "exact_match", "f1", "em", "pass@")
-_LABELS = {
-    "macs": "MACs",
-    "macs_with_attention": "MACs with attention",
-    "weight_bytes": "weights",
-    "kv_cache_bytes_per_token": "KV cache per token",
-}
-_ARROWS = {True: " ↑", False: " ↓", None: ""}
+# ------------------------------------------------------------------------------------------- names and numbers
 
 
 @dataclass(frozen=True)
@@ -346,13 +309,12 @@ class Scale:
 
 def label_of(figure: Figure) -> str:
     """The name of a figure in a table: `"boolq, acc ↑"`, `"perplexity, wikitext2 ↓"`, `"time to first token ↓"`."""
-    family, _, rest = figure.name.partition("/")
+    family, *rest = figure.name.split("/")
     if family == "efficiency":
-        text = _LABELS.get(rest, rest.replace("_", " "))
-    elif family == "tasks":
-        text = ", ".join(rest.split("/"))
+        name = "/".join(rest)
+        text = _LABELS.get(name, name.replace("_", " "))
     else:
-        text = ", ".join([family.replace("_", " "), *([rest] if rest else [])])
+        text = ", ".join(rest if family == "tasks" else [family.replace("_", " "), *rest])
     return text + _ARROWS[figure.higher_is_better]
 
 
@@ -367,7 +329,9 @@ def scale_of(figure: Figure, values: Iterable[float]) -> Scale:
     if figure.unit == "MAC":
         return Scale(1e-9, 2, " G") if largest >= 1e8 else Scale(1e-6, 2, " M")
     if figure.unit == "B" or figure.unit.startswith("B/"):
-        return _bytes(largest, figure.unit[1:])
+        for factor, decimals, unit in ((1e9, 2, "GB"), (1e6, 1, "MB"), (1e3, 1, "kB"), (1.0, 0, "B")):
+            if largest >= factor or unit == "B":
+                return Scale(1 / factor, decimals, f" {unit}{figure.unit[1:]}")
     if figure.unit == "s":
         return Scale(1.0, 2, " s") if largest >= 1 else Scale(1e3, 1, " ms")
     if figure.unit == "tokens/s":
@@ -375,10 +339,3 @@ def scale_of(figure: Figure, values: Iterable[float]) -> Scale:
     if "perplexity" in figure.name:
         return Scale(1.0, 2, scientific=largest >= 1e6)
     return Scale(1.0, 4, f" {figure.unit}" if figure.unit else "")
-
-
-def _bytes(largest: float, per: str) -> Scale:
-    for factor, decimals, unit in ((1e9, 2, "GB"), (1e6, 1, "MB"), (1e3, 1, "kB")):
-        if largest >= factor:
-            return Scale(1 / factor, decimals, f" {unit}{per}")
-    return Scale(1.0, 0, f" B{per}")

@@ -10,12 +10,13 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
+from transformers import set_seed
 from transformers.utils.logging import is_progress_bar_enabled
 
 from ..checks import Count, Limit, Number, checked
@@ -41,6 +42,8 @@ SUITES: dict[str, tuple[str, ...]] = {
 # Of log-likelihoods lm-eval notes the sum, for some with the words or bytes that it is over.
 _WEIGHTED = ("word_perplexity", "byte_perplexity", "bits_per_byte")
 _FORMS = {"perplexity": "exp", "word_perplexity": "exp", "byte_perplexity": "exp", "bits_per_byte": "bits"}
+# Values of `dataset_path` that mean "files of this format", not a data set of the Hub.
+_FILE_FORMATS = frozenset({"arrow", "csv", "json", "pandas", "parquet", "text", "xml"})
 
 
 def expand(names: str | Sequence[str]) -> list[str]:
@@ -64,8 +67,8 @@ def check_tasks(tasks: str | Sequence[str], include_path: str | os.PathLike | No
         EvaluationError: lm-eval or a data set is missing; says which task needs which.
     """
     manager = task_manager(include_path)
-    names = _names(tasks, manager)
-    load_tasks(names, manager)
+    names = find_names(tasks, manager)
+    _load_tasks(names, manager)
     return names
 
 
@@ -88,7 +91,7 @@ def run_tasks(
         model: The model; layers may differ in width.
         tokenizer: Its tokenizer, which is not changed.
         tasks: Names of suites (`SUITES`), tasks, groups or tags; `*` matches any letters.
-        num_fewshot: Examples in the prompt. Default: as the task says, mostly 0. lm-eval keeps tasks at 0 that say so.
+        num_fewshot: Examples in the prompt. Default: as the task says, mostly 0. Tasks at 0 that say so stay there.
         limit: Documents of each task, the leading ones; below 1 a share of them. Default: all.
         include_path: Folder of YAML files that describe further tasks. Their `data_files` are looked for beside the
             YAML file, in the folder above it, and in the working directory.
@@ -106,43 +109,210 @@ def run_tasks(
     num_fewshot, limit = checked("num_fewshot", num_fewshot, Number | None), checked("limit", limit, Limit | None)
     batch_size = checked("batch_size", batch_size, Count)
     manager = task_manager(include_path)
-    loaded = load_tasks(_names(tasks, manager), manager)
-    from lm_eval import simple_evaluate
+    loaded = manager.load(_load_tasks(find_names(tasks, manager), manager))
+    from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    with quiet(), measuring(model):
-        results = simple_evaluate(
-            # A copy of the tokenizer, because lm-eval gives it a padding token.
-            model=HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size),
-            tasks=loaded, num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=True,
-            use_cache=None, cache_requests=False, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )  # fmt: skip
-    return _figures(results)
-
-
-def _names(tasks: str | Sequence[str], manager: Any) -> list[str]:
-    names = expand(tasks)
-    if not names:
-        raise ConfigurationError(f"No task is named; suites are {', '.join(SUITES)}.")
-    return find_names(names, manager)
-
-
-def _figures(results: dict[str, Any]) -> list[Figure]:
+    # As `simple_evaluate` does, which also runs git and pip for a report of the machine that nobody reads here.
+    set_seed(seed)
+    for task in loaded["tasks"].values():
+        own = task.get_config("num_fewshot")
+        if own is None or (own != 0 and num_fewshot is not None):
+            task.set_config(key="num_fewshot", value=num_fewshot or 0)
+        task.set_fewshot_seed(seed=seed)
+    with _quiet(), measuring(model):
+        # A copy of the tokenizer, because lm-eval gives it a padding token.
+        lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        results = evaluate(lm=lm, task_dict=loaded, limit=limit)
     return [figure for name in results["results"] for figure in _figures_of(name, results)]
+
+
+# --------------------------------------------------------------------------------- names and data of tasks
+
+
+def task_manager(include_path: str | os.PathLike | None = None) -> TaskManager:
+    """lm-eval's index of all tasks, with those of a folder of YAML files; made once, again when a file has changed.
+
+    Raises:
+        ConfigurationError: There is no such folder.
+        EvaluationError: lm-eval is not installed.
+    """
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise EvaluationError('Zero-shot tasks need lm-eval: pip install "hf-structprune[eval]".') from error
+    if include_path is None:
+        return _task_manager(None, ())
+    folder = Path(include_path).expanduser().resolve()
+    if not folder.is_dir():
+        raise ConfigurationError(f"`include_path` is {str(include_path)!r}, which is no folder of task YAML files.")
+    return _task_manager(folder, tuple((p, p.stat().st_mtime_ns) for p in sorted(folder.rglob("*.yaml"))))
+
+
+@lru_cache(maxsize=2)
+def _task_manager(folder: Path | None, files: tuple) -> TaskManager:
+    from lm_eval.tasks import TaskManager
+
+    with _quiet():
+        return TaskManager(include_path=folder)
+
+
+def find_names(tasks: str | Sequence[str], manager: TaskManager) -> list[str]:
+    """Names of tasks, groups and tags; suites and patterns such as `mmlu_*` are replaced by what they stand for.
+
+    Raises:
+        ConfigurationError: There is no name, or one is unknown; the message has the nearest ones.
+    """
+    found: dict[str, None] = {}
+    for name in expand(tasks):
+        matches = [name] if name in manager.task_index else manager.match_tasks([name])
+        if not matches:
+            raise ConfigurationError(f"lm-eval knows no task {name!r}. {_alternatives(name, manager)}")
+        found.update(dict.fromkeys(matches))
+    if not found:
+        raise ConfigurationError(f"No task is named; suites are {', '.join(SUITES)}.")
+    return list(found)
+
+
+def _alternatives(name: str, manager: TaskManager) -> str:
+    near = difflib.get_close_matches(name, manager.all_tasks, n=5, cutoff=0.6)
+    nearest = f"Nearest names: {', '.join(near)}." if near else "No name is like it."
+    if not manager.include_path:
+        return f"{nearest} A task of your own needs `include_path` (--include-path), the folder of its YAML file."
+    folder = Path(manager.include_path)
+    local = [n for n, e in manager.task_index.items() if e.yaml_path and folder in Path(e.yaml_path).parents]
+    return f"{nearest} Tasks in {folder}: {', '.join(sorted(local)) or 'none'}."
+
+
+def _load_tasks(names: Iterable[str], manager: TaskManager) -> list[Task | Group]:
+    """Tasks and groups with their data sets, each task once; see `check_tasks` for the errors."""
+    tasks: dict[str, Task] = {}
+    groups: dict[str, Group] = {}
+    with _quiet(), _own_download(manager):
+        for name in names:
+            try:
+                loaded = manager.load([name])
+            except StructPruneError:
+                raise
+            except Exception as error:  # whatever the code of a task raises, often an ImportError
+                raise EvaluationError(f"Task {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
+            tasks.update(loaded["tasks"])
+            groups.update(loaded["groups"])
+    for name, task in tasks.items():
+        if getattr(task, "MULTIMODAL", False):
+            raise ConfigurationError(f"Task {name!r} needs images or sound; a language model of text cannot do it.")
+        if getattr(task, "UNSAFE_CODE", False):
+            raise ConfigurationError(
+                f"Task {name!r} runs code that the model has written, which this package does not do: run it with "
+                "lm-eval in a sandbox."
+            )
+    inner = {sub.name for group in groups.values() for sub in group.get_all_groups(recursive=False)}
+    roots = [group for name, group in groups.items() if name not in inner]
+    owners: dict[str, str] = {}
+    for root in roots:
+        for name in {task.task_name: None for task in root.get_all_tasks()}:
+            if name in owners:
+                raise ConfigurationError(
+                    f"Task {name!r} is in {owners[name]} and {root.name}: evaluate these groups one by one."
+                )
+            owners[name] = root.name
+    return [*roots, *(task for name, task in tasks.items() if name not in owners)]
+
+
+@contextmanager
+def _own_download(manager: TaskManager) -> Iterator[None]:
+    """While it is open, tasks find local files from any working directory and say what is missing."""
+    from lm_eval.api.task import ConfigurableTask
+
+    original = ConfigurableTask.download
+
+    def download(task: ConfigurableTask, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        try:
+            return original(task, _with_local_files(task, dataset_kwargs, manager), **kwargs)
+        except StructPruneError:
+            raise
+        except Exception as error:  # network, cache, scripts, missing packages: all mean that there is no data
+            part = f" (configuration {task.DATASET_NAME!r})" if task.DATASET_NAME else ""
+            raise EvaluationError(
+                f"Task {task.config.task!r} needs the data set {task.DATASET_PATH!r}{part}, which cannot be loaded: "
+                f"{type(error).__name__}: {error}. Make sure that the Hub can be reached (and HF_HUB_OFFLINE is not "
+                "set), or describe the task over local files in a YAML file and give its folder as `include_path` "
+                "(--include-path)."
+            ) from error
+
+    ConfigurableTask.download = download
+    try:
+        yield
+    finally:
+        ConfigurableTask.download = original
+
+
+def _with_local_files(task: Any, options: dict[str, Any] | None, manager: TaskManager) -> dict[str, Any] | None:
+    """The options of `load_dataset` with local `data_files` and `data_dir` made absolute."""
+    if task.DATASET_PATH not in _FILE_FORMATS or not options:
+        return options
+    # The file that describes the task; for one inside a group (`group::task`), that of the group.
+    entry = manager.task_index.get(task.config.task.split("::")[0])
+    yaml = Path(entry.yaml_path) if entry is not None and entry.yaml_path else None
+
+    def absolute(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: absolute(one) for key, one in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [absolute(one) for one in value]
+        return value if "://" in value else _find_file(value, task.config.task, yaml)
+
+    key = "data_dir" if options.get("data_dir") else "data_files"  # files are searched in the folder
+    return {**options, key: absolute(options[key])} if key in options else options
+
+
+def _find_file(name: str, task: str, yaml: Path | None) -> str:
+    """A path or pattern looked for beside the YAML file, in the folder above it, and in the working directory."""
+    folders = [*([yaml.parent, yaml.parent.parent] if yaml is not None else []), Path.cwd()]
+    candidates = list(dict.fromkeys(os.path.join(folder, os.path.expanduser(name)) for folder in folders))
+    found = next((path for path in candidates if glob.glob(path, recursive=True)), None)
+    if found is None:
+        raise EvaluationError(
+            f"Task {task!r} ({yaml or 'no YAML file'}) needs the file {name!r}, which is not there; looked for "
+            f"{', '.join(candidates)}."
+        )
+    return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval without its log and prints, and without progress bars where those of Transformers are off."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    with ExitStack() as stack:
+        stack.callback(logger.setLevel, level)
+        logger.setLevel(logging.ERROR)
+        stack.enter_context(redirect_stdout(io.StringIO()))
+        if not is_progress_bar_enabled():  # lm-eval has no option that reaches all of them
+            stack.enter_context(redirect_stderr(io.StringIO()))
+        yield
+
+
+# ---------------------------------------------------------------------------------------- results to figures
 
 
 def _figures_of(name: str, results: dict[str, Any]) -> list[Figure]:
     """The metrics of one task or group; keys of lm-eval are `acc,none` and `acc_stderr,none`."""
     values = results["results"][name]
     members = results.get("group_subtasks", {}).get(name)
-    details = {"num_fewshot": results["n-shot"].get(name), "version": results["versions"].get(name)}
-    details |= {"samples": values.get("sample_len")}
+    shots = results["n-shot"].get(name)
+    details = {"num_fewshot": shots, "version": results["versions"].get(name)}
     if members is None:
         counts = results["n-samples"][name]
         details |= {"samples": counts["effective"], "samples_of_task": counts["original"]}
+    elif "sample_len" not in values:  # a group without a mean
+        return []
     else:
-        details["tasks"] = list(members)
+        details |= {"samples": values["sample_len"], "tasks": list(members)}
+    samples, total = details["samples"], details.get("samples_of_task")
+    documents = f"{samples:,}" if total in (None, samples) else f"{samples:,} of {total:,}"
+    shot = "mixed shots" if shots is None else f"{shots}-shot"
+    protocol = f"lm-eval {version('lm_eval')}, {shot}, {documents} documents"
     figures = []
     for key, value in values.items():
         metric, comma, filtered = key.partition(",")
@@ -154,7 +324,7 @@ def _figures_of(name: str, results: dict[str, Any]) -> list[Figure]:
                 f"tasks/{name}/{metric if filtered == 'none' else key}", float(value),
                 stderr=float(stderr) if _is_number(stderr) else None,
                 higher_is_better=results["higher_is_better"].get(name, {}).get(metric),
-                protocol=_protocol(details, results), details={**details, "filter": filtered},
+                protocol=protocol, details={**details, "filter": filtered},
                 parts=_parts(name, metric, filtered, float(value), results),
             )
         )  # fmt: skip
@@ -189,203 +359,3 @@ def _leaves(name: str, results: dict[str, Any]) -> list[str]:
 def _is_number(value: Any) -> bool:
     """Whether a value can be shown: metrics may also be lists, texts (`"N/A"`) or not a number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
-
-
-def _protocol(details: dict[str, Any], results: dict[str, Any]) -> str:
-    shots, samples, total = details["num_fewshot"], details["samples"], details.get("samples_of_task")
-    documents = f"{samples:,}" if total in (None, samples) else f"{samples:,} of {total:,}"
-    shot = "mixed shots" if shots is None else f"{shots}-shot"
-    return f"lm-eval {results['lm_eval_version']}, {shot}, {documents} documents"
-
-
-# Values of `dataset_path` that mean "files of this format", not a data set of the Hub.
-FILE_FORMATS = frozenset({"arrow", "csv", "json", "pandas", "parquet", "text", "xml"})
-
-
-def task_manager(include_path: str | os.PathLike | None = None) -> TaskManager:
-    """lm-eval's index of all tasks, with those of a folder of YAML files; made once, again when a file has changed.
-
-    Raises:
-        ConfigurationError: There is no such folder.
-        EvaluationError: lm-eval is not installed.
-    """
-    require_lm_eval()
-    if include_path is None:
-        return _task_manager(None, ())
-    folder = Path(include_path).expanduser().resolve()
-    if not folder.is_dir():
-        raise ConfigurationError(f"`include_path` is {str(include_path)!r}, which is no folder of task YAML files.")
-    return _task_manager(folder, tuple((p, p.stat().st_mtime_ns) for p in sorted(folder.rglob("*.yaml"))))
-
-
-@lru_cache(maxsize=2)
-def _task_manager(folder: Path | None, files: tuple) -> TaskManager:
-    from lm_eval.tasks import TaskManager
-
-    with quiet():
-        return TaskManager(include_path=folder)
-
-
-def require_lm_eval() -> None:
-    """Raises an `EvaluationError` that names the extra if lm-eval is not installed."""
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise EvaluationError('Zero-shot tasks need lm-eval: pip install "hf-structprune[eval]".') from error
-
-
-def find_names(names: Iterable[str], manager: TaskManager) -> list[str]:
-    """Names of tasks, groups and tags; patterns such as `mmlu_*` are replaced by what they match.
-
-    Raises:
-        ConfigurationError: A name is unknown; the message has the nearest ones.
-    """
-    found: dict[str, None] = {}
-    for name in names:
-        matches = [name] if name in manager.task_index else manager.match_tasks([name])
-        if not matches:
-            raise ConfigurationError(f"lm-eval knows no task {name!r}. {_alternatives(name, manager)}")
-        found.update(dict.fromkeys(matches))
-    return list(found)
-
-
-def _alternatives(name: str, manager: TaskManager) -> str:
-    near = difflib.get_close_matches(name, manager.all_tasks, n=5, cutoff=0.6)
-    nearest = f"Nearest names: {', '.join(near)}." if near else "No name is like it."
-    if not manager.include_path:
-        return f"{nearest} A task of your own needs `include_path` (--include-path), the folder of its YAML file."
-    folder = Path(manager.include_path)
-    local = [n for n, e in manager.task_index.items() if e.yaml_path and folder in Path(e.yaml_path).parents]
-    return f"{nearest} Tasks in {folder}: {', '.join(sorted(local)) or 'none'}."
-
-
-def load_tasks(names: Iterable[str], manager: TaskManager) -> list[Task | Group]:
-    """Tasks and groups with their data sets, each task once, as lm-eval's `simple_evaluate` takes them.
-
-    Raises:
-        EvaluationError: A data set is missing; says which task needs which.
-        ConfigurationError: Two groups hold the same task, or a task cannot be run on a language model.
-    """
-    tasks: dict[str, Task] = {}
-    groups: dict[str, Group] = {}
-    with quiet(), _own_download(manager):
-        for name in names:
-            try:
-                loaded = manager.load([name])
-            except StructPruneError:
-                raise
-            except Exception as error:  # whatever the code of a task raises, often an ImportError
-                raise EvaluationError(f"Task {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
-            tasks.update(loaded["tasks"])
-            groups.update(loaded.get("groups", {}))
-    for name, task in tasks.items():
-        _check_runnable(name, task)
-    inner = {sub.name for group in groups.values() for sub in group.get_all_groups(recursive=False)}
-    roots = [group for name, group in groups.items() if name not in inner]
-    members = [task.task_name for root in roots for task in root.get_all_tasks()]
-    twice = next((name for name in members if members.count(name) > 1), None)
-    if twice is not None:
-        owners = [root.name for root in roots if twice in {task.task_name for task in root.get_all_tasks()}]
-        raise ConfigurationError(f"Task {twice!r} is in {' and '.join(owners)}: evaluate these groups one by one.")
-    return [*roots, *(task for name, task in tasks.items() if name not in members)]
-
-
-def _check_runnable(name: str, task: Task) -> None:
-    if getattr(task, "MULTIMODAL", False):
-        raise ConfigurationError(f"Task {name!r} needs images or sound; a language model of text cannot do it.")
-    if getattr(task, "UNSAFE_CODE", False):
-        raise ConfigurationError(
-            f"Task {name!r} runs code that the model has written, which this package does not do: run it with lm-eval "
-            "in a sandbox."
-        )
-
-
-@contextmanager
-def _own_download(manager: TaskManager) -> Iterator[None]:
-    """While it is open, tasks find local files from any working directory and say what is missing."""
-    from lm_eval.api.task import ConfigurableTask
-
-    original = ConfigurableTask.download
-
-    def download(task: ConfigurableTask, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        name = task.config.task
-        try:
-            options = _with_local_files(task, dataset_kwargs, _yaml_of(task, manager))
-            return original(task, options, **kwargs)
-        except StructPruneError:
-            raise
-        except Exception as error:  # network, cache, scripts, missing packages: all mean that there is no data
-            part = f" (configuration {task.DATASET_NAME!r})" if task.DATASET_NAME else ""
-            raise EvaluationError(
-                f"Task {name!r} needs the data set {task.DATASET_PATH!r}{part}, which cannot be loaded: "
-                f"{type(error).__name__}: {error}. Make sure that the Hub can be reached (and HF_HUB_OFFLINE is not "
-                "set), or describe the task over local files in a YAML file and give its folder as `include_path` "
-                "(--include-path)."
-            ) from error
-
-    ConfigurableTask.download = download
-    try:
-        yield
-    finally:
-        ConfigurableTask.download = original
-
-
-def _yaml_of(task: Any, manager: TaskManager) -> Path | None:
-    """The YAML file that describes a task; for one inside a group (`group::task`), that of the group."""
-    entry = manager.task_index.get(task.config.task.split("::")[0])
-    return Path(entry.yaml_path) if entry is not None and entry.yaml_path else None
-
-
-def _with_local_files(task: Any, options: dict[str, Any] | None, yaml: Path | None) -> dict[str, Any] | None:
-    """The options of `load_dataset` with local `data_files` and `data_dir` made absolute."""
-    if task.DATASET_PATH not in FILE_FORMATS or not options:
-        return options
-
-    def absolute(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: absolute(one) for key, one in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [absolute(one) for one in value]
-        return _find_file(value, task.config.task, yaml)
-
-    if options.get("data_dir"):  # files are searched in it
-        return {**options, "data_dir": absolute(options["data_dir"])}
-    return {**options, "data_files": absolute(options["data_files"])} if "data_files" in options else options
-
-
-def _find_file(name: str, task: str, yaml: Path | None) -> str:
-    """A path or pattern looked for beside the YAML file, in the folder above it, and in the working directory."""
-    if "://" in name:
-        return name
-    folders = [*([yaml.parent, yaml.parent.parent] if yaml is not None else []), Path.cwd()]
-    candidates = list(dict.fromkeys(os.path.join(folder, os.path.expanduser(name)) for folder in folders))
-    found = next((path for path in candidates if glob.glob(path, recursive=True)), None)
-    if found is None:
-        raise EvaluationError(
-            f"Task {task!r} ({yaml or 'no YAML file'}) needs the file {name!r}, which is not there; looked for "
-            f"{', '.join(candidates)}."
-        )
-    return found
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """lm-eval without its log and prints, and without progress bars where those of Transformers are off."""
-    from lm_eval import evaluator
-
-    logger, init, commit = logging.getLogger("lm_eval"), tqdm.__init__, evaluator.get_git_commit_hash
-    level = logger.level
-
-    def silent(self, *args, **kwargs):
-        init(self, *args, **{**kwargs, "disable": True})
-
-    logger.setLevel(logging.ERROR)
-    evaluator.get_git_commit_hash = lambda: None  # of the working directory; git complains where there is none
-    if not is_progress_bar_enabled():
-        tqdm.__init__ = silent
-    try:
-        with redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        tqdm.__init__, evaluator.get_git_commit_hash = init, commit
-        logger.setLevel(level)

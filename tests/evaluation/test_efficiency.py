@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from hf_structprune.errors import ConfigurationError
 from hf_structprune.evaluation import EfficiencyConfig, efficiency, measure_efficiency
-from hf_structprune.evaluation.efficiency import GenerationTime, count_macs, count_macs_with_attention
+from hf_structprune.evaluation.efficiency import count_macs, count_macs_with_attention
 from hf_structprune.evaluation.results import EvaluationResult
 from hf_structprune.model.structure import ModelStructure
 
@@ -56,7 +56,7 @@ def test_tied_parameters_count_once():
 def test_speed_figures_are_medians_of_the_runs_that_count(monkeypatch):
     prefill, generation = iter([90.0, 4.0, 2.0, 8.0]), iter([99.0, 3.0, 1.0, 2.0, 50.0])
     monkeypatch.setattr(efficiency, "time_prefill", lambda *_: next(prefill))
-    monkeypatch.setattr(efficiency, "time_generation", lambda *_: GenerationTime(t := next(generation), 10 * t))
+    monkeypatch.setattr(efficiency, "time_generation", lambda *_: (t := next(generation), 10 * t))
     config = dataclasses.replace(SMALL, new_tokens=11, warmup=1, repeats=3)
     figures = {
         figure.name.removeprefix("efficiency/"): figure for figure in measure_efficiency(make_model("llama"), config)
