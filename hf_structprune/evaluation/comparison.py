@@ -157,7 +157,7 @@ def bootstrap_factor(differences: np.ndarray, counts: np.ndarray, seed: int = 0)
 
 
 def other_conditions(name: str, result: EvaluationResult, reference: EvaluationResult) -> str | None:
-    """`"limit is 100 instead of 200"`: why a figure is not compared with that of the reference; `None` if it may be."""
+    """`"limit is 100 instead of 200"`: why a figure is not compared with the reference's; `None` where it may be."""
     mine, other = _conditions_of(name, result), _conditions_of(name, reference)
     keys = [key for key in {**other, **mine} if mine.get(key) != other.get(key)]
     # The protocol repeats the numbers; it is quoted only where it is all there is.

@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import re
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,24 +16,25 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
+from ..installed import __version__
+
 
 # Distributions that figures depend on, besides torch and this package.
 _DISTRIBUTIONS = ("transformers", "accelerate", "datasets", "lm-eval")
 
+_SAMPLES = 256  # elements of each parameter
+_NOT_THE_MODEL = ("_name_or_path", "_commit_hash", "transformers_version")
+
 
 def describe_environment(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What a reader has to know to judge and to repeat a measurement.
-
-    Args:
-        device: The device the model is on.
+    """What a reader has to know to judge and to repeat a measurement on a device.
 
     Returns:
         `dict`: `date` (UTC, ISO 8601), `python`, `platform`, `versions` (by package; those that are not installed are
         left out) and `hardware`: `device` (name of the CPU or GPU), `type` (`"cpu"`, `"cuda"`, ...), `threads` (of
         torch), `cpu`, `memory` and, for a GPU, `device_memory` in bytes.
     """
-    device = torch.device(device)
-    cpu = _cpu_name()
+    device, cpu = torch.device(device), _cpu_name()
     hardware = {
         "device": cpu,
         "type": device.type,
@@ -45,38 +47,25 @@ def describe_environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         hardware |= {"device": properties.name, "device_memory": properties.total_memory}
     elif device.type != "cpu":
         hardware["device"] = f"{device.type} of {cpu}"
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": _versions(),
-        "hardware": hardware,
-    }
-
-
-def _versions() -> dict[str, str]:
-    from ..installed import __version__
-
     versions = {"hf_structprune": __version__, "torch": torch.__version__}
     for name in _DISTRIBUTIONS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name.replace("-", "_")] = importlib.metadata.version(name)
-    return versions
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "hardware": hardware,
+    }
 
 
 def _cpu_name() -> str:
     """The name on the chip; Linux tells it in a file only."""
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
-
-
-_SAMPLES = 256  # elements of each parameter
-_NOT_THE_MODEL = ("_name_or_path", "_commit_hash", "transformers_version")
+    text = info.read_text(encoding="utf-8", errors="replace") if info.exists() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 @torch.no_grad()
@@ -84,10 +73,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     """16 hexadecimal digits of the configuration and of the names, shapes, dtypes and some elements of all parameters.
 
     Where a model was loaded from does not count. A change of a single element is likely to be missed; training,
-    merging, pruning, rounding and quantising change all of them and are not.
-
-    Args:
-        model: A model with its weights in memory; of one on the meta device only shapes count.
+    merging, pruning, rounding and quantising change all of them and are not. On the meta device only shapes count.
     """
     config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_THE_MODEL}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())

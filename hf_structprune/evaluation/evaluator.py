@@ -19,6 +19,7 @@ from ..checks import Count, Limit, Number, check_fields
 from ..errors import ConfigurationError
 from ..files.places import check_place
 from .environment import describe_environment, model_fingerprint
+from .protocols import PROTOCOLS, find_protocol
 from .results import EvaluationResult
 
 
@@ -77,12 +78,10 @@ class EvaluationConfig:
     seed: Number = 42
 
     def __post_init__(self) -> None:
-        from .protocols import find_protocol
-
         check_fields(self)
-        self.texts = _listed(("sample",) if self.texts is None else self.texts)
+        self.texts = tuple(dict.fromkeys(("sample",) if self.texts is None else self.texts))
         self.texts = () if self.texts == ("none",) else self.texts
-        self.tasks = _listed(self.tasks or ())
+        self.tasks = tuple(dict.fromkeys(self.tasks or ()))
         find_protocol(self.protocol).change(window=self.window, stride=self.stride, bos=self.bos)
         if not (self.texts or self.tasks or self.efficiency or self.samples):
             raise ConfigurationError("There is nothing to measure: name texts or tasks, or set `efficiency`.")
@@ -102,10 +101,11 @@ class EvaluationConfig:
         from .text import load_text
 
         texts = [load_text(spec) for spec in self.texts]
-        for number, text in enumerate(texts):
-            if text.name in [other.name for other in texts[:number]]:
+        names = [text.name for text in texts]
+        for name in names:
+            if names.count(name) > 1:
                 raise ConfigurationError(
-                    f"`texts` are {', '.join(self.texts)}, of which two are called {text.name!r}: rename a file."
+                    f"`texts` are {', '.join(self.texts)}, of which two are called {name!r}: rename a file."
                 )
         if not self.tasks:
             return texts, []
@@ -175,58 +175,44 @@ def evaluate(
     return result
 
 
-def _listed(values: Sequence[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(values))
-
-
 def _steps(
     model: PreTrainedModel, tokenizer: Any, config: EvaluationConfig, texts: list[EvaluationText], tasks: list[str]
 ) -> dict[str, Step]:
     """What is to be done, by names that stay the same between runs."""
-    steps: dict[str, Step] = {}
-    for text in texts:
-        steps[f"perplexity/{text.name}"] = partial(_measure_text, model, tokenizer, config, text)
-    for task in tasks:
-        steps[f"tasks/{task}"] = partial(_run_task, model, tokenizer, config, task)
-    if config.efficiency:
-        steps["efficiency"] = partial(_measure_efficiency, model, config)
-    if config.samples:
-        steps["samples"] = partial(_generate, model, tokenizer, config)
-    return steps
 
+    def measure(text: EvaluationText, result: EvaluationResult) -> None:
+        from .perplexity import measure_perplexity
 
-def _measure_text(model: Any, tokenizer: Any, config: EvaluationConfig, text: Any, result: EvaluationResult) -> None:
-    from .perplexity import measure_perplexity
-    from .protocols import PROTOCOLS
+        window = config.window or PROTOCOLS[config.protocol].window_for(model)
+        measured = measure_perplexity(
+            model, tokenizer, text, config.protocol, window=window, stride=config.stride, bos=config.bos,
+            max_windows=config.max_windows, batch_size=config.batch_size,
+        )  # fmt: skip
+        result.add(*measured.figures(text.name))
 
-    window = config.window or PROTOCOLS[config.protocol].window_for(model)
-    measured = measure_perplexity(
-        model, tokenizer, text, config.protocol, window=window, stride=config.stride, bos=config.bos,
-        max_windows=config.max_windows, batch_size=config.batch_size,
-    )  # fmt: skip
-    result.add(*measured.figures(text.name))
+    def run(task: str, result: EvaluationResult) -> None:
+        from .tasks import run_tasks
 
+        figures = run_tasks(
+            model, tokenizer, [task], num_fewshot=config.num_fewshot, limit=config.limit,
+            include_path=config.include_path, batch_size=config.batch_size, seed=config.seed,
+        )  # fmt: skip
+        result.add(*figures)
 
-def _run_task(model: Any, tokenizer: Any, config: EvaluationConfig, task: str, result: EvaluationResult) -> None:
-    from .tasks import run_tasks
+    def size_and_speed(result: EvaluationResult) -> None:
+        from .efficiency import EfficiencyConfig, measure_efficiency
 
-    figures = run_tasks(
-        model, tokenizer, [task], num_fewshot=config.num_fewshot, limit=config.limit,
-        include_path=config.include_path, batch_size=config.batch_size, seed=config.seed,
-    )  # fmt: skip
-    result.add(*figures)
+        result.add(*measure_efficiency(model, EfficiencyConfig(seed=config.seed)))
 
+    def generate(result: EvaluationResult) -> None:
+        from .generation import generate_samples
 
-def _measure_efficiency(model: Any, config: EvaluationConfig, result: EvaluationResult) -> None:
-    from .efficiency import EfficiencyConfig, measure_efficiency
+        result.samples = generate_samples(model, tokenizer, seed=config.seed)
 
-    result.add(*measure_efficiency(model, EfficiencyConfig(seed=config.seed)))
-
-
-def _generate(model: Any, tokenizer: Any, config: EvaluationConfig, result: EvaluationResult) -> None:
-    from .generation import generate_samples
-
-    result.samples = generate_samples(model, tokenizer, seed=config.seed)
+    steps: dict[str, Step] = {f"perplexity/{text.name}": partial(measure, text) for text in texts}
+    steps |= {f"tasks/{task}": partial(run, task) for task in tasks}
+    steps |= {"efficiency": size_and_speed} if config.efficiency else {}
+    return steps | ({"samples": generate} if config.samples else {})
 
 
 def _continue(

@@ -22,6 +22,7 @@ from ..files.writing import write_text
 from ..hardware import cuda_devices, synchronize
 from ..model.measuring import measuring
 from .efficiency import devices_of, memory_in_use, where
+from .protocols import context_length
 from .results import Figure
 
 
@@ -39,6 +40,8 @@ QUESTIONS = (
 )
 # Tokens that are generated before the first question, so that it does not pay for setting things up.
 _WARMUP_TOKENS = 8
+# Of the numbers in a row of the questions' table.
+_DIGITS = {"prompt_tokens": 1, "total_tokens": 1, "seconds": 4, "tokens_per_second": 2, "memory_gib": 2}
 
 
 @dataclass(frozen=True)
@@ -80,22 +83,30 @@ class QuestionResult:
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a question, and one named `"mean"` with the means over them; memory in GiB to two decimals."""
-        rows = [_row(a.question, [a], a.text) for a in self.answers]
-        return [*rows, _row("mean", self.answers, "")]
+        rows = [
+            {
+                "question": a.question, "prompt_tokens": a.prompt_tokens,
+                "total_tokens": a.total_tokens, "seconds": a.seconds,
+                "tokens_per_second": a.tokens_per_second, "memory_gib": a.memory / 2**30, "answer": a.text,
+            }
+            for a in self.answers
+        ]  # fmt: skip
+        means = {key: statistics.fmean(row[key] for row in rows) for key in _DIGITS}
+        rows.append({**rows[0], **means, "question": "mean", "answer": ""})
+        return [{**row, **{key: round(row[key], digits) for key, digits in _DIGITS.items()}} for row in rows]
 
     def figures(self) -> list[Figure]:
         """`efficiency/question_throughput` and `efficiency/question_memory`: the means over the questions."""
+        speeds, memory = [a.tokens_per_second for a in self.answers], [a.memory for a in self.answers]
         return [
             Figure(
-                "efficiency/question_throughput", statistics.fmean(a.tokens_per_second for a in self.answers),
-                "tokens/s", higher_is_better=True, protocol=f"{self.protocol}; prompt tokens counted",
-                details={"values": [a.tokens_per_second for a in self.answers]},
-            ),
-            Figure(
-                "efficiency/question_memory", statistics.fmean(a.memory for a in self.answers), "B",
-                higher_is_better=False, protocol=f"{self.protocol}; memory in use after each answer",
-                details={"values": [a.memory for a in self.answers]},
-            ),
+                f"efficiency/question_{name}", statistics.fmean(values), unit, higher_is_better=unit != "B",
+                protocol=f"{self.protocol}; {what}", details={"values": values},
+            )
+            for name, values, unit, what in (
+                ("throughput", speeds, "tokens/s", "prompt tokens counted"),
+                ("memory", memory, "B", "memory in use after each answer"),
+            )
         ]  # fmt: skip
 
     def write_csv(self, path: str | os.PathLike) -> None:
@@ -105,21 +116,6 @@ class QuestionResult:
         writer.writeheader()
         writer.writerows(rows)
         write_text(path, text.getvalue())
-
-
-def _row(name: str, answers: Sequence[Answer], text: str) -> dict[str, Any]:
-    def mean(values: list[float], digits: int) -> float:
-        return round(values[0] if len(values) == 1 else statistics.fmean(values), digits)
-
-    return {
-        "question": name,
-        "prompt_tokens": mean([a.prompt_tokens for a in answers], 1),
-        "total_tokens": mean([a.total_tokens for a in answers], 1),
-        "seconds": mean([a.seconds for a in answers], 4),
-        "tokens_per_second": mean([a.tokens_per_second for a in answers], 2),
-        "memory_gib": mean([a.memory / 2**30 for a in answers], 2),
-        "answer": text,
-    }
 
 
 def generate_samples(
@@ -189,7 +185,7 @@ def question_protocol(
     """
     if not questions:
         raise ConfigurationError("`questions` is empty; give at least one.")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(model)
     if context is not None and max_length > context:
         raise ConfigurationError(f"`max_length` is {max_length}, but the model's context is {context} tokens.")
     encoded = [_encode(model, tokenizer, question) for question in questions]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..model.language_head import has_plain_head, positions_at_once
 from ..model.measuring import measuring
 from ..text.tokenising import tokenise
 from .comparison import ratio_and_stderr
-from .protocols import PerplexityProtocol, Window, context_length, cut_windows, find_protocol, spread
+from .protocols import Window, context_length, cut_windows, find_protocol, spread
 from .results import Figure, Parts, fingerprint
 from .text import EvaluationText, load_text
 
@@ -81,24 +82,16 @@ class PerplexityResult:
     def figures(self, name: str) -> list[Figure]:
         """The figures `perplexity/<name>`, `word_perplexity/<name>`, `byte_perplexity/<name>`, `bits_per_byte/<name>`.
 
-        Args:
-            name: What the text is called.
-
-        Returns:
-            The figures that there are; lower is better in all of them.
+        Those that there are, for a text of that name; lower is better in all of them.
         """
         details = {key: getattr(self, key) for key in ("source", "tokens", "words", "bytes", "windows", "window")}
-        measured = (
-            ("perplexity", self.perplexity, "", self.stderr),
-            ("word_perplexity", self.word_perplexity, "", self.word_perplexity_stderr),
-            ("byte_perplexity", self.byte_perplexity, "", self.byte_perplexity_stderr),
-            ("bits_per_byte", self.bits_per_byte, "bit/B", self.bits_per_byte_stderr),
-        )
-        return [
-            Figure(f"{kind}/{name}", value, unit, stderr, False, self.protocol, dict(details), self.parts.get(kind))
-            for kind, value, unit, stderr in measured
-            if value is not None
-        ]
+        figures = []
+        for kind in ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"):
+            value, unit = getattr(self, kind), "bit/B" if kind == "bits_per_byte" else ""
+            stderr = self.stderr if kind == "perplexity" else getattr(self, f"{kind}_stderr")
+            how = (stderr, False, self.protocol, dict(details), self.parts.get(kind))
+            figures += [] if value is None else [Figure(f"{kind}/{name}", value, unit, *how)]
+        return figures
 
 
 def perplexity(
@@ -185,68 +178,52 @@ def measure_perplexity(
     chosen = find_protocol(protocol).change(window=window, stride=stride, bos=bos)
     max_windows = checked("max_windows", max_windows, Count | None)
     batch_size = checked("batch_size", batch_size, Count)
-    _check_context(model, chosen.window)
-    encoded = encode(tokenizer, text.text, chosen.bos, chosen.bos_everywhere)
-    found = _find_windows(encoded, chosen)
-    windows = spread(found, max_windows)
-    ids = _window_ids(encoded, windows, chosen)
-    losses = window_losses(model, ids, [window.stop - window.scored for window in windows], batch_size)
-    words = chosen.in_words(
-        windows=len(windows),
-        found=len(found),
-        window=ids.shape[1],
-        starts_with_bos=encoded.bos is not None,
-    )
-    key = fingerprint([ids.numpy().tobytes(), *(f"{window.stop - window.scored}" for window in windows)])
-    return _result(key, losses, windows, encoded, window=ids.shape[1], protocol=words, source=text.source)
-
-
-def _check_context(model: PreTrainedModel, window: int) -> None:
     context = context_length(model)
-    if context is not None and window > context:
-        raise ConfigurationError(f"`window` is {window}, but the model's context is {context} tokens: lower `window`.")
-
-
-def _find_windows(encoded: EncodedText, protocol: PerplexityProtocol) -> list[Window]:
-    windows = cut_windows(
-        len(encoded.ids),
-        protocol.content,
-        min(protocol.stride, protocol.content),
-        keep_tail=protocol.keep_tail,
-        score_first=protocol.adds_bos_everywhere,
-    )
-    if not windows:
+    if context is not None and chosen.window > context:
         raise ConfigurationError(
-            f"`window` is {protocol.window}, but the text has only {len(encoded.ids)} tokens: give more text."
+            f"`window` is {chosen.window}, but the model's context is {context} tokens: lower `window`."
         )
-    return windows
-
-
-def _window_ids(encoded: EncodedText, windows: list[Window], protocol: PerplexityProtocol) -> torch.LongTensor:
-    """Token ids of shape `(windows, window)`."""
-    ids = torch.tensor(encoded.ids)
-    rows = torch.stack([ids[window.start : window.stop] for window in windows])
-    return F.pad(rows, (1, 0), value=encoded.bos) if protocol.adds_bos_everywhere else rows
+    encoded = encode(tokenizer, text.text, chosen.bos, chosen.bos_everywhere)
+    found = cut_windows(
+        len(encoded.ids), chosen.content, min(chosen.stride, chosen.content), keep_tail=chosen.keep_tail,
+        score_first=chosen.adds_bos_everywhere,
+    )  # fmt: skip
+    if not found:
+        raise ConfigurationError(
+            f"`window` is {chosen.window}, but the text has only {len(encoded.ids)} tokens: give more text."
+        )
+    windows, ids = spread(found, max_windows), torch.tensor(encoded.ids)
+    ids = torch.stack([ids[window.start : window.stop] for window in windows])
+    if chosen.adds_bos_everywhere:
+        ids = F.pad(ids, (1, 0), value=encoded.bos)
+    counts = [window.stop - window.scored for window in windows]
+    losses = window_losses(model, ids, counts, batch_size)
+    words = chosen.in_words(
+        windows=len(windows), found=len(found), window=ids.shape[1], starts_with_bos=encoded.bos is not None
+    )
+    key = fingerprint([ids.numpy().tobytes(), *map(str, counts)])
+    return _result(key, losses, windows, encoded, window=ids.shape[1], protocol=words, source=text.source)
 
 
 def _result(key: str, losses: np.ndarray, windows: list[Window], encoded: EncodedText, **how: Any) -> PerplexityResult:
     """The figures from the summed losses of the windows, and how they were measured."""
-    counts = np.array([window.stop - window.scored for window in windows])
-    nll, stderr = mean_and_stderr(losses, counts)
-    values: dict[str, Any] = {"perplexity": _exp(nll), "nll": nll, "stderr": _finite(_exp(nll) * stderr)}
-    parts = {"perplexity": Parts.of(key, losses, counts, "exp")}
-    for unit, upto in (("word", encoded.words), ("byte", encoded.bytes)):
-        units = None if upto is None else upto[[w.stop for w in windows]] - upto[[w.scored for w in windows]]
-        if units is None or not units.any():
+    starts, stops = ([getattr(window, end) for window in windows] for end in ("scored", "stop"))
+    values: dict[str, Any] = {}
+    parts = {}
+    for prefix, upto in (("", np.arange(len(encoded.ids) + 1)), ("word_", encoded.words), ("byte_", encoded.bytes)):
+        counts = None if upto is None else upto[stops] - upto[starts]
+        if counts is None or not counts.any():
             continue
-        mean, stderr = mean_and_stderr(losses, units)
-        values |= {f"{unit}s": int(units.sum()), f"{unit}_perplexity": _exp(mean)}
-        values[f"{unit}_perplexity_stderr"] = _finite(_exp(mean) * stderr)
-        parts[f"{unit}_perplexity"] = Parts.of(key, losses, units, "exp")
-        if unit == "byte":
+        mean, stderr = mean_and_stderr(losses, counts)
+        values[f"{prefix.rstrip('_') or 'token'}s"] = int(counts.sum())
+        values |= {f"{prefix}perplexity": _exp(mean), f"{prefix}perplexity_stderr": _finite(_exp(mean) * stderr)}
+        parts[f"{prefix}perplexity"] = Parts.of(key, losses, counts, "exp")
+        if not prefix:
+            values |= {"nll": mean, "stderr": values.pop("perplexity_stderr")}
+        if prefix == "byte_":
             values |= {"bits_per_byte": mean / math.log(2), "bits_per_byte_stderr": _finite(stderr / math.log(2))}
-            parts["bits_per_byte"] = Parts.of(key, losses, units, "bits")
-    return PerplexityResult(tokens=int(counts.sum()), windows=len(windows), parts=parts, **values, **how)
+            parts["bits_per_byte"] = Parts.of(key, losses, counts, "bits")
+    return PerplexityResult(windows=len(windows), parts=parts, **values, **how)
 
 
 def mean_and_stderr(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
@@ -384,11 +361,9 @@ def _plain_losses(model: PreTrainedModel, ids: torch.LongTensor, counts: torch.L
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     scored = torch.arange(ids.shape[1]) >= ids.shape[1] - counts[:, None]
     rows, columns = (index.to(hidden.device) for index in scored.nonzero(as_tuple=True))
-    hidden, targets = hidden[rows, columns - 1], ids.to(hidden.device)[rows, columns]
     head = model.get_output_embeddings()
-    chunk = positions_at_once(head.weight.shape[0])
-    pairs = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    return torch.cat([_token_losses(head(part), target) for part, target in pairs])
+    targets = ids.to(hidden.device)[rows, columns]
+    return _token_losses(hidden[rows, columns - 1], targets, head, head.weight.shape[0])
 
 
 def _own_losses(model: PreTrainedModel, ids: torch.LongTensor, counts: torch.LongTensor) -> torch.Tensor:
@@ -396,12 +371,15 @@ def _own_losses(model: PreTrainedModel, ids: torch.LongTensor, counts: torch.Lon
     losses = []
     for row, count in zip(ids, counts.tolist(), strict=True):
         logits = model(input_ids=row[None], use_cache=False).logits[0, -count - 1 : -1]
-        chunk = positions_at_once(logits.shape[-1])
-        pairs = zip(logits.split(chunk), row[-count:].split(chunk), strict=True)
-        losses += [_token_losses(part, target) for part, target in pairs]
+        losses.append(_token_losses(logits, row[-count:], lambda part: part, logits.shape[-1]))
     return torch.cat(losses)
 
 
-def _token_losses(logits: torch.Tensor, targets: torch.LongTensor) -> torch.Tensor:
-    loss = F.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
-    return loss.cpu().double()  # not every accelerator knows float64
+def _token_losses(values: torch.Tensor, targets: torch.LongTensor, head: Callable, vocab: int) -> torch.Tensor:
+    """Losses of the targets by the logits `head(values)`, a part of the positions at a time."""
+    losses, chunk = [], positions_at_once(vocab)
+    for part, target in zip(values.split(chunk), targets.split(chunk), strict=True):
+        logits = head(part).float()
+        loss = F.cross_entropy(logits, target.to(logits.device), reduction="none")
+        losses.append(loss.cpu().double())  # not every accelerator knows float64
+    return torch.cat(losses)

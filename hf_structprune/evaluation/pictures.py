@@ -1,7 +1,7 @@
-"""Pictures for cards and READMEs (PNG): widths, importance, quality against size, speed.
+"""Pictures for cards and READMEs (PNG): widths, quality against size, speed; and what all pictures share.
 
-The `*_figure` functions build a Matplotlib `Figure`, the `draw_*` functions save it. Each picture is a light card, so
-that the page around it may be light or dark. The same data gives the same bytes with the same Matplotlib.
+The `*_figure` functions build a Matplotlib `Figure`, `save` writes it. Each picture is a light card, so that the page
+around it may be light or dark. The same data gives the same bytes with the same Matplotlib.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import io
 import math
 import os
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,6 @@ from .table import Cell, ResultTable, label_of, scale_of
 
 
 if TYPE_CHECKING:
-    import torch
     from matplotlib.axes import Axes
     from matplotlib.axis import XAxis, YAxis
     from matplotlib.figure import Figure
@@ -32,6 +31,9 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+# Okabe and Ito's palette (https://jfly.uni-koeln.de/color/), which colour-blind readers can tell apart.
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
+CARD, INK, GREY, FAINT = "#ffffff", "#24292f", "#6e7781", "#d0d7de"
 KIND_NAMES = {"kv_groups": "KV groups", "query_heads": "query heads", "mlp_neurons": "MLP neurons"}
 SPEED = ("prefill_throughput", "decode_throughput", "time_to_first_token", "peak_memory", "weight_bytes")
 
@@ -45,7 +47,7 @@ def widths_figure(plan: PruningPlan, num_layers: int | None = None) -> Figure:
     """
     cut = {group.layer for group in plan.groups} | {layer for layers in plan.dropped.values() for layer in layers}
     layers = range(max(num_layers or 0, plan.num_layers, 1 + max(cut, default=0)))
-    panels = [*_width_panels(plan, layers), *_depth_panels(plan, layers)]
+    panels = _panels(plan, layers)
     if not panels:
         raise ConfigurationError("The plan cuts nothing, so there are no widths to draw.")
     figure, axes = make_panels(len(panels), height=1.9)
@@ -62,62 +64,22 @@ def widths_figure(plan: PruningPlan, num_layers: int | None = None) -> Figure:
     return figure
 
 
-Panel = tuple[str, list[int], list[int]]  # label; before and after, for each layer
-
-
-def _width_panels(plan: PruningPlan, layers: range) -> list[Panel]:
-    """Heads and neurons; of dropped layers none are left."""
+def _panels(plan: PruningPlan, layers: range) -> list[tuple[str, list[int], list[int]]]:
+    """Labels, and units of each layer before and after; of dropped layers none are left."""
     panels = []
-    for kind in KIND_NAMES:
+    for kind, label in KIND_NAMES.items():
         groups = {group.layer: group for group in plan.groups if group.kind == kind}
         if groups:
             whole = max(group.num_units for group in groups.values())
             before = [groups[layer].num_units if layer in groups else whole for layer in layers]
             left = [groups[layer].keep if layer in groups else whole for layer in layers]
             kept = [0 if plan.is_dropped(layer, kind) else n for layer, n in zip(layers, left, strict=True)]
-            panels.append((KIND_NAMES[kind], before, kept))
-    return panels
-
-
-def _depth_panels(plan: PruningPlan, layers: range) -> list[Panel]:
-    """Whether attention and MLP of each layer stay, and the hidden size."""
-    panels = []
+            panels.append((label, before, kept))
     for kind, label in (("attention", "attention"), ("mlp", "MLP")) if plan.dropped else ():
         panels.append((label, [1 for _ in layers], [int(not plan.is_dropped(layer, kind)) for layer in layers]))
     if plan.hidden is not None:
         panels.append(("hidden size", [plan.hidden.before for _ in layers], [plan.hidden.keep for _ in layers]))
     return panels
-
-
-def importance_figure(scores: Mapping[tuple[int, str], torch.Tensor]) -> Figure:
-    """How important the units of each layer are: median, middle half and middle 90 %; one panel for each kind.
-
-    Args:
-        scores: For `(layer, kind)` the scores of the units, of shape `(units,)`, as a criterion gives them.
-    """
-    import torch
-
-    if not scores:
-        raise ConfigurationError("There are no scores to draw.")
-    kinds = list(dict.fromkeys(kind for _, kind in scores))
-    figure, axes = make_panels(len(kinds), height=2.2)
-    levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)
-    for axis, kind, colour in zip(axes, kinds, COLOURS * len(kinds), strict=False):
-        layers = sorted(layer for layer, other in scores if other == kind)
-        rows = [torch.quantile(scores[layer, kind].detach().double().cpu(), levels).tolist() for layer in layers]
-        low, lower, median, upper, high = zip(*rows, strict=True)
-        axis.fill_between(layers, low, high, color=colour, alpha=0.2, linewidth=0, label="5 % to 95 % of the units")
-        axis.fill_between(layers, lower, upper, color=colour, alpha=0.4, linewidth=0, label="25 % to 75 %")
-        axis.plot(layers, median, color=colour, linewidth=2, marker="o", markersize=3, label="median")
-        if min(low) > 0:
-            axis.set_yscale("log")
-        axis.set_ylabel(f"importance of\n{KIND_NAMES.get(kind, kind)}")
-        axis.set_xlim(-0.5, max(layers) + 0.5)
-    legend_below(axes[0])
-    whole_numbers(axes[-1].xaxis)
-    axes[-1].set_xlabel("layer")
-    set_title(axes[0], "Importance of the units in each layer")
-    return figure
 
 
 def quality_figure(
@@ -178,11 +140,7 @@ def quality_figure(
 
 
 def speed_figure(results: Sequence[EvaluationResult]) -> Figure:
-    """Speed and memory of each model relative to the first, as bars; only figures measured alike.
-
-    Args:
-        results: The dense model first.
-    """
+    """Speed and memory of each model relative to the first (the dense one), as bars; only figures measured alike."""
     table = ResultTable(results)
     rows = {row.name: row for row in table.rows()}
     found = [rows[f"efficiency/{name}"] for name in SPEED if f"efficiency/{name}" in rows]
@@ -190,10 +148,10 @@ def speed_figure(results: Sequence[EvaluationResult]) -> Figure:
     if not found:
         raise ConfigurationError("No speed or memory was measured alike on the first model and on another.")
     figure, (axis,) = make_panels(1, height=3.6)
-    others = range(1, len(results))
-    width = 0.8 / len(others)
-    for number in others:
-        heights = [_ratio(row.cells[number]) for row in found]
+    width = 0.8 / (len(results) - 1)
+    for number in range(1, len(results)):
+        ratios = [getattr(row.cells[number], "ratio", None) for row in found]
+        heights = [math.nan if ratio is None else ratio for ratio in ratios]
         places = [i - 0.4 + width * (number - 0.5) for i in range(len(found))]
         colour = COLOURS[(number - 1) % len(COLOURS)]
         bars = axis.bar(places, heights, width=0.92 * width, color=colour, label=table.labels[number])
@@ -213,33 +171,12 @@ def draw_widths(plan: PruningPlan, path: str | os.PathLike, num_layers: int | No
     save(widths_figure(plan, num_layers), path)
 
 
-def draw_importance(scores: Mapping[tuple[int, str], torch.Tensor], path: str | os.PathLike) -> None:
-    """Saves `importance_figure` as PNG."""
-    save(importance_figure(scores), path)
-
-
-def draw_quality(results: Sequence[EvaluationResult], path: str | os.PathLike, quality: str | None = None) -> None:
-    """Saves `quality_figure` as PNG."""
-    save(quality_figure(results, quality), path)
-
-
-def draw_speed(results: Sequence[EvaluationResult], path: str | os.PathLike) -> None:
-    """Saves `speed_figure` as PNG."""
-    save(speed_figure(results), path)
-
-
 def draw_all(
     results: Sequence[EvaluationResult], folder: str | os.PathLike, plan: PruningPlan | None = None
 ) -> list[Path]:
-    """Draws what these results and this plan have the figures for: `widths.png`, `quality.png`, `speed.png`.
+    """Draws what results (the dense model first) and plan have the figures for, and gives the files.
 
-    Args:
-        results: The dense model first.
-        folder: Where they go.
-        plan: How the model was pruned.
-
-    Returns:
-        The files.
+    These are `widths.png`, `quality.png` and `speed.png`.
 
     Raises:
         ConfigurationError: There is nothing to draw.
@@ -247,17 +184,12 @@ def draw_all(
     """
     require_matplotlib()
     drawn, missing = [], []
-    for name, draw, data in (
-        ("widths.png", draw_widths, plan),
-        ("quality.png", draw_quality, results if len(results) > 1 else None),
-        ("speed.png", draw_speed, results if len(results) > 1 else None),
-    ):
-        path = Path(folder) / name
-        if data is None:
-            continue
+    pictures = [("widths.png", widths_figure, plan)] if plan is not None else []
+    pictures += [("quality.png", quality_figure, results), ("speed.png", speed_figure, results)] * (len(results) > 1)
+    for name, figure_of, data in pictures:
         try:
-            draw(data, path)
-            drawn.append(path)
+            save(figure_of(data), Path(folder) / name)
+            drawn.append(Path(folder) / name)
         except ConfigurationError as error:
             missing.append(f"{name} is not drawn: {error}")
             logger.warning(missing[-1])
@@ -297,17 +229,11 @@ def _is_finite(result: EvaluationResult, name: str) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _ratio(cell: Cell | None) -> float:
-    return math.nan if cell is None or cell.ratio is None else cell.ratio
-
-
 def _in_brackets(unit: str) -> str:
     return f" ({unit.strip()})" if unit else ""
 
 
-# Okabe and Ito's palette (https://jfly.uni-koeln.de/color/), which colour-blind readers can tell apart.
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
-CARD, INK, GREY, FAINT = "#ffffff", "#24292f", "#6e7781", "#d0d7de"
+# --------------------------------------------------------------------------- what all pictures share
 
 
 def require_matplotlib() -> None:
@@ -319,12 +245,7 @@ def require_matplotlib() -> None:
 
 
 def make_panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
-    """A light card with panels below each other that share the horizontal axis; pyplot is not involved.
-
-    Args:
-        count: Number of panels.
-        height: Inches of each.
-    """
+    """A light card with `count` panels of `height` inches that share the horizontal axis; pyplot is not involved."""
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -353,15 +274,8 @@ def set_title(axis: Axes, text: str) -> None:
 def legend_below(axis: Axes) -> None:
     """The legend of one panel below the picture, where it hides nothing."""
     handles, labels = axis.get_legend_handles_labels()
-    axis.figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=min(len(labels), 4),
-        fontsize=8,
-        frameon=False,
-        labelcolor=INK,
-    )
+    where = {"loc": "outside lower center", "ncols": min(len(labels), 4)}
+    axis.figure.legend(handles, labels, fontsize=8, frameon=False, labelcolor=INK, **where)
 
 
 def whole_numbers(axis: XAxis | YAxis) -> None:

@@ -42,11 +42,7 @@ class PerplexityProtocol:
     def change(
         self, *, window: int | None = None, stride: int | None = None, bos: bool | None = None
     ) -> PerplexityProtocol:
-        """The protocol with other values; a stride that is not given keeps its ratio to the window.
-
-        Raises:
-            ConfigurationError: A value is impossible.
-        """
+        """The protocol with other values; a stride that is not given keeps its ratio to the window."""
         window = checked("window", self.window if window is None else window, Count)
         stride = max(1, self.stride * window // self.window) if stride is None else stride
         return replace(self, window=window, stride=stride, bos=self.bos if bos is None else bos)
@@ -74,21 +70,18 @@ class PerplexityProtocol:
             window: Their true size, which is smaller than the protocol's if the text is.
             starts_with_bos: Whether the text's tokens begin with a BOS token.
         """
-        if self.stride < self.content or self.keep_tail:
-            end = " up to the end of the text" if self.keep_tail else ""
-            words = f"{_windows(windows)} of {window} tokens, {self.stride} apart{end}"
+        apart = self.stride < self.content or self.keep_tail
+        words = f"{windows} {'' if apart else 'non-overlapping '}window{'s' if windows > 1 else ''} of {window} tokens"
+        if apart:
+            words += f", {self.stride} apart{' up to the end of the text' if self.keep_tail else ''}"
             words += ", every token predicted in the first window that holds it"
         else:
-            words = f"{_windows(windows, 'non-overlapping ')} of {window} tokens, {window - 1} predictions in each"
+            words += f", {window - 1} predictions in each"
         if windows < found:
             words += f", evenly spaced over {found}"
         if self.adds_bos_everywhere:
             return f"{words}, BOS in each"
         return f"{words}, {'BOS once at the start of the text' if starts_with_bos else 'no BOS'}"
-
-
-def _windows(count: int, kind: str = "") -> str:
-    return f"{count} {kind}window{'s' if count > 1 else ''}"
 
 
 PROTOCOLS = {
@@ -105,11 +98,7 @@ PROTOCOLS = {
 
 
 def find_protocol(name: str) -> PerplexityProtocol:
-    """The protocol of a name.
-
-    Raises:
-        ConfigurationError: There is none of that name.
-    """
+    """The protocol of a name; raises a `ConfigurationError` if there is none."""
     check_choice("protocol", name, tuple(PROTOCOLS))
     return PROTOCOLS[name]
 

@@ -106,13 +106,19 @@ def load_text(
         ConfigurationError: An option does not go with this kind of text.
         TextError: There is no such text, split or column, the Hub cannot be reached, or there is nothing in it.
     """
-    options = {"config_name": config_name, "split": split, "column": column}
+    path, options = Path(spec).expanduser(), {"config_name": config_name, "split": split, "column": column}
+    if spec == SAMPLE or spec in TEXTS or path.suffix in FILES:
+        allowed = "split" if spec in TEXTS else "column" if path.suffix in (".json", ".jsonl") else None
+        for name, value in options.items():
+            if value is not None and name != allowed:
+                raise ConfigurationError(f"`{name}` is {value!r}, but the text {spec!r} has none to choose.")
     if spec == SAMPLE:
-        _refuse(spec, options, "config_name", "split", "column")
         return EvaluationText(SAMPLE, read_text(wikitext2_sample()), "leading articles of WikiText-2 raw, test split")
     if spec in TEXTS:
-        return _load_named(spec, options)
-    return _load_file(spec, options) if Path(spec).suffix in FILES else _load_dataset(spec, options)
+        return _load_named(spec, split)
+    if path.suffix in FILES:
+        return EvaluationText(path.stem, _join(read_rows(spec, column=column or "text"), spec), path.name)
+    return _load_dataset(spec, options)
 
 
 def read_text(path: str | os.PathLike, column: str = "text") -> str:
@@ -129,10 +135,9 @@ def read_text(path: str | os.PathLike, column: str = "text") -> str:
     return "\n\n".join(rows)
 
 
-def _load_named(spec: str, options: dict[str, str | None]) -> EvaluationText:
+def _load_named(spec: str, split: str | None) -> EvaluationText:
     named = TEXTS[spec]
-    _refuse(spec, options, "config_name", "column")
-    split = options["split"] or named.splits[0]
+    split = split or named.splits[0]
     if split not in named.splits:
         raise ConfigurationError(
             f"`split` is {split!r}, but the text {spec!r} is made of {', '.join(map(repr, named.splits))}; for other "
@@ -146,13 +151,6 @@ def _load_named(spec: str, options: dict[str, str | None]) -> EvaluationText:
     taken = "" if named.documents is None else f", first {named.documents:,} rows"
     name = spec if split == named.splits[0] else f"{spec}-{split}"
     return EvaluationText(name, text, _describe(named.dataset, named.config_name, split) + taken)
-
-
-def _load_file(spec: str, options: dict[str, str | None]) -> EvaluationText:
-    path = Path(spec).expanduser()
-    _refuse(spec, options, "config_name", "split", *(["column"] if path.suffix == ".txt" else []))
-    rows = read_rows(spec, column=options["column"] or "text")
-    return EvaluationText(path.stem, _join(rows, spec), path.name)
 
 
 def _load_dataset(spec: str, options: dict[str, str | None]) -> EvaluationText:
@@ -169,12 +167,6 @@ def _load_dataset(spec: str, options: dict[str, str | None]) -> EvaluationText:
     # With what was chosen of it, so that two parts of one data set are two texts.
     parts = [dataset.rpartition("/")[2], *(value for value in options.values() if value is not None)]
     return EvaluationText("-".join(parts).replace("/", "-"), _join(rows, spec), _describe(dataset, config_name, split))
-
-
-def _refuse(spec: str, options: dict[str, str | None], *names: str) -> None:
-    for name in names:
-        if options[name] is not None:
-            raise ConfigurationError(f"`{name}` is {options[name]!r}, but the text {spec!r} has none to choose.")
 
 
 def _join(rows: Any, spec: str, separator: str = "\n\n") -> str:

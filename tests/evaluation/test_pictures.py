@@ -4,7 +4,6 @@ import builtins
 import math
 
 import pytest
-import torch
 from matplotlib.collections import LineCollection, PathCollection
 
 from hf_structprune.decisions import HiddenPlan
@@ -69,17 +68,6 @@ def test_widths_of_what_is_dropped(plan):
     assert len(pictures.widths_figure(plan).axes) == 3
 
 
-def test_importance():
-    scores = {(layer, "mlp_neurons"): torch.arange(1, 102) * (layer + 1.0) for layer in range(3)}
-    scores |= {(layer, "kv_groups"): torch.zeros(2) for layer in (0, 2)}
-    neurons, heads = pictures.importance_figure(scores).axes
-    assert neurons.get_lines()[0].get_ydata().tolist() == [51.0, 102.0, 153.0]
-    assert (neurons.get_yscale(), heads.get_yscale()) == ("log", "linear")
-    assert heads.get_lines()[0].get_xdata().tolist() == [0, 2]
-    low, high = neurons.collections[0].get_datalim(neurons.transData).intervaly
-    assert (low, high) == pytest.approx((6.0, 288.0))  # 5 % of layer 0, 95 % of layer 2
-
-
 def test_quality(results):
     (axis,) = pictures.quality_figure(results).axes
     points = [tuple(c.get_offsets()[0].tolist()) for c in axis.collections if isinstance(c, PathCollection)]
@@ -141,8 +129,6 @@ def test_files_are_png_with_the_same_bytes_each_time(plan, results, tmp_path):
         content = one.read_bytes()
         assert content.startswith(b"\x89PNG\r\n\x1a\n") and content == other.read_bytes()
         assert b"Software" not in content and b"tEXt" not in content
-    pictures.draw_importance({(0, "mlp_neurons"): torch.rand(9)}, tmp_path / "importance.png")
-    assert (tmp_path / "importance.png").stat().st_size > 1000
 
 
 def test_pyplot_stays_out(plan, tmp_path):
@@ -165,7 +151,6 @@ def test_only_what_there_is_is_drawn(plan, results, tmp_path):
     ("build", "match"),
     [
         (lambda: pictures.widths_figure(PruningPlan(0, "x", "uniform", [], 1, 1, 1, 1, 1, 1, 2.0)), "cuts nothing"),
-        (lambda: pictures.importance_figure({}), "no scores"),
         (lambda: pictures.speed_figure([EvaluationResult("d"), EvaluationResult("p")]), "No speed"),
         (lambda: pictures.quality_figure([EvaluationResult("d"), EvaluationResult("p")]), "No perplexity"),
     ],
