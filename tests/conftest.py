@@ -49,6 +49,16 @@ def tiny_tokenizer():
 
 @pytest.fixture
 def tiny_llama():
+    return build_llama()
+
+
+@pytest.fixture(scope="session")
+def tiny_builders():
+    """The functions that make a tiny Llama and its tokenizer, for what is made once a session."""
+    return build_llama, build_tokenizer
+
+
+def build_llama():
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,

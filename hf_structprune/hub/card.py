@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -14,11 +15,10 @@ from ..errors import HubError
 from ..evaluation.results import EvaluationResult
 from ..evaluation.table import ResultTable
 from ..files.writing import write_text
-from .contents import Contents, protocols, sides, weights_of
-from .metadata import EVAL_RESULTS, WRITTEN_BY_US, eval_results, make_metadata, violations
-from .origin import Origin, attribution, public_config, read_origin
+from .contents import Contents, protocols
+from .metadata import EVAL_RESULTS, WRITTEN_BY_US, check_metadata, eval_results, make_metadata
+from .origin import Origin, attribution, licence_in_words, public_config, read_origin
 from .reports import (
-    calibration_of,
     libraries,
     quantisation_section,
     quantisation_summary,
@@ -28,7 +28,6 @@ from .reports import (
 from .words import (
     calibration_in_words,
     citations,
-    full_configuration,
     loading,
     loading_value,
     making_in_python,
@@ -77,24 +76,20 @@ def make_card(
     """
     contents = Contents.read(Path(folder))
     if previous is None:
-        previous = _read(contents.folder / CARD_NAME)
+        previous = read_text(contents.folder / CARD_NAME)
     known = read_metadata(previous)
-    name = name or _name(contents.folder, previous)
+    name = name or card_name(contents.folder, previous)
     origin = _origin(base_model, known, recorded or read_origin(contents.record))
-    data = make_metadata(
-        name, contents.config, origin, contents.result, known,
-        base_first=base_model is not None, recovery=contents.recovery,
-        uses_text=uses_text(contents.config, contents.plan), quantised=contents.state == "quantised",
-        quantised_on=None if contents.quantization is None else calibration_of(contents.quantization),
-    )  # fmt: skip
-    problems = violations(data.to_dict())
-    if problems:
-        raise HubError(f"The metadata of the card of {folder} is not valid: {'; '.join(problems)}.")
+    data = make_metadata(name, contents, origin, known, base_first=base_model is not None)
+    check_metadata(data, f"the card of {folder}")
+    link = "the base model" if origin is None else origin.link
+    first, *others = dict.fromkeys([*SECTIONS, *read_sections(previous)])
     values = {
-        **_about(name, contents, origin, data.to_dict()),
-        **_making(contents, origin),
+        **_about(name, contents, link, data.to_dict()),
+        **_making(contents, origin, link),
         **_measured(contents),
-        **_hand_text(previous),
+        "introduction": section(first, read_sections(previous)),
+        "sections": [section(name, read_sections(previous)) for name in others],
     }
     card = ModelCard.from_template(data, template_path=str(_TEMPLATE), **values)
     card.text = f"{card.text.strip()}\n"
@@ -116,17 +111,14 @@ def write_card(
 
     Args:
         folder: The checkpoint.
-        name: See `make_card`.
-        base_model: See `make_card`.
-        previous: See `make_card`.
-        recorded: See `make_card`.
+        name, base_model, previous, recorded: See `make_card`.
         overwrite: Replace a README.md that is not ours.
 
     Returns:
         The file, or `None` if it was left alone.
     """
     folder = Path(folder)
-    previous = _read(folder / CARD_NAME) if previous is None else previous
+    previous = read_text(folder / CARD_NAME) if previous is None else previous
     ours = not previous.strip() or is_ours(previous)
     card = make_card(folder, name=name, base_model=base_model, previous=previous if ours else "", recorded=recorded)
     _write_eval_results(folder)
@@ -151,11 +143,13 @@ def read_metadata(card: str) -> dict[str, Any]:
         raise HubError(f"The metadata at the top of the README.md cannot be read: {error}") from error
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file, empty if there is none."""
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
-def _name(folder: Path, previous: str) -> str:
+def card_name(folder: Path, previous: str) -> str:
+    """The Hub id that the card in a folder was written for, or else the folder's name."""
     earlier = generated_for(previous) or ""
     return earlier if "/" in earlier else folder.absolute().name
 
@@ -170,58 +164,46 @@ def _origin(base_model: Any, known: dict[str, Any], recorded: Origin | None) -> 
     return recorded
 
 
-def _about(name: str, contents: Contents, origin: Origin | None, metadata: dict[str, Any]) -> dict[str, Any]:
+def _about(name: str, contents: Contents, link: str, metadata: dict[str, Any]) -> dict[str, Any]:
     """What it is and how to use it."""
-    per_layer, link = contents.per_layer, _link(origin)
-    needs = () if contents.quantization is None else libraries(contents.quantization)
+    recovery, quantization = contents.recovery, contents.quantization
+    needs = () if quantization is None else libraries(quantization)
+    trained = " It was trained afterwards." if contents.was_recovered else ""
+    if recovery is not None:
+        trained = f" {recovery_summary(recovery)}"
+    trained += "" if quantization is None else f" {quantisation_summary(quantization)}"
     return {
         "mark": generated_mark(name),
         "title": name.rsplit("/", 1)[-1],
         "name": name,
-        "summary": f"{_size(contents, link)} What is left is dense: no masks, no zeros.{_afterwards(contents)}",
+        "summary": f"{_size(contents, link)} What is left is dense: no masks, no zeros.{trained}",
         "attribution": attribution(metadata, name),
-        "loading": loading(name, per_layer, needs),
-        "per_layer": per_layer,
+        "loading": loading(name, contents.per_layer, needs),
+        "per_layer": contents.per_layer,
         "model_type": contents.model_config.get("model_type"),
         "state": contents.state,
-        "recovery": _recovery(contents),
-        "quantisation": "" if contents.quantization is None else quantisation_section(contents.quantization),
-        "recovering": recovering(name, per_layer),
+        "recovery": "" if recovery is None else recovery_section(recovery, picture=contents.recovery_picture),
+        "quantisation": "" if quantization is None else quantisation_section(quantization),
+        "recovering": recovering(name, contents.per_layer),
         "quantising": quantising(name),
-        "licence": _licence(metadata, link),
+        "licence": licence_in_words(metadata, link),
     }
 
 
 def _size(contents: Contents, link: str) -> str:
     """What it is a version of, and how large it is by now: training may have made it larger again."""
-    plan, now = contents.plan, weights_of(contents, contents.state)[0]
+    plan, now = contents.plan, contents.weights_of(contents.state)[0]
     before, pruned = plan.parameters_before, plan.parameters_after
     kind = "A smaller" if now < before else "A larger" if now > before else "A"
     took = f"{kind} version of {link}: structured pruning took {plan.ratio:.1%} of all its parameters"
     if now == pruned:
         return f"{took} ({before:,} before, {now:,} now)."
-    change = (
-        "as many as" if now == before else f"{abs(now / before - 1):.1%} {'more' if now > before else 'fewer'} than"
-    )
+    more = f"{abs(now / before - 1):.1%} {'more' if now > before else 'fewer'} than"
+    change = "as many as" if now == before else more
     return f"{took} ({before:,} before, {pruned:,} after it). It has {now:,} now, {change} before pruning."
 
 
-def _afterwards(contents: Contents) -> str:
-    """What the summary says about training and quantisation after pruning."""
-    trained = " It was trained afterwards." if contents.was_recovered else ""
-    if contents.recovery is not None:
-        trained = f" {recovery_summary(contents.recovery)}"
-    return trained + ("" if contents.quantization is None else f" {quantisation_summary(contents.quantization)}")
-
-
-def _recovery(contents: Contents) -> str:
-    """The section about it; without a report there is nothing to say in it."""
-    if contents.recovery is None:
-        return ""
-    return recovery_section(contents.recovery, picture=contents.recovery_picture)
-
-
-def _making(contents: Contents, origin: Origin | None) -> dict[str, Any]:
+def _making(contents: Contents, origin: Origin | None, link: str) -> dict[str, Any]:
     """How it was made."""
     config, plan, versions = contents.config, contents.plan, contents.record.get("versions", {})
     tasks = any(name.startswith("tasks/") for side in contents.results for name in side.figures)
@@ -229,8 +211,8 @@ def _making(contents: Contents, origin: Origin | None) -> dict[str, Any]:
     public, options = public_config(config), origin.options if origin is not None else {}
     code = (origin.name if origin is not None else "BASE_MODEL", public, plan.ratio_requested, options, plan.given)
     return {
-        "base_name": origin.name if origin is not None else "the base model",
-        "base_link": _link(origin),
+        "base_name": origin.name if origin is not None else link,
+        "base_link": link,
         "loaded": {name: loading_value(value).strip('"') for name, value in options.items()},
         "asked": None if plan.ratio_requested is None else f"{plan.ratio_requested:.2%}",
         "got": f"{plan.ratio:.2%}",
@@ -245,67 +227,35 @@ def _making(contents: Contents, origin: Origin | None) -> dict[str, Any]:
         "warnings": plan.warnings,
         "in_python": making_in_python(*code),
         "on_the_command_line": making_on_the_command_line(*code),
-        "configuration": full_configuration(public),
+        "configuration": json.dumps(public.to_dict(), indent=2),
         "citations": citations(config, tasks, plan.ratio_requested),
     }
 
 
 def _measured(contents: Contents) -> dict[str, Any]:
     """The table and what belongs to it."""
-    columns = sides(contents)
+    columns = contents.columns()
     return {
         "table": ResultTable(columns).to_markdown().rstrip(),
         "files": contents.results_files,
-        "protocols": protocols(*columns),
-        "environment": _environment(*contents.results),
+        "protocols": protocols(columns),
+        "environment": _environment(contents.results),
         "pictures": [{"alt": path.stem.replace("_", " "), "path": path.as_posix()} for path in contents.pictures],
         "samples": contents.samples,
     }
 
 
-def _hand_text(previous: str) -> dict[str, Any]:
-    """The marked sections, those that people added at the end."""
-    texts = read_sections(previous)
-    first, *others = dict.fromkeys([*SECTIONS, *texts])
-    return {"introduction": section(first, texts), "sections": [section(name, texts) for name in others]}
-
-
-def _link(origin: Origin | None) -> str:
-    if origin is None:
-        return "the base model"
-    return f"[{origin.name}](https://huggingface.co/{origin.name})" if origin.on_hub else origin.name
-
-
-def _environment(*results: EvaluationResult) -> list[str]:
-    """Where each side was measured: one line if both were measured alike."""
+def _environment(results: list[EvaluationResult]) -> list[str]:
+    """Where each side was measured, such as `"AMD EPYC, 2 threads, torch 2.13.0, 2026-01-31"`: equal ones once."""
     lines: dict[str, list[str]] = {}
     for result in results:
-        line = _in_words(result.environment)
+        about, hardware = result.environment, result.environment.get("hardware", {})
+        words = [hardware.get("device"), f"{hardware['threads']} threads" if hardware.get("threads") else None]
+        words += [f"{name} {number}" for name, number in about.get("versions", {}).items()]
+        line = ", ".join(filter(None, [*words, (about.get("date") or "").partition("T")[0]]))
         if line:
             lines.setdefault(line, []).append(result.state)
     return [f"Measured on the {' and the '.join(states)} model with {line}." for line, states in lines.items()]
-
-
-def _in_words(environment: dict[str, Any]) -> str:
-    """`"AMD EPYC, 2 threads, torch 2.13.0, ..., 2026-01-31"`."""
-    hardware = environment.get("hardware", {})
-    words = [hardware.get("device"), f"{hardware['threads']} threads" if hardware.get("threads") else None]
-    words += [f"{name} {number}" for name, number in environment.get("versions", {}).items()]
-    return ", ".join(filter(None, [*words, (environment.get("date") or "").partition("T")[0]]))
-
-
-def _licence(metadata: dict[str, Any], link: str) -> str:
-    licence = metadata.get("license")
-    if not licence:
-        return (
-            f"The licence of {link} could not be read, so that none is set here. This model is derived from it: its "
-            "licence applies. Look it up before you use or publish this model."
-        )
-    words = metadata.get("license_name") or (licence if isinstance(licence, str) else ", ".join(licence))
-    where = metadata.get("license_link")
-    return (
-        f"{f'[{words}]({where})' if where else f'`{words}`'}, the licence of {link}, which this model is derived from."
-    )
 
 
 def _write_eval_results(folder: Path) -> None:
@@ -318,6 +268,7 @@ def _write_eval_results(folder: Path) -> None:
         write_text(folder / EVAL_RESULTS / name, content)
 
 
+# Text that people put into a generated card stands between markers and survives the next generation.
 SECTIONS = ("introduction", "notes")
 _SECTION = re.compile(r"<!-- your text: ([\w-]+) -->\n?(.*?)\n?<!-- end of your text: \1 -->", re.DOTALL)
 _GENERATED = re.compile(r"<!-- Generated by hf_structprune for (.+?)\. ")

@@ -18,16 +18,15 @@ from ..files.reading import read_json_object
 from ..files.writing import check_folder, write_folder
 from ..model.half_pruned import check_whole
 from ..plan import PLAN_NAME, PruningPlan
-from .card import CARD_NAME, generated_for, is_ours, read_metadata, write_card
+from .card import CARD_NAME, card_name, is_ours, read_metadata, read_text, write_card
 from .contents import DENSE_RESULTS_NAME, PRUNED_RESULTS_NAME, RECOVERED_RESULTS_NAME, WIDTHS_NAME, Contents
-from .origin import RECORD, Origin
+from .origin import Origin
 from .reports import (
     QUANTIZATION_NAME,
     RECOVERY_NAME,
     quantisation_section,
     quantisation_summary,
-    read_quantization,
-    read_recovery,
+    read_report,
     recovery_section,
     recovery_summary,
 )
@@ -98,7 +97,7 @@ def check_card(folder: Path) -> None:
         CheckpointError: It cannot be read.
     """
     if (folder / CARD_NAME).is_file():
-        check_file(folder / CARD_NAME, _tell_card)
+        check_file(folder / CARD_NAME, _FILES[CARD_NAME])
 
 
 def check_file(path: Path, read: Callable[[Path], Any]) -> None:
@@ -119,49 +118,25 @@ def check_file(path: Path, read: Callable[[Path], Any]) -> None:
     raise CheckpointError(f"{path} cannot be used: {what.rstrip('.')}. Put it right, or take it away.")
 
 
-def _tell_card(path: Path) -> None:
-    read_metadata(path.read_text(encoding="utf-8"))
+def _tell_report(path: Path) -> None:
+    report = read_report(path)
+    of_recovery = path.name == RECOVERY_NAME
+    for tell in (recovery_section, recovery_summary) if of_recovery else (quantisation_section, quantisation_summary):
+        tell(report)
 
 
-def _tell_model_config(path: Path) -> None:
-    read_json_object(path, repeats=True).get(RECORD)
-
-
-def _tell_config(path: Path) -> None:
-    config_expression(PruningConfig.load(path))
-
-
-def _tell_plan(path: Path) -> None:
-    plan = PruningPlan.load(path)
-    plan.to_dict()
-    str(plan)
-
-
-def _tell_results(path: Path) -> None:
-    ResultTable([EvaluationResult.load(path)]).to_markdown()
-
-
-def _tell_recovery(path: Path) -> None:
-    report = read_recovery(path.parent)
-    recovery_section(report)
-    recovery_summary(report)
-
-
-def _tell_quantization(path: Path) -> None:
-    report = read_quantization(path.parent)
-    quantisation_section(report)
-    quantisation_summary(report)
-
-
-_RESULTS = (RESULTS_NAME, DENSE_RESULTS_NAME, PRUNED_RESULTS_NAME, RECOVERED_RESULTS_NAME)
+# Each file is not only read but told as the card tells it, so that whatever a card will need of it is there.
 _FILES = {
-    "config.json": _tell_model_config,
-    CONFIG_NAME: _tell_config,
-    PLAN_NAME: _tell_plan,
-    RECOVERY_NAME: _tell_recovery,
-    QUANTIZATION_NAME: _tell_quantization,
-    CARD_NAME: _tell_card,
-    **dict.fromkeys(_RESULTS, _tell_results),
+    "config.json": lambda path: read_json_object(path, repeats=True),
+    CONFIG_NAME: lambda path: config_expression(PruningConfig.load(path)),
+    PLAN_NAME: lambda path: PruningPlan.load(path).table(),
+    RECOVERY_NAME: _tell_report,
+    QUANTIZATION_NAME: _tell_report,
+    CARD_NAME: lambda path: read_metadata(path.read_text(encoding="utf-8")),
+    **dict.fromkeys(
+        (RESULTS_NAME, DENSE_RESULTS_NAME, PRUNED_RESULTS_NAME, RECOVERED_RESULTS_NAME),
+        lambda path: ResultTable([EvaluationResult.load(path)]).to_markdown(),
+    ),
 }
 
 
@@ -182,25 +157,14 @@ def copy_files(source: Path, target: Path, names: Sequence[str]) -> None:
 
 
 def write_card_from(source: Path, path: Path, folder: Path, previous: str) -> None:
-    """Writes the card of a checkpoint that was made from another one.
+    """Writes the card of a checkpoint that was made from another one, `source`.
 
-    It keeps the marked texts and the metadata of the card that it replaces, or else of the other model's.
-
-    Args:
-        source: The other checkpoint.
-        path: Where the files are written.
-        folder: Where they will be.
-        previous: The card that is there now.
+    It keeps the marked texts and the metadata of the card that it replaces, or else of the other model's. It is
+    written into `path`, which will be `folder`, where the card is `previous` now.
     """
     theirs = read_text(source / CARD_NAME)
     replaced = previous or (theirs if is_ours(theirs) else "")
     or_say(lambda: write_card(path, name=card_name(folder, previous), previous=replaced), "The card", folder)
-
-
-def card_name(folder: Path, previous: str) -> str:
-    """The Hub id that the card in the folder was written for, or the folder's name; never that of the other model."""
-    earlier = generated_for(previous) or ""
-    return earlier if "/" in earlier else folder.absolute().name
 
 
 def or_say(write: Callable[[], Any], what: str, folder: Path) -> None:
@@ -209,8 +173,3 @@ def or_say(write: Callable[[], Any], what: str, folder: Path) -> None:
         write()
     except StructPruneError as error:
         logger.warning(f"{what} was not written: {error} `hf-structprune card {folder.name}` makes the card again.")
-
-
-def read_text(path: Path) -> str:
-    """The text of a file, empty if there is none."""
-    return path.read_text(encoding="utf-8") if path.is_file() else ""

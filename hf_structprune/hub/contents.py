@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..config import CONFIG_NAME, PruningConfig
 from ..errors import ConfigurationError, HubError
@@ -17,13 +17,12 @@ from .origin import RECORD
 from .reports import PICTURE_NAME, read_quantization, read_recovery
 
 
-if TYPE_CHECKING:
-    from .contents import Contents
-
 DENSE_RESULTS_NAME = "evaluation_results_dense.json"
 PRUNED_RESULTS_NAME = "evaluation_results_pruned.json"  # beside a recovered model: before its training
 RECOVERED_RESULTS_NAME = "evaluation_results_recovered.json"  # beside a quantised model: before its quantisation
 WIDTHS_NAME = "pruned_widths.png"
+_COUNTED = "counted from the shapes of the weights"
+_PACKED = "of the quantised model, the bytes of its files"
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,8 @@ class Contents:
         config: What it was pruned with.
         plan: What went.
         model_config: Its config.json.
-        result: What was measured on it, if anything was.
-        dense: What was measured on the dense model, if anything was.
-        pruned: What was measured on the pruned model before it was recovered or quantised, if it was and anything was.
-        recovery: The report of its recovery (recovery.json), if there is one.
-        recovered: What was measured on the recovered model before it was quantised, if it was and anything was.
-        quantization: The report of its quantisation (quantization.json), if there is one.
+        result, dense, pruned, recovered: What was measured on it, and on the models before it; `None` for nothing.
+        recovery, quantization: The reports (recovery.json, quantization.json), if there are such.
     """
 
     folder: Path
@@ -49,10 +44,10 @@ class Contents:
     model_config: dict[str, Any]
     result: EvaluationResult | None
     dense: EvaluationResult | None
-    pruned: EvaluationResult | None = None
-    recovery: dict[str, Any] | None = None
-    recovered: EvaluationResult | None = None
-    quantization: dict[str, Any] | None = None
+    pruned: EvaluationResult | None
+    recovered: EvaluationResult | None
+    recovery: dict[str, Any] | None
+    quantization: dict[str, Any] | None
 
     @classmethod
     def read(cls, folder: Path) -> Contents:
@@ -64,13 +59,13 @@ class Contents:
         """
         check_is_ours(folder)
         names = (RESULTS_NAME, DENSE_RESULTS_NAME, PRUNED_RESULTS_NAME, RECOVERED_RESULTS_NAME)
-        result, dense, pruned, recovered = (_results(folder / name) for name in names)
+        results = [EvaluationResult.load(folder / name) if (folder / name).is_file() else None for name in names]
+        model_config = read_json_object(folder / "config.json", repeats=True)
         contents = cls(
-            folder, PruningConfig.load(folder), PruningPlan.load(folder),
-            read_json_object(folder / "config.json", repeats=True), result, dense, pruned,
-            read_recovery(folder), recovered, read_quantization(folder),
+            folder, PruningConfig.load(folder), PruningPlan.load(folder), model_config, *results,
+            read_recovery(folder), read_quantization(folder),
         )  # fmt: skip
-        check_results(contents)
+        contents._check_results()
         return contents
 
     @property
@@ -114,11 +109,11 @@ class Contents:
     @property
     def results_files(self) -> list[str]:
         """The names of the files with it, that of this checkpoint first."""
-        sides = (
-            (RESULTS_NAME, self.result), (RECOVERED_RESULTS_NAME, self.recovered),
-            (PRUNED_RESULTS_NAME, self.pruned), (DENSE_RESULTS_NAME, self.dense),
-        )  # fmt: skip
-        return [name for name, side in sides if side is not None]
+        sides = {
+            RESULTS_NAME: self.result, RECOVERED_RESULTS_NAME: self.recovered,
+            PRUNED_RESULTS_NAME: self.pruned, DENSE_RESULTS_NAME: self.dense,
+        }  # fmt: skip
+        return [name for name, side in sides.items() if side is not None]
 
     @property
     def pictures(self) -> list[Path]:
@@ -140,6 +135,82 @@ class Contents:
         common = [prompt for prompt in sides[-1][1] if all(prompt in texts for _, texts in sides)]
         return [{"prompt": prompt, "answers": [(state, texts[prompt]) for state, texts in sides]} for prompt in common]
 
+    def weights_of(self, state: str) -> tuple[int, int]:
+        """Parameters and bytes of a state: training may have untied embeddings or changed the dtype, quantising packs.
+
+        Parameters of a quantised model are counted as if they were unpacked.
+        """
+        plan = self.plan
+        if state == "dense":
+            return plan.parameters_before, plan.bytes_before
+        parameters, size = plan.parameters_after, plan.bytes_after
+        reports = {"pruned": 0, "recovered": 1, "quantised": 2}
+        for report in (self.recovery, self.quantization)[: reports[state]]:
+            weights = (report or {}).get("weights") or {}
+            parameters, size = weights.get("parameters", parameters), weights.get("bytes", size)
+        return parameters, size
+
+    def columns(self) -> list[EvaluationResult]:
+        """The columns of the table: the states that a checkpoint went through, from dense to its own.
+
+        Parameters, bytes and MACs are those of the plan and the reports where they were not measured on all sides;
+        nothing else is added.
+        """
+        columns = []
+        for state, side in self.measured.items():
+            side = side or EvaluationResult("", state)
+            own = {figure.name: figure for figure in self._counted(state) if not self._on_all_sides(figure.name)}
+            rest = {name: figure for name, figure in side.figures.items() if name not in own}
+            columns.append(dataclasses.replace(side, figures={**own, **rest}))
+        return columns
+
+    def _on_all_sides(self, name: str) -> bool:
+        return all(side is not None and name in side.figures for side in self.measured.values())
+
+    def _counted(self, state: str) -> list[Figure]:
+        (parameters, size), plan = self.weights_of(state), self.plan
+        macs = plan.macs_before if state == "dense" else plan.macs_after
+        values = (
+            ("parameters", parameters, "", _COUNTED),
+            ("weight_bytes", size, "B", _COUNTED if self.quantization is None else f"{_COUNTED}; {_PACKED}"),
+            ("macs", macs, "MAC", f"{_COUNTED}, at 1 x 64 tokens"),
+        )
+        return [
+            Figure(f"efficiency/{name}", value, unit, higher_is_better=False, protocol=protocol)
+            for name, value, unit, protocol in values
+        ]
+
+    def _check_results(self) -> None:
+        """Refuses results of a model in another state, or whose parameters are not those of the plan or a report."""
+        for suffix, side, state in (
+            ("_dense", self.dense, "dense"),
+            ("_pruned", self.pruned, "pruned"),
+            ("_recovered", self.recovered, "recovered"),
+            ("", self.result, self.state),
+        ):
+            if side is None:
+                continue
+            if side.state != state:
+                raise ConfigurationError(f"evaluation_results{suffix}.json is of a {side.state} model ({side.model}).")
+            counted, expected = side.value("efficiency/parameters"), self.weights_of(state)[0]
+            if counted is not None and counted != expected:
+                raise ConfigurationError(
+                    f"evaluation_results{suffix}.json was measured on another model: {side.model} has {counted:,.0f} "
+                    f"parameters, the plan says {expected:,}. Measure again, or take the file away."
+                )
+
+
+def protocols(results: list[EvaluationResult]) -> dict[str, list[str]]:
+    """How things were measured: names of figures by the words that describe it, each once."""
+    found: dict[str, list[str]] = {}
+    for result in results:
+        for figure in result.figures.values():
+            label = label_of(figure).rstrip(" ↑↓")
+            words = ", of ".join(filter(None, (figure.protocol, figure.details.get("source"))))
+            if figure.protocol and label not in found.setdefault(words, []):
+                found[words].append(label)
+    return found
+
 
 def check_is_ours(folder: Path) -> None:
     """Refuses a folder without the files that every checkpoint of this package has.
@@ -155,97 +226,3 @@ def check_is_ours(folder: Path) -> None:
                 f"There is no {needed} in {folder}: it is no checkpoint that hf_structprune has pruned. Other "
                 "checkpoints go to the Hub with `hf upload REPO FOLDER`."
             )
-
-
-def _results(path: Path) -> EvaluationResult | None:
-    return EvaluationResult.load(path) if path.is_file() else None
-
-
-_PROTOCOL = "counted from the shapes of the weights"
-_PACKED = "of the quantised model, the bytes of its files"
-
-
-def check_results(contents: Contents) -> None:
-    """Refuses results of other models: their parameters must be those of the plan, or of a later report.
-
-    Those of a quantised model are counted as if they were unpacked.
-
-    Raises:
-        ConfigurationError: They differ, or a side is of a model in the wrong state.
-    """
-    for suffix, side, state in (
-        ("_dense", contents.dense, "dense"),
-        ("_pruned", contents.pruned, "pruned"),
-        ("_recovered", contents.recovered, "recovered"),
-        ("", contents.result, contents.state),
-    ):
-        if side is None:
-            continue
-        if side.state != state:
-            raise ConfigurationError(f"evaluation_results{suffix}.json is of a {side.state} model ({side.model}).")
-        counted, expected = side.value("efficiency/parameters"), weights_of(contents, state)[0]
-        if counted is not None and counted != expected:
-            raise ConfigurationError(
-                f"evaluation_results{suffix}.json was measured on another model: {side.model} has {counted:,.0f} "
-                f"parameters, the plan says {expected:,}. Measure again, or take the file away."
-            )
-
-
-def sides(contents: Contents) -> list[EvaluationResult]:
-    """The columns of the table: the states that a checkpoint went through, from dense to its own.
-
-    Parameters, bytes and MACs are those of the plan and the reports where they were not measured on all sides;
-    nothing else is added.
-    """
-    found = contents.measured
-    columns = []
-    for state, side in found.items():
-        side = side or EvaluationResult("", state)
-        own = {f.name: f for f in _counted(contents, state) if not _measured(f.name, *found.values())}
-        rest = {name: figure for name, figure in side.figures.items() if name not in own}
-        columns.append(dataclasses.replace(side, figures={**own, **rest}))
-    return columns
-
-
-def protocols(*results: EvaluationResult | None) -> dict[str, list[str]]:
-    """How things were measured: names of figures by the words that describe it, each once."""
-    found: dict[str, list[str]] = {}
-    for result in filter(None, results):
-        for figure in result.figures.values():
-            label = label_of(figure).rstrip(" ↑↓")
-            words = ", of ".join(filter(None, (figure.protocol, figure.details.get("source"))))
-            if figure.protocol and label not in found.setdefault(words, []):
-                found[words].append(label)
-    return found
-
-
-def _measured(name: str, *results: EvaluationResult | None) -> bool:
-    return all(result is not None and name in result.figures for result in results)
-
-
-def weights_of(contents: Contents, state: str) -> tuple[int, int]:
-    """Parameters and bytes of a state: training may have untied embeddings or changed the dtype, quantising packs."""
-    plan = contents.plan
-    if state == "dense":
-        return plan.parameters_before, plan.bytes_before
-    parameters, size = plan.parameters_after, plan.bytes_after
-    reports = {
-        "pruned": (),
-        "recovered": (contents.recovery,),
-        "quantised": (contents.recovery, contents.quantization),
-    }
-    for report in reports[state]:
-        weights = (report or {}).get("weights") or {}
-        parameters, size = weights.get("parameters", parameters), weights.get("bytes", size)
-    return parameters, size
-
-
-def _counted(contents: Contents, state: str) -> list[Figure]:
-    (parameters, size), plan = weights_of(contents, state), contents.plan
-    macs = plan.macs_before if state == "dense" else plan.macs_after
-    how = _PROTOCOL if contents.quantization is None else f"{_PROTOCOL}; {_PACKED}"
-    return [
-        Figure("efficiency/parameters", parameters, higher_is_better=False, protocol=_PROTOCOL),
-        Figure("efficiency/weight_bytes", size, "B", higher_is_better=False, protocol=how),
-        Figure("efficiency/macs", macs, "MAC", higher_is_better=False, protocol=f"{_PROTOCOL}, at 1 x 64 tokens"),
-    ]

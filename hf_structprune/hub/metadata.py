@@ -18,79 +18,59 @@ from huggingface_hub import (
     eval_result_entries_to_yaml,
 )
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import get_session, validate_repo_id
 
-from ..config import PruningConfig
 from ..errors import HubError
 from ..evaluation.results import EvaluationResult, Figure
 from ..library_errors import is_network_error
-from ..text.calibration_config import CalibrationConfig
+from .contents import Contents
 from .origin import TAGS, Origin, base_metadata, is_file
-from .reports import dataset_names
-from .words import calibration_datasets
+from .reports import calibration_of, dataset_names
+from .words import calibration_datasets, uses_text
 
 
-# Of the Hub's values (finetune, quantized, merge, adapter), of which a card can have one: the one for weights derived
-# from others in full precision, and the one that the Hub itself infers where weights are quantised.
-RELATION, QUANTISED_RELATION = "finetune", "quantized"
-QUANTISED_TAG = "quantized"
 # Metadata that is made anew each time; whatever else a card has is kept.
 _MADE_ANEW = ("model-index", "base_model", "base_model_relation", "library_name", "pipeline_tag", "tags", "datasets")
 
 
 def make_metadata(
-    name: str,
-    config: PruningConfig,
-    origin: Origin | None,
-    result: EvaluationResult | None,
-    known: dict[str, Any],
-    *,
-    base_first: bool = False,
-    recovery: dict[str, Any] | None = None,
-    uses_text: bool = True,
-    quantised: bool = False,
-    quantised_on: CalibrationConfig | None = None,
+    name: str, contents: Contents, origin: Origin | None, known: dict[str, Any], base_first: bool = False
 ) -> ModelCardData:
     """The metadata of a card.
 
     Args:
-        name: Hub id or folder of the pruned model.
-        config: What it was pruned with.
+        name: Hub id or folder of the model.
+        contents: Its folder.
         origin: What it was pruned from.
-        result: What was measured on it, for `model-index`.
         known: Metadata of the card that this one replaces; what is not made anew here is kept, such as a licence or a
             language set by hand.
         base_first: Take licence and language from the base model even if the replaced card has others.
-        recovery: The report of its recovery, whose data sets are named.
-        uses_text: Whether calibration text was looked at, see `uses_text`.
-        quantised: Whether its weights are quantised.
-        quantised_on: The text that they were quantised with, if it took one.
     """
     kept = {key: value for key, value in known.items() if key not in _MADE_ANEW}
     base = base_metadata(origin) if origin is not None else {}
-    used = [*(calibration_datasets(config.calibration) if uses_text else ()), *_trained_on(recovery)]
+    quantised, recovery, report = contents.state == "quantised", contents.recovery, contents.quantization
+    used = calibration_datasets(contents.config.calibration) if uses_text(contents.config, contents.plan) else []
+    # Reports name files without their folders, so without a slash.
+    used += [d for d in dataset_names(recovery or {}) if d.count("/") == 1 and not is_file(d)]
+    quantised_on = calibration_of(report) if report is not None else None
     used += [] if quantised_on is None else calibration_datasets(quantised_on)
-    tags = [*TAGS, *([QUANTISED_TAG] if quantised else [])]
     fields: dict[str, Any] = {
         **({**kept, **base} if base_first else {**base, **kept}),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": list(dict.fromkeys([*tags, *(known.get("tags") or [])])),
+        "tags": list(dict.fromkeys([*TAGS, *(["quantized"] if quantised else []), *(known.get("tags") or [])])),
         "datasets": list(dict.fromkeys([*used, *(known.get("datasets") or [])])) or None,
     }
     if origin is not None and origin.on_hub:
-        fields |= {"base_model": origin.name, "base_model_relation": QUANTISED_RELATION if quantised else RELATION}
-    entries = model_index(result) if result is not None else []
+        # A card has one relation: for weights derived from others in full precision, or the one that the Hub itself
+        # infers where weights are quantised.
+        fields |= {"base_model": origin.name, "base_model_relation": "quantized" if quantised else "finetune"}
+    entries = model_index(contents.result) if contents.result is not None else []
     if entries:
         fields |= {"model_name": name.rsplit("/", 1)[-1], "eval_results": entries}
     order = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag", "base_model")
     return ModelCardData(**{key: fields[key] for key in (*order, *fields) if key in fields})
-
-
-def _trained_on(recovery: dict[str, Any] | None) -> list[str]:
-    """Data sets of the Hub that were trained on; the report names files without their folders, so without a slash."""
-    names = [] if recovery is None else dataset_names(recovery)
-    return [name for name in names if name.count("/") == 1 and not is_file(name)]
 
 
 EVAL_RESULTS = ".eval_results"
@@ -148,7 +128,7 @@ def limit_of(figure: Figure, result: EvaluationResult) -> Any:
     return figure.details.get("limit", result.settings.get("limit"))
 
 
-def shots_of(figure: Figure, result: EvaluationResult) -> Any:
+def _shots(figure: Figure, result: EvaluationResult) -> Any:
     """Examples in the prompt of a task; `None` where the task's own number was used and is not known."""
     return figure.details.get("num_fewshot", result.settings.get("num_fewshot"))
 
@@ -176,7 +156,7 @@ def model_index(result: EvaluationResult) -> list[EvalResult]:
         known = known or Benchmark(name, name, split=None)
         arguments, words = {}, metric
         if kind == "tasks":
-            shots, limit = shots_of(figure, result), limit_of(figure, result)
+            shots, limit = _shots(figure, result), limit_of(figure, result)
             arguments = {k: v for k, v in (("num_few_shot", shots), ("limit", limit)) if v is not None}
             words += f", {shots}-shot" if shots is not None else ""
             words += f", limit {limit}" if limit is not None else ""
@@ -205,7 +185,7 @@ def eval_results(result: EvaluationResult) -> dict[str, str]:
         figure = result.figures.get(f"tasks/{task}/{known.metric}")
         if figure is None or limit_of(figure, result) is not None or not math.isfinite(figure.value):
             continue
-        shots = shots_of(figure, result)
+        shots = _shots(figure, result)
         notes = [known.metric, "" if shots is None else f"{shots}-shot", figure.protocol]
         entry = EvalResultEntry(
             dataset_id=known.dataset, task_id=known.task_id or known.config or "default", value=figure.value,
@@ -215,46 +195,46 @@ def eval_results(result: EvaluationResult) -> dict[str, str]:
     return files
 
 
-PROBE_SECONDS = 10.0
-RELATIONS = ("finetune", "quantized", "merge", "adapter")
-_LICENCE = re.compile(r"[a-z0-9][a-z0-9.\-]*")
-_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]{2,4})?|code|multilingual")
-_TEXTS = ("library_name", "pipeline_tag", "license_name", "license_link", "base_model_relation")
+# What the Hub checks when a README.md is pushed (`POST /api/validate-yaml`, also `ModelCard.validate`), as far as it
+# can be told here: https://github.com/huggingface/hub-docs/blob/main/modelcard.md. By field: what its values have to
+# look like, and how that is said. `huggingface_hub` itself reads `model-index`. Other fields may hold anything.
+_ID = (None, "it must be an id of the Hub")
+_RULES = {
+    "library_name": (r".*", ""),
+    "license_name": (r".*", ""),
+    "license_link": (r".*", ""),
+    "pipeline_tag": (r"[a-z0-9\-]+", "it must be a task such as text-generation"),
+    "base_model_relation": ("finetune|quantized|merge|adapter", "it must be finetune, quantized, merge or adapter"),
+    "tags": (r".*", ""),
+    "datasets": _ID,
+    "base_model": _ID,
+    "language": (r"[a-z]{2,3}(-[A-Za-z]{2,4})?|code|multilingual", "it must be an ISO 639 code such as en"),
+    "license": (r"[a-z0-9][a-z0-9.\-]*", "it must be an identifier such as apache-2.0"),
+}
+_LISTS = ("tags", "datasets", "base_model", "language", "license")
+_PROBE_SECONDS = 10.0
 
 
 def violations(metadata: dict[str, Any]) -> list[str]:
     """What the Hub would refuse in the metadata of a model card, one sentence each; empty if it is valid."""
-    found = [f"`{k}` must be text, not {metadata[k]!r}" for k in _TEXTS if not isinstance(metadata.get(k, ""), str)]
-    for key in ("tags", "datasets", "base_model", "language", "license"):
-        found += [f"`{key}` has an entry that is not text: {v!r}" for v in _items(metadata, key) if type(v) is not str]
-    if found:
-        return found
-    for key in ("datasets", "base_model"):
-        found += [
-            f"`{key}` names {value!r}, which is no id of the Hub"
-            for value in _items(metadata, key)
-            if not _is_id(value)
-        ]
-    found += [
-        f"`language` is {value!r}; it must be an ISO 639 code such as en"
-        for value in _items(metadata, "language")
-        if not _LANGUAGE.fullmatch(value)
-    ]
-    for value in _items(metadata, "license"):
-        if not _LICENCE.fullmatch(value):
-            found.append(f"`license` is {value!r}; it must be an identifier such as apache-2.0")
-        if value == "other" and not ("license_name" in metadata and "license_link" in metadata):
-            found.append("`license` is other: `license_name` and `license_link` must say which")
-    if metadata.get("base_model_relation", RELATIONS[0]) not in RELATIONS:
-        found.append(f"`base_model_relation` is {metadata['base_model_relation']!r}; it must be one of {RELATIONS}")
-    if not re.fullmatch(r"[a-z0-9\-]+", metadata.get("pipeline_tag", "text-generation")):
-        found.append(f"`pipeline_tag` is {metadata['pipeline_tag']!r}; it must be a task such as text-generation")
-    return found + _model_index(metadata.get("model-index", []))
-
-
-def _items(metadata: dict[str, Any], key: str) -> list[Any]:
-    value = metadata.get(key) or []
-    return value if isinstance(value, list) else [value]
+    found = []
+    for key, (pattern, rule) in _RULES.items():
+        value = metadata.get(key)
+        for item in value if isinstance(value, list) and key in _LISTS else [value]:
+            if item is None:
+                continue
+            if not isinstance(item, str):
+                found.append(f"`{key}` is {value!r}; it must be text")
+            elif not (_is_id(item) if pattern is None else re.fullmatch(pattern, item, re.DOTALL)):
+                found.append(f"`{key}` is {item!r}; {rule}")
+    if metadata.get("license") == "other" and not {"license_name", "license_link"} <= set(metadata):
+        found.append("`license` is other: `license_name` and `license_link` must say which")
+    if "model-index" in metadata:
+        try:
+            model_index_to_eval_results(metadata["model-index"])
+        except (KeyError, TypeError, ValueError) as error:
+            found.append(f"`model-index` cannot be read: {error!r}")
+    return found
 
 
 def _is_id(value: str) -> bool:
@@ -263,24 +243,6 @@ def _is_id(value: str) -> bool:
     except HFValidationError:
         return False
     return True
-
-
-def _model_index(index: Any) -> list[str]:
-    if not isinstance(index, list):
-        return ["`model-index` must be a list"]
-    found = []
-    for model in index:
-        if not isinstance(model, dict) or not model.get("name") or not isinstance(model.get("results"), list):
-            return ["every entry of `model-index` needs `name` and a list of `results`"]
-        for number, result in enumerate(model["results"]):
-            where = f"result {number} of `model-index`"
-            for part, keys in (("task", ("type",)), ("dataset", ("type", "name"))):
-                lacking = [key for key in keys if not (result.get(part) or {}).get(key)]
-                found += [f"{where} lacks `{part}.{key}`" for key in lacking]
-            metrics = result.get("metrics") or []
-            if not metrics or any("type" not in metric or metric.get("value") is None for metric in metrics):
-                found.append(f"{where} needs metrics with `type` and `value`")
-    return found
 
 
 def validate_card(path: str | os.PathLike) -> bool:
@@ -296,11 +258,9 @@ def validate_card(path: str | os.PathLike) -> bool:
         HubError: Says what is wrong.
     """
     card = ModelCard.load(path)
-    problems = violations(card.data.to_dict())
-    if problems:
-        raise HubError(f"The metadata of {path} is not valid: {'; '.join(problems)}.")
+    check_metadata(card.data, path)
     try:
-        get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)  # `validate` has no time limit of its own
+        get_session().head(constants.ENDPOINT, timeout=_PROBE_SECONDS)  # `validate` has no time limit of its own
         card.validate()
     except ValueError as error:
         raise HubError(f"The Hub refuses the metadata of {path}: {error}") from error
@@ -309,3 +269,14 @@ def validate_card(path: str | os.PathLike) -> bool:
             raise
         return False
     return True
+
+
+def check_metadata(data: ModelCardData, where: str | os.PathLike) -> None:
+    """Refuses metadata that the Hub would refuse.
+
+    Raises:
+        HubError: Says what is wrong.
+    """
+    problems = violations(data.to_dict())
+    if problems:
+        raise HubError(f"The metadata of {where} is not valid: {'; '.join(problems)}.")

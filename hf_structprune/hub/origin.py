@@ -66,6 +66,11 @@ class Origin:
     folder: Path | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def link(self) -> str:
+        """The name, as a link where it is one of the Hub."""
+        return f"[{self.name}](https://huggingface.co/{self.name})" if self.on_hub else self.name
+
     @classmethod
     def of(cls, name: str | os.PathLike) -> Origin:
         """The model behind what was given to `from_pretrained`.
@@ -188,11 +193,8 @@ def base_metadata(origin: Origin) -> dict[str, Any]:
             metadata = metadata_load(readme) if readme.is_file() else None
         else:
             metadata = _metadata_on_hub(origin.name) if origin.on_hub else None
-    except (OSError, ValueError) as error:
-        metadata = None
-        logger.warning(f"The card of {origin.name} could not be read, so that its licence is unknown: {error}")
     except Exception as error:
-        if not is_network_error(error):
+        if not isinstance(error, (OSError, ValueError)) and not is_network_error(error):
             raise
         metadata = None
         logger.warning(f"The card of {origin.name} could not be read, so that its licence is unknown: {error}")
@@ -218,12 +220,7 @@ _LLAMA = {
 
 
 def attribution(metadata: dict[str, Any], name: str) -> list[str]:
-    """The sentences that a licence wants in the card; empty where none is known to us.
-
-    Args:
-        metadata: `license`, `license_name` and `license_link` of the base model.
-        name: Hub id or name of the pruned model: Llama licences have a rule for it.
-    """
+    """The sentences that a licence wants in the card; Llama licences have a rule for the name of the pruned model."""
     names = " ".join(str(metadata.get(key) or "").lower() for key in ("license", "license_name"))
     llama = re.search(r"\bllama-?(\d(?:\.\d)?)", names)
     if llama and llama[1] in _LLAMA:
@@ -247,3 +244,17 @@ def _llama(family: str, licence: str, words: str | None, prefix: str | None, nam
     rule = f'The licence asks that the name of a derived model begins with "{prefix}"'
     begins = name.rsplit("/", 1)[-1].replace("-", " ").lower().startswith(prefix.lower())
     return [*sentences, f"{rule}." if begins else f"{rule}: rename this one before you publish it."]
+
+
+def licence_in_words(metadata: dict[str, Any], link: str) -> str:
+    """The licence of the base model, which is also that of the model derived from it."""
+    licence = metadata.get("license")
+    if not licence:
+        return (
+            f"The licence of {link} could not be read, so that none is set here. This model is derived from it: its "
+            "licence applies. Look it up before you use or publish this model."
+        )
+    words = metadata.get("license_name") or (licence if isinstance(licence, str) else ", ".join(licence))
+    where = metadata.get("license_link")
+    named = f"[{words}]({where})" if where else f"`{words}`"
+    return f"{named}, the licence of {link}, which this model is derived from."

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitInfo, HfApi, get_token
+from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from transformers.utils import logging
 
@@ -64,7 +65,10 @@ def push_folder(
         CheckpointError: A file of this package in the folder is damaged.
     """
     folder = Path(folder)
-    check_checkpoint(folder)
+    check_is_ours(folder)
+    damage = damaged_weights(folder, ("model.safetensors", "model.safetensors.index.json"))
+    if damage is not None:
+        raise HubError(f"{folder} is no whole checkpoint: {damage}.")
     check_own_files(folder)
     _check_token(token)
     if create_pr and revision not in (None, "main"):
@@ -81,17 +85,12 @@ def push_folder(
         write_card(folder, name=repo_id)
         go, stay = choose_files(folder)
         if stay:
-            logger.warning(f"Not uploaded: {', '.join(map(str, stay))}.")
-        remote = api.list_repo_files(repo_id, revision=revision)
-        operations = [CommitOperationAdd(path.as_posix(), folder / path) for path in go]
-        operations += [CommitOperationDelete(name) for name in stale_files(remote, go)]
-        return api.create_commit(
-            repo_id,
-            operations,
+            logger.warning(f"Not uploaded: {', '.join(stay)}.")
+        return api.upload_folder(
+            repo_id=repo_id, folder_path=folder, revision=revision, create_pr=create_pr,
             commit_message=commit_message or f"Upload {repo_id.rpartition('/')[2]}, pruned by hf_structprune",
-            revision=revision,
-            create_pr=create_pr,
-        )
+            allow_patterns=[glob.escape(name) for name in go], delete_patterns=list(_STALE),
+        )  # fmt: skip
 
 
 def _check_token(token: str | None) -> None:
@@ -103,23 +102,16 @@ def _check_token(token: str | None) -> None:
         raise HubError("The token has spaces, line breaks or other characters that no token of the Hub has.")
 
 
-# Hidden files may hold secrets (.env, .netrc, .git); pickles run code when they are read; the others are of training.
-_HIDDEN_THAT_GO = (".gitattributes", EVAL_RESULTS)
-_NEVER = (
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.pkl",
-    "*.pickle",
-    "*.ckpt",
-    "*.joblib",
-    "*.npy",
-    "*.npz",
-    "*.pyc",
-    "*.pem",
-    "*.key",
-)
+# Hidden files may hold secrets (.env, .netrc, .git), all but these; pickles run code when they are read; keys are
+# secret; the folders are of training.
+_HIDDEN_THAT_GO = (".gitattributes", f"{EVAL_RESULTS}/*")
+_ENDINGS = ["bin", "pt", "pth", "pkl", "pickle", "ckpt", "joblib", "npy", "npz", "pyc", "pem", "key"]
 _FOLDERS = ("__pycache__", "checkpoint-*", "runs", "wandb")
+_NEVER = [
+    "*/.*",
+    *(f"*.{ending}" for ending in _ENDINGS),
+    *(f"{at}{name}/*" for name in _FOLDERS for at in ("", "*/")),
+]
 _TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
 _LARGEST_TEXT = 10_000_000
 # Files of an earlier checkpoint on the Hub that would be taken for part of this one.
@@ -131,20 +123,8 @@ _STALE = (
 )  # fmt: skip
 
 
-def check_checkpoint(folder: Path) -> None:
-    """Refuses a folder that is no complete checkpoint of this package.
-
-    Raises:
-        HubError: Says which file is missing or damaged.
-    """
-    check_is_ours(folder)
-    found = damaged_weights(folder, ("model.safetensors", "model.safetensors.index.json"))
-    if found is not None:
-        raise HubError(f"{folder} is no whole checkpoint: {found}.")
-
-
-def choose_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The files that go to the Hub and those that stay, relative to the folder, each in order.
+def choose_files(folder: Path) -> tuple[list[str], list[str]]:
+    """The files that go to the Hub and those that stay (of folders that stay whole, their names), in order.
 
     Hidden files (but `.gitattributes` and `.eval_results/`), pickles and other files that run code when they are
     loaded, keys, and what training leaves (`checkpoint-*`, `runs`) stay.
@@ -152,31 +132,15 @@ def choose_files(folder: Path) -> tuple[list[Path], list[Path]]:
     Raises:
         HubError: A file that would go has what looks like a token of the Hub in it.
     """
-    go: list[Path] = []
-    stay: list[Path] = []
-    for root, folders, files in os.walk(folder):
-        here = Path(root).relative_to(folder)
-        for name in sorted(folders):
-            if not _goes(here / name, _FOLDERS):
-                stay.append(here / name)
-        folders[:] = sorted(name for name in folders if here / name not in stay)
-        for name in sorted(files):
-            (go if _goes(here / name, _NEVER) else stay).append(here / name)
-    for path in go:
-        if (folder / path).stat().st_size < _LARGEST_TEXT and _TOKEN.search((folder / path).read_bytes()):
-            raise HubError(f"{folder / path} has what looks like a token of the Hub in it; nothing was uploaded.")
-    return go, stay
-
-
-def stale_files(remote: list[str], going: list[Path]) -> list[str]:
-    """Files of an earlier push that this one does not replace and that would be taken for part of it."""
-    new = {path.as_posix() for path in going}
-    return [name for name in remote if name not in new and any(fnmatch(name, pattern) for pattern in _STALE)]
-
-
-def _goes(path: Path, never: tuple[str, ...]) -> bool:
-    hidden = path.name.startswith(".") and str(path) not in _HIDDEN_THAT_GO
-    return not hidden and not any(fnmatch(path.name, pattern) for pattern in never)
+    there = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    visible = filter_repo_objects(there, ignore_patterns=[".*", *_NEVER])
+    go = sorted({*visible, *filter_repo_objects(there, allow_patterns=_HIDDEN_THAT_GO, ignore_patterns=_NEVER)})
+    for name in go:
+        if (folder / name).stat().st_size < _LARGEST_TEXT and _TOKEN.search((folder / name).read_bytes()):
+            raise HubError(f"{folder / name} has what looks like a token of the Hub in it; nothing was uploaded.")
+    some_go = {name.partition("/")[0] for name in go}
+    stay = (name if name.partition("/")[0] in some_go else name.partition("/")[0] for name in there if name not in go)
+    return go, list(dict.fromkeys(stay))
 
 
 def take_over(source: Path, target: Path) -> None:
@@ -189,11 +153,11 @@ def take_over(source: Path, target: Path) -> None:
     if not _same_weights(source, target):
         logger.warning(f"The model has changed since it was saved to {source}: the results there are left out.")
         return
-    for path in choose_files(source)[0]:
-        weights = path.name.endswith((".safetensors", ".safetensors.index.json"))
-        if path.name == CARD_NAME or not (weights or (target / path).exists()):
-            (target / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / path, target / path)
+    for name in choose_files(source)[0]:
+        weights = name.endswith((".safetensors", ".safetensors.index.json"))
+        if name == CARD_NAME or not (weights or (target / name).exists()):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, target / name)
 
 
 def _same_weights(one: Path, other: Path) -> bool:

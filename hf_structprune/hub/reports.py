@@ -16,12 +16,22 @@ from ..text.calibration_config import CalibrationConfig
 from .words import calibration_in_words, changed_options
 
 
-def read_versioned(path: Path, version: int) -> dict[str, Any] | None:
-    """The content of a report; `None` where there is no such file.
+RECOVERY_NAME, PICTURE_NAME = "recovery.json", "recovery.png"
+QUANTIZATION_NAME = "quantization.json"
+SCHEMA_VERSION = 1  # of both
+# Comments by which a section can be found and replaced.
+BEGIN_RECOVERY, END_RECOVERY = "<!-- recovery, by hf_structprune -->", "<!-- end of recovery -->"
+BEGIN_QUANTISATION, END_QUANTISATION = "<!-- quantisation, by hf_structprune -->", "<!-- end of quantisation -->"
+_STOPPED = {
+    "target": "The target was reached, so that training ended there.",
+    "worse": "Training was stopped: it brought no further improvement.",
+    "nan": "Training was stopped: its loss was no longer finite.",
+}
+_CALIBRATED = ("gptq", "awq", "auto-round")
 
-    Args:
-        path: The file.
-        version: The `schema_version` that can be read.
+
+def read_report(path: Path) -> dict[str, Any] | None:
+    """The content of a report; `None` where there is no such file.
 
     Raises:
         CheckpointError: It cannot be read, or is of another version.
@@ -29,57 +39,65 @@ def read_versioned(path: Path, version: int) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     report = read_json_object(path)
-    if report.get("schema_version") != version:
+    if report.get("schema_version") != SCHEMA_VERSION:
         found = report.get("schema_version")
-        raise CheckpointError(f"{path} is of version {found!r}; this package reads {version}.")
+        raise CheckpointError(f"{path} is of version {found!r}; this package reads {SCHEMA_VERSION}.")
     return report
 
 
-RECOVERY_NAME, PICTURE_NAME = "recovery.json", "recovery.png"
-SCHEMA_VERSION = 1
-BEGIN_RECOVERY, END_RECOVERY = "<!-- recovery, by hf_structprune -->", "<!-- end of recovery -->"
-_INITIALISED = "initialised by {}"
-_STOPPED = {
-    "target": "The target was reached, so that training ended there.",
-    "worse": "Training was stopped: it brought no further improvement.",
-    "nan": "Training was stopped: its loss was no longer finite.",
-}
-
-
 def read_recovery(folder: Path) -> dict[str, Any] | None:
-    """The `recovery.json` of a folder; `None` where there is none.
+    """The `recovery.json` of a folder, see `read_report`."""
+    return read_report(folder / RECOVERY_NAME)
 
-    Raises:
-        CheckpointError: It cannot be read, or is of another version.
-    """
-    return read_versioned(folder / RECOVERY_NAME, SCHEMA_VERSION)
+
+def read_quantization(folder: Path) -> dict[str, Any] | None:
+    """The `quantization.json` of a folder, see `read_report`."""
+    return read_report(folder / QUANTIZATION_NAME)
 
 
 def recovery_section(report: dict[str, Any], *, picture: str | None = PICTURE_NAME) -> str:
-    """The section "Recovery" in Markdown, between two comments by which it can be found and replaced.
+    """The section "Recovery" in Markdown.
 
     Args:
         report: The content of `recovery.json`.
         picture: File with the curve, relative to the card; `None` if there is none.
     """
-    lines = [f"* {name}: {text}" for name, text in _recovery_facts(report) if text]
-    parts = [BEGIN_RECOVERY, "## Recovery", outcome(report), "\n".join(lines)]
-    if picture is not None:
-        parts.append(f"![perplexity of the held-out text during training]({picture})")
+    text = report.get("text") or {}
+    held_out = f"`{text['name']}`" if text.get("name") else ""
+    if text.get("windows") and text.get("window"):
+        held_out += f", {text['windows']:,} windows of {text['window']:,} tokens"
+    facts = {
+        "Method": _trained_how(report), "Data": _data(report), "Training": _training(report),
+        "Held-out text": held_out, "Versions": _versions(report),
+    }  # fmt: skip
+    curve = "" if picture is None else f"![perplexity of the held-out text during training]({picture})"
     command = recover_command(report)
-    if command is not None:
-        parts.append(f"```bash\n{command}\n```")
-    return "\n\n".join([*(part for part in parts if part), END_RECOVERY])
+    parts = ["## Recovery", outcome(report), _list(facts), curve, "" if command is None else _bash(command)]
+    return "\n\n".join(filter(None, [BEGIN_RECOVERY, *parts, END_RECOVERY]))
+
+
+def quantisation_section(report: dict[str, Any]) -> str:
+    """The section "Quantised" in Markdown, of the content of `quantization.json`."""
+    text, weights = calibration_of(report), report.get("weights") or {}
+    after, before = weights.get("bytes"), weights.get("bytes_before")
+    size = f"The weights take {after / 1e6:,.1f} MB" if after else ""
+    if size:
+        size += f", {after / before:.0%} of the {before / 1e6:,.1f} MB before." if before else "."
+    facts = {
+        "Method": _quantised_how(report),
+        "Calibration": "none" if text is None else calibration_in_words(text),
+        "Versions": _versions(report),
+    }
+    parts = ["## Quantised", size, _list(facts, report.get("notes") or []), _bash(quantize_command(report))]
+    return "\n\n".join(filter(None, [BEGIN_QUANTISATION, *parts, END_QUANTISATION]))
 
 
 def outcome(report: dict[str, Any]) -> str:
     """What training did to the perplexity of the held-out text, good or bad."""
-    curve, step = report["curve"], report["best_step"]
-    pruned, kept, points = curve["pruned"], _value(report), curve["points"]
+    step, pruned, kept, points = report["best_step"], *_before_and_after(report)
     if not points:
         return "The perplexity of the held-out text was not measured after training."
-    last = points[-1]
-    after = f"{_perplexity(last['log_perplexity'])} after step {last['step']:,}"
+    after = f"{_perplexity(points[-1]['log_perplexity'])} after step {points[-1]['step']:,}"
     if step == 0:
         text = (
             f"**Training did not help.** The perplexity of a text that was not trained on was {_perplexity(pruned)} "
@@ -91,20 +109,20 @@ def outcome(report: dict[str, Any]) -> str:
         verb = "rose" if kept > pruned else "fell" if kept < pruned else "stayed"
         text = f"The perplexity of a text that was not trained on {verb} from {_perplexity(pruned)} to "
         text += _perplexity(kept) + (": **training made the model worse**" if kept > pruned else "") + _share(report)
-        if last["step"] != step:
+        if points[-1]["step"] != step:
             text += f" The weights are those after step {step:,}; it was {after}."
-    stopped = _STOPPED.get(report.get("stopped"))
-    return text + (f" {stopped}" if stopped else "")
+    return " ".join(filter(None, [text, _STOPPED.get(report.get("stopped"))]))
 
 
 def recovery_summary(report: dict[str, Any]) -> str:
-    """The same in one sentence."""
-    kept, pruned, share = _value(report), report["curve"]["pruned"], report.get("recovered")
-    if report["best_step"] == 0 and report["curve"]["points"]:
+    """What training did, in one sentence."""
+    pruned, kept, points = _before_and_after(report)
+    share = report.get("recovered")
+    if report["best_step"] == 0 and points:
         return "Training it afterwards did not help, so that these are the weights from before, see Recovery."
     if kept is not None and kept > pruned:
         return "Training it afterwards made it worse on a text that was not trained on, see Recovery."
-    if share is None or not report["curve"]["points"]:
+    if share is None or not points:
         return "It was trained afterwards to get quality back, see Recovery."
     return (
         f"Training it afterwards brought back {share:.1%} of the log-perplexity that pruning had lost on a text that "
@@ -112,103 +130,9 @@ def recovery_summary(report: dict[str, Any]) -> str:
     )
 
 
-def _share(report: dict[str, Any]) -> str:
-    """How much of what pruning lost is back; ends the sentence."""
-    dense, share = report["curve"]["dense"], report.get("recovered")
-    if dense is None:
-        return ". The dense model was not measured on it, so that no share can be given."
-    of_dense = f" (dense: {_perplexity(dense)})"
-    if share is None:
-        return f"{of_dense}. Pruning had lost nothing on this text."
-    if share < 0:
-        return f"{of_dense}."
-    return f"{of_dense}: {share:.1%} of the log-perplexity that pruning had lost on it is back."
-
-
-def _value(report: dict[str, Any]) -> float | None:
-    """Log-perplexity of the weights that were kept."""
-    curve, step = report["curve"], report["best_step"]
-    values = {point["step"]: point["log_perplexity"] for point in curve["points"]}
-    return values.get(step, curve["pruned"] if step == 0 else None)
-
-
-def _perplexity(log_perplexity: float) -> str:
-    return f"{math.exp(min(log_perplexity, 700.0)):,.2f}"
-
-
-def _recovery_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
-    text, versions = report.get("text") or {}, report.get("versions") or {}
-    held_out = f"`{text['name']}`" if text.get("name") else ""
-    if text.get("windows") and text.get("window"):
-        held_out += f", {text['windows']:,} windows of {text['window']:,} tokens"
-    return [
-        ("Method", _trained_how(report)),
-        ("Data", _data(report)),
-        ("Training", _training(report)),
-        ("Held-out text", held_out),
-        ("Versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
-    ]
-
-
-def _trained_how(report: dict[str, Any]) -> str:
-    values, training = report.get("configuration") or {}, report.get("training") or {}
-    if not values:
-        name = training.get("method")
-        return {"full": "all weights", None: ""}.get(name, str(name).upper().replace("LORA", "LoRA"))
-    config = RecoveryConfig.from_dict(values)
-    adapters = f"rank {config.rank}, alpha {config.alpha}"
-    adapters += ", DoRA" if config.use_dora else ""
-    adapters += ", rsLoRA" if config.use_rslora else ""
-    adapters += f", {' and '.join(config.modules_to_save)} trained whole" if config.modules_to_save else ""
-    adapters += f", {_INITIALISED.format(config.init_lora_weights)}" if config.init_lora_weights else ""
-    trained = {
-        "lora": f"LoRA ({adapters})",
-        "qlora": f"LoRA over a {config.bits}-bit base ({adapters})",
-        "full": "all weights",
-    }
-    what = trained[config.trained]
-    if config.method != "distill":
-        return f"{what}, trained on the labels of the data"
-    source = report.get("teacher") or "the dense model"
-    distillation = report.get("distillation") or {}
-    more = [
-        f"{name.replace('_', ' ')} {distillation[name]:g}"
-        for name in ("temperature", "label_weight", "hidden_weight", "attention_weight")
-        if distillation.get(name)
-    ]
-    return f"{what}, trained to predict what {source} predicts" + (f" ({', '.join(more)})" if more else "")
-
-
-def _data(report: dict[str, Any]) -> str:
-    sources = (report.get("data") or {}).get("sources") or []
-    if sources:
-        return "; ".join(f"`{one['name']}`, {one['sequences']:,} sequences" for one in sources)
-    return ", ".join(f"`{name}`" for name in dataset_names(report))
-
-
-def dataset_names(report: dict[str, Any]) -> list[str]:
-    """Names of the data that was trained on."""
-    sources = (report.get("data") or {}).get("sources") or []
-    given = (report.get("training") or {}).get("dataset") or []
-    return [one["name"] for one in sources] or ([given] if isinstance(given, str) else list(given))
-
-
-def _training(report: dict[str, Any]) -> str:
-    values = report.get("training") or {}
-    words = [
-        f"{values['steps']:,} steps" if values.get("steps") is not None else "",
-        f"{values['epochs']:.2f} epochs" if values.get("epochs") is not None else "",
-        f"batches of {values['batch_size']:,}" if values.get("batch_size") else "",
-        f"learning rate {values['learning_rate']:g}" if values.get("learning_rate") else "",
-        f"{values['tokens']:,} tokens" if values.get("tokens") else "",
-        f"{values['trainable_parameters']:,} trained parameters" if values.get("trainable_parameters") else "",
-        _duration(values["seconds"]) if values.get("seconds") else "",
-    ]
-    return ", ".join(filter(None, words))
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.1f} minutes"
+def quantisation_summary(report: dict[str, Any]) -> str:
+    """What quantising did, in one sentence."""
+    return f"Its weights were then quantised to {report['bits']} bits with {report['method']}, see Quantised."
 
 
 def recover_command(report: dict[str, Any]) -> str | None:
@@ -226,57 +150,30 @@ def recover_command(report: dict[str, Any]) -> str | None:
     words = ["hf-structprune", "recover", report.get("model") or "PRUNED_MODEL"]
     words += ["--dataset", *(report.get("dataset") or dataset_names(report) or ["YOUR_DATASET"])]
     words += ["--output-dir", "recovered"]
-    dense = report["curve"]["dense"]
-    if config.method == "distill":
-        words += ["--teacher", report["teacher"]] if report.get("teacher") else []
-    if dense is not None:
-        words += ["--dense", f"{math.exp(dense):.6g}"]
+    if config.method == "distill" and report.get("teacher"):
+        words += ["--teacher", report["teacher"]]
+    if report["curve"]["dense"] is not None:
+        words += ["--dense", f"{math.exp(report['curve']['dense']):.6g}"]
     return shlex.join(words + changed_options(config) + changed_options(distillation))
 
 
-QUANTIZATION_NAME = "quantization.json"
-_CALIBRATED = ("gptq", "awq", "auto-round")
-BEGIN_QUANTISATION, END_QUANTISATION = "<!-- quantisation, by hf_structprune -->", "<!-- end of quantisation -->"
-
-
-def read_quantization(folder: Path) -> dict[str, Any] | None:
-    """The `quantization.json` of a folder; `None` where there is none.
-
-    Raises:
-        CheckpointError: It cannot be read, or is of another version.
-    """
-    return read_versioned(folder / QUANTIZATION_NAME, SCHEMA_VERSION)
-
-
-def quantisation_section(report: dict[str, Any]) -> str:
-    """The section "Quantised" in Markdown, between two comments by which it can be found and replaced.
-
-    Args:
-        report: The content of `quantization.json`.
-    """
-    lines = [f"* {name}: {text}" for name, text in _quantisation_facts(report) if text]
-    lines += [f"* {note}" for note in report.get("notes") or []]
-    parts = [BEGIN_QUANTISATION, "## Quantised", _sizes(report), "\n".join(lines)]
-    return "\n\n".join(
-        [*(part for part in parts if part), f"```bash\n{quantize_command(report)}\n```", END_QUANTISATION]
-    )
-
-
-def quantisation_summary(report: dict[str, Any]) -> str:
-    """The same in one sentence."""
-    return f"Its weights were then quantised to {report['bits']} bits with {report['method']}, see Quantised."
-
-
 def quantize_command(report: dict[str, Any]) -> str:
-    """The command that does the same again."""
+    """The command that quantises in the same way again."""
     config = QuantizationConfig.from_dict(report["configuration"])
     words = ["hf-structprune", "quantize", report.get("model") or "MODEL", "--output-dir", "quantised"]
     words += ["--method", config.method] if config.method == QuantizationConfig().method else []
     return shlex.join(words + changed_options(config))
 
 
+def dataset_names(report: dict[str, Any]) -> list[str]:
+    """Names of the data that was trained on."""
+    sources = (report.get("data") or {}).get("sources") or []
+    given = (report.get("training") or {}).get("dataset") or []
+    return [one["name"] for one in sources] or ([given] if isinstance(given, str) else list(given))
+
+
 def calibration_of(report: dict[str, Any]) -> CalibrationConfig | None:
-    """The text that the values were chosen on; `None` for methods that round to the nearest."""
+    """The text that quantised values were chosen on; `None` for methods that round to the nearest."""
     config = QuantizationConfig.from_dict(report["configuration"])
     return config.calibration if config.method in _CALIBRATED else None
 
@@ -286,23 +183,85 @@ def libraries(report: dict[str, Any]) -> list[str]:
     return [name for name in report.get("versions") or {} if name not in ("hf_structprune", *LIBRARIES)]
 
 
-def _sizes(report: dict[str, Any]) -> str:
-    """`"The weights take 155.1 MB; they took 431.9 MB before."`"""
-    weights = report.get("weights") or {}
-    after, before = weights.get("bytes"), weights.get("bytes_before")
-    if not after:
-        return ""
-    text = f"The weights take {after / 1e6:,.1f} MB"
-    return text + (f", {after / before:.0%} of the {before / 1e6:,.1f} MB before." if before else ".")
+def _list(facts: dict[str, str], more: list[str] | None = None) -> str:
+    return "\n".join([*(f"* {name}: {text}" for name, text in facts.items() if text), *(f"* {n}" for n in more or [])])
 
 
-def _quantisation_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
-    versions, text = report.get("versions") or {}, calibration_of(report)
-    return [
-        ("Method", _quantised_how(report)),
-        ("Calibration", "none" if text is None else calibration_in_words(text)),
-        ("Versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
+def _bash(command: str) -> str:
+    return f"```bash\n{command}\n```"
+
+
+def _versions(report: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in (report.get("versions") or {}).items())
+
+
+def _share(report: dict[str, Any]) -> str:
+    """How much of what pruning lost is back; ends the sentence."""
+    dense, share = report["curve"]["dense"], report.get("recovered")
+    if dense is None:
+        return ". The dense model was not measured on it, so that no share can be given."
+    if share is None:
+        return f" (dense: {_perplexity(dense)}). Pruning had lost nothing on this text."
+    back = f": {share:.1%} of the log-perplexity that pruning had lost on it is back" if share >= 0 else ""
+    return f" (dense: {_perplexity(dense)}){back}."
+
+
+def _before_and_after(report: dict[str, Any]) -> tuple[float, float | None, list[dict[str, Any]]]:
+    """Log-perplexities of the pruned weights and of those that were kept, and all points of the curve."""
+    curve, step = report["curve"], report["best_step"]
+    values = {point["step"]: point["log_perplexity"] for point in curve["points"]}
+    return curve["pruned"], values.get(step, curve["pruned"] if step == 0 else None), curve["points"]
+
+
+def _perplexity(log_perplexity: float) -> str:
+    return f"{math.exp(min(log_perplexity, 700.0)):,.2f}"
+
+
+def _trained_how(report: dict[str, Any]) -> str:
+    values = report.get("configuration") or {}
+    if not values:
+        name = (report.get("training") or {}).get("method")
+        return {"full": "all weights", None: ""}.get(name, str(name).upper().replace("LORA", "LoRA"))
+    config = RecoveryConfig.from_dict(values)
+    adapters = [f"rank {config.rank}, alpha {config.alpha}"]
+    adapters += ["DoRA"] if config.use_dora else []
+    adapters += ["rsLoRA"] if config.use_rslora else []
+    adapters += [f"{' and '.join(config.modules_to_save)} trained whole"] if config.modules_to_save else []
+    adapters += [f"initialised by {config.init_lora_weights}"] if config.init_lora_weights else []
+    base = f" over a {config.bits}-bit base" if config.trained == "qlora" else ""
+    what = "all weights" if config.trained == "full" else f"LoRA{base} ({', '.join(adapters)})"
+    if config.method != "distill":
+        return f"{what}, trained on the labels of the data"
+    distillation = report.get("distillation") or {}
+    more = [
+        f"{name.replace('_', ' ')} {distillation[name]:g}"
+        for name in ("temperature", "label_weight", "hidden_weight", "attention_weight")
+        if distillation.get(name)
     ]
+    what += f", trained to predict what {report.get('teacher') or 'the dense model'} predicts"
+    return what + (f" ({', '.join(more)})" if more else "")
+
+
+def _data(report: dict[str, Any]) -> str:
+    sources = (report.get("data") or {}).get("sources") or []
+    if sources:
+        return "; ".join(f"`{one['name']}`, {one['sequences']:,} sequences" for one in sources)
+    return ", ".join(f"`{name}`" for name in dataset_names(report))
+
+
+def _training(report: dict[str, Any]) -> str:
+    values = report.get("training") or {}
+    words = [
+        f"{values['steps']:,} steps" if values.get("steps") is not None else "",
+        f"{values['epochs']:.2f} epochs" if values.get("epochs") is not None else "",
+        f"batches of {values['batch_size']:,}" if values.get("batch_size") else "",
+        f"learning rate {values['learning_rate']:g}" if values.get("learning_rate") else "",
+        f"{values['tokens']:,} tokens" if values.get("tokens") else "",
+        f"{values['trainable_parameters']:,} trained parameters" if values.get("trainable_parameters") else "",
+    ]
+    if seconds := values.get("seconds"):
+        words.append(f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.1f} minutes")
+    return ", ".join(filter(None, words))
 
 
 def _quantised_how(report: dict[str, Any]) -> str:

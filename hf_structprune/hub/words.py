@@ -21,12 +21,7 @@ _GONE = {"layers": "Decoder layers", "attention": "Attention of layers", "mlp": 
 
 
 def what_went(config: PruningConfig, plan: PruningPlan) -> list[str]:
-    """One line for each kind of unit: what went, and by which criterion.
-
-    Args:
-        config: How the model was pruned.
-        plan: What went.
-    """
+    """One line for each kind of unit: what went, and by which criterion."""
     lines = []
     if config.kinds(WIDTH_UNITS):
         variant = f" (`{config.taylor}`)" if config.criterion == "taylor" else ""
@@ -52,99 +47,48 @@ def what_went(config: PruningConfig, plan: PruningPlan) -> list[str]:
     return lines
 
 
+_NEURIPS = "Advances in Neural Information Processing Systems"
+_ICLR = "International Conference on Learning Representations"
+# Key, title, authors, where and when it appeared, and its number at https://huggingface.co/papers or its address.
 _PAPERS = {
-    "obs": """@inproceedings{hassibi1992second,
-  title     = {Second order derivatives for network pruning: Optimal Brain Surgeon},
-  author    = {Hassibi, Babak and Stork, David G.},
-  booktitle = {Advances in Neural Information Processing Systems},
-  volume    = {5},
-  year      = {1992}
-}""",
-    "ziplm": """@inproceedings{kurtic2023ziplm,
-  title     = {{ZipLM}: Inference-Aware Structured Pruning of Language Models},
-  author    = {Kurtic, Eldar and Frantar, Elias and Alistarh, Dan},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year      = {2023},
-  url       = {https://huggingface.co/papers/2302.04089}
-}""",
-    "wanda": """@inproceedings{sun2024wanda,
-  title     = {A Simple and Effective Pruning Approach for Large Language Models},
-  author    = {Sun, Mingjie and Liu, Zhuang and Bair, Anna and Kolter, J. Zico},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2024},
-  url       = {https://huggingface.co/papers/2306.11695}
-}""",
-    "flap": """@inproceedings{an2024flap,
-  title     = {Fluctuation-based Adaptive Structured Pruning for Large Language Models},
-  author    = {An, Yongqi and Zhao, Xu and Yu, Tao and Tang, Ming and Wang, Jinqiao},
-  booktitle = {Proceedings of the AAAI Conference on Artificial Intelligence},
-  year      = {2024},
-  url       = {https://huggingface.co/papers/2312.11983}
-}""",
-    "minitron": """@inproceedings{muralidharan2024minitron,
-  title     = {Compact Language Models via Pruning and Knowledge Distillation},
-  author    = {Muralidharan, Saurav and Sreenivas, Sharath Turuvekere and Joshi, Raviraj and others},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year      = {2024},
-  url       = {https://huggingface.co/papers/2407.14679}
-}""",
-    "llm-pruner": """@inproceedings{ma2023llmpruner,
-  title     = {{LLM-Pruner}: On the Structural Pruning of Large Language Models},
-  author    = {Ma, Xinyin and Fang, Gongfan and Wang, Xinchao},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year      = {2023},
-  url       = {https://huggingface.co/papers/2305.11627}
-}""",
-    "magnitude": """@inproceedings{li2017pruning,
-  title     = {Pruning Filters for Efficient {ConvNets}},
-  author    = {Li, Hao and Kadav, Asim and Durdanovic, Igor and Samet, Hanan and Graf, Hans Peter},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2017},
-  url       = {https://huggingface.co/papers/1608.08710}
-}""",
-    "angular": """@inproceedings{gromov2025unreasonable,
-  title     = {The Unreasonable Ineffectiveness of the Deeper Layers},
-  author    = {Gromov, Andrey and Tirumala, Kushal and Shapourian, Hassan and Glorioso, Paolo and Roberts, Daniel A.},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2025},
-  url       = {https://huggingface.co/papers/2403.17887}
-}""",
-    "block_influence": """@article{men2024shortgpt,
-  title   = {{ShortGPT}: Layers in Large Language Models are More Redundant Than You Expect},
-  author  = {Men, Xin and Xu, Mingyu and Zhang, Qingyu and Wang, Bingning and Lin, Hongyu and others},
-  journal = {arXiv preprint arXiv:2403.03853},
-  year    = {2024},
-  url     = {https://huggingface.co/papers/2403.03853}
-}""",
-    "shortened-llm": """@article{kim2024shortened,
-  title   = {Shortened {LLaMA}: Depth Pruning for Large Language Models with Comparison of Retraining Methods},
-  author  = {Kim, Bo-Kyeong and Kim, Geonmin and Kim, Tae-Ho and Castells, Thibault and others},
-  journal = {arXiv preprint arXiv:2402.02834},
-  year    = {2024},
-  url     = {https://huggingface.co/papers/2402.02834}
-}""",
-    "slicegpt": """@inproceedings{ashkboos2024slicegpt,
-  title     = {{SliceGPT}: Compress Large Language Models by Deleting Rows and Columns},
-  author    = {Ashkboos, Saleh and Croci, Maximilian L. and do Nascimento, Marcelo Gennari and others},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2024},
-  url       = {https://huggingface.co/papers/2401.15024}
-}""",
-    "sleb": """@inproceedings{song2024sleb,
-  title     = {{SLEB}: Streamlining {LLMs} through Redundancy Verification and Elimination of Transformer Blocks},
-  author    = {Song, Jiwon and Oh, Kyungseok and Kim, Taesu and Kim, Hyungjun and Kim, Yulhwa and Kim, Jae-Joon},
-  booktitle = {International Conference on Machine Learning},
-  year      = {2024},
-  url       = {https://huggingface.co/papers/2402.09025}
-}""",
-    "lm-eval": """@misc{eval-harness,
-  title  = {The Language Model Evaluation Harness},
-  author = {Gao, Leo and Tow, Jonathan and Abbasi, Baber and Biderman, Stella and others},
-  year   = {2024},
-  doi    = {10.5281/zenodo.12608602},
-  url    = {https://github.com/EleutherAI/lm-evaluation-harness}
-}""",
-}
+    "obs": ("hassibi1992second", "Second order derivatives for network pruning: Optimal Brain Surgeon",
+            "Hassibi, Babak and Stork, David G.", _NEURIPS, 1992, None),
+    "ziplm": ("kurtic2023ziplm", "{ZipLM}: Inference-Aware Structured Pruning of Language Models",
+              "Kurtic, Eldar and Frantar, Elias and Alistarh, Dan", _NEURIPS, 2023, "2302.04089"),
+    "wanda": ("sun2024wanda", "A Simple and Effective Pruning Approach for Large Language Models",
+              "Sun, Mingjie and Liu, Zhuang and Bair, Anna and Kolter, J. Zico", _ICLR, 2024, "2306.11695"),
+    "flap": ("an2024flap", "Fluctuation-based Adaptive Structured Pruning for Large Language Models",
+             "An, Yongqi and Zhao, Xu and Yu, Tao and Tang, Ming and Wang, Jinqiao",
+             "Proceedings of the AAAI Conference on Artificial Intelligence", 2024, "2312.11983"),
+    "minitron": ("muralidharan2024minitron", "Compact Language Models via Pruning and Knowledge Distillation",
+                 "Muralidharan, Saurav and Sreenivas, Sharath Turuvekere and Joshi, Raviraj and others", _NEURIPS,
+                 2024, "2407.14679"),
+    "llm-pruner": ("ma2023llmpruner", "{LLM-Pruner}: On the Structural Pruning of Large Language Models",
+                   "Ma, Xinyin and Fang, Gongfan and Wang, Xinchao", _NEURIPS, 2023, "2305.11627"),
+    "magnitude": ("li2017pruning", "Pruning Filters for Efficient {ConvNets}",
+                  "Li, Hao and Kadav, Asim and Durdanovic, Igor and Samet, Hanan and Graf, Hans Peter", _ICLR, 2017,
+                  "1608.08710"),
+    "angular": ("gromov2025unreasonable", "The Unreasonable Ineffectiveness of the Deeper Layers",
+                "Gromov, Andrey and Tirumala, Kushal and Shapourian, Hassan and Glorioso, Paolo and others",
+                _ICLR, 2025, "2403.17887"),
+    "block_influence": ("men2024shortgpt",
+                        "{ShortGPT}: Layers in Large Language Models are More Redundant Than You Expect",
+                        "Men, Xin and Xu, Mingyu and Zhang, Qingyu and Wang, Bingning and Lin, Hongyu and others",
+                        "arXiv preprint", 2024, "2403.03853"),
+    "shortened-llm": ("kim2024shortened", "Shortened {LLaMA}: Depth Pruning for Large Language Models with Comparison "
+                      "of Retraining Methods",
+                      "Kim, Bo-Kyeong and Kim, Geonmin and Kim, Tae-Ho and Castells, Thibault and others",
+                      "arXiv preprint", 2024, "2402.02834"),
+    "slicegpt": ("ashkboos2024slicegpt", "{SliceGPT}: Compress Large Language Models by Deleting Rows and Columns",
+                 "Ashkboos, Saleh and Croci, Maximilian L. and do Nascimento, Marcelo Gennari and others", _ICLR, 2024,
+                 "2401.15024"),
+    "sleb": ("song2024sleb", "{SLEB}: Streamlining {LLMs} through Redundancy Verification and Elimination of "
+             "Transformer Blocks", "Song, Jiwon and Oh, Kyungseok and Kim, Taesu and Kim, Hyungjun and others",
+             "International Conference on Machine Learning", 2024, "2402.09025"),
+    "lm-eval": ("eval-harness", "The Language Model Evaluation Harness",
+                "Gao, Leo and Tow, Jonathan and Abbasi, Baber and Biderman, Stella and others", None, 2024,
+                "https://github.com/EleutherAI/lm-evaluation-harness"),
+}  # fmt: skip
 _CRITERIA = {
     "obs": ("obs", "ziplm"), "wanda": ("wanda",), "wifv": ("flap",), "activation": ("minitron",),
     "taylor": ("llm-pruner",), "l1": ("magnitude",), "l2": ("magnitude",),
@@ -160,20 +104,24 @@ _HIDDEN_CRITERIA = {
 
 
 def citations(config: PruningConfig, tasks: bool = False, ratio: float | None = None) -> list[str]:
-    """BibTeX entries of what a configuration uses.
-
-    Args:
-        config: The configuration.
-        tasks: Whether tasks of lm-eval were measured.
-        ratio: The ratio that was asked for.
-    """
+    """BibTeX entries of what a configuration uses; of lm-eval too if its tasks were measured."""
     names = [*_CRITERIA.get(config.criterion, ())] if config.kinds(WIDTH_UNITS) else []
     names += [_DEPTH_CRITERIA[config.depth_criterion]] if config.chooses_depth(ratio) else []
     names += [_HIDDEN_CRITERIA[config.hidden_criterion]] if "hidden" in config.units else []
     names += ["flap"] if config.allocation == "global" else []
     names += ["obs"] if config.compensation else []
     names += ["lm-eval"] if tasks else []
-    return [_PAPERS[name] for name in dict.fromkeys(names)]
+    return [_bibtex(*_PAPERS[name]) for name in dict.fromkeys(names)]
+
+
+def _bibtex(key: str, title: str, authors: str, venue: str | None, year: int, where: str | None) -> str:
+    kind, place = {None: ("misc", ""), "arXiv preprint": ("article", "journal")}.get(
+        venue, ("inproceedings", "booktitle")
+    )
+    url = f"https://huggingface.co/papers/{where}" if where and "/" not in where else where
+    fields = {"title": title, "author": authors, place: venue, "year": year, "url": url}
+    lines = "".join(f",\n  {name} = {{{value}}}" for name, value in fields.items() if value is not None)
+    return f"@{kind}{{{key}{lines}\n}}"
 
 
 _SAMPLE = ["Salesforce/wikitext", "allenai/c4"]
@@ -235,13 +183,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")"""
 
 
 def loading(name: str, per_layer: bool, libraries: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """Ways to load a checkpoint, each with a sentence about it.
-
-    Args:
-        name: Hub id or folder.
-        per_layer: Whether its layers differ in width.
-        libraries: What its quantised weights need.
-    """
+    """Ways to load a checkpoint, each with a sentence about it; `libraries` are what its quantised weights need."""
     plain = _LOAD.format(name=name, options="")
     needs = f"Its quantised weights need `pip install {' '.join(libraries)}`. " if libraries else ""
     if not per_layer:
@@ -271,11 +213,8 @@ def recovering(name: str, per_layer: bool) -> str:
 
 def quantising(name: str) -> str:
     """Commands that quantise the model."""
-    lines = [
-        f"hf-structprune quantize {name} --method {method} --bits 4 --output-dir quantised"
-        for method in ("bitsandbytes", "gptq")
-    ]
-    return "\n# or, calibrated:\n".join(lines)
+    command = f"hf-structprune quantize {name} --method {{}} --bits 4 --output-dir quantised"
+    return f"{command.format('bitsandbytes')}\n# or, calibrated:\n{command.format('gptq')}"
 
 
 def config_expression(config: PruningConfig) -> str:
@@ -298,8 +237,8 @@ def making_in_python(
         base: The base model.
         config: What it was pruned with.
         ratio: What was asked for.
-        options: What has to be given to `from_pretrained` to load the same weights.
-        given: Whether a plan was given instead of what was asked for.
+        options: What `from_pretrained` needs to load the same weights.
+        given: Whether it was pruned by a plan that was given.
     """
     by_plan = given or (ratio is None and config.needs_ratio)
     names = ["CalibrationConfig"] if "CalibrationConfig(" in config_expression(config) else []
@@ -327,11 +266,6 @@ def making_on_the_command_line(
     elif ratio is not None:
         words += ["--ratio", str(ratio)]
     return shlex.join(words + _options(_changed(config), "") + _calibration_options(config))
-
-
-def full_configuration(config: PruningConfig) -> str:
-    """Everything, as JSON."""
-    return json.dumps(config.to_dict(), indent=2)
 
 
 def changed_options(values: Any) -> list[str]:

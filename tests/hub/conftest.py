@@ -1,6 +1,9 @@
 """A Hub in memory, the client pointed at it, and a pruned checkpoint to push."""
 
+import copy
+import shutil
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,29 +42,38 @@ def online(hub, monkeypatch, tmp_path):
     close_session()
 
 
-@pytest.fixture
-def pruner(tiny_llama, tiny_tokenizer):
-    """A pruner that has pruned a tiny model by a fifth."""
+@pytest.fixture(scope="session")
+def saved(tiny_builders, tmp_path_factory):
+    """A pruner that has pruned a tiny model by a fifth, one whose layers differ, and the checkpoint of the first."""
     calibration = CalibrationConfig(num_samples=4, length=64)
-    one = StructuredPruner(tiny_llama, PruningConfig(round_to=1, calibration=calibration), tiny_tokenizer)
-    one.prune(0.2)
+    per_layer = {"criterion": "l2", "compensation": False, "layout": "per_layer", "protect_first": 1}
+    make_model, make_tokenizer = tiny_builders
+    pruners = []
+    for options, ratio in (({"calibration": calibration}, 0.2), (per_layer, 0.1)):
+        pruners.append(StructuredPruner(make_model(), PruningConfig(round_to=1, **options), make_tokenizer()))
+        pruners[-1].prune(ratio)
+    folder = tmp_path_factory.mktemp("saved") / "small"
+    pruners[0].save_pretrained(folder)
+    return *pruners, folder
+
+
+@pytest.fixture
+def pruner(saved):
+    one = copy.copy(saved[0])  # tests that change the model copy it
+    one._saved = None
     return one
 
 
 @pytest.fixture
-def per_layer_pruner(tiny_llama, tiny_tokenizer):
-    config = PruningConfig(criterion="l2", compensation=False, layout="per_layer", protect_first=1, round_to=1)
-    one = StructuredPruner(tiny_llama, config, tiny_tokenizer)
-    one.prune(0.1)
-    return one
+def per_layer_pruner(saved):
+    return copy.copy(saved[1])
 
 
 @pytest.fixture
-def folder(pruner, tmp_path):
-    """Its checkpoint."""
-    path = tmp_path / "small"
-    pruner.save_pretrained(path)
-    return path
+def folder(pruner, saved, tmp_path):
+    """Its checkpoint, as if it had just been saved there."""
+    pruner._saved = tmp_path / "small"
+    return Path(shutil.copytree(saved[2], tmp_path / "small"))
 
 
 @pytest.fixture

@@ -29,20 +29,17 @@ def test_valid():
         ({"license": "Apache 2.0"}, "`license` is 'Apache 2.0'"),
         ({"license": "other"}, "`license_name` and `license_link`"),
         ({"language": "English"}, "`language` is 'English'"),
-        ({"language": [False]}, "`language` has an entry that is not text: False"),  # YAML reads `no` so
-        ({"datasets": ["a/b/c"]}, "`datasets` names 'a/b/c'"),
-        ({"base_model": "../model"}, "`base_model` names '../model'"),
+        ({"language": [False]}, "`language` is [False]; it must be text"),  # YAML reads `no` so
+        ({"datasets": ["a/b/c"]}, "`datasets` is 'a/b/c'; it must be an id of the Hub"),
+        ({"base_model": "../model"}, "`base_model` is '../model'; it must be an id of the Hub"),
         ({"base_model_relation": "pruned"}, "`base_model_relation` is 'pruned'"),
-        ({"tags": [1]}, "`tags` has an entry that is not text: 1"),
+        ({"tags": [1]}, "`tags` is [1]; it must be text"),
         ({"pipeline_tag": "Text Generation"}, "`pipeline_tag` is 'Text Generation'"),
-        ({"library_name": ["transformers"]}, "`library_name` must be text"),
-        ({"model-index": {"name": "m"}}, "`model-index` must be a list"),
-        ({"model-index": [{"results": []}]}, "needs `name` and a list of `results`"),
-        ({"model-index": [{"name": "m", "results": [{**RESULT, "dataset": {"type": "b"}}]}]}, "lacks `dataset.name`"),
-        (
-            {"model-index": [{"name": "m", "results": [{**RESULT, "metrics": []}]}]},
-            "needs metrics with `type` and `value`",
-        ),
+        ({"library_name": ["transformers"]}, "`library_name` is ['transformers']; it must be text"),
+        ({"model-index": {"name": "m"}}, "`model-index` cannot be read"),
+        ({"model-index": [{"results": []}]}, "`model-index` cannot be read: KeyError('name')"),
+        ({"model-index": [{"name": "m", "results": [{**RESULT, "dataset": {"type": "b"}}]}]}, "KeyError('name')"),
+        ({"model-index": [{"name": "m", "results": [{**RESULT, "metrics": [{"type": "a"}]}]}]}, "KeyError('value')"),
     ],
 )
 def test_violations(change, words):
