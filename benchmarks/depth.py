@@ -37,7 +37,7 @@ from hf_structprune.evaluation.efficiency import EfficiencyConfig
 from hf_structprune.evaluation.pictures import COLOURS, GREY, legend_below, make_panels, save, set_title
 from hf_structprune.evaluation.results import EvaluationResult
 from hf_structprune.stats.losses import TextLoss
-from hf_structprune.units.kinds import DEPTH_UNITS
+from hf_structprune.units import DepthKind, kinds_of
 
 
 RESULTS = Path(__file__).parent / "results" / "depth.json"
@@ -61,7 +61,7 @@ def settings() -> dict[str, tuple[float | None, dict[str, Any]]]:
     for number in LAYERS:
         rows[f"{number} layers"] = None, {"chosen": number}
         rows[f"{number} layers, no re-fit"] = None, {"chosen": number, **BARE}
-    for kind, units in {"sublayers": ("attention", "mlp"), "layers and sublayers": DEPTH_UNITS}.items():
+    for kind, units in {"sublayers": ("attention", "mlp"), "layers and sublayers": kinds_of(DepthKind)}.items():
         values = {"units": units, "layout": "per_layer"}
         rows[f"{kind} 10.5 %, no re-fit"] = 0.105, {**values, **BARE}
         rows[f"{kind} 10.5 %"] = None, {**values, "same_as": f"{kind} 10.5 %, no re-fit"}

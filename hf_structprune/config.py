@@ -5,37 +5,46 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from .alignment import AlignTo, check_align_to, check_step, multiple_of
-from .checks import Count, Described, Limits, Number, OneOf, Ratio, check_choice, check_fields, check_keys
+from .checks import Count, Described, Limits, Number, OneOf, Ratio, check_choice, check_fields, check_keys, checked
 from .errors import ConfigurationError
 from .files.reading import read_json_object
 from .files.writing import write_text
 from .text.calibration_config import CalibrationConfig
-from .units.kinds import (
-    DEPTH_CRITERIA,
-    DEPTH_UNITS,
-    HIDDEN_CRITERIA,
-    UNITS,
-    WIDTH_UNITS,
-    check_depth,
-    complete_units,
-    parse_split,
-    split_criterion,
-)
+from .units import KINDS, DepthKind, StreamKind, WidthKind, kinds_of, level_criteria
+from .units.depth import LAYERS
+from .units.heads import GROUPS, QUERIES
+from .units.hidden import HIDDEN
+from .units.neurons import NEURONS
 
 
 CONFIG_NAME = "pruning_config.json"
 
-CRITERIA = ("random", "l1", "l2", "taylor", "wanda", "wifv", "activation", "obs")
 TAYLOR_VARIANTS = ("vectorize", "first", "second", "mix")
 AGGREGATIONS = ("sum", "mean", "max", "prod", "first", "last")
 ALLOCATIONS = ("uniform", "global", "search")
 LAYOUTS = ("uniform", "per_layer")
+# Options that say how many units there are to be; those of widths are shares of each layer.
+_AMOUNTS = {kind: KINDS[kind].options for kind in (LAYERS, HIDDEN)}
 _LayerRange = Annotated[tuple[Number, Number], Described("(start, end), 0 <= start < end, end excluded")]
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Names of all kinds there are, in order."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(KINDS)
+
+
+Kind = Annotated[str, OneOf(_Names())]
+_Part = Annotated[float, Limits(0, open="least"), Described("a positive number")]
+_CRITERIA = {DepthKind: "depth_criterion", StreamKind: "hidden_criterion"}
 
 
 @dataclass
@@ -51,7 +60,8 @@ class PruningConfig:
             `hidden_size`, `split`), else `("mlp_neurons",)`.
         criterion (`str`): How units are ranked: `"random"`, `"l1"`, `"l2"`, `"taylor"`, `"wanda"`, `"wifv"`,
             `"activation"` or `"obs"`. With nothing but depth or nothing but `"hidden"` to cut, it may also be one of
-            `depth_criterion` or `hidden_criterion` and sets that.
+            `depth_criterion` or `hidden_criterion` and sets that. Or a criterion for each kind:
+            `{"layers": "angular", "kv_groups": "wanda", "mlp_neurons": "obs"}`.
         taylor (`str`): Variant of the Taylor criterion: `"vectorize"`, `"first"`, `"second"` or `"mix"`.
         aggregation (`str`): Joins the scores of the tensors of a group: `"sum"`, `"mean"`, `"max"`, `"prod"`,
             `"first"` (first producer) or `"last"` (the consumer).
@@ -82,6 +92,10 @@ class PruningConfig:
         split (`dict` of `str` to `float`, *optional*): The part of the budget of each kind of unit, for example
             `{"layers": 0.5, "mlp_neurons": 0.5}`; on the command line `layers=0.5 mlp_neurons=0.5`. Without it, and
             with layers or sublayers among several kinds, the split with the least measured cost is taken.
+        keep (`dict` of `str` to `int`, *optional*): What is to be left of each kind of unit, an exact shape:
+            `{"layers": 24, "hidden": 512, "mlp_neurons": 1024, "kv_groups": 3}` (widths are those of each layer;
+            query heads count all heads of a layer); on the command line `layers=24 hidden=512`. A ratio, if one is
+            given, is reached by the `units` that it does not name.
         layers (list of `int`, *optional*): The layers that may be cut, by number. With only depth to cut and no
             ratio or number given, exactly these go.
         layer_range (pair of `int`, *optional*): The same as `(start, end)`, **end excluded**: `(4, 18)` is 4 to 17.
@@ -101,8 +115,8 @@ class PruningConfig:
         calibration (`CalibrationConfig`): The text.
     """
 
-    units: tuple[Annotated[str, OneOf(UNITS)], ...] | None = None
-    criterion: str = "obs"
+    units: tuple[Kind, ...] | None = None
+    criterion: str | dict[Kind, str] | list[str] = "obs"
     taylor: Annotated[str, OneOf(TAYLOR_VARIANTS)] = "first"
     aggregation: Annotated[str, OneOf(AGGREGATIONS)] = "sum"
     compensation: bool = True
@@ -111,12 +125,13 @@ class PruningConfig:
     damping: Annotated[float, Limits(0, open="least"), Described("a positive number")] | None = None
     allocation: Annotated[str, OneOf(ALLOCATIONS)] = "uniform"
     layout: Annotated[str, OneOf(LAYOUTS)] = "uniform"
-    depth_criterion: Annotated[str, OneOf(DEPTH_CRITERIA)] = "exchange"
+    depth_criterion: Annotated[str, OneOf(level_criteria(DepthKind))] = "exchange"
     num_layers: Count | None = None
     keep_first: Count | None = None
-    hidden_criterion: Annotated[str, OneOf(HIDDEN_CRITERIA)] = "activation"
+    hidden_criterion: Annotated[str, OneOf(level_criteria(StreamKind))] = "activation"
     hidden_size: Count | None = None
     split: dict[str, float] | list[str] | None = None
+    keep: dict[str, int] | list[str] | None = None
     layers: list[Number] | None = None
     layer_range: _LayerRange | None = None
     protect_first: Number = 0
@@ -132,34 +147,29 @@ class PruningConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        self.split = parse_split(self.split)
-        self._check_units()
-        split_criterion(self, CRITERIA)
-        check_choice("criterion", self.criterion, CRITERIA)
+        self.split, self.keep = _parse_split(self.split), _parse_keep(self.keep)
+        self.units = _complete_units(self)
+        if not self.units:
+            raise ConfigurationError(f"`units` is empty; name at least one of {', '.join(KINDS)}.")
+        _share_criteria(self)
         self._check_alignment()
         self._check_layers()
-        check_depth(self)
-
-    def _check_units(self) -> None:
-        self.units = complete_units(self)
-        if not self.units:
-            raise ConfigurationError(f"`units` is empty; name at least one of {', '.join(UNITS)}.")
-        if self.attention_ratio is not None and not {"kv_groups", "query_heads"} & set(self.units):
-            raise ConfigurationError(f"`attention_ratio` is given, but `units` is {self.units}: no heads in it.")
-        if self.mlp_ratio is not None and "mlp_neurons" not in self.units:
-            raise ConfigurationError(f"`mlp_ratio` is given, but `units` is {self.units}: no 'mlp_neurons' in it.")
+        _check_options(self)
 
     def _check_alignment(self) -> None:
         self.align_to = check_align_to(self.align_to)
         check_step(self.round_to, self.align_to)
         multiple = multiple_of(self.align_to)
-        if self.hidden_size is not None and self.hidden_size % multiple:
-            lower = self.hidden_size // multiple * multiple
-            nearest = " or ".join(str(size) for size in (lower, lower + multiple) if size)
-            raise ConfigurationError(
-                f"`hidden_size` is {self.hidden_size}, which is not a multiple of {multiple} (`align_to` is "
-                f"{self.align_to!r}); the nearest that is: {nearest}."
-            )
+        sizes = {"hidden_size": self.stated_hidden_size}
+        sizes |= {f"keep of {kind}": n for kind, n in (self.keep or {}).items() if KINDS[kind].aligns}
+        for name, size in sizes.items():
+            if size is not None and size % multiple:
+                lower = size // multiple * multiple
+                nearest = " or ".join(str(size) for size in (lower, lower + multiple) if size)
+                raise ConfigurationError(
+                    f"`{name}` is {size}, which is not a multiple of {multiple} (`align_to` is {self.align_to!r}); "
+                    f"the nearest that is: {nearest}."
+                )
 
     def _check_layers(self) -> None:
         if self.layers is not None and self.layer_range is not None:
@@ -170,7 +180,7 @@ class PruningConfig:
             )
         if self.layout == "uniform":
             chosen = [n for n in ("layers", "layer_range", "protect_first", "protect_last") if getattr(self, n)]
-            if chosen and self.kinds(WIDTH_UNITS):
+            if chosen and self.kinds(kinds_of(WidthKind)):
                 raise ConfigurationError(
                     f"`{chosen[0]}` leaves some layers whole, so widths differ between layers: set layout='per_layer'."
                 )
@@ -186,14 +196,28 @@ class PruningConfig:
     @property
     def listed(self) -> bool:
         """Whether `layers` can name exactly what goes: with nothing but depth to cut."""
-        return self.layers is not None and not set(self.units) - set(DEPTH_UNITS)
+        return self.layers is not None and not set(self.units) - set(kinds_of(DepthKind))
 
     @property
     def takes_ratio(self) -> bool:
         """Whether something is left to decide by a ratio for the whole model."""
-        stated = {"layers"} if self.num_layers is not None or self.keep_first is not None else set()
-        stated |= {"hidden"} if self.hidden_size is not None else set()
-        return not self.by_kind and bool(set(self.units) - stated)
+        return not self.by_kind and not all(map(self.is_stated, self.units))
+
+    def is_stated(self, kind: str) -> bool:
+        """Whether the configuration says how many units of a kind stay or go."""
+        if kind in (self.keep or {}):
+            return True
+        return any(getattr(self, option) is not None for option in _AMOUNTS.get(kind, ()))
+
+    @property
+    def stated_hidden_size(self) -> int | None:
+        """The hidden size that is asked for."""
+        return (self.keep or {}).get(HIDDEN, self.hidden_size)
+
+    def criterion_of(self, kind: str) -> str:
+        """The criterion that ranks the units of a kind."""
+        named = getattr(self, KINDS[kind].criterion_option)
+        return named[kind] if isinstance(named, dict) else named
 
     @property
     def needs_ratio(self) -> bool:
@@ -203,7 +227,7 @@ class PruningConfig:
     def chooses_depth(self, ratio: float | None) -> bool:
         """Whether a criterion decides which layers and sublayers go, when this ratio is asked for."""
         named = self.listed and self.num_layers is None and ratio is None
-        return bool(self.kinds(DEPTH_UNITS)) and self.keep_first is None and not named
+        return bool(self.kinds(kinds_of(DepthKind))) and self.keep_first is None and not named
 
     @property
     def by_kind(self) -> bool:
@@ -246,3 +270,187 @@ class PruningConfig:
         path = Path(path)
         path = path / CONFIG_NAME if path.is_dir() else path
         return cls.from_dict(read_json_object(path, ConfigurationError))
+
+
+def _parse_pairs(name: str, values: Any, example: str) -> dict[str, Any] | None:
+    """A dictionary by kind of unit; `["layers=0.5", "mlp_neurons=0.5"]` is what the command line gives.
+
+    Raises:
+        ConfigurationError: It is of another form, or names a kind twice.
+    """
+    if values is None:
+        return None
+    if isinstance(values, (list, tuple)) and all(isinstance(part, str) and part.count("=") == 1 for part in values):
+        kinds = [part.partition("=")[0] for part in values]
+        for kind in kinds:
+            if kinds.count(kind) > 1:
+                raise ConfigurationError(f"`{name}` names '{kind}' {kinds.count(kind)} times: {', '.join(values)}.")
+        values = dict(part.split("=") for part in values)
+    if not isinstance(values, dict) or not values:
+        raise ConfigurationError(f"`{name}` is {values!r}; it must be like {example}.")
+    return values
+
+
+def _parse_split(split: Any) -> dict[str, float] | None:
+    """`split` as a dictionary.
+
+    Raises:
+        ConfigurationError: It is of another form, names what is no unit, or its parts are not positive with sum 1.
+    """
+    split = _parse_pairs("split", split, "{'layers': 0.5, 'mlp_neurons': 0.5}")
+    if split is None:
+        return None
+    parts = {kind: float(part) for kind, part in checked("split", split, dict[Kind, _Part]).items()}
+    if abs(sum(parts.values()) - 1) > 1e-6:
+        raise ConfigurationError(f"`split` is {split!r}; its parts must add up to 1, not {sum(parts.values()):g}.")
+    return parts
+
+
+def _parse_keep(keep: Any) -> dict[str, int] | None:
+    """`keep` as a dictionary."""
+    keep = _parse_pairs("keep", keep, "{'layers': 24, 'mlp_neurons': 1024}")
+    return None if keep is None else checked("keep", keep, dict[Kind, Count])
+
+
+def _complete_units(config: PruningConfig) -> tuple[str, ...]:
+    """`units` as a tuple; where none are given, those that other options name, else MLP neurons."""
+    if config.units is not None:
+        return tuple(dict.fromkeys(config.units))
+    by_option = [
+        name for name, kind in KINDS.items() if any(getattr(config, option) is not None for option in kind.options)
+    ]
+    by_criterion = config.criterion if isinstance(config.criterion, dict) else {}
+    named = [*by_option, *(config.split or {}), *(config.keep or {}), *by_criterion]
+    return tuple(dict.fromkeys(named)) or (NEURONS,)
+
+
+def _share_criteria(config: PruningConfig) -> None:
+    """Gives every kind its criterion: `criterion` may name that of depth or of the hidden size, or one for each kind.
+
+    Afterwards `criterion` is about widths alone: one name, or names by kind where they differ.
+
+    Raises:
+        ConfigurationError: It is a criterion of what is not cut, or could be meant for two kinds of units.
+    """
+    if isinstance(config.criterion, dict):
+        _by_kind(config)
+        return
+    check_choice("criterion", config.criterion, _known_criteria())
+    widths = config.kinds(kinds_of(WidthKind))
+    levels = [level for level in _CRITERIA if config.criterion in level_criteria(level)]
+    options = [_CRITERIA[level] for level in levels]
+    alone = [_CRITERIA[level] for level in levels if set(config.units) <= set(kinds_of(level))]
+    if alone:
+        setattr(config, alone[0], config.criterion)
+        config.criterion = "obs"
+    elif options and (config.criterion not in level_criteria(WidthKind) or not widths):
+        raise ConfigurationError(
+            f"`criterion` is {config.criterion!r}, which does not rank all of {', '.join(config.units)}; it is a "
+            f"value of `{'` and of `'.join(options)}`."
+        )
+    elif config.criterion != "obs" and not widths:
+        raise ConfigurationError(
+            f"`criterion` is {config.criterion!r}, which ranks heads and neurons, but `units` is {config.units}: set "
+            "`depth_criterion` for layers and sublayers, `hidden_criterion` for hidden channels."
+        )
+
+
+def _known_criteria() -> tuple[str, ...]:
+    levels = (WidthKind, *_CRITERIA)
+    return tuple(dict.fromkeys(name for level in levels for name in level_criteria(level)))
+
+
+def _by_kind(config: PruningConfig) -> None:
+    values = _parse_pairs("criterion", config.criterion, "{'layers': 'angular', 'mlp_neurons': 'obs'}")
+    for kind, name in values.items():
+        if kind not in config.units:
+            raise ConfigurationError(f"`criterion` names '{kind}', but `units` is {config.units}.")
+        check_choice(f"criterion of {kind}", name, KINDS[kind].criteria)
+    for level, option in _CRITERIA.items():
+        chosen = {values[kind] for kind in kinds_of(level) if kind in values}
+        if len(chosen) > 1:
+            raise ConfigurationError(
+                f"`criterion` is {values!r}: {', '.join(kinds_of(level))} are compared with each other and need one "
+                f"criterion, not {' and '.join(sorted(chosen))}."
+            )
+        for name in chosen:
+            setattr(config, option, name)
+    widths = {kind: values.get(kind, "obs") for kind in config.kinds(kinds_of(WidthKind))}
+    config.criterion = widths if len(set(widths.values())) > 1 else next(iter(widths.values()), "obs")
+
+
+def _check_options(config: PruningConfig) -> None:
+    """Checks the options that only some kinds of units have against the units.
+
+    Raises:
+        ConfigurationError: An option needs a kind of unit that is not cut, or two options contradict each other.
+    """
+    _check_named(config)
+    _check_split(config)
+    sublayers = config.kinds(kinds_of(DepthKind, sublayer=True))
+    if sublayers and config.layout == "uniform":
+        raise ConfigurationError(
+            f"`units` names '{sublayers[0]}': layers that lack a sublayer are not alike. Set layout='per_layer'."
+        )
+    if HIDDEN in config.units and len(config.units) > 1 and config.split is None and not config.is_stated(HIDDEN):
+        raise ConfigurationError(
+            "`units` names 'hidden' beside others, whose costs are not compared: give `hidden_size`, or a `split` "
+            "such as {'hidden': 0.5, 'mlp_neurons': 0.5}."
+        )
+    if config.kinds((*kinds_of(DepthKind), *kinds_of(StreamKind))):
+        if config.by_kind:
+            raise ConfigurationError("`attention_ratio` and `mlp_ratio` are for heads and neurons alone; use `split`.")
+        if config.iterative_steps > 1:
+            raise ConfigurationError(
+                "`iterative_steps` is for heads and neurons alone: prune layers or the hidden size first, then the "
+                "result in steps. 'greedy' measures again after every layer as it is."
+            )
+
+
+def _check_named(config: PruningConfig) -> None:
+    """Options that say how much of a kind goes need that kind, and no other option that says it too."""
+    if config.attention_ratio is not None and not {GROUPS, QUERIES} & set(config.units):
+        raise ConfigurationError(f"`attention_ratio` is given, but `units` is {config.units}: no heads in it.")
+    for name, kind in KINDS.items():
+        given = [option for option in kind.options if getattr(config, option) is not None]
+        if not given:
+            continue
+        if name not in config.units and name != GROUPS:
+            raise ConfigurationError(f"`{given[0]}` is given, but `units` is {config.units}: no '{name}' in it.")
+        if name in (config.keep or {}):
+            raise ConfigurationError(f"`keep` and `{given[0]}` both say how much of '{name}' goes; give one of them.")
+        if len(given) > 1:
+            raise ConfigurationError(f"`{'` and `'.join(given)}` are both given; give one of them.")
+    for kind in config.keep or ():
+        if kind not in config.units:
+            raise ConfigurationError(f"`keep` names '{kind}', but `units` is {config.units}.")
+    if config.keep is not None and config.by_kind:
+        raise ConfigurationError("`keep` and `attention_ratio` or `mlp_ratio` are both given; give one of them.")
+    stated = next((name for name in KINDS[LAYERS].options if getattr(config, name)), None)
+    if stated and config.kinds(kinds_of(DepthKind, sublayer=True)):
+        raise ConfigurationError(
+            f"`{stated}` is given, but sublayers are to go as well: use `split` for both, or `keep`."
+        )
+
+
+def _check_split(config: PruningConfig) -> None:
+    if config.split is None:
+        return
+    amounts = (*KINDS[LAYERS].options, *KINDS[HIDDEN].options, "keep")
+    stated = next((name for name in amounts if getattr(config, name)), None)
+    if stated:
+        raise ConfigurationError(f"`split` and `{stated}` are both given; give one of them.")
+    for kind in config.split:
+        if kind not in config.units:
+            raise ConfigurationError(f"`split` names '{kind}', but `units` is {config.units}.")
+    if set(config.split) != set(config.units):
+        lacking = sorted(set(config.units) - set(config.split))
+        raise ConfigurationError(f"`split` does not say how much of the budget {', '.join(lacking)} gets.")
+    for kind in config.split:
+        if KINDS[kind].within in config.split:
+            raise ConfigurationError(
+                f"`split` names '{KINDS[kind].within}' and '{kind}', which hold parts of the same matrices: give one "
+                "of them."
+            )
+    if config.by_kind:
+        raise ConfigurationError("`split` and `attention_ratio` or `mlp_ratio` are both given; give one of them.")

@@ -1,4 +1,4 @@
-"""`PruningPlan`: how many units of every coupled group stay, which ones, and what that saves."""
+"""`PruningPlan`: how many units of every kind stay, which ones, and what that saves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -16,19 +16,149 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .decisions import Dropped, GroupPlan, HiddenPlan, is_dropped, normalised
 from .errors import ConfigurationError
 from .files.reading import read_json_object
 from .files.writing import write_text
-from .model.structure import CoupledGroup, LayerStructure, ModelStructure
-from .units.kinds import WIDTH_UNITS
+from .model.groups import Group, LayerStructure
+from .model.structure import ModelStructure
+from .units import KINDS, DepthKind, StreamKind, WidthKind, kinds_of
+from .units.depth import LAYERS
+from .units.hidden import HIDDEN
 
 
 PLAN_NAME = "pruning_plan.json"
-_KIND_NAMES = {
-    "kv_groups": "KV groups", "query_heads": "query heads", "mlp_neurons": "MLP neurons", "layers": "decoder layers",
-    "attention": "attention sublayers", "mlp": "MLP sublayers", "hidden": "hidden size",
-}  # fmt: skip
+# Numbers of layers by kind of depth: whole layers, and layers that lose one sublayer.
+Dropped = dict[str, list[int]]
+
+
+@dataclass
+class Decision:
+    """What stays of one kind of unit, in one layer or in the whole model.
+
+    Attributes:
+        kind: Kind of unit.
+        layer: Number of the decoder layer; `None` for units of the model: layers, sublayers (numbered as the layers
+            that they are in), channels of the residual stream.
+        before: Units before.
+        keep: Units after. For query heads: all heads left in the layer, the loss of whole KV groups included.
+        kept: Their numbers in ascending order, once they are chosen.
+    """
+
+    kind: str
+    layer: int | None
+    before: int
+    keep: int
+    kept: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigurationError(f"A decision is about the kind {self.kind!r}; there are {', '.join(KINDS)}.")
+        if not 0 < self.keep <= self.before or (self.keep == self.before and isinstance(KINDS[self.kind], StreamKind)):
+            raise ConfigurationError(
+                f"{self._where}{self.keep} of {self.before} {self.kind} cannot be kept; at least one must, and not "
+                "more than there are."
+            )
+        if self.kept is None:
+            return
+        if len(self.kept) != self.keep or sorted(set(self.kept) & set(range(self.before))) != self.kept:
+            raise ConfigurationError(
+                f"{self._where}`kept` of {self.kind} must name {self.keep} of {self.before}, ascending."
+            )
+
+    @property
+    def _where(self) -> str:
+        return "" if self.layer is None else f"Layer {self.layer}: "
+
+    @property
+    def gone(self) -> list[int]:
+        """Numbers of the units that go, once they are chosen."""
+        return sorted(set(range(self.before)) - set(self.kept))
+
+
+def decisions_of(
+    groups: Iterable[Decision] = (), dropped: Dropped | None = None, hidden: Decision | None = None, layers: int = 0
+) -> list[Decision]:
+    """The decisions of a plan in one list.
+
+    Args:
+        groups: Those about units in layers.
+        dropped: Layers and sublayers that go.
+        hidden: That about the residual stream.
+        layers: Number of layers of the model.
+    """
+    depth = []
+    for kind, numbers in (dropped or {}).items():
+        left = sorted(set(range(layers)) - set(numbers))
+        depth.append(Decision(kind, None, layers, len(left), left))
+    return [*groups, *depth, *([hidden] if hidden is not None else [])]
+
+
+def normalised(dropped: Dropped | None, structure: ModelStructure) -> Dropped:
+    """Dropped layers and sublayers in one form: ascending, without empty kinds, a layer that loses all is dropped.
+
+    Args:
+        dropped: Layer numbers by kind of depth.
+        structure: Of the model that they are dropped from.
+
+    Raises:
+        ConfigurationError: A kind or a number is wrong, or nothing would be left.
+    """
+    kinds, dropped = kinds_of(DepthKind), {kind: set(numbers) for kind, numbers in (dropped or {}).items()}
+    for kind, numbers in dropped.items():
+        if kind not in kinds or not numbers <= set(range(len(structure.layers))):
+            raise ConfigurationError(
+                f"`dropped` names {kind} {sorted(numbers)}; the kinds are {', '.join(kinds)} and the layers 0 "
+                f"to {len(structure.layers) - 1}."
+            )
+    layers = dropped.get(LAYERS, set()) | emptied(dropped, structure)
+    if len(layers) >= len(structure.layers):
+        raise ConfigurationError(f"All {len(structure.layers)} layers are to go; at least one must stay.")
+    sublayers = kinds_of(DepthKind, sublayer=True)
+    result = {LAYERS: layers, **{kind: dropped.get(kind, set()) - layers for kind in sublayers}}
+    for kind in sublayers:
+        for number in sorted(result[kind]):
+            if structure.layers[number].sublayer(kind) is None:
+                raise ConfigurationError(f"Layer {number} has no {kind} that could go alone.")
+    return {kind: sorted(numbers) for kind, numbers in result.items() if numbers}
+
+
+def emptied(dropped: Mapping[str, Collection[int]], structure: ModelStructure) -> set[int]:
+    """Layers that lose both sublayers, or the only one that an earlier pruning has left.
+
+    Args:
+        dropped: Numbers of the layers that lose a sublayer, by kind.
+        structure: Of the model.
+    """
+    halves = kinds_of(DepthKind, sublayer=True)
+    layers = set.intersection(*(set(dropped.get(kind, ())) for kind in halves))
+    for kind in halves:
+        layers |= {number for number in dropped.get(kind, ()) if _is_all(structure.layers[number], kind)}
+    return layers
+
+
+def _is_all(layer: LayerStructure, kind: str) -> bool:
+    """Whether a layer does nothing but what this sublayer does."""
+    sublayer = layer.sublayer(kind)
+    return sublayer is not None and sublayer.matrix_parameters == layer.matrix_parameters
+
+
+def is_dropped(dropped: Dropped, layer: int, kind: str) -> bool:
+    """Whether the layer goes, or the sublayer with units of this kind."""
+    half = KINDS[kind].sublayer if kind in KINDS else None
+    return layer in dropped.get(LAYERS, ()) or layer in dropped.get(kind, ()) or layer in dropped.get(half, ())
+
+
+def removed_by(dropped: Dropped, structure: ModelStructure) -> int:
+    """Parameters of dropped layers and sublayers."""
+    return sum(part.parameters for _, part in _parts(dropped, structure))
+
+
+def _parts(dropped: Dropped, structure: ModelStructure) -> Iterable[tuple[str, Any]]:
+    """Kind and structure of each layer and sublayer that goes."""
+    for kind, numbers in dropped.items():
+        for number in numbers:
+            layer = structure.layers[number]
+            yield kind, layer if kind == LAYERS else layer.sublayer(kind)
 
 
 @dataclass
@@ -39,15 +169,13 @@ class PruningPlan:
         ratio_requested: The share of parameters that was asked for; `None` if ratios by kind were asked for.
         model_type: `config.model_type` of the model it was made for.
         layout: `"uniform"` or `"per_layer"`.
-        groups: The decisions.
+        decisions: What stays of every kind of unit that is cut; of others all stays.
         parameters_before, parameters_after: All distinct parameters of the model.
         matrix_parameters_before, matrix_parameters_after: Weights that multiply each token.
         neurons_before, neurons_after: MLP neurons a token passes, all layers together.
         bytes_per_parameter: Mean size of a parameter in memory.
         bytes_per_parameter_after: The same after pruning, once that is done; `None` for as before.
         notes: What is left alone, and why.
-        dropped: Numbers of the layers (`"layers"`) and of the layers whose `"attention"` or `"mlp"` goes, ascending.
-        hidden: The residual stream; `None` if it stays as wide as it is.
         num_layers: Decoder layers before.
         removed: Parameters that go, by kind of unit.
         warnings: Widths that later tools will refuse or run slowly, and what is not quite as if it were zeroed.
@@ -58,7 +186,7 @@ class PruningPlan:
     ratio_requested: float | None
     model_type: str
     layout: str
-    groups: list[GroupPlan]
+    decisions: list[Decision]
     parameters_before: int
     parameters_after: int
     matrix_parameters_before: int
@@ -67,14 +195,28 @@ class PruningPlan:
     neurons_after: int
     bytes_per_parameter: float
     notes: list[str] = field(default_factory=list)
-    dropped: Dropped = field(default_factory=dict)
-    hidden: HiddenPlan | None = None
     num_layers: int = 0
     removed: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     bytes_per_parameter_after: float | None = None
     given: bool = field(default=False, compare=False)
     calibrated: bool | None = None
+
+    @property
+    def groups(self) -> list[Decision]:
+        """The decisions about units in single layers."""
+        return [decision for decision in self.decisions if decision.layer is not None]
+
+    @property
+    def dropped(self) -> Dropped:
+        """Numbers of the layers and of the layers that lose a sublayer, by kind, ascending."""
+        depth = kinds_of(DepthKind)
+        return {decision.kind: decision.gone for decision in self.decisions if decision.kind in depth}
+
+    @property
+    def hidden(self) -> Decision | None:
+        """The decision about the residual stream; `None` if it stays as wide as it is."""
+        return next((decision for decision in self.decisions if decision.kind == HIDDEN), None)
 
     @classmethod
     def from_counts(
@@ -87,7 +229,7 @@ class PruningPlan:
         ratio_requested: float | None = None,
         bytes_per_parameter: float = 2.0,
         dropped: Dropped | None = None,
-        hidden: HiddenPlan | None = None,
+        hidden: Decision | None = None,
         dense: ModelStructure | None = None,
     ) -> PruningPlan:
         """Makes a plan from the number of units to keep.
@@ -108,17 +250,18 @@ class PruningPlan:
             ConfigurationError: What is dropped is not there, or nothing would be left.
         """
         dropped, dense = normalised(dropped, structure), dense or structure
-        sizes = [_LayerSizes.of(layer, keep, dropped) for layer in structure.layers]
-        removed = Counter({"hidden": dense.total_parameters - structure.total_parameters})
-        for size in sizes:
-            removed.update(size.removed)
+        sizes = _Sizes(removed=Counter({HIDDEN: dense.total_parameters - structure.total_parameters}))
+        for layer in structure.layers:
+            sizes.cut(layer, {g.kind: keep.get(g.key, g.whole) for g in layer.groups}, dropped)
+        for kind, part in _parts(dropped, structure):
+            sizes.removed[kind] += part.parameters
+            sizes.weights += part.matrix_parameters
         return cls(
-            ratio_requested, model_type, layout, [group for size in sizes for group in size.groups],
-            dense.total_parameters, dense.total_parameters - removed.total(),
-            dense.matrix_parameters, structure.matrix_parameters - sum(size.weights for size in sizes),
-            sum(size.neurons_before for size in sizes), sum(size.neurons_after for size in sizes),
-            bytes_per_parameter, list(structure.notes), dropped, hidden, len(structure.layers),
-            {kind: count for kind, count in removed.items() if count},
+            ratio_requested, model_type, layout, decisions_of(sizes.groups, dropped, hidden, len(structure.layers)),
+            dense.total_parameters, dense.total_parameters - sizes.removed.total(),
+            dense.matrix_parameters, structure.matrix_parameters - sizes.weights,
+            sizes.neurons_before, sizes.neurons_after, bytes_per_parameter, list(structure.notes),
+            len(structure.layers), {kind: count for kind, count in sizes.removed.items() if count},
         )  # fmt: skip
 
     def count(self, structure: ModelStructure, size: int) -> None:
@@ -130,7 +273,7 @@ class PruningPlan:
         """
         self.bytes_per_parameter_after = size / structure.total_parameters
         self.parameters_after, self.matrix_parameters_after = structure.total_parameters, structure.matrix_parameters
-        self.neurons_after = sum(group.num_units for group in structure.groups if group.kind == "mlp_neurons")
+        self.neurons_after = sum(group.size for group in structure.groups if KINDS[group.kind].activated)
 
     @property
     def ratio(self) -> float:
@@ -176,26 +319,27 @@ class PruningPlan:
         """Units of a kind that stay in a layer."""
         return next((g.keep for g in self.groups if (g.layer, g.kind) == (layer, kind)), default)
 
-    def of_layer(self, layer: int) -> dict[str, GroupPlan]:
+    def of_layer(self, layer: int) -> dict[str, Decision]:
         """Decisions of one layer by kind."""
         return {group.kind: group for group in self.groups if group.layer == layer}
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, with derived figures for programs that read it."""
         derived = {n: getattr(self, n) for n in ("ratio", "bytes_before", "bytes_after", "macs_before", "macs_after")}
-        return {"version": 1, **dataclasses.asdict(self), **derived}
+        return {"version": 2, **dataclasses.asdict(self), **derived}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PruningPlan:
-        if values.get("version") != 1:
-            raise ConfigurationError(f"The plan has version {values.get('version')!r}; this package reads version 1.")
+        version = values.get("version")
+        if version not in (1, 2):
+            raise ConfigurationError(f"The plan has version {version!r}; this package reads versions 1 and 2.")
         try:
+            values = _from_version_1(values) if version == 1 else values
             # What has a default is newer than the first plans that were written.
             fields = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values or _required(f)}
-            fields["groups"] = [GroupPlan(**group) for group in fields["groups"]]
-            fields["hidden"] = HiddenPlan(**fields["hidden"]) if fields.get("hidden") else None
+            fields["decisions"] = [Decision(**decision) for decision in fields["decisions"]]
             return cls(**fields)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ConfigurationError(f"The plan is incomplete or of another kind: {error}.") from error
 
     def save(self, path: str | os.PathLike) -> None:
@@ -223,19 +367,19 @@ class PruningPlan:
         table = Table(title=f"Pruning plan: {asked}got {self.ratio:.2%} of all parameters ({self.layout} layout)")
         for column in ("layers", "unit", "before", "after"):
             table.add_column(column, justify="left" if column in ("layers", "unit") else "right")
-        for kind in WIDTH_UNITS:
+        for kind in kinds_of(WidthKind):
             for layers, before, after in _runs(group for group in self.groups if group.kind == kind):
-                table.add_row(layers, _KIND_NAMES[kind], f"{before:,}", f"{after:,}")
-        for kind, numbers in self.dropped.items():
-            left = self.num_layers - len(numbers)
-            name = f"{_KIND_NAMES[kind]}, gone"
-            table.add_row(" ".join(map(str, numbers)), name, f"{self.num_layers}", f"{left}")
-        if self.hidden is not None:
-            table.add_row("all", _KIND_NAMES["hidden"], f"{self.hidden.before:,}", f"{self.hidden.keep:,}")
+                table.add_row(layers, KINDS[kind].label, f"{before:,}", f"{after:,}")
+        for decision in self.decisions:
+            if decision.kind in kinds_of(DepthKind):
+                layers, name = " ".join(map(str, decision.gone)), f"{KINDS[decision.kind].label}, gone"
+                table.add_row(layers, name, f"{decision.before}", f"{decision.keep}")
+            elif decision.layer is None:
+                table.add_row("all", KINDS[decision.kind].label, f"{decision.before:,}", f"{decision.keep:,}")
         if len(self.removed) > 1:
             table.add_section()
             for kind, count in sorted(self.removed.items(), key=lambda item: -item[1]):
-                table.add_row("", f"{_KIND_NAMES[kind]}: {count / self.parameters_before:.2%} of the model", "", "")
+                table.add_row("", f"{KINDS[kind].label}: {count / self.parameters_before:.2%} of the model", "", "")
         table.add_section()
         for name, before, after in (
             ("parameters", f"{self.parameters_before:,}", f"{self.parameters_after:,}"),
@@ -250,63 +394,60 @@ class PruningPlan:
         return table
 
 
-@dataclass
-class _LayerSizes:
-    """What a plan takes from one layer."""
+def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
+    """A plan of version 1, which kept units of layers, dropped layers and the hidden size apart."""
+    groups = [
+        Decision(one["kind"], one["layer"], one["num_units"], one["keep"], one.get("kept")) for one in values["groups"]
+    ]
+    hidden = values.get("hidden")
+    hidden = hidden and Decision(HIDDEN, None, hidden["before"], hidden["keep"], hidden.get("kept"))
+    decisions = decisions_of(groups, values.get("dropped"), hidden, values.get("num_layers", 0))
+    return {**values, "decisions": [dataclasses.asdict(decision) for decision in decisions]}
 
-    groups: list[GroupPlan]
-    removed: Counter[str] = field(default_factory=Counter)
+
+@dataclass
+class _Sizes:
+    """What a plan takes from the layers."""
+
+    removed: Counter[str]
+    groups: list[Decision] = field(default_factory=list)
     weights: int = 0
     neurons_before: int = 0
     neurons_after: int = 0
 
-    @classmethod
-    def of(cls, layer: LayerStructure, keep: dict[tuple[int, str], int], dropped: Dropped) -> _LayerSizes:
-        sizes = cls([])
-        counts = {g.kind: keep.get((layer.index, g.kind), _whole(g)) for g in layer.groups}
+    def cut(self, layer: LayerStructure, counts: dict[str, int], dropped: Dropped) -> None:
+        """Counts what goes of a layer that keeps so many units of each kind (in each block)."""
         for group in layer.groups:
             gone = is_dropped(dropped, layer.index, group.kind)
-            if group.kind == "mlp_neurons":
-                sizes.neurons_before += group.num_units
-                sizes.neurons_after += 0 if gone else counts[group.kind]
+            if KINDS[group.kind].activated:
+                self.neurons_before += group.size
+                self.neurons_after += 0 if gone else counts[group.kind]
             if not gone:
-                sizes._cut(group, counts)
-        for kind in ("attention", "mlp"):
-            if layer.index in dropped.get(kind, ()):
-                sizes.removed[kind] += layer.sublayer(kind).parameters
-                sizes.weights += layer.sublayer(kind).matrix_parameters
-        if layer.index in dropped.get("layers", ()):
-            sizes.removed["layers"], sizes.weights = layer.parameters, layer.matrix_parameters
-        return sizes
+                self._cut(group, counts)
 
-    def _cut(self, group: CoupledGroup, counts: dict[str, int]) -> None:
+    def _cut(self, group: Group, counts: dict[str, int]) -> None:
         left = counts[group.kind]
-        if group.kind == "query_heads":
-            # Heads that go with whole KV groups are counted there.
-            kv_heads = counts["kv_groups"]
-            gone, left = kv_heads * (_whole(group) - left), kv_heads * left
+        holder = KINDS[group.kind].within
+        if holder is not None:  # units that go with whole holders are counted there
+            gone, left = counts[holder] * (group.whole - left), counts[holder] * left
         else:
-            gone = group.num_units - left
-        self.removed[group.kind] += gone * group.unit_parameters
-        self.weights += gone * group.unit_matrix_parameters
-        if left < group.num_units:
-            self.groups.append(GroupPlan(group.layer, group.kind, group.num_units, left))
+            gone = group.size - left
+        self.removed[group.kind] += gone * group.cost
+        self.weights += gone * group.matrix_cost
+        if left < group.size:
+            self.groups.append(Decision(group.kind, group.layer, group.size, left))
 
 
 def _required(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _whole(group) -> int:
-    return group.num_units // group.blocks
-
-
-def _runs(groups: Iterable[GroupPlan]) -> list[tuple[str, int, int]]:
+def _runs(groups: Iterable[Decision]) -> list[tuple[str, int, int]]:
     """Joins neighbouring layers with equal counts: `[("4-17", 5632, 3942)]`."""
     runs: list[list[int]] = []
     for group in sorted(groups, key=lambda g: g.layer):
-        if runs and runs[-1][1:] == [group.layer - 1, group.num_units, group.keep]:
+        if runs and runs[-1][1:] == [group.layer - 1, group.before, group.keep]:
             runs[-1][1] = group.layer
         else:
-            runs.append([group.layer, group.layer, group.num_units, group.keep])
+            runs.append([group.layer, group.layer, group.before, group.keep])
     return [(f"{a}-{b}" if b > a else str(a), before, after) for a, b, before, after in runs]

@@ -7,11 +7,11 @@ from collections import Counter
 from transformers import PreTrainedModel
 
 from .config import LAYOUTS
-from .decisions import is_dropped, normalised
 from .errors import ConfigurationError
+from .model.hidden_size import hidden_group
 from .model.structure import ModelStructure
-from .plan import PruningPlan
-from .units.hidden_group import hidden_group
+from .plan import PruningPlan, is_dropped, normalised
+from .units.heads import GROUPS, QUERIES
 
 
 def check_plan(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> None:
@@ -38,10 +38,10 @@ def check_plan(model: PreTrainedModel, structure: ModelStructure, plan: PruningP
     groups = {(group.layer, group.kind): group for group in structure.groups}
     for decision in plan.groups:
         group = groups.get((decision.layer, decision.kind))
-        if group is None or group.num_units != decision.num_units:
+        if group is None or group.size != decision.before:
             raise ConfigurationError(
-                f"The plan is for a {plan.model_type} with {decision.num_units} {decision.kind} in layer "
-                f"{decision.layer}; this model has {group.num_units if group else 'none'}."
+                f"The plan is for a {plan.model_type} with {decision.before} {decision.kind} in layer "
+                f"{decision.layer}; this model has {group.size if group else 'none'}."
             )
     _check_decisions(structure, plan)
 
@@ -77,7 +77,7 @@ def _check_decisions(structure: ModelStructure, plan: PruningPlan) -> None:
             raise ConfigurationError(f"The plan drops the {kind} of layer {layer} and keeps some of them.")
     for layer in structure.layers:
         decisions = plan.of_layer(layer.index)
-        heads, groups = decisions.get("query_heads"), decisions.get("kv_groups")
+        heads, groups = decisions.get(QUERIES), decisions.get(GROUPS)
         if heads is None:
             continue
         number = groups.keep if groups else layer.attention.kv_heads

@@ -11,24 +11,24 @@ import torch
 from transformers import PreTrainedModel
 
 from .alignment import far_off
-from .allocation import Budget, Counts, allocate, next_counts
+from .allocation import Budget, Counts, allocate, allocate_stated, next_counts
 from .allocation.amounts import check_ratio, hidden_sizes_for
 from .allocation.depth import DepthChoice, choose_depth
 from .allocation.input_widths import warnings_of
 from .allocation.joint import best_part, levelled_off, prefix_costs
 from .allocation.removal import Unit
 from .config import PruningConfig
-from .decisions import Dropped, HiddenPlan, normalised
 from .errors import CheckpointError, ConfigurationError, RatioError, UnsupportedModelError
 from .model.approximations import approximations
+from .model.describe import expressible_heads, target_of
+from .model.hidden_size import hidden_group, shrunk_config_model
 from .model.rebuild import has_weights
 from .model.structure import ModelStructure
-from .model.target import expressible_heads, target_of
-from .plan import PruningPlan
+from .plan import Decision, Dropped, PruningPlan, normalised, removed_by
 from .stats.knowledge import Knowledge, sensitivities
-from .units.hidden_group import hidden_group
-from .units.hidden_target import shrunk_config_model
-from .units.kinds import DEPTH_UNITS, WIDTH_UNITS
+from .units import KINDS, DepthKind, WidthKind, kinds_of
+from .units.depth import LAYERS
+from .units.hidden import HIDDEN
 
 
 @dataclass
@@ -70,11 +70,11 @@ class Planner:
         check_ratio(ratio, self.config)
         hidden, shell, inner = self._hidden(ratio)
         budget = None if ratio is None else round(ratio * self.structure.total_parameters)
-        left = self._left(budget, self.structure.total_parameters - inner.total_parameters, "hidden_size")
+        left = self._left(budget, self.structure.total_parameters - inner.total_parameters, "hidden_size", "keep")
         dropped = self._dropped(left, inner, known)
-        left = self._left(left, removed_by(dropped, inner), "num_layers", "keep_first")
+        left = self._left(left, removed_by(dropped, inner), "num_layers", "keep_first", "keep")
         counts: Counts = {}
-        if self.config.kinds(WIDTH_UNITS):
+        if self.config.kinds(kinds_of(WidthKind)):
             target = left if hidden or dropped else None
             if hidden and self.head_counts is not None:
                 self.head_counts = expressible_heads(shell, inner, self.config.layout)
@@ -105,18 +105,17 @@ class Planner:
                 )
         return max(0, budget - gone)
 
-    def _hidden(self, ratio: float | None) -> tuple[HiddenPlan | None, PreTrainedModel, ModelStructure]:
+    def _hidden(self, ratio: float | None) -> tuple[Decision | None, PreTrainedModel, ModelStructure]:
         """The new hidden size, the model that has it (without weights), and the structure of that model."""
-        if "hidden" not in self.config.units:
+        if HIDDEN not in self.config.units:
             return None, self.model, self.structure
         group = hidden_group(self.model, self.structure)
-        sizes = [self.config.hidden_size]
-        if self.config.hidden_size is not None and self.config.hidden_size >= group.size:
-            raise ConfigurationError(
-                f"`hidden_size` is {self.config.hidden_size}; it must be less than the model's own, {group.size}."
-            )
-        if self.config.hidden_size is None:
-            share = (self.config.split or {"hidden": 1.0})["hidden"]
+        stated = self.config.stated_hidden_size
+        sizes = [stated]
+        if stated is not None and stated >= group.size:
+            raise ConfigurationError(f"`hidden_size` is {stated}; it must be less than the model's own, {group.size}.")
+        if stated is None:
+            share = (self.config.split or {HIDDEN: 1.0})[HIDDEN]
             sizes = hidden_sizes_for(group, share * ratio * self.structure.total_parameters, self.config)
         refused: CheckpointError | None = None
         for size in sizes:
@@ -124,14 +123,14 @@ class Planner:
                 return None, self.model, self.structure
             try:
                 shell = shrunk_config_model(self.model, size, self.structure)
-                return HiddenPlan(group.size, size), shell, ModelStructure.of(shell)
+                return Decision(HIDDEN, None, group.size, size), shell, ModelStructure.of(shell)
             except CheckpointError as error:  # some classes want a multiple of the number of heads
                 refused = refused or error
         raise refused
 
     def _dropped(self, left: int | None, inner: ModelStructure, known: Knowledge) -> Dropped:
         """Layers and sublayers that go; `left` is what the hidden size leaves of the budget."""
-        kinds, config = self.config.kinds(DEPTH_UNITS), self.config
+        kinds, config = self.config.kinds(kinds_of(DepthKind)), self.config
         self.depth = None
         if not kinds:
             return {}
@@ -140,7 +139,7 @@ class Planner:
                 raise ConfigurationError(
                     f"`keep_first` is {config.keep_first}, the model has {len(inner.layers)} layers."
                 )
-            return normalised({"layers": list(range(config.keep_first, len(inner.layers)))}, inner)
+            return normalised({LAYERS: list(range(config.keep_first, len(inner.layers)))}, inner)
         if not config.chooses_depth(None if left is None else 0.0):
             return normalised({kind: config.layers for kind in kinds}, inner)
         if not has_weights(self.model):
@@ -148,13 +147,31 @@ class Planner:
                 "Which layers go is measured on the model, but some weights are not in memory (meta device or "
                 "offloaded). Load it with a `device_map` that fits, or name the layers."
             )
-        if config.num_layers is not None:
-            return self._choose(inner, ("layers",), count=config.num_layers)
+        dropped: Dropped = {}
+        for kind in filter(config.is_stated, kinds):
+            count = config.num_layers if kind not in (config.keep or {}) else self._to_go(inner, kind, dropped)
+            dropped |= self._choose(inner, (kind,), count=count, without=dropped) if count else {}
+        kinds = tuple(kind for kind in kinds if not config.is_stated(kind))
+        if not kinds:
+            return normalised(dropped, inner)
+        if dropped:
+            left = max(0, left - removed_by(dropped, inner))
         if config.split is not None:
             return self._choose_split(inner, kinds, left)
-        if not config.kinds(WIDTH_UNITS):
-            return self._choose(inner, kinds, parameters=left)
+        if not config.kinds(kinds_of(WidthKind)) or dropped:
+            return normalised(dropped | self._choose(inner, kinds, parameters=left, without=dropped), inner)
         return self._measured(inner, kinds, left, known)
+
+    def _to_go(self, inner: ModelStructure, kind: str, dropped: Dropped) -> int:
+        """How many layers, or sublayers of a kind, go so that as many stay as `keep` says."""
+        there = [layer.index for layer in inner.layers if kind == LAYERS or layer.sublayer(kind) is not None]
+        there = [index for index in there if index not in dropped.get(LAYERS, ())]
+        wanted = self.config.keep[kind]
+        if wanted > len(there):
+            raise ConfigurationError(
+                f"`keep` is {self.config.keep}, but there are only {len(there)} {KINDS[kind].label}."
+            )
+        return len(there) - wanted
 
     def _choose(self, inner: ModelStructure, kinds: tuple[str, ...], **amount: Any) -> Dropped:
         self.depth = choose_depth(self.model, inner, self.config, kinds, tokens=self.tokens, **amount)
@@ -163,11 +180,11 @@ class Planner:
     def _choose_split(self, inner: ModelStructure, kinds: tuple[str, ...], left: int) -> Dropped:
         """Every kind of depth gets its own part of the budget, layers first: sublayers go from those that stay."""
         dropped: Dropped = {}
-        total = left / (1 - self.config.split.get("hidden", 0))
-        for kind in sorted(kinds, key=DEPTH_UNITS.index):
+        total = left / (1 - self.config.split.get(HIDDEN, 0))
+        for kind in sorted(kinds, key=kinds_of(DepthKind).index):
             amount = {"parameters": round(self.config.split[kind] * total), "without": dropped}
             chosen = dropped | self._choose(inner, (kind,), **amount)
-            if self.config.kinds(WIDTH_UNITS) and removed_by(normalised(chosen, inner), inner) > left:
+            if self.config.kinds(kinds_of(WidthKind)) and removed_by(normalised(chosen, inner), inner) > left:
                 # The nearest number of whole units is more than everything that is to go; finer ones take the rest.
                 chosen = dropped | self._choose(inner, (kind,), most=True, **amount)
             dropped = chosen
@@ -182,18 +199,35 @@ class Planner:
             scores, sensitivity = known.scores, known.sensitivity
             return allocate(inner, config, ratio, scores, self.head_counts, sensitivity, dropped, target, self.dense)
 
-        kinds, split = self.config.kinds(WIDTH_UNITS), self.config.split
+        counts: Counts = {}
+        kinds, split, keep = self.config.kinds(kinds_of(WidthKind)), self.config.split, self.config.keep or {}
+        stated = tuple(kind for kind in kinds if kind in keep)
+        if stated:
+            exact = dataclasses.replace(self.config, units=stated, keep={kind: keep[kind] for kind in stated})
+            counts = allocate_stated(Budget(inner, exact, self.head_counts, dropped, self.dense))
+            kinds = tuple(kind for kind in kinds if kind not in stated)
+            target = None if target is None else max(0, target - self._removed(inner, counts, dropped))
+        if not kinds:
+            return counts
+        if stated:
+            return counts | give(dataclasses.replace(self.config, units=kinds, keep=None), target)
         if split is None or len(kinds) == 1:
             return give(self.config, target)
-        heads = next(kind for kind in kinds if kind != "mlp_neurons")
+        *coarse, finest = sorted(kinds, key=lambda kind: not KINDS[kind].of_heads)
         whole = self.dense or inner
         target = round(ratio * whole.total_parameters) if target is None else target
-        part = target * split[heads] / (split[heads] + split["mlp_neurons"])
+        left, total = target, sum(split[kind] for kind in kinds)
         alone = {kind: dataclasses.replace(self.config, units=(kind,), split=None) for kind in kinds}
-        counts = give(alone[heads], round(part))
-        left = {(group.layer, group.kind): group.num_units // group.blocks for group in inner.groups} | counts
-        gone = describe(self.model, whole, left, None, self.config.layout, dropped).removed.get(heads, 0)
-        return counts | give(alone["mlp_neurons"], target - gone)
+        for kind in coarse:
+            of_kind = give(alone[kind], round(target * split[kind] / total))
+            counts |= of_kind
+            left -= self._removed(whole, of_kind, dropped)
+        return counts | give(alone[finest], left)
+
+    def _removed(self, structure: ModelStructure, counts: Counts, dropped: Dropped) -> int:
+        """Parameters that these counts take from the layers."""
+        plan = describe(self.model, structure, counts, None, self.config.layout, dropped)
+        return sum(count for kind, count in plan.removed.items() if kind in kinds_of(WidthKind))
 
     def _measured(self, inner: ModelStructure, kinds: tuple[str, ...], left: int, known: Knowledge) -> Dropped:
         """As much depth as makes the measured cost of the whole cut least, heads and neurons taking the rest."""
@@ -203,7 +237,7 @@ class Planner:
                 "heads and neurons: say how the budget is to be split (`split`), or use "
                 "'exchange', 'greedy' or 'perplexity'."
             )
-        if "query_heads" in self.config.units:
+        if any(KINDS[kind].within for kind in self.config.units):
             raise ConfigurationError("The cost of query heads is not measured: use `split`, or units 'kv_groups'.")
         if known.sensitivity is None:
             known.sensitivity = sensitivities(self.model, self.structure, self.config, self.tokens)
@@ -228,7 +262,7 @@ def describe(
     ratio: float | None,
     layout: str,
     dropped: Dropped | None = None,
-    hidden: HiddenPlan | None = None,
+    hidden: Decision | None = None,
     dense: ModelStructure | None = None,
     align_to: str | int | None = None,
     round_to: int | None = None,
@@ -261,10 +295,3 @@ def describe(
 def size_of(model: PreTrainedModel) -> int:
     """Bytes of all distinct parameters."""
     return sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-def removed_by(dropped: Dropped, structure: ModelStructure) -> int:
-    """Parameters of dropped layers and sublayers."""
-    layers = sum(structure.layers[number].parameters for number in dropped.get("layers", ()))
-    parts = [(number, kind) for kind in ("attention", "mlp") for number in dropped.get(kind, ())]
-    return layers + sum(structure.layers[number].sublayer(kind).parameters for number, kind in parts)

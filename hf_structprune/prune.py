@@ -10,16 +10,17 @@ from transformers import PreTrainedModel
 
 from .config import PruningConfig
 from .criteria import make_criterion
+from .model.describe import target_of
+from .model.hidden_size import shrunk_config_model
 from .model.rebuild import rebuild
 from .model.structure import ModelStructure
-from .model.surgery import Kept, cut_units, drop
-from .model.target import target_of
+from .model.surgery import Kept, drop
 from .plan import PruningPlan
 from .planner import describe, size_of
+from .refit.channels import cut_hidden
 from .refit.layer_by_layer import compress, corrects
 from .stats.knowledge import Knowledge, look
-from .units.hidden_cut import cut_hidden
-from .units.hidden_target import shrunk_config_model
+from .units import KINDS
 
 
 @dataclass
@@ -48,7 +49,7 @@ class Execution:
     def __post_init__(self) -> None:
         self._dense = self._inner = self.structure
         self._model_type, self._size = self.model.config.model_type, size_of(self.model)
-        self._stay = {(group.layer, group.kind): torch.arange(group.num_units) for group in self.structure.groups}
+        self._stay = {(group.layer, group.kind): torch.arange(group.size) for group in self.structure.groups}
 
     def carry_out(self, plan: PruningPlan, known: Knowledge | None = None) -> None:
         """Cuts the model as planned.
@@ -89,15 +90,15 @@ class Execution:
         kept = compress(
             self.model, self.structure, plan, criterion, self.config, tokens, known.scores, known.salience, self._notes
         )
-        cut_units(self.model, self.structure, kept)
         drop(self.model, self.structure, plan.dropped)
         self.model = rebuild(self.model, target)
         self.structure = ModelStructure.of(self.model, whole=False)
-        for layer, kind in kept:
-            if kind == "kv_groups" and (layer, "query_heads") in self._stay.keys() - kept.keys():
+        for layer, kind in self._stay.keys() - kept.keys():
+            holder = (layer, KINDS[kind].within)
+            if holder in kept:
                 # Groups of one query head each, which an earlier step has left: it goes with its group.
-                heads = self._stay[layer, "query_heads"].view(len(self._stay[layer, kind]), -1)
-                self._stay[layer, "query_heads"] = heads[kept[layer, kind]].flatten()
+                parts = self._stay[layer, kind].view(len(self._stay[holder]), -1)
+                self._stay[layer, kind] = parts[kept[holder]].flatten()
         for key, units in kept.items():
             self._stay[key] = self._stay[key][units]
 
@@ -105,8 +106,8 @@ class Execution:
         """The plan from the dense model to the one there is now, with the units that stay; `ratio` was asked for."""
         counts = {key: len(units) for key, units in self._stay.items()}
         for layer, kind in counts:
-            if kind == "query_heads":
-                counts[layer, kind] //= counts[layer, "kv_groups"]
+            if KINDS[kind].within is not None:
+                counts[layer, kind] //= counts[layer, KINDS[kind].within]
         plan, dense = self._plan, self._dense if self._plan.hidden else None
         result = describe(
             self.model, self._inner, counts, ratio, plan.layout, plan.dropped, plan.hidden, dense,

@@ -24,21 +24,21 @@ from .hub.checkpoint import save_checkpoint
 from .hub.origin import origin_of, record
 from .hub.push import push_folder, take_over
 from .model.checks import check_model, check_savable
+from .model.describe import expressible_heads, target_of
 from .model.finite import check_finite
 from .model.half_pruned import interrupted, mark, marked_if_changed
 from .model.loading import as_tokenizer, load_config, load_model, load_tokenizer, plain_options, refuse_quantised
 from .model.measuring import measuring
-from .model.proof import kinds_of, prove
+from .model.proof import kinds_in, prove
 from .model.rebuild import has_weights
 from .model.structure import ModelStructure
-from .model.target import expressible_heads, target_of
 from .plan import PruningPlan
 from .plan_check import check_plan
 from .planner import Planner, describe
 from .prune import Execution
 from .stats.knowledge import Knowledge, look
 from .text.calibration import check_token_ids, load_tokens
-from .units.kinds import WIDTH_UNITS
+from .units import KINDS, WidthKind, kinds_of
 
 
 class StructuredPruner:
@@ -149,7 +149,7 @@ class StructuredPruner:
         check_savable(self.model, configuration=self.config, origin=self.origin and self.origin.options)
         dense = self.model
         with measuring(dense), marked_if_changed(dense, self._given()):
-            prove(dense, self.structure, kinds_of(ratio) if isinstance(ratio, PruningPlan) else self.config.units)
+            prove(dense, self.structure, kinds_in(ratio) if isinstance(ratio, PruningPlan) else self.config.units)
             check_finite(dense)
             try:
                 self._prune(ratio)
@@ -260,27 +260,30 @@ class StructuredPruner:
     @property
     def _looks_first(self) -> bool:
         """Whether heads and neurons are given out by what is measured on the whole model."""
-        return self.config.allocation != "uniform" and bool(self.config.kinds(WIDTH_UNITS))
+        return self.config.allocation != "uniform" and bool(self.config.kinds(kinds_of(WidthKind)))
 
     def _plan_step(
         self, ratio: float | None, dense: ModelStructure | None, steps_left: int
     ) -> tuple[PruningPlan, Knowledge]:
         """The plan of the next of the steps that are left, and what it was made with."""
         known = Knowledge()
-        if self._looks_first or (make_criterion(self.config).needs_gradients and self.config.kinds(WIDTH_UNITS)):
+        if self._looks_first or (
+            make_criterion(self.config).needs_gradients and self.config.kinds(kinds_of(WidthKind))
+        ):
             known = self._look()
         return self._plan(ratio, known, dense, steps_left), known
 
     def _head_counts(self) -> set[tuple[int, int]] | None:
         """Head counts that a checkpoint of the dense model can have; looked up once."""
         config = self.config
-        if not {"kv_groups", "query_heads"} & set(config.units):
+        heads = [kind for kind in config.kinds(kinds_of(WidthKind)) if KINDS[kind].of_heads]
+        if not heads:
             return None
         if self._expressible is None:
             self._expressible = expressible_heads(self.model, self.structure, config.layout)
         if not self._expressible and any(layer.attention for layer in self.structure.layers):
             note = f"heads are left alone: {self._why_no_heads(config.layout)}"
-            if "mlp_neurons" not in config.units or config.split is not None:
+            if set(heads) == set(config.kinds(kinds_of(WidthKind))) or config.split is not None:
                 raise UnsupportedModelError(f"`units` is {config.units}, but {note}.")
             self.structure.notes = list(dict.fromkeys([*self.structure.notes, note]))
         return self._expressible

@@ -10,8 +10,15 @@ import families
 import torch
 
 from hf_structprune import PruningConfig, StructuredPruner
-from hf_structprune.config import AGGREGATIONS, ALLOCATIONS, CRITERIA, TAYLOR_VARIANTS
-from hf_structprune.units.kinds import DEPTH_CRITERIA, HIDDEN_CRITERIA, UNITS, WIDTH_UNITS
+from hf_structprune.config import AGGREGATIONS, ALLOCATIONS, TAYLOR_VARIANTS
+from hf_structprune.units import KINDS, DepthKind, StreamKind, WidthKind, kinds_of, level_criteria
+
+
+CRITERIA = level_criteria(WidthKind)
+DEPTH_CRITERIA = level_criteria(DepthKind)
+HIDDEN_CRITERIA = level_criteria(StreamKind)
+UNITS = tuple(KINDS)
+WIDTH_UNITS = kinds_of(WidthKind)
 
 
 FAMILIES = ("llama", "qwen3", "gemma2", "phi3", "gpt2", "opt", "falcon", "mixtral")

@@ -7,8 +7,8 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from hf_structprune import CalibrationConfig
+from hf_structprune.model.describe import target_of
 from hf_structprune.model.structure import ModelStructure
-from hf_structprune.model.target import target_of
 from hf_structprune.plan import PruningPlan
 
 
@@ -135,7 +135,7 @@ def random_units(structure, kinds, uniform, seed=0):
         for group in sorted(layer.groups, key=lambda g: ("mlp_neurons", "kv_groups", "query_heads").index(g.kind)):
             if group.kind not in kinds:
                 continue
-            key, size = (group.layer, group.kind), group.num_units // group.blocks
+            key, size = (group.layer, group.kind), group.size // group.blocks
             keep = max(1, size // 2 + (0 if uniform or size < 3 else group.layer - 1))
             if not uniform and size < 3 and group.layer == 1:
                 keep = size  # this layer stays whole

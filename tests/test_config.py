@@ -7,8 +7,13 @@ import pytest
 import torch
 
 from hf_structprune import CalibrationConfig, PruningConfig
-from hf_structprune.config import AGGREGATIONS, ALLOCATIONS, CRITERIA, LAYOUTS, TAYLOR_VARIANTS, UNITS
+from hf_structprune.config import AGGREGATIONS, ALLOCATIONS, LAYOUTS, TAYLOR_VARIANTS
 from hf_structprune.errors import ConfigurationError, StructPruneError
+from hf_structprune.units import KINDS, WidthKind, level_criteria
+
+
+CRITERIA = level_criteria(WidthKind)
+UNITS = tuple(KINDS)
 
 
 EVERYTHING = dict(

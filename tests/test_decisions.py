@@ -5,10 +5,9 @@ import json
 import families
 import pytest
 
-from hf_structprune.decisions import HiddenPlan, is_dropped, normalised
 from hf_structprune.errors import ConfigurationError
 from hf_structprune.model.structure import ModelStructure
-from hf_structprune.plan import PruningPlan
+from hf_structprune.plan import Decision, PruningPlan, is_dropped, normalised
 
 
 @pytest.fixture
@@ -74,8 +73,8 @@ def test_parameters_and_shares_of_every_kind_add_up(structure):
 
 
 def test_json_and_table(structure):
-    plan = make_plan(structure, dropped={"layers": [0, 2]}, hidden=None)
-    plan.hidden = HiddenPlan(32, 24, list(range(24)))
+    plan = make_plan(structure, dropped={"layers": [0, 2]})
+    plan.decisions.append(Decision("hidden", None, 32, 24, list(range(24))))
     again = PruningPlan.from_dict(json.loads(json.dumps(plan.to_dict())))
     assert again == plan and again.is_dropped(2, "mlp_neurons") and not again.is_dropped(1, "mlp_neurons")
     assert "0 2" in str(plan) and "decoder layers, gone" in str(plan) and "hidden size" in str(plan)
@@ -83,8 +82,9 @@ def test_json_and_table(structure):
 
 def test_plans_that_were_written_before_there_was_depth_can_be_read(structure):
     values = make_plan(structure, {(0, "mlp_neurons"): 24}).to_dict()
-    for name in ("dropped", "hidden", "num_layers", "removed"):
+    for name in ("decisions", "num_layers", "removed"):
         del values[name]
+    values |= {"version": 1, "groups": [{"layer": 0, "kind": "mlp_neurons", "num_units": 48, "keep": 24}]}
     plan = PruningPlan.from_dict(values)
     assert plan.dropped == {} and plan.hidden is None and plan.parameters_after == values["parameters_after"]
 
@@ -92,4 +92,4 @@ def test_plans_that_were_written_before_there_was_depth_can_be_read(structure):
 @pytest.mark.parametrize(("keep", "kept"), [(0, None), (32, None), (2, [1, 0]), (2, [0, 40])])
 def test_impossible_hidden_sizes_are_refused(keep, kept):
     with pytest.raises(ConfigurationError):
-        HiddenPlan(32, keep, kept)
+        Decision("hidden", None, 32, keep, kept)

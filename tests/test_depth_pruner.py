@@ -10,7 +10,10 @@ from transformers import AutoModelForCausalLM
 from hf_structprune import PruningConfig, PruningPlan, StructuredPruner
 from hf_structprune.errors import ConfigurationError, RatioError
 from hf_structprune.model.structure import ModelStructure, decoder_layers
-from hf_structprune.units.kinds import DEPTH_CRITERIA
+from hf_structprune.units import DepthKind, level_criteria
+
+
+DEPTH_CRITERIA = level_criteria(DepthKind)
 
 
 FEW = ("llama", "gemma2", "gpt2", "mixtral")

@@ -76,8 +76,8 @@ def test_zeroed_and_cut_give_the_same_logits_with_counts_of_each_layer(name, kin
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_every_kind_of_unit_is_found(name):
     model = families.make_model(name)
-    found = {group.kind for group in ModelStructure.of(model).groups if group.num_units // group.blocks > 1 or
-             group.kind == "kv_groups" and group.num_units > 1}  # fmt: skip
+    found = {group.kind for group in ModelStructure.of(model).groups if group.size // group.blocks > 1 or
+             group.kind == "kv_groups" and group.size > 1}  # fmt: skip
     assert found == set(families.kinds_of(name))
 
 

@@ -11,7 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from hf_structprune import PruningConfig, StructuredPruner
 from hf_structprune.errors import ConfigurationError, UnsupportedModelError
-from hf_structprune.units.kinds import HIDDEN_CRITERIA
+from hf_structprune.units import StreamKind, level_criteria
+
+
+HIDDEN_CRITERIA = level_criteria(StreamKind)
 
 
 POSSIBLE = [name for name in families.FAMILIES if name not in families.DERIVED_HEAD_DIM]

@@ -11,9 +11,9 @@ from hf_structprune import CalibrationConfig, PruningConfig
 from hf_structprune.allocation import allocate
 from hf_structprune.allocation.depth import choose_depth
 from hf_structprune.errors import ConfigurationError, RatioError, UnsupportedModelError
+from hf_structprune.model.hidden_size import hidden_group
 from hf_structprune.model.structure import ModelStructure
 from hf_structprune.stats.knowledge import sensitivities
-from hf_structprune.units.hidden_group import hidden_group
 
 
 def make_model(name="llama", layers=6, width=200, **changes):
@@ -67,8 +67,8 @@ def test_a_stated_split(split, layout, tmp_path):
     assert abs(sum(plan.removed.values()) - asked) <= finest
     first, alike = structure.layers[0], len(structure.layers) if layout == "uniform" else 1
     coarse = {"layers": first.parameters, "attention": first.sublayer("attention").parameters}
-    coarse["kv_groups"] = first.group("kv_groups").unit_parameters * alike
-    coarse["hidden"] = 2 * hidden_group(dense, structure).unit_parameters  # what heads divide, or a kernel wants
+    coarse["kv_groups"] = first.group("kv_groups").cost * alike
+    coarse["hidden"] = 2 * hidden_group(dense, structure).cost  # what heads divide, or a kernel wants
     coarse = {kind: coarse.get(kind, 0) for kind in split}
     for kind, part in split.items():
         slack = coarse[kind] or sum(coarse.values())
@@ -132,7 +132,7 @@ def cost_of(dropped, losses, baseline, number, structure, sensitivity, config, a
     except RatioError:
         return float("inf")
     rise = losses[number - 1] - baseline if number else 0.0
-    whole = {(g.layer, g.kind): g.num_units for g in structure.groups}
+    whole = {(g.layer, g.kind): g.size for g in structure.groups}
     return rise + sum(sensitivity[key] * ((whole[key] - keep) / whole[key]) ** 2 for key, keep in counts.items())
 
 

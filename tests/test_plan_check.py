@@ -6,9 +6,9 @@ import families
 import pytest
 
 from hf_structprune import PruningConfig, PruningPlan, StructuredPruner
-from hf_structprune.decisions import GroupPlan, HiddenPlan
 from hf_structprune.errors import ConfigurationError
 from hf_structprune.model.structure import ModelStructure
+from hf_structprune.plan import Decision, decisions_of
 from hf_structprune.plan_check import check_plan
 
 
@@ -88,25 +88,25 @@ def test_the_plan_that_is_given_stays_as_it_is():
 
 
 def heads(keep, kept=None):
-    return GroupPlan(0, "query_heads", 4, keep, kept)
+    return Decision("query_heads", 0, 4, keep, kept)
 
 
-KV_1 = GroupPlan(0, "kv_groups", 2, 1, [1])
+KV_1 = Decision("kv_groups", 0, 2, 1, [1])
 CONTRADICTIONS = {
-    "twice": ([GroupPlan(0, "mlp_neurons", 48, 8), GroupPlan(0, "mlp_neurons", 48, 9)], {}, "layer 0 2 times"),
-    "dropped": ([GroupPlan(1, "mlp_neurons", 48, 8)], {"layers": [1]}, "drops the mlp_neurons of layer 1 and keeps"),
+    "twice": ([Decision("mlp_neurons", 0, 48, 8), Decision("mlp_neurons", 0, 48, 9)], {}, "layer 0 2 times"),
+    "dropped": ([Decision("mlp_neurons", 1, 48, 8)], {"layers": [1]}, "drops the mlp_neurons of layer 1 and keeps"),
     "uneven": ([heads(3)], {}, "3 query heads in 2 KV groups"),
     "too many": ([KV_1, heads(3)], {}, "3 query heads in 1 KV groups"),
     "other groups": ([KV_1, heads(2, [0, 1])], {}, r"query heads \[0, 1\] of layer 0"),
     "one group": ([heads(2, [0, 1])], {}, r"every KV group that stays must keep 1"),
-    "gone groups": ([GroupPlan(0, "kv_groups", 2, 1), heads(2, [1, 2])], {}, "the others none"),
+    "gone groups": ([Decision("kv_groups", 0, 2, 1), heads(2, [1, 2])], {}, "the others none"),
 }
 
 
 @pytest.mark.parametrize("groups, dropped, message", CONTRADICTIONS.values(), ids=CONTRADICTIONS)
 def test_decisions_that_contradict_each_other_are_refused(groups, dropped, message):
     model = families.make_model("llama")
-    plan = dataclasses.replace(dropping(), layout="per_layer", groups=groups, dropped=dropped)
+    plan = dataclasses.replace(dropping(), layout="per_layer", decisions=decisions_of(groups, dropped, layers=3))
     with pytest.raises(ConfigurationError, match=message):
         check_plan(model, ModelStructure.of(model), plan)
 
@@ -118,5 +118,5 @@ def test_an_unknown_layout_is_refused():
 
 
 def test_hidden_channels_are_as_many_as_are_kept():
-    with pytest.raises(ConfigurationError, match="must name 3 channels of 8"):
-        HiddenPlan(8, 3, [0, 1])
+    with pytest.raises(ConfigurationError, match="must name 3 of 8"):
+        Decision("hidden", None, 8, 3, [0, 1])

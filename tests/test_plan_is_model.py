@@ -35,7 +35,7 @@ def check_plan_is_model(dense, pruner, path):
         before.matrix_parameters,
         after.matrix_parameters,
     )
-    neurons = [sum(g.num_units for g in one.groups if g.kind == "mlp_neurons") for one in (before, after)]
+    neurons = [sum(g.size for g in one.groups if g.kind == "mlp_neurons") for one in (before, after)]
     assert [plan.neurons_before, plan.neurons_after] == neurons
     hidden = (plan.hidden.before, plan.hidden.keep) if plan.hidden else (dense.config.hidden_size,) * 2
     assert hidden == (dense.config.hidden_size, small.config.hidden_size)
@@ -44,12 +44,12 @@ def check_plan_is_model(dense, pruner, path):
     for old, new in zip(left, after.layers, strict=True):
         for group in old.groups:
             there = new.group(group.kind)
-            keep = 0 if plan.is_dropped(old.index, group.kind) else plan.keep(old.index, group.kind, group.num_units)
+            keep = 0 if plan.is_dropped(old.index, group.kind) else plan.keep(old.index, group.kind, group.size)
             one_each = group.kind == "query_heads" and there is None and keep
-            units = new.attention.heads if one_each else there.num_units if there else 0
+            units = new.attention.heads if one_each else there.size if there else 0
             assert units == keep, (old.index, group.kind)
     assert plan.given is (path in ("plan", "JSON", "named plan"))
-    assert plan.chosen and all(len(group.kept) == group.keep < group.num_units for group in plan.groups)
+    assert plan.chosen and all(len(group.kept) == group.keep < group.before for group in plan.groups)
     record = small.config.hf_structprune
     figures = ("ratio_requested", "ratio", "layout", "parameters_before", "parameters_after")
     assert {name: record[name] for name in figures} == {name: getattr(plan, name) for name in figures}

@@ -106,7 +106,7 @@ def test_table_says_what_goes_in_which_layers(plan):
 
 def test_table_joins_only_neighbours_that_are_alike(plan):
     values = plan.to_dict()
-    values["groups"] = [g for g in values["groups"] if g["layer"] not in (6, 9)]
+    values["decisions"] = [g for g in values["decisions"] if g["layer"] not in (6, 9)]
     text = str(PruningPlan.from_dict(values))
     assert all(run in text for run in ("4-5", "7-8", "10-17")) and "4-17" not in text
 
@@ -114,25 +114,26 @@ def test_table_joins_only_neighbours_that_are_alike(plan):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(version=2), "version 2"),
-        (dict(groups=None), "incomplete or of another kind"),
-        (dict(groups=[dict(layer=0, kind="mlp_neurons", num_units=4)]), "incomplete or of another kind"),
-        (dict(groups=[dict(layer=0, kind="mlp_neurons", num_units=4, keep=0)]), "at least one must"),
-        (dict(groups=[dict(layer=0, kind="mlp_neurons", num_units=4, keep=5)]), "5 of 4 mlp_neurons"),
+        (dict(version=3), "version 3"),
+        (dict(decisions=None), "incomplete or of another kind"),
+        (dict(decisions=[dict(layer=0, kind="toes", before=5, keep=4)]), "kind 'toes'; there are kv_groups, "),
+        (dict(decisions=[dict(layer=0, kind="mlp_neurons", before=4)]), "incomplete or of another kind"),
+        (dict(decisions=[dict(layer=0, kind="mlp_neurons", before=4, keep=0)]), "at least one must"),
+        (dict(decisions=[dict(layer=0, kind="mlp_neurons", before=4, keep=5)]), "5 of 4 mlp_neurons"),
         (
-            dict(groups=[dict(layer=0, kind="mlp_neurons", num_units=4, keep=2, kept=[1, 1])]),
+            dict(decisions=[dict(layer=0, kind="mlp_neurons", before=4, keep=2, kept=[1, 1])]),
             "must name 2 of 4, ascending",
         ),
         (
-            dict(groups=[dict(layer=0, kind="mlp_neurons", num_units=4, keep=2, kept=[1, 4])]),
+            dict(decisions=[dict(layer=0, kind="mlp_neurons", before=4, keep=2, kept=[1, 4])]),
             "must name 2 of 4, ascending",
         ),
         (
-            dict(groups=[dict(layer=0, kind="mlp_neurons", num_units=4, keep=2, kept=[-1, 0])]),
+            dict(decisions=[dict(layer=0, kind="mlp_neurons", before=4, keep=2, kept=[-1, 0])]),
             "must name 2 of 4, ascending",
         ),
         (
-            dict(groups=[dict(layer=0, kind="mlp_neurons", num_units=4, keep=2, kept=[3, 1])]),
+            dict(decisions=[dict(layer=0, kind="mlp_neurons", before=4, keep=2, kept=[3, 1])]),
             "must name 2 of 4, ascending",
         ),
     ],
@@ -142,7 +143,7 @@ def test_wrong_plans_raise(plan, change, message):
         PruningPlan.from_dict({**plan.to_dict(), **change})
 
 
-@pytest.mark.parametrize("key", ["groups", "parameters_after", "layout"])
+@pytest.mark.parametrize("key", ["decisions", "parameters_after", "layout"])
 def test_incomplete_plans_raise(plan, key):
     values = plan.to_dict()
     del values[key]

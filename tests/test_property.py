@@ -73,7 +73,7 @@ def check_plan(plan, dense, small):
             if gone:
                 assert found is None
             elif found is not None:  # no query heads are found where every KV group has one
-                assert found.num_units == plan.keep(old.index, group.kind, group.num_units)
+                assert found.size == plan.keep(old.index, group.kind, group.size)
     if plan.hidden is not None:
         assert small.get_input_embeddings().weight.shape[1] == plan.hidden.keep
 
@@ -86,7 +86,7 @@ def check_values(plan, dense, small, config):
     bare = copy.deepcopy(dense)
     cut_units(bare, structure, kept)
     drop(bare, structure, plan.dropped)
-    refitted = {group.consumer.module for group in structure.groups} if config.compensation else set()
+    refitted = {group.reader.module for group in structure.groups} if config.compensation else set()
     numbers = [n for n in range(plan.num_layers) if n not in plan.dropped.get("layers", ())]
     parameters = dict(small.named_parameters())
     path = structure.layers[0].name.rpartition(".")[0]
@@ -123,7 +123,7 @@ def check_ratio(plan, dense, config, asked):
         ]
         for group in layer.groups:
             if group.kind in config.units:
-                one.append(group.unit_parameters * (step if group.kind == "mlp_neurons" else group.blocks))
+                one.append(group.cost * (step if group.kind == "mlp_neurons" else group.blocks))
         costs.append(max(one, default=0))
     bound = sum(costs) if config.layout == "uniform" and not config.kinds(("layers",)) else max(costs)
     if "hidden" in config.units:

@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from hf_structprune import CalibrationConfig, PruningConfig, PruningPlan, StructuredPruner
-from hf_structprune.config import CRITERIA
 from hf_structprune.errors import ConfigurationError, StructPruneError, UnsupportedModelError
 from hf_structprune.model.structure import ModelStructure
+from hf_structprune.units import WidthKind, level_criteria
+
+
+CRITERIA = level_criteria(WidthKind)
 
 
 def units_of(name):
@@ -143,7 +146,7 @@ def test_compensation_lowers_the_output_error_of_the_first_consumer(name):
             model, criterion="l2", compensation=compensation, error_correction=0.0, layout="per_layer", layers=[0]
         )
         small = pruner.prune(0.1)
-        parent = ModelStructure.of(dense).layers[0].group("mlp_neurons").consumer.module
+        parent = ModelStructure.of(dense).layers[0].group("mlp_neurons").reader.module
         outputs = []
         for one in (dense, small):
             outputs.append(output_of(one, parent, tokens))

@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 
 from ..config import PruningConfig
-from ..decisions import Dropped
 from ..model.structure import ModelStructure
+from ..plan import Dropped
 from .budget import Budget, Counts
-from .by_kind import allocate_by_kind
 from .global_ranking import allocate_global
 from .search import allocate_search
+from .stated import allocate_by_kind, allocate_stated
 from .steps import next_counts
 from .uniform import allocate_uniform
 
 
-__all__ = ["Budget", "Counts", "allocate", "next_counts"]
+__all__ = ["Budget", "Counts", "allocate", "allocate_stated", "next_counts"]
 
 
 def allocate(

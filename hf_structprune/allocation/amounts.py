@@ -8,7 +8,7 @@ from ..alignment import multiple_of, step_of
 from ..checks import Ratio, checked
 from ..config import PruningConfig
 from ..errors import ConfigurationError, RatioError
-from ..units.hidden_group import HiddenGroup
+from ..model.hidden_size import HiddenGroup
 
 
 def check_ratio(ratio: float | None, config: PruningConfig) -> None:
@@ -21,12 +21,14 @@ def check_ratio(ratio: float | None, config: PruningConfig) -> None:
     if ratio is None and config.needs_ratio:
         raise ConfigurationError(
             "A ratio is missing: 0.3 removes 30 %. Instead of it `attention_ratio` and `mlp_ratio` say how much of "
-            "heads and neurons goes, `num_layers` or `keep_first` how many layers, `hidden_size` how wide the rest is."
+            "heads and neurons goes, `num_layers` or `keep_first` how many layers, `hidden_size` how wide "
+            "the rest is, `keep` what "
+            "is to be left of each kind."
         )
     if ratio is None:
         return
     if not config.takes_ratio:
-        stated = [n for n in ("attention_ratio", "mlp_ratio", "num_layers", "keep_first", "hidden_size")
+        stated = [n for n in ("attention_ratio", "mlp_ratio", "num_layers", "keep_first", "hidden_size", "keep")
                   if getattr(config, n) is not None]  # fmt: skip
         raise ConfigurationError(
             f"The ratio {ratio!r} is given, and {', '.join(f'`{name}`' for name in stated)} in the configuration says "
@@ -53,11 +55,11 @@ def hidden_sizes_for(group: HiddenGroup, parameters: float, config: PruningConfi
             f"`align_to` is {config.align_to!r}, but no hidden size below the model's own, {group.size}, is a "
             f"multiple of {step}."
         )
-    if parameters > (group.size - step) * group.unit_parameters:
+    if parameters > (group.size - step) * group.cost:
         raise RatioError(
             f"{parameters:,.0f} parameters are to go by the hidden size, which can take at most "
-            f"{(group.size - step) * group.unit_parameters:,}. Ask for less."
+            f"{(group.size - step) * group.cost:,}. Ask for less."
         )
-    wanted = group.size - parameters / group.unit_parameters
+    wanted = group.size - parameters / group.cost
     whole = {group.size} if group.size % multiple_of(config.align_to) == 0 else set()
     return sorted({*range(step, group.size, step), *whole}, key=lambda size: (abs(size - wanted), -size))

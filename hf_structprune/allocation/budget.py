@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 
-from ..alignment import multiple_of, step_of
+from ..alignment import multiple_of
 from ..checks import Ratio, checked
 from ..config import PruningConfig
-from ..decisions import Dropped, is_dropped
 from ..errors import ConfigurationError, RatioError, UnsupportedModelError
-from ..model.structure import CoupledGroup, LayerStructure, ModelStructure
-from ..units.kinds import WIDTH_UNITS
+from ..model.groups import Group, LayerStructure
+from ..model.structure import ModelStructure
+from ..plan import Dropped, is_dropped
+from ..units import KINDS, WidthKind, kinds_of
+from ..units.depth import LAYERS
+from ..units.heads import GROUPS, pairs, removed_by_pair
 
 
 Counts = dict[tuple[int, str], int]
@@ -38,22 +41,22 @@ class Budget:
         self.structure, self.config, self.head_counts = structure, config, head_counts
         self.dense = dense or structure
         dropped = dropped or {}
-        left = [i for i in active_layers(config, len(structure.layers)) if i not in dropped.get("layers", ())]
+        left = [i for i in active_layers(config, len(structure.layers)) if i not in dropped.get(LAYERS, ())]
         self.layers = [structure.layers[index] for index in left]
         self.attentions = [
             layer
             for layer in self.layers
-            if layer.attention and not is_dropped(dropped, layer.index, "attention") and self._expressible(layer)[1:]
+            if layer.attention and not is_dropped(dropped, layer.index, GROUPS) and self._expressible(layer)[1:]
         ]
-        self.mlps = [
+        self.groups = [
             group
             for layer in self.layers
             for group in layer.groups
-            if group.kind == "mlp_neurons" and group.kind in config.units
+            if group.kind in config.units and not KINDS[group.kind].of_heads
             and not is_dropped(dropped, layer.index, group.kind)
         ]  # fmt: skip
         available = {group.kind for layer in structure.layers for group in layer.groups}
-        wanted = config.kinds(WIDTH_UNITS)
+        wanted = config.kinds(kinds_of(WidthKind))
         if not available & set(wanted):
             raise UnsupportedModelError(
                 f"`units` is {config.units}, but the layers that may be cut have {sorted(available) or 'none'}. "
@@ -65,10 +68,11 @@ class Budget:
     def _check_alignment(self) -> None:
         """Refuses an alignment that nothing which can be kept has; says what can."""
         wanted = f"`align_to` is {self.config.align_to!r}, a multiple of {self._multiple}"
-        for group in self.mlps:
-            if self.step(group) > group.num_units:
+        for group in self.groups:
+            if self.step(group) > group.size:
                 raise ConfigurationError(
-                    f"{wanted}, but the MLP of layer {group.layer} is only {group.num_units} wide: take a smaller one."
+                    f"{wanted}, but the {KINDS[group.kind].part} of layer {group.layer} is only {group.size} wide: "
+                    "take a smaller one."
                 )
         for layer in self.attentions:
             if not self.attention_options(layer):
@@ -107,14 +111,14 @@ class Budget:
 
     @property
     def _where(self) -> str:
-        kinds = ", ".join(self.config.kinds(WIDTH_UNITS))
+        kinds = ", ".join(self.config.kinds(kinds_of(WidthKind)))
         return f"units {kinds} in {len(self.layers)} of {len(self.structure.layers)} layers"
 
     @property
     def _held_back(self) -> str:
         """Which option keeps most of what could go: the step of widths, where one unit would be much less."""
-        kept = sum(self.smallest_width(group) * group.unit_parameters for group in self.mlps)
-        step = max((self.step(group) for group in self.mlps), default=1)
+        kept = sum(self.smallest_width(group) * group.cost for group in self.groups)
+        step = max((self.step(group) for group in self.groups), default=1)
         if step == 1 or kept < self.removable:
             return ""
         name = "align_to" if self.config.align_to is not None else "round_to"
@@ -128,32 +132,32 @@ class Budget:
         """Parameters that earlier steps have taken from what may be cut."""
         dense = self.dense.layers
         heads = sum(
-            self.attention_removed(dense[layer.index], layer.attention.kv_heads, layer.attention.rep)
+            removed_by_pair(dense[layer.index], layer.attention.kv_heads, layer.attention.rep)
             for layer in self.attentions
         )
-        widths = ((dense[g.layer].group(g.kind).num_units - g.num_units) * g.unit_parameters for g in self.mlps)
+        widths = ((dense[g.layer].group(g.kind).size - g.size) * g.cost for g in self.groups)
         return heads + sum(widths)
 
     @property
     def removable(self) -> int:
         """Parameters of everything that may go."""
         heads = sum(
-            max(self.attention_removed(layer, *o) for o in self.attention_options(layer)) for layer in self.attentions
+            max(removed_by_pair(layer, *o) for o in self.attention_options(layer)) for layer in self.attentions
         )
-        return heads + sum((g.num_units - self.smallest_width(g)) * g.unit_parameters for g in self.mlps)
+        return heads + sum((g.size - self.smallest_width(g)) * g.cost for g in self.groups)
 
-    def step(self, group: CoupledGroup) -> int:
-        """Kept MLP widths are multiples of this."""
-        config, width = self.config, self.dense.layers[group.layer].group(group.kind).num_units
-        step = step_of(config.round_to, config.align_to, min(128, 2 ** int(math.log2(max(1, width // 32)))))
-        return step if config.align_to is not None else min(step, width)
+    def step(self, group: Group) -> int:
+        """Kept units of a group are multiples of this."""
+        whole = self.dense.layers[group.layer].group(group.kind).size
+        return KINDS[group.kind].multiple(whole, self.config.round_to, self.config.align_to)
 
-    def smallest_width(self, group: CoupledGroup) -> int:
+    def smallest_width(self, group: Group) -> int:
         return self.step(group)
 
-    def largest_width(self, group: CoupledGroup) -> int:
+    def largest_width(self, group: Group) -> int:
         """The whole width, or the largest that is aligned."""
-        return group.num_units // self._multiple * self._multiple
+        multiple = self._multiple if KINDS[group.kind].aligns else 1
+        return group.size // multiple * multiple
 
     @property
     def _multiple(self) -> int:
@@ -166,29 +170,37 @@ class Budget:
 
     def _expressible(self, layer: LayerStructure) -> list[tuple[int, int]]:
         """Pairs that a checkpoint can have, the whole layer first."""
-        shape, units = layer.attention, self.config.units
-        if shape is None:
-            return []
-        kv_options = range(shape.kv_heads, 0, -1) if "kv_groups" in units else (shape.kv_heads,)
-        rep_options = range(shape.rep, 0, -1) if "query_heads" in units else (shape.rep,)
-        options = [(kv, rep) for kv in kv_options for rep in rep_options]
-        whole = (shape.kv_heads, shape.rep)
-        return [o for o in options if o == whole or self.head_counts is None or o in self.head_counts]
+        options = pairs(layer, self.config.units)
+        return [o for o in options if o == options[0] or self.head_counts is None or o in self.head_counts]
 
-    def attention_removed(self, layer: LayerStructure, kv_heads: int, rep: int) -> int:
-        """Parameters that go from a layer which keeps so many KV groups with so many query heads each."""
-        shape, group, head = layer.attention, layer.group("kv_groups"), layer.group("query_heads")
-        removed = (shape.kv_heads - kv_heads) * group.unit_parameters
-        return removed + (kv_heads * (shape.rep - rep) * head.unit_parameters if head else 0)
+    @property
+    def ranked(self) -> list[Group]:
+        """Groups whose units are ranked against those of other groups: all but query heads."""
+        return self.groups + [layer.group(GROUPS) for layer in self.attentions]
 
-    def keep_heads(self, layer: LayerStructure, kv_heads: int, rep: int) -> Counts:
-        """The counts of a layer's attention; groups that stay whole are left out."""
-        shape, counts = layer.attention, {}
-        if kv_heads < shape.kv_heads:
-            counts[layer.index, "kv_groups"] = kv_heads
-        if rep < shape.rep:
-            counts[layer.index, "query_heads"] = rep
-        return counts
+    def next_count(self, group: Group, below: int) -> int | None:
+        """The largest number of units less than this that a ranked group may keep, `None` if there is none."""
+        if KINDS[group.kind].of_heads:
+            options = self.attention_options(self.structure.layers[group.layer])
+            return max((kv for kv, _ in options if kv < below), default=None)
+        if below > self.largest_width(group):
+            return self.largest_width(group)
+        step = self.step(group)
+        smaller = (below - 1) // step * step
+        return smaller if smaller >= self.smallest_width(group) else None
+
+    def refuse_parts(self, allocation: str) -> None:
+        """Refuses units within others, which some allocations do not split.
+
+        Raises:
+            ConfigurationError: Names them.
+        """
+        for kind in self.config.kinds(kinds_of(WidthKind)):
+            if KINDS[kind].within is not None:
+                raise ConfigurationError(
+                    f"allocation={allocation!r} does not split {KINDS[kind].label}; use units 'mlp_neurons' and "
+                    "'kv_groups', or 'uniform'."
+                )
 
 
 def active_layers(config: PruningConfig, num_layers: int) -> list[int]:

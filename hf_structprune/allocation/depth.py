@@ -13,13 +13,14 @@ from ..checks import check_choice
 from ..config import PruningConfig
 from ..criteria.distances import layer_similarities
 from ..criteria.layer_weights import magnitude_scores, taylor_scores
-from ..decisions import Dropped
 from ..errors import RatioError
 from ..model.measuring import measures
 from ..model.structure import ModelStructure
+from ..plan import Dropped
 from ..stats.losses import TextLoss
 from ..stats.similarities import LayerSimilarities
-from ..units.kinds import DEPTH_CRITERIA
+from ..units import DepthKind, level_criteria
+from ..units.depth import LAYERS
 from .exchange import exchange, put_back_excess
 from .greedy import Losses, Stop, loss_scores, remove_greedily
 from .removal import Amount, Removal, Unit, depth_candidates
@@ -88,12 +89,12 @@ def choose_depth(
         RatioError: More is asked for than can go; says how much can.
         UnsupportedModelError: No layer has a sublayer of a kind that is asked for.
     """
-    check_choice("depth_criterion", config.depth_criterion, DEPTH_CRITERIA)
+    check_choice("depth_criterion", config.depth_criterion, level_criteria(DepthKind))
     kinds, amount = tuple(kinds), Amount(count, parameters, most)
     removal = Removal(structure, before=without or {})
     candidates = [unit for unit in depth_candidates(structure, config, kinds) if removal.can(unit)]
     chooser = _Chooser(model, structure, config, kinds, tokens, amount, removal, candidates)
-    if config.depth_criterion == "angular" and kinds == ("layers",):
+    if config.depth_criterion == "angular" and kinds == (LAYERS,):
         return chooser.block()
     chooser.check()
     return chooser.greedy(until) if config.depth_criterion in ("greedy", "exchange") else chooser.one_shot()
@@ -132,7 +133,7 @@ class _Chooser:
             if self.amount.parameters and not found.blocks(size, allowed):
                 break
             start, end, _ = found.best_block(size, allowed)
-            block = [(layer, "layers") for layer in range(start, end)]
+            block = [(layer, LAYERS) for layer in range(start, end)]
             if self.amount.count or self.amount.nearer(self.removal.parameters(block), self.removal.parameters(best)):
                 best = block
         self.removal.units += best
@@ -217,7 +218,7 @@ class _Chooser:
         return len({kind for _, kind in self.candidates}) > 1
 
     def _similarities(self) -> LayerSimilarities:
-        size, sublayers = self.config.calibration.batch_size, self.kinds != ("layers",)
+        size, sublayers = self.config.calibration.batch_size, self.kinds != (LAYERS,)
         return layer_similarities(self.model, self.structure, self.tokens(), batch_size=size, sublayers=sublayers)
 
     def _text(self) -> TextLoss:
@@ -230,8 +231,8 @@ class _Chooser:
     def _largest_first(self, unit: Unit) -> tuple:
         """Sublayers before their layer, so that there are as many removals as possible; the smallest layer stays."""
         layer, kind = self.structure.layers[unit[0]], unit[1]
-        size = layer.parameters if kind == "layers" else layer.sublayer(kind).parameters
-        return -layer.parameters, unit[0], kind == "layers", -size
+        size = layer.parameters if kind == LAYERS else layer.sublayer(kind).parameters
+        return -layer.parameters, unit[0], kind == LAYERS, -size
 
     def _check_block(self, allowed: list[int]) -> None:
         """Refuses a block longer, or with more parameters, than any that is allowed."""
@@ -240,7 +241,7 @@ class _Chooser:
             if runs[-1] and runs[-1][-1] != layer - 1:
                 runs.append([])
             runs[-1].append(layer)
-        sizes = [self.removal.parameters((layer, "layers") for layer in run) for run in runs]
+        sizes = [self.removal.parameters((layer, LAYERS) for layer in run) for run in runs]
         self._refuse_beyond(max(map(len, runs)), max(sizes), " as one block: layer 0 stays, and so do layers that are "
                             "protected or not named")  # fmt: skip
 

@@ -20,11 +20,8 @@ def allocate_global(budget: Budget, target: int, scores: dict[tuple[int, str], t
         target: Parameters to remove.
         scores: Importance of every unit by `(layer, kind)`.
     """
-    groups = budget.mlps + [layer.group("kv_groups") for layer in budget.attentions]
-    if "query_heads" in budget.config.units:
-        raise ConfigurationError(
-            "allocation='global' does not split query heads; use units 'mlp_neurons' and 'kv_groups', or 'uniform'."
-        )
+    groups = budget.ranked
+    budget.refuse_parts("global")
     if scores is None:
         raise ConfigurationError("allocation='global' needs the scores of all units.")
     removed = _lowest(budget, groups, target, scores)
@@ -38,13 +35,12 @@ def _lowest(budget: Budget, groups, target: int, scores) -> dict[tuple[int, str]
     for number, group in enumerate(groups):
         score = scores[group.layer, group.kind].double()
         z = (score - score.mean()) / score.std().clamp_min(1e-30)
-        smallest = budget.smallest_width(group) if group.kind == "mlp_neurons" else 1
-        limits[number] = group.num_units - smallest
+        limits[number] = group.size - (budget.smallest_width(group) if group in budget.groups else 1)
         # Only the lowest may go; the rest of the group is not offered.
         entries.append(torch.stack([z.sort().values[: limits[number]], torch.full((limits[number],), number)], dim=1))
     ranked = torch.cat(entries)
     ranked = ranked[ranked[:, 0].argsort(stable=True)]
-    costs = torch.tensor([float(group.unit_parameters) for group in groups])[ranked[:, 1].long()]
+    costs = torch.tensor([float(group.cost) for group in groups])[ranked[:, 1].long()]
     total = costs.cumsum(0)
     count = int((total - costs / 2 <= target).sum())
     going = ranked[:count, 1].long().bincount(minlength=len(groups))
@@ -55,21 +51,19 @@ def _rounded(budget: Budget, groups, target: int, removed: dict[tuple[int, str],
     counts: Counts = {}
     carried = float(target)
     for group in groups:
-        if group.kind != "mlp_neurons":
-            layer = budget.structure.layers[group.layer]
-            wanted = group.num_units - removed[group.layer, group.kind]
-            kv_heads = min((o[0] for o in budget.attention_options(layer)), key=lambda n: abs(n - wanted))
-            counts[group.layer, group.kind] = kv_heads
-            carried -= (group.num_units - kv_heads) * group.unit_parameters
-    mlps = [g for g in groups if g.kind == "mlp_neurons"]
-    exact = sum(removed[g.layer, g.kind] * g.unit_parameters for g in mlps)
+        if group not in budget.groups:
+            wanted = group.size - removed[group.key]
+            options = budget.attention_options(budget.structure.layers[group.layer])
+            counts[group.key] = min((kv for kv, _ in options), key=lambda n: abs(n - wanted))
+            carried -= (group.size - counts[group.key]) * group.cost
+    exact = sum(removed[g.key] * g.cost for g in budget.groups)
     error = carried - exact  # what heads took too much or too little is made up for here, evenly
-    for number, group in enumerate(mlps):
+    for number, group in enumerate(budget.groups):
         step = budget.step(group)
-        share = error / (len(mlps) - number)
-        ideal = group.num_units - removed[group.layer, group.kind] - share / group.unit_parameters
+        share = error / (len(budget.groups) - number)
+        ideal = group.size - removed[group.layer, group.kind] - share / group.cost
         width = min(max(round(ideal / step) * step, budget.smallest_width(group)), budget.largest_width(group))
         counts[group.layer, group.kind] = width
-        error -= (group.num_units - removed[group.layer, group.kind] - width) * group.unit_parameters
-    whole = {(g.layer, g.kind): g.num_units for g in groups}
+        error -= (group.size - removed[group.layer, group.kind] - width) * group.cost
+    whole = {(g.layer, g.kind): g.size for g in groups}
     return {key: count for key, count in counts.items() if count < whole[key]}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ..alignment import HIDDEN, Input, findings, unreached
-from ..model.expected import shape_after
 from ..model.structure import ModelStructure
 from ..plan import PruningPlan
+from ..units import KINDS, WidthKind, kinds_of
 
 
 def input_widths(structure: ModelStructure, plan: PruningPlan, hidden_size: int) -> list[Input]:
@@ -18,16 +18,11 @@ def input_widths(structure: ModelStructure, plan: PruningPlan, hidden_size: int)
     """
     inputs = []
     for layer in structure.layers:
-        for kind in ("kv_groups", "mlp_neurons"):
-            group = layer.group(kind)
-            if group is None or plan.is_dropped(layer.index, kind):
-                continue
-            name = group.consumer.module.rpartition(".")[2]
-            if kind == "mlp_neurons":
-                before, after = group.num_units, plan.keep(layer.index, kind, group.num_units)
-            else:
-                before, after = layer.attention.query_width, shape_after(layer, plan).query_width
-            inputs.append(Input(name, after, layer.index, before))
+        for kind in kinds_of(WidthKind):
+            found = KINDS[kind].input_width(layer, plan)
+            if found is not None:
+                group, before, after = found
+                inputs.append(Input(group.reader.module.rpartition(".")[2], after, layer.index, before))
     return [*inputs, Input(HIDDEN, plan.hidden.keep if plan.hidden else hidden_size, None, hidden_size)]
 
 

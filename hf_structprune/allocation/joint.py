@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ..decisions import Dropped, normalised
 from ..errors import RatioError
 from ..model.structure import ModelStructure
+from ..plan import Dropped, normalised
 from .budget import Counts
 
 
@@ -96,5 +96,5 @@ def _cost(widths, dropped: Dropped, structure: ModelStructure, sensitivity: Sens
         counts = widths(dropped)
     except RatioError:
         return float("inf")  # the widths that are left cannot take the rest
-    sizes = {(group.layer, group.kind): group.num_units for group in structure.groups}
+    sizes = {(group.layer, group.kind): group.size for group in structure.groups}
     return sum(sensitivity[key] * (1 - keep / sizes[key]) ** 2 for key, keep in counts.items())

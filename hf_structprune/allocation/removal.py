@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 from ..checks import Number, check_fields
 from ..config import PruningConfig
-from ..decisions import Dropped, emptied, normalised
 from ..errors import ConfigurationError, UnsupportedModelError
 from ..model.structure import ModelStructure
-from ..units.kinds import DEPTH_UNITS, SUBLAYER_UNITS
+from ..plan import Dropped, emptied, normalised, removed_by
+from ..units import DepthKind, kinds_of
+from ..units.depth import LAYERS
 from .budget import active_layers
 
 
@@ -26,14 +27,14 @@ def depth_candidates(structure: ModelStructure, config: PruningConfig, kinds: tu
         ConfigurationError: A kind is none of `"layers"`, `"attention"` and `"mlp"`, or no layer may be cut.
         UnsupportedModelError: The layers that may be cut have none of these sublayers.
     """
-    wrong = [kind for kind in kinds if kind not in DEPTH_UNITS]
+    wrong = [kind for kind in kinds if kind not in kinds_of(DepthKind)]
     if wrong or not kinds:
-        raise ConfigurationError(f"`kinds` is {kinds!r}; it must name some of {', '.join(DEPTH_UNITS)}.")
+        raise ConfigurationError(f"`kinds` is {kinds!r}; it must name some of {', '.join(kinds_of(DepthKind))}.")
     units = [
         (index, kind)
         for index in active_layers(config, len(structure.layers))
-        for kind in DEPTH_UNITS
-        if kind in kinds and (kind == "layers" or structure.layers[index].sublayer(kind) is not None)
+        for kind in kinds_of(DepthKind)
+        if kind in kinds and (kind == LAYERS or structure.layers[index].sublayer(kind) is not None)
     ]
     lacking = [kind for kind in kinds if kind not in {found for _, found in units}]
     if lacking:
@@ -61,9 +62,9 @@ class Removal:
         """Whether a unit is still there and a layer stays when it goes."""
         layer, kind = unit
         gone = self.gone()
-        if layer in gone.get("layers", ()) or layer in gone.get(kind, ()):
+        if layer in gone.get(LAYERS, ()) or layer in gone.get(kind, ()):
             return False
-        return len(self._gone([*self.units, unit])["layers"]) < len(self.structure.layers)
+        return len(self._gone([*self.units, unit])[LAYERS]) < len(self.structure.layers)
 
     def parameters(self, extra: Iterable[Unit] = ()) -> int:
         """Parameters of everything that has gone since the beginning, these units included."""
@@ -79,7 +80,7 @@ class Removal:
         for layer, kind in self.units:
             sublayers = [(layer, sublayer.kind) for sublayer in self.structure.layers[layer].sublayers]
             whole = layer in emptied({name: [layer] for _, name in sublayers}, self.structure)
-            parts += sublayers if kind == "layers" and whole and single.issuperset(sublayers) else [(layer, kind)]
+            parts += sublayers if kind == LAYERS and whole and single.issuperset(sublayers) else [(layer, kind)]
         return list(dict.fromkeys(parts))
 
     def without(self, unit: Unit) -> Removal:
@@ -94,16 +95,14 @@ class Removal:
         return normalised(dropped, self.structure)
 
     def _gone(self, units: list[Unit]) -> dict[str, set[int]]:
-        gone = {kind: set(self.before.get(kind, ())) for kind in DEPTH_UNITS}
+        gone = {kind: set(self.before.get(kind, ())) for kind in kinds_of(DepthKind)}
         for layer, kind in units:
             gone[kind].add(layer)
-        gone["layers"] |= emptied(gone, self.structure)
-        return {kind: numbers if kind == "layers" else numbers - gone["layers"] for kind, numbers in gone.items()}
+        gone[LAYERS] |= emptied(gone, self.structure)
+        return {kind: numbers if kind == LAYERS else numbers - gone[LAYERS] for kind, numbers in gone.items()}
 
     def _parameters(self, gone: dict[str, set[int]]) -> int:
-        layers = self.structure.layers
-        sublayers = [layers[number].sublayer(kind) for kind in SUBLAYER_UNITS for number in gone[kind]]
-        return sum(layers[number].parameters for number in gone["layers"]) + sum(s.parameters for s in sublayers)
+        return removed_by(gone, self.structure)
 
 
 @dataclass(frozen=True)

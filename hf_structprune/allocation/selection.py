@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from ..model.structure import CoupledGroup
+from ..model.structure import Group
 
 
 def best_units(
-    scores: torch.Tensor, group: CoupledGroup, keep: int, alive_blocks: torch.Tensor | None = None
+    scores: torch.Tensor, group: Group, keep: int, alive_blocks: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Numbers of the units with the highest scores, ascending; equal scores keep the lower number.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from ..model.structure import CoupledGroup, LayerStructure
+from ..model.groups import Group, LayerStructure
+from ..units.heads import counts_of, pair_of, removed_by_pair
 from .budget import Budget, Counts
 
 
@@ -27,15 +28,15 @@ def next_counts(budget: Budget, goal: Counts, steps_left: int) -> Counts:
         return goal
     counts: Counts = {}
     for layer in budget.attentions:
-        counts.update(budget.keep_heads(layer, *_heads(budget, layer, goal, steps_left)))
+        counts.update(counts_of(layer, *_heads(budget, layer, goal, steps_left)))
     widths = {
-        (group.layer, group.kind): (group.num_units, _width(budget, group, goal, steps_left)) for group in budget.mlps
+        (group.layer, group.kind): (group.size, _width(budget, group, goal, steps_left)) for group in budget.groups
     }
     return counts | {key: width for key, (whole, width) in widths.items() if width < whole}
 
 
-def _width(budget: Budget, group: CoupledGroup, goal: Counts, steps_left: int) -> int:
-    whole, step = group.num_units, budget.step(group)
+def _width(budget: Budget, group: Group, goal: Counts, steps_left: int) -> int:
+    whole, step = group.size, budget.step(group)
     last = goal.get((group.layer, group.kind), whole)
     wanted = whole - (whole - last) / steps_left
     return min(max(math.ceil(wanted / step) * step, last), whole)
@@ -43,11 +44,10 @@ def _width(budget: Budget, group: CoupledGroup, goal: Counts, steps_left: int) -
 
 def _heads(budget: Budget, layer: LayerStructure, goal: Counts, steps_left: int) -> tuple[int, int]:
     shape = layer.attention
-    kv_heads = goal.get((layer.index, "kv_groups"), shape.kv_heads)
-    rep = goal.get((layer.index, "query_heads"), shape.rep)
+    kv_heads, rep = pair_of(layer, goal)
     between = [o for o in budget.attention_options(layer) if o[0] >= kv_heads and o[1] >= rep]
-    wanted = budget.attention_removed(layer, kv_heads, rep) / steps_left
+    wanted = removed_by_pair(layer, kv_heads, rep) / steps_left
     return min(
         [(shape.kv_heads, shape.rep), *between],
-        key=lambda o: (abs(budget.attention_removed(layer, *o) - wanted), -o[0]),
+        key=lambda o: (abs(removed_by_pair(layer, *o) - wanted), -o[0]),
     )

@@ -19,7 +19,7 @@ from .models import ModelArguments, load_pruner, load_shapes
 
 
 if TYPE_CHECKING:
-    from ..model.structure import CoupledGroup, ModelStructure
+    from ..model.structure import Group, ModelStructure
     from ..stats.similarities import LayerSimilarities
 
 
@@ -66,13 +66,13 @@ def inspect_command(argv: Sequence[str]) -> None:
     show(model.json, data, _table(model.model, structure), *notes)
 
 
-def _group_data(group: CoupledGroup) -> dict[str, Any]:
+def _group_data(group: Group) -> dict[str, Any]:
     return {
         "kind": group.kind,
-        "num_units": group.num_units,
-        "unit_parameters": group.unit_parameters,
-        "producers": [part.module for part in group.producers],
-        "consumer": group.consumer.module,
+        "num_units": group.size,
+        "unit_parameters": group.cost,
+        "producers": group.producers,
+        "consumer": group.reader.module,
     }
 
 
@@ -82,25 +82,25 @@ def _table(name: str, structure: ModelStructure) -> Table:
     for column in ("layers", "unit", "units", "parameters each", "of the model", "producers -> consumer"):
         table.add_column(column, justify="right" if column in ("units", "parameters each", "of the model") else "left")
     for layers, group in _runs(structure):
-        size = len(layers) * group.num_units * group.unit_parameters
+        size = len(layers) * group.size * group.cost
         first, last = layers[0], layers[-1]
-        producers = dict.fromkeys(_short(part.module) for part in group.producers)  # fused ones stand there twice
+        producers = map(_short, group.producers)
         table.add_row(
             str(first) if first == last else f"{first}-{last}",
             group.kind,
-            f"{group.num_units:,}",
-            f"{group.unit_parameters:,}",
+            f"{group.size:,}",
+            f"{group.cost:,}",
             f"{size / total:.1%}",
-            f"{', '.join(producers)} -> {_short(group.consumer.module)}",
+            f"{', '.join(producers)} -> {_short(group.reader.module)}",
         )
     return table
 
 
-def _runs(structure: ModelStructure) -> Iterable[tuple[list[int], CoupledGroup]]:
+def _runs(structure: ModelStructure) -> Iterable[tuple[list[int], Group]]:
     """Neighbouring layers with groups of the same kind and size, and one of these groups."""
     kinds = dict.fromkeys(group.kind for layer in structure.layers for group in layer.groups)
     for kind in kinds:
-        runs: list[tuple[list[int], CoupledGroup]] = []
+        runs: list[tuple[list[int], Group]] = []
         for layer in structure.layers:
             for group in (g for g in layer.groups if g.kind == kind):
                 if runs and _alike(runs[-1], layer.index, group):
@@ -110,9 +110,9 @@ def _runs(structure: ModelStructure) -> Iterable[tuple[list[int], CoupledGroup]]
         yield from runs
 
 
-def _alike(run: tuple[list[int], CoupledGroup], index: int, group: CoupledGroup) -> bool:
+def _alike(run: tuple[list[int], Group], index: int, group: Group) -> bool:
     layers, first = run
-    same_size = (first.num_units, first.unit_parameters) == (group.num_units, group.unit_parameters)
+    same_size = (first.size, first.cost) == (group.size, group.cost)
     return same_size and layers[-1] == index - 1
 
 

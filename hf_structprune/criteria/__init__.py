@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..config import PruningConfig
 from .activation import Activation
-from .base import ConsumerCriterion, Criterion, Scoring, TensorCriterion
+from .base import ByKind, ConsumerCriterion, Criterion, Scoring, TensorCriterion
 from .magnitude import L1, L2
 from .obs import OBS
 from .random import Random
@@ -28,5 +28,7 @@ __all__ = ["BY_NAME", "ConsumerCriterion", "Criterion", "Scoring", "TensorCriter
 
 
 def make_criterion(config: PruningConfig) -> Criterion:
-    """The criterion that a configuration names."""
-    return BY_NAME[config.criterion](config)
+    """The criterion that a configuration names, or the criteria of several kinds of units as one."""
+    if isinstance(config.criterion, str):
+        return BY_NAME[config.criterion](config)
+    return ByKind(config, {kind: BY_NAME[name](config) for kind, name in config.criterion.items()})

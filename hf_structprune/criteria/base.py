@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..config import PruningConfig
-from ..model.structure import CoupledGroup, Part, is_linear, matrix
+from ..model.groups import Group, Slice
 from ..stats.moments import InputStatistics
 
 
@@ -20,19 +20,19 @@ class Scoring:
         group: The units to score.
         model: The model; weights are read only.
         statistics: Moments of the consumer's inputs, for criteria with `needs_inputs`.
-        salience: For criteria with `needs_gradients`: importance of every row and column, by `(module, axis)`.
+        salience: For criteria with `needs_gradients`: importance of every row and column, by `(tensor, dim)`.
         drop: How many units will go, where that is known.
     """
 
-    group: CoupledGroup
+    group: Group
     model: nn.Module
     statistics: InputStatistics | None = None
-    salience: dict[tuple[str, str], torch.Tensor] | None = None
+    salience: dict[tuple[str, int], torch.Tensor] | None = None
     drop: int | None = None
 
-    def weight(self, part: Part) -> torch.Tensor:
-        """Weight of a part's module as (output features, input features), in the model's dtype."""
-        return matrix(self.model.get_submodule(part.module))
+    def weight(self, part: Slice) -> torch.Tensor:
+        """The tensor of a slice with the dimension of the units last, in the model's dtype."""
+        return self.model.get_parameter(part.tensor).movedim(part.dim, -1)
 
 
 class Criterion:
@@ -56,15 +56,33 @@ class Criterion:
         raise NotImplementedError
 
 
-class TensorCriterion(Criterion):
-    """A criterion that scores the rows and columns of every matrix of the group and joins the matrices."""
+class ByKind(Criterion):
+    """Several criteria, each for one kind of unit.
 
-    def part_score(self, scoring: Scoring, part: Part) -> torch.Tensor:
-        """Score of each row or column of a part's matrix, shape (features,)."""
+    Args:
+        config: The configuration.
+        criteria: They, by kind.
+    """
+
+    def __init__(self, config: PruningConfig, criteria: dict[str, Criterion]) -> None:
+        super().__init__(config)
+        self.criteria = criteria
+        for need in ("needs_inputs", "needs_gram", "needs_gradients"):
+            setattr(self, need, any(getattr(criterion, need) for criterion in criteria.values()))
+
+    def score(self, scoring: Scoring) -> torch.Tensor:
+        return self.criteria[scoring.group.kind].score(scoring)
+
+
+class TensorCriterion(Criterion):
+    """A criterion that scores the slices of every matrix of the group and joins the matrices."""
+
+    def part_score(self, scoring: Scoring, part: Slice) -> torch.Tensor:
+        """Score of each entry along the dimension of the units, shape (features,)."""
         raise NotImplementedError
 
     def score(self, scoring: Scoring) -> torch.Tensor:
-        parts = [p for p in scoring.group.parts if is_linear(scoring.model.get_submodule(p.module))]
+        parts = [p for p in scoring.group.slices if scoring.weight(p).ndim > 1]
         channels = [self.part_score(scoring, p)[p.index.to(scoring.weight(p).device)].double() for p in parts]
         return join(channels, self.config.aggregation)
 
@@ -84,7 +102,7 @@ class ConsumerCriterion(Criterion):
         raise NotImplementedError
 
     def score(self, scoring: Scoring) -> torch.Tensor:
-        consumer = scoring.group.consumer
+        consumer = scoring.group.reader
         columns = self.column_score(scoring.weight(consumer).float(), scoring.statistics)
         return columns[consumer.index.to(columns.device)].double().sum(1)
 

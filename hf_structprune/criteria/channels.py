@@ -12,11 +12,11 @@ from transformers.utils import logging
 
 from ..config import PruningConfig
 from ..errors import ConfigurationError
+from ..model.hidden_size import HiddenGroup
 from ..model.language_head import has_plain_head, positions_at_once
-from ..refit.norms import stream_norms
+from ..model.norms import stream_norms
 from ..stats.gradients import _frozen, _on_device
 from ..text.calibration import as_batches
-from ..units.hidden_group import HiddenGroup
 
 
 def channel_importance(

@@ -16,6 +16,8 @@ from ..model.silence import Silencer
 from ..model.structure import LayerStructure, ModelStructure, decoder_layers
 from ..stats.similarities import LayerSimilarities
 from ..stats.stream import LayerStream
+from ..units import DepthKind, kinds_of
+from ..units.depth import LAYERS
 
 
 @measures
@@ -56,7 +58,7 @@ def layer_similarities(
         stream.enter(layer.index)
         for number, before in enumerate(stream.hidden):
             after = stream.outputs(layer.index, number, last=layer.index)
-            ends = {"layers": (before, after)}
+            ends = {LAYERS: (before, after)}
             if silencer is not None:
                 ends.update(_around_sublayers(stream, silencer, layer, number, after))
             for kind, states in ends.items():
@@ -80,7 +82,7 @@ def _around_sublayers(
 
     Where the structure knows only the attention, the layer with it is compared with the layer without it.
     """
-    attention, mlp = layer.sublayer("attention"), layer.sublayer("mlp")
+    attention, mlp = map(layer.sublayer, kinds_of(DepthKind, sublayer=True))
     ends: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     known = mlp or attention
     if known is None:
@@ -89,7 +91,7 @@ def _around_sublayers(
         without = stream.outputs(layer.index, number, last=layer.index)
     ends[known.kind] = without, after
     if mlp is not None and attention is not None:
-        ends["attention"] = stream.hidden[number], without
+        ends[attention.kind] = stream.hidden[number], without
     return ends
 
 

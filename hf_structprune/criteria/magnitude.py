@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..model.structure import Part
+from ..model.groups import Slice
 from .base import Scoring, TensorCriterion
 
 
@@ -14,9 +14,9 @@ class L1(TensorCriterion):
 
     power = 1
 
-    def part_score(self, scoring: Scoring, part: Part) -> torch.Tensor:
+    def part_score(self, scoring: Scoring, part: Slice) -> torch.Tensor:
         weight = scoring.weight(part).float()
-        return weight.abs().pow(self.power).sum(1 if part.axis == "rows" else 0)
+        return weight.abs().pow(self.power).flatten(0, -2).sum(0)
 
 
 class L2(L1):

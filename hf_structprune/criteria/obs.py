@@ -20,5 +20,5 @@ class OBS(Criterion):
     def score(self, scoring: Scoring) -> torch.Tensor:
         group = scoring.group
         damping = SELECTION_DAMPING if self.config.damping is None else self.config.damping
-        weight = scoring.weight(group.consumer)
-        return obs_scores(weight, scoring.statistics.gram, group.consumer.index, damping, scoring.drop, group.blocks)
+        weight = scoring.weight(group.reader)
+        return obs_scores(weight, scoring.statistics.gram, group.reader.index, damping, scoring.drop, group.blocks)

@@ -15,5 +15,5 @@ class Random(Criterion):
     def score(self, scoring: Scoring) -> torch.Tensor:
         group = scoring.group
         seed = zlib.crc32(f"{self.config.seed}/{group.layer}/{group.kind}".encode())
-        scores = torch.rand(group.num_units, generator=torch.Generator().manual_seed(seed))
-        return scores.to(scoring.weight(group.consumer).device)
+        scores = torch.rand(group.size, generator=torch.Generator().manual_seed(seed))
+        return scores.to(scoring.weight(group.reader).device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..model.structure import Part
+from ..model.groups import Slice
 from .base import Scoring, TensorCriterion
 
 
@@ -19,5 +19,5 @@ class Taylor(TensorCriterion):
 
     needs_gradients = True
 
-    def part_score(self, scoring: Scoring, part: Part) -> torch.Tensor:
-        return scoring.salience[part.module, part.axis]
+    def part_score(self, scoring: Scoring, part: Slice) -> torch.Tensor:
+        return scoring.salience[part.tensor, part.dim]

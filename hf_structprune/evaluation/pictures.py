@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from ..errors import ConfigurationError, EvaluationError
 from ..files.writing import write_bytes
+from ..units import KINDS, DepthKind, WidthKind, kinds_of
 from .results import EvaluationResult
 from .table import Cell, ResultTable, label_of, scale_of
 
@@ -34,7 +35,6 @@ logger = logging.get_logger(__name__)
 # Okabe and Ito's palette (https://jfly.uni-koeln.de/color/), which colour-blind readers can tell apart.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 CARD, INK, GREY, FAINT = "#ffffff", "#24292f", "#6e7781", "#d0d7de"
-KIND_NAMES = {"kv_groups": "KV groups", "query_heads": "query heads", "mlp_neurons": "MLP neurons"}
 SPEED = ("prefill_throughput", "decode_throughput", "time_to_first_token", "peak_memory", "weight_bytes")
 
 
@@ -67,18 +67,21 @@ def widths_figure(plan: PruningPlan, num_layers: int | None = None) -> Figure:
 def _panels(plan: PruningPlan, layers: range) -> list[tuple[str, list[int], list[int]]]:
     """Labels, and units of each layer before and after; of dropped layers none are left."""
     panels = []
-    for kind, label in KIND_NAMES.items():
+    for kind in kinds_of(WidthKind):
         groups = {group.layer: group for group in plan.groups if group.kind == kind}
         if groups:
-            whole = max(group.num_units for group in groups.values())
-            before = [groups[layer].num_units if layer in groups else whole for layer in layers]
+            whole = max(group.before for group in groups.values())
+            before = [groups[layer].before if layer in groups else whole for layer in layers]
             left = [groups[layer].keep if layer in groups else whole for layer in layers]
             kept = [0 if plan.is_dropped(layer, kind) else n for layer, n in zip(layers, left, strict=True)]
-            panels.append((label, before, kept))
-    for kind, label in (("attention", "attention"), ("mlp", "MLP")) if plan.dropped else ():
-        panels.append((label, [1 for _ in layers], [int(not plan.is_dropped(layer, kind)) for layer in layers]))
+            panels.append((KINDS[kind].label, before, kept))
+    for kind in kinds_of(DepthKind, sublayer=True) if plan.dropped else ():
+        kept = [int(not plan.is_dropped(layer, kind)) for layer in layers]
+        panels.append((KINDS[kind].label, [1 for _ in layers], kept))
     if plan.hidden is not None:
-        panels.append(("hidden size", [plan.hidden.before for _ in layers], [plan.hidden.keep for _ in layers]))
+        panels.append(
+            (KINDS[plan.hidden.kind].label, [plan.hidden.before for _ in layers], [plan.hidden.keep for _ in layers])
+        )
     return panels
 
 

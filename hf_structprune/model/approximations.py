@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from ..plan import PruningPlan
-from ..refit.norms import stream_norms
+from .norms import stream_norms
 from .structure import ModelStructure
 
 
@@ -18,7 +18,7 @@ def approximations(model: PreTrainedModel, structure: ModelStructure, plan: Prun
         plan: What goes.
     """
     lines = []
-    kept = {(group.layer, group.kind): group.keep < group.num_units for group in plan.groups}
+    kept = {(group.layer, group.kind): group.keep < group.before for group in plan.groups}
     if any(group.norms and kept.get((group.layer, group.kind)) for group in structure.groups):
         lines.append(
             "queries and keys are normalised over all heads; the cut model normalises over the heads that are left, "

@@ -14,11 +14,10 @@ from torch.nn.utils.prune import BasePruningMethod
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from ..errors import ConfigurationError, UnsupportedModelError
-from .depth_check import description
-from .expected import skeleton
+from ..errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from .half_pruned import check_whole
-from .target import _REFUSED
+from .layer_lists import description
+from .target import skeleton
 from .tied_weights import as_shared
 
 
@@ -187,7 +186,7 @@ def _check_described(model: PreTrainedModel) -> PreTrainedModel:
     """Compares a model with what its class builds from its configuration, module by module; returns the latter."""
     try:
         expected = skeleton(model)
-    except _REFUSED as error:
+    except CheckpointError as error:
         raise UnsupportedModelError(f"`model.config` builds no {type(model).__name__}: {error}") from error
     there, built = description(model), description(expected)
     tensors = {name for one in (model, expected) for name in one.state_dict(keep_vars=True)}

@@ -2,59 +2,82 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 
+if TYPE_CHECKING:
+    from .families import AttentionNames, MlpNames
+
+
 @dataclass(frozen=True, eq=False)
-class Part:
-    """The entries of one dimension of one module that hold the units of a group.
+class Slice:
+    """The entries of one dimension of one tensor that hold the units of a group.
 
     Attributes:
-        module: Full name of the module.
-        axis: `"rows"` (output features, bias, norm weight) or `"columns"` (input features).
-        index: Shape `(num_units, width)`: the entries that belong to each unit.
+        tensor: Full name of the parameter.
+        dim: Its dimension.
+        index: Shape `(units, width)`: the entries that belong to each unit.
     """
 
-    module: str
-    axis: str
+    tensor: str
+    dim: int
     index: torch.Tensor
 
+    @property
+    def module(self) -> str:
+        """Full name of the module that holds the parameter."""
+        return self.tensor.rpartition(".")[0]
+
 
 @dataclass(frozen=True, eq=False)
-class CoupledGroup:
-    """Units that can be cut from one layer, and everything that goes with them.
+class Group:
+    """Units that can be cut, and everything that goes with them.
 
     Attributes:
+        kind: Name of the kind of unit.
         layer: Number of the decoder layer.
-        kind: `"kv_groups"`, `"query_heads"` or `"mlp_neurons"`.
-        num_units: Number of units.
+        size: Number of units.
+        slices: Where the units are: what computes them first, what reads them last.
+        reader: The slice of the linear map whose input columns the units are, if there is one: it can be re-fitted.
+        parent: Full name of the module whose output is the reader's output.
+        norms: Full names of norms that span all units.
         blocks: Kept units are spread evenly over so many equal blocks (query heads over their KV groups).
-        producers: Rows of the matrices that compute the units.
-        consumer: Columns of the matrix that reads them.
-        norms: Weights of norms that span all units.
-        parent: Full name of the module whose output is the consumer's output.
-        unit_parameters: Parameters that go with one unit.
-        unit_matrix_parameters: Those of them that multiply tokens: matrices, without biases and norms.
+        cost: Parameters that go with one unit.
+        matrix_cost: Those of them that multiply tokens: matrices, without biases and norms.
     """
 
-    layer: int
     kind: str
-    num_units: int
-    blocks: int
-    producers: tuple[Part, ...]
-    consumer: Part
-    norms: tuple[Part, ...]
+    layer: int
+    size: int
+    slices: tuple[Slice, ...]
+    reader: Slice | None
     parent: str
-    unit_parameters: int
-    unit_matrix_parameters: int
+    norms: tuple[str, ...] = ()
+    blocks: int = 1
+    cost: int = 0
+    matrix_cost: int = 0
 
     @property
-    def parts(self) -> tuple[Part, ...]:
-        return (*self.producers, *self.norms, self.consumer)
+    def key(self) -> tuple[int, str]:
+        """Names the group in a model."""
+        return self.layer, self.kind
+
+    @property
+    def whole(self) -> int:
+        """Units in each block."""
+        return self.size // self.blocks
+
+    @property
+    def producers(self) -> list[str]:
+        """Full names of the modules that compute the units."""
+        modules = [part.module for part in self.slices if part is not self.reader]
+        return [name for name in dict.fromkeys(modules) if name not in self.norms]
 
 
 @dataclass(frozen=True)
@@ -123,13 +146,13 @@ class LayerStructure:
 
     index: int
     name: str
-    groups: list[CoupledGroup] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
     attention: AttentionShape | None = None
     parameters: int = 0
     matrix_parameters: int = 0
     sublayers: list[Sublayer] = field(default_factory=list)
 
-    def group(self, kind: str) -> CoupledGroup | None:
+    def group(self, kind: str) -> Group | None:
         return next((group for group in self.groups if group.kind == kind), None)
 
     def sublayer(self, kind: str) -> Sublayer | None:
@@ -139,6 +162,99 @@ class LayerStructure:
 def matrix(module: nn.Module) -> torch.Tensor:
     """The weight of a linear map as (output features, input features), a view."""
     return module.weight.t() if isinstance(module, Conv1D) else module.weight
+
+
+def _rows(layer: nn.Module, prefix: str, name: str, index: torch.Tensor) -> list[Slice]:
+    """Output features of a linear map (with the bias), or entries of a norm's weight."""
+    module, full = layer.get_submodule(name), f"{prefix}.{name}"
+    slices = [Slice(f"{full}.weight", int(isinstance(module, Conv1D)), index)]
+    bias = getattr(module, "bias", None)
+    return [*slices, Slice(f"{full}.bias", 0, index)] if is_linear(module) and bias is not None else slices
+
+
+def make_group(
+    kind: str,
+    structure: LayerStructure,
+    layer: nn.Module,
+    names: AttentionNames | MlpNames,
+    size: int,
+    producers: list[tuple[str, torch.Tensor]],
+    columns: torch.Tensor,
+    norms: Iterable[tuple[str, torch.Tensor]] = (),
+    blocks: int = 1,
+) -> Group:
+    """A group whose units are rows of some linear maps, entries of norms, and columns of the map that reads them.
+
+    Args:
+        kind, size, blocks: See `Group`.
+        structure: What was found in the layer so far.
+        layer: The layer.
+        names: Where it keeps its projections.
+        producers: Names of the maps that compute the units, and the rows of each unit.
+        columns: Columns of each unit in `names.output`.
+        norms: Names of norms that span all units, and the entries of each unit.
+    """
+    slices = [part for name, index in (*producers, *norms) for part in _rows(layer, structure.name, name, index)]
+    module = layer.get_submodule(names.output)
+    reader = Slice(f"{structure.name}.{names.output}.weight", int(not isinstance(module, Conv1D)), columns)
+    parent = f"{structure.name}.{names.parent or names.output}"
+    spans = tuple(f"{structure.name}.{name}" for name, _ in norms)
+    everything = (*slices, reader)
+    cost = costs(layer, structure.name, everything)
+    return Group(kind, structure.index, size, everything, reader, parent, spans, blocks, *cost)
+
+
+def not_understood(
+    layer: nn.Module, names: AttentionNames | MlpNames, norms: Collection[str] = ()
+) -> list[str] | None:
+    """Why projections of a layer are left alone; empty where the layer has none of these.
+
+    Args:
+        layer: The layer.
+        names: Where it should keep them.
+        norms: Names of norms beside the projections that are understood.
+
+    Returns:
+        `None` if nothing is in the way.
+    """
+    if not is_linear(submodule(layer, names.output)):
+        return []
+    reason = next(
+        (f"`{name}` is not a linear map" for name in names.inputs if not is_linear(submodule(layer, name))), None
+    )
+    if reason is None and names.parent:
+        reason = _stranger(layer.get_submodule(names.parent), names, norms)
+    return None if reason is None else [f"{names.parent or names.output}: {reason}, left alone"]
+
+
+def _stranger(module: nn.Module, names: AttentionNames | MlpNames, norms: Collection[str]) -> str | None:
+    """Parameters in a module that the description does not account for."""
+    if getattr(module, "activation_sparsity", 0):
+        return "its activation compares each neuron with the mean of all, so that none can go alone"
+    for name, _ in module.named_parameters(prefix=names.parent):
+        owner = name.rpartition(".")[0]
+        if owner not in {*names.inputs, names.output} and owner.rpartition(".")[2] not in norms:
+            return f"parameter `{name}` is not understood"
+    return None
+
+
+def submodule(layer: nn.Module, name: str) -> nn.Module | None:
+    """A module below a layer, `None` if it is not there."""
+    try:
+        return layer.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def costs(layer: nn.Module, prefix: str, slices: Iterable[Slice]) -> tuple[int, int]:
+    """Parameters that go with one unit, and those of them that are in matrices."""
+    total = weights = 0
+    for part in slices:
+        parameter = layer.get_parameter(part.tensor[len(prefix) + 1 :])
+        size = part.index.shape[1] * (parameter.numel() // parameter.shape[part.dim])
+        total += size
+        weights += size if parameter.ndim > 1 else 0
+    return total, weights
 
 
 def is_linear(module: nn.Module | None) -> bool:

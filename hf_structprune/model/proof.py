@@ -22,22 +22,22 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from ..config import PruningConfig
-from ..decisions import Dropped, emptied
 from ..errors import CheckpointError, StructPruneError, UnsupportedModelError
 from ..hooks import as_output, others_of
-from ..plan import PruningPlan
-from ..refit.norms import NormKind, stream_norms
+from ..plan import Dropped, PruningPlan, emptied
+from ..refit.channels import cut_hidden
 from ..stats.stream import LayerStream
-from ..units.hidden_cut import cut_hidden
-from ..units.hidden_group import hidden_group
-from ..units.kinds import SUBLAYER_UNITS, UNITS, WIDTH_UNITS
+from ..units import KINDS, DepthKind, WidthKind, kinds_of
+from .describe import target_of
 from .families import PROVEN
+from .hidden_size import hidden_group
 from .modeling_structprune import PerLayerMixin
+from .norms import NormKind, stream_norms
 from .rebuild import rebuild
 from .shrinking import VOCABULARY, representatives, shrunk_values
 from .structure import LayerStructure, ModelStructure, decoder_layers
 from .surgery import Kept, cut_units, drop, mask_sublayers, mask_units
-from .target import _stock_class, _target, target_of
+from .target import make_target, stock_class
 
 
 # Largest difference of logits, relative to the largest logit, that rounding explains in float64.
@@ -67,8 +67,8 @@ def prove(model: PreTrainedModel, structure: ModelStructure, kinds: Collection[s
     """
     if is_proven(model):
         return
-    _stock_class(model)  # refuses classes of which no checkpoint could be written
-    kinds = [kind for kind in UNITS if kind in kinds and has_units(structure, kind)]
+    stock_class(model)  # refuses classes of which no checkpoint could be written
+    kinds = [kind for kind in KINDS if kind in kinds and has_units(structure, kind)]
     for kind, reason in verdicts(model, structure, kinds).items():
         if reason is not None:
             raise UnsupportedModelError(
@@ -90,16 +90,16 @@ def verdicts(model: PreTrainedModel, structure: ModelStructure, kinds: Collectio
 
 def has_units(structure: ModelStructure, kind: str) -> bool:
     """Whether there is something of a kind that can go; where there is nothing, planning says so."""
-    if kind in WIDTH_UNITS:
-        return any(group.num_units > group.blocks for group in structure.groups if group.kind == kind)
-    if kind in SUBLAYER_UNITS:
+    if kind in kinds_of(WidthKind):
+        return any(group.size > group.blocks for group in structure.groups if group.kind == kind)
+    if kind in kinds_of(DepthKind, sublayer=True):
         return any(layer.sublayer(kind) for layer in structure.layers)
-    return kind == "hidden" or len(structure.layers) > 1
+    return kind not in kinds_of(DepthKind) or len(structure.layers) > 1
 
 
-def kinds_of(plan: PruningPlan) -> set[str]:
+def kinds_in(plan: PruningPlan) -> set[str]:
     """Kinds of units that a plan takes from a model."""
-    widths = {group.kind for group in plan.groups if group.keep < group.num_units}
+    widths = {group.kind for group in plan.groups if group.keep < group.before}
     return {*widths, *plan.dropped, *(["hidden"] if plan.hidden else [])}
 
 
@@ -150,7 +150,7 @@ def small_twin(model: PreTrainedModel, structure: ModelStructure) -> PreTrainedM
         UnsupportedModelError: It is not small, or its parts are not those of the model.
     """
     values, kept = shrunk_values(model, structure)
-    target = _target(_stock_class(model), type(model.config), values, model)
+    target = make_target(model, values)
     size = sum(parameter.numel() for parameter in target.skeleton().parameters())
     if size > _LARGEST:
         raise UnsupportedModelError(f"its configuration could not be made small ({size:,} parameters are left)")
@@ -207,9 +207,10 @@ class Trial:
 
     def verdict(self, kind: str) -> str | None:
         """Why a kind is refused, `None` if it is proven."""
-        tries = {"layers": self._layers, "hidden": self._hidden}
-        tries |= {part: lambda: self._sublayers(kind) for part in SUBLAYER_UNITS}
-        return self._why_not or _reason(tries.get(kind, lambda: self._widths(kind)))
+        attempt = self._widths if kind in kinds_of(WidthKind) else self._hidden
+        if kind in kinds_of(DepthKind):
+            attempt = self._sublayers if KINDS[kind].sublayer else self._layers
+        return self._why_not or _reason(lambda: attempt(kind))
 
     def _vocabulary(self) -> int:
         return len(self.model.get_input_embeddings().weight)
@@ -225,9 +226,9 @@ class Trial:
     def _widths(self, kind: str) -> None:
         """Half of the units of every group; with equal widths and with widths of each layer, where they can be had."""
         groups = [group for group in self.structure.groups if group.kind == kind]
-        kept = {(group.layer, kind): _half(group.num_units, group.blocks) for group in groups}
+        kept = {(group.layer, kind): _half(group.size, group.blocks) for group in groups}
         counts = {(g.layer, kind): len(kept[g.layer, kind]) // g.blocks for g in groups}
-        if all(len(kept[g.layer, kind]) == g.num_units for g in groups):
+        if all(len(kept[g.layer, kind]) == g.size for g in groups):
             raise UnsupportedModelError(f"none of the {kind} of the small model can go")
         self._in_some_layout(lambda layout: self._cut(kept, counts, layout), lambda: self._masked(kept))
 
@@ -248,9 +249,9 @@ class Trial:
         masked = copy.deepcopy(self.model)
         mask_units(masked, self.structure, kept)
         for group in self.structure.groups:
-            share = len(kept.get((group.layer, group.kind), range(group.num_units))) / group.num_units
-            for part in group.norms:
-                _over_kept(masked.get_submodule(part.module), share)
+            share = len(kept.get((group.layer, group.kind), range(group.size))) / group.size
+            for norm in group.norms:
+                _over_kept(masked.get_submodule(norm), share)
         return logits(masked, self.tokens)
 
     def _cut(self, kept: Kept, counts: dict, layout: str, dropped: Dropped | None = None) -> PreTrainedModel:
@@ -276,13 +277,13 @@ class Trial:
         if not tried:
             raise UnsupportedModelError(f"no layer of it can do without its {kind} alone")
 
-    def _layers(self) -> None:
+    def _layers(self, kind: str) -> None:
         """A layer of each kind, alone; one that no configuration can be without is refused when the plan is made."""
         errors: list[CheckpointError] = []
         layers = self._of_each_kind()
         for layer in layers:
             try:
-                small = self._without(layer.index)
+                small = self._without({kind: [layer.index]})
             except CheckpointError as error:
                 errors.append(error)
                 continue
@@ -292,19 +293,19 @@ class Trial:
         if len(errors) == len(layers):
             raise errors[0]
 
-    def _without(self, index: int) -> PreTrainedModel:
+    def _without(self, dropped: Dropped) -> PreTrainedModel:
         try:
-            return self._cut({}, {}, "uniform", {"layers": [index]})
+            return self._cut({}, {}, "uniform", dropped)
         except CheckpointError:
-            return self._cut({}, {}, "per_layer", {"layers": [index]})
+            return self._cut({}, {}, "per_layer", dropped)
 
     def _of_each_kind(self) -> list[LayerStructure]:
         modules = [module for _, module in decoder_layers(self.model, self.structure.family)]
         return [self.structure.layers[i] for i in representatives(self.model.config.to_dict(), modules)]
 
-    def _hidden(self) -> None:
+    def _hidden(self, kind: str) -> None:
         group = hidden_group(self.model, self.structure)
-        config = PruningConfig(units=("hidden",), hidden_size=group.size - 1, compensation=False)
+        config = PruningConfig(units=(kind,), hidden_size=group.size - 1, compensation=False)
         errors: list[CheckpointError] = []
         heads = [layer.attention.heads for layer in self.structure.layers if layer.attention]
         for step in (1, 2, 4, 8, group.size % 8, *heads):  # classes ask for multiples of the heads, experts of 8

@@ -11,11 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import StructPruneError
-from .depth_check import description
-from .expected import skeleton
-from .layer_lists import without_layers
+from .layer_lists import description, without_layers
 from .structure import ModelStructure, decoder_layers
-from .target import _stock_class, _target
+from .target import make_target, skeleton
 
 
 VOCABULARY, WINDOW, EXPERTS = 128, 8, 16
@@ -159,8 +157,8 @@ def _with_few_layers(
     key = key if values.get(key) == len(layers) else None
     try:
         fewer = without_layers(values, set(everything) - set(kept), len(layers), key)
-        shallow = _target(_stock_class(model), type(model.config), fewer, model).skeleton()
-    except (StructPruneError, ValueError, RuntimeError, TypeError, AttributeError, KeyError, IndexError):
+        shallow = make_target(model, fewer).skeleton()
+    except StructPruneError:
         return values, everything
     cut = [layer for _, layer in decoder_layers(shallow, structure.family)]
     same = len(cut) == len(kept) and all(

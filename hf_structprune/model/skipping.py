@@ -6,8 +6,12 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..plan import PruningPlan
+from ..units import KINDS, DepthKind, kinds_of
+from ..units.depth import LAYERS
+from ..units.neurons import NEURONS
 from .groups import LayerStructure
 from .structure import ModelStructure
+from .target import overrides_of
 
 
 # The width of experts, where it has a key of its own.
@@ -16,21 +20,14 @@ _EXPERT_WIDTH = "moe_intermediate_size"
 
 def layers_left(structure: ModelStructure, plan: PruningPlan) -> list[LayerStructure]:
     """The layers that a plan leaves, in order."""
-    return [layer for layer in structure.layers if not plan.is_dropped(layer.index, "layers")]
-
-
-def overrides_of(config, layer: int) -> dict[str, Any]:
-    """What a configuration says of one layer alone."""
-    if not config.is_heterogeneous:
-        return {}
-    return dict(config._heterogeneity_spec.per_layer_overrides.get(layer, {}))
+    return [layer for layer in structure.layers if not plan.is_dropped(layer.index, LAYERS)]
 
 
 def skips_after(config, layers: list[LayerStructure], plan: PruningPlan) -> list[list[str]]:
     """The sublayers that each layer lacks after a plan, those it lacked before included."""
     result = []
     for layer in layers:
-        gone = {kind for kind in ("attention", "mlp") if layer.index in plan.dropped.get(kind, ())}
+        gone = {kind for kind in kinds_of(DepthKind, sublayer=True) if layer.index in plan.dropped.get(kind, ())}
         result.append(sorted({*overrides_of(config, layer.index).get("skip", ()), *gone}))
     return result
 
@@ -60,7 +57,7 @@ def write_skips(
             continue
         for width, skip in zip(widths, skips, strict=True):
             width.setdefault(key, values[key])
-            if "mlp" in skip:
+            if KINDS[NEURONS].sublayer in skip:
                 width[key] = 1  # of a module that is not kept
         values[key] = 0
     for width, skip in zip(widths, skips, strict=True):
@@ -75,7 +72,7 @@ def skip_modules(config, structure: ModelStructure, plan: PruningPlan) -> dict[s
         CheckpointError: They differ between layers.
     """
     result = {kind: list(names) for kind, names in (getattr(config, "skip_modules", None) or {}).items()}
-    for kind in ("attention", "mlp"):
+    for kind in kinds_of(DepthKind, sublayer=True):
         for number in plan.dropped.get(kind, ()):
             layer = structure.layers[number]
             sublayer = layer.sublayer(kind)

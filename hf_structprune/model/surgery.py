@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from .structure import CoupledGroup, ModelStructure, Part, Sublayer, is_linear, matrix
+from ..units import DepthKind, kinds_of
+from ..units.depth import LAYERS
+from .groups import Group, Sublayer
+from .structure import ModelStructure
 from .sublayers import expert_outputs
 
 
@@ -18,73 +22,53 @@ Kept = dict[tuple[int, str], torch.Tensor]
 def mask_units(model: nn.Module, structure: ModelStructure, kept: Kept) -> None:
     """Zeroes what `cut_units` would take out, in place: the reference that a cut model has to equal.
 
-    Zeroing the producers silences the units, zeroing the consumer's columns removes what they feed (a silenced neuron
-    may still have an activation other than 0).
+    Zeroing what computes the units silences them, zeroing the columns that read them removes what they feed (a
+    silenced neuron may still have an activation other than 0).
     """
     with torch.no_grad():
-        for part, gone in _gone(structure, kept):
-            module = model.get_submodule(part.module)
-            if not is_linear(module):
-                module.weight[gone] = 0
-            elif part.axis == "columns":
-                matrix(module)[:, gone] = 0
-            else:
-                matrix(module)[gone] = 0
-                if module.bias is not None:
-                    module.bias[gone] = 0
+        for (name, dim), gone in _gone(structure.groups, kept).items():
+            model.get_parameter(name).index_fill_(dim, gone.to(model.get_parameter(name).device), 0)
 
 
 def cut_units(model: nn.Module, structure: ModelStructure, kept: Kept) -> None:
     """Takes the units that are not kept out of every tensor of their groups, in place, one tensor at a time.
 
     Afterwards only the tensors are right; head counts and widths in modules and configuration are the business of
-    `checkpoint.rebuild`.
+    `rebuild.rebuild`.
 
     Args:
         model: The model.
         structure: Its coupled groups.
         kept: Numbers of the units that stay, by `(layer, kind)`; groups that are not named stay whole.
     """
-    entries: dict[tuple[str, str], list[torch.Tensor]] = {}
-    for part, gone in _gone(structure, kept):
-        entries.setdefault((part.module, part.axis), []).append(gone)
-    for (name, axis), gone in entries.items():
-        module = model.get_submodule(name)
-        size = module.weight.shape[0] if not is_linear(module) else matrix(module).shape[axis == "columns"]
-        stay = torch.ones(size, dtype=torch.bool)
-        stay[torch.cat(gone)] = False
-        _slice(module, axis, stay.nonzero().squeeze(1))
+    cut_groups(model, structure.groups, kept)
 
 
-def _slice(module: nn.Module, axis: str, stay: torch.Tensor) -> None:
-    stay = stay.to(module.weight.device)
-    if not is_linear(module):
-        module.weight = _parameter(module.weight[stay], module.weight)
-        return
-    transposed = not isinstance(module, nn.Linear)
-    dim = (axis == "columns") != transposed
-    module.weight = _parameter(module.weight.index_select(int(dim), stay), module.weight)
-    if axis == "rows" and module.bias is not None:
-        module.bias = _parameter(module.bias[stay], module.bias)
+def cut_groups(model: nn.Module, groups: Iterable[Group], kept: Kept) -> None:
+    """`cut_units` for some groups."""
+    for (name, dim), gone in _gone(groups, kept).items():
+        old = model.get_parameter(name)
+        stay = torch.ones(old.shape[dim], dtype=torch.bool)
+        stay[gone] = False
+        new = old.detach().index_select(dim, stay.nonzero().squeeze(1).to(old.device)).contiguous()
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, nn.Parameter(new, requires_grad=old.requires_grad))
 
 
-def _parameter(tensor: torch.Tensor, like: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(tensor.detach().contiguous(), requires_grad=like.requires_grad)
+def _gone(groups: Iterable[Group], kept: Kept) -> dict[tuple[str, int], torch.Tensor]:
+    """The entries that go, by tensor and dimension."""
+    result: dict[tuple[str, int], list[torch.Tensor]] = {}
+    for group in groups:
+        if group.key in kept:
+            gone = dropped(group, kept[group.key])
+            for part in group.slices:
+                result.setdefault((part.tensor, part.dim), []).append(part.index[gone].flatten())
+    return {place: torch.cat(entries) for place, entries in result.items()}
 
 
-def _gone(structure: ModelStructure, kept: Kept) -> list[tuple[Part, torch.Tensor]]:
-    """The entries that go from each part."""
-    result = []
-    for group in structure.groups:
-        if (group.layer, group.kind) in kept:
-            gone = dropped(group, kept[group.layer, group.kind])
-            result += [(part, part.index[gone].flatten()) for part in group.parts]
-    return result
-
-
-def dropped(group: CoupledGroup, kept: torch.Tensor) -> torch.Tensor:
+def dropped(group: Group, kept: torch.Tensor) -> torch.Tensor:
     """Numbers of the units that go."""
-    mask = torch.ones(group.num_units, dtype=torch.bool)
+    mask = torch.ones(group.size, dtype=torch.bool)
     mask[kept.cpu()] = False
     return mask.nonzero().squeeze(1)
 
@@ -121,8 +105,8 @@ def drop(model: nn.Module, structure: ModelStructure, dropped: dict[str, list[in
         structure: Its structure.
         dropped: Numbers of the layers by kind: `"layers"`, `"attention"`, `"mlp"`.
     """
-    numbers = set(dropped.get("layers", ()))
-    for kind in ("attention", "mlp"):
+    numbers = set(dropped.get(LAYERS, ()))
+    for kind in kinds_of(DepthKind, sublayer=True):
         for number in dropped.get(kind, ()):
             for name in _sublayer(structure, number, kind).modules if number not in numbers else ():
                 model.set_submodule(name, nn.Identity())
@@ -148,9 +132,9 @@ def _renumbered(device_map: dict[str, object], path: str, num_layers: int, gone:
 
 
 def _sublayers(structure: ModelStructure, dropped: dict[str, list[int]]) -> list[Sublayer]:
-    pairs = [(number, kind) for kind in ("attention", "mlp") for number in dropped.get(kind, ())]
+    pairs = [(number, kind) for kind in kinds_of(DepthKind, sublayer=True) for number in dropped.get(kind, ())]
     result = [_sublayer(structure, number, kind) for number, kind in pairs]
-    for number in dropped.get("layers", ()):
+    for number in dropped.get(LAYERS, ()):
         layer = structure.layers[number]
         if layer.matrix_parameters != sum(sublayer.matrix_parameters for sublayer in layer.sublayers):
             raise UnsupportedModelError(f"`{layer.name}` has parts that are not understood: {structure.notes}.")

@@ -1,4 +1,4 @@
-"""Re-fits a model with fewer channels to the dense one, layer by layer, on two streams of the calibration text."""
+"""A smaller hidden size: rank the channels, cut them, re-fit what reads and writes the rest on two streams of text."""
 
 from __future__ import annotations
 
@@ -9,17 +9,93 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import PruningConfig
-from ..model.structure import ModelStructure, decoder_layers, matrix
+from ..criteria.channels import channel_importance
+from ..errors import ConfigurationError
+from ..model.groups import matrix
+from ..model.hidden_size import HiddenGroup, check_keep, cut_channels, final_norm, hidden_group, shrunk_target
+from ..model.norms import row_scales, scale_, stream_norms
+from ..model.structure import ModelStructure, decoder_layers
 from ..stats.moments import InputStatistics, Moments
 from ..stats.stream import LayerStream
-from ..units.hidden_group import HiddenGroup
-from ..units.hidden_surgery import final_norm
 from .closed_form import DEFAULT_DAMPING, choose_damping, refit, ridge
-from .norms import row_scales, scale_, stream_norms
+from .rotation import check_rotatable, principal_components, rotated
 from .two_streams import Stage, head_inputs, record_dense, stages_of
 
 
 _ROWS = 8192  # of a matrix that are re-fitted at once
+
+
+def cut_hidden(
+    model: PreTrainedModel,
+    structure: ModelStructure,
+    keep: int,
+    config: PruningConfig,
+    tokens: torch.Tensor | None,
+    kept: torch.Tensor | None = None,
+) -> tuple[PreTrainedModel, torch.Tensor | None]:
+    """The model with hidden size `keep`. The dense one stays as it is, so that both are in memory for a while.
+
+    Args:
+        model: The dense model.
+        structure: Its structure.
+        keep: Channels that stay, less than the hidden size.
+        config: `hidden_criterion`, `compensation`, `damping`, `error_correction`, `token_weighting` and the batch
+            size of the calibration.
+        tokens: Calibration tokens, shape (sequences, length). `None` will do for `"magnitude"` (or `kept`) without
+            compensation.
+        kept: Numbers of the channels that stay, where they are known; nothing is ranked then.
+
+    Returns:
+        The smaller model in eval mode, and the numbers of the channels that stay, ascending; `None` with `"pca"`,
+        whose channels are combinations of the dense model's.
+
+    Raises:
+        ConfigurationError: `keep` or `kept` do not fit the model, or tokens are needed and there are none.
+        UnsupportedModelError: The channels of this model cannot be cut alone.
+        CheckpointError: No configuration class takes this hidden size.
+    """
+    size = model.config.hidden_size
+    check_keep(keep, size)
+    if keep == size:
+        raise ConfigurationError(
+            f"The hidden size after pruning is {keep}, which is the model's own; give a smaller one."
+        )
+    if config.compensation and tokens is None:
+        raise ConfigurationError("Re-fitting needs calibration tokens: give them, or set compensation=False.")
+    group = hidden_group(model, structure)
+    target = shrunk_target(model, structure, keep)
+    if kept is None and config.hidden_criterion == "pca":
+        small = _cut_components(model, structure, group, keep, target, config, tokens)
+        return small, None
+    if kept is None:
+        kept = channel_importance(model, group, config, tokens).topk(keep).indices
+    kept = _checked(kept, keep, size)
+    small = cut_channels(model, group, kept, target)
+    if config.compensation:
+        refit_channels(model, small, structure, group, kept, config, tokens)
+    return small, kept
+
+
+def _cut_components(model, structure, group, keep, target, config, tokens) -> PreTrainedModel:
+    """Turns the stream into its principal components, of which the first `keep` stay."""
+    check_rotatable(model, group)
+    if tokens is None:
+        raise ConfigurationError("The hidden criterion 'pca' looks at calibration text, and there is none.")
+    turned = rotated(model, group, principal_components(model, group, config, tokens))
+    kept = torch.arange(keep)
+    small = cut_channels(turned, group, kept, target)
+    if config.compensation:
+        refit_channels(turned, small, structure, group, kept, config, tokens)
+    return small
+
+
+def _checked(kept: torch.Tensor, keep: int, size: int) -> torch.Tensor:
+    kept = torch.as_tensor(kept).cpu().long().sort().values
+    if len(kept) != keep or len(kept.unique()) != keep or kept[0] < 0 or kept[-1] >= size:
+        raise ConfigurationError(
+            f"`kept` has {len(kept)} channels; it must name {keep} different ones of 0 to {size - 1}."
+        )
+    return kept
 
 
 @torch.no_grad()
@@ -63,7 +139,7 @@ class _Refit:
         self.dense, self.small, self.kept, self.config = dense, small, kept, config
         self.dims, self.group = group.dims(), group
         self.layers = decoder_layers(dense, structure.family)
-        parents = dict.fromkeys((one.consumer.module, one.parent) for one in structure.groups)
+        parents = dict.fromkeys((one.reader.module, one.parent) for one in structure.groups)
         size = config.calibration.batch_size
         self.before = LayerStream(dense, self.layers, tokens, size)
         self.after = LayerStream(small, decoder_layers(small, structure.family), tokens, size, parents)

@@ -1,6 +1,7 @@
-"""Carries a plan out on the weights, layer by layer: choose the units, re-fit the consumers, go on to the next layer.
+"""Carries a plan out on the weights, layer by layer: choose the units, re-fit what reads them, cut, go on.
 
-Consumers are re-fitted in place with zeros in the columns that will go; `surgery.cut_units` takes them out afterwards.
+What reads the units is re-fitted in place with zeros in the columns that go, so that the layer can still be run; when
+the text has passed it, the units are taken out of all its tensors.
 Layers and sublayers that will be dropped are passed by; with error correction the consumers around them are re-fitted
 to bring the hidden states back to those of the dense model.
 """
@@ -15,13 +16,14 @@ from transformers.utils import logging
 from ..allocation.selection import best_units
 from ..config import PruningConfig
 from ..criteria import Criterion, Scoring
-from ..model.structure import CoupledGroup, LayerStructure, ModelStructure, decoder_layers, matrix
-from ..model.surgery import Kept, mask_sublayers
+from ..model.structure import Group, LayerStructure, ModelStructure, decoder_layers, matrix
+from ..model.surgery import Kept, cut_groups, mask_sublayers
 from ..plan import PruningPlan
 from ..stats.gradients import Salience
 from ..stats.moments import InputStatistics
 from ..stats.stream import LayerStream
-from ..units.kinds import SUBLAYER_UNITS
+from ..units import KINDS, DepthKind, kinds_of
+from ..units.depth import LAYERS
 from .reader import by_consumer, consume, kept_columns, refitted, write_columns
 
 
@@ -32,7 +34,7 @@ def new_stream(
     model: PreTrainedModel, structure: ModelStructure, tokens: torch.Tensor, config: PruningConfig, dense: bool = False
 ) -> LayerStream:
     """A stream of the calibration tokens that can replay the modules of all groups."""
-    parents = dict.fromkeys((group.consumer.module, group.parent) for group in structure.groups)
+    parents = dict.fromkeys((group.reader.module, group.parent) for group in structure.groups)
     layers = decoder_layers(model, structure.family)
     return LayerStream(model, layers, tokens, config.calibration.batch_size, parents, dense)
 
@@ -44,7 +46,7 @@ def score_inputs(
     criterion: Criterion,
     config: PruningConfig,
     tokens: torch.Tensor,
-    groups: list[CoupledGroup],
+    groups: list[Group],
 ) -> Scores:
     """Scores units by what the consumers receive in the model as it is; changes nothing.
 
@@ -76,10 +78,13 @@ def compress(
     salience: Salience | None = None,
     notes: list[str] | None = None,
 ) -> Kept:
-    """Chooses the units that stay and re-fits the consumers, in place.
+    """Chooses the units that stay, re-fits what reads them and cuts the others out, in place.
+
+    Afterwards the tensors are right; head counts and widths in modules and configuration are the business of
+    `rebuild.rebuild`, and what is dropped is still there.
 
     Args:
-        model: The model; its consumers change.
+        model: The model; its tensors change.
         structure: Its coupled groups.
         plan: How many units stay; units that it names are taken as they are.
         criterion: Ranks the units that the plan does not name.
@@ -130,11 +135,12 @@ class _Compression:
         if self.correcting:
             self._pass_dropped(-1)
         layers = self.structure.layers if self.correcting else self.structure.layers[: self.last + 1]
-        layers = [layer for layer in layers if layer.index not in self.plan.dropped.get("layers", ())]
+        layers = [layer for layer in layers if layer.index not in self.plan.dropped.get(LAYERS, ())]
         for layer in tqdm(layers, desc="Pruning", disable=not logging.is_progress_bar_enabled()):
             self._layer(layer)
             if self.stream and layer is not layers[-1]:
                 self.stream.advance(layer.index)
+            cut_groups(self.model, layer.groups, self.kept)
         return self.kept
 
     def _layer(self, layer: LayerStructure) -> None:
@@ -179,7 +185,7 @@ class _Compression:
         for name in filter(None, lost):
             for error, output in zip(self.error, dense.pop(name), strict=True):
                 error.add_(output)
-        if layer.index + 1 not in self.plan.dropped.get("layers", ()):
+        if layer.index + 1 not in self.plan.dropped.get(LAYERS, ()):
             return dense, None
         before = stream.copy(stream.dense_hidden)
         self._pass_dropped(layer.index)
@@ -188,7 +194,7 @@ class _Compression:
 
     def _pass_dropped(self, index: int) -> None:
         """Carries the dense hidden states through the dropped layers that follow layer `index`."""
-        while index + 1 in self.plan.dropped.get("layers", ()):
+        while index + 1 in self.plan.dropped.get(LAYERS, ()):
             index += 1
             self.stream.enter(index)
             self.stream.step_dense(index, [])
@@ -198,7 +204,7 @@ class _Compression:
         layer: LayerStructure,
         consumer: str,
         parent: str,
-        cut: list[CoupledGroup],
+        cut: list[Group],
         dense: list[torch.Tensor] | None,
     ) -> None:
         """Captures the inputs of a consumer, chooses what stays of them and re-fits it."""
@@ -240,7 +246,7 @@ class _Compression:
         self.weight_unit = self.weight_unit or float(weights.mean())
         return weights / self.weight_unit
 
-    def _choose(self, layer: LayerStructure, groups: list[CoupledGroup], statistics: InputStatistics | None) -> None:
+    def _choose(self, layer: LayerStructure, groups: list[Group], statistics: InputStatistics | None) -> None:
         planned = self.plan.of_layer(layer.index)
         for group in groups:
             key, decision = (group.layer, group.kind), planned[group.kind]
@@ -248,14 +254,14 @@ class _Compression:
                 self.kept[key] = torch.tensor(decision.kept)
                 continue
             # Query heads stay only in KV groups that do; where all of these stay, there is nothing to rank.
-            blocks = self.kept.get((layer.index, "kv_groups")) if group.kind == "query_heads" else None
-            size = group.num_units // group.blocks
+            blocks = self.kept.get((layer.index, KINDS[group.kind].within))
+            size = group.size // group.blocks
             if blocks is not None and decision.keep == len(blocks) * size:
-                self.kept[key] = torch.arange(group.num_units).view(group.blocks, size)[blocks.cpu()].flatten()
+                self.kept[key] = torch.arange(group.size).view(group.blocks, size)[blocks.cpu()].flatten()
                 continue
             score = self.scores.get(key)
             if score is None:
-                drop = group.num_units - decision.keep
+                drop = group.size - decision.keep
                 score = self.criterion.score(Scoring(group, self.model, statistics, self.salience, drop))
             self.kept[key] = best_units(score, group, decision.keep, blocks)
 
@@ -268,15 +274,15 @@ def corrects(config: PruningConfig) -> bool:
 def _reach(plan: PruningPlan) -> tuple[int, int]:
     """The first layer that a plan changes, the one in front of dropped layers included, and the last."""
     cut = [group.layer for group in plan.groups]
-    cut += [layer for kind, layers in plan.dropped.items() if kind != "layers" for layer in layers]
-    dropped = plan.dropped.get("layers", [])
+    cut += [layer for kind, layers in plan.dropped.items() if kind != LAYERS for layer in layers]
+    dropped = plan.dropped.get(LAYERS, [])
     first = min([*cut, *(max(0, layer - 1) for layer in dropped)], default=0)
     return first, max([*cut, *dropped], default=-1)
 
 
 def _sublayers_of(plan: PruningPlan, layer: int) -> dict[str, list[int]]:
     """The sublayers that go from a layer, in the form of `plan.dropped`."""
-    return {kind: [layer] for kind in SUBLAYER_UNITS if layer in plan.dropped.get(kind, ())}
+    return {kind: [layer] for kind in kinds_of(DepthKind, sublayer=True) if layer in plan.dropped.get(kind, ())}
 
 
 def _difference(stream: LayerStream, states: list[torch.Tensor], others: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..config import PruningConfig
-from ..model.structure import CoupledGroup, matrix
+from ..model.structure import Group, matrix
 from ..model.surgery import Kept, dropped
 from ..stats.moments import InputStatistics
 from .closed_form import DEFAULT_DAMPING, choose_damping, refit
@@ -29,19 +29,19 @@ def refitted(
     return refit(weight, moments.gram, columns, damping, moments.target).to(weight.dtype)
 
 
-def by_consumer(groups: list[CoupledGroup]) -> dict[str, list[CoupledGroup]]:
+def by_consumer(groups: list[Group]) -> dict[str, list[Group]]:
     """Groups of one layer by the module that consumes them, KV groups before the query heads in them."""
-    consumers: dict[str, list[CoupledGroup]] = {}
+    consumers: dict[str, list[Group]] = {}
     for group in groups:
-        consumers.setdefault(group.consumer.module, []).append(group)
+        consumers.setdefault(group.reader.module, []).append(group)
     return consumers
 
 
-def kept_columns(groups: list[CoupledGroup], kept: Kept, width: int) -> torch.Tensor:
+def kept_columns(groups: list[Group], kept: Kept, width: int) -> torch.Tensor:
     """Columns of a consumer that stay when units of these groups go, ascending."""
     stay = torch.ones(width, dtype=torch.bool)
     for group in groups:
-        stay[group.consumer.index[dropped(group, kept[group.layer, group.kind])].flatten()] = False
+        stay[group.reader.index[dropped(group, kept[group.layer, group.kind])].flatten()] = False
     return stay.nonzero().squeeze(1)
 
 

@@ -15,12 +15,12 @@ from transformers.utils import logging
 
 from ..config import PruningConfig
 from ..errors import UnsupportedModelError
+from ..model.hidden_size import HiddenGroup
+from ..model.norms import NormKind, stream_norms
 from ..model.rebuild import assemble
 from ..model.target import Target
 from ..stats.gradients import _on_device
 from ..text.calibration import as_batches
-from ..units.hidden_group import HiddenGroup
-from .norms import NormKind, stream_norms
 from .two_streams import hooked
 
 

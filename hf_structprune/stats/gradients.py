@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..model.finite import check_numbers
 from ..model.language_head import has_plain_head, positions_at_once
-from ..model.structure import CoupledGroup, is_linear, matrix
+from ..model.structure import Group, is_linear, matrix
 from ..text.calibration import as_batches
 
 
@@ -40,7 +40,7 @@ class _Probe(torch.autograd.Function):
 
 def taylor_salience(
     model: nn.Module,
-    groups: Iterable[CoupledGroup],
+    groups: Iterable[Group],
     tokens: torch.Tensor,
     variant: str,
     *,
@@ -62,28 +62,29 @@ def taylor_salience(
         gradient_checkpointing: Recompute activations in the backward pass.
 
     Returns:
-        `{(module, "rows" | "columns"): scores}`, float32.
+        `{(tensor, dim): scores}`, float32.
     """
-    wanted = {(part.module, part.axis) for group in groups for part in group.parts}
-    wanted = {key for key in wanted if is_linear(model.get_submodule(key[0]))}
+    slices = [part for group in groups for part in group.slices if is_linear(model.get_submodule(part.module))]
+    wanted = {(part.tensor, part.dim) for part in slices if model.get_parameter(part.tensor).ndim > 1}
     salience: Salience = {}
 
     def report(module: str, length: int, weight: float, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
         linear = matrix(model.get_submodule(module)).float()
         inputs, gradient = inputs.reshape(-1, length, inputs.shape[-1]), gradient.reshape(-1, length, linear.shape[0])
         change = _change(linear, inputs, gradient, variant)
-        for axis, dim in (("rows", 1), ("columns", 0)):
-            if (module, axis) in wanted:
-                reduced = change.sum(dim) * weight
-                key = (module, axis)
+        transposed = matrix(model.get_submodule(module)) is not model.get_submodule(module).weight
+        for axis in (0, 1):  # rows, columns
+            key = (f"{module}.weight", int(axis != transposed))
+            if key in wanted:
+                reduced = change.sum(1 - axis) * weight
                 salience[key] = salience[key] + reduced if key in salience else reduced
 
     def around(batch: torch.Tensor, share: float) -> AbstractContextManager[None]:
-        return _probed(model, {m for m, _ in wanted}, batch.shape[1], share, report)
+        return _probed(model, {part.module for part in slices}, batch.shape[1], share, report)
 
     backward_passes(model, tokens, batch_size, gradient_checkpointing, around)
-    for (module, _), score in salience.items():
-        check_numbers(score, f"The gradients of `{module}`")
+    for (tensor, _), score in salience.items():
+        check_numbers(score, f"The gradients of `{tensor}`")
     return {key: score.abs() for key, score in salience.items()}
 
 

@@ -14,6 +14,8 @@ from ..allocation.removal import Removal, Unit
 from ..model.language_head import positions_at_once
 from ..model.silence import Silencer
 from ..model.structure import ModelStructure, decoder_layers
+from ..units import DepthKind, kinds_of
+from ..units.depth import LAYERS
 from .stream import LayerStream
 
 
@@ -122,16 +124,19 @@ class TextLoss:
                 for unit in (unit for unit in trials if unit[0] == index):
                     losses[unit] = self._loss(index, trials[unit])
                     bar.update()
-                if index != last and index not in gone["layers"]:
+                if index != last and index not in gone[LAYERS]:
                     with self._silenced(index, gone):
                         stream.advance(index)
         return losses
 
     def _silenced(self, index: int, gone: Gone):
         """Sublayers that are gone from layer `index` on add nothing as long as this is open."""
-        layers = [layer for layer in self.structure.layers[index:] if layer.index not in gone["layers"]]
+        layers = [layer for layer in self.structure.layers[index:] if layer.index not in gone[LAYERS]]
         return self._silencer.silenced(
-            layer.sublayer(kind) for layer in layers for kind in ("attention", "mlp") if layer.index in gone[kind]
+            layer.sublayer(kind)
+            for layer in layers
+            for kind in kinds_of(DepthKind, sublayer=True)
+            if layer.index in gone[kind]
         )
 
     @torch.no_grad()
@@ -140,7 +145,7 @@ class TextLoss:
         total = 0.0
         with self._silenced(index, gone):
             for number, batch in enumerate(self._stream.batches):
-                states = self._stream.outputs(index, number, skip=gone["layers"])
+                states = self._stream.outputs(index, number, skip=gone[LAYERS])
                 total += self._batch_loss(states, batch)
         return total / self._positions if math.isfinite(total) else math.inf
 

@@ -12,7 +12,7 @@ from ..allocation.selection import best_units
 from ..config import PruningConfig
 from ..criteria import Criterion, Scoring
 from ..model.measuring import measures
-from ..model.structure import CoupledGroup, ModelStructure, matrix
+from ..model.structure import Group, ModelStructure, matrix
 from ..refit.layer_by_layer import new_stream
 from ..refit.reader import kept_columns, refitted, write_columns
 from .gradients import Salience
@@ -33,7 +33,7 @@ def measure_sensitivity(
     criterion: Criterion,
     config: PruningConfig,
     tokens: torch.Tensor,
-    groups: list[CoupledGroup],
+    groups: list[Group],
     salience: Salience | None = None,
 ) -> Sensitivity:
     """For every group the coefficient `a` of `KL(dense || cut) = a * share^2`, where `share` of its units go.
@@ -60,7 +60,7 @@ def measure_sensitivity(
     sensitivity: Sensitivity = {}
     for layer in tqdm(structure.layers, desc="Sensitivity", disable=not logging.is_progress_bar_enabled()):
         for group in (g for g in groups if g.layer == layer.index):
-            inputs = fit.capture(layer.index, group.consumer.module)
+            inputs = fit.capture(layer.index, group.reader.module)
             statistics = InputStatistics(inputs[0].shape[-1], True, device=inputs[0].device)
             for batch in inputs:
                 statistics.update(batch)
@@ -74,7 +74,7 @@ def measure_sensitivity(
 
 def _probe(
     model: nn.Module,
-    group: CoupledGroup,
+    group: Group,
     score: torch.Tensor,
     share: float,
     statistics: InputStatistics,
@@ -83,12 +83,12 @@ def _probe(
     dense: list[torch.Tensor],
 ) -> float:
     """`KL / share^2` with this share of a group cut; the weights are put back."""
-    drop = min(max(1, round(share * group.num_units)), group.num_units - 1)
+    drop = min(max(1, round(share * group.size)), group.size - 1)
     if drop == 0:
         return 1e-12
-    module = model.get_submodule(group.consumer.module)
+    module = model.get_submodule(group.reader.module)
     original = module.weight  # stays as it is: what is tried is written to a copy
-    kept = {(group.layer, group.kind): best_units(score, group, group.num_units - drop)}
+    kept = {(group.layer, group.kind): best_units(score, group, group.size - drop)}
     columns = kept_columns([group], kept, matrix(module).shape[1])
     try:
         module.weight = nn.Parameter(original.detach().clone(), requires_grad=False)
@@ -97,7 +97,7 @@ def _probe(
     finally:
         module.weight = original
     tokens = sum(d.shape[0] * d.shape[1] for d in dense)
-    return max(divergence / tokens, 1e-12) / (drop / group.num_units) ** 2
+    return max(divergence / tokens, 1e-12) / (drop / group.size) ** 2
 
 
 def _kl(dense: torch.Tensor, cut: torch.Tensor) -> float:

@@ -1,1 +1,37 @@
-"""The kinds of units that can be cut."""
+"""The kinds of units that can be cut: one file, and one line here, for each.
+
+A kind is found (`find`), counted, written into a configuration (`config_values`), shown in tables and offered as an
+option by what its class says; CONTRIBUTING.md tells how to add one.
+"""
+
+from __future__ import annotations
+
+from .base import DepthKind, Reading, StreamKind, UnitKind, WidthKind
+from .depth import Attention, Layers, Mlp
+from .heads import KVGroups, QueryHeads
+from .hidden import Hidden
+from .neurons import Neurons
+
+
+__all__ = ["KINDS", "DepthKind", "Reading", "StreamKind", "UnitKind", "WidthKind", "kinds_of", "level_criteria"]
+
+# In the order of tables and messages.
+KINDS: dict[str, UnitKind] = {
+    kind.name: kind for kind in (KVGroups(), QueryHeads(), Neurons(), Layers(), Attention(), Mlp(), Hidden())
+}
+
+
+def kinds_of(level: type[UnitKind], *, sublayer: bool | None = None) -> tuple[str, ...]:
+    """Names of the kinds of a level: `WidthKind`, `DepthKind` or `StreamKind`.
+
+    Args:
+        level: The class.
+        sublayer: Only kinds that are (not) in one half of a layer.
+    """
+    found = (kind for kind in KINDS.values() if isinstance(kind, level))
+    return tuple(kind.name for kind in found if sublayer is None or (kind.sublayer is not None) == sublayer)
+
+
+def level_criteria(level: type[UnitKind]) -> tuple[str, ...]:
+    """Names of all criteria of the kinds of a level."""
+    return tuple(dict.fromkeys(name for kind in kinds_of(level) for name in KINDS[kind].criteria))

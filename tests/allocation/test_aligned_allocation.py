@@ -10,9 +10,9 @@ from hf_structprune import PruningConfig, StructuredPruner
 from hf_structprune.allocation import allocate
 from hf_structprune.allocation.budget import Budget
 from hf_structprune.errors import ConfigurationError, RatioError
-from hf_structprune.model.expected import shape_after
 from hf_structprune.model.structure import ModelStructure
 from hf_structprune.plan import PruningPlan
+from hf_structprune.units.heads import removed_by_pair, shape_after
 
 
 RATIOS = (0.02, 0.1, 0.2, 0.3)
@@ -21,7 +21,7 @@ RATIOS = (0.02, 0.1, 0.2, 0.3)
 def plan_of(structure, config, ratio, seed=0):
     """The plan for random scores and sensitivities."""
     generator = torch.Generator().manual_seed(seed)
-    scores = {(g.layer, g.kind): torch.rand(g.num_units, generator=generator) for g in structure.groups}
+    scores = {(g.layer, g.kind): torch.rand(g.size, generator=generator) for g in structure.groups}
     sensitivity = {key: float(torch.rand((), generator=generator)) + 0.1 for key in scores}
     counts = allocate(structure, config, ratio, scores, None, sensitivity)
     return PruningPlan.from_counts(structure, counts, model_type="llama", layout=config.layout)
@@ -32,7 +32,7 @@ def widths_left(structure, plan, config):
     for layer in structure.layers:
         mlp = layer.group("mlp_neurons")
         if mlp is not None and "mlp_neurons" in config.units:
-            yield plan.keep(layer.index, "mlp_neurons", mlp.num_units)
+            yield plan.keep(layer.index, "mlp_neurons", mlp.size)
         if layer.attention is not None and {"kv_groups", "query_heads"} & set(config.units):
             yield shape_after(layer, plan).query_width
 
@@ -98,21 +98,21 @@ def aligned_removals(budget):
     removals = []
     for pick in (min, max):
         heads = [
-            pick(budget.attention_removed(layer, *option) for option in budget.attention_options(layer))
+            pick(removed_by_pair(layer, *option) for option in budget.attention_options(layer))
             for layer in budget.attentions
         ]
         step = budget.config.align_to
-        sizes = {group: range(step, group.num_units + 1, step) for group in budget.mlps}
-        mlps = [pick((g.num_units - width) * g.unit_parameters for width in sizes[g]) for g in budget.mlps]
+        sizes = {group: range(step, group.size + 1, step) for group in budget.groups}
+        mlps = [pick((g.size - width) * g.cost for width in sizes[g]) for g in budget.groups]
         removals.append(sum(heads) + sum(mlps))
     return removals
 
 
 def unit(budget):
     """Parameters of one aligned unit of a layer: of MLPs, which close the gap, or else of heads."""
-    if budget.mlps:
-        return budget.config.align_to * budget.mlps[0].unit_parameters
-    sizes = sorted({budget.attention_removed(budget.attentions[0], *o) for o in
+    if budget.groups:
+        return budget.config.align_to * budget.groups[0].cost
+    sizes = sorted({removed_by_pair(budget.attentions[0], *o) for o in
                     budget.attention_options(budget.attentions[0])})  # fmt: skip
     return max((b - a for a, b in itertools.pairwise(sizes)), default=0)
 
@@ -123,7 +123,7 @@ def test_uniform_widths_are_the_nearest_of_all_aligned_ones(odd, align_to):
     for ratio in RATIOS:
         plan = plan_of(odd, PruningConfig(align_to=align_to), ratio)
         target = ratio * odd.total_parameters / len(odd.layers)
-        removed = [(52 - width) * group.unit_parameters for width in range(align_to, 53, align_to)]
+        removed = [(52 - width) * group.cost for width in range(align_to, 53, align_to)]
         got = (plan.parameters_before - plan.parameters_after) // len(odd.layers)
         assert abs(got - target) == min(abs(one - target) for one in removed)
 

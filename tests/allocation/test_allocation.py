@@ -41,7 +41,7 @@ def plan(structure, ratio, scores=None, head_counts=None, **options):
 
 
 def widths(plan, structure):
-    return [plan.keep(g.layer, g.kind, g.num_units) for g in structure.groups if g.kind == "mlp_neurons"]
+    return [plan.keep(g.layer, g.kind, g.size) for g in structure.groups if g.kind == "mlp_neurons"]
 
 
 @pytest.mark.parametrize("units", [("mlp_neurons",), ("mlp_neurons", "kv_groups"), ALL])
@@ -82,7 +82,7 @@ def test_per_layer_widths_differ_by_one_step_and_smaller_ones_are_interleaved(sm
 def test_heads_alone_come_within_half_a_head(smollm2):
     group = smollm2.layers[0].group("kv_groups")
     got = plan(smollm2, 0.05, units=("kv_groups",), layout="per_layer")
-    assert abs(got.ratio - 0.05) * smollm2.total_parameters <= group.unit_parameters / 2
+    assert abs(got.ratio - 0.05) * smollm2.total_parameters <= group.cost / 2
 
 
 def test_only_expressible_head_counts_are_chosen(smollm2):
@@ -102,8 +102,7 @@ def test_spread_is_even_and_complete():
 def random_scores(structure, seed):
     generator = torch.Generator().manual_seed(seed)
     return {
-        (g.layer, g.kind): torch.rand(g.num_units, generator=generator) * 1.3**g.layer + g.layer
-        for g in structure.groups
+        (g.layer, g.kind): torch.rand(g.size, generator=generator) * 1.3**g.layer + g.layer for g in structure.groups
     }
 
 
@@ -114,16 +113,16 @@ def brute_force(groups, scores, target):
         values = scores[group.layer, group.kind].double()
         for z in (values - values.mean()) / values.std():
             ranking.append((float(z), group))
-    left = {(g.layer, g.kind): g.num_units for g in groups}
+    left = {(g.layer, g.kind): g.size for g in groups}
     removed = 0
     for _, group in sorted(ranking, key=lambda entry: entry[0]):
         key = (group.layer, group.kind)
         if left[key] == 1:
             continue
-        if abs(removed + group.unit_parameters - target) > abs(removed - target):
+        if abs(removed + group.cost - target) > abs(removed - target):
             break
         left[key] -= 1
-        removed += group.unit_parameters
+        removed += group.cost
     return left
 
 
@@ -151,7 +150,7 @@ def test_global_ranks_heads_among_neurons_and_closes_the_rest_with_neurons(tiny,
         else:
             shifts.append(got.keep(layer, kind, families.WIDTH) - keep)
     assert max(shifts) - min(shifts) <= 1  # the same in every layer, to whole neurons
-    neuron = tiny.layers[0].group("mlp_neurons").unit_parameters
+    neuron = tiny.layers[0].group("mlp_neurons").cost
     assert abs(got.parameters_before - got.parameters_after - target) <= neuron / 2
 
 

@@ -11,10 +11,13 @@ from hf_structprune.allocation.greedy import Losses, remove_greedily
 from hf_structprune.allocation.removal import Amount, Removal, depth_candidates
 from hf_structprune.criteria.distances import layer_similarities
 from hf_structprune.criteria.layer_weights import magnitude_scores, taylor_scores
-from hf_structprune.decisions import normalised
 from hf_structprune.errors import ConfigurationError, RatioError, UnsupportedModelError
 from hf_structprune.model.structure import ModelStructure
-from hf_structprune.units.kinds import DEPTH_CRITERIA
+from hf_structprune.plan import normalised
+from hf_structprune.units import DepthKind, level_criteria
+
+
+DEPTH_CRITERIA = level_criteria(DepthKind)
 
 
 TOKENS = families.make_tokens(4, 10)

@@ -14,7 +14,7 @@ def test_search_is_as_good_as_trying_everything():
     structure = ModelStructure.of(families.make_model("llama", torch.float32))
     config = PruningConfig(allocation="search", layout="per_layer", round_to=8)
     cost = {(0, "mlp_neurons"): 4.0, (1, "mlp_neurons"): 1.0, (2, "mlp_neurons"): 2.5}
-    unit = structure.layers[0].group("mlp_neurons").unit_parameters
+    unit = structure.layers[0].group("mlp_neurons").cost
     steps = 7  # of 8 neurons each
     ratio = steps * 8 * unit / structure.total_parameters
     counts = allocate(structure, config, ratio, sensitivity=cost)
@@ -34,7 +34,7 @@ def test_search_goes_beyond_two_thirds_only_if_it_must():
     structure = ModelStructure.of(families.make_model("llama", torch.float32))
     config = PruningConfig(allocation="search", layout="per_layer", round_to=1)
     cost = {(0, "mlp_neurons"): 1e6, (1, "mlp_neurons"): 1.0, (2, "mlp_neurons"): 1.0}
-    unit = structure.layers[0].group("mlp_neurons").unit_parameters
+    unit = structure.layers[0].group("mlp_neurons").cost
     for neurons in (60, 64, 110, 140):
         counts = allocate(structure, config, neurons * unit / structure.total_parameters, sensitivity=cost)
         gone = [48 - counts.get((layer, "mlp_neurons"), 48) for layer in range(3)]

@@ -3,12 +3,12 @@
 import torch
 
 from hf_structprune.allocation.selection import best_units
-from hf_structprune.model.structure import CoupledGroup, Part
+from hf_structprune.model.structure import Group, Slice
 
 
 def group(units, blocks=1):
-    part = Part("m", "columns", torch.arange(units)[:, None])
-    return CoupledGroup(0, "mlp_neurons", units, blocks, (), part, (), "m", 1, 1)
+    part = Slice("m.weight", 1, torch.arange(units)[:, None])
+    return Group("mlp_neurons", 0, units, (part,), part, "m", (), blocks, 1, 1)
 
 
 def test_the_highest_scores_stay_in_ascending_order():

@@ -65,8 +65,8 @@ def test_several_steps_end_as_near_as_one(seed):
     assert plan.parameters_before - plan.parameters_after == sum(plan.removed.values())
     if options.get("allocation") == "global":
         budget = Budget(structure, PruningConfig(**options))
-        step = max((budget.step(g) * g.unit_parameters for g in budget.mlps), default=0)
-        heads = max((layer.group("kv_groups").unit_parameters for layer in budget.attentions), default=0)
+        step = max((budget.step(g) * g.cost for g in budget.groups), default=0)
+        heads = max((layer.group("kv_groups").cost for layer in budget.attentions), default=0)
         off = abs(plan.ratio - ratio) * structure.total_parameters
         assert off <= max(abs(one.ratio - ratio) * structure.total_parameters, (step or heads) / 2 + 1)
     else:
@@ -84,7 +84,7 @@ def test_every_step_cuts_and_none_gives_back(monkeypatch):
     carry_out = StructuredPruner._carry_out
 
     def watched(self, plan, known=None):
-        seen.append({(g.layer, g.kind): (g.num_units, g.keep) for g in plan.groups})
+        seen.append({(g.layer, g.kind): (g.before, g.keep) for g in plan.groups})
         carry_out(self, plan, known)
 
     monkeypatch.setattr(StructuredPruner, "_carry_out", watched)

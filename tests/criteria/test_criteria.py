@@ -8,13 +8,17 @@ import pytest
 import torch
 
 from hf_structprune import PruningConfig
-from hf_structprune.config import AGGREGATIONS, CRITERIA, TAYLOR_VARIANTS
+from hf_structprune.config import AGGREGATIONS, TAYLOR_VARIANTS
 from hf_structprune.criteria import BY_NAME, Scoring, make_criterion
 from hf_structprune.criteria.base import join
-from hf_structprune.model.structure import ModelStructure, matrix
+from hf_structprune.model.structure import ModelStructure
 from hf_structprune.refit.closed_form import obs_scores
 from hf_structprune.stats.gradients import taylor_salience
 from hf_structprune.stats.moments import InputStatistics
+from hf_structprune.units import WidthKind, level_criteria
+
+
+CRITERIA = level_criteria(WidthKind)
 
 
 KINDS = ("kv_groups", "query_heads", "mlp_neurons")
@@ -46,7 +50,7 @@ def consumer_inputs(model, module):
 
 
 def score(model, group, name, salience=None, drop=None, **options):
-    inputs = consumer_inputs(model, group.consumer.module)
+    inputs = consumer_inputs(model, group.reader.module)
     statistics = InputStatistics(inputs.shape[-1], gram=True)
     statistics.update(inputs)
     criterion = make_criterion(PruningConfig(criterion=name, **options))
@@ -60,14 +64,14 @@ def close(got, expected):
 
 def unit_sums(group, column):
     """Sums a function of a consumer's column over the columns of each unit."""
-    return [sum(column(c) for c in columns) for columns in group.consumer.index.tolist()]
+    return [sum(column(c) for c in columns) for columns in group.reader.index.tolist()]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_wanda_is_weight_magnitude_times_input_norm(model, structure, kind):
     group = structure.layers[1].group(kind)
-    weight = model.get_submodule(group.consumer.module).weight.detach().double()
-    x = consumer_inputs(model, group.consumer.module).double().flatten(0, 1)
+    weight = model.get_submodule(group.reader.module).weight.detach().double()
+    x = consumer_inputs(model, group.reader.module).double().flatten(0, 1)
     norms = [math.sqrt(float((x[:, c] ** 2).sum()) / len(x)) for c in range(x.shape[1])]  # of one token, on average
     got = score(model, group, "wanda")
     expected = unit_sums(group, lambda c: sum(abs(float(w)) for w in weight[:, c]) * norms[c])
@@ -79,8 +83,8 @@ def test_wanda_is_weight_magnitude_times_input_norm(model, structure, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_wifv_is_input_variance_times_squared_weights(model, structure, kind):
     group = structure.layers[1].group(kind)
-    weight = model.get_submodule(group.consumer.module).weight.detach().double()
-    x = consumer_inputs(model, group.consumer.module).double().flatten(0, 1)
+    weight = model.get_submodule(group.reader.module).weight.detach().double()
+    x = consumer_inputs(model, group.reader.module).double().flatten(0, 1)
     close(
         score(model, group, "wifv"),
         unit_sums(group, lambda c: float(x[:, c].var()) * sum(float(w) ** 2 for w in weight[:, c])),
@@ -90,7 +94,7 @@ def test_wifv_is_input_variance_times_squared_weights(model, structure, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_activation_is_the_norm_over_sequences_of_the_mean_over_tokens(model, structure, kind):
     group = structure.layers[1].group(kind)
-    x = consumer_inputs(model, group.consumer.module).double()
+    x = consumer_inputs(model, group.reader.module).double()
 
     def column(c):
         return math.sqrt(sum((sum(abs(float(t[c])) for t in sequence) / len(sequence)) ** 2 for sequence in x))
@@ -98,13 +102,15 @@ def test_activation_is_the_norm_over_sequences_of_the_mean_over_tokens(model, st
     close(score(model, group, "activation"), unit_sums(group, column))
 
 
+def matrices(model, group):
+    return [part for part in group.slices if model.get_parameter(part.tensor).ndim > 1]
+
+
 def naive_tensors(model, group, value):
     """Channel scores of every matrix of a group: `value(matrix, row or None, column or None)`."""
     scores = []
-    for part in group.parts:
-        weight = matrix(model.get_submodule(part.module)).detach().double()
-        rows = part.axis == "rows"
-        lines = [weight[i] if rows else weight[:, i] for i in range(weight.shape[0 if rows else 1])]
+    for part in matrices(model, group):
+        lines = list(model.get_parameter(part.tensor).detach().double().movedim(part.dim, 0))
         scores.append([[value(lines[i]) for i in unit] for unit in part.index.tolist()])
     return scores
 
@@ -114,7 +120,7 @@ def naive_tensors(model, group, value):
 def test_magnitude_sums_all_weights_of_a_unit(model, structure, kind, name, power):
     group = structure.layers[1].group(kind)
     tensors = naive_tensors(model, group, lambda line: sum(abs(float(w)) ** power for w in line))
-    expected = [sum(sum(tensor[unit]) for tensor in tensors) for unit in range(group.num_units)]
+    expected = [sum(sum(tensor[unit]) for tensor in tensors) for unit in range(group.size)]
     close(score(model, group, name), expected)
 
 
@@ -152,19 +158,19 @@ def test_criteria_use_the_aggregation_of_the_configuration(model, structure, agg
     tensors = naive_tensors(model, group, lambda line: float(line.abs().sum()))
     rule = {"sum": sum, "mean": lambda v: sum(v) / 3, "max": max, "prod": math.prod}.get(aggregation)
     rule = rule or (lambda v: v[0 if aggregation == "first" else -1])
-    expected = [rule([tensor[unit][0] for tensor in tensors]) for unit in range(group.num_units)]
+    expected = [rule([tensor[unit][0] for tensor in tensors]) for unit in range(group.size)]
     close(score(model, group, "l1", aggregation=aggregation), expected)
 
 
 def test_a_kv_group_gets_the_scores_of_its_own_query_heads_by_hand(structure, model):
     """Eight-wide heads: query heads 0 and 1 read KV head 0, heads 2 and 3 read KV head 1."""
     group = structure.layers[0].group("kv_groups")
-    salience = {(part.module, part.axis): torch.zeros(part.index.numel()) for part in group.parts}
+    salience = {(part.tensor, part.dim): torch.zeros(part.index.numel()) for part in group.slices}
     for head, value in enumerate((1.0, 10.0, 100.0, 1000.0)):
-        salience["model.layers.0.self_attn.q_proj", "rows"][8 * head : 8 * head + 8] = value
-        salience["model.layers.0.self_attn.o_proj", "columns"][8 * head : 8 * head + 8] = 2 * value
+        salience["model.layers.0.self_attn.q_proj.weight", 0][8 * head : 8 * head + 8] = value
+        salience["model.layers.0.self_attn.o_proj.weight", 1][8 * head : 8 * head + 8] = 2 * value
     for head, value in enumerate((0.1, 0.5)):
-        salience["model.layers.0.self_attn.k_proj", "rows"][8 * head : 8 * head + 8] = value
+        salience["model.layers.0.self_attn.k_proj.weight", 0][8 * head : 8 * head + 8] = value
     assert score(model, group, "taylor", salience).tolist() == pytest.approx([8 * (33 + 0.1), 8 * (3300 + 0.5)])
     heads = structure.layers[0].group("query_heads")
     assert score(model, heads, "taylor", salience).tolist() == [24.0, 240.0, 2400.0, 24000.0]
@@ -195,15 +201,13 @@ def test_taylor_equals_full_gradients(name, variant):
     got = taylor_salience(model, structure.groups, TOKENS, variant, batch_size=len(TOKENS))
     full = gradient(model, TOKENS)
     singles = [gradient(model, sequence[None]) for sequence in TOKENS]
-    assert got.keys() == {(p.module, p.axis) for g in structure.groups for p in g.parts}
-    for module, axis in got:
-        layer, key = model.get_submodule(module), f"{module}.weight"
+    assert got.keys() == {(part.tensor, part.dim) for g in structure.groups for part in matrices(model, g)}
+    for key, dim in got:
         fisher = sum(one[key].square() for one in singles) / len(singles)
-        change = naive_taylor(layer.weight.detach().double(), full[key], fisher, variant)
-        change = change.T if name == "gpt2" else change  # GPT-2 stores its matrices transposed
-        expected = change.sum(1 if axis == "rows" else 0).abs()
+        change = naive_taylor(model.get_parameter(key).detach().double(), full[key], fisher, variant)
+        expected = change.movedim(dim, 0).sum(1).abs()
         size = float(expected.max())
-        torch.testing.assert_close(got[module, axis].double(), expected, rtol=1e-3, atol=2e-5 * size)
+        torch.testing.assert_close(got[key, dim].double(), expected, rtol=1e-3, atol=2e-5 * size)
 
 
 @pytest.mark.parametrize("variant", ["second", "vectorize"])
@@ -274,10 +278,10 @@ def test_a_training_model_stays_one(model, structure):
 @pytest.mark.parametrize("kind", KINDS)
 def test_obs_scores_the_consumer_with_the_second_moments_of_its_inputs(model, structure, kind):
     group = structure.layers[1].group(kind)
-    x = consumer_inputs(model, group.consumer.module).double().flatten(0, 1)
-    weight = model.get_submodule(group.consumer.module).weight.detach()
-    drop = group.blocks * (group.num_units // group.blocks - 1)
-    expected = obs_scores(weight, x.T @ x / len(x), group.consumer.index, 0.3, drop, group.blocks)
+    x = consumer_inputs(model, group.reader.module).double().flatten(0, 1)
+    weight = model.get_submodule(group.reader.module).weight.detach()
+    drop = group.blocks * (group.size // group.blocks - 1)
+    expected = obs_scores(weight, x.T @ x / len(x), group.reader.index, 0.3, drop, group.blocks)
     got = score(model, group, "obs", damping=0.3, drop=drop)
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * float(expected.max()))
 

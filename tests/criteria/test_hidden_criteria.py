@@ -7,8 +7,8 @@ import torch
 from hf_structprune import PruningConfig
 from hf_structprune.criteria.channels import channel_importance
 from hf_structprune.errors import ConfigurationError
+from hf_structprune.model.hidden_size import hidden_group
 from hf_structprune.model.structure import ModelStructure
-from hf_structprune.units.hidden_group import hidden_group
 
 
 TOKENS = families.make_tokens(4, 12)

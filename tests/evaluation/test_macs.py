@@ -80,7 +80,7 @@ def test_experts_count_in_every_implementation(implementation):
 def test_both_counts_differ_by_attention_neurons_and_routers(name):
     model = make_model(name)
     structure = ModelStructure.of(model)
-    neurons = sum(group.num_units for group in structure.groups if group.kind == "mlp_neurons")
+    neurons = sum(group.size for group in structure.groups if group.kind == "mlp_neurons")
     routers = sum(m.weight.numel() for m in model.modules() if type(m).__name__.endswith("TopKRouter"))
     assert (routers > 0) == (name in ("mixtral", "qwen3_moe"))
     difference = count_macs_with_attention(model, make_tokens(2)) - count_macs(model, 2, 16)

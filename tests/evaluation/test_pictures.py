@@ -6,19 +6,21 @@ import math
 import pytest
 from matplotlib.collections import LineCollection, PathCollection
 
-from hf_structprune.decisions import HiddenPlan
 from hf_structprune.errors import ConfigurationError, EvaluationError
 from hf_structprune.evaluation import pictures
 from hf_structprune.evaluation.results import EvaluationResult, Figure, Parts
-from hf_structprune.plan import GroupPlan, PruningPlan
+from hf_structprune.plan import Decision, PruningPlan, decisions_of
+
+
+HALVES = ("attention sublayers", "MLP sublayers")
 
 
 @pytest.fixture
 def plan():
     groups = [
-        GroupPlan(1, "mlp_neurons", 64, 48),
-        GroupPlan(2, "mlp_neurons", 64, 32),
-        GroupPlan(2, "kv_groups", 4, 3),
+        Decision("mlp_neurons", 1, 64, 48),
+        Decision("mlp_neurons", 2, 64, 32),
+        Decision("kv_groups", 2, 4, 3),
     ]
     return PruningPlan(0.2, "llama", "per_layer", groups, 1000, 800, 900, 700, 10, 8, 2.0)
 
@@ -58,13 +60,14 @@ def test_widths(plan):
 
 
 def test_widths_of_what_is_dropped(plan):
-    plan.dropped, plan.num_layers = {"layers": [0], "attention": [3]}, 5
-    plan.hidden = HiddenPlan(32, 24)
+    plan.num_layers = 5
+    hidden = Decision("hidden", None, 32, 24)
+    plan.decisions = decisions_of(plan.groups, {"layers": [0], "attention": [3]}, hidden, 5)
     axes = pictures.widths_figure(plan).axes
-    assert [axis.get_ylabel() for axis in axes] == ["KV groups", "MLP neurons", "attention", "MLP", "hidden size"]
+    assert [axis.get_ylabel() for axis in axes] == ["KV groups", "MLP neurons", *HALVES, "hidden size"]
     kept = [heights(axis.containers[1]) for axis in axes]
     assert kept == [[0, 4, 3, 0, 4], [0, 48, 32, 64, 64], [0, 1, 1, 0, 1], [0, 1, 1, 1, 1], [24] * 5]
-    plan.groups = []
+    plan.decisions = [one for one in plan.decisions if one.layer is None]
     assert len(pictures.widths_figure(plan).axes) == 3
 
 

@@ -35,7 +35,7 @@ def cut(model, counts, layout="per_layer", dropped=None):
     for (layer, kind), count in counts.items():
         group = structure.layers[layer].group(kind)
         blocks = range(counts.get((layer, "kv_groups"), group.blocks) if kind == "query_heads" else 1)
-        size = group.num_units // group.blocks
+        size = group.size // group.blocks
         kept[layer, kind] = torch.cat([torch.arange(count) + block * size for block in blocks])
     return families.cut(model, kept, counts, layout, dropped)
 

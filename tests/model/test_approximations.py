@@ -7,10 +7,9 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from hf_structprune import PruningConfig, StructuredPruner
-from hf_structprune.decisions import HiddenPlan
 from hf_structprune.model.approximations import approximations
 from hf_structprune.model.structure import ModelStructure
-from hf_structprune.plan import PruningPlan
+from hf_structprune.plan import Decision, PruningPlan
 
 
 HEADS = "queries and keys are normalised over all heads"
@@ -45,7 +44,7 @@ def test_norms_of_each_head_are_not_named():
 
 @pytest.mark.parametrize("name, named", [("cohere2", True), ("starcoder2", True), ("llama", False), ("gemma2", False)])
 def test_layer_norms_are_named_when_channels_go(name, named):
-    found = lines(families.make_model(name), hidden=HiddenPlan(families.HIDDEN, 24))
+    found = lines(families.make_model(name), hidden=Decision("hidden", None, families.HIDDEN, 24))
     assert [line.startswith(CHANNELS) for line in found] == [True] * named
     assert lines(families.make_model(name), "mlp_neurons") == []
 

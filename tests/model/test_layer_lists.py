@@ -8,12 +8,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hf_structprune.errors import CheckpointError
-from hf_structprune.model.depth_check import check_layers
-from hf_structprune.model.layer_lists import without_layers
+from hf_structprune.model.describe import target_of
+from hf_structprune.model.layer_lists import check_layers, without_layers
 from hf_structprune.model.rebuild import rebuild
 from hf_structprune.model.structure import ModelStructure
 from hf_structprune.model.surgery import drop
-from hf_structprune.model.target import target_of
 from hf_structprune.plan import PruningPlan
 
 

@@ -13,9 +13,12 @@ from hf_structprune import PruningConfig, StructuredPruner
 from hf_structprune.errors import UnsupportedModelError
 from hf_structprune.model import proof
 from hf_structprune.model.families import PROVEN
-from hf_structprune.model.proof import kinds_of, prove, verdicts
+from hf_structprune.model.proof import kinds_in, prove, verdicts
 from hf_structprune.model.structure import ModelStructure
-from hf_structprune.units.kinds import UNITS
+from hf_structprune.units import KINDS
+
+
+UNITS = tuple(KINDS)
 
 
 HEAD = dict(head_dim=16, num_attention_heads=4, num_key_value_heads=2)
@@ -206,6 +209,6 @@ def test_the_settings_of_the_caller_stay_and_do_not_matter():
 def test_kinds_of_a_plan_are_those_that_it_takes_something_from():
     model = families.make_model("llama")
     structure = ModelStructure.of(model)
-    counts = {(group.layer, group.kind): group.num_units // group.blocks for group in structure.groups}
+    counts = {(group.layer, group.kind): group.size // group.blocks for group in structure.groups}
     counts[1, "mlp_neurons"] -= 1
-    assert kinds_of(families.plan_of(model, counts, "per_layer", {"attention": [2]})) == {"mlp_neurons", "attention"}
+    assert kinds_in(families.plan_of(model, counts, "per_layer", {"attention": [2]})) == {"mlp_neurons", "attention"}

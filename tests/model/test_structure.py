@@ -30,15 +30,16 @@ def first_layer(class_name, **values):
 def parts(group):
     """`{module: [index, ...]}` below the layer: a fused module has several."""
     found = {}
-    for part in group.parts:
+    for part in group.slices:
         name = part.module.split(".", 3)[-1]
-        found.setdefault((name, part.axis), []).append(part.index.tolist())
+        if part.tensor.endswith("weight"):
+            found.setdefault((name, "columns" if part is group.reader else "rows"), []).append(part.index.tolist())
     return found
 
 
 def test_grouped_query_attention_by_hand():
     group = first_layer("LlamaConfig", **HAND).group("kv_groups")
-    assert (group.num_units, group.blocks) == (2, 1)
+    assert (group.size, group.blocks) == (2, 1)
     assert parts(group) == {
         ("self_attn.q_proj", "rows"): [[[0, 1, 2, 3], [4, 5, 6, 7]]],
         ("self_attn.k_proj", "rows"): [[[0, 1], [2, 3]]],
@@ -49,7 +50,7 @@ def test_grouped_query_attention_by_hand():
 
 def test_query_heads_by_hand_belong_to_the_kv_group_they_read():
     group = first_layer("LlamaConfig", **HAND).group("query_heads")
-    assert (group.num_units, group.blocks) == (4, 2)
+    assert (group.size, group.blocks) == (4, 2)
     heads = [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert parts(group) == {("self_attn.q_proj", "rows"): [heads], ("self_attn.o_proj", "columns"): [heads]}
 
@@ -116,11 +117,11 @@ def test_unit_parameters_are_what_a_cut_unit_takes_along(name):
     for kind in families.kinds_of(name):
         group = structure.layers[0].group(kind)
         small = copy.deepcopy(model)
-        cut_units(small, structure, {(0, kind): torch.arange(1, group.num_units)})
-        assert families.count(model) - families.count(small) == group.unit_parameters
+        cut_units(small, structure, {(0, kind): torch.arange(1, group.size)})
+        assert families.count(model) - families.count(small) == group.cost
         biases = sum(p.numel() for p in model.parameters() if p.ndim == 1)
         biases -= sum(p.numel() for p in small.parameters() if p.ndim == 1)
-        assert group.unit_parameters - group.unit_matrix_parameters == biases
+        assert group.cost - group.matrix_cost == biases
 
 
 def test_tied_embeddings_count_once():

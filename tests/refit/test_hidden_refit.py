@@ -8,10 +8,9 @@ import torch
 
 from hf_structprune import PruningConfig
 from hf_structprune.errors import ConfigurationError
+from hf_structprune.model.hidden_size import hidden_group
 from hf_structprune.model.structure import ModelStructure
-from hf_structprune.refit.channels import norm_factors
-from hf_structprune.units.hidden_cut import cut_hidden
-from hf_structprune.units.hidden_group import hidden_group
+from hf_structprune.refit.channels import cut_hidden, norm_factors
 
 
 HALF = families.HIDDEN // 2

@@ -7,10 +7,10 @@ from transformers import AutoModelForCausalLM
 
 from hf_structprune import PruningConfig
 from hf_structprune.errors import UnsupportedModelError
+from hf_structprune.model.hidden_size import hidden_group
 from hf_structprune.model.structure import ModelStructure
+from hf_structprune.refit.channels import cut_hidden
 from hf_structprune.refit.rotation import principal_components, rotated
-from hf_structprune.units.hidden_cut import cut_hidden
-from hf_structprune.units.hidden_group import hidden_group
 
 
 TOKENS = families.make_tokens(24, 16)

@@ -36,19 +36,16 @@ def test_sensitivity_is_the_divergence_of_a_model_with_one_group_cut(name):
     group = groups[1]
     with torch.no_grad():
         dense = model(test).logits[:, ::_EVERY].float().log_softmax(-1)
-        weights = [matrix(model.get_submodule(part.module)).double() for part in group.parts]
-        score = sum(
-            w[part.index[:, 0]].square().sum(1) if part.axis == "rows" else w.square().sum(0)
-            for w, part in zip(weights, group.parts, strict=True)
-        )
+        weights = [model.get_parameter(part.tensor).double().movedim(part.dim, 0) for part in group.slices]
+        score = sum(w.square().sum(1) for w in weights if w.ndim > 1)
         costs = []
         for share in PROBES:
-            drop = round(share * group.num_units)
+            drop = round(share * group.size)
             cut = copy.deepcopy(model)
-            matrix(cut.get_submodule(group.consumer.module))[:, score.argsort()[:drop]] = 0
+            matrix(cut.get_submodule(group.reader.module))[:, score.argsort()[:drop]] = 0
             other = cut(test).logits[:, ::_EVERY].float().log_softmax(-1)
             divergence = (dense.exp() * (dense - other)).sum(-1).mean()
-            costs.append(float(divergence) / (drop / group.num_units) ** 2)
+            costs.append(float(divergence) / (drop / group.size) ** 2)
     assert got[group.layer, "mlp_neurons"] == pytest.approx((costs[0] * costs[1]) ** 0.5, rel=1e-3)
 
 

@@ -21,7 +21,7 @@ def open_stream(model, structure, **options):
 
 
 def consumers(layer):
-    return list(dict.fromkeys((group.consumer.module, group.parent) for group in layer.groups))
+    return list(dict.fromkeys((group.reader.module, group.parent) for group in layer.groups))
 
 
 @torch.no_grad()
@@ -161,7 +161,7 @@ def test_streaming_leaves_no_hook_and_no_changed_forward(name):
     before = families.logits(model, TOKENS)
     structure = ModelStructure.of(model)
     stream = open_stream(model, structure)
-    stream.capture(0, structure.layers[0].groups[0].consumer.module)
+    stream.capture(0, structure.layers[0].groups[0].reader.module)
     stream.advance(0)
     for module in model.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks and "forward" not in module.__dict__

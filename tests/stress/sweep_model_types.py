@@ -34,7 +34,10 @@ from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
 from hf_structprune.errors import StructPruneError
 from hf_structprune.model import proof
 from hf_structprune.model.structure import ModelStructure
-from hf_structprune.units.kinds import UNITS
+from hf_structprune.units import KINDS
+
+
+UNITS = tuple(KINDS)
 
 
 RIGHT, REFUSED, WRONG, CRASH = "right", "refused", "WRONG", "CRASH"

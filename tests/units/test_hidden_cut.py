@@ -10,11 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from hf_structprune import PruningConfig
 from hf_structprune.errors import CheckpointError, ConfigurationError, UnsupportedModelError
+from hf_structprune.model.hidden_size import hidden_group, shrunk_config_model
+from hf_structprune.model.norms import norm_kind, stream_norms
 from hf_structprune.model.structure import ModelStructure
-from hf_structprune.refit.norms import norm_kind, stream_norms
-from hf_structprune.units.hidden_cut import cut_hidden
-from hf_structprune.units.hidden_group import hidden_group
-from hf_structprune.units.hidden_target import shrunk_config_model
+from hf_structprune.refit.channels import cut_hidden
 
 
 POSSIBLE = [name for name in families.FAMILIES if name not in families.DERIVED_HEAD_DIM]
@@ -97,9 +96,9 @@ def test_what_is_cut_is_counted_saved_and_loaded(name, tmp_path):
     dense = families.logits(model, tokens)
     small = cut(model)
     gone = families.HIDDEN - KEEP
-    assert families.count(model) - families.count(small) == gone * group.unit_parameters
+    assert families.count(model) - families.count(small) == gone * group.cost
     matrices = ModelStructure.of(small).matrix_parameters
-    assert structure.matrix_parameters - matrices == gone * group.unit_matrix_parameters
+    assert structure.matrix_parameters - matrices == gone * group.matrix_cost
     assert torch.equal(families.logits(model, tokens), dense)  # the dense model is as it was
     small.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -171,8 +170,8 @@ def test_layers_of_unequal_width_stay_so(name, kinds, dropped, tmp_path):
     structure, tokens = ModelStructure.of(model), families.make_tokens(16, 12)
     config = PruningConfig(hidden_size=KEEP, calibration=families.calibration(16, 12))
     small = cut_hidden(model, structure, KEEP, config, tokens, KEPT)[0]
-    units = [(group.layer, group.kind, group.num_units) for group in structure.groups]
-    assert [(group.layer, group.kind, group.num_units) for group in ModelStructure.of(small).groups] == units
+    units = [(group.layer, group.kind, group.size) for group in structure.groups]
+    assert [(group.layer, group.kind, group.size) for group in ModelStructure.of(small).groups] == units
     small.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(families.logits(loaded, tokens), families.logits(small, tokens))

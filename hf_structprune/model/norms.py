@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
-from ..model.structure import is_linear, matrix
+from .structure import is_linear, matrix
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,249 @@
+"""Which configuration describes the model after a plan, and whether its class builds just that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..errors import CheckpointError
+from ..plan import PruningPlan
+from ..units import KINDS, WidthKind, kinds_of
+from ..units.depth import LAYERS
+from ..units.heads import GROUPS, counts_of, pairs, shape_after
+from .families import AttentionNames
+from .groups import AttentionShape, LayerStructure
+from .layer_lists import check_layers, without_layers
+from .skipping import layers_left, skip_modules, skips_after, write_skips
+from .structure import ModelStructure, decoder_layers
+from .surgery import Kept, cut_units, drop
+from .target import Target, as_mistral, make_target, overrides_of, plain_values, skeleton
+
+
+def target_of(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> Target:
+    """The class and configuration that describe the model after a plan.
+
+    Layers that are all alike give a vanilla configuration, others Transformers' `per_layer_config`. A Llama head count
+    that does not divide the hidden size, which `LlamaConfig` refuses, is written as a Mistral without sliding window.
+
+    Raises:
+        CheckpointError: No configuration of this model type describes the result.
+    """
+    _check_depth(model, structure, plan)
+    errors = []
+    for write in _WRITERS:
+        try:
+            target = write(model, structure, plan)
+            if target is not None:
+                check_shapes(model, structure, plan, target)
+                return target
+        except CheckpointError as error:
+            errors.append(error)
+    raise CheckpointError(f"No {type(model.config).__name__} describes the pruned model: {errors[0]}") from errors[0]
+
+
+def _changes(
+    model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan, heads: bool = True
+) -> dict[str, Any]:
+    """Configuration values after a plan: the dense ones with what all layers, or each of them, change."""
+    layers = layers_left(structure, plan)
+    values = _without_dropped(model, structure, plan)
+    for key in ("per_layer_config", "module_overrides", "skip_modules"):
+        values.pop(key, None)
+    skips = skips_after(model.config, layers, plan)
+    widths = [
+        {**inherited, **_widths(layer, structure, plan, model.config, heads)}
+        for layer, inherited in zip(layers, _inherited(model.config, structure, layers, skips), strict=True)
+    ]
+    keys = {key for width in widths for key in width}
+    if all(len({width[key] for width in widths if key in width}) == 1 for key in keys) and heads:
+        values.update({key: next(w[key] for w in widths if key in w) for key in keys})
+        widths = [{} for _ in widths]
+    elif plan.layout == "uniform":
+        raise CheckpointError(
+            "The uniform layout needs the same widths in all layers, but the layers of this model differ already. "
+            "Use layout='per_layer'."
+        )
+    for width in widths:  # one size of heads for the whole model
+        values.update({"head_dim": width.pop("head_dim")} if "head_dim" in width else {})
+    if any(skips):
+        if plan.layout == "uniform":
+            raise CheckpointError("Layers that lack a sublayer are not alike. Use layout='per_layer'.")
+        write_skips(values, widths, skips, skip_modules(model.config, structure, plan), structure.family.width_key)
+    if any(widths):
+        values["per_layer_config"] = {str(i): width for i, width in enumerate(widths) if width}
+    return values
+
+
+def _without_dropped(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> dict[str, Any]:
+    """Configuration values without the layers that a plan drops; widths and skipped sublayers are those of before."""
+    values, dropped = plain_values(model.config), plan.dropped.get(LAYERS, [])
+    if not dropped:
+        return values
+    key = getattr(model.config, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")
+    return without_layers(values, dropped, len(structure.layers), key)
+
+
+def _inherited(
+    config: PreTrainedConfig, structure: ModelStructure, layers: list[LayerStructure], skips: list[list[str]]
+) -> list[dict[str, Any]]:
+    """Values that each layer has of its own already, besides those a plan decides."""
+    result = []
+    for layer, skip in zip(layers, skips, strict=True):
+        own = {"skip", "module_overrides", "head_dim"}
+        for name in kinds_of(WidthKind):
+            kind = KINDS[name]
+            if kind.is_in(layer) or kind.sublayer in skip:
+                own |= set(kind.config_keys(layer, structure.family, config))
+        result.append({k: v for k, v in overrides_of(config, layer.index).items() if k not in own})
+    keys = {key for values in result for key in values}
+    for values in result:
+        values.update({k: config._getattr_without_heterogeneous_validation(k) for k in keys if k not in values})
+    return result
+
+
+def _widths(
+    layer: LayerStructure, structure: ModelStructure, plan: PruningPlan, config: PreTrainedConfig, heads: bool
+) -> dict[str, int]:
+    """Configuration values of one layer after a plan; head counts only where they change or differ between layers."""
+    widths: dict[str, int] = {}
+    for name in kinds_of(WidthKind):
+        kind = KINDS[name]
+        if kind.is_in(layer) and (heads or not kind.of_heads) and kind.is_written(structure.layers, plan):
+            widths.update(kind.config_values(layer, plan, structure.family, config))
+    return widths
+
+
+def _same_class(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> Target:
+    return make_target(model, _changes(model, structure, plan))
+
+
+def _as_mistral(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> Target | None:
+    return as_mistral(model, _changes(model, structure, plan))
+
+
+def _with_overrides(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> Target | None:
+    """Head counts written as attributes of the modules, for classes that derive the size of a head from their number.
+
+    Only in the per-layer layout, whose modelling file travels with the checkpoint.
+    """
+    names = structure.family.attention
+    if plan.layout != "per_layer" or names is None or names.attributes is None:
+        return None
+    values = _changes(model, structure, plan, heads=False)
+    per_layer = values.setdefault("per_layer_config", {})
+    for index, layer in enumerate(layers_left(structure, plan)):
+        dense, shape = _dense_shape(model, layer), shape_after(layer, plan)
+        if shape != dense and not plan.is_dropped(layer.index, GROUPS):
+            per_layer.setdefault(str(index), {})["module_overrides"] = _module_overrides(names, shape)
+    return make_target(model, {**values, "module_overrides": {}})
+
+
+_WRITERS = (_same_class, _as_mistral, _with_overrides)
+
+
+def _dense_shape(model: PreTrainedModel, layer: LayerStructure) -> AttentionShape | None:
+    """Head counts that the class builds from the global configuration."""
+    config, shape = model.config, layer.attention
+    heads = config.hidden_size // shape.head_dim if shape else 0
+    return shape and AttentionShape(heads, shape.kv_heads * heads // shape.heads, shape.head_dim)
+
+
+def _module_overrides(names: AttentionNames, shape: AttentionShape) -> dict[str, dict[str, int]]:
+    attributes = {attribute: getattr(shape, name) for attribute, name in names.attributes.items()}
+    query, kv = shape.query_width, shape.kv_width
+    rows = [query, kv, kv] if len(names.inputs) == 3 else [query + 2 * kv]
+    overrides = {name: {"out_features": size} for name, size in zip(names.inputs, rows, strict=True)}
+    overrides[names.output] = {"in_features": query}
+    return {**({names.parent: attributes} if attributes else {}), **overrides}
+
+
+def _check_depth(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> None:
+    """Checks that the layers that are left stay as they were when others are dropped."""
+    if not plan.dropped.get(LAYERS):
+        return
+    if getattr(model.config, "num_kv_shared_layers", 0):
+        raise CheckpointError("Layers share their keys and values with others; dropping one is not supported.")
+    try:
+        shallow = make_target(model, _without_dropped(model, structure, plan)).skeleton()
+    except CheckpointError as error:
+        raise CheckpointError(f"No {type(model.config).__name__} is without these layers: {error}") from error
+    dense, cut = ([layer for _, layer in decoder_layers(m, structure.family)] for m in (skeleton(model), shallow))
+    check_layers(dense, cut, [layer.index for layer in layers_left(structure, plan)])
+
+
+def check_shapes(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan, target: Target) -> None:
+    """Checks that the target builds exactly the tensors the plan will leave.
+
+    Raises:
+        CheckpointError: Names the first tensor that would not fit.
+    """
+    expected = skeleton(model)
+    cut_units(expected, structure, first_units(structure, plan))
+    drop(expected, structure, plan.dropped)
+    wanted, built = _shapes(expected), _shapes(built_model := target.skeleton())
+    for name in (*wanted, *built):
+        if built.get(name) != wanted.get(name):
+            raise CheckpointError(
+                f"{type(target.config).__name__} cannot describe `{name}` of shape {wanted.get(name, 'none')}: it "
+                f"gives {built.get(name, 'none')}."
+            )
+    size = sum(p.numel() for p in built_model.parameters())
+    if size != plan.parameters_after:
+        raise CheckpointError(
+            f"The plan leaves {plan.parameters_after:,} parameters, a {type(target.config).__name__} like this has "
+            f"{size:,}: what the model shares is not what its configuration says it shares (tie_word_embeddings)."
+        )
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def first_units(structure: ModelStructure, plan: PruningPlan) -> Kept:
+    """Units that a plan without a choice could keep: the first ones, heads evenly from the first KV groups."""
+    kept: Kept = {}
+    for group in structure.groups:
+        decisions = plan.of_layer(group.layer)
+        if group.kind in decisions:
+            keep, numbers = decisions[group.kind].keep, torch.arange(group.size)
+            if KINDS[group.kind].within is not None:
+                blocks = shape_after(structure.layers[group.layer], plan).kv_heads
+                numbers = numbers.view(group.blocks, -1)[:blocks, : keep // blocks].flatten()
+            kept[group.key] = numbers[:keep]
+    return kept
+
+
+def expressible_heads(model: PreTrainedModel, structure: ModelStructure, layout: str) -> set[tuple[int, int]]:
+    """Pairs of (KV groups, query heads in each) that a checkpoint of this model can have.
+
+    Each way to write a configuration is checked once against the tensors it builds, then only for what its
+    configuration class accepts.
+    """
+    attentions = [layer for layer in structure.layers if layer.attention]
+    result: set[tuple[int, int]] = set()
+    works: dict[Any, bool] = {}
+    for pair in pairs(attentions[0], kinds_of(WidthKind))[1:] if attentions else ():
+        keep = {key: count for layer in attentions for key, count in counts_of(layer, *pair).items()}
+        plan = PruningPlan.from_counts(structure, keep, model_type=model.config.model_type, layout=layout)
+        for write in _WRITERS:
+            try:
+                target = works.get(write, True) and write(model, structure, plan)
+                if target and write not in works:
+                    works[write] = _builds(model, structure, plan, target)
+                if target and works[write]:
+                    result.add(pair)
+                    break
+            except CheckpointError:
+                continue
+    return result
+
+
+def _builds(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan, target: Target) -> bool:
+    try:
+        check_shapes(model, structure, plan, target)
+    except CheckpointError:
+        return False
+    return True

@@ -1,0 +1,298 @@
+"""The residual stream: where its channels are, models with fewer of them, and the cut.
+
+The channels are not traced. The model's class is built on the meta device with another hidden size: what grows and
+shrinks one to one with it holds the channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..errors import CheckpointError, ConfigurationError, UnsupportedModelError
+from .groups import is_linear
+from .norms import WAY_OUT, eps_changes, row_scales, scale_, stream_norms
+from .probe import changed_dims, other_shapes
+from .rebuild import assemble
+from .structure import ModelStructure
+from .target import Target, as_mistral, make_target, plain_values
+
+
+_GROUPED = 8  # values in 16 bytes, in 16-bit formats
+# Keys that name the hidden size under another name, where they have its value.
+_FOLLOWERS = ("word_embed_proj_dim", "embedding_size", "embed_dim")
+
+
+@dataclass(frozen=True)
+class HiddenGroup:
+    """The channels of the residual stream.
+
+    Attributes:
+        size: Number of channels, the hidden size `H`.
+        entries: Pairs of the full name of a parameter and the dimension of it that holds the channels. Tied
+            parameters are named once.
+        keys: Keys of the configuration that hold the hidden size.
+        cost: Parameters that go with one channel.
+        matrix_cost: Those of them that multiply a token: matrices, the LM head included, and of stacked
+            experts the ones that a token is sent to.
+    """
+
+    size: int
+    entries: tuple[tuple[str, int], ...]
+    keys: tuple[str, ...]
+    cost: int
+    matrix_cost: int
+
+    def dims(self) -> dict[str, int]:
+        """The dimension that holds the channels, by parameter."""
+        return dict(self.entries)
+
+
+def hidden_group(model: PreTrainedModel, structure: ModelStructure) -> HiddenGroup:
+    """Finds the channels of the residual stream in all parameters; works on the meta device.
+
+    Raises:
+        UnsupportedModelError: Other widths of the model depend on the hidden size, so that channels cannot be cut
+            alone; names the parameter that shows it.
+    """
+    size = model.config.hidden_size
+    try:
+        other, shapes = other_shapes(
+            lambda value: sized_target(model, structure, value), _sizes(size, structure), "hidden size"
+        )
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{type(model).__name__}: {error} {WAY_OUT}") from error
+    entries = []
+    for name, parameter in model.named_parameters():
+        if name not in shapes:
+            raise UnsupportedModelError(f"`{name}` is not there in a model with hidden size {other}. {WAY_OUT}")
+        dim = _channel_dim(model, name, parameter.shape, shapes[name], size, other)
+        if dim is not None:
+            entries.append((name, dim))
+    parameters = sum(model.get_parameter(name).numel() // size for name, _ in entries)
+    matrices = _matrix_parameters(model, {name for name, _ in entries}) // size
+    return HiddenGroup(size, tuple(entries), hidden_keys(model.config), parameters, matrices)
+
+
+def _channel_dim(
+    model: PreTrainedModel, name: str, before: torch.Size, after: torch.Size, size: int, other: int
+) -> int | None:
+    """The dimension of a parameter that follows the hidden size, `None` if there is none."""
+    changed = changed_dims(before, after)
+    if not changed:
+        return None
+    if len(changed) == 1 and (before[changed[0]], after[changed[0]]) == (size, other):
+        return changed[0]
+    raise UnsupportedModelError(
+        f"`{name}` of shape {tuple(before)} would be {tuple(after)} with hidden size {other}: "
+        f"{type(model.config).__name__} derives other widths from the hidden size (the size of a head from "
+        f"hidden size / heads, for example), so that its channels cannot be cut alone. {WAY_OUT}"
+    )
+
+
+def _sizes(size: int, structure: ModelStructure) -> Iterator[int]:
+    """Hidden sizes to try: the next smaller ones by multiples that configurations ask for."""
+    heads = math.lcm(*{layer.attention.heads for layer in structure.layers if layer.attention})
+    for step in (heads, 2 * heads, 1, 2, 8, 64):
+        if step < size:
+            yield size - step
+    yield 2 * size
+
+
+def _matrix_parameters(model: nn.Module, names: set[str]) -> int:
+    """Weights of these parameters that multiply a token; a tied head counts."""
+    chosen = {id(model.get_parameter(name)) for name in names}
+    total = sum(m.weight.numel() for m in model.modules() if is_linear(m) and id(m.weight) in chosen)
+    active = getattr(model.config, "num_experts_per_tok", None)
+    for name in names:
+        parameter = model.get_parameter(name)
+        if active and parameter.ndim == 3 and ".experts." in name:
+            total += parameter.numel() // parameter.shape[0] * active
+    return total
+
+
+def hidden_keys(config: PreTrainedConfig) -> tuple[str, ...]:
+    """Keys of a configuration that hold the hidden size."""
+    first = getattr(config, "attribute_map", {}).get("hidden_size", "hidden_size")
+    others = [key for key in _FOLLOWERS if key != first and getattr(config, key, None) == config.hidden_size]
+    return (first, *others)
+
+
+def shrunk_config_model(model: PreTrainedModel, keep: int, structure: ModelStructure | None = None) -> PreTrainedModel:
+    """The model with hidden size `keep` on the meta device: configuration and shapes, no weights.
+
+    Args:
+        model: The dense model; the meta device will do.
+        keep: The hidden size.
+        structure: Its structure, if it is known already.
+
+    Raises:
+        ConfigurationError: `keep` is not from 1 to the hidden size.
+        CheckpointError: No configuration class takes this hidden size.
+    """
+    return shrunk_target(model, structure or ModelStructure.of(model), keep).skeleton()
+
+
+def shrunk_target(model: PreTrainedModel, structure: ModelStructure, keep: int) -> Target:
+    """Class and configuration of the model with `keep` channels.
+
+    The epsilon of RMS norms over the hidden size grows by `H / keep`, see `norms.scale_`.
+
+    Raises:
+        ConfigurationError: `keep` is not from 1 to the hidden size.
+        UnsupportedModelError: What else follows the hidden size or its epsilon cannot be made up for, see
+            `norms.row_scales`.
+        CheckpointError: No configuration class takes this hidden size.
+    """
+    check_keep(keep, model.config.hidden_size)
+    _check_experts(model, keep)
+    try:
+        target = sized_target(model, structure, keep)
+        small = target.skeleton()
+        changes = eps_changes(model, small)
+        if changes:
+            target = sized_target(model, structure, keep, changes)
+            small = target.skeleton()
+    except CheckpointError as error:
+        raise CheckpointError(f"No {type(model.config).__name__} has hidden size {keep}: {error}") from error
+    row_scales(model, small)
+    return target
+
+
+def _check_experts(model: PreTrainedModel, keep: int) -> None:
+    """Refuses sizes with which a mixture could not run: its experts are multiplied in groups."""
+    stacked = any(parameter.ndim == 3 and ".experts." in name for name, parameter in model.named_parameters())
+    if stacked and keep % _GROUPED:
+        raise CheckpointError(
+            f"Hidden size {keep}: experts are multiplied in groups, whose rows have to be multiples of 16 bytes; "
+            f"choose a multiple of {_GROUPED}, such as {max(_GROUPED, keep // _GROUPED * _GROUPED)}."
+        )
+
+
+def check_keep(keep: int, size: int) -> None:
+    """Refuses a hidden size that is no integer from 1 to the one there is."""
+    if isinstance(keep, bool) or not isinstance(keep, int) or not 0 < keep <= size:
+        raise ConfigurationError(f"The hidden size after pruning is {keep!r}; it must be an integer from 1 to {size}.")
+
+
+def sized_target(
+    model: PreTrainedModel, structure: ModelStructure, size: int, changes: dict[str, Any] | None = None
+) -> Target:
+    """Class and configuration with another hidden size and the same heads.
+
+    A `LlamaConfig` takes no hidden size that the number of heads does not divide; it is then written as a Mistral.
+
+    Args:
+        model: The model.
+        structure: Its structure, for the size of a head.
+        size: The hidden size.
+        changes: Other values of the configuration to change.
+    """
+    config, values = model.config, plain_values(model.config)
+    head_dim = next((layer.attention.head_dim for layer in structure.layers if layer.attention), None)
+    head_dim = getattr(config, "head_dim", None) or head_dim
+    if head_dim and not isinstance(getattr(type(config), "head_dim", None), property):
+        values["head_dim"] = head_dim
+    values.update({key: size for key in hidden_keys(config)}, **(changes or {}))
+    try:
+        return make_target(model, values)
+    except CheckpointError:
+        target = as_mistral(model, values)
+        if target is None:
+            raise
+        return target
+
+
+@torch.no_grad()
+def cut_channels(model: PreTrainedModel, group: HiddenGroup, kept: torch.Tensor, target: Target) -> PreTrainedModel:
+    """A model with the channels `kept`; the dense one stays as it is.
+
+    For RMS norms it equals the dense model with zeros in the other channels of everything that writes to the stream
+    (exactly, with the epsilon of `target`): norm weights grow by `sqrt(H / H')`, see `norms.scale_`, and maps in front
+    of other norms that share the epsilon by what it costs them, see `norms.row_scales`. A LayerNorm takes mean and
+    variance over the channels that are left; zeroed channels would enter both, and no weights make up for that.
+
+    Args:
+        model: The dense model.
+        group: Its residual stream.
+        kept: Numbers of the channels that stay, ascending, shape (H',).
+        target: Class and configuration of the result, see `shrunk_target`.
+
+    Returns:
+        The smaller model in eval mode, with tensors of its own.
+    """
+    dims = group.dims()
+    by_id = {id(parameter): dims.get(name) for name, parameter in model.named_parameters()}
+    done: dict[int, torch.Tensor] = {}
+    state = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in done:
+            done[id(tensor)] = _cut(tensor.detach(), by_id.get(id(tensor)), kept)
+        state[name] = done[id(tensor)]
+    _correct_norms(model, group, state, math.sqrt(group.size / len(kept)))
+    for name, factors in row_scales(model, target.skeleton()).items():
+        _scale_rows(state, name, model.get_submodule(name), factors)
+    buffers = dict(model.named_buffers())
+    _correct_embedding(model, group, state, buffers, len(kept))
+    result = assemble(target, state, buffers, model)
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for name, parameter in result.named_parameters():
+        parameter.requires_grad_(flags.get(name, True))
+    return result
+
+
+def _cut(tensor: torch.Tensor, dim: int | None, kept: torch.Tensor) -> torch.Tensor:
+    return tensor.clone() if dim is None else tensor.index_select(dim, kept.to(tensor.device)).contiguous()
+
+
+def _scale_rows(state: dict[str, torch.Tensor], name: str, module: nn.Module, factors: torch.Tensor) -> None:
+    """Multiplies the rows of a linear map, and its bias."""
+    weight = state[f"{name}.weight"]
+    factors = factors.to(weight.device)
+    rows = factors[:, None] if isinstance(module, nn.Linear) else factors
+    state[f"{name}.weight"] = (weight * rows).to(weight.dtype)
+    if module.bias is not None:
+        state[f"{name}.bias"] = (state[f"{name}.bias"] * factors).to(weight.dtype)
+
+
+def _correct_norms(model: nn.Module, group: HiddenGroup, state: dict[str, torch.Tensor], factor: float) -> None:
+    for name, kind in stream_norms(model, set(group.dims())).items():
+        if not kind.centred:
+            scale_(state[f"{name}.weight"], kind, factor)
+
+
+def _correct_embedding(
+    model: PreTrainedModel,
+    group: HiddenGroup,
+    state: dict[str, torch.Tensor],
+    buffers: dict[str, torch.Tensor],
+    keep: int,
+) -> None:
+    """Makes up for `embed_scale = sqrt(hidden size)` (Gemma), which a smaller model multiplies its embeddings by.
+
+    The embeddings grow by what their scale shrinks by; with a tied head the final norm shrinks by the same.
+    """
+    embedding = model.get_input_embeddings()
+    scale = getattr(embedding, "embed_scale", None)
+    if not isinstance(scale, torch.Tensor) or not math.isclose(float(scale), math.sqrt(group.size), rel_tol=1e-2):
+        return
+    prefix = next(name for name, module in model.named_modules() if module is embedding)
+    factor = math.sqrt(group.size / keep)
+    buffers[f"{prefix}.embed_scale"] = torch.full_like(scale, math.sqrt(keep))
+    state[f"{prefix}.weight"].mul_(factor)
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is embedding.weight:
+        name = final_norm(model, group)
+        scale_(state[f"{name}.weight"], stream_norms(model, {f"{name}.weight"})[name], 1 / factor)
+
+
+def final_norm(model: PreTrainedModel, group: HiddenGroup) -> str:
+    """Full name of the norm in front of the LM head: the last norm of the stream outside the decoder layers."""
+    parts = [name.split(".") for name in stream_norms(model, set(group.dims()))]
+    return ".".join([part for part in parts if not any(word.isdigit() for word in part)][-1])

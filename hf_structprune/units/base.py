@@ -1,0 +1,151 @@
+"""What a kind of unit is. Everything else in the library speaks of kinds through these classes.
+
+Torch is imported where it is needed, so that options can be read without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from ..model.families import Family
+    from ..model.groups import Group, LayerStructure
+
+
+class Decided(Protocol):
+    """What a kind asks of a plan."""
+
+    def keep(self, layer: int, kind: str, default: int) -> int: ...
+
+    def is_dropped(self, layer: int, kind: str) -> bool: ...
+
+    def of_layer(self, layer: int) -> dict[str, Any]: ...
+
+
+@dataclass
+class Reading:
+    """A model whose units are looked for.
+
+    Attributes:
+        model: The model; the meta device will do.
+        family: Where its layers keep their projections.
+        layers: What was found in every decoder layer so far, and the layer.
+    """
+
+    model: PreTrainedModel
+    family: Family
+    layers: list[tuple[LayerStructure, nn.Module]]
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        return self.model.config
+
+
+class UnitKind:
+    """A kind of unit: an MLP neuron, a KV group, a decoder layer ...
+
+    Attributes:
+        name: As in `PruningConfig.units`.
+        label: In tables, plural.
+        options: Fields of `PruningConfig` that say how much of it goes, and so ask for it.
+        criterion_option: Field of `PruningConfig` that says how it is ranked.
+        criteria: Names of the criteria that can rank it.
+        sublayer: Which half of a decoder layer holds the units, `"attention"` or `"mlp"`; `None` for neither.
+        within: Name of the kind of unit that each of these is a part of.
+        aligns: Whether `align_to` wants multiples of their number, as of the inputs of a linear map.
+        activated: Whether every unit is multiplied once for each token, as neurons are; counted among the MACs.
+    """
+
+    name: str = ""
+    label: str = ""
+    options: tuple[str, ...] = ()
+    criterion_option: str = "criterion"
+    criteria: tuple[str, ...] = ()
+    sublayer: str | None = None
+    within: str | None = None
+    activated: bool = False
+    aligns: bool = False
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+class WidthKind(UnitKind):
+    """Units inside a module of each decoder layer: rows of what computes them, columns of what reads them.
+
+    A new one is found, counted and written by one key of the configuration: give `name`, `label` and `key`.
+
+    Attributes:
+        key: Key of the configuration that holds the number of units of a layer.
+        part: What holds the units, in messages.
+        of_heads: Whether the number decides the shape of attention heads, which not every configuration can express.
+    """
+
+    criteria = ("random", "l1", "l2", "taylor", "wanda", "wifv", "activation", "obs")
+    key: str = ""
+    part: str = "layer"
+    of_heads: bool = False
+
+    def find(self, reading: Reading) -> list[str]:
+        """Adds the groups of this kind to the layers of a model.
+
+        Returns:
+            What is left alone, and why.
+        """
+        from ..model.probe import grouped
+
+        return grouped(self.name, self.key, reading.model, reading.layers)
+
+    def key_of(self, family: Family) -> str:
+        """Key of the configuration that holds the number of units of a layer."""
+        return self.key
+
+    def is_in(self, layer: LayerStructure) -> bool:
+        """Whether a layer has such units."""
+        return layer.group(self.name) is not None
+
+    def is_written(self, layers: Sequence[LayerStructure], plan: Decided) -> bool:
+        """Whether a plan changes what the configuration says of these units."""
+        return True
+
+    def multiple(self, whole: int, round_to: int | None, align_to: str | int | None) -> int:
+        """Kept units of a layer with `whole` of them are multiples of this; options as in `PruningConfig`."""
+        return 1
+
+    def config_keys(self, layer: LayerStructure, family: Family, config: PreTrainedConfig) -> tuple[str, ...]:
+        """Keys of the configuration that this kind decides in a layer."""
+        return (self.key_of(family),)
+
+    def config_values(
+        self, layer: LayerStructure, plan: Decided, family: Family, config: PreTrainedConfig
+    ) -> dict[str, Any]:
+        """Values of the configuration that describe a layer after a plan."""
+        group = layer.group(self.name)
+        if group is None or plan.is_dropped(layer.index, self.name):
+            return {}
+        return {self.key_of(family): plan.keep(layer.index, self.name, group.size)}
+
+    def input_width(self, layer: LayerStructure, plan: Decided) -> tuple[Group, int, int] | None:
+        """Group, input features of its reader before and after a plan; `None` where another kind gives them."""
+        group = layer.group(self.name)
+        if group is None or group.reader is None or plan.is_dropped(layer.index, self.name):
+            return None
+        width = group.reader.index.shape[1]
+        return group, group.size * width, plan.keep(layer.index, self.name, group.size) * width
+
+
+class DepthKind(UnitKind):
+    """A whole decoder layer, or half of it."""
+
+    criterion_option = "depth_criterion"
+    criteria = ("angular", "block_influence", "perplexity", "taylor", "magnitude", "greedy", "exchange")
+
+
+class StreamKind(UnitKind):
+    """Units that all layers share: channels of the residual stream."""

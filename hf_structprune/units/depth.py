@@ -1,0 +1,29 @@
+"""Depth: whole decoder layers, and the attention or the MLP of one."""
+
+from __future__ import annotations
+
+from .base import DepthKind
+
+
+class Layers(DepthKind):
+    """A whole decoder layer."""
+
+    name, label = "layers", "decoder layers"
+    options = ("num_layers", "keep_first")
+
+
+class Attention(DepthKind):
+    """The attention of a layer, with the norms that belong to it alone."""
+
+    name, label = "attention", "attention sublayers"
+    sublayer = "attention"
+
+
+class Mlp(DepthKind):
+    """The MLP of a layer, with the norms that belong to it alone."""
+
+    name, label = "mlp", "MLP sublayers"
+    sublayer = "mlp"
+
+
+LAYERS = Layers.name

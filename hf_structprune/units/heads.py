@@ -1,0 +1,220 @@
+"""Heads: KV groups, each a key/value head with its query heads, and the query heads in them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .base import Decided, Reading, WidthKind
+
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedConfig
+
+    from ..model.families import AttentionNames, Family
+    from ..model.groups import AttentionShape, LayerStructure
+
+
+class KVGroups(WidthKind):
+    """A key/value head with its query heads: rows of q, k and v, columns of o."""
+
+    name, label = "kv_groups", "KV groups"
+    options = ("attention_ratio",)
+    sublayer = "attention"
+    of_heads = True
+
+    def is_in(self, layer):
+        return layer.attention is not None
+
+    def is_written(self, layers, plan):
+        """Only where numbers of heads change or differ between layers."""
+        shapes = {layer.attention for layer in layers if layer.attention}
+        return len(shapes) > 1 or any({GROUPS, QUERIES} & plan.of_layer(layer.index).keys() for layer in layers)
+
+    def find(self, reading: Reading) -> list[str]:
+        names, notes = reading.family.attention, []
+        for structure, layer in reading.layers if names is not None else ():
+            notes += _find_heads(reading.config, names, structure, layer)
+        return notes
+
+    def config_keys(self, layer, family, config):
+        return tuple(head_keys(config, family))
+
+    def config_values(self, layer, plan, family, config):
+        if layer.attention is None or plan.is_dropped(layer.index, self.name):
+            return {}
+        return head_values(config, family, shape_after(layer, plan))
+
+    def input_width(self, layer, plan):
+        group = layer.group(self.name)
+        if group is None or plan.is_dropped(layer.index, self.name):
+            return None
+        return group, layer.attention.query_width, shape_after(layer, plan).query_width
+
+
+class QueryHeads(WidthKind):
+    """A query head, the same number in every KV group: rows of q, columns of o."""
+
+    name, label = "query_heads", "query heads"
+    sublayer = "attention"
+    within = KVGroups.name
+    of_heads = True
+
+    def find(self, reading: Reading) -> list[str]:
+        return []  # with the KV groups, whose shapes they share
+
+    def config_keys(self, layer, family, config):
+        return ()
+
+    def config_values(self, layer, plan, family, config):
+        return {}
+
+    def input_width(self, layer, plan):
+        return None
+
+
+GROUPS, QUERIES = KVGroups.name, QueryHeads.name
+
+
+def counts_of(layer: LayerStructure, kv_heads: int, rep: int) -> dict[tuple[int, str], int]:
+    """Units to keep for so many KV groups with so many query heads each; what stays whole is left out."""
+    shape = layer.attention
+    whole = {(layer.index, GROUPS): shape.kv_heads, (layer.index, QUERIES): shape.rep}
+    keep = {(layer.index, GROUPS): kv_heads, (layer.index, QUERIES): rep}
+    return {key: count for key, count in keep.items() if count < whole[key]}
+
+
+def pair_of(layer: LayerStructure, counts: dict[tuple[int, str], int]) -> tuple[int, int]:
+    """KV groups, and query heads in each, that counts leave of a layer."""
+    shape = layer.attention
+    return counts.get((layer.index, GROUPS), shape.kv_heads), counts.get((layer.index, QUERIES), shape.rep)
+
+
+def pairs(layer: LayerStructure, units: tuple[str, ...]) -> list[tuple[int, int]]:
+    """All pairs of (KV groups, query heads in each) that could be kept of a layer, the whole one first."""
+    shape = layer.attention
+    if shape is None:
+        return []
+    kv_options = range(shape.kv_heads, 0, -1) if GROUPS in units else (shape.kv_heads,)
+    rep_options = range(shape.rep, 0, -1) if QUERIES in units else (shape.rep,)
+    return [(kv, rep) for kv in kv_options for rep in rep_options]
+
+
+def removed_by_pair(layer: LayerStructure, kv_heads: int, rep: int) -> int:
+    """Parameters that go from a layer which keeps so many KV groups with so many query heads each."""
+    shape, group, head = layer.attention, layer.group(GROUPS), layer.group(QUERIES)
+    removed = (shape.kv_heads - kv_heads) * group.cost
+    return removed + (kv_heads * (shape.rep - rep) * head.cost if head else 0)
+
+
+def shape_after(layer: LayerStructure, plan: Decided) -> AttentionShape | None:
+    """Head counts of a layer after a plan."""
+    from ..model.groups import AttentionShape
+
+    if layer.attention is None:
+        return None
+    decisions, before = plan.of_layer(layer.index), layer.attention
+    kv_heads = decisions[GROUPS].keep if GROUPS in decisions else before.kv_heads
+    heads = decisions[QUERIES].keep if QUERIES in decisions else kv_heads * before.rep
+    return AttentionShape(heads, kv_heads, before.head_dim)
+
+
+def head_keys(config: PreTrainedConfig, family: Family) -> list[str]:
+    """Configuration keys of the numbers of query heads and of KV heads, where there is one."""
+    heads = getattr(config, "attribute_map", {}).get("num_attention_heads", "num_attention_heads")
+    return [heads, *filter(None, [family.kv_heads_key])]
+
+
+def head_values(config: PreTrainedConfig, family: Family, shape: AttentionShape) -> dict[str, Any]:
+    """Configuration values of an attention of this shape."""
+    values = dict(zip(head_keys(config, family), (shape.heads, shape.kv_heads), strict=False))
+    if not isinstance(getattr(type(config), "head_dim", None), property):
+        values["head_dim"] = shape.head_dim
+    return values
+
+
+def _find_heads(
+    config: PreTrainedConfig, names: AttentionNames, structure: LayerStructure, layer: nn.Module
+) -> list[str]:
+    from ..model.groups import make_group, not_understood, submodule
+
+    reason = not_understood(layer, names, ("q_norm", "k_norm"))
+    bound = None if reason else _position_bound(config)
+    if reason is not None or bound:
+        return reason if reason is not None else [f"{names.parent}: {bound}, left alone"]
+    shape = _attention_shape(names, layer, config)
+    if shape is None:
+        return [f"{names.parent}: the shapes of its projections do not agree, left alone"]
+    inputs = names.inputs if len(names.inputs) == 3 else names.inputs * 3
+    q, k, v, o = _indices(shape, names.fused)
+    norms = {}  # norms that span all heads
+    for norm, index in (("q_norm", o), ("k_norm", k)):
+        weight = getattr(submodule(layer, f"{names.parent}.{norm}"), "weight", None)
+        if weight is not None and weight.numel() == index.numel() != shape.head_dim:
+            norms[f"{names.parent}.{norm}"] = index
+        elif weight is not None and weight.numel() != shape.head_dim:
+            return [f"{names.parent}.{norm}: a norm of {weight.numel()} weights is not understood, left alone"]
+
+    def by_group(index: torch.Tensor) -> torch.Tensor:
+        return index.reshape(shape.kv_heads, -1)
+
+    structure.attention = shape
+    rows = [(name, by_group(index)) for name, index in zip(inputs, (q, k, v), strict=True)]
+    spans = [(name, by_group(index)) for name, index in norms.items()]
+    group = make_group(GROUPS, structure, layer, names, shape.kv_heads, rows, by_group(o), spans)
+    structure.groups.append(group)
+    if shape.rep > 1:
+        spans = [(name, index) for name, index in norms.items() if name.endswith("q_norm")]
+        heads = make_group(QUERIES, structure, layer, names, shape.heads, [(inputs[0], q)], o, spans, shape.kv_heads)
+        structure.groups.append(heads)
+    return []
+
+
+def _position_bound(config: PreTrainedConfig) -> str | None:
+    """Reasons why heads depend on more than their own rows and columns."""
+    if getattr(config, "alibi", False):
+        return "ALiBi slopes are bound to the numbers of the heads"
+    if getattr(config, "num_kv_shared_layers", 0):
+        return "layers share their keys and values"
+    return None
+
+
+def _attention_shape(names: AttentionNames, layer: nn.Module, config: PreTrainedConfig) -> AttentionShape | None:
+    from ..model.groups import AttentionShape, matrix
+
+    module = layer.get_submodule(names.parent)
+    head_dim = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
+    head_dim = head_dim or getattr(config, "head_dim", None)
+    if not head_dim:
+        return None
+    columns = matrix(layer.get_submodule(names.output)).shape[1]
+    rows = [matrix(layer.get_submodule(name)).shape[0] for name in names.inputs]
+    kv_rows = rows[1] if len(rows) == 3 else (rows[0] - columns) // 2
+    heads, kv_heads = columns // head_dim, kv_rows // head_dim
+    widths = [columns, kv_rows, kv_rows] if len(rows) == 3 else [columns + 2 * kv_rows]
+    if rows != widths or heads * head_dim != columns or kv_heads * head_dim != kv_rows or heads % kv_heads:
+        return None
+    return AttentionShape(heads, kv_heads, head_dim)
+
+
+def _indices(shape: AttentionShape, fused: str | None) -> tuple[torch.Tensor, ...]:
+    """Rows of each query, key and value head, and columns of each query head in what reads them.
+
+    Shapes `(heads, head_dim)`, `(kv_heads, head_dim)` twice, `(heads, head_dim)`.
+    """
+    import torch
+
+    dim = torch.arange(shape.head_dim)
+    q, kv = torch.arange(shape.heads)[:, None], torch.arange(shape.kv_heads)[:, None]
+    o = q * shape.head_dim + dim
+    if fused == "grouped":
+        block = (shape.rep + 2) * shape.head_dim
+        q_rows = (q // shape.rep) * block + (q % shape.rep) * shape.head_dim + dim
+        k_rows = kv * block + shape.rep * shape.head_dim + dim
+        return q_rows, k_rows, k_rows + shape.head_dim, o
+    k_rows = kv * shape.head_dim + dim
+    if fused == "concat":
+        offset = shape.heads * shape.head_dim
+        return o, k_rows + offset, k_rows + offset + shape.kv_heads * shape.head_dim, o
+    return o, k_rows, k_rows.clone(), o

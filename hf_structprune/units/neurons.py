@@ -1,0 +1,65 @@
+"""MLP neurons: rows of what goes up, columns of what comes down."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from ..alignment import step_of
+from .base import Reading, WidthKind
+
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..model.families import MlpNames
+    from ..model.groups import LayerStructure
+
+
+class Neurons(WidthKind):
+    """A neuron of an MLP: a row of `gate` and `up`, a column of `down`."""
+
+    name, label = "mlp_neurons", "MLP neurons"
+    options = ("mlp_ratio",)
+    sublayer = "mlp"
+    activated = aligns = True
+    part = "MLP"
+
+    def find(self, reading: Reading) -> list[str]:
+        notes = []
+        for structure, layer in reading.layers:
+            for names in reading.family.mlps:
+                notes += self._in_layer(structure, layer, names)
+        return notes
+
+    def _in_layer(self, structure: LayerStructure, layer: nn.Module, names: MlpNames) -> list[str]:
+        import torch
+
+        from ..model.groups import make_group, matrix, not_understood
+
+        reason = not_understood(layer, names)
+        if reason is not None:
+            return reason
+        width = matrix(layer.get_submodule(names.output)).shape[1]
+        if structure.group(self.name) is not None or "shared" in names.parent:
+            return [f"{names.parent}: its width has a configuration key of its own, left alone"]
+        index = torch.arange(width)[:, None]
+        producers = []
+        for name in names.inputs:
+            rows = matrix(layer.get_submodule(name)).shape[0]
+            if rows not in (width, 2 * width):
+                return [f"{name}: {rows} rows do not match the {width} columns of {names.output}, left alone"]
+            producers += [(name, index + half * width) for half in range(rows // width)]
+        structure.groups.append(make_group(self.name, structure, layer, names, width, producers, index))
+        return []
+
+    def multiple(self, whole, round_to, align_to):
+        """As configured, else a power of two that suits the hardware, at most 1/32 of the width and at most 128."""
+        step = step_of(round_to, align_to, min(128, 2 ** int(math.log2(max(1, whole // 32)))))
+        return step if align_to is not None else min(step, whole)
+
+    def key_of(self, family):
+        return family.width_key
+
+
+NEURONS = Neurons.name
