@@ -124,8 +124,8 @@ def test_criteria_by_kind():
 
 
 def test_each_kind_is_ranked_by_its_own_criterion():
-    plans = {}
-    for name, criterion in {"both": {"kv_groups": "l1", "mlp_neurons": "random"}, "l1": "l1", "random": "random"}.items():
+    plans, both = {}, {"kv_groups": "l1", "mlp_neurons": "random"}
+    for name, criterion in {"both": both, "l1": "l1", "random": "random"}.items():
         pruner = make_pruner(keep={"kv_groups": 1, "mlp_neurons": 24}, criterion=criterion, compensation=False)
         pruner.prune()
         plans[name] = {(one.layer, one.kind): one.kept for one in pruner.last_plan.groups}
