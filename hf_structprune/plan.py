@@ -53,7 +53,9 @@ class Decision:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigurationError(f"A decision is about the kind {self.kind!r}; there are {', '.join(KINDS)}.")
-        if not 0 < self.keep <= self.before or (self.keep == self.before and isinstance(KINDS[self.kind], StreamKind)):
+        kind = KINDS[self.kind]
+        least = 0 if isinstance(kind, DepthKind) and kind.sublayer else 1  # all attentions may go, not all layers
+        if not least <= self.keep <= self.before - isinstance(kind, StreamKind):
             raise ConfigurationError(
                 f"{self._where}{self.keep} of {self.before} {self.kind} cannot be kept; at least one must, and not "
                 "more than there are."
