@@ -22,14 +22,14 @@ from ..hub.contents import DENSE_RESULTS_NAME, WIDTHS_NAME, Contents
 from ..hub.origin import Origin, public_config
 from ..hub.reports import read_quantization, read_recovery
 from ..installed import need
-from ..model.target import target_of
+from ..model.describe import target_of
 from ..plan import PruningPlan
 from ..quantization.backend import Source
 from ..quantization.methods import BACKENDS
 from ..quantization.quantizing import quantize
 from ..recovery.recovering import recover, training_folder
 from ..recovery.resume import newest_whole
-from ..units.kinds import DEPTH_UNITS
+from ..units import DepthKind, kinds_of
 from .arguments import parse
 from .benchmark import take_turns_apart
 from .cli import check_output_dir, console, speaking
@@ -282,7 +282,7 @@ def check_quantization(section: QuantizationSection, recipe: Recipe, source: Mod
         if plan.hidden is None:  # the plan is for the model after its residual stream is cut
             shapes = target_of(pruner.model, pruner.structure, plan).skeleton()
             _check_source(section, Source(source.model, shapes, source.trust_remote_code))
-    elif not set(recipe.pruning.units) - set(DEPTH_UNITS):
+    elif not set(recipe.pruning.units) - set(kinds_of(DepthKind)):
         _check_source(section, Source(source.model, load_shapes(source).model, source.trust_remote_code))
 
 

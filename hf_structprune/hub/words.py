@@ -13,19 +13,18 @@ from ..config import PruningConfig
 from ..files.writing import can_only_be_a_path
 from ..plan import PruningPlan
 from ..text.calibration_config import CalibrationConfig
-from ..units.kinds import DEPTH_UNITS, WIDTH_UNITS
+from ..units import KINDS, DepthKind, StreamKind, WidthKind, kinds_of
 from .origin import IN_MEMORY, is_file
-
-
-_GONE = {"layers": "Decoder layers", "attention": "Attention of layers", "mlp": "MLP of layers"}
 
 
 def what_went(config: PruningConfig, plan: PruningPlan) -> list[str]:
     """One line for each kind of unit: what went, and by which criterion."""
     lines = []
-    if config.kinds(WIDTH_UNITS):
-        variant = f" (`{config.taylor}`)" if config.criterion == "taylor" else ""
-        how = f"`{config.criterion}`{variant}"
+    if widths := config.kinds(kinds_of(WidthKind)):
+        names = {kind: config.criterion_of(kind) for kind in widths}
+        names = names if len(set(names.values())) > 1 else {"": names[widths[0]]}
+        variants = {kind: f" (`{config.taylor}`)" if name == "taylor" else "" for kind, name in names.items()}
+        how = ", ".join(f"{kind} `{name}`{variants[kind]}".strip() for kind, name in names.items())
         lines.append(
             f"Numbers of units: as in a plan that was given; units that it did not name: criterion {how}"
             if plan.given
@@ -34,9 +33,11 @@ def what_went(config: PruningConfig, plan: PruningPlan) -> list[str]:
     by_criterion = config.chooses_depth(plan.ratio_requested)
     chosen = f"criterion `{config.depth_criterion}`" if by_criterion else "named in the configuration"
     chosen = "named in a plan that was given" if plan.given else chosen
-    for kind in DEPTH_UNITS:
+    for kind in kinds_of(DepthKind):
         if kind in plan.dropped:
-            lines.append(f"{_GONE[kind]} gone, counted from 0: {', '.join(map(str, plan.dropped[kind]))} ({chosen})")
+            lines.append(
+                f"{KINDS[kind].heading} gone, counted from 0: {', '.join(map(str, plan.dropped[kind]))} ({chosen})"
+            )
     if plan.hidden is not None:
         sizes = f"{plan.hidden.keep} instead of {plan.hidden.before}"
         by = "as in a plan that was given, " if plan.given else ""
@@ -90,24 +91,27 @@ _PAPERS = {
                 "https://github.com/EleutherAI/lm-evaluation-harness"),
 }  # fmt: skip
 _CRITERIA = {
-    "obs": ("obs", "ziplm"), "wanda": ("wanda",), "wifv": ("flap",), "activation": ("minitron",),
-    "taylor": ("llm-pruner",), "l1": ("magnitude",), "l2": ("magnitude",),
-}  # fmt: skip
-
-_DEPTH_CRITERIA = {
-    "angular": "angular", "block_influence": "block_influence", "perplexity": "shortened-llm",
-    "taylor": "shortened-llm", "magnitude": "shortened-llm", "greedy": "sleb", "exchange": "sleb",
-}  # fmt: skip
-_HIDDEN_CRITERIA = {
-    "activation": "minitron", "taylor": "llm-pruner", "magnitude": "llm-pruner", "pca": "slicegpt",
+    WidthKind: {
+        "obs": ("obs", "ziplm"), "wanda": ("wanda",), "wifv": ("flap",), "activation": ("minitron",),
+        "taylor": ("llm-pruner",), "l1": ("magnitude",), "l2": ("magnitude",),
+    },
+    DepthKind: {
+        "angular": ("angular",), "block_influence": ("block_influence",), "perplexity": ("shortened-llm",),
+        "taylor": ("shortened-llm",), "magnitude": ("shortened-llm",), "greedy": ("sleb",), "exchange": ("sleb",),
+    },
+    StreamKind: {
+        "activation": ("minitron",), "taylor": ("llm-pruner",), "magnitude": ("llm-pruner",), "pca": ("slicegpt",),
+    },
 }  # fmt: skip
 
 
 def citations(config: PruningConfig, tasks: bool = False, ratio: float | None = None) -> list[str]:
     """BibTeX entries of what a configuration uses; of lm-eval too if its tasks were measured."""
-    names = [*_CRITERIA.get(config.criterion, ())] if config.kinds(WIDTH_UNITS) else []
-    names += [_DEPTH_CRITERIA[config.depth_criterion]] if config.chooses_depth(ratio) else []
-    names += [_HIDDEN_CRITERIA[config.hidden_criterion]] if "hidden" in config.units else []
+    names: list[str] = []
+    for level, papers in _CRITERIA.items():
+        for kind in config.kinds(kinds_of(level)):
+            if level is not DepthKind or config.chooses_depth(ratio):
+                names += papers.get(config.criterion_of(kind), ())
     names += ["flap"] if config.allocation == "global" else []
     names += ["obs"] if config.compensation else []
     names += ["lm-eval"] if tasks else []
@@ -135,11 +139,12 @@ def uses_text(config: PruningConfig, plan: PruningPlan) -> bool:
         return plan.calibrated
     criterion = make_criterion(config)
     by_text = config.compensation or config.allocation == "search"
-    if config.kinds(WIDTH_UNITS):
+    if config.kinds(kinds_of(WidthKind)):
         by_text |= criterion.needs_inputs or criterion.needs_gradients
     if config.chooses_depth(plan.ratio_requested):
         by_text |= config.depth_criterion != "magnitude"
-    return by_text or ("hidden" in config.units and config.hidden_criterion != "magnitude")
+    streams = config.kinds(kinds_of(StreamKind))
+    return by_text or any(config.criterion_of(kind) != "magnitude" for kind in streams)
 
 
 def _sources(calibration: CalibrationConfig) -> list[str]:

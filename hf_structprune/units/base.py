@@ -141,8 +141,13 @@ class WidthKind(UnitKind):
 
 
 class DepthKind(UnitKind):
-    """A whole decoder layer, or half of it."""
+    """A whole decoder layer, or half of it.
 
+    Attributes:
+        heading: What goes, in a card.
+    """
+
+    heading: str = ""
     criterion_option = "depth_criterion"
     criteria = ("angular", "block_influence", "perplexity", "taylor", "magnitude", "greedy", "exchange")
 

@@ -93,6 +93,7 @@ def test_it_is_an_option_a_row_and_json(toy, model, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.config.shared_expert_intermediate_size == 24 and again.config.num_key_value_heads == 1
     assert torch.equal(logits(again), logits(pruner.model))
+    assert "shared_neurons" in (tmp_path / "README.md").read_text()
 
 
 def test_it_shares_a_budget_with_others_and_may_differ_between_layers(toy, model):
