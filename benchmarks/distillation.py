@@ -29,8 +29,13 @@ from torch import Tensor
 
 from hf_structprune.evaluation.efficiency import peak_memory
 from hf_structprune.files.writing import write_text
-from hf_structprune.recovery.distillation.losses import StudentHead, Targets, distillation_loss
-from hf_structprune.recovery.distillation.predictions import HiddenPredictions, top_predictions
+from hf_structprune.recovery.distillation.losses import (
+    Head,
+    HeadPredictions,
+    Targets,
+    distillation_loss,
+    top_predictions,
+)
 
 
 RESULTS = Path(__file__).parent / "results" / "distillation.json"
@@ -111,11 +116,11 @@ def prepare(variant: str, hidden: Tensor, head: Tensor, other: Tensor, weight: T
 
         return lambda: ChunkedDivergenceFunction.apply(hidden, head, None, other, weight, None, 0.0)[0].mean()
     targets = Targets(torch.ones(TOKENS, dtype=torch.bool), torch.full((TOKENS,), -100))
-    teacher = HiddenPredictions(other, weight)
+    teacher = HeadPredictions(other, Head(weight))
     if variant != "chunked":
         parts = [top_predictions(part @ weight.T, TOP_K, 1.0) for part in other.split(256)]
         teacher = type(parts[0])(torch.cat([p.log_probs for p in parts]), torch.cat([p.ids for p in parts]))
-    return lambda: distillation_loss(hidden, StudentHead(head), teacher, targets).loss
+    return lambda: distillation_loss(hidden, Head(head), teacher, targets)["loss"]
 
 
 def _cpu() -> str:

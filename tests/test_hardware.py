@@ -26,7 +26,7 @@ from hf_structprune.quantization.backend import device_of, need_accelerator
 from hf_structprune.quantization.gptq import Awq
 from hf_structprune.recovery.callback import mixed_precision
 from hf_structprune.recovery.configuration import RecoveryConfig
-from hf_structprune.recovery.distillation.blocks import CACHED_LOGITS, rows_at_once
+from hf_structprune.recovery.distillation.losses import CACHED_LOGITS, rows_at_once
 from hf_structprune.recovery.distillation.teacher import ModelTeacher
 from hf_structprune.recovery.held_out import unchanged_randomness
 from hf_structprune.stats import moments as statistics

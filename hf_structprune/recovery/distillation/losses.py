@@ -5,49 +5,97 @@
 
 (Hinton et al., Distilling the Knowledge in a Neural Network, arXiv:1503.02531: the temperature `T` and its square.)
 As in fused linear cross-entropy (Liger kernels, arXiv:2410.10989), the gradient with respect to hidden states and head
-is computed where the logits are, so that these are computed once and live for one chunk.
+is computed where the logits are, so that these are computed once and live for one chunk. Inside a chunk autograd goes
+over a few rows at a time, which stay in the processor's cache: as fast as gradients written by hand.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import ConfigurationError
 from ...model.language_head import positions_at_once
-from .blocks import IGNORED, LogitTransform, Rows, full_block, rows_at_once, top_k_block
-from .predictions import Predictions, TopPredictions, project, wide
+from ..data import IGNORED
+
+
+# Logits of a block, a few rows: 512 KiB in float32. For CPUs; on an accelerator every block starts its own kernels.
+CACHED_LOGITS = 2**17
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What counts in the loss of `n` tokens.
+    """What counts in the loss, `(n,)` or, of a batch, `(batch, sequence)`.
 
     Attributes:
-        followed: Tokens that follow the teacher, `(n,)` of bool.
-        labels: The token that comes next, -100 where it does not count, `(n,)`.
-        followed_count: What the sum over followed tokens is divided by; the number of them in everything that makes
-            up one optimiser step (micro-batches, devices). Default: those here.
-        labelled_count: The same of labelled tokens.
+        followed: Where the student follows the teacher, of bool.
+        labels: The token that comes next, -100 where it does not count.
     """
 
     followed: Tensor
     labels: Tensor
-    followed_count: Tensor | float | None = None
-    labelled_count: Tensor | float | None = None
 
+    @property
+    def used(self) -> Tensor:
+        """Positions that count at all."""
+        return self.followed | (self.labels != IGNORED)
+
+    @property
     def counts(self) -> tuple[Tensor, Tensor]:
-        """Both counts, at least 1."""
-        followed = self.followed.sum() if self.followed_count is None else self.followed_count
-        labelled = (self.labels != IGNORED).sum() if self.labelled_count is None else self.labelled_count
-        return tuple(torch.as_tensor(n, device=self.labels.device).clamp(min=1) for n in (followed, labelled))
+        """Tokens that follow the teacher and tokens with a label."""
+        return self.followed.sum(), (self.labels != IGNORED).sum()
+
+    def __getitem__(self, index: slice | Tensor) -> Targets:
+        return Targets(self.followed[index], self.labels[index])
+
+
+def batch_targets(inputs: Mapping[str, Tensor], on_prompts: bool) -> Targets:
+    """Targets of a batch as TRL's collator makes it.
+
+    A position counts if the token after it does: it has a label, or, with `on_prompts`, it is no padding and not the
+    first token of a packed example. So the first token of a sequence is never predicted and no prediction crosses from
+    one example into the next one.
+
+    Args:
+        inputs: `input_ids` and `labels`, with `attention_mask` or (padding-free) `position_ids`.
+        on_prompts: Follow the teacher wherever there is text, not only where there are labels.
+    """
+    ids = inputs["input_ids"]
+    labels = torch.full_like(ids, IGNORED)
+    if "labels" in inputs:
+        labels[:, :-1] = inputs["labels"][:, 1:]
+    if not on_prompts:
+        return Targets(labels != IGNORED, labels)
+    text = torch.ones_like(ids, dtype=torch.bool)
+    if inputs.get("attention_mask") is not None:
+        text &= inputs["attention_mask"].bool()
+    first = torch.zeros_like(text)
+    if inputs.get("position_ids") is not None:
+        first |= inputs["position_ids"] == 0
+    followed = torch.zeros_like(text)
+    followed[:, :-1] = text[:, :-1] & text[:, 1:] & ~first[:, 1:]
+    return Targets(followed, labels.masked_fill(~text, IGNORED))
 
 
 @dataclass(frozen=True)
-class StudentHead:
-    """The head of the student. Without a weight, its "hidden states" are logits already.
+class LogitTransform:
+    """What a model does to the product of its head: `logits = softcap tanh(scale x / softcap)`, or `scale x`."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, products: Tensor) -> Tensor:
+        logits = products if self.scale == 1.0 else products * self.scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+@dataclass(frozen=True)
+class Head:
+    """The head of a model. Without a weight, its "hidden states" are logits already.
 
     Attributes:
         weight: `(vocab, hidden)`.
@@ -59,29 +107,69 @@ class StudentHead:
     bias: Tensor | None = None
     transform: LogitTransform = field(default_factory=LogitTransform)
 
+    def to(self, *where: torch.device | torch.dtype) -> Head:
+        """The head on a device or in a dtype."""
+        weight, bias = (None if tensor is None else tensor.to(*where) for tensor in (self.weight, self.bias))
+        return Head(weight, bias, self.transform)
+
+    def products(self, hidden: Tensor) -> Tensor:
+        """Logits `(n, vocab)` before `transform`, in the dtype of the weight."""
+        return hidden if self.weight is None else F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of a few tokens, in at least float32."""
+        products = self.products(hidden)
+        return self.transform(products.to(_wide(products.dtype)))
+
 
 @dataclass(frozen=True)
-class DistillationLoss:
-    """The loss, and two sums to log: of the KL divergences over followed tokens, and of the labels' losses.
+class HeadPredictions:
+    """What a teacher says about tokens: last hidden states `(n, hidden)` and the head that turns them into logits."""
 
-    `label_sum` is `None` where it is not known: it costs a softmax of its own at temperatures other than 1.
+    hidden: Tensor
+    head: Head
+
+    @property
+    def vocab(self) -> int:
+        return (self.hidden if self.head.weight is None else self.head.weight.t()).shape[1]
+
+
+@dataclass(frozen=True)
+class TopPredictions:
+    """The tokens that a teacher finds most likely.
+
+    Attributes:
+        log_probs: Of the `k` tokens and, in the last column, of all others together, `(n, k + 1)`; at the temperature
+            of the loss.
+        ids: The tokens, `(n, k)`, each at most once in a row.
     """
 
-    loss: Tensor
-    kl_sum: Tensor
-    label_sum: Tensor | None
+    log_probs: Tensor
+    ids: Tensor
+
+
+Predictions = HeadPredictions | TopPredictions
+
+
+def top_predictions(logits: Tensor, top_k: int, temperature: float) -> TopPredictions:
+    """The `top_k` most likely tokens of logits `(n, vocab)`, with the rest as one more class."""
+    log_probs = _log_softmax(logits.to(_wide(logits.dtype)), temperature)
+    top, ids = log_probs.topk(min(top_k, log_probs.shape[1]), -1)
+    rest = log_probs.scatter(1, ids, float("-inf")).logsumexp(-1, keepdim=True)
+    return TopPredictions(torch.cat([top, rest], -1), ids)
 
 
 def distillation_loss(
     hidden: Tensor,
-    head: StudentHead,
+    head: Head,
     teacher: Predictions,
     targets: Targets,
     *,
+    counts: tuple[Tensor | float, Tensor | float] | None = None,
     temperature: float = 1.0,
     label_weight: float = 0.0,
     chunk: int | None = None,
-) -> DistillationLoss:
+) -> dict[str, Tensor]:
     """The loss at the head of this module, differentiable with respect to hidden states, head weight and bias.
 
     Matrix products are computed in the dtype of the head's weight (of autocast, if it is on), softmax in float32.
@@ -90,141 +178,175 @@ def distillation_loss(
         hidden: Last hidden states of the student, `(n, hidden)`.
         head: Its head.
         teacher: What the teacher predicts for the same tokens; it gets no gradient.
-        targets: What counts.
+        targets: What counts, `(n,)`.
+        counts: What the sums over followed and over labelled tokens are divided by: the numbers of them in everything
+            that makes up one optimiser step (micro-batches, devices). Default: those here.
         temperature: `T`.
         label_weight: `w`, 0 to 1.
         chunk: Tokens whose logits exist at once. Default: as many as have 2^24 logits.
+
+    Returns:
+        `loss`, and two sums to log: `kl_sum` of the KL divergences over followed tokens and `label_sum` of the labels'
+        losses, which is left out where it would cost a softmax of its own (`T != 1` and `w = 0`).
 
     Raises:
         ConfigurationError: The vocabularies differ.
     """
     vocab = hidden.shape[1] if head.weight is None else head.weight.shape[0]
-    _check_vocabulary(teacher, vocab)
-    plan = _Plan(head.transform, teacher, targets, temperature, label_weight, chunk or positions_at_once(vocab))
-    loss, kl_sum, label_sum = _ChunkedLoss.apply(hidden, head.weight, head.bias, plan, torch.is_grad_enabled())
-    return DistillationLoss(loss, kl_sum, label_sum if temperature == 1.0 or label_weight else None)
-
-
-def _check_vocabulary(teacher: Predictions, vocab: int) -> None:
-    if isinstance(teacher, TopPredictions):
-        return
-    other = teacher.logits.shape[1] if hasattr(teacher, "logits") else teacher.weight.shape[0]
-    if other != vocab:
-        raise ConfigurationError(f"The teacher predicts {other} tokens and the student {vocab}; they must agree.")
+    if isinstance(teacher, HeadPredictions) and teacher.vocab != vocab:
+        raise ConfigurationError(
+            f"The teacher predicts {teacher.vocab} tokens and the student {vocab}; they must agree."
+        )
+    counts = tuple(torch.as_tensor(n, device=hidden.device).clamp(min=1) for n in counts or targets.counts)
+    terms = _Terms(teacher, targets, temperature, ((1.0 - label_weight) * temperature**2, label_weight), counts)
+    plan = head.transform, terms, chunk or positions_at_once(vocab), torch.is_grad_enabled()
+    loss, kl_sum, label_sum = _ChunkedLoss.apply(hidden, head.weight, head.bias, plan)
+    known = {"label_sum": label_sum} if terms.has_labels else {}
+    return {"loss": loss, "kl_sum": kl_sum, **known}
 
 
 @dataclass(frozen=True)
-class _Plan:
-    transform: LogitTransform
+class _Terms:
+    """What is summed over tokens; the factors of both sums and the counts that they are divided by."""
+
     teacher: Predictions
     targets: Targets
     temperature: float
-    label_weight: float
-    chunk: int
+    factors: tuple[float, float]
+    counts: tuple[Tensor, Tensor]
 
-    def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Of every token: the factor of its gradient, and the shares of teacher and label in it."""
-        followed_count, labelled_count = self.targets.counts()
-        follow = self.targets.followed.to(dtype) * (self.temperature * (1.0 - self.label_weight)) / followed_count
-        answer = (self.targets.labels != IGNORED).to(dtype) * self.label_weight / labelled_count
-        factor = follow + answer
-        safe = factor.clamp(min=torch.finfo(dtype).tiny)[:, None]
-        return factor, follow[:, None] / safe, answer[:, None] / safe
+    @property
+    def has_labels(self) -> bool:
+        """Whether the labels' loss is computed, be it only to be logged."""
+        return self.factors[1] > 0.0 or self.temperature == 1.0
 
     def total(self, kl_sum: Tensor, label_sum: Tensor) -> Tensor:
-        followed_count, labelled_count = self.targets.counts()
-        loss = (1.0 - self.label_weight) * self.temperature**2 * kl_sum / followed_count
-        return loss + self.label_weight * label_sum / labelled_count if self.label_weight else loss
+        """The loss. A label loss without weight does not count, even if it is infinite."""
+        loss = self.factors[0] * kl_sum / self.counts[0]
+        return loss + self.factors[1] * label_sum / self.counts[1] if self.factors[1] else loss
+
+    def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Factors of each token's KL and label loss, and what is taken out: half precision would lose small ones."""
+        follow = self.targets.followed.to(dtype) * self.factors[0] / self.counts[0]
+        answer = (self.targets.labels != IGNORED).to(dtype) * self.factors[1] / self.counts[1]
+        largest = (follow + answer).max() if follow.numel() else follow.new_ones(())
+        unit = largest.clamp(min=torch.finfo(dtype).tiny)
+        return follow / unit, answer / unit, unit
+
+    def losses(self, logits: Tensor, theirs: Tensor | None, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """KL divergence and label loss (`None` where it is not known) of tokens with some logits, `(n,)` each.
+
+        Of a teacher that is known by its `k` most likely tokens, with `K` those tokens and `r` the rest,
+        `KL_k = sum_K p log(p / q) + p_r log(p_r / q_r)`, where `q_r` is the sum of the student's other probabilities.
+        Merging classes never makes a KL divergence larger (data-processing inequality; Cover and Thomas, Elements of
+        Information Theory, 2.8), so this is a lower bound of the full one, and equal to it if `k` is the size of the
+        vocabulary or if both spread the rest alike.
+
+        Args:
+            logits: Of the student, `(n, vocab)`.
+            theirs: Of a teacher that is known by its head, `(n, vocab)`.
+            rows: Which tokens.
+        """
+        own, labels = _log_softmax(logits, self.temperature), self.targets.labels[rows]
+        if theirs is None:
+            log_probs, ids = self.teacher.log_probs[rows].to(own.dtype), self.teacher.ids[rows]
+            rest = own.exp().scatter(1, ids, 0.0).sum(-1, keepdim=True).clamp(min=torch.finfo(own.dtype).tiny)
+            own_top = torch.cat([own.gather(1, ids), rest.log()], -1)
+            kl = torch.where(log_probs.isneginf(), 0.0, log_probs.exp() * (log_probs - own_top)).sum(-1)
+        else:
+            target = _log_softmax(theirs, self.temperature)
+            kl = F.kl_div(own, target, log_target=True, reduction="none").sum(-1)
+        if not self.has_labels:
+            return kl, None
+        plain = own if self.temperature == 1.0 else _log_softmax(logits, 1.0)
+        return kl, F.nll_loss(plain, labels, ignore_index=IGNORED, reduction="none")
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, plan, with_grad):
+    def forward(ctx, hidden, weight, bias, plan):
+        transform, terms, chunk, with_grad = plan
         needs = tuple(need and with_grad for need in ctx.needs_input_grad[:3])
-        dtype = _matmul_dtype(hidden, weight)
-        with torch.autocast(hidden.device.type, enabled=False):
-            sums, gradients = _run(hidden, weight, bias, plan, needs, dtype)
+        device, dtype = hidden.device.type, hidden.dtype if weight is None else weight.dtype
+        if weight is not None and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            head = Head(weight, bias, transform).to(dtype)
+            kl_sum, label_sum, gradients = _run(hidden, head, terms, chunk, needs)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.save_for_backward(*gradients)
-        ctx.mark_non_differentiable(*sums)
-        return (plan.total(*sums), *sums)
+        ctx.mark_non_differentiable(kl_sum, label_sum)
+        return terms.total(kl_sum, label_sum), kl_sum, label_sum
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if x is None else (x * grad).to(dtype) for x, dtype in pairs), None, None
+        return *(None if x is None else (x * grad).to(dtype) for x, dtype in pairs), None
 
 
-def _matmul_dtype(hidden: Tensor, weight: Tensor | None) -> torch.dtype:
-    device = hidden.device.type
-    if weight is None:
-        return hidden.dtype
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-
-
-def _run(hidden, weight, bias, plan: _Plan, needs, dtype) -> tuple[tuple[Tensor, Tensor], tuple]:
+def _run(hidden: Tensor, head: Head, terms: _Terms, chunk: int, needs: tuple[bool, ...]) -> tuple:
     """Sums of both losses and the gradients of hidden states, weight and bias (`None` where not needed)."""
-    count, float_dtype = hidden.shape[0], wide(dtype)
-    factor, follow, answer = plan.weights(float_dtype)
-    rows = Rows(plan.targets.labels, follow, answer)
-    unit = factor.max() if count else factor.new_ones(())  # taken out, so that half precision does not lose the rest
-    relative = (factor / unit.clamp(min=torch.finfo(float_dtype).tiny))[:, None]
-    kl_sum, label_sum = hidden.new_zeros((2,), dtype=float_dtype).unbind()
-    gradients = [
-        torch.zeros(x.shape, dtype=float_dtype, device=x.device) if need else None
-        for x, need in zip((hidden, weight, bias), needs, strict=True)
+    dtype = _wide(hidden.dtype if head.weight is None else head.weight.dtype)
+    *weights, unit = terms.weights(dtype)
+    sums = hidden.new_zeros((2,), dtype=dtype)
+    of_hidden, of_weight, of_bias = gradients = [
+        torch.zeros(x.shape, dtype=dtype, device=x.device) if need else None
+        for x, need in zip((hidden, head.weight, head.bias), needs, strict=True)
     ]
-    vocab = hidden.shape[1] if weight is None else weight.shape[0]
-    matrix = None if weight is None else weight.to(dtype)
-    buffers = [hidden.new_empty((min(plan.chunk, count), vocab), dtype=dtype) for _ in range(2)]
-    for start in range(0, count, plan.chunk):
-        part = slice(start, min(start + plan.chunk, count))
-        chunk = hidden[part].to(dtype)
-        logits = chunk.clone() if matrix is None else project(chunk, matrix, bias, buffers[0])
-        kl, label_loss = _chunk_losses(logits, plan, part, rows[part], any(needs), buffers[1])
-        kl_sum = kl_sum + kl[plan.targets.followed[part]].sum()
-        label_sum = label_sum + label_loss.sum()
-        _accumulate(gradients, part, logits, chunk, matrix, relative[part])
-    return (kl_sum, label_sum), tuple(None if x is None else x.mul_(unit) for x in gradients)
+    for start in range(0, hidden.shape[0], chunk):
+        part = slice(start, min(start + chunk, hidden.shape[0]))
+        states = hidden[part] if head.weight is None else hidden[part].to(head.weight.dtype)
+        logits = states.clone() if head.weight is None else head.products(states)
+        sums += _chunk(logits, head.transform, terms, part, weights, any(needs))
+        if of_hidden is not None:
+            of_hidden[part] = logits if head.weight is None else logits @ head.weight
+        if of_weight is not None and of_weight.dtype == logits.dtype:
+            of_weight.addmm_(logits.t(), states)
+        elif of_weight is not None:
+            of_weight.add_(logits.t() @ states)
+        if of_bias is not None:
+            of_bias.add_(logits.sum(0, dtype=dtype))
+    return *sums.unbind(), tuple(None if x is None else x.mul_(unit) for x in gradients)
 
 
-def _chunk_losses(logits, plan: _Plan, part: slice, rows: Rows, with_grad: bool, buffer) -> tuple[Tensor, Tensor]:
-    """KL and label loss of every token of a chunk; with `with_grad` its logits become their gradient."""
-    dtype, top = wide(logits.dtype), isinstance(plan.teacher, TopPredictions)
-    products = None if top else plan.teacher.products(part, buffer)
-    kl, label_loss = logits.new_zeros((2, logits.shape[0]), dtype=dtype)
-    mixed = plan.label_weight > 0.0
+def _chunk(
+    logits: Tensor, transform: LogitTransform, terms: _Terms, part: slice, weights: list[Tensor], with_grad: bool
+) -> Tensor:
+    """The sums over the tokens of a chunk, `(2,)`; with `with_grad` its products of the head become their gradient."""
+    other, sums = None, logits.new_zeros((2,), dtype=weights[0].dtype)
+    if isinstance(terms.teacher, HeadPredictions):
+        other = terms.teacher.head.products(terms.teacher.hidden[part])
     step = rows_at_once(logits)
     for start in range(0, logits.shape[0], step):
-        block = slice(start, start + step)
-        own = logits[block].to(dtype)
-        own = plan.transform.apply_(own)
-        if top:
-            here = slice(part.start + start, min(part.start + start + step, part.stop))
-            known = plan.teacher.log_probs[here].to(dtype), plan.teacher.ids[here]
-            result = top_k_block(own, *known, rows[block], plan.temperature, mixed)
-        else:
-            other = plan.teacher.transform.apply_(products[block].to(dtype))
-            result = full_block(own, other, rows[block], plan.temperature, mixed)
-        kl[block] = result[0]
-        if result[1] is not None:
-            label_loss[block] = result[1]
+        rows = slice(part.start + start, min(part.start + start + step, part.stop))
+        block = logits[start : start + step]
+        theirs = None
+        if other is not None:
+            theirs = terms.teacher.head.transform(other[start : start + step].to(sums.dtype))
+        with torch.set_grad_enabled(with_grad):
+            own = block.detach().to(sums.dtype, copy=True).requires_grad_(with_grad)
+            kl, label_loss = terms.losses(transform(own), theirs, rows)
+            total = kl @ weights[0][rows]
+            if terms.factors[1]:
+                total = total + label_loss @ weights[1][rows]
         if with_grad:
-            logits[block] = plan.transform.derivative_(result[2], own)
-    return kl, label_loss
+            block.copy_(torch.autograd.grad(total, own)[0])
+        sums[0] += kl.detach()[terms.targets.followed[rows]].sum()
+        if label_loss is not None:
+            sums[1] += label_loss.detach().sum()
+    return sums
 
 
-def _accumulate(gradients, part: slice, logits, chunk, matrix, factor) -> None:
-    """Adds a chunk's gradients; `logits` holds the gradient of its products without the factors of the tokens."""
-    of_hidden, of_weight, of_bias = gradients
-    if of_hidden is not None:
-        of_hidden[part] = (logits if matrix is None else logits @ matrix) * factor
-    if of_weight is not None:
-        scaled = (chunk * factor).to(chunk.dtype)
-        if of_weight.dtype == logits.dtype:
-            of_weight.addmm_(logits.t(), scaled)
-        else:
-            of_weight.add_(logits.t() @ scaled)
-    if of_bias is not None:
-        of_bias.add_((logits * factor).sum(0))
+def rows_at_once(logits: Tensor) -> int:
+    """Rows of a block."""
+    return max(1, CACHED_LOGITS // logits.shape[1]) if logits.device.type == "cpu" else logits.shape[0]
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, -1)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of softmax: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)

@@ -10,20 +10,78 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ...errors import CheckpointError, ConfigurationError
+from ...model.language_head import PROBE_LENGTH, has_plain_head
 from ...model.loading import load_config, load_model, load_tokenizer
 from ...model.measuring import measuring
 from ..configuration import DistillationConfig
-from .heads import find_transform
-from .hidden import LayerTerms, layer_terms, record_outputs
-from .predictions import HiddenPredictions, LogitPredictions, Predictions
+from ..training import DTYPES
+from .layers import LayerTerms, layer_terms, record_outputs
+from .losses import Head, HeadPredictions, LogitTransform, Predictions
 
+
+logger = logging.get_logger(__name__)
 
 CROSS_TOKENIZER = (
     "A teacher with another tokenizer needs TRL's GOLD trainer: see recipes/scripts/distill_cross_tokenizer.py."
 )
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Configuration keys of a factor of the logits, and whether it multiplies them. Granite divides by the last one and
+# HyperCLOVA X multiplies by it: both are tried.
+_SCALES = (("logit_scale", True), ("output_multiplier", True), ("lm_head_multiplier", True),
+           ("logits_scaling", False), ("logits_scaling", True))  # fmt: skip
+
+
+@torch.no_grad()
+def find_transform(model: PreTrainedModel) -> LogitTransform | None:
+    """How a model's logits follow from its hidden states and the weight of its head.
+
+    The candidates come from the configuration; the one that gives the model's own logits on a few tokens is right.
+
+    Returns:
+        The transform, or `None` if none of them does (a quantised head, or one that does more): then only the model
+        itself can compute its logits. A warning says so, because that costs memory.
+    """
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    if weight is not None and weight.is_floating_point() and weight.shape[0] == model.config.vocab_size:
+        ids = torch.linspace(0, weight.shape[0] - 1, PROBE_LENGTH).long()[None].to(model.device)
+        with measuring(model):
+            if has_plain_head(model, ids):
+                return LogitTransform()
+            for transform in _candidates(model.config.get_text_config()):
+                if _agrees(model, ids, transform):
+                    return transform
+    logger.warning(
+        f"{type(model).__name__} computes its logits in a way of its own, so that those of a whole sequence are in "
+        "memory at once during distillation."
+    )
+    return None
+
+
+def _candidates(config: Any) -> list[LogitTransform]:
+    values = [(getattr(config, key, None), multiplies) for key, multiplies in _SCALES]
+    scales = [1.0, *(float(value) if multiplies else 1.0 / value for value, multiplies in values if value)]
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return [LogitTransform(scale, cap) for scale in scales for cap in ([softcap, None] if softcap else [None])]
+
+
+def _agrees(model: PreTrainedModel, ids: Tensor, transform: LogitTransform) -> bool:
+    head = head_of(model, transform)
+    hidden = None
+    if model.base_model is not model:
+        hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
+    if hidden is None or hidden.shape[-1] != head.weight.shape[-1]:
+        return False
+    own, mine = model(input_ids=ids, use_cache=False).logits[0], head.logits(hidden[0])
+    tolerance = 4 * torch.finfo(own.dtype).eps * mine.abs().max()  # a rounding or two of the largest logit
+    return bool((own.float() - mine).abs().max() <= tolerance)
+
+
+def head_of(model: PreTrainedModel, transform: LogitTransform) -> Head:
+    """The head of a model whose transform is known."""
+    module = model.get_output_embeddings()
+    return Head(module.weight, getattr(module, "bias", None), transform)
 
 
 @dataclass(frozen=True)
@@ -81,22 +139,14 @@ class ModelTeacher:
         given["use_cache"] = False
         taps = self.terms.teacher_modules(self.model) if self.terms else {}
         with measuring(self.model), record_outputs(taps) as outputs:
-            predictions = self._predict(given, positions.to(device))
+            if self.transform is None:
+                hidden, head = self.model(**given).logits, Head()
+            else:
+                hidden = self.model.base_model(**given).last_hidden_state
+                head = head_of(self.model, self.transform)
         states = {name: output[positions.to(output.device)] for name, output in outputs.items()}
-        return Lesson(_moved(predictions, positions.device), states)
-
-    def _predict(self, inputs: dict[str, Any], positions: Tensor) -> Predictions:
-        if self.transform is None:
-            return LogitPredictions(self.model(**inputs).logits[positions])
-        hidden = self.model.base_model(**inputs).last_hidden_state[positions]
-        head = self.model.get_output_embeddings()
-        bias = getattr(head, "bias", None)
-        return HiddenPredictions(hidden, head.weight.detach(), None if bias is None else bias.detach(), self.transform)
-
-
-def _moved(predictions: Predictions, device: torch.device) -> Predictions:
-    values = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(predictions).items()}
-    return type(predictions)(**values)
+        hidden = hidden[positions.to(hidden.device)].to(positions.device)
+        return Lesson(HeadPredictions(hidden, head.to(positions.device)), states)
 
 
 def load_teacher(
@@ -128,27 +178,27 @@ def load_teacher(
     if isinstance(teacher, PreTrainedModel):
         model = _check_given(teacher, student, config)
     else:
-        _check_found(teacher, loading)
+        try:  # tells a teacher that cannot be reached from one without a tokenizer
+            load_config(teacher, **loading)
+        except CheckpointError as error:
+            raise CheckpointError(f"The teacher cannot be used: {error}") from error
         if tokenizer is not None:
             _check_tokenizer(tokenizer, load_tokenizer(teacher, **loading), str(teacher))
         model = load_model(teacher, **{**_loading(config, student.device), **loading})
-    _check_vocabulary(model, student)
+    sizes = [model.config.get_text_config().vocab_size for model in (model, student)]
+    if sizes[0] != sizes[1]:
+        raise ConfigurationError(
+            f"The teacher knows {sizes[0]} tokens and the student {sizes[1]}. {CROSS_TOKENIZER} If they do share a "
+            "tokenizer and one was padded, use `resize_token_embeddings` on the student first."
+        )
     return ModelTeacher(model, layer_terms(student, model, config))
-
-
-def _check_found(teacher: str | os.PathLike, loading: dict[str, Any]) -> None:
-    """Tells a teacher that cannot be reached from one without a tokenizer."""
-    try:
-        load_config(teacher, **loading)
-    except CheckpointError as error:
-        raise CheckpointError(f"The teacher cannot be used: {error}") from error
 
 
 def _loading(config: DistillationConfig, device: torch.device) -> dict[str, Any]:
     if config.teacher_dtype == "auto":
         return {}
     if config.teacher_dtype != "int8":
-        return {"dtype": _DTYPES[config.teacher_dtype]}
+        return {"dtype": DTYPES[config.teacher_dtype]}
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
@@ -165,7 +215,7 @@ def _check_given(teacher: PreTrainedModel, student: PreTrainedModel, config: Dis
             "The teacher shares weights with the student, so that it would learn too: load it a second time, or give "
             "its folder or Hub id."
         )
-    wanted = _DTYPES.get(config.teacher_dtype)
+    wanted = DTYPES.get(config.teacher_dtype)
     quantised = getattr(teacher, "is_loaded_in_8bit", False)
     if (wanted and teacher.dtype != wanted) or (config.teacher_dtype == "int8" and not quantised):
         raise ConfigurationError(
@@ -173,15 +223,6 @@ def _check_given(teacher: PreTrainedModel, student: PreTrainedModel, config: Dis
             "'auto', or give the teacher's folder or Hub id."
         )
     return teacher
-
-
-def _check_vocabulary(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
-    sizes = [model.config.get_text_config().vocab_size for model in (teacher, student)]
-    if sizes[0] != sizes[1]:
-        raise ConfigurationError(
-            f"The teacher knows {sizes[0]} tokens and the student {sizes[1]}. {CROSS_TOKENIZER} If they do share a "
-            "tokenizer and one was padded, use `resize_token_embeddings` on the student first."
-        )
 
 
 def _check_tokenizer(own: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase | None, name: str) -> None:

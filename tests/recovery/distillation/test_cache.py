@@ -11,7 +11,7 @@ from tiny_distillation import assert_equal_states, make_llama, make_rows, make_t
 from hf_structprune.errors import CheckpointError, ConfigurationError
 from hf_structprune.recovery.configuration import DistillationConfig
 from hf_structprune.recovery.distillation import cache as cache_module
-from hf_structprune.recovery.distillation.cached_teacher import cached_teacher, split_batch
+from hf_structprune.recovery.distillation.cache import cached_teacher, split_batch
 from hf_structprune.recovery.distillation.teacher import ModelTeacher
 
 
@@ -80,7 +80,7 @@ def test_padding_free_batches_find_their_examples(tmp_path, tiny_tokenizer):
 
 
 def test_an_interrupted_cache_goes_on(tmp_path, monkeypatch, calls):
-    monkeypatch.setattr("hf_structprune.recovery.distillation.cached_teacher.BATCH_TOKENS", 16)
+    monkeypatch.setattr("hf_structprune.recovery.distillation.cache.BATCH_TOKENS", 16)
     teacher, config = ModelTeacher(make_llama(48, 1)), DistillationConfig(top_k=4)
     whole = cached_teacher(teacher, [make_rows(ROWS)], config, tmp_path / "whole").cache
     expected, calls[:] = sum(calls), []

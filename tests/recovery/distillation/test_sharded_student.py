@@ -7,10 +7,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from hf_structprune.recovery.configuration import DistillationConfig
-from hf_structprune.recovery.distillation.heads import find_transform
-from hf_structprune.recovery.distillation.student import Request, add_distillation
-from hf_structprune.recovery.distillation.targets import batch_targets
-from hf_structprune.recovery.distillation.teacher import load_teacher
+from hf_structprune.recovery.distillation.losses import batch_targets
+from hf_structprune.recovery.distillation.teacher import find_transform, load_teacher
+from hf_structprune.recovery.distillation.trainer import Request, add_distillation
 
 
 @pytest.fixture

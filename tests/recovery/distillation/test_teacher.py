@@ -10,12 +10,11 @@ from tiny_distillation import make_llama, make_trainer, peft, state
 
 from hf_structprune.errors import CheckpointError, ConfigurationError
 from hf_structprune.recovery.configuration import DistillationConfig
-from hf_structprune.recovery.distillation.predictions import HiddenPredictions, LogitPredictions
 from hf_structprune.recovery.distillation.teacher import ModelTeacher, load_teacher
 
 
 def logits_of(predictions):
-    return predictions.transform.apply_(predictions.products(slice(None), None).float())
+    return predictions.head.logits(predictions.hidden)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -28,7 +27,7 @@ def test_a_lesson_holds_the_logits_of_the_model(name):
     with torch.no_grad():
         expected = model(tokens).logits[positions]
     torch.testing.assert_close(logits_of(predictions), expected.float(), atol=1e-5, rtol=1e-5)
-    assert isinstance(predictions, HiddenPredictions) and not teacher.by_sequence
+    assert predictions.head.weight is not None and not teacher.by_sequence
 
 
 def test_autocast_and_gradients_stop_at_the_teacher():
@@ -53,8 +52,8 @@ def test_logits_of_a_head_that_is_not_known_are_those_of_the_model():
     teacher = ModelTeacher(model)
     positions = torch.tensor([[True, False, True]])
     predictions = teacher.lesson({"input_ids": torch.tensor([[5, 6, 7]])}, positions).predictions
-    assert teacher.by_sequence and isinstance(predictions, LogitPredictions)
-    assert torch.equal(predictions.logits, model(torch.tensor([[5, 6, 7]])).logits[positions])
+    assert teacher.by_sequence and predictions.head.weight is None
+    assert torch.equal(predictions.hidden, model(torch.tensor([[5, 6, 7]])).logits[positions])
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.bfloat16), ("fp32", torch.float32)])

@@ -156,7 +156,7 @@ def test_heads_that_do_more_are_followed_exactly(tmp_path, tiny_tokenizer, chang
 
 
 def test_a_head_that_only_the_model_knows_is_named(caplog, tmp_path, tiny_tokenizer):
-    from hf_structprune.recovery.distillation.heads import find_transform
+    from hf_structprune.recovery.distillation.teacher import find_transform
 
     model = make_llama(24, 0)
     plain = model.forward
@@ -189,7 +189,7 @@ def test_what_does_not_go_together_is_refused(tmp_path, tiny_tokenizer, options,
 
 def test_padding_free_batches_predict_the_same(tmp_path, tiny_tokenizer):
     """Examples side by side in one row: no prediction crosses from one into the next."""
-    from hf_structprune.recovery.distillation.targets import batch_targets
+    from hf_structprune.recovery.distillation.losses import batch_targets
 
     collator = trl.trainer.sft_trainer.DataCollatorForLanguageModeling
     rows = list(make_rows())

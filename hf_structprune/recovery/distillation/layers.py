@@ -10,7 +10,7 @@ than the others (Sun et al., Massive Activations, arXiv:2402.17762) and would be
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -42,20 +42,19 @@ class LayerTerms:
 
     def student_modules(self, model: PreTrainedModel) -> dict[str, nn.Module]:
         """Modules whose outputs are compared, by the name of their state."""
-        return self._modules(model, 0)
+        return self._modules(model, [(pair[0], pair[0]) for pair in self.pairs])
 
     def teacher_modules(self, model: PreTrainedModel) -> dict[str, nn.Module]:
         """The same in the teacher, under the same names."""
-        return self._modules(model, 1)
+        return self._modules(model, self.pairs)
 
-    def _modules(self, model: PreTrainedModel, side: int) -> dict[str, nn.Module]:
+    def _modules(self, model: PreTrainedModel, pairs: Iterable[tuple[int, int]]) -> dict[str, nn.Module]:
         layers, attention = _layers_of(model)
-        found = {}
-        for pair in self.pairs:
-            for kind in self.weights:
-                layer = layers[pair[side]]
-                found[f"{kind}.{pair[0]}"] = layer if kind == "hidden" else layer.get_submodule(attention)
-        return found
+        return {
+            f"{kind}.{name}": layers[index] if kind == "hidden" else layers[index].get_submodule(attention)
+            for name, index in pairs
+            for kind in self.weights
+        }
 
     def errors(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, Tensor]:
         """Relative squared errors by kind, summed over tokens and averaged over layers.
