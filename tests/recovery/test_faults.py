@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 from killed_training import Die, build
-from training_setup import HELD_OUT, losses, make_callback, make_lora, make_tiny, make_trainer, script_environment
+from training_setup import (
+    HELD_OUT,
+    losses,
+    make_callback,
+    make_lora,
+    make_tiny,
+    make_trainer,
+    quick_picture,  # noqa: F401
+    script_environment,
+)
 
 from hf_structprune.errors import CheckpointError, ConfigurationError
 from hf_structprune.recovery.session import BEST_NAME, STATE_NAME

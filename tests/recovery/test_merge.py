@@ -68,7 +68,7 @@ def test_pruned_models(layout, tied, tmp_path):
     assert all(parameter.requires_grad for parameter in merged.parameters()) and not merged.training
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen3", "gemma2", "phi3", "opt", "falcon", "mixtral"])
+@pytest.mark.parametrize("family", ["gpt2", "phi3", "mixtral"])
 def test_families(family, tmp_path):
     check(adapted(pruned(family, "per_layer")), tmp_path)
 
@@ -77,7 +77,7 @@ def test_families(family, tmp_path):
     "options",
     [
         {"use_dora": True}, {"use_rslora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"},
-        {"init_lora_weights": "pissa_niter_4"}, {"init_lora_weights": "orthogonal"}, {"bias": "all"},
+        {"bias": "all"},
         {"init_lora_weights": "gaussian", "lora_dropout": 0.5}, {"rank_pattern": {"q_proj": 2}},
         {"lora_bias": True},
     ],
@@ -108,9 +108,8 @@ def test_other_adapters_of_peft(tmp_path):
         ({"target_modules": ["q_proj"], "modules_to_save": ["mlp"]}, True),
     ],
 )
-@pytest.mark.parametrize("layout", ["uniform", "per_layer"])
-def test_adapters_on_tied_embeddings(layout, options, stays, tmp_path):
-    model = adapted(pruned("llama", layout, tie_word_embeddings=True), **options)
+def test_adapters_on_tied_embeddings(options, stays, tmp_path):
+    model = adapted(pruned("llama", "per_layer", tie_word_embeddings=True), **options)
     merged, again = check(model, tmp_path)
     for one in (merged, again):
         assert one.config.tie_word_embeddings is stays

@@ -8,6 +8,7 @@ from families import cut, logits, make_model, make_tokens, random_units
 from forced_hardware import FOUR_BIT_CPUS, force_four_bit_cpu
 from peft import LoraConfig, get_peft_model
 from peft.utils.integrations import dequantize_bnb_weight
+from training_setup import quick_picture  # noqa: F401
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import hf_structprune  # noqa: F401, lets the auto class load per-layer checkpoints
@@ -53,8 +54,11 @@ def relative(one, other):
     return ((one - other).norm() / other.norm()).item()
 
 
-@pytest.mark.parametrize("checkpoint", ["uniform", "per_layer"], indirect=True)
-@pytest.mark.parametrize(("bits", "cpu"), [*[(4, cpu) for cpu in FOUR_BIT_CPUS], (8, "plain")])
+@pytest.mark.parametrize(
+    ("bits", "cpu", "checkpoint"),
+    [*[(4, cpu, "per_layer") for cpu in FOUR_BIT_CPUS], (4, "plain", "uniform"), (8, "plain", "per_layer")],
+    indirect=["checkpoint"],
+)
 def test_train_merge_save_reload(bits, cpu, checkpoint, tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes")
     force_four_bit_cpu(monkeypatch, cpu)
@@ -81,7 +85,7 @@ def test_train_merge_save_reload(bits, cpu, checkpoint, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("bits", "options"),
-    [(4, {"use_dora": True}), (4, {"use_rslora": True}), (8, {"init_lora_weights": "gaussian", "use_rslora": True})],
+    [(4, {"use_dora": True}), (8, {"init_lora_weights": "gaussian", "use_rslora": True})],
 )
 def test_kinds_of_adapters(bits, options, checkpoint):
     pytest.importorskip("bitsandbytes")

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from forced_hardware import force_accelerator, force_bf16_cpu, force_cuda, force_no_accelerator
+from training_setup import quick_picture  # noqa: F401
 
 
 pytest.importorskip("trl")
@@ -142,8 +143,7 @@ def test_fp16_needs_an_accelerator(monkeypatch):
         choose_precision("fp16")
 
 
-@pytest.mark.parametrize("has", [True, False])
-@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+@pytest.mark.parametrize(("method", "has"), [("lora", True), ("lora", False), ("qlora", True), ("full", True)])
 def test_it_trains_on_either_cpu(method, has, tiny_llama, make_tokenizer, tmp_path, monkeypatch):
     """A frozen base is loaded in the dtype that is computed in; the result has the dtype of the checkpoint."""
     if method == "qlora":

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import build_tokenizer
 from datasets import Dataset
@@ -17,12 +18,19 @@ from transformers import (
 )
 
 from hf_structprune.evaluation.text import EvaluationText
+from hf_structprune.recovery import save
 from hf_structprune.recovery.callback import LoraRecoveryCallback
 from hf_structprune.recovery.held_out import HeldOutText
 
 
 LETTERS = "the cat sat on the mat and the dog ran to the cat, then on. "
 TEXT = EvaluationText("held-out", LETTERS * 12, "made up")
+
+
+@pytest.fixture(autouse=True)
+def quick_picture(monkeypatch):
+    """Drawing a curve takes longer than training a tiny model: modules that import this leave it out."""
+    monkeypatch.setattr(save, "draw_curve", lambda curve, path, best_step=None: path.write_bytes(b"a curve"))
 
 
 def make_tiny(dropout=0.0, seed=0):

@@ -31,13 +31,13 @@ def calls(monkeypatch):
     return seen
 
 
-def run(tmp_path, tokenizer, cache, *, top_k=128, label_weight=0.3, temperature=2.0, rows=None, **options):
-    config = DistillationConfig(
-        label_weight=label_weight, temperature=temperature, top_k=top_k, cache=cache and str(cache)
-    )
+def run(
+    tmp_path, tokenizer, cache, *, top_k=128, label_weight=0.3, temperature=2.0, rows=None, max_steps=4, **options
+):
+    config = DistillationConfig(label_weight=label_weight, temperature=2.0, top_k=top_k, cache=cache and str(cache))
     trainer = make_trainer(
         tmp_path / "out", tokenizer, make_llama(24, 0), make_llama(48, 1), make_rows(ROWS) if rows is None else rows,
-        config=config, max_steps=4, per_device_train_batch_size=2, **options,
+        config=config, max_steps=max_steps, per_device_train_batch_size=2, **options,
     )  # fmt: skip
     trainer.train()
     return [log["loss"] for log in trainer.state.log_history if "loss" in log], state(trainer.model)
@@ -65,7 +65,7 @@ def test_fewer_tokens_are_a_lower_bound(tmp_path, tiny_tokenizer):
     losses = []
     for top_k in (None, 64, 4):
         cache = None if top_k is None else tmp_path / f"cache{top_k}"
-        losses.append(run(tmp_path, tiny_tokenizer, cache, top_k=top_k or 1, label_weight=0.0)[0][0])
+        losses.append(run(tmp_path, tiny_tokenizer, cache, top_k=top_k or 1, label_weight=0.0, max_steps=1)[0][0])
     assert losses[0] > losses[1] > losses[2] > 0
 
 
@@ -73,7 +73,7 @@ def test_padding_free_batches_find_their_examples(tmp_path, tiny_tokenizer):
     """Examples in one row; the model separates them by their positions."""
     packed = trl.data_utils.pack_dataset(make_rows(ROWS), 24, "bfd")
     assert "seq_lengths" in packed.column_names and len(packed) < len(ROWS)
-    options = dict(rows=packed, padding_free=True, max_length=None)
+    options = dict(rows=packed, padding_free=True, max_length=None, max_steps=2)
     live, _ = run(tmp_path, tiny_tokenizer, None, **options)
     cached, _ = run(tmp_path, tiny_tokenizer, tmp_path / "cache", **options)
     assert cached == pytest.approx(live, rel=2e-3)

@@ -142,7 +142,7 @@ def test_a_quantised_base_learns_through_its_adapters(cpu, tmp_path, tiny_tokeni
     student = peft.prepare_model_for_kbit_training(quantised, use_gradient_checkpointing=False)
     lora = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = make_trainer(
-        tmp_path / "out", tiny_tokenizer, student, make_llama(48, 1), peft_config=lora, max_steps=8,
+        tmp_path / "out", tiny_tokenizer, student, make_llama(48, 1), peft_config=lora, max_steps=4,
         learning_rate=1e-2, optim="adamw_torch",
     )  # fmt: skip
     before = state(trainer.model)
