@@ -2,34 +2,57 @@
 
 import json
 import os
+import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from killed_training import Die, build
+from processes import forked
 from training_setup import (
     HELD_OUT,
+    Spoil,
+    build,
     losses,
     make_callback,
     make_lora,
     make_tiny,
     make_trainer,
     quick_picture,  # noqa: F401
-    script_environment,
 )
+from transformers import PreTrainedModel, TrainerCallback
 
 from hf_structprune.errors import CheckpointError, ConfigurationError
 from hf_structprune.recovery.session import BEST_NAME, STATE_NAME
 
 
-HERE = Path(__file__).parent
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run_script(name, *arguments, launcher=()):
-    command = [sys.executable, *launcher, str(HERE / name), *map(str, arguments)]
-    return subprocess.run(command, env=script_environment(), capture_output=True, text=True, timeout=300)
+class Die(TrainerCallback):
+    """Kills its process after a step, or, without one, in the middle of saving the recovered model.
+
+    It stands before the recovery callback, so that only the last save is hit.
+    """
+
+    def __init__(self, step=None):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            die()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        def save_half(self, folder, **kwargs):
+            (Path(folder) / "model.safetensors").write_bytes(b"half a checkpoint")
+            die()
+
+        PreTrainedModel.save_pretrained = save_half
+
+
+def killed(folder, kind="lora", step=None):
+    """Trains in another process until that is killed."""
+    assert forked(lambda: build(folder, kind, [Die(step)])[0].train()) == [-signal.SIGKILL]
 
 
 def measured(callback):
@@ -46,8 +69,7 @@ def history(trainer):
 def test_killed_in_the_middle_and_resumed(tmp_path, kind):
     whole, watched = build(tmp_path / "whole", kind)
     whole.train()
-    killed = run_script("killed_training.py", tmp_path / "killed", kind, 5)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed(tmp_path / "killed", kind, 5)
     assert not (tmp_path / "killed" / "recovered").exists()
     resumed, callback = build(tmp_path / "killed", kind)
     resumed.train(resume_from_checkpoint=True)
@@ -61,8 +83,7 @@ def test_killed_in_the_middle_and_resumed(tmp_path, kind):
 
 @pytest.mark.slow
 def test_killed_while_saving(tmp_path):
-    killed = run_script("killed_training.py", tmp_path, "lora", "save")
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed(tmp_path)
     assert not (tmp_path / "recovered").exists()
     json.loads((tmp_path / "recovery.json").read_text())
     trainer, callback = build(tmp_path)
@@ -71,13 +92,18 @@ def test_killed_while_saving(tmp_path):
     assert len(callback.report["curve"]["points"]) == 8
 
 
+def one_of_two(folder):
+    """A training in one of two processes, which leaves what it measured."""
+    trainer, callback = build(folder / "out", max_steps=4, gradient_accumulation_steps=1, callbacks=[Spoil(3, 3.0)])
+    trainer.train()
+    end, best = HELD_OUT.measure(trainer.model), callback.report["best_step"]
+    content = {"curve": callback.report["curve"], "best": best, "end": end}
+    (folder / f"rank{trainer.args.process_index}.json").write_text(json.dumps(content))
+
+
 @pytest.mark.slow
 def test_two_processes(tmp_path):
-    # `--cpu` would start one process; without a GPU `--multi_gpu` starts several that talk through gloo.
-    launcher = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
-    launcher = [*launcher.split(), "--dynamo_backend", "no", "--main_process_port", "0"]
-    done = run_script("two_processes.py", tmp_path, launcher=launcher)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert forked(one_of_two, tmp_path, count=2) == [0, 0]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     for content in (first, second):
         for point in content["curve"]["points"]:
@@ -93,57 +119,59 @@ class Stop(Exception):
     pass
 
 
-class Halt(Die):
+class Halt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             raise Stop
 
 
-def interrupted(folder, step=5, **options):
-    trainer, callback = build(folder, callbacks=[Halt(step)], **options)
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """The folder of a training that was interrupted in its fifth step."""
+    folder = tmp_path_factory.mktemp("begun")
     with pytest.raises(Stop):
-        trainer.train()
-    return folder / f"checkpoint-{step - 1}"
+        build(folder, callbacks=[Halt(5)])[0].train()
+    return folder
 
 
-def test_checkpoints_carry_curve_and_best(tmp_path):
-    folder = interrupted(tmp_path)
+@pytest.fixture
+def interrupted(begun, tmp_path):
+    """A copy of it."""
+    return Path(shutil.copytree(begun, tmp_path / "interrupted"))
+
+
+def test_checkpoints_carry_curve_and_best(begun):
+    folder = begun / "checkpoint-4"
     state = json.loads((folder / STATE_NAME).read_text())
     assert [point["step"] for point in state["curve"]["points"]] == [1, 2, 3, 4]
     assert state["kept"]["step"] == 4 and (folder / BEST_NAME).is_file()
-    assert json.loads((tmp_path / "checkpoint-2" / STATE_NAME).read_text())["kept"]["step"] == 2
-    first, last = ((tmp_path / name / BEST_NAME).read_bytes() for name in ("checkpoint-2", "checkpoint-4"))
+    assert json.loads((begun / "checkpoint-2" / STATE_NAME).read_text())["kept"]["step"] == 2
+    first, last = ((begun / name / BEST_NAME).read_bytes() for name in ("checkpoint-2", "checkpoint-4"))
     assert first != last  # a later best does not change what an earlier checkpoint has
 
 
-def test_resumes_from_a_checkpoint_elsewhere(tmp_path):
-    folder = interrupted(tmp_path / "a")
-    folder.rename(tmp_path / "moved")
+def test_resumes_from_a_checkpoint_elsewhere_and_does_not_measure_the_ends_again(begun, tmp_path):
     trainer, callback = build(tmp_path / "b")
-    trainer.train(resume_from_checkpoint=str(tmp_path / "moved"))
-    assert [point["step"] for point in callback.report["curve"]["points"]] == [1, 2, 3, 4, 5, 6, 7, 8]
-
-
-def test_resumed_training_does_not_measure_the_ends_again(tmp_path, monkeypatch):
-    interrupted(tmp_path)
-    trainer, callback = build(tmp_path)
     callback.dense = object()  # would be refused
-    trainer.train(resume_from_checkpoint=True)
+    trainer.train(resume_from_checkpoint=str(begun / "checkpoint-4"))
+    assert [point["step"] for point in callback.report["curve"]["points"]] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert callback.report["curve"]["dense"] is not None
 
 
-def test_refuses_the_curve_of_another_text(tmp_path):
-    interrupted(tmp_path)
-    trainer, callback = build(tmp_path)
+def test_refuses_the_curve_of_another_text(interrupted):
+    trainer, callback = build(interrupted)
     callback.window = 16
     with pytest.raises(ConfigurationError, match="window"):
         trainer.train(resume_from_checkpoint=True)
 
 
-def test_refuses_a_state_that_is_no_json(tmp_path):
-    (interrupted(tmp_path) / STATE_NAME).write_text("{")
+def test_refuses_a_state_that_is_no_json(interrupted):
+    (interrupted / "checkpoint-4" / STATE_NAME).write_text("{")
     with pytest.raises(CheckpointError, match=STATE_NAME):
-        build(tmp_path)[0].train(resume_from_checkpoint=True)
+        build(interrupted)[0].train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])

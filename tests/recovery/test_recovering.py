@@ -68,6 +68,17 @@ def teach(model, tokenizer):
         optimizer.zero_grad()
 
 
+@pytest.fixture(scope="module")
+def whole(made, tmp_path_factory):
+    """What a training measures that is not interrupted."""
+    folder = shutil.copytree(made, tmp_path_factory.mktemp("whole"), dirs_exist_ok=True)
+    return measured(run(folder))
+
+
+def measured(result):
+    return [point["log_perplexity"] for point in result.report["curve"]["points"]]
+
+
 def run(folder, name="out", *, dense=True, distillation=None, dataset=None, overwrite=False, resume=False, **changes):
     config = RecoveryConfig(**{**SMALL, "text": str(folder / "watched.txt"), **changes})
     data = dataset or folder / "data.jsonl"
@@ -150,7 +161,7 @@ def test_nothing_is_written_over_without_being_asked(checkpoints):
     assert (checkpoints / "out-training" / "mine.txt").is_file()
 
 
-def test_an_interrupted_training_is_not_started_anew_without_being_asked(checkpoints, monkeypatch, caplog):
+def test_an_interrupted_training_is_not_started_anew_without_being_asked(checkpoints, whole, monkeypatch, caplog):
     monkeypatch.setattr(LoraRecoveryCallback, "on_train_end", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(checkpoints)
@@ -159,17 +170,16 @@ def test_an_interrupted_training_is_not_started_anew_without_being_asked(checkpo
     assert not (checkpoints / "out").exists()
     with pytest.raises(ConfigurationError, match="holds a training that was interrupted"):
         run(checkpoints)
-    resumed, whole = run(checkpoints, resume=True), run(checkpoints, "whole")
-    assert resumed.report["curve"]["points"][-1]["log_perplexity"] == pytest.approx(
-        whole.report["curve"]["points"][-1]["log_perplexity"], abs=1e-5
-    )
+    assert measured(run(checkpoints, resume=True)) == pytest.approx(whole, abs=1e-5)
 
 
 def interrupt(*args, **kwargs):
     raise KeyboardInterrupt
 
 
-def test_a_training_goes_on_from_the_newest_whole_checkpoint_and_as_it_was_begun(checkpoints, monkeypatch, caplog):
+def test_a_training_goes_on_from_the_newest_whole_checkpoint_and_as_it_was_begun(
+    checkpoints, whole, monkeypatch, caplog
+):
     """Interrupted in the middle of writing the checkpoint of step 3: that of step 2 is whole."""
     save = Trainer._save_rng_state
     monkeypatch.setattr(
@@ -197,9 +207,7 @@ def test_a_training_goes_on_from_the_newest_whole_checkpoint_and_as_it_was_begun
     result = run(checkpoints, resume=True, save_steps=2)  # no part of what is learned
     assert "checkpoint-3 is not whole: it has no state of the random numbers. Going on from" in caplog.text
     assert [path.name for path in (checkpoints / "out-training").glob("checkpoint-*")] == ["checkpoint-4"]
-    whole = run(checkpoints, "whole")
-    values = [[p["log_perplexity"] for p in r.report["curve"]["points"]] for r in (result, whole)]
-    assert values[0] == pytest.approx(values[1], abs=1e-5)
+    assert measured(result) == pytest.approx(whole, abs=1e-5)
 
 
 def test_only_half_written_checkpoints_are_nothing_to_go_on_from(tmp_path, caplog):

@@ -6,8 +6,7 @@ import shutil
 
 import pytest
 import torch
-from killed_training import build
-from training_setup import quick_picture  # noqa: F401
+from training_setup import build, quick_picture  # noqa: F401
 
 from hf_structprune.errors import ConfigurationError
 from hf_structprune.recovery.configuration import DistillationConfig, RecoveryConfig

@@ -1,7 +1,8 @@
-"""Standard scripts on pruned checkpoints, each in a process of its own, without the Hub."""
+"""Standard scripts on pruned checkpoints, without the Hub."""
 
 import json
 import os
+import runpy
 import shlex
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from peft import PeftModel
+from processes import forked
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_structprune import PruningConfig, StructuredPruner
@@ -58,14 +60,19 @@ def world(tmp_path, tiny_llama, make_tokenizer):
     return SimpleNamespace(root=tmp_path, tokenizer=tokenizer)
 
 
-def run(world, start, layout, more="", installed=True):
-    """Runs the command of the README that starts so, on the checkpoint of a layout; gives what it printed."""
+def read_command(start, layout, more):
+    """The words of the command of the README that starts so, on the checkpoint of a layout."""
     text = (RECIPES / "README.md").read_text().replace("\\\n", " ")
     [command] = [line for line in text.splitlines() if line.startswith(start)]
-    words = [layout if word == "pruned" else word for word in shlex.split(f"{command} {more}")]
+    return [layout if word == "pruned" else word for word in shlex.split(f"{command} {more}")]
+
+
+def run_without_package(world, start, layout, more):
+    """Runs such a command in a process of its own, where this package is not installed."""
+    words = read_command(start, layout, more)
     environment = {
         **os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": str(RECIPES.parent if installed else world.root / "stranger"),
+        "PYTHONPATH": str(world.root / "stranger"),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "HF_MODULES_CACHE": str(world.root / "modules"), "HF_DATASETS_CACHE": str(world.root / "datasets"),
     }  # fmt: skip
@@ -73,7 +80,18 @@ def run(world, start, layout, more="", installed=True):
         words, cwd=world.root, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+
+
+def run_script(world, start, layout, more, monkeypatch, processes=1):
+    """The Python script of such a command here, or in processes of this one, where everything is imported already."""
+    words = read_command(start, layout, more)
+    script = next(number for number, word in enumerate(words) if word.endswith(".py"))
+    monkeypatch.chdir(world.root)
+    monkeypatch.setattr(sys, "argv", words[script:])
+    if processes == 1:
+        runpy.run_path(words[script], run_name="__main__")
+    else:
+        assert forked(lambda: runpy.run_path(words[script], run_name="__main__"), count=processes) == [0] * processes
 
 
 def check_adapter(world, layout, folder):
@@ -87,15 +105,9 @@ def check_adapter(world, layout, folder):
 
 
 @pytest.mark.slow
-def test_trl_sft(world):
-    """Where this package is not installed."""
-    run(world, "trl sft --model_name_or_path uniform", "uniform", installed=False)
-    check_adapter(world, "uniform", "out")
-
-
-@pytest.mark.slow
 def test_trl_sft_on_a_per_layer_checkpoint(world):
-    run(world, "trl sft --model_name_or_path per_layer", "per_layer", f"{SHORT} --dtype float32", installed=False)
+    """Where this package is not installed."""
+    run_without_package(world, "trl sft --model_name_or_path per_layer", "per_layer", f"{SHORT} --dtype float32")
     check_adapter(world, "per_layer", "out")
 
 
@@ -107,15 +119,16 @@ def test_trl_sft_on_a_per_layer_checkpoint(world):
         ("accelerate launch --config_file recipes/accelerate/cpu_2_processes.yaml", "per_layer", 2),
     ],
 )
-def test_trainer_script(world, start, layout, processes):
-    said = run(world, start, layout, SHORT)
-    assert said.count("rows (prompt-completion): 32 rows, 32 sequences") == processes
+def test_trainer_script(world, start, layout, processes, monkeypatch, capfd):
+    run_script(world, start, layout, SHORT, monkeypatch, processes)
+    assert capfd.readouterr().out.count("rows (prompt-completion): 32 rows, 32 sequences") == processes
     check_recovered(world, "out")
 
 
 @pytest.mark.slow
-def test_sft_script(world):
-    run(world, "python recipes/scripts/sft_with_callback.py", "per_layer", f"{SHORT} --dtype float32")
+def test_sft_script(world, monkeypatch):
+    start = "python recipes/scripts/sft_with_callback.py"
+    run_script(world, start, "per_layer", f"{SHORT} --dtype float32", monkeypatch)
     check_recovered(world, "out")
 
 

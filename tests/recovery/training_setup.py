@@ -1,8 +1,5 @@
 """A tiny training: text it can learn, a model that has lost something, and a callback to watch it."""
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import build_tokenizer
@@ -90,6 +87,16 @@ def make_trainer(folder, callback=None, model=None, callbacks=(), trainer_class=
     )
 
 
+SAVING = {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2, "max_steps": 8}
+
+
+def build(folder, kind="lora", callbacks=(), **options):
+    """A training that saves checkpoints and goes through dropout, and its callback."""
+    model = make_lora(dropout=0.2) if kind == "lora" else make_tiny(dropout=0.2)
+    callback = make_callback(dense=20.0, merge=True, patience=None, evaluations=8)
+    return make_trainer(folder, callback, model=model, callbacks=callbacks, **{**SAVING, **options}), callback
+
+
 class Listener(TrainerCallback):
     """What a reporting callback sees."""
 
@@ -116,10 +123,3 @@ class Spoil(TrainerCallback):
 
 def losses(trainer):
     return [logs["loss"] for logs in trainer.state.log_history if "loss" in logs]
-
-
-def script_environment():
-    """For tests that start Python: the package and these helpers can be imported, and nothing is downloaded."""
-    here = Path(__file__).resolve()
-    paths = [str(here.parents[2]), str(here.parents[1]), str(here.parent), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
