@@ -107,15 +107,9 @@ class LoraRecoveryCallback(TrainerCallback):
         self._trainer, self._tokenizer, self._active = None, None, False
         self._steps: frozenset[int] = frozenset()
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        processing_class: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    # The events of `TrainerCallback`, with the types that it gives their arguments.
+
+    def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs) -> None:
         """Measures the pruned and the dense model, or reads them from the checkpoint that is resumed."""
         self._trainer, resumed = calling_trainer(self)
         self._tokenizer = _tokenizer_of(processing_class, self._trainer)
@@ -145,53 +139,24 @@ class LoraRecoveryCallback(TrainerCallback):
         if measured:
             _log(self._trainer, session.logs(session.value_at(state.global_step), state.global_step))
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        metrics: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs) -> None:
         """Measures when the Trainer evaluates, and adds the value to its metrics."""
         if self._active:
             value = self._measure(state, control, model)
             if metrics is not None:
                 metrics[METRIC] = value
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
         """Measures from time to time, if the Trainer does not evaluate."""
         if args.eval_strategy == "no" and state.global_step in self._steps:
             self._measure(state, control, model)
 
-    def on_epoch_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_epoch_end(self, args, state, control, model=None, **kwargs) -> None:
         """Measures after the last step, while reporting callbacks still listen."""
         if control.should_training_stop or state.global_step >= state.max_steps:
             self._measure(state, control, model)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         """Stops if the training loss is not a number; so does a gradient, but for those that fp16 training skips."""
         if not self._active or self.session.stopped == "nan":
             return
@@ -202,20 +167,13 @@ class LoraRecoveryCallback(TrainerCallback):
                 control.should_training_stop = True
                 return
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args, state, control, **kwargs) -> None:
         """Puts the curve and the best weights into the checkpoint."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self._active and state.is_world_process_zero and folder.is_dir():
             self.session.write_state(folder, self.settings)
 
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
         """Puts the best weights back, merges and saves."""
         from accelerate import PartialState
 

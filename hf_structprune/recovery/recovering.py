@@ -37,11 +37,7 @@ from .weights import BEST_FOLDER
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedModel, TrainerCallback
-    from trl import SFTTrainer
-
-    from .distillation.teacher import ModelTeacher
+    from transformers import PreTrainedModel
 
 logger = logging.get_logger(__name__)
 
@@ -112,13 +108,18 @@ def recover(
         StructPruneError: A model or a data set cannot be read, or an extra is not installed.
     """
     config, distillation = config or RecoveryConfig(), distillation or DistillationConfig()
-    _check_model(model, tokenizer, config)
+    named = isinstance(model, (str, os.PathLike))
+    if not named and tokenizer is None:
+        raise ConfigurationError("`model` is a model in memory: give its `tokenizer` too.")
+    if not named and config.trained == "qlora":
+        raise ConfigurationError("QLoRA loads the model in 4 or 8 bits: save it, and give the folder as `model`.")
     need("trl", "peft", extra="recover")
+    from trl import SFTTrainer
+
     check_folder(output_dir)
-    folder = Path(output_dir)
-    training = training_folder(output_dir)
+    folder, training = Path(output_dir), training_folder(output_dir)
     check_folder(training)
-    source = Path(model) if isinstance(model, (str, os.PathLike)) else source_of(model)
+    source = Path(model) if named else source_of(model)
     if source is not None:
         check_own_files(source)
     check_card(folder)
@@ -151,19 +152,29 @@ def recover(
         "dataset": public_sources(dataset),
         "data": data.to_dict(),
     }
-    loaded = None
+    trainer_class, more = SFTTrainer, {}
     if teacher is not None:
-        loaded = _load_teacher(teacher, student, tokenizer, config, distillation, trust_remote_code)
-        dense = loaded.model if dense is None or _same(dense, teacher) else dense
+        from .distillation.teacher import load_teacher
+        from .distillation.trainer import DistillationSFTTrainer
+
         about |= {"teacher": teacher_name or _name(teacher), "distillation": distillation.to_public_dict()}
+        computed = distillation
+        if distillation.teacher_dtype == "auto" and not isinstance(teacher, nn.Module):  # as the student
+            computed = dataclasses.replace(distillation, teacher_dtype=choose_precision(config.precision))
+        loaded = load_teacher(teacher, student, computed, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+        dense = loaded.model if dense is None or _same(dense, teacher) else dense
+        trainer_class, more = DistillationSFTTrainer, {"teacher": loaded, "distillation": distillation}
     callback = LoraRecoveryCallback(
         dense, text=config.text, window=config.window, max_windows=config.max_windows,
         batch_size=config.micro_batch_size, evaluations=config.evaluations, target=config.target,
         patience=config.patience, output_dir=folder,
     )  # fmt: skip
     callback.about, callback.settings = about, settings
-    callbacks = [callback, KeepNewest()]
-    trainer = _trainer(student, tokenizer, prepared, config, training, callbacks, loaded, distillation)
+    trainer = trainer_class(
+        student, training_arguments(config, training), train_dataset=prepared, processing_class=tokenizer,
+        peft_config=adapter_config(config, student), callbacks=[callback, KeepNewest()], **more,
+    )  # fmt: skip
+    widen(trainer.model)
     _remove_steps(training, after=checkpoint)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -176,16 +187,6 @@ def recover(
 def training_folder(output_dir: str | os.PathLike) -> Path:
     """Where the checkpoints of the training go."""
     return Path(os.path.abspath(output_dir) + TRAINING_SUFFIX)
-
-
-def _check_model(model: Any, tokenizer: Any, config: RecoveryConfig) -> None:
-    """Refuses a model in memory that lacks what a folder would have."""
-    if isinstance(model, (str, os.PathLike)):
-        return
-    if tokenizer is None:
-        raise ConfigurationError("`model` is a model in memory: give its `tokenizer` too.")
-    if config.trained == "qlora":
-        raise ConfigurationError("QLoRA loads the model in 4 or 8 bits: save it, and give the folder as `model`.")
 
 
 def _check_folders(folder: Path, training: Path, resume: bool, overwrite: bool) -> Path | None:
@@ -259,56 +260,10 @@ def _find_teacher(model: str | os.PathLike, teacher: Any) -> Any:
     )
 
 
-def _load_teacher(
-    teacher: Any,
-    student: PreTrainedModel,
-    tokenizer: Any,
-    config: RecoveryConfig,
-    distillation: DistillationConfig,
-    trust_remote_code: bool,
-) -> ModelTeacher:
-    """The teacher; one that is loaded here computes as the student does unless another dtype was asked for."""
-    from .distillation.teacher import load_teacher
-
-    if distillation.teacher_dtype == "auto" and not isinstance(teacher, nn.Module):
-        distillation = dataclasses.replace(distillation, teacher_dtype=choose_precision(config.precision))
-    return load_teacher(teacher, student, distillation, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
-
-
 def _same(one: Any, other: Any) -> bool:
     """Whether two models are the same object, folder or id."""
     named = isinstance(one, (str, os.PathLike)) and isinstance(other, (str, os.PathLike))
     return str(one) == str(other) if named else one is other
-
-
-def _trainer(
-    student: PreTrainedModel,
-    tokenizer: Any,
-    rows: Dataset,
-    config: RecoveryConfig,
-    training: Path,
-    callbacks: list[TrainerCallback],
-    teacher: ModelTeacher | None,
-    distillation: DistillationConfig,
-) -> SFTTrainer:
-    from trl import SFTTrainer
-
-    options = {
-        "model": student,
-        "args": training_arguments(config, training),
-        "train_dataset": rows,
-        "processing_class": tokenizer,
-        "peft_config": adapter_config(config, student),
-        "callbacks": callbacks,
-    }
-    if teacher is None:
-        trainer = SFTTrainer(**options)
-    else:
-        from .distillation.trainer import DistillationSFTTrainer
-
-        trainer = DistillationSFTTrainer(**options, teacher=teacher, distillation=distillation)
-    widen(trainer.model)
-    return trainer
 
 
 def _name(model: Any) -> str | None:

@@ -250,25 +250,23 @@ class Format:
 
     Args:
         name: What it is called.
-        columns: For every part, the names that its column may have.
+        columns: For every part, the names that its column may have; a last name `None` says that it may be missing.
         read: Makes an example of a row's parts and the row; `None` if there is nothing to learn in it.
-        optional: Parts that may be missing.
     """
 
     name: str
-    columns: Mapping[str, tuple[str, ...]]
+    columns: Mapping[str, tuple[str | None, ...]]
     read: Callable[[dict[str, Any], Mapping[str, Any]], Example | None]
-    optional: tuple[str, ...] = ()
 
-    def parts(self, columns: Sequence[str]) -> dict[str, str] | None:
+    def parts(self, columns: Sequence[str]) -> dict[str, str | None] | None:
         """The column of every part, or `None` if rows with these columns are of another format."""
-        found = {part: next((n for n in names if n in columns), None) for part, names in self.columns.items()}
-        if any(column is None for part, column in found.items() if part not in self.optional):
+        there = {*columns, None}
+        if not all(any(name in there for name in names) for names in self.columns.values()):
             return None
-        return {part: column for part, column in found.items() if column is not None}
+        return {part: next(name for name in names if name in there) for part, names in self.columns.items()}
 
     def __str__(self) -> str:
-        words = ["|".join(names) + (" (optional)" if p in self.optional else "") for p, names in self.columns.items()]
+        words = ["|".join(filter(None, names)) + " (optional)" * (None in names) for names in self.columns.values()]
         return f"{self.name}: {', '.join(words)}"
 
 
@@ -278,13 +276,13 @@ def recognise(columns: Sequence[str], where: str) -> Format:
     Raises:
         TextError: None of them is.
     """
-    for known in FORMATS:
-        if known.parts(columns) is not None:
-            return known
-    raise TextError(
-        f"{where} has the columns {', '.join(map(repr, columns)) or 'none'}; training needs those of one of these "
-        f"formats: {'; '.join(map(str, FORMATS))}. Rename the columns, or make one `text` of them."
-    )
+    found = next((known for known in FORMATS if known.parts(columns) is not None), None)
+    if found is None:
+        raise TextError(
+            f"{where} has the columns {', '.join(map(repr, columns)) or 'none'}; training needs those of one of these "
+            f"formats: {'; '.join(map(str, FORMATS))}. Rename the columns, or make one `text` of them."
+        )
+    return found
 
 
 def read_example(row: Mapping[str, Any], known: Format, where: str) -> Example | None:
@@ -294,7 +292,7 @@ def read_example(row: Mapping[str, Any], known: Format, where: str) -> Example |
         TextError: A value is of the wrong kind.
     """
     try:
-        return known.read({part: row[column] for part, column in known.parts(list(row)).items()}, row)
+        return known.read({part: row.get(column) for part, column in known.parts(list(row)).items()}, row)
     except _WrongValueError as error:
         raise TextError(f"{where}, format {known.name}: {error}") from error
 
@@ -383,7 +381,7 @@ def _content(value: Any) -> str:
     return "".join(texts)
 
 
-_TASK = {"instruction": ("instruction",), "input": ("input", "context"), "output": ("output", "response")}
+_TASK = {"instruction": ("instruction",), "input": ("input", "context", None), "output": ("output", "response")}
 _QUESTION = {"instruction": ("question",), "output": ("answer",)}
 
 # In the order in which they are looked for: rows of chats and instructions often have their text once more.
@@ -391,7 +389,7 @@ FORMATS = (
     Format("messages", {"messages": ("messages",)}, _read_chat),
     Format("conversations", {"messages": ("conversations",)}, _read_chat),
     Format("prompt-completion", {"prompt": ("prompt",), "completion": ("completion",)}, _read_pair),
-    Format("instruction", _TASK, _read_instruction, optional=("input",)),
+    Format("instruction", _TASK, _read_instruction),
     Format("question-answer", _QUESTION, _read_instruction),
     Format("text", {"text": ("text",)}, _read_text),
 )
