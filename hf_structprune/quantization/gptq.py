@@ -23,6 +23,8 @@ from .configuration import QuantizationConfig
 
 # Weights are packed into words of so many bits, along the inputs and, for zero points, along the outputs.
 _WORD = 32
+# GPTQModel searches for the best clipping of so many outputs at once (AWQ).
+_OUTPUTS = 64
 
 
 class GptqModelBackend(Backend):
@@ -60,7 +62,8 @@ class GptqModelBackend(Backend):
         return source.shapes.dtype
 
     def run(self, source: Source, config: QuantizationConfig, tokenizer: Any) -> Save:
-        _enough_workers()
+        if (os.cpu_count() or 1) < 4:  # GPTQModel 7.6 starts half as many threads as cores and fails with one
+            os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
         from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
         rows = calibration_rows(source, config, tokenizer)
@@ -86,13 +89,11 @@ def _restore(path: Path, source: Source, dtype: torch.dtype) -> None:
     """Puts back what GPTQModel changes: it sets a padding token, and names a temporary folder of this machine."""
     config = copy.deepcopy(source.shapes.config)
     config.dtype = dtype
-    written = read_json_object(path / "config.json")["quantization_config"]
-    config.quantization_config = _without_paths(written)
+    config.quantization_config = _without_paths(read_json_object(path / "config.json")["quantization_config"])
     config.save_pretrained(path)
     file = path / "quantize_config.json"
     if file.is_file():
-        content = _without_paths(read_json_object(file))
-        write_text(file, json.dumps(content, indent=2) + "\n")
+        write_text(file, json.dumps(_without_paths(read_json_object(file)), indent=2) + "\n")
     try:
         GenerationConfig.from_pretrained(source.name).save_pretrained(path)
     except OSError:  # the model has none, and Transformers makes one from its configuration
@@ -118,25 +119,21 @@ def _logs_elsewhere() -> Iterator[None]:
             loop_processor._PROJECT_LOG_DIR = before
 
 
-def _enough_workers() -> None:
-    """GPTQModel 7.6 starts half as many threads as there are cores and wants two: with two cores that fails."""
-    if (os.cpu_count() or 1) < 4:
-        os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
-
-
 class Gptq(GptqModelBackend):
-    """GPTQ through GPTQModel, on a CPU too."""
+    """GPTQ, on a CPU too: columns are rounded one after the other, and later ones make up for it.
+
+    https://huggingface.co/papers/2210.17323
+    """
 
     def settings(self, config: QuantizationConfig) -> dict[str, Any]:
         return {**super().settings(config), "quant_method": "gptq", "desc_act": config.desc_act}
 
 
-# GPTQModel searches for the best clipping of so many outputs at once.
-_OUTPUTS = 64
-
-
 class Awq(GptqModelBackend):
-    """AWQ through GPTQModel."""
+    """AWQ: weights that meet large inputs are scaled up before all are rounded.
+
+    https://huggingface.co/papers/2306.00978
+    """
 
     extra = "awq"
 

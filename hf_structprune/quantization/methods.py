@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import BitsAndBytesConfig, TorchAoConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
 from ..model.loading import load_model
 from .backend import Backend, Save, Source, calibration_rows, check_groups, device_of, need_accelerator
@@ -16,13 +15,21 @@ from .gptq import Awq, Gptq
 
 # What 4-bit kernels of CPUs want: inputs in blocks of weights that share a scale, outputs in rows packed together.
 _BLOCK, _PACKED = 64, 32
-_SHOWN = 5
+
+
+def _load(source: Source, config: QuantizationConfig, settings: Any) -> PreTrainedModel:
+    """The model, rounded by Transformers while it is loaded onto the device."""
+    return load_model(
+        source.name, dtype=source.shapes.dtype, device_map={"": device_of(config)},
+        trust_remote_code=source.trust_remote_code, quantization_config=settings,
+    )  # fmt: skip
 
 
 class BitsAndBytes(Backend):
-    """The weights are rounded while they are loaded.
+    """bitsandbytes: nf4 or fp4 in blocks of 64 weights, or int8 with a scale a row.
 
-    They are saved as they were rounded: `load_model` keeps bitsandbytes from repacking them on a CPU.
+    https://huggingface.co/papers/2305.14314. The weights are rounded while they are loaded, and saved as they were
+    rounded: `load_model` keeps bitsandbytes from repacking them on a CPU.
     """
 
     packages = libraries = ("bitsandbytes",)
@@ -34,8 +41,7 @@ class BitsAndBytes(Backend):
 
     def estimate(self, source: Source, config: QuantizationConfig) -> int:
         # A scale (float32) for 64 weights, where scales are not quantised themselves.
-        weights = sum(rows * columns for rows, columns in source.linears.values())
-        return super().estimate(source, config) + (weights // 16 if config.bits == 4 else 0)
+        return super().estimate(source, config) + (source.weights // 16 if config.bits == 4 else 0)
 
     def memory(self, source: Source, config: QuantizationConfig) -> int:
         """Each weight is rounded as soon as it is read: 176 MB at most for 432 MB of SmolLM2, nf4 or int8."""
@@ -43,12 +49,13 @@ class BitsAndBytes(Backend):
         return self.estimate(source, config) + largest
 
     def notes(self, source: Source, config: QuantizationConfig) -> list[str]:
-        inputs = sorted({columns for _, columns in source.linears.values() if columns % _BLOCK})
-        outputs = sorted({rows for rows, _ in source.linears.values() if rows % _PACKED})
-        if config.bits == 8 or not inputs + outputs:
+        widths = []
+        for number, what, multiple in ((1, "inputs", _BLOCK), (0, "outputs", _PACKED)):
+            odd = sorted({shape[number] for shape in source.linears.values() if shape[number] % multiple})
+            shown = ", ".join([*map(str, odd[:5]), *(["..."] if len(odd) > 5 else [])])
+            widths += [f"{shown} {what}, no multiples of {multiple}"] if odd else []
+        if config.bits == 8 or not widths:
             return []
-        widths = [f"{_listed(inputs)} inputs, no multiples of {_BLOCK}"] if inputs else []
-        widths += [f"{_listed(outputs)} outputs, no multiples of {_PACKED}"] if outputs else []
         return [
             f"It has layers with {' and '.join(widths)}. bitsandbytes' 4-bit kernels cannot run these on CPUs with "
             "AVX512-BF16 or AMX (an error at first use), and with plain AVX512 they compute wrong numbers if "
@@ -59,29 +66,18 @@ class BitsAndBytes(Backend):
         ]
 
     def run(self, source: Source, config: QuantizationConfig, tokenizer: Any) -> Save:
-        model = load_model(
-            source.name, dtype=source.shapes.dtype, device_map={"": device_of(config)},
-            trust_remote_code=source.trust_remote_code,
-            quantization_config=_settings(config, source.shapes.dtype),
-        )  # fmt: skip
-        return model.save_pretrained
-
-
-def _listed(widths: list[int]) -> str:
-    return ", ".join(map(str, widths[:_SHOWN])) + (", ..." if len(widths) > _SHOWN else "")
-
-
-def _settings(config: QuantizationConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
-    if config.bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=config.four_bit_type, bnb_4bit_use_double_quant=config.double_quant,
-        bnb_4bit_compute_dtype=dtype,
-    )  # fmt: skip
+        settings = {"load_in_8bit": True} if config.bits == 8 else {
+            "load_in_4bit": True, "bnb_4bit_quant_type": config.four_bit_type,
+            "bnb_4bit_use_double_quant": config.double_quant, "bnb_4bit_compute_dtype": source.shapes.dtype,
+        }  # fmt: skip
+        return _load(source, config, BitsAndBytesConfig(**settings)).save_pretrained
 
 
 class TorchAo(Backend):
-    """The weights are rounded while they are loaded, and written as safetensors of their plain parts."""
+    """torchao, weight-only: int8 with a scale a row, or int4 in groups. https://huggingface.co/papers/2507.16099
+
+    The weights are rounded while they are loaded, and written as safetensors of their plain parts.
+    """
 
     packages = libraries = ("torchao",)
     extra = "torchao"
@@ -100,15 +96,14 @@ class TorchAo(Backend):
         from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
 
         kind = Int8WeightOnlyConfig() if config.bits == 8 else Int4WeightOnlyConfig(group_size=config.group_size)
-        model = load_model(
-            source.name, dtype=source.shapes.dtype, device_map={"": device_of(config)},
-            trust_remote_code=source.trust_remote_code, quantization_config=TorchAoConfig(kind),
-        )  # fmt: skip
-        return model.save_pretrained
+        return _load(source, config, TorchAoConfig(kind)).save_pretrained
 
 
 class AutoRound(Backend):
-    """auto-round in its own format, which Transformers loads where auto-round is installed."""
+    """auto-round: rounding up or down is learnt by signed gradients. https://huggingface.co/papers/2309.05516
+
+    In its own format, which Transformers loads where auto-round is installed.
+    """
 
     packages = ("auto_round",)
     libraries = ("auto-round",)

@@ -75,7 +75,8 @@ def quantize(
     """
     check_folder(output_dir)
     config, folder = config or QuantizationConfig(), Path(output_dir)
-    _check_folder(folder, overwrite)
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise ConfigurationError(f"{folder} is not empty; choose another `output_dir` or say `overwrite`.")
     backend, source = BACKENDS[config.method], Source.read(model, trust_remote_code)
     backend.check(source, config)
     if source.folder is not None:
@@ -87,20 +88,11 @@ def quantize(
     set_seed(config.seed)
     tokenizer = load_tokenizer(source.name, trust_remote_code=trust_remote_code)
     save = backend.run(source, config, tokenizer)
-    return QuantizationResult(folder, save_quantised(save, folder, source, backend, config, tokenizer))
-
-
-def _check_folder(folder: Path, overwrite: bool) -> None:
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise ConfigurationError(f"{folder} is not empty; choose another `output_dir` or say `overwrite`.")
+    return QuantizationResult(folder, _save(save, folder, source, backend, config, tokenizer))
 
 
 def _check_room(source: Source, backend: Backend, config: QuantizationConfig, folder: Path) -> None:
-    """Refuses a model that does not fit on the disk, or in memory while it is quantised.
-
-    Raises:
-        CheckpointError: There is too little memory or disk.
-    """
+    """Refuses a model that does not fit on the disk, or in memory while it is quantised."""
     check_room(folder, backend.estimate(source, config))
     device = torch.device(device_of(config))
     where, free = f"of {device}", free_memory(device) if backend.on_device else None
@@ -114,34 +106,26 @@ def _check_room(source: Source, backend: Backend, config: QuantizationConfig, fo
         )
 
 
-# Quantising changes neither what training did before it.
-_TRAINING = (RECOVERY_NAME, PICTURE_NAME)
-
-
-def save_quantised(
+def _save(
     save: Save, folder: Path, source: Source, backend: Backend, config: QuantizationConfig, tokenizer: Any
 ) -> dict[str, Any]:
-    """Writes a quantised model as its library saves it, all at once or not at all.
+    """Writes a quantised model as its library saves it (`save`), all at once or not at all; gives `quantization.json`.
 
     From the folder of the model before come how it was pruned and recovered, and what was measured on it, under the
     name of its state: `evaluation_results_pruned.json`. Nothing measured on other weights is passed off as measured on
-    these.
-
-    Args:
-        save: Writes weights and configuration into the folder that it is given.
-        folder: Where the files go; other files in it stay, an earlier checkpoint in it goes.
-        source: The model before.
-        backend: What quantised it.
-        config: How.
-        tokenizer: Its tokenizer; `None` if there is none.
-
-    Returns:
-        The content of `quantization.json`.
-
-    Raises:
-        CheckpointError: Writing failed.
+    these. Other files in the folder stay, an earlier checkpoint in it goes.
     """
-    report = _report(source, backend, config)
+    report = {
+        "schema_version": SCHEMA_VERSION,
+        "method": config.method,
+        "bits": config.bits,
+        "group_size": backend.group_size(config),
+        "configuration": public_config(config).to_dict(),
+        "model": source.public_name,
+        "versions": {**versions(), **{library: version(library) for library in backend.libraries}},
+        "weights": {"parameters": source.parameters, "bytes": None, "bytes_before": source.bytes},
+        "notes": backend.notes(source, config),
+    }
     previous = read_text(folder / CARD_NAME)
 
     def write(path: Path) -> None:
@@ -154,23 +138,9 @@ def save_quantised(
             return
         for state, results in source.measured.items():
             shutil.copyfile(results, path / f"evaluation_results_{state}.json")
-        if is_pruned(source.folder):
-            copy_files(source.folder, path, (*STILL_TRUE, *_TRAINING))
+        if is_pruned(source.folder):  # quantising changes neither how it was pruned nor what training did before
+            copy_files(source.folder, path, (*STILL_TRUE, RECOVERY_NAME, PICTURE_NAME))
             write_card_from(source.folder, path, folder, previous)
 
     write_folder(folder, write, size=backend.estimate(source, config))
     return report
-
-
-def _report(source: Source, backend: Backend, config: QuantizationConfig) -> dict[str, Any]:
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "method": config.method,
-        "bits": config.bits,
-        "group_size": backend.group_size(config),
-        "configuration": public_config(config).to_dict(),
-        "model": source.public_name,
-        "versions": {**versions(), **{library: version(library) for library in backend.libraries}},
-        "weights": {"parameters": source.parameters, "bytes": None, "bytes_before": source.bytes},
-        "notes": backend.notes(source, config),
-    }

@@ -12,7 +12,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_structprune import CalibrationConfig, QuantizationConfig, quantize
-from hf_structprune.quantization.configuration import METHODS
 from hf_structprune.quantization.methods import BACKENDS
 
 
@@ -31,7 +30,6 @@ BOUNDS = {
     ("auto-round", 4): 1.3,
 }
 CALIBRATED = ("gptq", "awq", "auto-round")
-PACKAGES = {method: BACKENDS[method].packages[0] for method in METHODS}
 PROGRAM = """
 import json, math, sys
 import torch
@@ -40,7 +38,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 text, folders, ours = json.loads(sys.argv[1])
 if ours:
     import hf_structprune
-ids = AutoTokenizer.from_pretrained(folders[0])(text, return_tensors="pt")["input_ids"][:, :256]
+ids = AutoTokenizer.from_pretrained(folders[0])(text, return_tensors="pt")["input_ids"][:, :128]
 result = []
 for folder in folders:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -80,9 +78,6 @@ def in_float32(tmp_path):
 
 
 def check(source, tmp_path, methods, per_layer):
-    for method, _ in methods:
-        if find_spec(PACKAGES[method]) is None:
-            pytest.skip(f"needs {PACKAGES[method]}")
     calibration = CalibrationConfig(num_samples=8, length=128)
     folders = [source]
     for method, bits in methods:
@@ -94,16 +89,13 @@ def check(source, tmp_path, methods, per_layer):
     assert all(1 / BOUNDS[method] < ratio < BOUNDS[method] for method, ratio in ratios.items()), ratios
 
 
-# What rounds while it loads: seconds each.
-QUICK = [("bitsandbytes", 4), ("bitsandbytes", 8), ("torchao", 8)]
-
-
+# What rounds while it loads; tiny models of both layouts go through all of them in `test_quantizing.py`.
 def test_uniform_checkpoints(pruned_smollm2, in_float32, tmp_path):
-    check(in_float32(pruned_smollm2), tmp_path, QUICK, per_layer=False)
+    check(in_float32(pruned_smollm2), tmp_path, [("bitsandbytes", 4)], per_layer=False)
 
 
 def test_per_layer_checkpoints(per_layer_smollm2, in_float32, tmp_path):
-    check(in_float32(per_layer_smollm2), tmp_path, QUICK, per_layer=True)
+    check(in_float32(per_layer_smollm2), tmp_path, [("bitsandbytes", 8), ("torchao", 8)], per_layer=True)
 
 
 @pytest.fixture
@@ -116,10 +108,16 @@ def elsewhere(tmp_path, monkeypatch):
     assert not any((tmp_path / "elsewhere").iterdir())
 
 
-@pytest.mark.parametrize("method", CALIBRATED)
+def needs(method):
+    package = BACKENDS[method].packages[0]
+    return pytest.mark.skipif(find_spec(package) is None, reason=f"needs {package}")
+
+
+@pytest.mark.parametrize("method", [pytest.param(name, marks=needs(name)) for name in CALIBRATED])
 def test_methods_with_calibration(method, pruned_smollm2, in_float32, tmp_path, elsewhere):
     check(in_float32(pruned_smollm2), tmp_path, [(method, 4)], per_layer=False)
 
 
+@needs("auto-round")
 def test_auto_round_with_layers_of_different_widths(per_layer_smollm2, in_float32, tmp_path, elsewhere):
     check(in_float32(per_layer_smollm2), tmp_path, [("auto-round", 4)], per_layer=True)
