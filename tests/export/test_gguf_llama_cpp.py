@@ -99,17 +99,12 @@ def test_the_same_tokens(split, runtime, tmp_path):
         assert llama.tokenize(text) == tokenizer.encode(text), text
 
 
-@pytest.fixture(scope="module", params=["pruned_smollm2", "per_layer_smollm2"])
-def folder(request):
-    return request.getfixturevalue(request.param)
-
-
 @pytest.fixture(scope="module")
-def real(folder, tmp_path_factory):
+def real(per_layer_smollm2, tmp_path_factory):
     """The model and its tokenizer in Transformers, and the file; its weights fit half precision exactly."""
-    file = export_gguf(folder, tmp_path_factory.mktemp("gguf") / "m.gguf").path
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(folder), file
+    file = export_gguf(per_layer_smollm2, tmp_path_factory.mktemp("gguf") / "m.gguf").path
+    model = AutoModelForCausalLM.from_pretrained(per_layer_smollm2, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(per_layer_smollm2), file
 
 
 @pytest.mark.slow
@@ -118,26 +113,18 @@ def test_a_real_model_answers_the_same(real, runtime):
     llama = runtime(file)
     for prompt in PROMPTS:
         tokens = tokenizer(prompt, return_tensors="pt").input_ids
-        expected = model.generate(tokens, max_new_tokens=24, do_sample=False)[0, tokens.shape[1] :].tolist()
+        expected = model.generate(tokens, max_new_tokens=12, do_sample=False)[0, tokens.shape[1] :].tolist()
         assert llama.tokenize(prompt) == tokens[0].tolist()
-        assert llama.greedy(tokens[0].tolist(), 24) == expected, prompt
-
-
-@pytest.mark.slow
-def test_a_real_model_has_the_same_perplexity(real, runtime):
-    ours, theirs = perplexities(*real[:2], runtime(real[2]))
-    print(f"perplexity: Transformers {ours:.3f}, llama.cpp {theirs:.3f}, {real[2].stat().st_size / 1e6:.1f} MB")
-    assert theirs == pytest.approx(ours, rel=2e-3)
+        assert llama.greedy(tokens[0].tolist(), 12) == expected, prompt
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quant, bound", [("q8_0", 0.02), ("q4_0", 0.4), ("q4_k_m", 0.06)])
-def test_quantised(quant, bound, pruned_smollm2, runtime, tmp_path):
+def test_quantised(quant, bound, real, per_layer_smollm2, runtime, tmp_path):
     if quant in QUANTISED:
         pytest.importorskip("llama_cpp")
-    result = export_gguf(pruned_smollm2, tmp_path / "m.gguf", quant=quant)
-    model = AutoModelForCausalLM.from_pretrained(pruned_smollm2, dtype=torch.float32).eval()
-    ours, theirs = perplexities(model, AutoTokenizer.from_pretrained(pruned_smollm2), runtime(result.path))
+    result = export_gguf(per_layer_smollm2, tmp_path / "m.gguf", quant=quant)
+    ours, theirs = perplexities(*real[:2], runtime(result.path))
     print(f"perplexity: Transformers {ours:.3f}, {quant} {theirs:.3f}, {result.size / 1e6:.1f} MB, {result}")
     assert theirs == pytest.approx(ours, rel=bound)
 

