@@ -8,6 +8,10 @@ import torch
 from transformers.utils import is_torch_bf16_gpu_available
 
 
+# By the names that options have for them.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
 def has_accelerator() -> bool:
     """Whether there is anything but the CPU to compute on: CUDA, XPU, MPS, ..."""
     return torch.accelerator.is_available()

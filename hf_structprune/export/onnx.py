@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import json
 import logging as python_logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from transformers.utils import logging
 from ..errors import ConfigurationError, ExportError
 from ..evaluation.efficiency import weight_bytes
 from ..files.writing import check_folder, write_folder
+from ..hardware import DTYPES
 from ..installed import need
 from ..model.skipping import overrides_of
 from .common import Exported, load_source
@@ -32,7 +31,6 @@ logger = logging.get_logger(__name__)
 
 # Largest difference of logits that counts as equal, in shares of the largest logit.
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 3e-2}
-_DTYPES = {"fp32": torch.float32, "float32": torch.float32, "fp16": torch.float16, "float16": torch.float16}
 _FILENAME = "model.onnx"  # the exporter's name for the one graph
 
 
@@ -68,15 +66,25 @@ def export_onnx(
         StructPruneError: The `onnx` extra is not installed.
     """
     need("onnx", "onnxscript", "onnxruntime", extra="onnx")
-    _check(model, output, dtype)
-    options = {"dtype": _DTYPES[dtype], "trust_remote_code": trust_remote_code or None}
+    wanted = DTYPES.get({"float32": "fp32", "float16": "fp16"}.get(dtype, dtype))
+    if wanted not in _TOLERANCES:
+        raise ConfigurationError(f"`dtype` is {dtype!r}; allowed values are fp32, fp16.")
+    check_folder(output)
+    output = Path(output)
+    if isinstance(model, (str, os.PathLike)) and output.exists() and Path(model).exists() and output.samefile(model):
+        raise ConfigurationError(f"{output} is the checkpoint itself; choose another folder for its ONNX form.")
+    options = {"dtype": wanted, "trust_remote_code": trust_remote_code or None}
     model, tokenizer = load_source(model, tokenizer, with_tokenizer=False, **options)
-    if model.dtype != _DTYPES[dtype] or model.device.type != "cpu":
-        model = copy.deepcopy(model).to("cpu", _DTYPES[dtype])
-    size = sum(weight_bytes(model).values())
-    _check_memory(size)
+    if model.dtype != wanted or model.device.type != "cpu":
+        model = copy.deepcopy(model).to("cpu", wanted)
+    # The graph's own weights, beside the model while it is written and checked.
+    size, free = sum(weight_bytes(model).values()), psutil.virtual_memory().available
+    if size > free:
+        raise ExportError(
+            f"The export needs about {size / 1e9:.1f} GB of memory beside the model, but {free / 1e9:.1f} GB are free."
+        )
     forward = ForwardWithCache(model)
-    config = genai_config(forward.config, model.generation_config, forward.shapes, _FILENAME)
+    config = genai_config(forward.config, model.generation_config, forward.shapes)
     details: dict[str, Any] = {"dtype": str(model.dtype).removeprefix("torch.")}
 
     def write(folder: Path) -> None:
@@ -84,30 +92,12 @@ def export_onnx(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if isinstance(config, dict):
-            (folder / GENAI_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            (folder / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         details["difference"] = _compare(folder, forward)
 
     write_folder(output, write, size=size)
-    notes = [config] if isinstance(config, str) else []
-    return Exported(Path(output), _size(Path(output)), details, notes)
-
-
-def _check(model: Any, output: str | os.PathLike, dtype: str) -> None:
-    if dtype not in _DTYPES:
-        raise ConfigurationError(f"`dtype` is {dtype!r}; allowed values are fp32, fp16.")
-    check_folder(output)
-    same = isinstance(model, (str, os.PathLike)) and Path(output).exists() and Path(model).exists()
-    if same and Path(output).samefile(model):
-        raise ConfigurationError(f"{output} is the checkpoint itself; choose another folder for its ONNX form.")
-
-
-def _check_memory(size: int) -> None:
-    """Refuses what will not fit beside the model: the graph's own weights while it is written and checked."""
-    free = psutil.virtual_memory().available
-    if size > free:
-        raise ExportError(
-            f"The export needs about {size / 1e9:.1f} GB of memory beside the model, but {free / 1e9:.1f} GB are free."
-        )
+    size = sum(path.stat().st_size for path in output.glob(f"{_FILENAME}*"))
+    return Exported(output, size, details, [config] if isinstance(config, str) else [])
 
 
 def _trace(forward: ForwardWithCache) -> Any:
@@ -118,15 +108,19 @@ def _trace(forward: ForwardWithCache) -> Any:
         raise ExportError(f"Transformers {transformers.__version__} has no exporters; 5.24 has.") from error
     inputs, shapes = forward.sample()
     logger.info(f"Tracing {forward.config.num_hidden_layers} layers, which takes some seconds for each.")
+    log = python_logging.getLogger("torch.onnx")  # which warns of operators of packages that are not installed
+    level = log.level
     try:
-        with _quiet():
-            exported = OnnxExporter().export(forward, inputs, OnnxConfig(dynamic=True, dynamic_shapes=shapes))
+        log.setLevel(python_logging.ERROR)
+        exported = OnnxExporter().export(forward, inputs, OnnxConfig(dynamic=True, dynamic_shapes=shapes))
     except Exception as error:  # of many kinds, from three libraries
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ExportError(
             f"Transformers {transformers.__version__} cannot export a {type(forward.model).__name__} to ONNX: "
             f"{reason[0]}"
         ) from error
+    finally:
+        log.setLevel(level)
     component = exported.components["model"]
     component.metadata.architecture = type(forward.model).__name__
     for graph in component.program.graphs():
@@ -136,25 +130,9 @@ def _trace(forward: ForwardWithCache) -> Any:
     return exported
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hides warnings about operators of packages that are not installed."""
-    log = python_logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(python_logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-
-
 @torch.no_grad()
 def _compare(folder: Path, forward: ForwardWithCache) -> float:
-    """The largest difference between the logits of ONNX Runtime and of the model, in shares of the largest logit.
-
-    Raises:
-        ExportError: They are not equal.
-    """
+    """The largest difference of ONNX Runtime's logits from the model's, in shares of the largest; refuses a large one."""
     from transformers.exporters import ExportedModel
 
     graph = ExportedModel.from_pretrained(folder, device="cpu")
@@ -164,7 +142,7 @@ def _compare(folder: Path, forward: ForwardWithCache) -> float:
         tokens = torch.randint(forward.config.vocab_size, (batch, prompt + steps), generator=generator)
         mask = torch.ones_like(tokens)
         mask[-1, :padding] = 0
-        expected = forward.reference(tokens, mask)[mask.bool()].float()
+        expected = forward.logits(tokens, mask, use_cache=False)[mask.bool()].float()
         found = run_graph(graph, forward.past(batch), tokens, mask, prompt)[mask.bool()].float()
         worst = max(worst, ((found - expected).abs().max() / expected.abs().max()).item())
     if not worst <= _TOLERANCES[forward.model.dtype]:
@@ -193,10 +171,6 @@ def run_graph(graph: Any, past: dict, tokens: torch.Tensor, mask: torch.Tensor, 
     return torch.cat(logits, 1)
 
 
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob(f"{_FILENAME}*"))
-
-
 # Sizes of the sample that is traced. All differ, and none is 0 or 1, which tracing would take for constants.
 _BATCH, _TOKENS, _PAST = 2, 3, 5
 
@@ -223,7 +197,10 @@ class ForwardWithCache(nn.Module):
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
-        self.model, self.config = model, _plain_config(model)
+        self.model, self.config = model, copy.deepcopy(model.config)
+        self.config.dtype = model.dtype
+        if hasattr(self.config, "auto_map"):  # modelling code, which a graph does not need
+            del self.config.auto_map
         names = inspect.signature(model.forward).parameters
         # Transformers 5.24 gave the argument another name.
         self._cache_name = "cache" if "cache" in names else "past_key_values"
@@ -242,14 +219,10 @@ class ForwardWithCache(nn.Module):
         absent = {"key": count, "value": count}
         layers = [past_key_values.get(str(i), absent) for i in range(self.config.num_hidden_layers)]
         cache = DynamicCache([(layer["key"], layer["value"]) for layer in layers])
-        logits = self._logits(input_ids, attention_mask, **{self._cache_name: cache}, use_cache=True)
+        logits = self.logits(input_ids, attention_mask, **{self._cache_name: cache}, use_cache=True)
         present = {name: {"key": cache.layers[int(name)].keys, "value": cache.layers[int(name)].values}
                    for name in past_key_values}  # fmt: skip
         return {"logits": logits, "present": present}
-
-    def reference(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Logits of whole sequences by the model itself, without a cache."""
-        return self._logits(input_ids, attention_mask, use_cache=False)
 
     def past(self, batch: int, length: int = 0) -> Past:
         """A past of random keys and values; of none without a length, which begins a sequence."""
@@ -272,7 +245,8 @@ class ForwardWithCache(nn.Module):
         past = {name: layer for name in inputs["past_key_values"]}
         return inputs, {"input_ids": varies, "attention_mask": varies, "past_key_values": past}
 
-    def _logits(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> torch.Tensor:
+    def logits(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> torch.Tensor:
+        """Those of the model itself, with positions as `generate` numbers them."""
         if self._takes_positions:
             positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
             options["position_ids"] = positions[:, -input_ids.shape[1] :]
@@ -282,7 +256,7 @@ class ForwardWithCache(nn.Module):
     def _cache_shapes(self) -> dict[int, tuple[int, int]]:
         """KV heads and head size of each layer with attention, as the model writes them into a cache."""
         cache, tokens = DynamicCache(), torch.zeros(1, 2, dtype=torch.long)
-        self._logits(tokens, torch.ones_like(tokens), **{self._cache_name: cache}, use_cache=True)
+        self.logits(tokens, torch.ones_like(tokens), **{self._cache_name: cache}, use_cache=True)
         number = self.config.num_hidden_layers
         layers = [i for i in range(number) if i not in self.without_attention]
         if not layers or len(cache.layers) != number or any(cache.layers[i].keys.ndim != 4 for i in layers):
@@ -293,31 +267,15 @@ class ForwardWithCache(nn.Module):
         return {i: (cache.layers[i].keys.shape[1], cache.layers[i].keys.shape[3]) for i in layers}
 
 
-def _plain_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """The model's configuration without what names its modelling code, which an exported graph does not need."""
-    config = copy.deepcopy(model.config)
-    config.dtype = model.dtype
-    if hasattr(config, "auto_map"):
-        del config.auto_map
-    return config
-
-
-GENAI_CONFIG_NAME = "genai_config.json"
-
-
 def genai_config(
-    config: PreTrainedConfig, generation: GenerationConfig, shapes: dict[int, tuple[int, int]], filename: str
+    config: PreTrainedConfig, generation: GenerationConfig, shapes: dict[int, tuple[int, int]]
 ) -> dict[str, Any] | str:
-    """The configuration of ONNX Runtime GenAI, or why there is none.
+    """The content of `genai_config.json`: what ONNX Runtime GenAI has to know; or a sentence that says why not.
 
     Args:
         config: The model's configuration.
         generation: How it generates.
         shapes: KV heads and head size of each layer that has attention.
-        filename: The graph.
-
-    Returns:
-        The content of `genai_config.json`, or a sentence.
     """
     end = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
     context = getattr(config, "max_position_embeddings", None)
@@ -325,35 +283,21 @@ def genai_config(
         missing = "token that ends a text" if end is None else "longest context"
         return f"ONNX Runtime GenAI has to know the {missing}, which the configuration does not say."
     heads, size = next(iter(shapes.values()))  # layers that differ, or have no cache, it finds in the graph
-    ends = end if isinstance(end, list) else [end]
-    return {
-        "model": {
-            "type": "decoder",  # any decoder; the names below say the rest
-            "bos_token_id": config.bos_token_id if config.bos_token_id is not None else ends[0],
-            "eos_token_id": end,
-            "pad_token_id": config.pad_token_id if config.pad_token_id is not None else ends[0],
-            "vocab_size": config.vocab_size,
-            "context_length": context,
-            "decoder": {
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-                "filename": filename,
-                "hidden_size": config.hidden_size,
-                "num_hidden_layers": config.num_hidden_layers,
-                "num_key_value_heads": heads,
-                "head_size": size,
-                "inputs": {
-                    "input_ids": "input_ids",
-                    "attention_mask": "attention_mask",
-                    "past_key_names": "past_key_values.%d.key",
-                    "past_value_names": "past_key_values.%d.value",
-                },
-                "outputs": {
-                    "logits": "logits",
-                    "present_key_names": "present.%d.key",
-                    "present_value_names": "present.%d.value",
-                },
-            },
-        },
-        # The graph gives back a longer past and does not write into the one it was given.
-        "search": {"do_sample": False, "max_length": context, "past_present_share_buffer": False},
-    }
+    first = end[0] if isinstance(end, list) else end
+    past = {f"past_{kind}_names": f"past_key_values.%d.{kind}" for kind in ("key", "value")}
+    present = {f"present_{kind}_names": f"present.%d.{kind}" for kind in ("key", "value")}
+    decoder = {
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []}, "filename": _FILENAME,
+        "hidden_size": config.hidden_size, "num_hidden_layers": config.num_hidden_layers,
+        "num_key_value_heads": heads, "head_size": size,
+        "inputs": {"input_ids": "input_ids", "attention_mask": "attention_mask", **past},
+        "outputs": {"logits": "logits", **present},
+    }  # fmt: skip
+    model = {
+        "type": "decoder",  # any decoder; the names above say the rest
+        "bos_token_id": first if config.bos_token_id is None else config.bos_token_id, "eos_token_id": end,
+        "pad_token_id": first if config.pad_token_id is None else config.pad_token_id,
+        "vocab_size": config.vocab_size, "context_length": context, "decoder": decoder,
+    }  # fmt: skip
+    # The graph gives back a longer past and does not write into the one it was given.
+    return {"model": model, "search": {"do_sample": False, "max_length": context, "past_present_share_buffer": False}}

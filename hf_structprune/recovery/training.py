@@ -13,6 +13,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from .. import hardware
 from ..errors import CheckpointError, ConfigurationError
+from ..hardware import DTYPES
 from ..installed import need
 from ..model.loading import load_config, load_model
 from .configuration import RecoveryConfig
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from trl import SFTConfig
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ALL_LINEAR = "all-linear"  # what PEFT calls every Linear but the head
 # Optimiser steps between checkpoints, as a share of the training.
 _SAVED_SHARE = 0.1
