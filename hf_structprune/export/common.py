@@ -39,7 +39,7 @@ def load_source(
     check: Callable[[PreTrainedConfig], None] | None = None,
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, Any]:
-    """The model to export and its tokenizer.
+    """The model to export in eval mode, loaded whole and not quantised, and its tokenizer or `None`.
 
     Args:
         model: A folder, an id of the Hub, or a model.
@@ -48,36 +48,24 @@ def load_source(
         check: Raises an error for configurations that cannot be exported, before weights are read.
         kwargs: Given to `from_pretrained`: `dtype`, `trust_remote_code`, ...
 
-    Returns:
-        The model in eval mode, and the tokenizer or `None`.
-
     Raises:
         ExportError: The model is quantised, or has no tokenizer.
         CheckpointError: The model cannot be loaded, or weights are missing.
     """
-    if isinstance(model, PreTrainedModel):
-        refuse_quantised(model.config, "The model")
-        return model.eval(), _checked(tokenizer, with_tokenizer)
-    config = load_config(model, **kwargs)
-    refuse_quantised(config, str(model))
-    if check is not None:
-        check(config)
-    tokenizer = load_tokenizer(model, **kwargs) if tokenizer is None else as_tokenizer(tokenizer)
-    return load_model(model, **kwargs), _checked(tokenizer, with_tokenizer)
-
-
-def _checked(tokenizer: Any, needed: bool) -> Any:
-    if tokenizer is None and needed:
-        raise ExportError("The model has no tokenizer, which this format stores with it; save one beside it.")
-    return tokenizer
-
-
-def refuse_quantised(config: PreTrainedConfig, name: str) -> None:
-    """Raises if weights are stored in few bits, which other formats cannot take over."""
+    loaded = isinstance(model, PreTrainedModel)
+    config = model.config if loaded else load_config(model, **kwargs)
     quantisation = getattr(config, "quantization_config", None)
     if quantisation is not None:
         method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
         raise ExportError(
-            f"{name} is quantised ({getattr(method, 'value', method)}); export the checkpoint that was quantised, and "
-            "let the other format do the quantising."
+            f"{'The model' if loaded else model} is quantised ({getattr(method, 'value', method)}); export the "
+            "checkpoint that was quantised, and let the other format do the quantising."
         )
+    if not loaded:
+        if check is not None:
+            check(config)
+        tokenizer = load_tokenizer(model, **kwargs) if tokenizer is None else as_tokenizer(tokenizer)
+        model = load_model(model, **kwargs)
+    if tokenizer is None and with_tokenizer:
+        raise ExportError("The model has no tokenizer, which this format stores with it; save one beside it.")
+    return model.eval(), tokenizer

@@ -1,4 +1,13 @@
-"""DeciLM, the format of NVIDIA's Nemotron-NAS models: Llama layers of different widths that vLLM reads."""
+"""DeciLM, the format of NVIDIA's Nemotron-NAS models: Llama layers of different widths that vLLM reads.
+
+As vLLM 0.33.0 (model_executor/models/nemotron_nas.py) and SGLang 0.5.23 (srt/models/nemotron_nas.py) read it:
+
+* All layers have `num_attention_heads` query heads; `n_heads_in_group` of a layer says how many share a KV head.
+* The width of an MLP is `2 * ffn_mult * hidden_size / 3`, rounded up to a multiple of 256. Where `ffn_mult` is not
+  there, vLLM reads the width itself from `intermediate_size`; SGLang does not.
+* Attention and MLP of a layer may be `no_op`, and have no norm then. The first sublayer of all must be an attention:
+  the norm in front of an MLP adds to a residual stream that is only there after one.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +34,9 @@ _KEYS = (
     "vocab_size", "hidden_size", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps",
     "rope_parameters", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
 )  # fmt: skip
+WIDTH_MULTIPLE = 256  # of widths that `ffn_mult` can say
 _ARCHITECTURE = "DeciLMForCausalLM"
+State = dict[str, torch.Tensor]
 _LAYER = "model.layers."
 _NOT_RUN = (
     "Not run in vLLM or SGLang: written for what the source of vLLM 0.33.0 and SGLang 0.5.23 reads. Serve it with "
@@ -43,8 +54,7 @@ def export_deci(
 ) -> Exported:
     """Writes a model as a `DeciLMForCausalLM` checkpoint, whose `block_configs` describe every layer.
 
-    Layers may differ in MLP width and KV heads, and lack attention or MLP. What the format can say and what not stands
-    in [`deci_blocks`].
+    Layers may differ in MLP width and KV heads, and lack attention or MLP.
 
     Args:
         model: A checkpoint (folder or id of the Hub), or a model: Llama, Mistral or Qwen2 without sliding window.
@@ -169,9 +179,6 @@ def _notes(blocks: list[Block], padding: float, tokenizer: Any) -> list[str]:
     return notes
 
 
-WIDTH_MULTIPLE = 256  # of widths that `ffn_mult` can say
-
-
 @dataclass(frozen=True)
 class Block:
     """The sizes of one layer; 0 where it has no attention or no MLP.
@@ -193,12 +200,10 @@ class Block:
 
 
 def fit(blocks: list[Block], pad: bool) -> list[Block]:
-    """The sizes that are written for the layers of a model.
+    """The sizes that are written for the layers of a model with such sizes.
 
-    Args:
-        blocks: The sizes that they have.
-        pad: Allow larger ones, whose additional heads and neurons will be zeros: as many query heads in all layers,
-            MLP widths that `ffn_mult` can say, and an attention before the first MLP.
+    With `pad` they may be larger, with heads and neurons of zeros: as many query heads in all layers, MLP widths
+    that `ffn_mult` can say, and an attention before the first MLP.
 
     Raises:
         ExportError: A layer has sizes that the format cannot say; names it and the way out.
@@ -207,7 +212,7 @@ def fit(blocks: list[Block], pad: bool) -> list[Block]:
         raise ExportError("No layer has attention, but a DeciLM model begins with one.")
     if pad:
         blocks = [replace(block, width=-(-block.width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE) for block in blocks]
-        return _with_first_attention(_with_equal_heads(blocks))
+        blocks = _with_equal_heads(blocks)
     heads = max(block.heads for block in blocks)
     for number, block in enumerate(blocks):
         if block.heads not in (0, heads):
@@ -216,18 +221,15 @@ def fit(blocks: list[Block], pad: bool) -> list[Block]:
                 "layers have as many (only their KV heads may differ). Pad it with heads of zeros (`pad`), prune "
                 "heads in the uniform layout, or prune 'mlp_neurons' and leave heads alone."
             )
-    first = _first(blocks)
-    if not blocks[first].heads:
+    first = next(number for number, block in enumerate(blocks) if block.heads or block.width)
+    if not blocks[first].heads and pad:
+        blocks[first] = replace(blocks[first], kv_heads=1, group=heads)
+    elif not blocks[first].heads:
         raise ExportError(
             f"Layer {first} has an MLP but no attention, and none before it: in the DeciLM format the first sublayer "
             "is an attention. Pad it with one of zeros (`pad`), or keep that attention (`protect_first`)."
         )
     return blocks
-
-
-def _first(blocks: list[Block]) -> int:
-    """Number of the first layer that does anything."""
-    return next(number for number, block in enumerate(blocks) if block.heads or block.width)
 
 
 def _with_equal_heads(blocks: list[Block]) -> list[Block]:
@@ -250,51 +252,27 @@ def _padded_heads(block: Block, heads: int) -> Block | None:
     return next((replace(block, kv_heads=heads // g, group=g) for g in groups if heads // g >= block.kv_heads), None)
 
 
-def _with_first_attention(blocks: list[Block]) -> list[Block]:
-    """An attention, with one KV head, in the first layer that does anything."""
-    first = _first(blocks)
-    if blocks[first].heads:
-        return blocks
-    heads = max(block.heads for block in blocks)
-    return [replace(b, kv_heads=1, group=heads) if number == first else b for number, b in enumerate(blocks)]
-
-
 def block_configs(blocks: list[Block], hidden_size: int) -> list[dict[str, dict[str, Any]]]:
-    """The layers as the configuration describes them.
-
-    Args:
-        blocks: Sizes that fit the format.
-        hidden_size: Size of the residual stream.
-    """
-    return [
-        {
-            "attention": {
-                "no_op": not block.heads, "n_heads_in_group": block.group or None, "replace_with_linear": False,
-            },
-            "ffn": {"no_op": not block.width, **_width(block.width, hidden_size), "replace_with_linear": False},
-        }
-        for block in blocks
-    ]  # fmt: skip
-
-
-def _width(width: int, hidden_size: int) -> dict[str, Any]:
-    """The width of an MLP: as a multiple of the hidden size where the format can say it so."""
-    if width % WIDTH_MULTIPLE:
-        return {"intermediate_size": width}
-    return {"ffn_mult": 3 * width / (2 * hidden_size) if width else None}
-
-
-State = dict[str, torch.Tensor]
+    """Layers with sizes that fit the format as the configuration describes them."""
+    configs = []
+    for block in blocks:
+        # As a multiple of the hidden size where the format can say it so.
+        width = {"ffn_mult": 3 * block.width / (2 * hidden_size) if block.width else None}
+        width = {"intermediate_size": block.width} if block.width % WIDTH_MULTIPLE else width
+        attention = {"no_op": not block.heads, "n_heads_in_group": block.group or None, "replace_with_linear": False}
+        configs.append(
+            {"attention": attention, "ffn": {"no_op": not block.width, **width, "replace_with_linear": False}}
+        )
+    return configs
 
 
 def pad_layer(state: State, prefix: str, old: Block, new: Block, head_dim: int) -> None:
-    """Pads the tensors of one layer, in place in the dictionary.
+    """Pads the tensors of one layer in place with heads and neurons of zeros, which add nothing to the logits.
 
     Args:
         state: Tensors by name; must hold those of another layer with attention if this one has none.
         prefix: Beginning of the layer's names, such as `"model.layers.3."`.
-        old: Its sizes.
-        new: The sizes it gets.
+        old, new: Its sizes, and those it gets.
         head_dim: Size of a head.
     """
     if new.width > old.width:

@@ -24,7 +24,7 @@ from .gguf_vocab import write_vocabulary
 
 
 if TYPE_CHECKING:
-    from gguf import GGMLQuantizationType
+    pass
 
 # Types that the `gguf` package writes, with their numbers in llama.cpp's `llama_ftype` ...
 WRITTEN = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}
@@ -69,8 +69,11 @@ def export_gguf(
         allowed = ", ".join((*WRITTEN, *QUANTISED))
         raise ConfigurationError(f"`quant` is {quant!r}; allowed values are {allowed}.")
     need("gguf", extra="gguf")
-    if quant in QUANTISED:
-        need_llama_cpp()
+    if quant in QUANTISED and find_spec("llama_cpp") is None:
+        raise StructPruneError(
+            "Types besides f32, f16, bf16 and q8_0 are made by llama.cpp, which is missing: `pip install "
+            "llama-cpp-python` (which compiles it)."
+        )
     check_place(output, file=True)
     output = Path(output)
     loaded = isinstance(model, PreTrainedModel)
@@ -78,24 +81,18 @@ def export_gguf(
     model, tokenizer = load_source(model, tokenizer, check=check, trust_remote_code=trust_remote_code)
     layout = layout_of(model)
     written = quant if quant in WRITTEN else _LOSSLESS.get(next(model.parameters()).dtype, "f32")
-    tensors = stored_tensors(model, layout, _type(written))
+    tensors = stored_tensors(model, layout, written)
     size = sum(tensor.size for tensor in tensors)
     with appearing(output, size * (1 if written == quant else 2)) as path:
         first = path if written == quant else path.with_name("whole.gguf")
         notes = _write(first, model, tokenizer, layout, tensors, WRITTEN[written], name)
         if first != path:
-            quantise(first, path, QUANTISED[quant])
+            _quantise(first, path, QUANTISED[quant])
         matrices = _matrices(path)
     notes += _remarks(model, layout, quant, matrices)
     kinds = dict(Counter(kind for kind, _ in matrices))
     details = {"quant": quant, "architecture": layout.architecture, "matrices": kinds}
     return Exported(output, output.stat().st_size, details, notes)
-
-
-def _type(name: str) -> GGMLQuantizationType:
-    from gguf import GGMLQuantizationType
-
-    return GGMLQuantizationType[name.upper()]
 
 
 def _write(
@@ -144,7 +141,8 @@ def _remarks(model: PreTrainedModel, layout: Layout, quant: str, matrices: list[
     context = context_of(model.config)
     if context < model.config.max_position_embeddings:
         notes.append(f"llama.cpp reads no sliding window here: the context is written as {context} tokens.")
-    block = _block(quant)
+    # How many neighbouring values of a row share what the type says of its blocks.
+    block = 1 if quant in ("f32", "f16", "bf16") else 256 if "_k" in quant or quant == "iq4_xs" else 32
     unfit = Counter(kind for kind, row in matrices if row % block)
     if unfit:
         kinds = ", ".join(f"{count} as {kind}" for kind, count in unfit.items())
@@ -155,37 +153,8 @@ def _remarks(model: PreTrainedModel, layout: Layout, quant: str, matrices: list[
     return notes
 
 
-def _block(quant: str) -> int:
-    """How many neighbouring values of a row share what a type says of its blocks."""
-    if quant in ("f32", "f16", "bf16"):
-        return 1
-    return 256 if "_k" in quant or quant == "iq4_xs" else 32
-
-
-def need_llama_cpp() -> None:
-    """Makes sure that the package is installed.
-
-    Raises:
-        StructPruneError: It is not; says how to install it.
-    """
-    if find_spec("llama_cpp") is None:
-        raise StructPruneError(
-            "Types besides f32, f16, bf16 and q8_0 are made by llama.cpp, which is missing: `pip install "
-            "llama-cpp-python` (which compiles it)."
-        )
-
-
-def quantise(source: Path, target: Path, file_type: int) -> None:
-    """Writes a GGUF file with the weights of another one in fewer bits.
-
-    Args:
-        source: A file in f32, f16 or bf16.
-        target: The file to write.
-        file_type: Number of the type in llama.cpp's `llama_ftype`.
-
-    Raises:
-        ExportError: llama.cpp reports a failure.
-    """
+def _quantise(source: Path, target: Path, file_type: int) -> None:
+    """Lets llama.cpp write a file (f32, f16 or bf16) in fewer bits, a type of its `llama_ftype`."""
     import llama_cpp
 
     parameters = llama_cpp.llama_model_quantize_default_params()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -77,46 +78,34 @@ def layout_of(model: PreTrainedModel) -> Layout:
     """
     config, name = model.config, type(model).__name__.removeprefix(PREFIX)
     check(config, name)
-    layout = _with_shapes(model, *_FAMILIES[name])
+    architecture, interleaved = _FAMILIES[name]
+    state, head_dim = model.state_dict(), getattr(config, "head_dim", None)
+    head_dim = head_dim or config.hidden_size // config.num_attention_heads
+
+    def rows(module: str, unit: int) -> tuple[int, ...]:
+        names = [f"{LAYER.format(i)}{module}.weight" for i in range(config.num_hidden_layers)]
+        return tuple(state[name].shape[0] // unit if name in state else 0 for name in names)
+
+    heads, kv_heads = (rows(f"self_attn.{part}_proj", head_dim) for part in "qk")
+    layout = Layout(architecture, interleaved, head_dim, heads, kv_heads, rows("mlp.gate_proj", 1))
     if not layout.is_uniform:
-        return _as_deci(layout, name)
+        if architecture not in _LIKE_LLAMA:
+            raise ExportError(
+                f"The layers of this {name} are not alike, and llama.cpp reads such layers of Llama, Mistral and "
+                "Qwen2 models only. Prune with layout='uniform'."
+            )
+        heads, kv_heads = ((sizes[0] or 1, *sizes[1:]) for sizes in (heads, kv_heads))
+        widths = tuple(width or DUMMY_WIDTH for width in layout.widths)
+        return Layout("deci", True, head_dim, heads, kv_heads, widths)
     if layout.architecture == "qwen2" and layout.heads[0] * layout.head_dim != config.hidden_size:
         return replace(layout, architecture="llama", interleaved=True)
     return layout
 
 
-def _with_shapes(model: PreTrainedModel, architecture: str, interleaved: bool) -> Layout:
-    state, config = model.state_dict(), model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-    def rows(module: str) -> tuple[int, ...]:
-        names = [f"{LAYER.format(i)}{module}.weight" for i in range(config.num_hidden_layers)]
-        return tuple(state[name].shape[0] if name in state else 0 for name in names)
-
-    heads, kv_heads = (tuple(n // head_dim for n in rows(f"self_attn.{p}_proj")) for p in "qk")
-    return Layout(architecture, interleaved, head_dim, heads, kv_heads, rows("mlp.gate_proj"))
-
-
-def _as_deci(layout: Layout, name: str) -> Layout:
-    if layout.architecture not in _LIKE_LLAMA:
-        raise ExportError(
-            f"The layers of this {name} are not alike, and llama.cpp reads such layers of Llama, Mistral and Qwen2 "
-            "models only. Prune with layout='uniform'."
-        )
-    heads, kv_heads = ((sizes[0] or 1, *sizes[1:]) for sizes in (layout.heads, layout.kv_heads))
-    widths = tuple(width or DUMMY_WIDTH for width in layout.widths)
-    return replace(layout, architecture="deci", interleaved=True, heads=heads, kv_heads=kv_heads, widths=widths)
-
-
 def check(config: PreTrainedConfig, name: str | None = None) -> None:
     """Refuses models that cannot be written, and what llama.cpp would read without an error and compute differently.
 
-    Args:
-        config: Configuration of the model.
-        name: Name of its class in Transformers. Default: the one that is made for such a configuration.
-
-    Raises:
-        ExportError: Says what is not understood.
+    `name` is that of its class in Transformers, by default the one that is made for such a configuration.
     """
     name = name or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)
     if name not in _FAMILIES:
@@ -155,13 +144,7 @@ _GRANITE = {
 
 
 def write_metadata(writer: GGUFWriter, config: PreTrainedConfig, layout: Layout, name: str) -> None:
-    """Writes the hyperparameters.
-
-    Args:
-        writer: The file, made for the layout's architecture.
-        config: Configuration of the model.
-        layout: Shapes of the layers.
-        name: What the file calls the model.
+    """Writes the hyperparameters of a model that the file calls `name`.
 
     Raises:
         ExportError: The rotary positions are of a kind that llama.cpp would compute differently.
@@ -198,8 +181,15 @@ def _write_rope(writer: GGUFWriter, config: PreTrainedConfig, layout: Layout) ->
     if kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(RopeScalingType.LINEAR if kind == "linear" else RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope["factor"])
-    if kind == "yarn":
-        _write_yarn(writer, config, rope)
+    if kind == "yarn":  # as both compute it by default; other settings mean something else there
+        stated = {key for key, value in rope.items() if value is not None}
+        other = sorted({"attention_factor", "mscale", "mscale_all_dim", "truncate"} & stated)
+        if other:
+            raise ExportError(f"YaRN with `{other[0]}` set cannot be written for llama.cpp.")
+        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        writer.add_rope_scaling_orig_ctx_len(original)
+        writer.add_rope_scaling_yarn_beta_fast(rope.get("beta_fast") or 32)
+        writer.add_rope_scaling_yarn_beta_slow(rope.get("beta_slow") or 1)
     elif kind not in ("default", "linear") and not (kind == "llama3" and layout.architecture in _FREQUENCIES):
         raise ExportError(
             f"Rotary positions of type {kind!r} cannot be written for llama.cpp's {layout.architecture}; those that "
@@ -207,24 +197,8 @@ def _write_rope(writer: GGUFWriter, config: PreTrainedConfig, layout: Layout) ->
         )
 
 
-def _write_yarn(writer: GGUFWriter, config: PreTrainedConfig, rope: dict) -> None:
-    """YaRN as both compute it by default; other settings mean something else there."""
-    stated = {key for key, value in rope.items() if value is not None}
-    other = sorted({"attention_factor", "mscale", "mscale_all_dim", "truncate"} & stated)
-    if other:
-        raise ExportError(f"YaRN with `{other[0]}` set cannot be written for llama.cpp.")
-    original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-    writer.add_rope_scaling_orig_ctx_len(original)
-    writer.add_rope_scaling_yarn_beta_fast(rope.get("beta_fast") or 32)
-    writer.add_rope_scaling_yarn_beta_slow(rope.get("beta_slow") or 1)
-
-
 def rope_factors(config: PreTrainedConfig) -> torch.Tensor | None:
-    """By what llama.cpp divides the rotary frequencies, as Transformers computes them; `None` if by nothing.
-
-    Returns:
-        One number for each pair of channels, float32.
-    """
+    """By what llama.cpp divides the rotary frequency of each pair of channels, float32; `None` if by nothing."""
     if config.rope_parameters.get("rope_type", "default") != "llama3":
         return None
     frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
@@ -270,7 +244,7 @@ class StoredTensor:
         return quantize(values.numpy(), self.kind)
 
 
-def stored_tensors(model: PreTrainedModel, layout: Layout, kind: GGMLQuantizationType) -> list[StoredTensor]:
+def stored_tensors(model: PreTrainedModel, layout: Layout, quant: str) -> list[StoredTensor]:
     """All tensors of the file.
 
     Matrices are stored in the type that is asked for, or in half precision where rows do not divide into its blocks;
@@ -279,8 +253,9 @@ def stored_tensors(model: PreTrainedModel, layout: Layout, kind: GGMLQuantizatio
     Raises:
         ExportError: The model has a tensor that the architecture has no name for.
     """
-    from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
+    from gguf import GGML_QUANT_SIZES, MODEL_ARCH, MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map
 
+    asked, half = GGMLQuantizationType[quant.upper()], GGMLQuantizationType.F16
     arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == layout.architecture)
     names = get_tensor_name_map(MODEL_ARCH(arch), len(layout.widths))
     result = []
@@ -288,16 +263,9 @@ def stored_tensors(model: PreTrainedModel, layout: Layout, kind: GGMLQuantizatio
         stored = name if name == "rope_freqs.weight" else names.get_name(name, try_suffixes=(".weight", ".bias"))
         if stored is None:
             raise ExportError(f"llama.cpp's {layout.architecture} has no tensor for `{name}`.")
-        result.append(StoredTensor(stored, shape, _kind(shape, kind), read))
+        kind = half if shape[-1] % GGML_QUANT_SIZES[asked][0] else asked
+        result.append(StoredTensor(stored, shape, GGMLQuantizationType.F32 if len(shape) == 1 else kind, read))
     return result
-
-
-def _kind(shape: tuple[int, ...], kind: GGMLQuantizationType) -> GGMLQuantizationType:
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    if len(shape) == 1:
-        return GGMLQuantizationType.F32
-    return GGMLQuantizationType.F16 if shape[-1] % GGML_QUANT_SIZES[kind][0] else kind
 
 
 def _tensors(model: PreTrainedModel, layout: Layout) -> Iterator[tuple[str, tuple[int, ...], Callable]]:
@@ -309,30 +277,23 @@ def _tensors(model: PreTrainedModel, layout: Layout) -> Iterator[tuple[str, tupl
     head = state.get("lm_head.weight")
     tied = head is not None and head.data_ptr() == state["model.embed_tokens.weight"].data_ptr()
     for name, tensor in state.items():
-        if not (tied and name == "lm_head.weight"):
-            yield name, tuple(tensor.shape), _reader(name, tensor, layout)
+        if tied and name == "lm_head.weight":
+            continue
+        rotated = name.rpartition(".")[0].endswith(("self_attn.q_proj", "self_attn.k_proj"))
+        order = partial(interleave, head_dim=layout.head_dim) if rotated and layout.interleaved else _as_it_is
+        yield name, tuple(tensor.shape), partial(order, tensor)
     for name, shape in _silent(layout, state, model.config.hidden_size):
         yield name, shape, lambda shape=shape: torch.zeros(shape)
 
 
-def _reader(name: str, tensor: torch.Tensor, layout: Layout) -> Callable[[], torch.Tensor]:
-    rotated = name.rpartition(".")[0].endswith(("self_attn.q_proj", "self_attn.k_proj"))
-    if rotated and layout.interleaved:
-        return lambda: interleave(tensor, layout.head_dim)
-    return lambda: tensor
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def interleave(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows of a query or key projection in the order of rotation by neighbours.
+    """Rows `(heads * head_dim, ...)` of a query or key projection in the order of rotation by neighbours.
 
     Transformers rotates row `i` of a head with row `i + head_dim / 2`; in the result these two are neighbours.
-
-    Args:
-        rows: `(heads * head_dim, ...)`, a weight or a bias.
-        head_dim: Size of a head.
-
-    Returns:
-        The same rows in another order.
     """
     return rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 

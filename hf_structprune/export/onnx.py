@@ -132,7 +132,7 @@ def _trace(forward: ForwardWithCache) -> Any:
 
 @torch.no_grad()
 def _compare(folder: Path, forward: ForwardWithCache) -> float:
-    """The largest difference of ONNX Runtime's logits from the model's, in shares of the largest; refuses a large one."""
+    """How far ONNX Runtime's logits are from the model's, in shares of the largest; refuses what is not equal."""
     from transformers.exporters import ExportedModel
 
     graph = ExportedModel.from_pretrained(folder, device="cpu")
