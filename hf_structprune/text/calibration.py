@@ -6,7 +6,6 @@ import random
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from ..config import CalibrationConfig
 from ..data import calibration_sample
 from ..errors import CalibrationError, TextError
-from .reading import LongLine, read_jsonl, read_rows
+from .reading import LongLine, read_rows
 from .tokenising import token_ids
 
 
@@ -28,14 +27,6 @@ PEEK_ROWS = 1000
 # special tokens or a separator.
 _TOKENS_PER_CHARACTER, _SEPARATORS = 8, 16
 _FIRST_WORD = re.compile(r"^\S{0,1000}\s")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Rows of text under a name for messages; rows of a dataset are read only when asked for."""
-
-    name: str
-    rows: Sequence[Any]
 
 
 def load_tokens(config: CalibrationConfig, tokenizer: Any) -> torch.LongTensor:
@@ -68,7 +59,11 @@ def load_tokens(config: CalibrationConfig, tokenizer: Any) -> torch.LongTensor:
     if tokenizer is None:
         raise CalibrationError("Calibration text needs a tokenizer and there is none: give one, or give `tokens`.")
     try:
-        found = _read_all(config, tokenizer)
+        sources = _sources(config)
+        counts = [len(range(i, config.num_samples, len(sources))) for i in range(len(sources))]
+        found = [
+            _source_tokens(*source, count, config, tokenizer) for source, count in zip(sources, counts, strict=True)
+        ]
     except CalibrationError:
         raise
     except TextError as error:  # also from the middle of a file
@@ -94,53 +89,48 @@ def check_token_ids(tokens: torch.LongTensor, vocab_size: int) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------- sources
-
-
-def _open_sources(config: CalibrationConfig) -> list[Source]:
+def _sources(config: CalibrationConfig) -> list[tuple[str, Sequence[Any]]]:
+    """Names for messages and rows; those of a dataset are read only when asked for."""
     if config.texts is not None:
-        return [Source("`texts`", config.texts)]
+        return [("`texts`", config.texts)]
     if config.dataset is None:
-        return [Source("the packaged sample", read_jsonl(calibration_sample()))]
+        return [("the packaged sample", read_rows(calibration_sample()))]
     datasets = [config.dataset] if isinstance(config.dataset, str) else config.dataset
     if not datasets:
         raise CalibrationError("`dataset` is an empty list: name at least one, or None for the packaged sample.")
-    return [Source(str(dataset), _open_rows(str(dataset), config)) for dataset in datasets]
-
-
-def _open_rows(dataset: str, config: CalibrationConfig) -> Sequence[Any]:
-    longest = 4 * config.num_samples * config.length * CHARACTERS_PER_TOKEN  # bytes
-    return read_rows(dataset, name=config.name, split=config.split, column=config.column, longest=longest)
-
-
-# ------------------------------------------------------------------------------------- rows to sequences
-
-
-def _read_all(config: CalibrationConfig, tokenizer: Any) -> list[torch.LongTensor]:
-    """The sequences of each source."""
-    sources = _open_sources(config)
-    if config.num_samples < len(sources):
+    if config.num_samples < len(datasets):
         raise CalibrationError(
-            f"`num_samples` is {config.num_samples}, but there are {len(sources)} datasets to take a sequence of."
+            f"`num_samples` is {config.num_samples}, but there are {len(datasets)} datasets to take a sequence of."
         )
-    counts = [len(range(i, config.num_samples, len(sources))) for i in range(len(sources))]
-    return [_source_tokens(source, count, config, tokenizer) for source, count in zip(sources, counts, strict=True)]
+    longest = 4 * config.num_samples * config.length * CHARACTERS_PER_TOKEN  # bytes
+    options = {"name": config.name, "split": config.split, "column": config.column, "longest": longest}
+    return [(str(dataset), read_rows(str(dataset), **options)) for dataset in datasets]
 
 
-def _source_tokens(source: Source, count: int, config: CalibrationConfig, tokenizer: Any) -> torch.LongTensor:
+def _source_tokens(
+    name: str, rows: Sequence[Any], count: int, config: CalibrationConfig, tokenizer: Any
+) -> torch.LongTensor:
     """`count` sequences of one source, shape `(count, config.length)`."""
     rng = random.Random(config.seed)
-    running = not config.chat_template and _is_running_text(source.rows)
-    rows = _Selection(source.rows, count, config.length * CHARACTERS_PER_TOKEN, rng)
+    running = not config.chat_template and _is_running_text(rows)
+    chosen = _Selection(rows, count, config.length * CHARACTERS_PER_TOKEN, rng)
+
+    def texts() -> Iterator[str]:
+        return (_as_text(f"Row {index} of {name}", row, config, tokenizer) for index, row in chosen)
+
     characters, is_empty = 0, True
-    for text in _texts(source, rows, config, tokenizer):
+    for text in texts():
         characters, is_empty = characters + len(text), is_empty and not text.strip()
     if is_empty:
-        raise CalibrationError(f"There is no text in {source.name}: it has no rows, or all of them are empty.")
-    most = characters * _TOKENS_PER_CHARACTER + len(rows) * _SEPARATORS
-    _check_enough(most, f"at most {most}", source.name, count, config.length)
-    ids = _tokenize(_texts(source, rows, config, tokenizer), running, config.chat_template, tokenizer)
-    return _draw_sequences(ids, source.name, count, config.length, rng)
+        raise CalibrationError(f"There is no text in {name}: it has no rows, or all of them are empty.")
+    most = characters * _TOKENS_PER_CHARACTER + len(chosen) * _SEPARATORS
+    _check_enough(most, f"at most {most}", name, count, config.length)
+    ids = _tokenize(texts(), running, config.chat_template, tokenizer)
+    _check_enough(len(ids), str(len(ids)), name, count, config.length)
+    # One random sequence out of each of `count` equal stretches.
+    found = len(ids) // config.length
+    drawn = [rng.randrange(i * found // count, (i + 1) * found // count) for i in range(count)]
+    return torch.from_numpy(ids[: found * config.length].reshape(found, config.length)[drawn]).long()
 
 
 def _is_running_text(rows: Sequence[Any]) -> bool:
@@ -211,21 +201,16 @@ def _stretch(size: int, number: int, parts: int, wanted: int, rng: random.Random
     return low + rng.randrange(max(1, high - low - wanted + 1)), min(wanted, high - low)
 
 
-def _texts(source: Source, rows: _Selection, config: CalibrationConfig, tokenizer: Any) -> Iterator[str]:
-    for index, row in rows:
-        yield _as_text(source, index, row, config, tokenizer)
-
-
-def _as_text(source: Source, index: int, row: Any, config: CalibrationConfig, tokenizer: Any) -> str:
+def _as_text(where: str, row: Any, config: CalibrationConfig, tokenizer: Any) -> str:
     if isinstance(row, str) and (not config.chat_template or not row.strip()):
         return row
     if config.chat_template:
         messages = [{"role": "user", "content": row}] if isinstance(row, str) else row
         if _is_chat(messages):
-            return _render(messages, f"Row {index} of {source.name}", tokenizer)
+            return _render(messages, where, tokenizer)
     kinds = "a text or a list of {role, content} messages" if config.chat_template else "a text"
     hint = " Set `chat_template=True` to render chat messages." if _is_chat(row) else ""
-    raise CalibrationError(f"Row {index} of {source.name} is a {type(row).__name__}, not {kinds}.{hint}")
+    raise CalibrationError(f"{where} is a {type(row).__name__}, not {kinds}.{hint}")
 
 
 def _is_chat(row: Any) -> bool:
@@ -272,14 +257,6 @@ def _joined(texts: Iterable[str]) -> Iterator[str]:
         if number:
             yield "\n\n"
         yield text if text.strip() else ""
-
-
-def _draw_sequences(ids: np.ndarray, name: str, count: int, length: int, rng: random.Random) -> torch.LongTensor:
-    """One random sequence out of each of `count` equal stretches of `ids` cut into sequences of `length`."""
-    _check_enough(len(ids), str(len(ids)), name, count, length)
-    found = len(ids) // length
-    chosen = [rng.randrange(i * found // count, (i + 1) * found // count) for i in range(count)]
-    return torch.from_numpy(ids[: found * length].reshape(found, length)[chosen]).long()
 
 
 def _check_enough(tokens: int, words: str, name: str, count: int, length: int) -> None:

@@ -1,15 +1,19 @@
-"""Rows of text from files, folders of data sets and the Hub: the one reader for calibration and evaluation."""
+"""Rows of text from files, folders of data sets and the Hub: the one reader for calibration and evaluation.
+
+Files of any size are read in pieces: `Lines` holds a small part of one at a time.
+"""
 
 from __future__ import annotations
 
 import codecs
 import os
 import re
+from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from ..errors import TextError
 from ..files.reading import parse_json
@@ -17,6 +21,9 @@ from ..files.writing import can_only_be_a_path
 
 
 FILES = (".txt", ".jsonl", ".json")
+# Bytes read at once; the place of a line is kept about every so many bytes.
+_BLOCK = 1 << 16
+_BREAK = re.compile(rb"\r\n|\r|\n")
 
 
 def read_rows(
@@ -43,14 +50,15 @@ def read_rows(
         TextError: There is no such source, split or column, or it cannot be read.
     """
     path = _file(source)
-    if path is not None and path.suffix == ".txt":
+    if path is None:
+        loaded = _load(str(source), name, split, loading)
+        _check_column(str(source), column, loaded.column_names)
+        return loaded[column]
+    if path.suffix == ".txt":
         return _TextRows(path, longest)
-    if path is not None:
-        whole = path.suffix == ".json" and _begins_with_a_list(path)
-        return read_json(path, column) if whole else _JsonRows(path, column)
-    loaded = _load(str(source), name, split, loading)
-    _check_column(str(source), column, loaded.column_names)
-    return loaded[column]
+    if _is_one_list(path):
+        return [_value(row, where, column) for where, row in _json_rows(path)]
+    return _JsonRows(path, column)
 
 
 def read_table(source: str | os.PathLike, *, name: str | None = None, split: str = "train", **loading: Any) -> Any:
@@ -108,18 +116,20 @@ def read_lines(path: str | os.PathLike) -> list[str]:
     return list(_TextRows(path))
 
 
-def read_jsonl(path: str | os.PathLike, column: str = "text") -> list[Any]:
-    """Values under the key `column` in the rows of a `.jsonl` file."""
-    return list(_JsonRows(path, column))
+class _Rows(Sequence[Any]):
+    """Rows that are read as they are asked for."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        return self._row(range(len(self))[index])
+
+    @abstractmethod
+    def _row(self, number: int) -> Any: ...
 
 
-def read_json(path: str | os.PathLike, column: str = "text") -> list[Any]:
-    """The same of a `.json` file: one list of objects, or an object a line as in a `.jsonl` file."""
-    return [_value(row, where, column) for where, row in _json_rows(Path(path).expanduser())]
-
-
-class _TextRows(Sequence[Any]):
-    """Rows of a `.txt` file, read as they are asked for; lines of more bytes than `longest` are a `LongLine`."""
+class _TextRows(_Rows):
+    """Rows of a `.txt` file; lines of more bytes than `longest` are a `LongLine`."""
 
     def __init__(self, path: str | os.PathLike, longest: int | None = None) -> None:
         self._lines = Lines(Path(path).expanduser(), longest)
@@ -127,20 +137,16 @@ class _TextRows(Sequence[Any]):
     def __len__(self) -> int:
         return len(self._lines)
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        line = self._lines[index]
-        if isinstance(line, LongLine):
-            return line
-        return line + "\n" if line.strip() else ""
+    def _row(self, number: int) -> str | LongLine:
+        line = self._lines[number]
+        return line if isinstance(line, LongLine) else line + "\n" if line.strip() else ""
 
 
-class _JsonRows(Sequence[Any]):
-    """Values of one key in the rows of a `.jsonl` file, read as they are asked for; blank lines are no rows."""
+class _JsonRows(_Rows):
+    """Values of one key in the rows of a `.jsonl` file; blank lines are no rows."""
 
-    def __init__(self, path: str | os.PathLike, column: str) -> None:
-        self._path, self._column, self._lines = path, column, Lines(Path(path).expanduser())
+    def __init__(self, path: Path, column: str) -> None:
+        self._path, self._column, self._lines = path, column, Lines(path)
         blank = [number for number, line in enumerate(self._lines) if not line.strip()]
         # Before row `i` are as many blank lines as entries here that are at most `i`.
         self._blank = [number - before for before, number in enumerate(blank)]
@@ -148,38 +154,27 @@ class _JsonRows(Sequence[Any]):
     def __len__(self) -> int:
         return len(self._lines) - len(self._blank)
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        number = range(len(self))[index]
+    def _row(self, number: int) -> Any:
         number += bisect_right(self._blank, number)
         where = f"Line {number + 1} of {self._path}"
-        return _value(_parsed(self._lines[number], where), where, self._column)
+        return _value(parse_json(self._lines[number], where, TextError, repeats=True), where, self._column)
+
+
+def _is_one_list(path: Path) -> bool:
+    line = next((line for line in Lines(path) if line.strip()), "") if path.suffix == ".json" else ""
+    return line.lstrip().startswith("[")
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Rows of a JSON file, each with the words for where it is."""
-    if path.suffix == ".json" and _begins_with_a_list(path):
-        yield from _json_list(path)
+    if _is_one_list(path):
+        for number, row in enumerate(parse_json(_read(path), str(path), TextError, repeats=True)):
+            yield f"Item {number} of {path}", row
         return
     for number, line in enumerate(Lines(path), start=1):
         if line.strip():
             where = f"Line {number} of {path}"
-            yield where, _parsed(line, where)
-
-
-def _begins_with_a_list(path: Path) -> bool:
-    line = next((line for line in Lines(path) if line.strip()), "")
-    return line.lstrip().startswith("[")
-
-
-def _json_list(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, row in enumerate(_parsed(_read(path), str(path))):
-        yield f"Item {number} of {path}", row
-
-
-def _parsed(text: str, where: str) -> Any:
-    return parse_json(text, where, TextError, repeats=True)
+            yield where, parse_json(line, where, TextError, repeats=True)
 
 
 def _file(source: str | os.PathLike) -> Path | None:
@@ -196,8 +191,7 @@ def _file(source: str | os.PathLike) -> Path | None:
     return None
 
 
-def _read(path: str | os.PathLike) -> str:
-    path = Path(path).expanduser()
+def _read(path: Path) -> str:
     if not path.is_file():
         raise TextError(f"There is no file {path}.")
     try:
@@ -223,19 +217,24 @@ def _check_column(where: str, column: str, columns: list[str]) -> None:
 
 
 def _load(source: str, name: str | None, split: str, loading: dict[str, Any]) -> Any:
-    if is_local(source):
-        return _load_folder(Path(source).expanduser(), name, split)
-    return _load_from_hub(source, name, split, loading)
-
-
-def _load_folder(path: Path, name: str | None, split: str) -> Any:
+    """A data set from a folder or the Hub; `datasets` raises errors of another type for every builder."""
     import datasets
 
+    if not is_local(source):
+        try:
+            return datasets.load_dataset(source, name, split=split, **loading)
+        except Exception as error:
+            raise TextError(
+                f"The dataset {source!r} (name {name!r}, split {split!r}) cannot be loaded from the Hub: {error}. "
+                "Check its id, name and split and the network, or give local text: a .txt, .jsonl or .json file, or "
+                "a dataset folder."
+            ) from error
+    path = Path(source).expanduser()
     try:
         if not any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):
             return datasets.load_dataset(str(path), name, split=split)
         loaded = datasets.load_from_disk(str(path))
-    except Exception as error:  # `datasets` raises a different type for every builder
+    except Exception as error:
         raise TextError(f"The folder {path} cannot be read as a dataset: {error}") from error
     if not isinstance(loaded, datasets.DatasetDict):
         return loaded
@@ -244,33 +243,9 @@ def _load_folder(path: Path, name: str | None, split: str) -> Any:
     return loaded[split]
 
 
-def _load_from_hub(dataset: str, name: str | None, split: str, loading: dict[str, Any]) -> Any:
-    import datasets
-
-    named = f"{dataset!r} (name {name!r}, split {split!r})"
-    try:
-        return datasets.load_dataset(dataset, name, split=split, **loading)
-    except Exception as error:  # `datasets` raises a different type for every builder
-        raise TextError(
-            f"The dataset {named} cannot be loaded from the Hub: {error}. Check its id, name and split and the "
-            "network, or give local text: a .txt, .jsonl or .json file, or a dataset folder."
-        ) from error
-
-
-# Bytes read at once; the place of a line is kept about every so many bytes.
-_BLOCK = 1 << 16
-_BREAK = re.compile(rb"\r\n|\r|\n")
-
-
 @dataclass(frozen=True)
 class LongLine:
-    """A line that is not read whole.
-
-    Args:
-        path: The file.
-        offset: Where the line begins, in bytes.
-        size: Its bytes.
-    """
+    """A line of `size` bytes from byte `offset` of a file on, that is not read whole."""
 
     path: Path
     offset: int
@@ -286,7 +261,7 @@ class LongLine:
         return codecs.getincrementaldecoder("utf-8")().decode(content)
 
 
-class Lines(Sequence[str]):
+class Lines(_Rows):
     """Lines of a UTF-8 text file without their line breaks, which are those of Python's text files.
 
     The file is read once to count them and to see that it is text, and then in blocks as they are asked for.
@@ -316,18 +291,7 @@ class Lines(Sequence[str]):
     def __len__(self) -> int:
         return self._length
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
+    def _row(self, index: int) -> str | LongLine:
         block = bisect_right(self._numbers, index, hi=len(self._numbers) - 1) - 1
         if self._is_long(block):
             return LongLine(self.path, self._places[block], self._size(block))

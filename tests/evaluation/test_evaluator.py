@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from few_tasks import few_tasks  # noqa: F401
 
 from hf_structprune.errors import ConfigurationError, StructPruneError, TextError
 from hf_structprune.evaluation import evaluator

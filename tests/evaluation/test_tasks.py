@@ -7,6 +7,7 @@ import datasets
 import pytest
 import torch
 from families import cut, make_model, random_units
+from few_tasks import few_tasks  # noqa: F401
 from transformers.utils import logging as transformers_logging
 
 from hf_structprune.errors import ConfigurationError, EvaluationError

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from hf_structprune.errors import CalibrationError, StructPruneError, TextError
-from hf_structprune.text.reading import read_json, read_jsonl, read_lines, read_rows, read_table
+from hf_structprune.text.reading import read_lines, read_rows, read_table
 
 
 def test_txt_without_a_last_line_break(tmp_path):
@@ -14,7 +14,7 @@ def test_txt_without_a_last_line_break(tmp_path):
 
 def test_read_jsonl_skips_blank_lines(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x\\u2028y"}\n\n{"text": "z"}')
-    assert read_jsonl(tmp_path / "a.jsonl") == ["x\u2028y", "z"]
+    assert list(read_rows(tmp_path / "a.jsonl")) == ["x\u2028y", "z"]
 
 
 @pytest.mark.parametrize("indent", [None, 1])
@@ -23,7 +23,6 @@ def test_json_is_a_list_or_lines(tmp_path, indent):
     (tmp_path / "list.json").write_text("\n" + json.dumps(rows, indent=indent))
     (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, rows)))
     for name in ("list.json", "lines.json"):
-        assert read_json(tmp_path / name, "body") == ["x\ny", "z"]
         assert list(read_rows(tmp_path / name, column="body")) == ["x\ny", "z"]
 
 

@@ -9,7 +9,7 @@ import pytest
 USED = ("arc", "hellaswag", "openbookqa", "piqa", "super_glue/boolq", "truthfulqa", "winogrande")
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(autouse=True, scope="module")
 def few_tasks():
     if find_spec("lm_eval") is None:
         yield
