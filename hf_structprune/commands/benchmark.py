@@ -61,21 +61,20 @@ def benchmark_command(argv: Sequence[str]) -> None:
     model, command, config = parse(
         argv, "benchmark", description, ModelArguments, BenchmarkArguments, EfficiencyConfig
     )
-    if command.output is not None:
-        check_place(command.output, file=True)
+    output = None if command.output is None else Path(command.output)
+    _check(command.output, command.overwrite)
     if command.questions is not None:
         check_place(command.questions)
-    output = None if command.output is None else Path(command.output)
     with results_only_on_stdout():
         subject = find_subject(model, command.state)
         baseline = None if command.baseline is None else find_baseline(command.baseline, model)
         beside = None if output is None or baseline is None else baseline_output(output, baseline)
-        for path in (output, beside if isinstance(baseline, Subject) else None):
-            _check(path, command.overwrite)
-        others = [baseline] if isinstance(baseline, Subject) else []
-        results = take_turns([*others, subject], config, command.rounds)
+        subjects = [*([baseline] if isinstance(baseline, Subject) else []), subject]
+        if len(subjects) > 1:
+            _check(beside, command.overwrite)
+        results = take_turns(subjects, config, command.rounds)
         if command.questions is not None:
-            _ask([*others, subject], results, Path(command.questions))
+            _ask(subjects, results, Path(command.questions))
         if isinstance(baseline, EvaluationResult):
             results.insert(0, baseline)
         if output is not None:
@@ -87,11 +86,11 @@ def benchmark_command(argv: Sequence[str]) -> None:
     show(model.json, {**table.to_dict(), "output": command.output}, table.to_rich(), *saved)
 
 
-def _check(path: Path | None, overwrite: bool) -> None:
+def _check(path: str | Path | None, overwrite: bool) -> None:
     if path is None:
         return
     check_place(path, file=True)
-    if path.exists() and not overwrite:
+    if Path(path).exists() and not overwrite:
         raise ConfigurationError(f"{path} is there; choose another --output or say --overwrite.")
 
 
@@ -102,15 +101,9 @@ def take_turns_apart(subjects: list[Subject], config: EfficiencyConfig, rounds: 
 
 
 def take_turns(subjects: list[Subject], config: EfficiencyConfig, rounds: int) -> list[EvaluationResult]:
-    """Size, memory and speed of each model; only one of them is in memory at a time.
+    """Size, memory and speed of each model, loaded and timed one after the other so many rounds.
 
-    Args:
-        subjects: The models.
-        config: What is run.
-        rounds: How often each model is loaded and timed, one after the other.
-
-    Returns:
-        One result for each model.
+    Only one of them is in memory at a time.
     """
     figures: list[list[list[Figure]]] = [[] for _ in subjects]
     results = []

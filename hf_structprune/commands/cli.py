@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from ..masking import MaskedStream, masked
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+    from rich.table import Table
 
 # The module of each command, which has a function `NAME_command`, and what it does.
 COMMANDS = {
@@ -138,13 +139,14 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def check_output_dir(path: str, overwrite: bool) -> None:
+def check_output_dir(path: str | None, overwrite: bool) -> None:
     """Refuses to write over something, or where nothing can be written, before any work is done."""
     from ..files.writing import check_folder
 
-    folder = Path(path)
+    if path is None:
+        raise ConfigurationError("--output-dir is missing.")
     check_folder(path)
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    if Path(path).is_dir() and any(Path(path).iterdir()) and not overwrite:
         raise ConfigurationError(f"{path} is not empty; choose another --output-dir or say --overwrite.")
 
 
@@ -174,6 +176,18 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False, soft_wrap=False)
+
+
+def make_table(title: str, headers: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[str]) -> Table:
+    """A table whose columns are aligned to the right, but for those that are named."""
+    from rich.table import Table
+
+    table = Table(title=title)
+    for name in headers:
+        table.add_column(name, justify="left" if name in left else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def show(as_json: bool, data: dict[str, Any], *tables: RenderableType) -> None:

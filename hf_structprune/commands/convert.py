@@ -1,4 +1,4 @@
-"""`hf-structprune quantize DIR --method gptq --bits 4 --output-dir OUT`: a model in fewer bits."""
+"""`hf-structprune quantize` and `export`: a model in fewer bits, or in the format of another runtime."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.table import Table
-
 from ..checks import OneOf
 from ..errors import ConfigurationError
 from ..quantization.configuration import QuantizationConfig
 from .arguments import parse
-from .cli import check_output_dir, results_only_on_stdout, show, speaking
+from .cli import check_output_dir, make_table, results_only_on_stdout, show, speaking
 
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from ..export.common import Exported
 
 
@@ -46,8 +46,6 @@ def quantize_command(argv: Sequence[str]) -> None:
     """Quantises, saves and says how much smaller it is."""
     description = "Quantise a model, pruned or not, and save a checkpoint that from_pretrained loads."
     command, config = parse(argv, "quantize", description, QuantizeArguments, QuantizationConfig)
-    if command.output_dir is None:
-        raise ConfigurationError("--output-dir is missing.")
     check_output_dir(command.output_dir, command.overwrite)
     from ..quantization.quantizing import quantize
 
@@ -66,14 +64,13 @@ def quantize_command(argv: Sequence[str]) -> None:
 def sizes_table(report: dict[str, Any]) -> Table:
     """Bytes of the weights before and after."""
     group, weights = report["group_size"], report["weights"]
-    what = f"{report['method']}, {report['bits']} bits" + ("" if group is None else f", groups of {group}")
-    table = Table(title=what)
-    for name in ("", "before", "after", "change"):
-        table.add_column(name, justify="right" if name else "left")
+    title = f"{report['method']}, {report['bits']} bits" + ("" if group is None else f", groups of {group}")
     before, after = weights["bytes_before"], weights["bytes"]
-    table.add_row("weights", f"{before / 1e6:.1f} MB", f"{after / 1e6:.1f} MB", f"{after / before - 1:+.1%}")
-    table.add_row("parameters", *[f"{weights['parameters']:,}"] * 2, "")
-    return table
+    rows = [
+        ("weights", f"{before / 1e6:.1f} MB", f"{after / 1e6:.1f} MB", f"{after / before - 1:+.1%}"),
+        ("parameters", *[f"{weights['parameters']:,}"] * 2, ""),
+    ]
+    return make_table(title, ("", "before", "after", "change"), rows, left=("",))
 
 
 # Each format's module and function: `function(model, output, *, <options>) -> Exported`. Its keyword arguments are
@@ -138,11 +135,7 @@ def _check(command: ExportArguments) -> None:
 
 
 def _options(command: ExportArguments, function: Callable) -> dict[str, Any]:
-    """The options that were given, as keyword arguments of a format's function.
-
-    Raises:
-        ConfigurationError: One of them is not an option of this format.
-    """
+    """The options that were given, as keyword arguments of a format's function; refuses those of other formats."""
     given = {
         field.name: getattr(command, field.name)
         for field in fields(command)

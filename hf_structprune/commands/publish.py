@@ -1,4 +1,4 @@
-"""`hf-structprune card DIR`: writes the model card of a pruned checkpoint, with what has been measured by now."""
+"""`hf-structprune card` and `push`: writes the model card of a checkpoint, and pushes it to the Hub in one commit."""
 
 from __future__ import annotations
 
@@ -77,14 +77,7 @@ def push_command(argv: Sequence[str]) -> None:
     with results_only_on_stdout():
         from ..hub import push_folder
 
-        commit = push_folder(
-            command.folder, command.repo_id, private=command.private or None, revision=command.revision,
-            create_pr=command.create_pr, commit_message=command.commit_message,
-        )  # fmt: skip
-    data = {
-        "repo_id": commit.repo_url.repo_id,
-        "commit_url": commit.commit_url,
-        "oid": commit.oid,
-        "pr_url": commit.pr_url,
-    }
+        options = {name: getattr(command, name) for name in ("revision", "create_pr", "commit_message")}
+        commit = push_folder(command.folder, command.repo_id, private=command.private or None, **options)
+    data = {"repo_id": commit.repo_url.repo_id, **{n: getattr(commit, n) for n in ("commit_url", "oid", "pr_url")}}
     show(command.json, data, f"Pushed to {commit.repo_url}: {commit.pr_url or commit.commit_url}")

@@ -137,9 +137,8 @@ class Recipe:
         push = content.get("push") or {}
         _check_options(push, list(PUSH_OPTIONS), "push")
         push = {name: checked(name, value, PUSH_OPTIONS[name]) for name, value in push.items()}
-        evaluation, dense_results = content.get("evaluate"), None
+        evaluation, dense_results = _given(content, "evaluate"), None
         if evaluation is not None:
-            evaluation = {name: value for name, value in evaluation.items() if value is not None}
             dense_results = checked("dense_results", evaluation.pop("dense_results", None), str | None)
             evaluation = _build(EvaluationConfig, evaluation, "evaluate")
         recovery = _recovery(content)
@@ -147,7 +146,10 @@ class Recipe:
             model, output_dir, ratio, pruning, recovery, _quantization(content, recovery), evaluation, dense_results,
             push, text,
         )  # fmt: skip
-        recipe._check_folders()
+        paths = [path.absolute() for path in recipe.folders.values()]
+        for path in paths:
+            if paths.count(path) > 1:
+                raise ConfigurationError(f"Two sections have the `output_dir` {path.name}; give each its own.")
         return recipe
 
     @property
@@ -155,12 +157,6 @@ class Recipe:
         """The folders of the checkpoints by their states, in the order in which they are made."""
         made = {"pruned": self, "recovered": self.recovery, "quantised": self.quantization}
         return {state: Path(step.output_dir) for state, step in made.items() if step is not None}
-
-    def _check_folders(self) -> None:
-        paths = [path.absolute() for path in self.folders.values()]
-        for path in paths:
-            if paths.count(path) > 1:
-                raise ConfigurationError(f"Two sections have the `output_dir` {path.name}; give each its own.")
 
 
 def substitute(text: str) -> str:
@@ -200,15 +196,21 @@ def _pruning(section: dict[str, Any]) -> tuple[float | None, PruningConfig]:
         raise ConfigurationError(f"`preset` is {preset!r}; allowed values are {', '.join(PRESETS)}.")
     if ratio is None:
         raise ConfigurationError(f"`preset: {preset}` needs a `ratio`.")
-    _check_options(section, _fields(PruningConfig), "prune")
+    _check_options(section, [field.name for field in dataclasses.fields(PruningConfig)], "prune")
     return None, PRESETS[preset](ratio, **section)
+
+
+def _given(content: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """The options of a section that are not left empty."""
+    section = content.get(name)
+    return section and {option: value for option, value in section.items() if value is not None}
 
 
 def _recovery(content: dict[str, Any]) -> RecoverySection | None:
     """The section `recover`, if there is one; the checkpoint goes beside the pruned one unless it says where."""
     if not content.get("recover"):
         return None
-    section = {name: value for name, value in content["recover"].items() if value is not None}
+    section = _given(content, "recover")
     dataset, folder = section.pop("dataset", None), section.pop("output_dir", f"{content['output_dir']}-recovered")
     split = section.pop("split", "train")
     if not dataset:
@@ -223,19 +225,15 @@ def _quantization(content: dict[str, Any], recovery: RecoverySection | None) -> 
     """The section `quantize`, if there is one; the checkpoint goes beside the one that it is made of."""
     if not content.get("quantize"):
         return None
-    section = {name: value for name, value in content["quantize"].items() if value is not None}
+    section = _given(content, "quantize")
     source = content["output_dir"] if recovery is None else recovery.output_dir
     folder = section.pop("output_dir", f"{source}-quantised")
     return QuantizationSection(folder, _build(QuantizationConfig, section, "quantize"))
 
 
 def _build(cls: type, values: dict[str, Any], section: str) -> Any:
-    _check_options(values, _fields(cls), section)
+    _check_options(values, [field.name for field in dataclasses.fields(cls)], section)
     return cls(**values)
-
-
-def _fields(cls: type) -> list[str]:
-    return [field.name for field in dataclasses.fields(cls)]
 
 
 def _check_options(values: dict[str, Any], known: Sequence[str], section: str) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
 from ..recovery.configuration import DistillationConfig, RecoveryConfig
 from .arguments import parse
-from .cli import results_only_on_stdout, show, speaking
+from .cli import make_table, results_only_on_stdout, show, speaking
+
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass
@@ -52,7 +54,12 @@ def recover_command(argv: Sequence[str]) -> None:
     command, config, distillation = parse(
         argv, "recover", description, RecoverArguments, RecoveryConfig, DistillationConfig
     )
-    _check(command)
+    if not command.model:
+        raise ConfigurationError("MODEL is missing: the folder of a pruned checkpoint.")
+    if not command.dataset:
+        raise ConfigurationError("--dataset is missing: a file, a folder or a data set of the Hub to train on.")
+    if command.output_dir is None:
+        raise ConfigurationError("--output-dir is missing.")
     from ..recovery.recovering import recover
 
     with results_only_on_stdout(), speaking():
@@ -65,15 +72,6 @@ def recover_command(argv: Sequence[str]) -> None:
     show(command.json, data, curve_table(result.report), f"Saved to {command.output_dir}")
 
 
-def _check(command: RecoverArguments) -> None:
-    if not command.model:
-        raise ConfigurationError("MODEL is missing: the folder of a pruned checkpoint.")
-    if not command.dataset:
-        raise ConfigurationError("--dataset is missing: a file, a folder or a data set of the Hub to train on.")
-    if command.output_dir is None:
-        raise ConfigurationError("--output-dir is missing.")
-
-
 def _dense(given: str | None) -> str | float | None:
     """The dense model, or its perplexity if that is a number."""
     try:
@@ -84,17 +82,13 @@ def _dense(given: str | None) -> str | float | None:
 
 def curve_table(report: dict[str, Any]) -> Table:
     """The curve of a recovery, a row a measurement."""
-    table = Table(title="Perplexity of text that was not trained on")
-    for name in ("step", "perplexity", "back"):
-        table.add_column(name, justify="right")
     curve = report["curve"]
     dense, pruned = curve["dense"], curve["pruned"]
-    if dense is not None:
-        table.add_row("dense", f"{math.exp(dense):.2f}", "")
-    table.add_row("pruned", f"{math.exp(pruned):.2f}", "" if dense is None else "0.0 %")
+    rows = [] if dense is None else [("dense", f"{math.exp(dense):.2f}", "")]
+    rows.append(("pruned", f"{math.exp(pruned):.2f}", "" if dense is None else "0.0 %"))
     for point in curve["points"]:
         value = point["log_perplexity"]
-        back = None if dense is None or pruned <= dense else (pruned - value) / (pruned - dense)
+        back = "" if dense is None or pruned <= dense else f"{(pruned - value) / (pruned - dense):.1%}"
         mark = " (kept)" if point["step"] == report["best_step"] else ""
-        table.add_row(f"{point['step']}{mark}", f"{math.exp(value):.2f}", "" if back is None else f"{back:.1%}")
-    return table
+        rows.append((f"{point['step']}{mark}", f"{math.exp(value):.2f}", back))
+    return make_table("Perplexity of text that was not trained on", ("step", "perplexity", "back"), rows, left=())

@@ -99,11 +99,7 @@ def _dense_results(recipe: Recipe) -> Path:
 
 
 def _check_earlier(recipe: Recipe, again: bool) -> None:
-    """Reads what an earlier run has left and this one goes on from, before any work.
-
-    Raises:
-        StructPruneError: A file of it is damaged.
-    """
+    """Reads what an earlier run has left and this one goes on from, before any work."""
     for folder in recipe.folders.values():
         (check_card if again else check_own_files)(folder)
     dense = _dense_results(recipe)
@@ -172,7 +168,8 @@ class _Run:
 
     def _recover(self, section: RecoverySection) -> None:
         """Trains the pruned checkpoint and measures and describes what came out."""
-        if not recovered_already(section, self.again):
+        report = None if self.again else read_recovery(Path(section.output_dir))
+        if not _is_made(report, section.output_dir, section.config.to_public_dict(), "recovered", "recover"):
             self.out.print(f"Recovering {self.folder} ...")
             with speaking():
                 recover_section(section, self.folder, self.source, self.base, self.again)
@@ -181,7 +178,9 @@ class _Run:
     def _quantise(self, section: QuantizationSection) -> None:
         """Quantises the last checkpoint and measures and describes what came out."""
         source = list(self.recipe.folders.values())[-2]
-        if not quantised_already(section, self.again):
+        report = None if self.again else read_quantization(Path(section.output_dir))
+        settings = public_config(section.config).to_dict()
+        if not _is_made(report, section.output_dir, settings, "quantised", "quantize"):
             self.out.print(f"Quantising {source} ...")
             with speaking():
                 quantise_section(section, self._result(source), self.again)
@@ -201,11 +200,7 @@ class _Run:
         return list(self.recipe.folders.values())[-1]
 
     def _is_pruned(self) -> bool:
-        """Whether the folder holds the checkpoint already.
-
-        Raises:
-            ConfigurationError: It holds something else.
-        """
+        """Whether the folder holds the checkpoint already; refuses something else in it."""
         if self.again or not (self.folder / CONFIG_NAME).exists():
             check_output_dir(str(self.folder), self.again)
             return False
@@ -271,77 +266,36 @@ def check_quantization(section: QuantizationSection, recipe: Recipe, source: Mod
     """Finds out before any work whether the model can be quantised, as far as shapes tell.
 
     The shapes are those of the plan if it can be made without weights, else those of the dense model, which are right
-    where layers go and nothing else; `check_folder` looks at what was pruned in fact.
-
-    Raises:
-        StructPruneError: An extra is missing, or the settings do not fit the device or the model.
+    where layers go and nothing else; what was pruned in fact is looked at before a training that would be in vain.
     """
+    model = None
     if plans_by_shapes(recipe.pruning, recipe.ratio):
         pruner = load_to_plan(source, recipe.pruning, recipe.ratio)
         plan = pruner.plan(recipe.ratio)
         if plan.hidden is None:  # the plan is for the model after its residual stream is cut
-            shapes = target_of(pruner.model, pruner.structure, plan).skeleton()
-            _check_source(section, Source(source.model, shapes, source.trust_remote_code))
+            model = target_of(pruner.model, pruner.structure, plan).skeleton()
     elif not set(recipe.pruning.units) - set(kinds_of(DepthKind)):
-        _check_source(section, Source(source.model, load_shapes(source).model, source.trust_remote_code))
+        model = load_shapes(source).model
+    if model is not None:
+        _check_source(section, Source(source.model, model, source.trust_remote_code))
 
 
 def _check_source(section: QuantizationSection, source: Source) -> None:
     BACKENDS[section.config.method].check(source, section.config)
 
 
-def quantised_already(section: QuantizationSection, again: bool) -> bool:
-    """Whether the folder holds what this section makes.
-
-    Raises:
-        ConfigurationError: It holds what other settings have made.
-    """
-    report = None if again else read_quantization(Path(section.output_dir))
-    if report is None:
-        return False
-    if report["configuration"] != public_config(section.config).to_dict():
-        raise ConfigurationError(
-            f"{section.output_dir} holds a checkpoint that was quantised with other settings; choose another "
-            "`output_dir` in the section `quantize`, or say --overwrite."
-        )
-    return True
-
-
 def quantise_section(section: QuantizationSection, source: ModelArguments, again: bool) -> None:
     """Quantises the checkpoint of the step before."""
-    quantize(
-        source.model, section.output_dir, section.config, overwrite=again, trust_remote_code=source.trust_remote_code
-    )
+    options = {"overwrite": again, "trust_remote_code": source.trust_remote_code}
+    quantize(source.model, section.output_dir, section.config, **options)
 
 
 def check_recovery(section: RecoverySection) -> None:
-    """Finds out before any work whether the training can be run.
-
-    Raises:
-        StructPruneError: An extra is missing, the data cannot be read, or it is of no format that is known.
-    """
+    """Finds out before any work whether the training can be run."""
     need("trl", "peft", extra="recover")
     from ..recovery.data import load_rows
 
     load_rows(section.dataset, split=section.split, max_samples=1)
-
-
-def recovered_already(section: RecoverySection, again: bool) -> bool:
-    """Whether the folder holds what this section makes.
-
-    Raises:
-        ConfigurationError: It holds what other settings have made.
-        CheckpointError: Its report cannot be read.
-    """
-    report = None if again else read_recovery(Path(section.output_dir))
-    if report is None:
-        return False
-    if report["configuration"] != section.config.to_public_dict():
-        raise ConfigurationError(
-            f"{section.output_dir} holds a checkpoint that was recovered with other settings; choose another "
-            "`output_dir` in the section `recover`, or say --overwrite."
-        )
-    return True
 
 
 def recover_section(
@@ -354,3 +308,13 @@ def recover_section(
         split=section.split, dense=dense.model, teacher=dense.model, teacher_name=dense_name,
         distillation=section.distillation, resume=resume, overwrite=again, trust_remote_code=dense.trust_remote_code,
     )  # fmt: skip
+
+
+def _is_made(report: dict[str, Any] | None, folder: str, configuration: dict[str, Any], made: str, name: str) -> bool:
+    """Whether a folder holds what a section makes, by the report there; refuses what other settings have made."""
+    if report is not None and report["configuration"] != configuration:
+        raise ConfigurationError(
+            f"{folder} holds a checkpoint that was {made} with other settings; choose another `output_dir` in the "
+            f"section `{name}`, or say --overwrite."
+        )
+    return report is not None

@@ -104,12 +104,6 @@ def test_no_such_model():
     assert_one_error_line(result.stderr, "/no/such/model")
 
 
-def test_no_such_device(tmp_path):
-    result = run("inspect", str(tmp_path), "--device", "abacus")
-    assert (result.returncode, result.stdout) == (2, "")
-    assert_one_error_line(result.stderr, "abacus")
-
-
 @pytest.mark.parametrize(
     "error, code, line",
     [
