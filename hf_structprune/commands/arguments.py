@@ -139,8 +139,10 @@ def _as_options(cls: type) -> type:
             continue
         text = texts[field.name] + ("" if field.default is None else " (default: %(default)s)")
         metadata = {**field.metadata, "help": text, "metavar": field.name.upper()}
-        option = dataclasses.field(default=field.default, metadata=metadata)
-        options.append((prefix + field.name, _option_type(hints[field.name]), option))
+        kind, default = _option_type(hints[field.name]), {"default": field.default}
+        if get_origin(kind) is list and field.default is not None:  # HfArgumentParser takes no other default of lists
+            default = {"default_factory": lambda value=field.default: value}
+        options.append((prefix + field.name, kind, dataclasses.field(**default, metadata=metadata)))
     namespace = {"_argument_group_name": (inspect.getdoc(cls) or cls.__name__).split(".")[0].replace("`", "")}
     return dataclasses.make_dataclass(cls.__name__, options, namespace=namespace)
 
@@ -226,6 +228,16 @@ def _parse_value(parser: _Parser, action: argparse.Action, value: Any, path: str
     return getattr(parser.parse_args(tokens), action.dest)
 
 
+def _as_text_or_pairs(value: Any, annotation: Any) -> Any:
+    """What was typed for an option that takes one text or pairs, of which the parser makes a list."""
+    members = _members(annotation)
+    if not (isinstance(value, list) and str in members and any(get_origin(member) is dict for member in members)):
+        return value
+    if all(part.count("=") == 1 for part in value):
+        return dict(part.split("=") for part in value)
+    return value[0] if len(value) == 1 else value
+
+
 def _build(cls: type, values: dict[str, Any], parser: _Parser) -> Any:
     """An instance of `cls` from the parsed values."""
     chosen = {}
@@ -234,7 +246,7 @@ def _build(cls: type, values: dict[str, Any], parser: _Parser) -> Any:
         if field.name == "calibration":
             chosen["calibration"] = _build(CalibrationConfig, values, parser)
         elif name in values:
-            chosen[field.name] = values[name]
+            chosen[field.name] = _as_text_or_pairs(values[name], get_type_hints(cls)[field.name])
             if values[name] in (None, []) and field.default is dataclasses.MISSING:
                 parser.error(f"{POSITIONALS.get(field.name, (field.name.upper(),))[0]} is missing")
     return cls(**chosen)

@@ -53,7 +53,7 @@ def test_inspect(folder, capsys):
     assert (data["model_type"], len(data["layers"])) == ("llama", 3)
     groups = {group["kind"]: group for group in data["layers"][2]["groups"]}
     assert groups["mlp_neurons"]["num_units"] == 64
-    assert groups["mlp_neurons"]["cost"] == 3 * 32
+    assert groups["mlp_neurons"]["unit_parameters"] == 3 * 32
     assert groups["kv_groups"]["num_units"] == 2
     assert groups["mlp_neurons"]["consumer"].endswith("layers.2.mlp.down_proj")
     text = run_text(capsys, "inspect", folder)
