@@ -27,8 +27,7 @@ from matplotlib.axes import Axes
 
 from hf_structprune import PruningConfig, PruningPlan, StructuredPruner
 from hf_structprune.allocation.depth import choose_depth
-from hf_structprune.allocation.exchange import exchange
-from hf_structprune.allocation.greedy import Losses
+from hf_structprune.allocation.depth_search import Losses, exchange
 from hf_structprune.allocation.removal import Removal, depth_candidates
 from hf_structprune.commands.benchmark import take_turns
 from hf_structprune.commands.models import DEMO_MODEL, find_model, find_subject, load_pruner

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import PreTrainedModel
+
+from .model.groups import Sublayer
+from .model.structure import ModelStructure
 
 
 @contextmanager
@@ -45,3 +50,59 @@ def as_output(value: Any, others: int | None) -> Any:
 def others_of(output: Any) -> int | None:
     """How many other outputs a module returned in a tuple with the first, see `as_output`."""
     return len(output) - 1 if isinstance(output, tuple) else None
+
+
+class Silencer:
+    """Makes sublayers add nothing to the residual stream.
+
+    The module that gives a sublayer's output returns zeros instead, and the modules before it are not run. What
+    follows it sees the zeros: a norm of the output (Gemma 2, OLMo 2) is an RMSNorm and leaves them zero. That is the
+    same as setting the weight and the bias of the last projection to zero, without the work of the sublayer.
+
+    Args:
+        model: A causal language model.
+        structure: Names its sublayers.
+        tokens: A few token ids, shape (1, length): they show in what form each module returns its output.
+    """
+
+    def __init__(self, model: PreTrainedModel, structure: ModelStructure, tokens: torch.Tensor) -> None:
+        self.model = model
+        self._others: dict[str, int | None] = {}
+        self._hidden: dict[str, int] = {}
+        names = [sublayer.module for layer in structure.layers for sublayer in layer.sublayers]
+        handles = [model.get_submodule(name).register_forward_hook(self._look(name)) for name in names]
+        try:
+            with torch.no_grad():
+                device = model.get_input_embeddings().weight.device
+                model.base_model(input_ids=tokens.to(device), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _look(self, name: str) -> Callable[..., None]:
+        def look(module: nn.Module, args: tuple, output: Any) -> None:
+            self._others[name] = others_of(output)
+            self._hidden[name] = (output[0] if isinstance(output, tuple) else output).shape[-1]
+
+        return look
+
+    def silenced(self, sublayers: Iterable[Sublayer]) -> AbstractContextManager[None]:
+        """These sublayers add nothing as long as this is open."""
+        forwards = []
+        for sublayer in sublayers:
+            forwards += [(self.model.get_submodule(name), _pass_on) for name in sublayer.inner]
+            zeros = _zeros(self._hidden[sublayer.module], self._others[sublayer.module])
+            forwards.append((self.model.get_submodule(sublayer.module), zeros))
+        return replaced_forwards(forwards)
+
+
+def _pass_on(hidden_states: torch.Tensor) -> torch.Tensor:
+    return hidden_states
+
+
+def _zeros(hidden: int, others: int | None) -> Callable[..., Any]:
+    def zeros(*args: Any, **kwargs: Any) -> Any:
+        states = args[0] if args else kwargs["hidden_states"]
+        return as_output(states.new_zeros(*states.shape[:-1], hidden), others)
+
+    return zeros

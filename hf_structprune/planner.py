@@ -14,18 +14,17 @@ from .alignment import far_off
 from .allocation import Budget, Counts, allocate, allocate_stated, next_counts
 from .allocation.amounts import check_ratio, hidden_sizes_for
 from .allocation.depth import DepthChoice, choose_depth
-from .allocation.input_widths import warnings_of
 from .allocation.joint import best_part, levelled_off, prefix_costs
 from .allocation.removal import Unit
 from .config import PruningConfig
 from .errors import CheckpointError, ConfigurationError, RatioError, UnsupportedModelError
-from .model.approximations import approximations
 from .model.describe import expressible_heads, target_of
 from .model.hidden_size import hidden_group, shrunk_config_model
+from .model.plan_warnings import approximations, warnings_of
 from .model.rebuild import has_weights
 from .model.structure import ModelStructure
 from .plan import Decision, Dropped, PruningPlan, normalised, removed_by
-from .stats.knowledge import Knowledge, sensitivities
+from .stats.survey import Survey, sensitivities
 from .units import KINDS, DepthKind, WidthKind, kinds_of
 from .units.depth import LAYERS
 from .units.hidden import HIDDEN
@@ -55,7 +54,7 @@ class Planner:
     steps_left: int = 1
     depth: DepthChoice | None = None
 
-    def plan(self, ratio: float | None, known: Knowledge) -> PruningPlan:
+    def plan(self, ratio: float | None, known: Survey) -> PruningPlan:
         """A plan for the model as it is.
 
         Args:
@@ -128,7 +127,7 @@ class Planner:
                 refused = refused or error
         raise refused
 
-    def _dropped(self, left: int | None, inner: ModelStructure, known: Knowledge) -> Dropped:
+    def _dropped(self, left: int | None, inner: ModelStructure, known: Survey) -> Dropped:
         """Layers and sublayers that go; `left` is what the hidden size leaves of the budget."""
         kinds, config = self.config.kinds(kinds_of(DepthKind)), self.config
         self.depth = None
@@ -191,7 +190,7 @@ class Planner:
         return normalised(dropped, inner)
 
     def _widths(
-        self, inner: ModelStructure, ratio: float | None, known: Knowledge, dropped: Dropped, target: int | None
+        self, inner: ModelStructure, ratio: float | None, known: Survey, dropped: Dropped, target: int | None
     ) -> Counts:
         """Heads and neurons to keep. A split between them holds for heads first; neurons, finer, close the gap."""
 
@@ -229,7 +228,7 @@ class Planner:
         plan = describe(self.model, structure, counts, None, self.config.layout, dropped)
         return sum(count for kind, count in plan.removed.items() if kind in kinds_of(WidthKind))
 
-    def _measured(self, inner: ModelStructure, kinds: tuple[str, ...], left: int, known: Knowledge) -> Dropped:
+    def _measured(self, inner: ModelStructure, kinds: tuple[str, ...], left: int, known: Survey) -> Dropped:
         """As much depth as makes the measured cost of the whole cut least, heads and neurons taking the rest."""
         if self.config.depth_criterion not in ("exchange", "greedy", "perplexity"):
             raise ConfigurationError(

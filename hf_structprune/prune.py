@@ -19,7 +19,7 @@ from .plan import PruningPlan
 from .planner import describe, size_of
 from .refit.channels import cut_hidden
 from .refit.layer_by_layer import compress, corrects
-from .stats.knowledge import Knowledge, look
+from .stats.survey import Survey, survey
 from .units import KINDS
 
 
@@ -51,7 +51,7 @@ class Execution:
         self._model_type, self._size = self.model.config.model_type, size_of(self.model)
         self._stay = {(group.layer, group.kind): torch.arange(group.size) for group in self.structure.groups}
 
-    def carry_out(self, plan: PruningPlan, known: Knowledge | None = None) -> None:
+    def carry_out(self, plan: PruningPlan, known: Survey | None = None) -> None:
         """Cuts the model as planned.
 
         Args:
@@ -78,13 +78,13 @@ class Execution:
             structure = ModelStructure.of(shell)
         ModelStructure.of(target_of(shell, structure, plan).skeleton(), whole=False)
 
-    def _cut(self, plan: PruningPlan, known: Knowledge | None) -> None:
+    def _cut(self, plan: PruningPlan, known: Survey | None) -> None:
         """Cuts layers, heads and neurons as planned."""
         target = target_of(self.model, self.structure, plan)
         criterion = make_criterion(self.config)
         if known is None and criterion.needs_gradients and not plan.chosen:
-            known = look(self.model, self.structure, self.config, self.tokens)
-        known = known or Knowledge()
+            known = survey(self.model, self.structure, self.config, self.tokens)
+        known = known or Survey()
         looks = self.config.compensation or (criterion.needs_inputs and not plan.chosen and known.scores is None)
         tokens = self.tokens() if looks and (plan.groups or (plan.dropped and corrects(self.config))) else None
         kept = compress(

@@ -25,18 +25,17 @@ from .hub.origin import origin_of, record
 from .hub.push import push_folder, take_over
 from .model.checks import check_model, check_savable
 from .model.describe import expressible_heads, target_of
-from .model.finite import check_finite
 from .model.half_pruned import interrupted, mark, marked_if_changed
 from .model.loading import as_tokenizer, load_config, load_model, load_tokenizer, plain_options, refuse_quantised
-from .model.measuring import measuring
-from .model.proof import kinds_in, prove
+from .model.measuring import check_finite, measuring
 from .model.rebuild import has_weights
 from .model.structure import ModelStructure
 from .plan import PruningPlan
 from .plan_check import check_plan
 from .planner import Planner, describe
+from .proof.guarantee import kinds_in, prove
 from .prune import Execution
-from .stats.knowledge import Knowledge, look
+from .stats.survey import Survey, survey
 from .text.calibration import check_token_ids, load_tokens
 from .units import KINDS, WidthKind, kinds_of
 
@@ -122,7 +121,7 @@ class StructuredPruner:
             prove(self.model, self.structure, self.config.units)
             if self._looks_first or self.config.chooses_depth(ratio):
                 check_finite(self.model)
-            plan = self._plan(ratio, self._look() if self._looks_first else Knowledge())
+            plan = self._plan(ratio, self._look() if self._looks_first else Survey())
         plan.calibrated = self._calibrated
         return plan
 
@@ -243,11 +242,11 @@ class StructuredPruner:
         self._calibrated = True
         return self.calibration_tokens()
 
-    def _look(self) -> Knowledge:
-        return look(self.model, self.structure, self.config, self._tokens)
+    def _look(self) -> Survey:
+        return survey(self.model, self.structure, self.config, self._tokens)
 
     def _plan(
-        self, ratio: float | None, known: Knowledge, dense: ModelStructure | None = None, steps_left: int = 1
+        self, ratio: float | None, known: Survey, dense: ModelStructure | None = None, steps_left: int = 1
     ) -> PruningPlan:
         """A plan for the next of the steps that are left from `dense`, the model as it was, to what is asked."""
         planner = Planner(
@@ -264,9 +263,9 @@ class StructuredPruner:
 
     def _plan_step(
         self, ratio: float | None, dense: ModelStructure | None, steps_left: int
-    ) -> tuple[PruningPlan, Knowledge]:
+    ) -> tuple[PruningPlan, Survey]:
         """The plan of the next of the steps that are left, and what it was made with."""
-        known = Knowledge()
+        known = Survey()
         if self._looks_first or (
             make_criterion(self.config).needs_gradients and self.config.kinds(kinds_of(WidthKind))
         ):
@@ -299,6 +298,6 @@ class StructuredPruner:
             "vanilla checkpoint cannot have fewer (layout='per_layer' can cut them)"
         )
 
-    def _carry_out(self, plan: PruningPlan, known: Knowledge | None = None) -> None:
+    def _carry_out(self, plan: PruningPlan, known: Survey | None = None) -> None:
         self._execution.carry_out(plan, known)
         self.model, self.structure = self._execution.model, self._execution.structure

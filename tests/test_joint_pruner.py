@@ -13,7 +13,7 @@ from hf_structprune.allocation.depth import choose_depth
 from hf_structprune.errors import ConfigurationError, RatioError, UnsupportedModelError
 from hf_structprune.model.hidden_size import hidden_group
 from hf_structprune.model.structure import ModelStructure
-from hf_structprune.stats.knowledge import sensitivities
+from hf_structprune.stats.survey import sensitivities
 
 
 def make_model(name="llama", layers=6, width=200, **changes):

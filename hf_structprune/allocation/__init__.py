@@ -7,11 +7,10 @@ import torch
 from ..config import PruningConfig
 from ..model.structure import ModelStructure
 from ..plan import Dropped
-from .budget import Budget, Counts
+from .amounts import allocate_by_kind, allocate_stated
+from .budget import Budget, Counts, next_counts
 from .global_ranking import allocate_global
 from .search import allocate_search
-from .stated import allocate_by_kind, allocate_stated
-from .steps import next_counts
 from .uniform import allocate_uniform
 
 

@@ -11,18 +11,16 @@ from transformers import PreTrainedModel
 
 from ..checks import check_choice
 from ..config import PruningConfig
-from ..criteria.distances import layer_similarities
+from ..criteria.distances import LayerSimilarities, layer_similarities
 from ..criteria.layer_weights import magnitude_scores, taylor_scores
 from ..errors import RatioError
 from ..model.measuring import measures
 from ..model.structure import ModelStructure
 from ..plan import Dropped
 from ..stats.losses import TextLoss
-from ..stats.similarities import LayerSimilarities
 from ..units import DepthKind, level_criteria
 from ..units.depth import LAYERS
-from .exchange import exchange, put_back_excess
-from .greedy import Losses, Stop, loss_scores, remove_greedily
+from .depth_search import Losses, Stop, exchange, loss_scores, put_back_excess, remove_greedily
 from .removal import Amount, Removal, Unit, depth_candidates
 
 

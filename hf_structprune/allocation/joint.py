@@ -12,7 +12,7 @@ from .budget import Counts
 
 
 if TYPE_CHECKING:
-    from ..stats.sensitivity import Sensitivity
+    from ..stats.survey import Sensitivity
     from .depth import DepthChoice
     from .removal import Unit
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..allocation.removal import Unit
-from ..model.finite import check_numbers
+from ..model.measuring import check_numbers
 from ..model.structure import ModelStructure
 from ..stats.gradients import backward_passes
 

@@ -23,7 +23,7 @@ from ..evaluation.efficiency import weight_bytes
 from ..files.writing import check_folder, write_folder
 from ..hardware import DTYPES
 from ..installed import need
-from ..model.skipping import overrides_of
+from ..model.layer_values import overrides_of
 from .common import Exported, load_source
 
 

@@ -16,9 +16,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from .half_pruned import check_whole
-from .layer_lists import description
+from .layer_values import description
+from .rebuild import as_shared
 from .target import skeleton
-from .tied_weights import as_shared
 
 
 _HOOKS = (

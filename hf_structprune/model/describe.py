@@ -15,8 +15,7 @@ from ..units.depth import LAYERS
 from ..units.heads import GROUPS, counts_of, pairs, shape_after
 from .families import AttentionNames
 from .groups import AttentionShape, LayerStructure
-from .layer_lists import check_layers, without_layers
-from .skipping import layers_left, skip_modules, skips_after, write_skips
+from .layer_values import check_layers, layers_left, skip_modules, skips_after, without_layers, write_skips
 from .structure import ModelStructure, decoder_layers
 from .surgery import Kept, cut_units, drop
 from .target import Target, as_mistral, make_target, overrides_of, plain_values, skeleton

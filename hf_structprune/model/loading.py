@@ -14,8 +14,7 @@ from ..errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from ..library_errors import readable, refuse_adapter
 from ..masking import remember
 from ..quantization.four_bit import compute_as_stored
-from .rebuild import dense_copy
-from .tied_weights import has_own_head, with_ties
+from .rebuild import dense_copy, has_own_head, with_ties
 
 
 logger = logging.get_logger(__name__)

@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..allocation.selection import best_units
 from ..config import PruningConfig
 from ..criteria import Criterion, Scoring
+from ..criteria.base import best_units
 from ..model.structure import Group, LayerStructure, ModelStructure, decoder_layers, matrix
 from ..model.surgery import Kept, cut_groups, mask_sublayers
 from ..plan import PruningPlan

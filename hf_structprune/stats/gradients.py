@@ -11,8 +11,8 @@ from tqdm.auto import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
-from ..model.finite import check_numbers
 from ..model.language_head import has_plain_head, positions_at_once
+from ..model.measuring import check_numbers
 from ..model.structure import Group, is_linear, matrix
 from ..text.calibration import as_batches
 

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..allocation.removal import Removal, Unit
+from ..hooks import Silencer
 from ..model.language_head import positions_at_once
-from ..model.silence import Silencer
 from ..model.structure import ModelStructure, decoder_layers
 from ..units import DepthKind, kinds_of
 from ..units.depth import LAYERS

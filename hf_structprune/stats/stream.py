@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..hooks import as_output, others_of, replaced_forwards
-from ..model.finite import check_numbers
+from ..model.measuring import check_numbers
 from ..text.calibration import as_batches
 
 

@@ -6,8 +6,7 @@ import torch
 
 from hf_structprune import PruningConfig
 from hf_structprune.allocation.depth import choose_depth
-from hf_structprune.allocation.exchange import exchange
-from hf_structprune.allocation.greedy import Losses, remove_greedily
+from hf_structprune.allocation.depth_search import Losses, exchange, remove_greedily
 from hf_structprune.allocation.removal import Amount, Removal, depth_candidates
 from hf_structprune.criteria.distances import layer_similarities
 from hf_structprune.criteria.layer_weights import magnitude_scores, taylor_scores

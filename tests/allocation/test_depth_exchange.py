@@ -8,8 +8,7 @@ import torch
 
 from hf_structprune import PruningConfig
 from hf_structprune.allocation.depth import choose_depth
-from hf_structprune.allocation.exchange import put_back_excess
-from hf_structprune.allocation.greedy import Losses
+from hf_structprune.allocation.depth_search import Losses, put_back_excess
 from hf_structprune.allocation.removal import Amount, Removal
 from hf_structprune.model.structure import ModelStructure
 from hf_structprune.stats.losses import TextLoss

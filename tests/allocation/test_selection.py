@@ -2,7 +2,7 @@
 
 import torch
 
-from hf_structprune.allocation.selection import best_units
+from hf_structprune.criteria.base import best_units
 from hf_structprune.model.structure import Group, Slice
 
 

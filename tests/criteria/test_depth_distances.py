@@ -7,10 +7,9 @@ import families
 import pytest
 import torch
 
-from hf_structprune.criteria.distances import layer_similarities
+from hf_structprune.criteria.distances import LayerSimilarities, layer_similarities
 from hf_structprune.errors import ConfigurationError, RatioError
 from hf_structprune.model.structure import ModelStructure
-from hf_structprune.stats.similarities import LayerSimilarities
 
 
 TOKENS = families.make_tokens(5, 12)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_structprune.errors import CheckpointError
 from hf_structprune.model.describe import target_of
-from hf_structprune.model.layer_lists import check_layers, without_layers
+from hf_structprune.model.layer_values import check_layers, without_layers
 from hf_structprune.model.rebuild import rebuild
 from hf_structprune.model.structure import ModelStructure
 from hf_structprune.model.surgery import drop

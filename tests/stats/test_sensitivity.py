@@ -8,7 +8,7 @@ from hf_structprune.config import PruningConfig
 from hf_structprune.criteria import make_criterion
 from hf_structprune.model.structure import ModelStructure, matrix
 from hf_structprune.stats.moments import HELD_OUT
-from hf_structprune.stats.sensitivity import _EVERY, PROBES, measure_sensitivity
+from hf_structprune.stats.survey import _EVERY, PROBES, measure_sensitivity
 
 
 def tokens(count=16, length=16):

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from hf_structprune import PruningConfig, PruningPlan, StructuredPruner
 from hf_structprune.errors import ConfigurationError
-from hf_structprune.model.proof import verdicts
 from hf_structprune.model.structure import ModelStructure
 from hf_structprune.model.surgery import mask_units
+from hf_structprune.proof.guarantee import verdicts
 from hf_structprune.units import KINDS, WidthKind
 
 

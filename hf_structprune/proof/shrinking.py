@@ -11,9 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import StructPruneError
-from .layer_lists import description, without_layers
-from .structure import ModelStructure, decoder_layers
-from .target import make_target, skeleton
+from ..model.layer_values import description, without_layers
+from ..model.structure import ModelStructure, decoder_layers
+from ..model.target import make_target, skeleton
 
 
 VOCABULARY, WINDOW, EXPERTS = 128, 8, 16

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_structprune import PruningConfig, StructuredPruner
 from hf_structprune.errors import UnsupportedModelError
-from hf_structprune.model import proof
 from hf_structprune.model.families import PROVEN
-from hf_structprune.model.proof import kinds_in, prove, verdicts
 from hf_structprune.model.structure import ModelStructure
+from hf_structprune.proof import guarantee as proof as proof
+from hf_structprune.proof.guarantee import kinds_in, prove, verdicts
 from hf_structprune.units import KINDS
 
 

@@ -1,9 +1,8 @@
 """The guarantee, tested on a small model before the user's is touched: cutting units is the same as zeroing them.
 
-The test-suite proves it for the model types in `families.PROVEN`. For any other type a small random model with the
-structure of the user's is built (see `shrinking`), cut by the same surgery, and compared with one whose units are
-zeroed. What differs, or cannot be tried, is refused with the reason.
-"""
+The test-suite proves it for the model types in families.PROVEN. For any other type a small random model with the
+structure of the user's is built (see shrinking), cut by the same surgery, and compared with one whose units are
+zeroed. What differs, or cannot be tried, is refused with the reason."""
 
 from __future__ import annotations
 
@@ -24,20 +23,20 @@ from transformers.utils import logging
 from ..config import PruningConfig
 from ..errors import CheckpointError, StructPruneError, UnsupportedModelError
 from ..hooks import as_output, others_of
+from ..model.describe import target_of
+from ..model.families import PROVEN
+from ..model.hidden_size import hidden_group
+from ..model.modeling_structprune import PerLayerMixin
+from ..model.norms import NormKind, stream_norms
+from ..model.rebuild import rebuild
+from ..model.structure import LayerStructure, ModelStructure, decoder_layers
+from ..model.surgery import Kept, cut_units, drop, mask_sublayers, mask_units
+from ..model.target import make_target, stock_class
 from ..plan import Dropped, PruningPlan, emptied
 from ..refit.channels import cut_hidden
 from ..stats.stream import LayerStream
 from ..units import KINDS, DepthKind, WidthKind, kinds_of
-from .describe import target_of
-from .families import PROVEN
-from .hidden_size import hidden_group
-from .modeling_structprune import PerLayerMixin
-from .norms import NormKind, stream_norms
-from .rebuild import rebuild
 from .shrinking import VOCABULARY, representatives, shrunk_values
-from .structure import LayerStructure, ModelStructure, decoder_layers
-from .surgery import Kept, cut_units, drop, mask_sublayers, mask_units
-from .target import make_target, stock_class
 
 
 # Largest difference of logits, relative to the largest logit, that rounding explains in float64.

@@ -5,8 +5,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from hf_structprune.model.shrinking import EPSILON, VOCABULARY, WINDOW, shrunk_values
 from hf_structprune.model.structure import ModelStructure
+from hf_structprune.proof.shrinking import EPSILON, VOCABULARY, WINDOW, shrunk_values
 
 
 def shrunk(class_name, **values):
