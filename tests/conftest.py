@@ -9,8 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: matrices this sma
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from real_model import per_layer_smollm2, pruned_smollm2, smollm2  # noqa: E402, F401
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+from tiny_tokenizers import build_tokenizer  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
@@ -18,23 +18,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if {"smollm2", "pruned_smollm2", "per_layer_smollm2"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group("real model"))
-
-
-SPECIAL_TOKENS = ["<unk>", "<s>", "</s>"]
-VOCAB = {token: i for i, token in enumerate([*SPECIAL_TOKENS, "\n", *map(chr, range(32, 127))])}
-
-
-def build_tokenizer(bos=False, eos=True, chat_template=None):
-    """One token a character (ASCII); `<s>` is 1 and put first only if `bos`, `</s>` is 2 and known only if `eos`."""
-    tokenizer = Tokenizer(models.WordLevel(VOCAB, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    names = {"unk_token": "<unk>", "bos_token": "<s>"} | ({"eos_token": "</s>"} if eos else {})
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
-    wrapped.chat_template = chat_template
-    return wrapped
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import json
 
 import families
 import pytest
-from conftest import build_tokenizer
+from tiny_tokenizers import build_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hf_structprune import PruningPlan

@@ -18,7 +18,7 @@ from hf_structprune.evaluation.results import EvaluationResult, Figure
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> Path:
     """A folder with a tiny Llama, `dense`, and what is left of it, `pruned`."""
-    from conftest import build_tokenizer
+    from tiny_tokenizers import build_tokenizer
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("checkpoints")

@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import build_tokenizer
+from tiny_tokenizers import build_tokenizer
 
 from hf_structprune.errors import CheckpointError, ConfigurationError, ExportError, StructPruneError
 from hf_structprune.export import onnx

@@ -13,7 +13,7 @@ from hf_structprune import PruningConfig, StructuredPruner
 from hf_structprune.errors import UnsupportedModelError
 from hf_structprune.model.families import PROVEN
 from hf_structprune.model.structure import ModelStructure
-from hf_structprune.proof import guarantee as proof as proof
+from hf_structprune.proof import guarantee as proof
 from hf_structprune.proof.guarantee import kinds_in, prove, verdicts
 from hf_structprune.units import KINDS
 

@@ -6,10 +6,10 @@ from collections import namedtuple
 import psutil
 import pytest
 import torch
-from conftest import build_tokenizer
 from families import make_model
 from forced_hardware import FOUR_BIT_CPUS, force_four_bit_cpu
 from safetensors.torch import load_file
+from tiny_tokenizers import build_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hf_structprune import CalibrationConfig, PruningConfig, QuantizationConfig, StructuredPruner, installed, quantize

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import build_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from tiny_tokenizers import build_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForLanguageModeling,

@@ -33,7 +33,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
 from hf_structprune.errors import StructPruneError
 from hf_structprune.model.structure import ModelStructure
-from hf_structprune.proof import guarantee as proof as proof
+from hf_structprune.proof import guarantee as proof
 from hf_structprune.units import KINDS
 
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import vocabularies
-from conftest import build_tokenizer
+from tiny_tokenizers import build_tokenizer
 
 from hf_structprune.data import wikitext2_sample
 from hf_structprune.text.tokenising import token_ids, tokenise
