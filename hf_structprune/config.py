@@ -148,6 +148,7 @@ class PruningConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         self.split, self.keep = _parse_split(self.split), _parse_keep(self.keep)
+        self.criterion = _parse_criterion(self.criterion)
         self.units = _complete_units(self)
         if not self.units:
             raise ConfigurationError(f"`units` is empty; name at least one of {', '.join(KINDS)}.")
@@ -312,6 +313,15 @@ def _parse_keep(keep: Any) -> dict[str, int] | None:
     return None if keep is None else checked("keep", keep, dict[Kind, Count])
 
 
+def _parse_criterion(criterion: Any) -> str | dict[str, str]:
+    """`criterion` as one name or names by kind; the command line gives a list, of one name too."""
+    if isinstance(criterion, list) and len(criterion) == 1 and "=" not in criterion[0]:
+        return criterion[0]
+    if isinstance(criterion, str):
+        return criterion
+    return _parse_pairs("criterion", criterion, "{'layers': 'angular', 'mlp_neurons': 'obs'}")
+
+
 def _complete_units(config: PruningConfig) -> tuple[str, ...]:
     """`units` as a tuple; where none are given, those that other options name, else MLP neurons."""
     if config.units is not None:
@@ -361,7 +371,7 @@ def _known_criteria() -> tuple[str, ...]:
 
 
 def _by_kind(config: PruningConfig) -> None:
-    values = _parse_pairs("criterion", config.criterion, "{'layers': 'angular', 'mlp_neurons': 'obs'}")
+    values = config.criterion
     for kind, name in values.items():
         if kind not in config.units:
             raise ConfigurationError(f"`criterion` names '{kind}', but `units` is {config.units}.")

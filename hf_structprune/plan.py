@@ -328,7 +328,7 @@ class PruningPlan:
     def to_dict(self) -> dict[str, Any]:
         """Everything, with derived figures for programs that read it."""
         derived = {n: getattr(self, n) for n in ("ratio", "bytes_before", "bytes_after", "macs_before", "macs_after")}
-        return {"version": 2, **dataclasses.asdict(self), **derived}
+        return {"version": 2, **dataclasses.asdict(self), "dropped": self.dropped, **derived}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PruningPlan:

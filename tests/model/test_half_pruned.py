@@ -12,6 +12,7 @@ from hf_structprune import pruner as pruner_module
 from hf_structprune.errors import RatioError, StructPruneError
 from hf_structprune.evaluation.perplexity import window_losses
 from hf_structprune.model.half_pruned import check_whole
+from hf_structprune.refit import layer_by_layer
 
 
 FAMILIES = ("llama", "gpt2", "gemma2", "qwen3_moe")
@@ -39,7 +40,8 @@ def failing(error, after=0):
 
 
 def break_at(monkeypatch, name, error, after=0):
-    monkeypatch.setattr(execution, name, failing(error, after)(getattr(execution, name)))
+    module = layer_by_layer if name == "cut_groups" else execution
+    monkeypatch.setattr(module, name, failing(error, after)(getattr(module, name)))
 
 
 def check_refused(model, reason, tmp_path):
@@ -58,7 +60,7 @@ def check_refused(model, reason, tmp_path):
 @pytest.mark.parametrize(
     "name, error, place",
     [
-        ("llama", KeyboardInterrupt(), "cut_units"),
+        ("llama", KeyboardInterrupt(), "cut_groups"),
         ("gpt2", MemoryError("no memory left"), "drop"),
         ("gemma2", RuntimeError("device lost"), "rebuild"),
         ("qwen3_moe", KeyboardInterrupt(), "rebuild"),
@@ -67,7 +69,7 @@ def check_refused(model, reason, tmp_path):
 def test_an_interrupt_after_the_first_write_marks_the_model(name, error, place, monkeypatch, tmp_path):
     model = families.make_model(name)
     pruner = pruner_of(model)
-    break_at(monkeypatch, place, error)
+    break_at(monkeypatch, place, error, after=int(place == "cut_groups"))
     with pytest.raises(type(error)):
         pruner.prune(0.05)
     reason = f"half-pruned.*{type(error).__name__}.*load the dense one again"
