@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import build_tokenizer
 from processes import forked
 from tiny_distillation import LORA, assert_equal_states, make_llama, make_trainer, peft, state
+from tiny_tokenizers import build_tokenizer
 
 from hf_structprune.recovery.configuration import DistillationConfig
 
