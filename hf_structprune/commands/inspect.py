@@ -19,7 +19,6 @@ from .models import ModelArguments, load_pruner, load_shapes
 
 
 if TYPE_CHECKING:
-    from ..criteria.distances import LayerSimilarities
     from ..model.structure import Group, ModelStructure
 
 CSV_NAME, PICTURE_NAME = "layer_distances.csv", "layer_distances.png"
