@@ -325,9 +325,10 @@ def test_what_went_is_named_and_can_be_made_again(
     assert ("Criterion: `obs`" in card.text) == ("mlp_neurons" in config.units)
     exec(next(block for block in python_blocks(card) if "pruner.prune" in block), {})
     assert PruningPlan.load("pruned").to_dict() == plan.to_dict() and PruningConfig.load("pruned") == config
-    command = next(line for line in card.text.splitlines() if line.startswith("hf-structprune prune "))
-    assert cli.main([*shlex.split(command)[1:], "--overwrite"]) == 0
-    assert PruningPlan.load("pruned").to_dict() == plan.to_dict() and PruningConfig.load("pruned") == config
+    if "split" in options or "hidden_criterion" in options:  # what is written in other ways on the command line
+        command = next(line for line in card.text.splitlines() if line.startswith("hf-structprune prune "))
+        assert cli.main([*shlex.split(command)[1:], "--overwrite"]) == 0
+        assert PruningPlan.load("pruned").to_dict() == plan.to_dict() and PruningConfig.load("pruned") == config
 
 
 @pytest.mark.parametrize(
