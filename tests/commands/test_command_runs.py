@@ -60,6 +60,14 @@ def test_inspect(folder, capsys):
     assert "0-2" in text and "gate_proj, up_proj -> down_proj" in text
 
 
+def test_inspect_joins_neighbours_alone(folder, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    argv = ["--units", "attention", "--layers", "1", "--layout", "per_layer", "--no-compensation"]
+    run_text(capsys, "prune", folder, *argv, "--output-dir", out)
+    lines = [line.split() for line in run_text(capsys, "inspect", out).splitlines() if "kv_groups" in line]
+    assert [line[1] for line in lines] == ["0", "2"]
+
+
 def test_plan_then_prune_it(folder, tmp_path, capsys):
     file, out = str(tmp_path / "plan.json"), str(tmp_path / "out")
     data = run_json(capsys, "plan", folder, "--ratio", "0.2", "--output", file, *CALIBRATION)
