@@ -307,6 +307,7 @@ def _run(hidden: Tensor, head: Head, terms: _Terms, chunk: int, needs: tuple[boo
             of_weight.add_(logits.t() @ states)
         if of_bias is not None:
             of_bias.add_(logits.sum(0, dtype=dtype))
+        del logits  # before the next ones are there
     return *sums.unbind(), tuple(None if x is None else x.mul_(unit) for x in gradients)
 
 
