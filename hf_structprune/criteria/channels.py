@@ -15,7 +15,7 @@ from ..errors import ConfigurationError
 from ..model.hidden_size import HiddenGroup
 from ..model.language_head import has_plain_head, positions_at_once
 from ..model.norms import stream_norms
-from ..stats.gradients import _frozen, _on_device
+from ..stats.gradients import frozen, on_device
 from ..text.calibration import as_batches
 
 
@@ -73,12 +73,12 @@ def taylor(model: PreTrainedModel, group: HiddenGroup, config: PruningConfig, to
         parameter.grad = None
 
     batches = as_batches(tokens, config.calibration.batch_size)
-    plain = has_plain_head(model, _on_device(model, batches[0][:1]))
+    plain = has_plain_head(model, on_device(model, batches[0][:1]))
     parameters = [model.get_parameter(name) for name, _ in group.entries]
-    with _frozen(model, config.gradient_checkpointing), _reduced(parameters, reduce):
+    with frozen(model, config.gradient_checkpointing), _reduced(parameters, reduce):
         for batch in tqdm(batches, desc="Gradients", disable=not logging.is_progress_bar_enabled()):
             share = len(batch) / len(tokens)
-            _backward(model, _on_device(model, batch), plain)
+            _backward(model, on_device(model, batch), plain)
             for parameter in parameters:
                 if parameter.grad is not None:  # an untied head, whose gradient was put there by hand
                     reduce(parameter)
@@ -106,7 +106,7 @@ def activation(
     try:
         batches = as_batches(tokens, config.calibration.batch_size)
         for batch in tqdm(batches, desc="Channels", disable=not logging.is_progress_bar_enabled()):
-            model.base_model(input_ids=_on_device(model, batch), use_cache=False)
+            model.base_model(input_ids=on_device(model, batch), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -19,7 +19,7 @@ from ..model.hidden_size import HiddenGroup
 from ..model.norms import NormKind, stream_norms
 from ..model.rebuild import assemble
 from ..model.target import Target
-from ..stats.gradients import _on_device
+from ..stats.gradients import on_device
 from ..text.calibration import as_batches
 from .two_streams import hooked
 
@@ -67,7 +67,7 @@ def principal_components(
     with hooked([model.get_submodule(name).register_forward_pre_hook(add) for name in norms]):
         batches = as_batches(tokens, config.calibration.batch_size)
         for batch in tqdm(batches, desc="Channels", disable=not logging.is_progress_bar_enabled()):
-            model.base_model(input_ids=_on_device(model, batch), use_cache=False)
+            model.base_model(input_ids=on_device(model, batch), use_cache=False)
     return torch.linalg.eigh(gram).eigenvectors.flip(1)
 
 
@@ -157,5 +157,5 @@ def _outputs_read(model: PreTrainedModel, norms: list[str], readers: dict[str, l
     handles = [model.get_submodule(name).register_forward_hook(after_norm(name)) for name in norms]
     handles += [model.get_submodule(name).register_forward_pre_hook(before_reader(name)) for name in readers]
     with hooked(handles):
-        model(input_ids=_on_device(model, torch.tensor([[0, 1]])), use_cache=False)
+        model(input_ids=on_device(model, torch.tensor([[0, 1]])), use_cache=False)
     return read

@@ -108,8 +108,8 @@ def backward_passes(
     """
     batches = as_batches(tokens, batch_size)
     bar = tqdm(batches, desc="Gradients", disable=not logging.is_progress_bar_enabled())
-    plain = has_plain_head(model, _on_device(model, batches[0][:1]))
-    with _frozen(model, gradient_checkpointing):
+    plain = has_plain_head(model, on_device(model, batches[0][:1]))
+    with frozen(model, gradient_checkpointing):
         for batch in bar:
             with around(batch, len(batch) / len(tokens)):
                 _backward(model, batch, plain)
@@ -131,7 +131,7 @@ def _change(weight: torch.Tensor, inputs: torch.Tensor, gradient: torch.Tensor, 
     return second if variant == "second" else (weight * mean - 0.5 * second).abs_()
 
 
-def _on_device(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+def on_device(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     return batch.to(model.get_input_embeddings().weight.device)
 
 
@@ -141,7 +141,7 @@ def _backward(model: nn.Module, batch: torch.Tensor, plain: bool) -> None:
     With a plain head the loss is taken a few positions at a time: float32 logits of a whole batch and their gradient
     would need more memory than everything else.
     """
-    batch = _on_device(model, batch)
+    batch = on_device(model, batch)
     if not plain:
         model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
         return
@@ -174,7 +174,7 @@ def _probed(model: nn.Module, modules: set[str], length: int, weight: float, rep
 
 
 @contextmanager
-def _frozen(model: nn.Module, gradient_checkpointing: bool):
+def frozen(model: nn.Module, gradient_checkpointing: bool):
     """No parameter asks for a gradient; the embeddings' output starts the graph."""
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     for parameter in flags:

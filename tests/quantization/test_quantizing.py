@@ -1,6 +1,8 @@
 """`quantize` on tiny models: what is written, what goes along, what is refused before any work."""
 
 import json
+import subprocess
+import sys
 from collections import namedtuple
 
 import psutil
@@ -106,6 +108,22 @@ def test_reloads(method, bits, near, cpu, pruned, tmp_path, monkeypatch):
     assert config["hf_structprune"]["base_model"] == "dense"
     per_layer = (pruned / "modeling_structprune.py").is_file()
     assert ("per_layer_config" in config) == per_layer == (result.folder / "modeling_structprune.py").is_file()
+
+
+def test_transformers_alone_loads_a_uniform_checkpoint(pruned, tmp_path):
+    """In a process of its own, without this package."""
+    pytest.importorskip("bitsandbytes")
+    result = quantize(pruned, tmp_path / "out", QuantizationConfig("bitsandbytes", bits=8))
+    lines = (
+        "import sys, torch; sys.modules['hf_structprune'] = None",
+        "from transformers import AutoModelForCausalLM",
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()",
+        "with torch.no_grad(): torch.save(model(torch.arange(3, 35)[None]).logits, sys.argv[2])",
+    )
+    command = [sys.executable, "-c", "\n".join(lines), result.folder, tmp_path / "logits.pt"]
+    subprocess.run(command, check=True, capture_output=True)
+    alone, ours = torch.load(tmp_path / "logits.pt"), logits(load(result.folder))
+    assert (alone - ours).norm() < 1e-4 * ours.norm()
 
 
 @pytest.mark.parametrize(("method", "bits"), [("bitsandbytes", 4), ("bitsandbytes", 8), ("torchao", 8)])
