@@ -204,6 +204,12 @@ class PruningConfig:
         """Whether something is left to decide by a ratio for the whole model."""
         return not self.by_kind and not all(map(self.is_stated, self.units))
 
+    @property
+    def stated_options(self) -> list[str]:
+        """Names of the options given that say how much goes, in the place of a ratio for the whole model."""
+        names = [*dict.fromkeys(option for kind in KINDS.values() for option in kind.options), "keep"]
+        return [name for name in names if getattr(self, name) is not None]
+
     def is_stated(self, kind: str) -> bool:
         """Whether the configuration says how many units of a kind stay or go."""
         if kind in (self.keep or {}):

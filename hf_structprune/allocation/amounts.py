@@ -101,10 +101,8 @@ def check_ratio(ratio: float | None, config: PruningConfig) -> None:
     if ratio is None:
         return
     if not config.takes_ratio:
-        stated = [n for n in ("attention_ratio", "mlp_ratio", "num_layers", "keep_first", "hidden_size", "keep")
-                  if getattr(config, n) is not None]  # fmt: skip
         raise ConfigurationError(
-            f"The ratio {ratio!r} is given, and {', '.join(f'`{name}`' for name in stated)} in the configuration says "
+            f"The ratio {ratio!r} is given, and {', '.join(f'`{name}`' for name in config.stated_options)} in the configuration says "
             "how much goes: give one or the other."
         )
     checked("ratio", ratio, Ratio, RatioError)

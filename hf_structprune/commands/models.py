@@ -146,11 +146,10 @@ def check_ratio(ratio: float | None, config: PruningConfig) -> None:
     if ratio is None and config.needs_ratio:
         raise ConfigurationError(
             "--ratio is missing; 0.3 removes 30 %. Instead of it --attention-ratio and --mlp-ratio, --num-layers, "
-            "--keep-first or --hidden-size say how much goes."
+            "--keep-first, --hidden-size or --keep say how much goes."
         )
     if ratio is not None and not config.takes_ratio:
-        names = ("attention_ratio", "mlp_ratio", "num_layers", "keep_first", "hidden_size")
-        stated = [f"--{name.replace('_', '-')}" for name in names if getattr(config, name) is not None]
+        stated = [f"--{name.replace('_', '-')}" for name in config.stated_options]
         raise ConfigurationError(f"--ratio and {' / '.join(stated)} are both given; give one or the other.")
 
 
