@@ -101,9 +101,9 @@ def check_ratio(ratio: float | None, config: PruningConfig) -> None:
     if ratio is None:
         return
     if not config.takes_ratio:
+        stated = ", ".join(f"`{name}`" for name in config.stated_options)
         raise ConfigurationError(
-            f"The ratio {ratio!r} is given, and {', '.join(f'`{name}`' for name in config.stated_options)} in the configuration says "
-            "how much goes: give one or the other."
+            f"The ratio {ratio!r} is given, and {stated} in the configuration says how much goes: give one or the other."
         )
     checked("ratio", ratio, Ratio, RatioError)
 
