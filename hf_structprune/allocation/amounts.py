@@ -103,7 +103,8 @@ def check_ratio(ratio: float | None, config: PruningConfig) -> None:
     if not config.takes_ratio:
         stated = ", ".join(f"`{name}`" for name in config.stated_options)
         raise ConfigurationError(
-            f"The ratio {ratio!r} is given, and {stated} in the configuration says how much goes: give one or the other."
+            f"The ratio {ratio!r} is given, and {stated} in the configuration says how much goes: give one or the "
+            "other."
         )
     checked("ratio", ratio, Ratio, RatioError)
 
