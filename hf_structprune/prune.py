@@ -15,6 +15,7 @@ from .model.hidden_size import shrunk_config_model
 from .model.rebuild import rebuild
 from .model.structure import ModelStructure
 from .model.surgery import Kept, drop
+from .model.target import Target
 from .plan import PruningPlan
 from .planner import describe, size_of
 from .refit.channels import cut_hidden
@@ -45,6 +46,7 @@ class Execution:
     _inner: ModelStructure = field(init=False)  # after the hidden size was cut, before anything else
     _plan: PruningPlan | None = field(init=False, default=None)
     _stay: Kept = field(init=False)
+    _target: Target | None = field(init=False, default=None)  # of the plan, where the model is still the dense one
 
     def __post_init__(self) -> None:
         self._dense = self._inner = self.structure
@@ -76,11 +78,13 @@ class Execution:
         if plan.hidden is not None:
             shell = shrunk_config_model(self.model, plan.hidden.keep, self.structure)
             structure = ModelStructure.of(shell)
-        ModelStructure.of(target_of(shell, structure, plan).skeleton(), whole=False)
+        target = target_of(shell, structure, plan)
+        ModelStructure.of(target.skeleton(), whole=False)
+        self._target = target if plan.hidden is None else None
 
     def _cut(self, plan: PruningPlan, known: Survey | None) -> None:
         """Cuts layers, heads and neurons as planned."""
-        target = target_of(self.model, self.structure, plan)
+        target = self._target or target_of(self.model, self.structure, plan)
         criterion = make_criterion(self.config)
         if known is None and criterion.needs_gradients and not plan.chosen:
             known = survey(self.model, self.structure, self.config, self.tokens)

@@ -5,19 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import CheckpointError
 from ..plan import PruningPlan
-from ..units import KINDS, WidthKind, kinds_of
+from ..units import KINDS, DepthKind, WidthKind, kinds_of
 from ..units.depth import LAYERS
 from ..units.heads import GROUPS, counts_of, pairs, shape_after
 from .families import AttentionNames
 from .groups import AttentionShape, LayerStructure
 from .layer_values import check_layers, layers_left, skip_modules, skips_after, without_layers, write_skips
 from .structure import ModelStructure, decoder_layers
-from .surgery import Kept, cut_units, drop
+from .surgery import Kept, entries_gone
 from .target import Target, as_mistral, make_target, overrides_of, plain_values, skeleton
 
 
@@ -179,10 +178,9 @@ def check_shapes(model: PreTrainedModel, structure: ModelStructure, plan: Prunin
     Raises:
         CheckpointError: Names the first tensor that would not fit.
     """
-    expected = skeleton(model)
-    cut_units(expected, structure, first_units(structure, plan))
-    drop(expected, structure, plan.dropped)
-    wanted, built = _shapes(expected), _shapes(built_model := target.skeleton())
+    wanted = shapes_after(model, structure, plan)
+    built_model = target.skeleton()
+    built = {name: tuple(parameter.shape) for name, parameter in built_model.named_parameters()}
     for name in (*wanted, *built):
         if built.get(name) != wanted.get(name):
             raise CheckpointError(
@@ -197,8 +195,26 @@ def check_shapes(model: PreTrainedModel, structure: ModelStructure, plan: Prunin
         )
 
 
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+def shapes_after(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> dict[str, tuple[int, ...]]:
+    """Shapes of all parameters that a plan leaves, by the names that they will have."""
+    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    for (name, dim), gone in entries_gone(structure.groups, first_units(structure, plan)).items():
+        shapes[name][dim] -= len(gone.unique())
+    names = {old.name: new for new, old in enumerate(layers_left(structure, plan))}
+    without = [name for kind in kinds_of(DepthKind, sublayer=True) for number in plan.dropped.get(kind, ())
+               for name in structure.layers[number].sublayer(kind).modules]  # fmt: skip
+    path = structure.layers[0].name.rpartition(".")[0]
+    result = {}
+    for name, shape in shapes.items():
+        if any(name.startswith(f"{module}.") for module in without):
+            continue
+        if name.startswith(f"{path}."):
+            number, _, rest = name[len(path) + 1 :].partition(".")
+            if f"{path}.{number}" not in names:
+                continue
+            name = f"{path}.{names[f'{path}.{number}']}.{rest}"
+        result[name] = tuple(shape)
+    return result
 
 
 def first_units(structure: ModelStructure, plan: PruningPlan) -> Kept:

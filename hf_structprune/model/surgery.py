@@ -26,7 +26,7 @@ def mask_units(model: nn.Module, structure: ModelStructure, kept: Kept) -> None:
     silenced neuron may still have an activation other than 0).
     """
     with torch.no_grad():
-        for (name, dim), gone in _gone(structure.groups, kept).items():
+        for (name, dim), gone in entries_gone(structure.groups, kept).items():
             model.get_parameter(name).index_fill_(dim, gone.to(model.get_parameter(name).device), 0)
 
 
@@ -46,7 +46,7 @@ def cut_units(model: nn.Module, structure: ModelStructure, kept: Kept) -> None:
 
 def cut_groups(model: nn.Module, groups: Iterable[Group], kept: Kept) -> None:
     """`cut_units` for some groups."""
-    for (name, dim), gone in _gone(groups, kept).items():
+    for (name, dim), gone in entries_gone(groups, kept).items():
         old = model.get_parameter(name)
         stay = torch.ones(old.shape[dim], dtype=torch.bool)
         stay[gone] = False
@@ -55,7 +55,7 @@ def cut_groups(model: nn.Module, groups: Iterable[Group], kept: Kept) -> None:
         setattr(model.get_submodule(module), leaf, nn.Parameter(new, requires_grad=old.requires_grad))
 
 
-def _gone(groups: Iterable[Group], kept: Kept) -> dict[tuple[str, int], torch.Tensor]:
+def entries_gone(groups: Iterable[Group], kept: Kept) -> dict[tuple[str, int], torch.Tensor]:
     """The entries that go, by tensor and dimension."""
     result: dict[tuple[str, int], list[torch.Tensor]] = {}
     for group in groups:
