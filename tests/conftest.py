@@ -13,11 +13,18 @@ from tiny_tokenizers import build_tokenizer  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items):
-    """Tests that share a real model run in one process: it is fetched and pruned once."""
+    """Tests that share a real model, or a fixture of their module, run in one process: it is made once."""
     for item in items:
-        if {"smollm2", "pruned_smollm2", "per_layer_smollm2"} & set(getattr(item, "fixturenames", ())):
+        names = getattr(item, "fixturenames", ())
+        if {"smollm2", "pruned_smollm2", "per_layer_smollm2"} & set(names):
             item.add_marker(pytest.mark.xdist_group("real model"))
+            continue
+        module = item.nodeid.partition("::")[0]
+        known = item._fixtureinfo.name2fixturedefs if names else {}
+        if any(one.scope == "module" and one.baseid == module for name in names for one in known.get(name, ())):
+            item.add_marker(pytest.mark.xdist_group(module))
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from few_tasks import few_tasks  # noqa: F401
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_structprune import PruningConfig, StructuredPruner

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from few_tasks import few_tasks  # noqa: F401
 from transformers import AutoModelForCausalLM
 
 from hf_structprune import PruningConfig, PruningPlan
