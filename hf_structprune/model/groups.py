@@ -44,7 +44,7 @@ class Group:
         layer: Number of the decoder layer.
         size: Number of units.
         slices: Where the units are: what computes them first, what reads them last.
-        reader: The slice of the linear map whose input columns the units are, if there is one: it can be re-fitted.
+        reader: The slice of the linear map whose input columns the units are, which is re-fitted.
         parent: Full name of the module whose output is the reader's output.
         norms: Full names of norms that span all units.
         blocks: Kept units are spread evenly over so many equal blocks (query heads over their KV groups).
@@ -56,7 +56,7 @@ class Group:
     layer: int
     size: int
     slices: tuple[Slice, ...]
-    reader: Slice | None
+    reader: Slice
     parent: str
     norms: tuple[str, ...] = ()
     blocks: int = 1

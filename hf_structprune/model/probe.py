@@ -46,7 +46,8 @@ def grouped(
     """Adds the groups of a kind that one key of the configuration sizes, as the key itself shows them.
 
     A dimension that grows by the step of the key holds each unit once; one that grows by a multiple of it holds that
-    many blocks of units, one after the other. The linear map whose only such dimension is its input reads the units.
+    many blocks of units, one after the other. The one linear map whose input grows reads the units; without it, or
+    with several, they are left alone.
 
     Args:
         kind: Name of the kind.
@@ -103,7 +104,10 @@ def _add_group(
             index = torch.arange(size)[:, None]
             parts = [Slice(name, dim, index + block * size) for block in range(blocks)]
             (readers if reads else rows).extend(parts)
-    if rows or readers:
-        reader, slices = readers[0] if len(readers) == 1 else None, (*rows, *readers)
-        cost = costs(layer, structure.name, slices)
-        structure.groups.append(Group(kind, structure.index, size, slices, reader, slices[-1].module, (), 1, *cost))
+    if not rows and not readers:
+        return
+    if len(readers) != 1:
+        raise UnsupportedModelError(f"{len(readers)} linear maps of a layer read its units and not one, left alone")
+    slices = (*rows, *readers)
+    cost = costs(layer, structure.name, slices)
+    structure.groups.append(Group(kind, structure.index, size, slices, readers[0], readers[0].module, (), 1, *cost))

@@ -134,7 +134,7 @@ class WidthKind(UnitKind):
     def input_width(self, layer: LayerStructure, plan: Decided) -> tuple[Group, int, int] | None:
         """Group, input features of its reader before and after a plan; `None` where another kind gives them."""
         group = layer.group(self.name)
-        if group is None or group.reader is None or plan.is_dropped(layer.index, self.name):
+        if group is None or plan.is_dropped(layer.index, self.name):
             return None
         width = group.reader.index.shape[1]
         return group, group.size * width, plan.keep(layer.index, self.name, group.size) * width

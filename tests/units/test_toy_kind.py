@@ -103,6 +103,13 @@ def test_it_shares_a_budget_with_others_and_may_differ_between_layers(toy, model
     assert pruner.last_plan.ratio == pytest.approx(0.1, abs=0.005)
 
 
+def test_units_that_no_one_map_reads_are_left_alone(toy, model, monkeypatch):
+    monkeypatch.setattr(SharedExpertNeurons, "key", "moe_intermediate_size")  # of stacked experts
+    structure = ModelStructure.of(model)
+    assert toy not in structure.kinds()
+    assert "moe_intermediate_size: 0 linear maps of a layer read its units and not one, left alone" in structure.notes
+
+
 def test_without_it_there_is_none():
     with pytest.raises(ConfigurationError, match="shared_neurons"):
         PruningConfig(units="shared_neurons")
