@@ -1,4 +1,4 @@
-"""Letting modules run something else for a while."""
+"""Hooks, and letting modules run something else for a while."""
 
 from __future__ import annotations
 
@@ -8,10 +8,22 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from .model.groups import Sublayer
 from .model.structure import ModelStructure
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]):
+    """Hooks are there as long as this is open."""
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -71,13 +83,9 @@ class Silencer:
         self._hidden: dict[str, int] = {}
         names = [sublayer.module for layer in structure.layers for sublayer in layer.sublayers]
         handles = [model.get_submodule(name).register_forward_hook(self._look(name)) for name in names]
-        try:
-            with torch.no_grad():
-                device = model.get_input_embeddings().weight.device
-                model.base_model(input_ids=tokens.to(device), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with hooked(handles), torch.no_grad():
+            device = model.get_input_embeddings().weight.device
+            model.base_model(input_ids=tokens.to(device), use_cache=False)
 
     def _look(self, name: str) -> Callable[..., None]:
         def look(module: nn.Module, args: tuple, output: Any) -> None:

@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 
 from ..checks import check_choice
 from ..config import PruningConfig
-from ..criteria.distances import LayerSimilarities, layer_similarities
-from ..criteria.layer_weights import magnitude_scores, taylor_scores
+from ..criteria.depth import LayerSimilarities, layer_similarities, magnitude_scores, taylor_scores
 from ..errors import RatioError
 from ..model.measuring import measures
 from ..model.structure import ModelStructure

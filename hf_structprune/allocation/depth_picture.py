@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from ..criteria.distances import LayerSimilarities
+from ..criteria.depth import LayerSimilarities
 from ..errors import ConfigurationError
 from ..evaluation.pictures import CARD, INK, make_panels, save, set_title, whole_numbers
 

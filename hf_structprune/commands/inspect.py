@@ -110,7 +110,7 @@ def _row(structure: ModelStructure, run: list[tuple[int, Group]]) -> list[str]:
 def _inspect_depth(model: ModelArguments, command: InspectArguments, calibration: CalibrationConfig) -> None:
     """Measures and prints; writes a CSV (PruneMe's format, all block sizes) and a heat map if there is a folder."""
     from ..allocation.depth_picture import draw_distances
-    from ..criteria.distances import layer_similarities
+    from ..criteria.depth import layer_similarities
     from ..evaluation.pictures import require_matplotlib
 
     if command.output_dir is not None:

@@ -1,16 +1,11 @@
-"""The criteria: one file, one criterion, one small class."""
+"""The criteria that rank units: a class each, by name in `BY_NAME`, for widths; functions for depth and channels."""
 
 from __future__ import annotations
 
 from ..config import PruningConfig
-from .activation import Activation
 from .base import ByKind, ConsumerCriterion, Criterion, Scoring, TensorCriterion
-from .magnitude import L1, L2
-from .obs import OBS
-from .random import Random
-from .taylor import Taylor
-from .wanda import Wanda
-from .wifv import WIFV
+from .inputs import OBS, WIFV, Activation, Wanda
+from .weights import L1, L2, Random, Taylor
 
 
 BY_NAME: dict[str, type[Criterion]] = {

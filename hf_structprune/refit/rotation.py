@@ -15,13 +15,13 @@ from transformers.utils import logging
 
 from ..config import PruningConfig
 from ..errors import UnsupportedModelError
+from ..hooks import hooked
 from ..model.hidden_size import HiddenGroup
 from ..model.norms import NormKind, stream_norms
 from ..model.rebuild import assemble
 from ..model.target import Target
 from ..stats.gradients import on_device
 from ..text.calibration import as_batches
-from .two_streams import hooked
 
 
 def check_rotatable(model: PreTrainedModel, group: HiddenGroup) -> None:

@@ -1,20 +1,20 @@
-"""Taylor salience of rows and columns, reduced in the backward pass: no full set of gradients is ever held."""
+"""Gradients of the loss, reduced in the backward pass: no full set of them is ever held."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import logging
+from transformers.utils.logging import tqdm
 
+from ..hooks import hooked
 from ..model.language_head import has_plain_head, positions_at_once
 from ..model.measuring import check_numbers
 from ..model.structure import Group, is_linear, matrix
-from ..text.calibration import as_batches
 
 
 Salience = dict[tuple[str, str], torch.Tensor]
@@ -54,12 +54,9 @@ def taylor_salience(
     batches are averaged, before the absolute value for `vectorize`; `second` does not depend on the batch size.
 
     Args:
-        model: A causal language model.
         groups: Groups whose parts are wanted.
         tokens: Token ids, shape (sequences, length).
         variant: `"vectorize"`, `"first"`, `"second"` or `"mix"`.
-        batch_size: Sequences in a backward pass.
-        gradient_checkpointing: Recompute activations in the backward pass.
 
     Returns:
         `{(tensor, dim): scores}`, float32.
@@ -68,51 +65,91 @@ def taylor_salience(
     wanted = {(part.tensor, part.dim) for part in slices if model.get_parameter(part.tensor).ndim > 1}
     salience: Salience = {}
 
-    def report(module: str, length: int, weight: float, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
-        linear = matrix(model.get_submodule(module)).float()
+    def report(name: str, share: float, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
+        module, length = model.get_submodule(name), tokens.shape[1]
+        linear = matrix(module).float()
         inputs, gradient = inputs.reshape(-1, length, inputs.shape[-1]), gradient.reshape(-1, length, linear.shape[0])
         change = _change(linear, inputs, gradient, variant)
-        transposed = matrix(model.get_submodule(module)) is not model.get_submodule(module).weight
         for axis in (0, 1):  # rows, columns
-            key = (f"{module}.weight", int(axis != transposed))
+            key = (f"{name}.weight", int(axis != (matrix(module) is not module.weight)))
             if key in wanted:
-                reduced = change.sum(1 - axis) * weight
+                reduced = change.sum(1 - axis) * share
                 salience[key] = salience[key] + reduced if key in salience else reduced
 
-    def around(batch: torch.Tensor, share: float) -> AbstractContextManager[None]:
-        return _probed(model, {part.module for part in slices}, batch.shape[1], share, report)
+    def probes(share: float) -> AbstractContextManager[None]:
+        def probe(name: str) -> Callable:
+            return lambda _, args, output: _Probe.apply(output, args[0], partial(report, name, share))
 
-    backward_passes(model, tokens, batch_size, gradient_checkpointing, around)
+        names = {part.module for part in slices}
+        return hooked(model.get_submodule(name).register_forward_hook(probe(name)) for name in names)
+
+    _backward_passes(model, tokens, batch_size, gradient_checkpointing, probes)
     for (tensor, _), score in salience.items():
         check_numbers(score, f"The gradients of `{tensor}`")
     return {key: score.abs() for key, score in salience.items()}
 
 
-def backward_passes(
+def weight_changes(
+    model: nn.Module,
+    weights: dict[str, nn.Parameter],
+    tokens: torch.Tensor,
+    reduce: Callable[[str, torch.Tensor, float], None],
+    batch_size: int,
+    gradient_checkpointing: bool,
+) -> None:
+    """Hands on `|w g|` of whole weights, each as soon as its gradient `g` is complete, which is then freed.
+
+    Args:
+        weights: Parameters by name.
+        tokens: Token ids, shape (sequences, length).
+        reduce: Gets a name, `|w g|` in float32 with `g` of the mean loss of a batch, and the batch's share of all
+            sequences.
+    """
+    names = {id(weight): name for name, weight in weights.items()}
+
+    @contextmanager
+    def reduced(share: float):
+        def take(weight: nn.Parameter) -> None:
+            change = (weight.detach().float() * weight.grad.float()).abs_()
+            weight.grad = None
+            reduce(names[id(weight)], change, share)
+
+        own = [(weight, weight.grad) for weight in weights.values()]
+        for weight, _ in own:
+            weight.grad = None
+            weight.requires_grad_(True)
+        try:
+            with hooked(weight.register_post_accumulate_grad_hook(take) for weight, _ in own):
+                yield
+            for weight, _ in own:
+                if weight.grad is not None:  # an untied head, whose gradient was put there by hand
+                    take(weight)
+        finally:
+            for weight, gradient in own:
+                weight.requires_grad_(False)
+                weight.grad = gradient
+
+    _backward_passes(model, tokens, batch_size, gradient_checkpointing, reduced)
+
+
+def _backward_passes(
     model: nn.Module,
     tokens: torch.Tensor,
     batch_size: int,
     gradient_checkpointing: bool,
-    around: Callable[[torch.Tensor, float], AbstractContextManager[None]],
+    around: Callable[[float], AbstractContextManager[None]],
 ) -> None:
     """Backward pass of the mean next-token loss of each batch; the model is left as it was.
 
-    No parameter asks for a gradient: what is wanted of the pass is taken by what `around` opens.
-
-    Args:
-        model: A causal language model.
-        tokens: Token ids, shape (sequences, length).
-        batch_size: Sequences in a backward pass.
-        gradient_checkpointing: Recompute activations in the backward pass.
-        around: Open during each pass; gets the batch and its share of all sequences.
+    No parameter asks for a gradient: what is wanted of a pass is taken by what `around` opens, given the batch's share
+    of all sequences.
     """
-    batches = as_batches(tokens, batch_size)
-    bar = tqdm(batches, desc="Gradients", disable=not logging.is_progress_bar_enabled())
+    batches = tokens.split(batch_size)
     plain = has_plain_head(model, on_device(model, batches[0][:1]))
-    with frozen(model, gradient_checkpointing):
-        for batch in bar:
-            with around(batch, len(batch) / len(tokens)):
-                _backward(model, batch, plain)
+    with _frozen(model, gradient_checkpointing):
+        for batch in tqdm(batches, desc="Gradients"):
+            with around(len(batch) / len(tokens)):
+                _backward(model, on_device(model, batch), plain)
 
 
 def _change(weight: torch.Tensor, inputs: torch.Tensor, gradient: torch.Tensor, variant: str) -> torch.Tensor:
@@ -141,7 +178,6 @@ def _backward(model: nn.Module, batch: torch.Tensor, plain: bool) -> None:
     With a plain head the loss is taken a few positions at a time: float32 logits of a whole batch and their gradient
     would need more memory than everything else.
     """
-    batch = on_device(model, batch)
     if not plain:
         model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
         return
@@ -149,32 +185,23 @@ def _backward(model: nn.Module, batch: torch.Tensor, plain: bool) -> None:
     head, targets = model.get_output_embeddings(), batch[:, 1:].flatten()
     # A quarter: the loss holds its logits, their softmax and two gradients at once.
     chunk, gradients = max(1, positions_at_once(head.weight.shape[0]) // 4), []
+    wanted = [head.weight] if head.weight.requires_grad else []
+    of_head = torch.zeros_like(head.weight, dtype=torch.float32) if wanted else None
     for part, target in zip(states.detach().split(chunk), targets.split(chunk), strict=True):
         part = part.requires_grad_(True)
         logits = head(part).float()
         loss = nn.functional.cross_entropy(logits, target.to(logits.device), reduction="sum") / len(targets)
-        gradients.append(torch.autograd.grad(loss, part)[0])
+        gradient, *own = torch.autograd.grad(loss, (part, *wanted))
+        gradients.append(gradient)
+        for one in own:
+            of_head += one
+    if wanted:  # where the head is tied, the embeddings' part is added to it before it is handed on
+        head.weight.grad = of_head.to(head.weight.dtype)
     states.backward(torch.cat(gradients))
 
 
 @contextmanager
-def _probed(model: nn.Module, modules: set[str], length: int, weight: float, report):
-    handles = []
-    for name in modules:
-
-        def hook(module, args, output, name=name):
-            return _Probe.apply(output, args[0], lambda x, g: report(name, length, weight, x, g))
-
-        handles.append(model.get_submodule(name).register_forward_hook(hook))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def frozen(model: nn.Module, gradient_checkpointing: bool):
+def _frozen(model: nn.Module, gradient_checkpointing: bool):
     """No parameter asks for a gradient; the embeddings' output starts the graph."""
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     for parameter in flags:

@@ -8,8 +8,7 @@ from hf_structprune import PruningConfig
 from hf_structprune.allocation.depth import choose_depth
 from hf_structprune.allocation.depth_search import Losses, exchange, remove_greedily
 from hf_structprune.allocation.removal import Amount, Removal, depth_candidates
-from hf_structprune.criteria.distances import layer_similarities
-from hf_structprune.criteria.layer_weights import magnitude_scores, taylor_scores
+from hf_structprune.criteria.depth import layer_similarities, magnitude_scores, taylor_scores
 from hf_structprune.errors import ConfigurationError, RatioError, UnsupportedModelError
 from hf_structprune.model.structure import ModelStructure
 from hf_structprune.plan import normalised

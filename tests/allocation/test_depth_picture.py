@@ -5,7 +5,7 @@ import torch
 pytest.importorskip("matplotlib")
 
 from hf_structprune.allocation.depth_picture import distances_figure, draw_distances  # noqa: E402
-from hf_structprune.criteria.distances import LayerSimilarities  # noqa: E402
+from hf_structprune.criteria.depth import LayerSimilarities  # noqa: E402
 from hf_structprune.errors import ConfigurationError  # noqa: E402
 
 

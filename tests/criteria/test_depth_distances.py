@@ -7,7 +7,7 @@ import families
 import pytest
 import torch
 
-from hf_structprune.criteria.distances import LayerSimilarities, layer_similarities
+from hf_structprune.criteria.depth import LayerSimilarities, layer_similarities
 from hf_structprune.errors import ConfigurationError, RatioError
 from hf_structprune.model.structure import ModelStructure
 

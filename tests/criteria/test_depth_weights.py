@@ -6,7 +6,7 @@ import families
 import pytest
 import torch
 
-from hf_structprune.criteria.layer_weights import magnitude_scores, taylor_scores, unit_matrices
+from hf_structprune.criteria.depth import magnitude_scores, taylor_scores, unit_matrices
 from hf_structprune.model.structure import ModelStructure, is_linear
 
 

@@ -8,7 +8,7 @@ import torch
 from untouched import facts
 
 from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
-from hf_structprune.criteria.distances import layer_similarities
+from hf_structprune.criteria.depth import layer_similarities
 from hf_structprune.evaluation import perplexity
 from hf_structprune.evaluation.perplexity import window_losses
 from hf_structprune.model.measuring import measuring

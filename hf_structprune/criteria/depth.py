@@ -1,4 +1,7 @@
-"""How much layers and blocks of layers change the residual stream: angular distance and block influence."""
+"""Criteria for layers and sublayers: what they change in the residual stream, and what their weights say.
+
+How much the loss rises without them is in `stats.losses`.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,23 @@ import csv
 import io
 import math
 import os
-from collections.abc import Collection
+from collections import defaultdict
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
-from tqdm.auto import tqdm
+from torch import nn
+from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
-from transformers.utils import logging
+from transformers.utils.logging import tqdm
 
 from ..allocation.removal import Unit
 from ..errors import ConfigurationError, RatioError
 from ..files.writing import write_text
 from ..hooks import Silencer
-from ..model.measuring import measures
+from ..model.measuring import check_numbers, measures
 from ..model.structure import LayerStructure, ModelStructure, decoder_layers
+from ..stats.gradients import weight_changes
 from ..stats.stream import LayerStream
 from ..units import DepthKind, kinds_of
 from ..units.depth import LAYERS
@@ -34,7 +40,7 @@ def layer_similarities(
     batch_size: int = 8,
     sublayers: bool = False,
 ) -> LayerSimilarities:
-    """Compares the residual stream at all positions, in one pass over the text.
+    """Compares the residual stream at all positions, in one pass over the text; the model is left as it is.
 
     Position `i` is what enters layer `i`; position `L` is what leaves the last layer, before the final norm.
 
@@ -49,8 +55,6 @@ def layer_similarities(
     attention first. This runs every attention twice.
 
     Args:
-        model: A causal language model in eval mode; it is left as it is.
-        structure: Its layers and sublayers.
         tokens: Token ids, shape (sequences, length), without padding.
         batch_size: Sequences that go through the model at once.
         sublayers: Measure attentions and MLPs too.
@@ -58,21 +62,27 @@ def layer_similarities(
     stream = LayerStream(model, decoder_layers(model, structure.family), tokens, batch_size)
     silencer = Silencer(model, structure, tokens[:1, :2]) if sublayers else None
     positions = [_last(stream.hidden)]
-    found: dict[Unit, _Pair] = {}
-    for layer in tqdm(structure.layers, desc="Distances", disable=not logging.is_progress_bar_enabled()):
+    cosines: dict[Unit, float] = defaultdict(float)  # summed over all tokens
+    angles: dict[Unit, float] = defaultdict(float)  # of the last tokens, summed over the sequences
+    for layer in tqdm(structure.layers, desc="Distances"):
         stream.enter(layer.index)
         for number, before in enumerate(stream.hidden):
             after = stream.outputs(layer.index, number, last=layer.index)
             ends = {LAYERS: (before, after)}
             if silencer is not None:
                 ends.update(_around_sublayers(stream, silencer, layer, number, after))
-            for kind, states in ends.items():
-                found.setdefault((layer.index, kind), _Pair()).add(*states)
+            for kind, (a, b) in ends.items():
+                all_tokens = cosine_similarity(a.float(), b.float(), dim=-1).clamp(-1.0, 1.0)
+                cosines[layer.index, kind] += float(all_tokens.sum(dtype=torch.float64))
+                last = cosine_similarity(a[:, -1].double(), b[:, -1].double(), dim=-1)
+                angles[layer.index, kind] += float(angular_distance(last).sum())
             before.copy_(after)
         positions.append(_last(stream.hidden))
-    distances = {unit: pair.distance for unit, pair in found.items()}
-    influences = {unit: pair.influence for unit, pair in found.items()}
-    return LayerSimilarities(_mean_distances(positions), distances, influences)
+    return LayerSimilarities(
+        _mean_distances(positions),
+        {unit: total / len(tokens) for unit, total in angles.items()},
+        {unit: 1.0 - total / tokens.numel() for unit, total in cosines.items()},
+    )
 
 
 def angular_distance(cosines: torch.Tensor) -> torch.Tensor:
@@ -88,68 +98,32 @@ def _around_sublayers(
     Where the structure knows only the attention, the layer with it is compared with the layer without it.
     """
     attention, mlp = map(layer.sublayer, kinds_of(DepthKind, sublayer=True))
-    ends: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     known = mlp or attention
     if known is None:
-        return ends
+        return {}
     with silencer.silenced([known]):
         without = stream.outputs(layer.index, number, last=layer.index)
-    ends[known.kind] = without, after
+    ends = {known.kind: (without, after)}
     if mlp is not None and attention is not None:
         ends[attention.kind] = stream.hidden[number], without
     return ends
 
 
-def _last(states: Collection[torch.Tensor]) -> torch.Tensor:
+def _last(states: list[torch.Tensor]) -> torch.Tensor:
     """The states of the last token of every sequence, on the CPU, shape (sequences, hidden)."""
     return torch.cat([state[:, -1] for state in states]).cpu()
 
 
-def _cosines(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1).clamp(-1.0, 1.0)
-
-
-class _Pair:
-    """Running means of the two measures between two positions."""
-
-    def __init__(self) -> None:
-        self._cosines = self._angles = 0.0
-        self._tokens = self._sequences = 0
-
-    def add(self, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Adds a batch of states, shape (sequences, length, hidden)."""
-        cosines = _cosines(before, after)
-        self._cosines += float(cosines.sum(dtype=torch.float64))
-        self._tokens += cosines.numel()
-        ends = before[:, -1].double(), after[:, -1].double()
-        self._angles += float(angular_distance(torch.nn.functional.cosine_similarity(*ends, dim=-1)).sum())
-        self._sequences += len(before)
-
-    @property
-    def influence(self) -> float:
-        return 1.0 - self._cosines / self._tokens
-
-    @property
-    def distance(self) -> float:
-        return self._angles / self._sequences
-
-
 def _mean_distances(positions: list[torch.Tensor]) -> torch.Tensor:
-    """Mean angular distances between positions, one sequence at a time; float64, exactly 0 of each to itself.
-
-    Args:
-        positions: States of last tokens, each of shape (sequences, hidden).
-    """
+    """Mean angular distances between positions, one sequence at a time; float64, exactly 0 of each to itself."""
     total = torch.zeros(len(positions), len(positions), dtype=torch.float64)
     for sequence in zip(*positions, strict=True):
-        unit = torch.nn.functional.normalize(torch.stack(sequence).double(), dim=-1)
+        unit = nn.functional.normalize(torch.stack(sequence).double(), dim=-1)
         total += angular_distance(unit @ unit.T)
     return (total / len(positions[0])).fill_diagonal_(0.0)
 
 
 Block = tuple[int, int, float]  # first layer, the layer behind the last, distance
-
-COLUMNS = ("block_start", "block_end", "average_distance")
 
 
 @dataclass
@@ -177,16 +151,14 @@ class LayerSimilarities:
         Layer 0 is in none of them, as in PruneMe.
 
         Args:
-            size: Layers in a block.
             allowed: Only blocks of these layers. Default: all.
         """
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ConfigurationError(f"The block size is {size!r}; it must be a whole number, 1 or more.")
         allowed = set(range(self.num_layers) if allowed is None else allowed)
-        starts = range(1, self.num_layers - size + 1)
         return [
             (start, start + size, float(self.angular[start, start + size]))
-            for start in starts
+            for start in range(1, self.num_layers - size + 1)
             if allowed.issuperset(range(start, start + size))
         ]
 
@@ -217,7 +189,59 @@ class LayerSimilarities:
         """
         text = io.StringIO(newline="")
         writer = csv.writer(text)
-        writer.writerow(COLUMNS)
+        writer.writerow(("block_start", "block_end", "average_distance"))
         for n in range(1, self.num_layers) if size is None else (size,):
             writer.writerows(self.blocks(n))
         write_text(path, text.getvalue())
+
+
+def unit_matrices(model: nn.Module, structure: ModelStructure, unit: Unit) -> dict[str, nn.Parameter]:
+    """The weights of the linear maps of a layer or sublayer by full name, routers and stacked experts too."""
+    layer, kind = structure.layers[unit[0]], unit[1]
+    modules = (layer.name,) if kind == LAYERS else layer.sublayer(kind).modules
+    return {
+        f"{module}.{name}": parameter
+        for module in modules
+        for name, parameter in model.get_submodule(module).named_parameters()
+        if parameter.ndim >= 2
+    }
+
+
+@torch.no_grad()
+def magnitude_scores(model: PreTrainedModel, structure: ModelStructure, units: Iterable[Unit]) -> dict[Unit, float]:
+    """`sum |w|` over the linear weights of each unit (Shortened-LLM, Kim et al. 2024, arXiv 2402.02834, Mag)."""
+    totals: dict[str, float] = {}
+    return {
+        unit: sum(
+            totals.setdefault(name, float(weight.abs().sum(dtype=torch.float64)))
+            for name, weight in unit_matrices(model, structure, unit).items()
+        )
+        for unit in units
+    }
+
+
+def taylor_scores(
+    model: PreTrainedModel,
+    structure: ModelStructure,
+    units: Iterable[Unit],
+    tokens: torch.Tensor,
+    *,
+    batch_size: int = 8,
+    gradient_checkpointing: bool = False,
+) -> dict[Unit, float]:
+    """`sum |w g|` over the linear weights of each unit (Shortened-LLM, arXiv 2402.02834, Taylor).
+
+    `g` is the gradient of a batch's mean next-token loss, and the sums of all batches are averaged, as in
+    `gradients.taylor_salience`. Each gradient is reduced to one number as soon as the backward pass has it.
+    """
+    members = {unit: unit_matrices(model, structure, unit) for unit in units}
+    weights = {name: weight for of_unit in members.values() for name, weight in of_unit.items()}
+    totals = {name: torch.zeros((), dtype=torch.float64) for name in weights}
+
+    def add(name: str, change: torch.Tensor, share: float) -> None:
+        totals[name] += share * change.sum(dtype=torch.float64).cpu()
+
+    weight_changes(model, weights, tokens, add, batch_size, gradient_checkpointing)
+    for name, total in totals.items():
+        check_numbers(total, f"The gradients of `{name}`")
+    return {unit: float(sum(totals[name] for name in names)) for unit, names in members.items()}
