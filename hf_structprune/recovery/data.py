@@ -1,35 +1,45 @@
-"""Training data: rows of any known format to token ids and labels, and an account of what became of them."""
+"""Training data: rows of known formats, of one source or a mix, to token ids and labels as TRL makes them."""
 
 from __future__ import annotations
 
-import json
+import os
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import ConfigurationError, TextError
 from ..files.reading import parse_json
 from ..installed import need
-from .rows import COMMON, Example, load_rows, public_sources, to_common
+from ..text.reading import as_table, read_table
 
-
-__all__ = ["DataReport", "SourceReport", "load_rows", "prepare", "public_sources", "stopping_tokens"]
 
 logger = logging.get_logger(__name__)
 
 IGNORED = -100  # label of a token that is not learned
-# How the answers in chats of several turns are found.
-ALL_BY_MASK = "all answers of a chat are learned; the chat template marks them"
-ALL_BY_PREFIX = "all answers of a chat are learned; each is what the chat template adds after its prompt"
-LAST = (
-    "only the last answer of a chat is learned: the chat template writes earlier turns in another way once others "
-    "follow"
-)
+# Formats by the names that the column of each part may have; `None` says that it may be missing. In the order in which
+# they are looked for: rows of chats and instructions often have their text once more.
+FORMATS: dict[str, dict[str, tuple[str | None, ...]]] = {
+    "messages": {"messages": ("messages",)},
+    "conversations": {"messages": ("conversations",)},
+    "prompt-completion": {"prompt": ("prompt",), "completion": ("completion",)},
+    "instruction": {
+        "instruction": ("instruction",), "input": ("input", "context", None), "output": ("output", "response"),
+    },
+    "question-answer": {"instruction": ("question",), "output": ("answer",)},
+    "text": {"text": ("text",)},
+}  # fmt: skip
+# Names of the speakers in chats, and the roles that chat templates know.
+ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
+    "bot": "assistant", "model": "assistant", "system": "system", "tool": "tool", "function": "tool",
+    "developer": "developer",
+}  # fmt: skip
 # The prompt of Stanford Alpaca, with the line break at its end that Alpaca-LoRA added.
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -42,22 +52,176 @@ ALPACA_WITH_INPUT = (
 )
 
 
+def load_rows(source: Any, *, split: str = "train", max_samples: int | None = None, seed: int = 0) -> Any:
+    """Rows to train on, as a `datasets.DatasetDict` with a data set for every source, under its name.
+
+    All rows of all sources are taken, unless a source says its share of the mix as `"SOURCE@0.3"`: then the mix is as
+    large as it can be without a row twice, and sources without a share divide what is left in proportion to their
+    rows.
+
+    Args:
+        source: A `datasets.Dataset` (a streaming one needs `max_samples`), a list of row dicts, a `.jsonl`, `.json` or
+            `.txt` file (one text), a folder (made by `save_to_disk`, or with data files), the id of a data set of the
+            Hub, or a list of such sources, each with `@SHARE` at its end or as a pair `(source, share)` if wanted.
+        split: Split of data sets that have several.
+        max_samples: At most so many rows, drawn at random; of a streaming data set the first ones.
+        seed: Of the drawing.
+
+    Raises:
+        TextError: A source cannot be read, has no rows, or its columns are of no known format.
+        ConfigurationError: The shares are impossible.
+    """
+    import datasets
+
+    sources = _with_shares(source)
+    if not sources:
+        raise TextError("There is nothing to train on: the list of sources is empty.")
+    if len(sources) == 1 and sources[0][1] is not None:
+        name, share = _name(sources[0][0]), sources[0][1]
+        raise ConfigurationError(f"{name} has the share {share:g} of a mix, but there is no other source.")
+    opened = [_open(source, split, max_samples) for source, _ in sources]
+    names = [_name(source) for source, _ in sources]
+    result = datasets.DatasetDict()
+    for i, count in enumerate(mix_counts(list(map(len, opened)), [share for _, share in sources], max_samples)):
+        rows, again = opened[i], names[:i].count(names[i])
+        if count < len(rows):
+            logger.warning(f"Of {names[i]} {count:,} of {len(rows):,} rows are taken, drawn at random.")
+            rows = rows.shuffle(seed=seed).select(range(count))
+        if count:
+            result[f"{names[i]} ({again + 1})" if again else names[i]] = rows
+    return result
+
+
+def public_sources(source: Any) -> list[str]:
+    """Sources as they are given on the command line, with the names of local files in place of their paths."""
+    return [_name(one) if share is None else f"{_name(one)}@{share:g}" for one, share in _with_shares(source)]
+
+
+def _with_shares(source: Any) -> list[tuple[Any, float | None]]:
+    """One source or several, each with its share."""
+    many = isinstance(source, (list, tuple)) and not _is_pair(source)
+    rows = many and bool(source) and all(isinstance(row, Mapping) for row in source)
+    return [_with_share(one) for one in (source if many and not rows else [source])]
+
+
+def _is_pair(source: Any) -> bool:
+    """Whether it is a source and its share."""
+    pair = isinstance(source, (list, tuple)) and len(source) == 2 and isinstance(source[1], (int, float))
+    return pair and not isinstance(source[0], Mapping)
+
+
+def _with_share(source: Any) -> tuple[Any, float | None]:
+    share = None
+    if _is_pair(source):
+        source, share = source
+    elif isinstance(source, (str, os.PathLike)) and not Path(source).expanduser().exists():
+        before, at, after = str(source).rpartition("@")
+        with suppress(ValueError):  # not a number: a part of the name
+            source, share = (before, float(after)) if at else (source, None)
+    if share is not None and not 0 < share <= 1:
+        raise ConfigurationError(f"The share of {_name(source)} is {share:g}; it must be above 0 and at most 1.")
+    return source, share
+
+
+def _name(source: Any) -> str:
+    if isinstance(source, (str, os.PathLike)):
+        local = Path(source).expanduser()
+        return local.resolve().name if local.exists() else str(source)  # the whole path is nobody's business
+    return getattr(getattr(source, "info", None), "dataset_name", None) or "data"
+
+
+def _open(source: Any, split: str, max_samples: int | None) -> Any:
+    """All rows of a source, with their columns; of a stream the first `max_samples`."""
+    import datasets
+
+    name = _name(source)
+    if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+        if split not in source:
+            raise TextError(f"The data set has no split {split!r}; it has {', '.join(map(repr, source))}.")
+        return _open(source[split], split, max_samples)
+    if isinstance(source, (str, os.PathLike)):
+        rows = read_table(source, split=split)
+    elif isinstance(source, (list, tuple)):
+        rows = as_table(source, name)
+    elif isinstance(source, datasets.Dataset):
+        rows = source
+    elif isinstance(source, datasets.IterableDataset):
+        if max_samples is None:
+            raise ConfigurationError(
+                f"{name} is a streaming data set, which may have no end: say by `max_samples` how many rows to take."
+            )
+        rows = as_table(list(source.take(max_samples)), name)
+        logger.warning(f"{name} is a streaming data set: its first {len(rows):,} rows are taken, in their order.")
+    else:
+        raise ConfigurationError(
+            f"The training data is a {type(source).__name__}; give a `datasets.Dataset`, a list of rows, a file, a "
+            "folder, the id of a data set of the Hub, or a list of such."
+        )
+    if not len(rows):
+        raise TextError(f"There are no rows in {name}.")
+    recognise(rows.column_names, name)
+    return rows
+
+
+def mix_counts(rows: Sequence[int], shares: Sequence[float | None], most: int | None = None) -> list[int]:
+    """How many rows of every source go into a mix.
+
+    With `s` the shares, the mix has `min_i rows[i] / s[i]` rows, so that no row is taken twice, or `most` if that is
+    fewer, and source `i` gives `s[i]` of them. Sources without a share divide the rest in proportion to their rows.
+
+    Raises:
+        ConfigurationError: The shares do not add up to 1, or leave nothing for the sources without one.
+    """
+    given = sum(share for share in shares if share is not None)
+    free = sum(n for n, share in zip(rows, shares, strict=True) if share is None)
+    if None not in shares and abs(given - 1) > 1e-6:
+        raise ConfigurationError(
+            f"The shares {', '.join(f'{share:g}' for share in shares)} add up to {given:g}, not to 1."
+        )
+    if None in shares and given >= 1:
+        raise ConfigurationError(f"The shares add up to {given:g} and leave nothing for the sources without one.")
+    parts = [(1 - given) * n / free if share is None else share for n, share in zip(rows, shares, strict=True)]
+    size = min(n / part for n, part in zip(rows, parts, strict=True))
+    size = size if most is None else min(size, most)
+    return [min(n, round(size * part)) for n, part in zip(rows, parts, strict=True)]
+
+
+def recognise(columns: Sequence[str], where: str) -> tuple[str, dict[str, str | None]]:
+    """The format of rows with these columns, the first of `FORMATS` whose columns are all there, and its columns.
+
+    Raises:
+        TextError: They are of no known format.
+    """
+    there = {*columns, None}
+    for name, parts in FORMATS.items():
+        found = {part: next((one for one in names if one in there), "") for part, names in parts.items()}
+        if "" not in found.values():
+            return name, found
+    words = [
+        f"{name}: " + ", ".join("|".join(filter(None, one)) + " (optional)" * (None in one) for one in parts.values())
+        for name, parts in FORMATS.items()
+    ]
+    raise TextError(
+        f"{where} has the columns {', '.join(map(repr, columns)) or 'none'}; training needs those of one of these "
+        f"formats: {'; '.join(words)}. Rename the columns, or make one `text` of them."
+    )
+
+
 @dataclass
 class SourceReport:
     """What became of the rows of one source.
 
     Args:
         name: Name of the source.
-        format: Format of its rows, see `rows.FORMATS`.
+        format: Format of its rows, one of `FORMATS`.
         rows: Rows read.
         empty: Of these, without text or without an answer.
         truncated: Cut off at the end, because they are too long.
-        dropped: Left out, because nothing to learn is left after the cut.
-        long_prompts: Of these, whose prompt alone fills `max_length`.
+        dropped: Left out, because their prompts alone fill `max_length`.
         split: Plain texts that became several sequences.
         sequences: Sequences that it gives.
         tokens: Tokens in these.
-        labelled: Tokens that are learned.
+        labelled: Tokens that are learned; the first one of a sequence is predicted from nothing.
     """
 
     name: str
@@ -66,7 +230,6 @@ class SourceReport:
     empty: int = 0
     truncated: int = 0
     dropped: int = 0
-    long_prompts: int = 0
     split: int = 0
     sequences: int = 0
     tokens: int = 0
@@ -95,32 +258,13 @@ class DataReport:
     notes: list[str] = field(default_factory=list)
     packed: int | None = None
 
-    @property
-    def sequences(self) -> int:
-        """Sequences that are trained on."""
-        return sum(one.sequences for one in self.sources) if self.packed is None else self.packed
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in one pass over the data."""
-        return sum(one.tokens for one in self.sources)
-
-    @property
-    def labelled(self) -> int:
-        """Tokens that are learned in one pass."""
-        return sum(one.labelled for one in self.sources)
-
     def lines(self) -> list[str]:
         """The report in words."""
-        return self.counts() + self.notes
-
-    def counts(self) -> list[str]:
-        """The same without the notes, which `prepare` has said."""
         lines = [str(one) for one in self.sources]
         if self.packed is not None:
-            share = self.tokens / (self.packed * self.max_length)
+            share = sum(one.tokens for one in self.sources) / (self.packed * self.max_length)
             lines.append(f"packed into {self.packed:,} sequences of {self.max_length} tokens, {share:.0%} full")
-        return lines
+        return lines + self.notes
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -139,13 +283,14 @@ def prepare(
 ) -> tuple[Any, DataReport]:
     """Rows to what a Trainer takes: a `datasets.Dataset` with `input_ids` and `labels`, -100 on what is not learned.
 
-    The ids and labels are those of TRL's `SFTTrainer` for the same rows, which takes such a dataset as it is. Two
-    things are done in another way: plain texts longer than `max_length` are cut into pieces, not off, and of a chat
-    the answers are learned, not the whole. `tokenizer` gets a pad token if it has none: its end-of-sequence token.
+    The ids and labels are those of TRL's `SFTTrainer`, which takes such a dataset as it is: of prompt and completion
+    with `completion_only_loss`, of chats with `assistant_only_loss`. Where neither the chat template nor TRL's version
+    of it marks what assistants say, every answer of a chat becomes an example of its own, of prompt and completion.
+    Plain texts longer than `max_length` are cut into pieces, anything else is cut off.
 
     Args:
-        dataset: A `datasets.Dataset`: rows of a known format, or what `load_rows` mixed.
-        tokenizer: The model's tokenizer.
+        dataset: What `load_rows` gives, or a `datasets.Dataset` of a known format.
+        tokenizer: The model's tokenizer. It gets a pad token if it has none: its end-of-sequence token.
         max_length: Tokens in a sequence at most.
         context: Tokens that the model can take at most, if that is known.
         prompt_loss: Learn prompts too, not only answers.
@@ -162,39 +307,43 @@ def prepare(
         ConfigurationError: There is no tokenizer, or one without end token, or the model is shorter than `max_length`.
         TextError: The rows are of no known format, or there is nothing to learn in them.
     """
+    import datasets
+
+    need("trl", extra="recover")
     _check(tokenizer, max_length, context)
-    if not len(dataset):
+    sources = dataset if isinstance(dataset, datasets.DatasetDict) else {_name(dataset): dataset}
+    if not any(map(len, sources.values())):
         raise TextError("There are no rows to train on.")
     report = DataReport([], max_length)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-        note = f"no pad token in the tokenizer: {tokenizer.eos_token!r} takes its place, and is not learned there"
-        logger.warning(f"There is {note}.")
-        report.notes.append(note)
-    work = _Preparation(Encoder(tokenizer, prompt_loss=prompt_loss), max_length, {tokenizer.eos_token_id, *stops})
-    result = work.run(to_common(dataset))
-    report.sources = [work.sources[key] for key in sorted(work.sources)]
-    for note, count in work.answers.items():
-        logger.info(f"{note} ({count:,} chats)")
-        report.notes.append(f"{note} ({count:,} chats)")
-    for note in work.warnings():
-        logger.warning(f"{note[0].upper()}{note[1:]}.")
-        report.notes.append(note)
+        report.notes.append(
+            f"no pad token in the tokenizer: {tokenizer.eos_token!r} takes its place, and is not learned there"
+        )
+    encoder = Encoder(tokenizer, max_length, prompt_loss, {tokenizer.eos_token_id, *stops})
+    encoded = []
+    for name, rows in sources.items():
+        kind, parts = recognise(rows.column_names, name)
+        report.sources.append(SourceReport(name, kind))
+        encoded.append(encoder.encode_all(rows, parts, report.sources[-1]))
+    result = datasets.concatenate_datasets(encoded)
+    report.notes += [
+        f"of {one.name} {one.dropped:,} rows are dropped because their prompts alone fill `max_length` {max_length}: "
+        "set it higher to learn their answers"
+        for one in report.sources
+        if one.dropped
+    ]
+    report.notes += encoder.notes()
     if not len(result):
         raise TextError(f"There is nothing to learn in the data. {'. '.join(report.lines())}.")
     if packing:
-        need("trl", extra="recover")
         from trl import pack_dataset
 
         result = pack_dataset(result.shuffle(seed=seed), max_length, "bfd", {"load_from_cache_file": False})
         report.packed = len(result)
+    for line in report.lines():
+        (logger.warning if line in report.notes else logger.info)(line)
     return result, report
-
-
-def stopping_tokens(model: PreTrainedModel) -> list[int]:
-    """Tokens at which a model stops when it generates."""
-    given = getattr(model.generation_config, "eos_token_id", None)
-    return [] if given is None else [given] if isinstance(given, int) else list(given)
 
 
 def _check(tokenizer: Any, max_length: int, context: int | None) -> None:
@@ -214,229 +363,200 @@ def _check(tokenizer: Any, max_length: int, context: int | None) -> None:
         )
 
 
-class _Preparation:
-    """Encodes and cuts rows, and counts what becomes of them.
+class Encoder:
+    """Encodes rows with one tokenizer as TRL does, and counts what becomes of them.
 
     Args:
-        encoder: Of the rows.
+        tokenizer: A `transformers` tokenizer with an end-of-sequence token.
         max_length: Tokens in a sequence at most.
+        prompt_loss: Learn prompts too.
         stops: Tokens at which the model stops.
     """
 
-    def __init__(self, encoder: Encoder, max_length: int, stops: Collection[int]) -> None:
-        self.encoder, self.max_length, self.stops = encoder, max_length, frozenset(stops)
-        self.sources: dict[tuple[str, str], SourceReport] = {}
-        self.answers: Counter[str] = Counter()  # chats by how their answers were found
-        self.chats, self.ended = 0, 0  # whether the model would learn to stop
+    def __init__(self, tokenizer: Any, max_length: int, prompt_loss: bool, stops: set[int]) -> None:
+        from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-    def run(self, rows: Any) -> Any:
-        """The sequences of rows in the common form."""
+        self.tokenizer, self.max_length, self.prompt_loss, self.stops = tokenizer, max_length, prompt_loss, stops
+        self.has_chats = bool(getattr(tokenizer, "chat_template", None))
+        self.marks = self.has_chats and has_generation_markers(tokenizer.chat_template)
+        self.template: str | None = None  # with marks, in place of the tokenizer's
+        if self.has_chats and not self.marks:
+            with suppress(ValueError):  # TRL has no version of this template with marks
+                self.template = get_training_chat_template(tokenizer)
+                self.marks = True
+        self.counts: Counter[str] = Counter()
+
+    def encode_all(self, rows: Any, parts: dict[str, str | None], count: SourceReport) -> Any:
+        """The sequences of all rows of a source, as a `datasets.Dataset`."""
         import datasets
 
         columns = ("input_ids", "labels")
         features = datasets.Features({name: datasets.List(datasets.Value("int32")) for name in columns})
 
-        def encode(batch: dict[str, list[str]], numbers: list[int]) -> dict[str, list[list[int]]]:
-            rows = zip(numbers, *(batch[column] for column in COMMON), strict=True)
-            pieces = [piece for row in rows for piece in self._sequences(*row)]
-            return {name: [getattr(piece, name) for piece in pieces] for name in columns}
+        def encode(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[list[int]]]:
+            pairs = []
+            for number, *values in zip(numbers, *batch.values(), strict=True):
+                try:
+                    pairs += self.sequences(dict(zip(batch, values, strict=True)), parts, count)
+                except TextError as error:
+                    raise TextError(f"Row {number} of {count.name}, format {count.format}: {error}") from error
+            return dict(zip(columns, map(list, zip(*pairs, strict=True)) if pairs else ([], []), strict=True))
 
-        # In memory and under a name of its own: neither the counts here nor what TRL makes of it may be of a cache.
+        # In memory and under a name of its own: the counts must not be those of a cache, nor what TRL makes of it.
         return rows.map(
             encode, batched=True, with_indices=True, remove_columns=rows.column_names, features=features,
             keep_in_memory=True, new_fingerprint=uuid4().hex, desc="Tokenizing",
         )  # fmt: skip
 
-    def _sequences(self, number: int, source: str, kind: str, text: str) -> list[Encoded]:
-        """Sequences of one row, and its part of the account."""
-        count = self.sources.setdefault((source, kind), SourceReport(source, kind))
+    def sequences(
+        self, row: Mapping[str, Any], parts: dict[str, str | None], count: SourceReport
+    ) -> list[tuple[list[int], list[int]]]:
+        """Ids and labels of the sequences of one row, and its part of the account."""
+        examples, found = self.examples({part: row.get(column) for part, column in parts.items()}, row), []
         count.rows += 1
-        if not text:
-            count.empty += 1
-            return []
-        try:
-            encoded = self.encoder(json.loads(text))
-        except TextError as error:
-            raise TextError(f"Row {number} of the data (from {source}): {error}") from error
-        pieces = [piece for piece in encoded.cut(self.max_length) if piece.learned]
-        long = len(encoded.input_ids) > self.max_length and bool(pieces)
-        count.dropped += not pieces
-        count.long_prompts += not pieces and bool(encoded.learned)
-        count.split += long and encoded.plain
-        count.truncated += long and not encoded.plain
-        count.sequences += len(pieces)
-        count.tokens += sum(len(piece.input_ids) for piece in pieces)
-        count.labelled += sum(piece.learned for piece in pieces)
-        if encoded.is_chat:
-            self.chats += 1
-            self.ended += not self.stops.isdisjoint(_last_learned(encoded.labels))
-        if pieces and encoded.answers is not None:
-            self.answers[encoded.answers] += 1
-        return pieces
+        count.empty += not examples
+        for example in examples:
+            ids, labels = self.encode(example)
+            plain, long = "text" in example, len(ids) > self.max_length
+            starts = range(0, len(ids) if plain else 1, self.max_length)
+            pieces = [(ids[i : i + self.max_length], labels[i : i + self.max_length]) for i in starts]
+            pieces = [pair for pair in pieces if _learned(pair[1])]
+            count.dropped += not pieces
+            count.split += long and plain and bool(pieces)
+            count.truncated += long and not plain and bool(pieces)
+            found += pieces
+        count.sequences += len(found)
+        count.tokens += sum(len(ids) for ids, _ in found)
+        count.labelled += sum(_learned(labels) for _, labels in found)
+        return found
 
-    def warnings(self) -> list[str]:
-        """Rows whose prompts leave no room for an answer, and chats after which a model would not stop."""
-        notes = [
-            f"of {one.name} {one.long_prompts:,} rows are dropped because their prompts alone fill `max_length` "
-            f"{self.max_length}: set it higher to learn their answers"
-            for _, one in sorted(self.sources.items())
-            if one.long_prompts
-        ]
-        if self.chats and not self.ended:
-            tokenizer = self.encoder.tokenizer
-            names = ", ".join(repr(tokenizer.convert_ids_to_tokens(stop)) for stop in sorted(self.stops))
-            notes.append(
-                f"the chat template never writes {names} after an answer, so that the model will not learn to stop: "
-                "add the token to `tokenizer.chat_template`, or name the one that it writes as `tokenizer.eos_token` "
-                f"({self.chats:,} chats)"
-            )
-        return notes
+    def examples(self, parts: dict[str, Any], row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """A row as TRL's trainer takes it: `text`, `prompt` and `completion`, or `messages`; none if it is empty."""
+        more = {name: row[name] for name in ("tools", "chat_template_kwargs") if row.get(name)}
+        if "text" in parts:
+            text = _text(parts["text"], "text")
+            return [{"text": text}] if text.strip() else []
+        if "instruction" in parts:
+            task, context, answer = (_text(parts.get(name), name) for name in ("instruction", "input", "output"))
+            if not answer.strip() or not (task + context).strip():
+                return []
+            if not self.has_chats:
+                prompt = ALPACA_WITH_INPUT if context.strip() else ALPACA
+                return [{"prompt": prompt.format(instruction=task, input=context), "completion": answer}]
+            question = f"{task}\n\n{context}" if context.strip() else task
+            parts = {
+                "prompt": [{"role": "user", "content": question}],
+                "completion": [{"role": "assistant", "content": answer}],
+            }
+        if "prompt" in parts:
+            prompt, completion = parts["prompt"], parts["completion"]
+            if isinstance(prompt, list) != isinstance(completion, list):
+                raise TextError("`prompt` and `completion` must both be texts or both be lists of messages.")
+            if not isinstance(prompt, list):
+                prompt, completion = _text(prompt, "prompt"), _text(completion, "completion")
+                return [{"prompt": prompt, "completion": completion}] if completion.strip() else []
+            prompt, completion = _messages(prompt), _messages(completion)
+            says = prompt and any(map(_says, completion))
+            return [{"prompt": prompt, "completion": completion, **more}] if says else []
+        messages = _messages(parts["messages"])
+        said = [i for i, one in enumerate(messages) if i and one["role"] == "assistant" and _says(one)]
+        if said and (self.prompt_loss or (self.marks and len(said) > 1)):
+            return [{"messages": messages[: said[-1] + 1], **more}]  # nobody answers what comes after the last answer
+        self.counts["apart"] += len(said) > 1
+        return [{"prompt": messages[:i], "completion": [messages[i]], **more} for i in said]
 
+    def encode(self, example: dict[str, Any]) -> tuple[list[int], list[int]]:
+        """Ids and labels of an example in full length, as in TRL's `SFTTrainer`."""
+        from trl.data_utils import common_prefix_length
 
-def _last_learned(labels: list[int]) -> list[int]:
-    """The last run of tokens that are learned."""
-    end = next((i for i in range(len(labels), 0, -1) if labels[i - 1] != IGNORED), 0)
-    start = next((i for i in range(end, 0, -1) if labels[i - 1] == IGNORED), 0)
-    return labels[start:end]
-
-
-@dataclass
-class Encoded:
-    """Token ids of an example and their labels, of equal length. `plain` text may be cut into pieces.
-
-    `answers` says how the answers of a chat of several turns were found, else it is `None`; `is_chat` that the chat
-    template wrote it.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    plain: bool = False
-    answers: str | None = None
-    is_chat: bool = False
-
-    @property
-    def learned(self) -> int:
-        """Tokens that the loss counts; the first one of a sequence is predicted from nothing."""
-        return sum(label != IGNORED for label in self.labels[1:])
-
-    def cut(self, max_length: int) -> list[Encoded]:
-        """Plain text in pieces of at most `max_length` tokens; of anything else the first `max_length`."""
-        starts = range(0, len(self.input_ids) if self.plain else 1, max_length)
-        return [Encoded(self.input_ids[i : i + max_length], self.labels[i : i + max_length]) for i in starts]
-
-
-class Encoder:
-    """Encodes examples with one tokenizer, to the ids and labels that TRL's `SFTTrainer` makes of the same rows.
-
-    Args:
-        tokenizer: A `transformers` tokenizer with an end-of-sequence token.
-        prompt_loss: Learn prompts too.
-    """
-
-    def __init__(self, tokenizer: Any, *, prompt_loss: bool = False):
-        self.tokenizer = tokenizer
-        self.prompt_loss = prompt_loss
-        self.chats = bool(getattr(tokenizer, "chat_template", None))
-        self._marked: tuple[bool, str | None] | None = None
-
-    def __call__(self, example: Example) -> Encoded:
-        """Encodes an example (see `rows`) in full length.
-
-        Raises:
-            TextError: It is a chat, and the tokenizer has no chat template or its template refuses the chat.
-        """
-        if "instruction" in example:
-            example = self._task(**example)
-        if "text" in example:
-            ids = self._plain(self._ended(example["text"]))
-            return Encoded(ids, list(ids), plain=True)
-        if "prompt" in example:
-            ids = self._plain(example["prompt"] + self._ended(example["completion"]))
-            return Encoded(ids, self._labels(ids, [(_shared(self._plain(example["prompt"]), ids), len(ids))]))
-        if not self.chats:
+        last = "text" if "text" in example else "completion"
+        if isinstance(example.get(last), str):  # as TRL: texts and completions end with the end-of-sequence token
+            end = self.tokenizer.eos_token
+            example = {**example, last: example[last] + ("" if example[last].endswith(end) else end)}
+            ids = self._ids(example.get("prompt", "") + example[last])
+            start = common_prefix_length(self._ids(example["prompt"]), ids) if "prompt" in example else 0
+            return ids, list(ids) if self.prompt_loss else [IGNORED] * start + ids[start:]
+        if not self.has_chats:
             raise TextError(
                 "it is a chat, but the tokenizer has no chat template: set `tokenizer.chat_template`, use the "
                 "tokenizer of an instruction-tuned model, or give the rows as `prompt` and `completion` or as `text`."
             )
-        return self._chat(**example)
+        tools = example.get("tools")
+        tools = parse_json(tools, "The value of `tools`", TextError, repeats=True) if isinstance(tools, str) else tools
+        options = {"tools": tools, **example.get("chat_template_kwargs", {})}
+        if "prompt" in example:
+            ids = self._chat(example["prompt"] + example["completion"], **options)["input_ids"]
+            prompt = self._chat(example["prompt"], add_generation_prompt=True, **options)["input_ids"]
+            labels = [IGNORED] * (start := common_prefix_length(prompt, ids)) + ids[start:]
+        elif self.prompt_loss:
+            ids = labels = self._chat(example["messages"], **options)["input_ids"]
+        else:
+            options = {"chat_template": self.template, "return_assistant_tokens_mask": True, **options}
+            found = self._chat(example["messages"], **options)
+            ids, mask = found["input_ids"], found["assistant_masks"]
+            labels = [token if learned else IGNORED for token, learned in zip(ids, mask, strict=True)]
+        self.counts["chats"] += 1
+        self.counts["ended"] += not self.stops.isdisjoint(labels)
+        return ids, list(ids) if self.prompt_loss else labels
 
-    def _task(self, instruction: str, input: str, output: str) -> Example:
-        """An instruction as a chat, or in the prompt of Alpaca where there are no chats."""
-        if not self.chats:
-            prompt = ALPACA_WITH_INPUT if input.strip() else ALPACA
-            return {"prompt": prompt.format(instruction=instruction, input=input), "completion": output}
-        question = f"{instruction}\n\n{input}" if input.strip() else instruction
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
-        return {"messages": messages, "prompt_turns": 1, "template": {}}
-
-    def _plain(self, text: str) -> list[int]:
+    def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text=text, verbose=False)["input_ids"])
 
-    def _ended(self, text: str) -> str:
-        return text if text.endswith(self.tokenizer.eos_token) else text + self.tokenizer.eos_token
-
-    def _chat(self, messages: list[dict[str, Any]], prompt_turns: int | None, template: dict[str, Any]) -> Encoded:
-        if isinstance(template.get("tools"), str):
-            tools = parse_json(template["tools"], "The value of `tools`", TextError, repeats=True)
-            template = {**template, "tools": tools}
-
-        def render(turns: int | None = None, prompt: bool = False) -> list[int]:
-            return list(self._apply(messages[:turns], add_generation_prompt=prompt, **template)["input_ids"])
-
-        def rest(turns: int) -> list[tuple[int, int]]:
-            return [(_shared(render(turns, prompt=True), ids), len(ids))]
-
-        said, ids = [i for i, message in enumerate(messages) if message["role"] == "assistant"], render()
-        if prompt_turns is None and len(said) == 1:
-            prompt_turns = said[0]
-        if prompt_turns is not None:
-            return Encoded(ids, self._labels(ids, rest(prompt_turns)), is_chat=True)
-        if self.prompt_loss:
-            return Encoded(ids, list(ids), is_chat=True)
-        marked, marking = self._generation_marks()
-        if marked:
-            options = {"chat_template": marking, "return_assistant_tokens_mask": True, **template}
-            rendered = self._apply(messages, **options)
-            pairs = zip(rendered["input_ids"], rendered["assistant_masks"], strict=True)
-            labels = [token if learned else IGNORED for token, learned in pairs]
-            return Encoded(list(rendered["input_ids"]), labels, answers=ALL_BY_MASK, is_chat=True)
-        spans, answers = [], ALL_BY_PREFIX
-        for turn in said:
-            before, after = render(turn, prompt=True), render(turn + 1)
-            if ids[: len(before)] != before or ids[: len(after)] != after:  # not how the whole begins
-                spans, answers = rest(said[-1]), LAST
-                break
-            spans.append((len(before), len(after)))
-        return Encoded(ids, self._labels(ids, spans), answers=answers, is_chat=True)
-
-    def _apply(self, messages: list[dict[str, Any]], **options: Any) -> Any:
+    def _chat(self, messages: list[dict[str, Any]], **options: Any) -> Any:
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
         except Exception as error:  # a template is a program of the model's author and fails as it likes
             raise TextError(f"the chat template cannot write it: {error}") from error
 
-    def _labels(self, ids: list[int], learned: list[tuple[int, int]]) -> list[int]:
-        if self.prompt_loss:
-            return list(ids)
-        labels = [IGNORED] * len(ids)
-        for start, end in learned:
-            labels[start:end] = ids[start:end]
-        return labels
-
-    def _generation_marks(self) -> tuple[bool, str | None]:
-        """Whether the answers are marked in the chat template, or in TRL's version of it, which is then given too."""
-        if self._marked is None:
-            need("trl", extra="recover")
-            from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-
-            try:
-                marked = has_generation_markers(self.tokenizer.chat_template)
-                self._marked = (True, None) if marked else (True, get_training_chat_template(self.tokenizer))
-            except ValueError:  # TRL has no version of this template with marks
-                self._marked = (False, None)
-        return self._marked
+    def notes(self) -> list[str]:
+        """How the answers of chats were found, and whether the model would learn to stop after them."""
+        notes = []
+        if self.counts["apart"]:
+            notes.append(
+                f"every answer of {self.counts['apart']:,} chats is an example of its own: the chat template does not "
+                "mark what assistants say"
+            )
+        if self.counts["chats"] and not self.counts["ended"]:
+            names = ", ".join(repr(self.tokenizer.convert_ids_to_tokens(stop)) for stop in sorted(self.stops))
+            notes.append(
+                f"the chat template never writes {names} after an answer, so that the model will not learn to stop: "
+                "add the token to `tokenizer.chat_template`, or name the one that it writes as `tokenizer.eos_token`"
+            )
+        return notes
 
 
-def _shared(ids: list[int], other: list[int]) -> int:
-    """Number of leading ids that two sequences share. A prompt may merge with what follows, and ends there."""
-    return next((i for i, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b), min(len(ids), len(other)))
+def _learned(labels: list[int]) -> int:
+    return sum(label != IGNORED for label in labels[1:])
+
+
+def _text(value: Any, name: str) -> str:
+    if value is not None and not isinstance(value, str):
+        raise TextError(f"`{name}` is a {type(value).__name__}, not a text.")
+    return value or ""
+
+
+def _says(message: Mapping[str, Any]) -> bool:
+    return bool(message["content"] or message.get("tool_calls"))
+
+
+def _messages(value: Any) -> list[dict[str, Any]]:
+    """Messages with roles that chat templates know; of content in parts (`[{"type": "text", ...}]`) the text."""
+    from trl import maybe_convert_to_chatml
+
+    if value is not None and not (isinstance(value, list) and all(isinstance(one, Mapping) for one in value)):
+        raise TextError("the messages are no list of objects with `role` and `content`.")
+    # Tables fill up with `None`.
+    kept = [{key: one for key, one in message.items() if one is not None} for message in value or []]
+    messages = maybe_convert_to_chatml({"messages": kept})["messages"]
+    for message in messages:
+        if message.get("role") not in ROLES:
+            raise TextError(f"a message is by {message.get('role')!r}; known are {', '.join(ROLES)}.")
+        content = message.get("content")
+        if isinstance(content, list):
+            parts = [part if isinstance(part, Mapping) else {"text": part} for part in content]
+            other = next((kind for part in parts if (kind := part.get("type") or "text") != "text"), None)
+            if other is not None:
+                raise TextError(f"a message has a part of type {other!r}; only text can be learned.")
+            content = "".join(_text(part.get("text"), "text") for part in parts)
+        message |= {"role": ROLES[message["role"]], "content": _text(content, "content")}
+    return messages

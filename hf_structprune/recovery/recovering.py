@@ -20,7 +20,7 @@ from ..installed import need
 from ..model.loading import load_config, load_tokenizer
 from .callback import LoraRecoveryCallback
 from .configuration import DistillationConfig, RecoveryConfig
-from .data import load_rows, prepare, public_sources, stopping_tokens
+from .data import load_rows, prepare, public_sources
 from .resume import (
     KeepNewest,
     fingerprint_of_rows,
@@ -139,10 +139,8 @@ def recover(
     prepared, data = prepare(
         rows, tokenizer, max_length=config.max_length, context=context_length(student),
         prompt_loss=config.prompt_loss, packing=config.packing, seed=config.seed,
-        stops=stopping_tokens(student),
+        stops=_stopping_tokens(student),
     )  # fmt: skip
-    for line in data.counts():
-        logger.info(line)
     settings |= {"training_rows": fingerprint_of_rows(prepared), "model_weights": fingerprint_of_weights(student)}
     if checkpoint is not None:
         refuse_other_settings(checkpoint, settings)
@@ -182,6 +180,11 @@ def recover(
         _say_how_to_go_on(training)
         raise
     return RecoveryResult(folder, callback.report)
+
+
+def _stopping_tokens(model: PreTrainedModel) -> list[int]:
+    given = getattr(model.generation_config, "eos_token_id", None)
+    return [] if given is None else [given] if isinstance(given, int) else list(given)
 
 
 def training_folder(output_dir: str | os.PathLike) -> Path:

@@ -3,7 +3,6 @@ import torch
 from datasets import Dataset
 
 from hf_structprune.errors import ConfigurationError, TextError
-from hf_structprune.recovery import data as texts
 from hf_structprune.recovery.data import load_rows, prepare
 
 
@@ -60,16 +59,16 @@ def spelled(tokenizer, dataset, learned=True):
 
 @pytest.mark.parametrize("prompt_loss", [False, True])
 @pytest.mark.parametrize("kind", ROWS)
-@pytest.mark.parametrize("bos", [False, True])
-def test_the_same_as_trl(kind, prompt_loss, bos, tmp_path, make_tokenizer, tiny_llama):
-    tokenizer = make_tokenizer(bos=bos, chat_template=CHATML)
+def test_the_same_as_trl(kind, prompt_loss, tmp_path, make_tokenizer, tiny_llama):
+    tokenizer = make_tokenizer(bos=True, chat_template=CHATML)
     expected = trl_prepares(
         ROWS[kind], tokenizer, tmp_path, tiny_llama, completion_only_loss=None if not prompt_loss else False
     )
     result, report = prepare(Dataset.from_list(ROWS[kind]), tokenizer, max_length=200, prompt_loss=prompt_loss)
     assert both(result) == both(expected)
-    assert report.tokens == sum(map(len, result["input_ids"]))
-    assert report.labelled == sum(label != -100 for labels in result["labels"] for label in labels[1:])
+    [source] = report.sources
+    assert source.tokens == sum(map(len, result["input_ids"]))
+    assert source.labelled == sum(label != -100 for labels in result["labels"] for label in labels[1:])
 
 
 def test_chats_are_the_same_as_trl_with_assistant_only_loss(tmp_path, make_tokenizer, tiny_llama):
@@ -78,24 +77,21 @@ def test_chats_are_the_same_as_trl_with_assistant_only_loss(tmp_path, make_token
     expected = trl_prepares(rows, tokenizer, tmp_path, tiny_llama, assistant_only_loss=True)
     result, report = prepare(Dataset.from_list(rows), tokenizer, max_length=200)
     assert both(result) == both(expected)
-    assert spelled(tokenizer, result) == ["yes</s>no</s>"]
-    assert report.notes[-1] == f"{texts.ALL_BY_MASK} (1 chats)"
+    assert spelled(tokenizer, result) == ["yes</s>no</s>"] and len(report.notes) <= 1
 
 
-@pytest.mark.parametrize(
-    ("template", "learned", "note"),
-    [
-        (CHATML, "yes</s>\nno</s>\n", texts.ALL_BY_PREFIX),
-        (LOOKS_BACK, "!no</s>\n", texts.LAST),
-    ],
-)
-def test_answers_of_a_chat_without_marks(template, learned, note, make_tokenizer):
+@pytest.mark.parametrize(("template", "last"), [(CHATML, "no</s>\n"), (LOOKS_BACK, "!no</s>\n")])
+def test_every_answer_of_a_chat_without_marks_is_an_example(template, last, make_tokenizer):
     tokenizer = make_tokenizer(chat_template=template)
-    result, report = prepare(Dataset.from_list([{"messages": CHAT}] * 2), tokenizer, max_length=200)
-    assert spelled(tokenizer, result) == [learned] * 2
-    assert report.notes[-1] == f"{note} (2 chats)"
-    result, _ = prepare(Dataset.from_list([{"messages": CHAT}]), tokenizer, max_length=200, prompt_loss=True)
-    assert both(result)[0] == both(result)[1]
+    rows = Dataset.from_list([{"messages": [*CHAT, say("user", "and?")]}] * 2)
+    result, report = prepare(rows, tokenizer, max_length=200)
+    assert spelled(tokenizer, result) == [last.replace("no", "yes"), last] * 2
+    assert [len(ids) for ids in result["input_ids"][:2]] == [
+        len(tokenizer.apply_chat_template(CHAT[:turns])["input_ids"]) for turns in (3, 5)
+    ]
+    assert report.notes[-1].startswith("every answer of 2 chats is an example of its own")
+    result, _ = prepare(rows, tokenizer, max_length=200, prompt_loss=True)
+    assert both(result)[0] == both(result)[1] and len(result) == 2
 
 
 def test_a_chat_of_one_answer_is_prompt_and_completion(make_tokenizer):
@@ -105,6 +101,9 @@ def test_a_chat_of_one_answer_is_prompt_and_completion(make_tokenizer):
     assert spelled(tokenizer, result) == ["!a</s>\n"]
     assert spelled(tokenizer, result, learned=False) == ["[user]q</s>\n[assistant]!a</s>\n"]
     assert len(report.notes) == 1  # about the pad token
+    opened = [{"conversations": [{"from": "gpt", "value": "hi"}]}, *rows]  # an answer to nothing is none
+    result, report = prepare(Dataset.from_list(opened), tokenizer, max_length=200)
+    assert len(result) == 1 and report.sources[0].empty == 1
 
 
 def test_instructions_with_and_without_chat_template(make_tokenizer):
@@ -121,8 +120,8 @@ def test_instructions_with_and_without_chat_template(make_tokenizer):
 
 def test_long_texts_are_split_and_nothing_is_lost(make_tokenizer):
     tokenizer = make_tokenizer()
-    texts = ["abcdefghij" * 3, "short", "x" * 15, "y" * 16]  # with `</s>`: 31, 6, 16 and 17 tokens
-    result, report = prepare(Dataset.from_dict({"text": texts}), tokenizer, max_length=16)
+    rows = ["abcdefghij" * 3, "short", "x" * 15, "y" * 16]  # with `</s>`: 31, 6, 16 and 17 tokens
+    result, report = prepare(Dataset.from_dict({"text": rows}), tokenizer, max_length=16)
     [source] = report.sources
     pieces = spelled(tokenizer, result)
     assert pieces == ["abcdefghijabcdef", "ghijabcdefghij</s>", "short</s>", "x" * 15 + "</s>", "y" * 16]
@@ -159,7 +158,6 @@ def test_a_chat_template_that_never_ends_an_answer_is_noted(make_tokenizer, turn
     for template, options, noted in (
         (CHATML, {}, False), (MARKED, {}, False), (never, {}, True), (never.replace("\n", "|"), {}, True),
         (never, {"prompt_loss": True}, True), (CHATML, {"prompt_loss": True}, False),
-        (CHATML, {"max_length": 40}, False),
         (never.replace("\n", "|"), {"stops": [3, ord("|") - 32 + 4]}, False),  # the model stops there as well
     ):  # fmt: skip
         _, report = prepare(rows, make_tokenizer(chat_template=template), **{"max_length": 200, **options})
@@ -190,7 +188,7 @@ def test_packing_keeps_every_sequence(make_tokenizer):
     )
     loose, _ = prepare(rows, tokenizer, max_length=32)
     packed, report = prepare(rows, tokenizer, max_length=32, packing=True, seed=1)
-    assert report.packed == report.sequences == len(packed) < len(loose)
+    assert report.packed == len(packed) < len(loose)
     assert max(map(len, packed["input_ids"])) <= 32
     unpacked = []
     for row in packed:
@@ -223,7 +221,7 @@ def test_trl_trains_on_the_result(tmp_path, make_tokenizer, tiny_llama):
         )
         trainer = SFTTrainer(tiny_llama, arguments, train_dataset=data, processing_class=tokenizer)
         batch = next(iter(trainer.get_train_dataloader()))
-        assert int((batch["labels"][:, 1:] != -100).sum()) == report.labelled
+        assert int((batch["labels"][:, 1:] != -100).sum()) == sum(one.labelled for one in report.sources)
         trainer.train()
 
 
@@ -253,7 +251,7 @@ def test_faults(make_tokenizer):
         prepare(Dataset.from_dict({"text": ["", " "]}), tokenizer, max_length=32)
     with pytest.raises(TextError, match="data has the columns 'body'"):
         prepare(Dataset.from_dict({"body": ["x"]}), tokenizer, max_length=32)
-    with pytest.raises(TextError, match=r"Row 0 of the data \(from data\): it is a chat, but .* no chat template"):
+    with pytest.raises(TextError, match="Row 0 of data, format messages: it is a chat, but .* no chat template"):
         prepare(Dataset.from_list([{"messages": CHAT}]), tokenizer, max_length=32)
     strict = make_tokenizer(chat_template="{{ raise_exception('only users') }}")
     with pytest.raises(TextError, match="the chat template cannot write it: only users"):
@@ -274,5 +272,5 @@ def test_packed_examples_do_not_see_each_other(attention, make_tokenizer, tiny_l
         collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=packing)
         batch = collator([data[i] for i in range(len(data))])
         with torch.no_grad():
-            totals.append(float(tiny_llama(**batch, use_cache=False).loss) * report.labelled)
+            totals.append(float(tiny_llama(**batch, use_cache=False).loss) * report.sources[0].labelled)
     assert totals[0] == pytest.approx(totals[1], rel=1e-5)

@@ -6,20 +6,17 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 
 from hf_structprune.errors import ConfigurationError, TextError
-from hf_structprune.recovery.rows import (
-    COMMON,
-    FORMATS,
-    load_rows,
-    mix_counts,
-    public_sources,
-    read_example,
-    recognise,
-    to_common,
-)
+from hf_structprune.recovery.data import FORMATS, Encoder, load_rows, mix_counts, public_sources, recognise
 
 
 def texts(count, letter="t"):
     return [{"text": f"{letter}{i}"} for i in range(count)]
+
+
+def only(found):
+    """The rows of the only source."""
+    [rows] = found.values()
+    return rows
 
 
 def write(path, rows):
@@ -48,7 +45,7 @@ def test_every_kind_of_source_keeps_its_columns(tmp_path, kind):
         write(folder / "train-00000-of-00002.jsonl", DOLLY[:15])
         write(folder / "train-00001-of-00002.jsonl", DOLLY[15:])
         write(folder / "heldout.jsonl", DOLLY)
-    rows = load_rows(source)
+    rows = only(load_rows(source))
     assert set(rows.column_names) == {"instruction", "context", "response", "category"}
     assert rows["instruction"][:] == [row["instruction"] for row in DOLLY]
 
@@ -60,12 +57,11 @@ def test_of_a_stream_the_first_rows_are_taken(caplog):
             ConfigurationError, match="streaming data set, which may have no end: say by `max_samples`"
         ):
             load_rows(source)
-    assert load_rows(stream, max_samples=4)["text"][:] == ["t0", "t1", "t2", "t3"]
+    assert only(load_rows(stream, max_samples=4))["text"][:] == ["t0", "t1", "t2", "t3"]
     assert "its first 4 rows are taken, in their order" in caplog.text
-    assert len(load_rows(IterableDatasetDict(train=stream), max_samples=20)) == 9
+    assert len(only(load_rows(IterableDatasetDict(train=stream), max_samples=20))) == 9
     mixed = load_rows([(stream, 0.5), (texts(9, "u"), 0.5)], max_samples=6)
-    taken = sorted(json.loads(example)["text"] for example in mixed["example"])
-    assert [one[0] for one in taken] == ["t"] * 3 + ["u"] * 3
+    assert {name: len(rows) for name, rows in mixed.items()} == {"data": 3, "data (2)": 3}
     with pytest.raises(TextError, match="no split 'test'"):
         load_rows(IterableDatasetDict(train=stream), split="test", max_samples=1)
     with pytest.raises(TextError, match="There are no rows"):
@@ -74,50 +70,19 @@ def test_of_a_stream_the_first_rows_are_taken(caplog):
 
 def test_a_text_file_is_one_text(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
-    assert load_rows(tmp_path / "a.txt")[:] == {"text": ["one\n\ntwo\n"]}
+    assert only(load_rows(tmp_path / "a.txt"))[:] == {"text": ["one\n\ntwo\n"]}
 
 
 def test_keys_that_only_later_rows_have_are_kept():
-    rows = load_rows([{"text": "a"}, {"text": "b", "url": "u"}])
+    rows = only(load_rows([{"text": "a"}, {"text": "b", "url": "u"}]))
     assert rows[:] == {"text": ["a", "b"], "url": [None, "u"]}
 
 
 def test_max_samples_draws_by_the_seed():
-    drawn = [load_rows(texts(50), max_samples=7, seed=seed)["text"][:] for seed in (0, 0, 1)]
+    drawn = [only(load_rows(texts(50), max_samples=7, seed=seed))["text"][:] for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert len(set(drawn[0])) == 7
-    assert len(load_rows(texts(3), max_samples=7)) == 3
-
-
-def test_the_data_set_that_was_given_is_not_changed():
-    table = Dataset.from_list(texts(3))
-    name = table.info.dataset_name
-    load_rows([table, texts(2)])
-    assert table.info.dataset_name == name and table.column_names == ["text"]
-
-
-def test_formats_are_mixed_row_for_row(tmp_path):
-    chats = [{"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]}]
-    pairs = [{"prompt": "p", "completion": "c"}]
-    sources = [write(tmp_path / "dolly.jsonl", DOLLY), texts(5), chats, pairs]
-    mix = load_rows(sources, seed=3)
-    assert mix.column_names == list(COMMON) and len(mix) == 27
-    names = set(zip(mix["source"][:], mix["format"][:], strict=True))
-    assert names == {
-        ("dolly.jsonl", "instruction"), ("data", "text"), ("data (2)", "prompt-completion"),
-        ("data (3)", "prompt-completion"),
-    }  # fmt: skip
-    examples = [json.loads(text) for text in mix["example"][:]]
-    assert chat(chats[0]["prompt"] + chats[0]["completion"], 1) in examples
-    assert pairs[0] in examples and {"text": "t4"} in examples and task("i19", "", "r") in examples
-    assert examples != sorted(examples, key=repr), "not shuffled"
-    assert mix[:] == load_rows(sources, seed=3)[:]
-    assert mix[:] != load_rows(sources, seed=4)[:]
-    assert to_common(mix) is mix
-
-
-def test_empty_rows_stay_to_be_counted():
-    assert to_common(Dataset.from_list([{"text": ""}, {"text": "x"}]))["example"][0] == ""
+    assert len(only(load_rows(texts(3), max_samples=7))) == 3
 
 
 @pytest.mark.parametrize(
@@ -129,7 +94,7 @@ def test_empty_rows_stay_to_be_counted():
         ([1000, 60], [None, 0.3], None, [140, 60]),
         ([1000, 500, 60], [None, None, 0.25], None, [120, 60, 60]),
         ([70, 1000], [0.7, 0.3], 10, [7, 3]),
-        ([5, 5, 5], [None, None, None], 10, [4, 3, 3]),
+        ([5, 5, 5], [None, None, None], 10, [3, 3, 3]),
         ([5], [None], 3, [3]),
     ],
 )
@@ -146,10 +111,11 @@ def test_impossible_shares(shares):
 def test_shares_in_names_and_pairs(tmp_path, caplog):
     first, second = write(tmp_path / "a.jsonl", texts(100, "a")), write(tmp_path / "b.jsonl", texts(12, "b"))
     for sources in ([f"{first}@0.75", f"{second}@0.25"], [first, (second, 0.25)]):
-        mix = load_rows(sources)["source"][:]
-        assert (mix.count("a.jsonl"), mix.count("b.jsonl")) == (36, 12)
+        mix = load_rows(sources)
+        assert {name: len(rows) for name, rows in mix.items()} == {"a.jsonl": 36, "b.jsonl": 12}
+        assert len(set(mix["a.jsonl"]["text"][:])) == 36, "a row is there twice"
     odd = write(tmp_path / "c@2.jsonl", texts(4, "c"))  # not a share
-    assert len(load_rows([odd, first])) == 104
+    assert list(load_rows([odd, first])) == ["c@2.jsonl", "a.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -195,40 +161,45 @@ USER, BOT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "
     ],
 )
 def test_formats_are_recognised_by_their_columns(columns, name):
-    assert recognise(columns, "x").name == name
+    assert recognise(columns, "x")[0] == name
 
 
 def test_unknown_columns_name_what_is_there_and_what_is_known():
     with pytest.raises(TextError, match="rows.jsonl has the columns 'prompt', 'chosen'") as error:
         recognise(["prompt", "chosen"], "rows.jsonl")
-    assert all(known.name in str(error.value) for known in FORMATS)
+    assert all(name in str(error.value) for name in FORMATS)
     assert "input|context (optional)" in str(error.value)
 
 
-def read(**row):
-    return read_example(row, recognise(list(row), "x"), "Row 0 of x")
+@pytest.fixture
+def read(make_tokenizer):
+    """What TRL is given of a row."""
+    encoder = Encoder(make_tokenizer(chat_template="{{ messages }}"), 99, False, set())
+
+    def read(**row):
+        _, parts = recognise(list(row), "x")
+        return encoder.examples({part: row.get(column) for part, column in parts.items()}, row)
+
+    return read
 
 
-def task(instruction, context, answer):
-    return {"instruction": instruction, "input": context, "output": answer}
+def pair(*turns, **more):
+    return [{"prompt": list(turns[:-1]), "completion": [turns[-1]], **more}]
 
 
-def chat(messages, prompt_turns=None):
-    return {"messages": messages, "prompt_turns": prompt_turns, "template": {}}
-
-
-def test_examples():
-    assert read(text="x", url="u") == {"text": "x"}
-    assert read(prompt="p", completion="c") == {"prompt": "p", "completion": "c"}
-    assert read(instruction="i", context="c", response="r") == task("i", "c", "r")
-    assert read(instruction="i", output="r") == read(question="i", answer="r") == task("i", "", "r")
-    assert read(messages=[USER, BOT, USER]) == chat([USER, BOT])
-    assert read(prompt=[USER], completion=[BOT]) == chat([USER, BOT], 1)
+def test_examples(read):
+    assert read(text="x", url="u") == [{"text": "x"}]
+    assert read(prompt="p", completion="c") == [{"prompt": "p", "completion": "c"}]
+    asked = {"role": "user", "content": "i\n\nc"}
+    assert read(instruction="i", context="c", response="a") == pair(asked, BOT)
+    assert read(instruction="q", output="a") == read(question="q", answer="a") == pair(USER, BOT)
+    assert read(messages=[USER, BOT, USER]) == read(prompt=[USER], completion=[BOT]) == pair(USER, BOT)
     turns = [{"from": "human", "value": "q", "weight": None}, {"from": "gpt", "value": "a", "weight": None}]
-    assert read(conversations=turns) == chat([USER, BOT])
+    assert read(conversations=turns) == pair(USER, BOT)
+    assert read(messages=[USER, BOT, USER, BOT]) == pair(USER, BOT) + pair(USER, BOT, USER, BOT)
     parts = [{"type": "text", "text": "a", "image": None}, {"type": None, "text": ""}, "b"]
-    assert read(messages=[USER, {"role": "assistant", "content": parts}]) == chat([USER, {**BOT, "content": "ab"}])
-    assert read(messages=[USER, BOT], tools="[]")["template"] == {"tools": "[]"}
+    assert read(messages=[USER, {"role": "assistant", "content": parts}]) == pair(USER, {**BOT, "content": "ab"})
+    assert read(messages=[USER, BOT], tools="[]") == pair(USER, BOT, tools="[]")
 
 
 @pytest.mark.parametrize(
@@ -239,23 +210,23 @@ def test_examples():
         {"prompt": [], "completion": [BOT]}, {"prompt": [USER], "completion": [{"role": "assistant", "content": ""}]},
     ],
 )  # fmt: skip
-def test_nothing_to_learn(row):
-    assert read(**row) is None
+def test_nothing_to_learn(row, read):
+    assert read(**row) == []
 
 
 @pytest.mark.parametrize(
     ("row", "match"),
     [
-        ({"text": 3}, "Row 0 of x, format text: the text is a int"),
-        ({"messages": "hi"}, "the messages are a str, not a list"),
-        ({"messages": ["hi"]}, "a message is a str, not an object with `role`"),
+        ({"text": 3}, "`text` is a int, not a text"),
+        ({"messages": "hi"}, "the messages are no list of objects with `role`"),
+        ({"messages": ["hi"]}, "the messages are no list of objects with `role`"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "a message is by 'alien'; known are human"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a part of type 'image'; only text can be"),
-        ({"messages": [{"role": "user", "content": [3]}]}, "a part of a message is a int, not a text"),
-        ({"messages": [{"role": "user", "content": {}}]}, "a message is a dict, not a text"),
+        ({"messages": [{"role": "user", "content": [3]}]}, "`text` is a int, not a text"),
+        ({"messages": [{"role": "user", "content": {}}]}, "`content` is a dict, not a text"),
         ({"prompt": [USER], "completion": "x"}, "must both be texts or both be lists"),
     ],
 )
-def test_values_of_the_wrong_kind(row, match):
+def test_values_of_the_wrong_kind(row, match, read):
     with pytest.raises(TextError, match=match):
         read(**row)
