@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..config import PruningConfig
-from .base import ByKind, ConsumerCriterion, Criterion, Scoring, TensorCriterion
+from .base import ByKind, ConsumerCriterion, Criterion, Method, Paper, Scoring, TensorCriterion
 from .inputs import OBS, WIFV, Activation, Wanda
 from .weights import L1, L2, Random, Taylor
 
@@ -19,7 +19,9 @@ BY_NAME: dict[str, type[Criterion]] = {
     "obs": OBS,
 }
 
-__all__ = ["BY_NAME", "ConsumerCriterion", "Criterion", "Scoring", "TensorCriterion", "make_criterion"]
+__all__ = [
+    "BY_NAME", "ConsumerCriterion", "Criterion", "Method", "Paper", "Scoring", "TensorCriterion", "make_criterion",
+]  # fmt: skip
 
 
 def make_criterion(config: PruningConfig) -> Criterion:

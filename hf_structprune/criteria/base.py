@@ -12,6 +12,50 @@ from ..model.groups import Group, Slice
 from ..stats.moments import InputStatistics
 
 
+NEURIPS = "Advances in Neural Information Processing Systems"
+ICLR = "International Conference on Learning Representations"
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where something is from, for model cards.
+
+    Attributes:
+        key, title, authors, venue, year: As in BibTeX; what has no venue is software.
+        where: Its number at https://huggingface.co/papers, or an address.
+    """
+
+    key: str
+    title: str
+    authors: str
+    venue: str | None
+    year: int
+    where: str | None = None
+
+    @property
+    def bibtex(self) -> str:
+        """Its entry."""
+        known = {None: ("misc", ""), "arXiv preprint": ("article", "journal")}
+        kind, place = known.get(self.venue, ("inproceedings", "booktitle"))
+        url = f"https://huggingface.co/papers/{self.where}" if self.where and "/" not in self.where else self.where
+        fields = {"title": self.title, "author": self.authors, place: self.venue, "year": self.year, "url": url}
+        lines = "".join(f",\n  {name} = {{{value}}}" for name, value in fields.items() if value is not None)
+        return f"@{kind}{{{self.key}{lines}\n}}"
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a model card says of a criterion.
+
+    Attributes:
+        papers: What it is from.
+        needs_text: Whether it looks at calibration text.
+    """
+
+    papers: tuple[Paper, ...] = ()
+    needs_text: bool = True
+
+
 @dataclass
 class Scoring:
     """Everything a criterion may look at.
@@ -42,8 +86,10 @@ class Criterion:
         needs_inputs: Looks at the inputs of the consumer.
         needs_gram: Looks at their second moments.
         needs_gradients: Looks at gradients of the loss.
+        papers: What it is from; model cards cite them.
     """
 
+    papers: tuple[Paper, ...] = ()
     needs_inputs = False
     needs_gram = False
     needs_gradients = False

@@ -15,6 +15,9 @@ from ..model.hidden_size import HiddenGroup
 from ..model.norms import stream_norms
 from ..stats.gradients import on_device, weight_changes
 from ..text.calibration import as_batches
+from .base import ICLR, Method, Paper
+from .inputs import Activation
+from .weights import Taylor
 
 
 def channel_importance(
@@ -93,6 +96,16 @@ def activation(
 
 
 _CRITERIA = {"magnitude": magnitude, "taylor": taylor, "activation": activation}
+METHODS = {
+    "magnitude": Method(Taylor.papers, needs_text=False),
+    "taylor": Method(Taylor.papers),
+    "activation": Method(Activation.papers),
+    "pca": Method((
+        Paper("ashkboos2024slicegpt", "{SliceGPT}: Compress Large Language Models by Deleting Rows and Columns",
+              "Ashkboos, Saleh and Croci, Maximilian L. and do Nascimento, Marcelo Gennari and others", ICLR, 2024,
+              "2401.15024"),
+    )),
+}  # fmt: skip
 
 
 def _over_channels(values: torch.Tensor, dim: int) -> torch.Tensor:

@@ -29,6 +29,7 @@ from ..stats.gradients import weight_changes
 from ..stats.stream import LayerStream
 from ..units import DepthKind, kinds_of
 from ..units.depth import LAYERS
+from .base import ICLR, Method, Paper
 
 
 @measures
@@ -245,3 +246,35 @@ def taylor_scores(
     for name, total in totals.items():
         check_numbers(total, f"The gradients of `{name}`")
     return {unit: float(sum(totals[name] for name in names)) for unit, names in members.items()}
+
+
+_SHORTENED_LLM = Paper(
+    "kim2024shortened",
+    "Shortened {LLaMA}: Depth Pruning for Large Language Models with Comparison of Retraining Methods",
+    "Kim, Bo-Kyeong and Kim, Geonmin and Kim, Tae-Ho and Castells, Thibault and others", "arXiv preprint", 2024,
+    "2402.02834",
+)  # fmt: skip
+_SLEB = Paper(
+    "song2024sleb",
+    "{SLEB}: Streamlining {LLMs} through Redundancy Verification and Elimination of Transformer Blocks",
+    "Song, Jiwon and Oh, Kyungseok and Kim, Taesu and Kim, Hyungjun and others",
+    "International Conference on Machine Learning", 2024, "2402.09025",
+)  # fmt: skip
+METHODS = {
+    "angular": Method((
+        Paper("gromov2025unreasonable", "The Unreasonable Ineffectiveness of the Deeper Layers",
+              "Gromov, Andrey and Tirumala, Kushal and Shapourian, Hassan and Glorioso, Paolo and others", ICLR, 2025,
+              "2403.17887"),
+    )),
+    "block_influence": Method((
+        Paper("men2024shortgpt",
+              "{ShortGPT}: Layers in Large Language Models are More Redundant Than You Expect",
+              "Men, Xin and Xu, Mingyu and Zhang, Qingyu and Wang, Bingning and Lin, Hongyu and others",
+              "arXiv preprint", 2024, "2403.03853"),
+    )),
+    "perplexity": Method((_SHORTENED_LLM,)),
+    "taylor": Method((_SHORTENED_LLM,)),
+    "magnitude": Method((_SHORTENED_LLM,), needs_text=False),
+    "greedy": Method((_SLEB,)),
+    "exchange": Method((_SLEB,)),
+}  # fmt: skip

@@ -228,7 +228,7 @@ def _making(contents: Contents, origin: Origin | None, link: str) -> dict[str, A
         "in_python": making_in_python(*code),
         "on_the_command_line": making_on_the_command_line(*code),
         "configuration": json.dumps(public.to_dict(), indent=2),
-        "citations": citations(config, tasks, plan.ratio_requested),
+        "citations": citations(config, plan, tasks),
     }
 
 

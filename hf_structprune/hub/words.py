@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ..config import PruningConfig
+from ..criteria import Method, Paper
+from ..criteria.inputs import SURGEON, WIFV
 from ..files.writing import can_only_be_a_path
 from ..plan import PruningPlan
 from ..text.calibration_config import CalibrationConfig
-from ..units import KINDS, DepthKind, StreamKind, WidthKind, kinds_of
+from ..units import KINDS, DepthKind, UnitKind, WidthKind, kinds_of
 from .origin import IN_MEMORY, is_file
 
 
@@ -30,102 +32,47 @@ def what_went(config: PruningConfig, plan: PruningPlan) -> list[str]:
             if plan.given
             else f"Criterion: {how}, allocation: `{config.allocation}`"
         )
-    by_criterion = config.chooses_depth(plan.ratio_requested)
-    chosen = f"criterion `{config.depth_criterion}`" if by_criterion else "named in the configuration"
-    chosen = "named in a plan that was given" if plan.given else chosen
-    for kind in kinds_of(DepthKind):
-        if kind in plan.dropped:
-            lines.append(
-                f"{KINDS[kind].heading} gone, counted from 0: {', '.join(map(str, plan.dropped[kind]))} ({chosen})"
-            )
-    if plan.hidden is not None:
-        sizes = f"{plan.hidden.keep} instead of {plan.hidden.before}"
-        by = "as in a plan that was given, " if plan.given else ""
-        lines.append(f"Hidden size: {sizes} ({by}criterion `{config.hidden_criterion}`)")
+    for kind in KINDS.values():
+        if told := kind.told(plan):
+            lines.append(f"{told} ({_chosen(kind, config, plan)})")
     shares = {kind: count / plan.parameters_before for kind, count in plan.removed.items()}
     if len(shares) > 1:
         lines.append(f"Of all parameters: {', '.join(f'{kind} {share:.1%}' for kind, share in shares.items())}")
     return lines
 
 
-_NEURIPS = "Advances in Neural Information Processing Systems"
-_ICLR = "International Conference on Learning Representations"
-# Key, title, authors, where and when it appeared, and its number at https://huggingface.co/papers or its address.
-_PAPERS = {
-    "obs": ("hassibi1992second", "Second order derivatives for network pruning: Optimal Brain Surgeon",
-            "Hassibi, Babak and Stork, David G.", _NEURIPS, 1992, None),
-    "ziplm": ("kurtic2023ziplm", "{ZipLM}: Inference-Aware Structured Pruning of Language Models",
-              "Kurtic, Eldar and Frantar, Elias and Alistarh, Dan", _NEURIPS, 2023, "2302.04089"),
-    "wanda": ("sun2024wanda", "A Simple and Effective Pruning Approach for Large Language Models",
-              "Sun, Mingjie and Liu, Zhuang and Bair, Anna and Kolter, J. Zico", _ICLR, 2024, "2306.11695"),
-    "flap": ("an2024flap", "Fluctuation-based Adaptive Structured Pruning for Large Language Models",
-             "An, Yongqi and Zhao, Xu and Yu, Tao and Tang, Ming and Wang, Jinqiao",
-             "Proceedings of the AAAI Conference on Artificial Intelligence", 2024, "2312.11983"),
-    "minitron": ("muralidharan2024minitron", "Compact Language Models via Pruning and Knowledge Distillation",
-                 "Muralidharan, Saurav and Sreenivas, Sharath Turuvekere and Joshi, Raviraj and others", _NEURIPS,
-                 2024, "2407.14679"),
-    "llm-pruner": ("ma2023llmpruner", "{LLM-Pruner}: On the Structural Pruning of Large Language Models",
-                   "Ma, Xinyin and Fang, Gongfan and Wang, Xinchao", _NEURIPS, 2023, "2305.11627"),
-    "magnitude": ("li2017pruning", "Pruning Filters for Efficient {ConvNets}",
-                  "Li, Hao and Kadav, Asim and Durdanovic, Igor and Samet, Hanan and Graf, Hans Peter", _ICLR, 2017,
-                  "1608.08710"),
-    "angular": ("gromov2025unreasonable", "The Unreasonable Ineffectiveness of the Deeper Layers",
-                "Gromov, Andrey and Tirumala, Kushal and Shapourian, Hassan and Glorioso, Paolo and others",
-                _ICLR, 2025, "2403.17887"),
-    "block_influence": ("men2024shortgpt",
-                        "{ShortGPT}: Layers in Large Language Models are More Redundant Than You Expect",
-                        "Men, Xin and Xu, Mingyu and Zhang, Qingyu and Wang, Bingning and Lin, Hongyu and others",
-                        "arXiv preprint", 2024, "2403.03853"),
-    "shortened-llm": ("kim2024shortened", "Shortened {LLaMA}: Depth Pruning for Large Language Models with Comparison "
-                      "of Retraining Methods",
-                      "Kim, Bo-Kyeong and Kim, Geonmin and Kim, Tae-Ho and Castells, Thibault and others",
-                      "arXiv preprint", 2024, "2402.02834"),
-    "slicegpt": ("ashkboos2024slicegpt", "{SliceGPT}: Compress Large Language Models by Deleting Rows and Columns",
-                 "Ashkboos, Saleh and Croci, Maximilian L. and do Nascimento, Marcelo Gennari and others", _ICLR, 2024,
-                 "2401.15024"),
-    "sleb": ("song2024sleb", "{SLEB}: Streamlining {LLMs} through Redundancy Verification and Elimination of "
-             "Transformer Blocks", "Song, Jiwon and Oh, Kyungseok and Kim, Taesu and Kim, Hyungjun and others",
-             "International Conference on Machine Learning", 2024, "2402.09025"),
-    "lm-eval": ("eval-harness", "The Language Model Evaluation Harness",
-                "Gao, Leo and Tow, Jonathan and Abbasi, Baber and Biderman, Stella and others", None, 2024,
-                "https://github.com/EleutherAI/lm-evaluation-harness"),
-}  # fmt: skip
-_CRITERIA = {
-    WidthKind: {
-        "obs": ("obs", "ziplm"), "wanda": ("wanda",), "wifv": ("flap",), "activation": ("minitron",),
-        "taylor": ("llm-pruner",), "l1": ("magnitude",), "l2": ("magnitude",),
-    },
-    DepthKind: {
-        "angular": ("angular",), "block_influence": ("block_influence",), "perplexity": ("shortened-llm",),
-        "taylor": ("shortened-llm",), "magnitude": ("shortened-llm",), "greedy": ("sleb",), "exchange": ("sleb",),
-    },
-    StreamKind: {
-        "activation": ("minitron",), "taylor": ("llm-pruner",), "magnitude": ("llm-pruner",), "pca": ("slicegpt",),
-    },
-}  # fmt: skip
+def _chosen(kind: UnitKind, config: PruningConfig, plan: PruningPlan) -> str:
+    if plan.given:
+        return "named in a plan that was given"
+    by_criterion = _is_ranked(kind, config, plan)
+    return f"criterion `{config.criterion_of(kind.name)}`" if by_criterion else "named in the configuration"
 
 
-def citations(config: PruningConfig, tasks: bool = False, ratio: float | None = None) -> list[str]:
+def _is_ranked(kind: UnitKind, config: PruningConfig, plan: PruningPlan) -> bool:
+    """Whether a criterion decides what goes of a kind."""
+    return not isinstance(kind, DepthKind) or config.chooses_depth(plan.ratio_requested)
+
+
+LM_EVAL = Paper(
+    "eval-harness", "The Language Model Evaluation Harness",
+    "Gao, Leo and Tow, Jonathan and Abbasi, Baber and Biderman, Stella and others", None, 2024,
+    "https://github.com/EleutherAI/lm-evaluation-harness",
+)  # fmt: skip
+
+
+def _methods(config: PruningConfig, plan: PruningPlan) -> list[Method]:
+    """Of the criteria that decided something."""
+    kinds = [KINDS[name] for name in config.units]
+    return [kind.method(config.criterion_of(kind.name)) for kind in kinds if _is_ranked(kind, config, plan)]
+
+
+def citations(config: PruningConfig, plan: PruningPlan, tasks: bool = False) -> list[str]:
     """BibTeX entries of what a configuration uses; of lm-eval too if its tasks were measured."""
-    names: list[str] = []
-    for level, papers in _CRITERIA.items():
-        for kind in config.kinds(kinds_of(level)):
-            if level is not DepthKind or config.chooses_depth(ratio):
-                names += papers.get(config.criterion_of(kind), ())
-    names += ["flap"] if config.allocation == "global" else []
-    names += ["obs"] if config.compensation else []
-    names += ["lm-eval"] if tasks else []
-    return [_bibtex(*_PAPERS[name]) for name in dict.fromkeys(names)]
-
-
-def _bibtex(key: str, title: str, authors: str, venue: str | None, year: int, where: str | None) -> str:
-    kind, place = {None: ("misc", ""), "arXiv preprint": ("article", "journal")}.get(
-        venue, ("inproceedings", "booktitle")
-    )
-    url = f"https://huggingface.co/papers/{where}" if where and "/" not in where else where
-    fields = {"title": title, "author": authors, place: venue, "year": year, "url": url}
-    lines = "".join(f",\n  {name} = {{{value}}}" for name, value in fields.items() if value is not None)
-    return f"@{kind}{{{key}{lines}\n}}"
+    papers = [paper for method in _methods(config, plan) for paper in method.papers]
+    papers += WIFV.papers if config.allocation == "global" else ()
+    papers += [SURGEON] if config.compensation else []
+    papers += [LM_EVAL] if tasks else []
+    return [paper.bibtex for paper in dict.fromkeys(papers)]
 
 
 _SAMPLE = ["Salesforce/wikitext", "allenai/c4"]
@@ -133,18 +80,10 @@ _SAMPLE = ["Salesforce/wikitext", "allenai/c4"]
 
 def uses_text(config: PruningConfig, plan: PruningPlan) -> bool:
     """Whether calibration text was looked at: as recorded, or else as the configuration asks for."""
-    from ..criteria import make_criterion
-
     if plan.calibrated is not None:
         return plan.calibrated
-    criterion = make_criterion(config)
     by_text = config.compensation or config.allocation == "search"
-    if config.kinds(kinds_of(WidthKind)):
-        by_text |= criterion.needs_inputs or criterion.needs_gradients
-    if config.chooses_depth(plan.ratio_requested):
-        by_text |= config.depth_criterion != "magnitude"
-    streams = config.kinds(kinds_of(StreamKind))
-    return by_text or any(config.criterion_of(kind) != "magnitude" for kind in streams)
+    return by_text or any(method.needs_text for method in _methods(config, plan))
 
 
 def _sources(calibration: CalibrationConfig) -> list[str]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from ..criteria.base import Method
     from ..model.families import Family
     from ..model.groups import Group, LayerStructure
 
@@ -75,6 +76,14 @@ class UnitKind:
     def __repr__(self) -> str:
         return self.name
 
+    def method(self, criterion: str) -> Method:
+        """What a model card says of a criterion of this kind."""
+        raise NotImplementedError
+
+    def told(self, plan: Any) -> str:
+        """What went of this kind in a card; empty for nothing, and for widths, which are many."""
+        return ""
+
 
 class WidthKind(UnitKind):
     """Units inside a module of each decoder layer: rows of what computes them, columns of what reads them.
@@ -91,6 +100,12 @@ class WidthKind(UnitKind):
     key: str = ""
     part: str = "layer"
     of_heads: bool = False
+
+    def method(self, criterion):
+        from ..criteria import BY_NAME, Method
+
+        found = BY_NAME[criterion]
+        return Method(found.papers, found.needs_inputs or found.needs_gradients)
 
     def find(self, reading: Reading) -> list[str]:
         """Adds the groups of this kind to the layers of a model.
@@ -151,6 +166,20 @@ class DepthKind(UnitKind):
     criterion_option = "depth_criterion"
     criteria = ("angular", "block_influence", "perplexity", "taylor", "magnitude", "greedy", "exchange")
 
+    def method(self, criterion):
+        from ..criteria.depth import METHODS
+
+        return METHODS[criterion]
+
+    def told(self, plan):
+        layers = ", ".join(map(str, plan.dropped.get(self.name, ())))
+        return layers and f"{self.heading} gone, counted from 0: {layers}"
+
 
 class StreamKind(UnitKind):
     """Units that all layers share: channels of the residual stream."""
+
+    def method(self, criterion):
+        from ..criteria.channels import METHODS
+
+        return METHODS[criterion]

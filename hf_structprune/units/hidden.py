@@ -13,5 +13,8 @@ class Hidden(StreamKind):
     criterion_option = "hidden_criterion"
     criteria = ("magnitude", "taylor", "activation", "pca")
 
+    def told(self, plan):
+        return plan.hidden and f"Hidden size: {plan.hidden.keep} instead of {plan.hidden.before}"
+
 
 HIDDEN = Hidden.name

@@ -19,6 +19,7 @@ from hf_structprune.evaluation.results import EvaluationResult, Figure
 from hf_structprune.hub import make_card, origin, validate_card, write_card
 from hf_structprune.hub.metadata import model_index
 from hf_structprune.hub.words import config_expression
+from hf_structprune.units import KINDS
 
 
 DETAILS = {"num_fewshot": 0, "samples": 200, "samples_of_task": 10042}
@@ -392,13 +393,22 @@ def test_pictures(folder):
     assert found == ["pruned_widths.png", "pictures/widths.png", "pictures/quality.png"]
 
 
-@pytest.mark.parametrize(
-    "criterion, key", [("obs", "kurtic2023ziplm"), ("wanda", "sun2024wanda"), ("l1", "li2017pruning")]
-)
-def test_citations(folder, criterion, key):
+def test_citations(folder):
     config = PruningConfig.load(folder)
-    dataclasses.replace(config, criterion=criterion).save(folder / "pruning_config.json")
-    assert f"{{{key}," in make_card(folder).text
+    dataclasses.replace(config, criterion="wanda", allocation="global", layout="per_layer").save(
+        folder / "pruning_config.json"
+    )
+    found = re.findall(r"@\w+{(\S+),", make_card(folder).text)
+    assert found == ["sun2024wanda", "an2024flap", "hassibi1992second"]  # also of the allocation and of the re-fit
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_criterion_can_be_told(kind):
+    for name in KINDS[kind].criteria:
+        method = KINDS[kind].method(name)
+        assert bool(method.papers) == (name != "random")
+        assert method.needs_text == (name not in ("random", "l1", "l2", "magnitude"))
+        assert all(re.match(r"@(inproceedings|article){\w+,\n  title = {", paper.bibtex) for paper in method.papers)
 
 
 def test_what_is_no_checkpoint_of_ours(tiny_llama, tmp_path, capsys):
