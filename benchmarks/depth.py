@@ -27,8 +27,8 @@ from matplotlib.axes import Axes
 
 from hf_structprune import PruningConfig, PruningPlan, StructuredPruner
 from hf_structprune.allocation.depth import choose_depth
-from hf_structprune.allocation.depth_search import Losses, exchange
-from hf_structprune.allocation.removal import Removal, depth_candidates
+from hf_structprune.allocation.depth_search import LossSearch
+from hf_structprune.allocation.removal import Amount, Removal, depth_candidates
 from hf_structprune.commands.benchmark import take_turns
 from hf_structprune.commands.models import DEMO_MODEL, find_model, find_subject, load_pruner
 from hf_structprune.evaluation import perplexity, read_text
@@ -176,10 +176,10 @@ def choose_layers(pruner: StructuredPruner) -> dict[str, Any]:
     text = TextLoss(pruner.model, pruner.structure, pruner.calibration_tokens())
     for number in LAYERS:
         start, removal = time.perf_counter(), Removal(pruner.structure, greedy.order[:number])
-        losses = Losses(greedy.baseline, greedy.losses[:number])
-        exchange(text, removal, candidates, losses, per_parameter=False)
+        search = LossSearch(lambda: text, candidates, Amount(number), removal, losses=greedy.losses[:number])
+        search.exchange()
         chosen[str(number)] = {
-            "layers": sorted(layer for layer, _ in removal.units), "losses": losses.after[number - 1 :],
+            "layers": sorted(layer for layer, _ in removal.units), "losses": search.losses[number - 1 :],
             "seconds": round(time.perf_counter() - start, 1),
         }  # fmt: skip
         print(number, chosen[str(number)], flush=True)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from .alignment import AlignTo, check_align_to, check_step, multiple_of
 from .checks import Count, Described, Limits, Number, OneOf, Ratio, check_choice, check_fields, check_keys, checked
-from .errors import ConfigurationError
+from .errors import ConfigurationError, RatioError
 from .files.reading import read_json_object
 from .files.writing import write_text
 from .text.calibration_config import CalibrationConfig
@@ -230,6 +230,28 @@ class PruningConfig:
     def needs_ratio(self) -> bool:
         """Whether nothing can be decided without a ratio for the whole model."""
         return self.takes_ratio and not self.listed
+
+    def check_ratio(self, ratio: float | None) -> float | None:
+        """A ratio as a number, refused where it is missing, or where the configuration says how much goes.
+
+        Raises:
+            ConfigurationError: It is missing, or not needed.
+            RatioError: It is no number in [0, 1).
+        """
+        ratio = checked("ratio", ratio, Ratio | None, RatioError)
+        if ratio is None and self.needs_ratio:
+            raise ConfigurationError(
+                "A ratio is missing: 0.3 removes 30 %. Instead of it `attention_ratio` and `mlp_ratio` say how much "
+                "of heads and neurons goes, `num_layers` or `keep_first` how many layers, `hidden_size` how wide "
+                "the rest is, `keep` what is to be left of each kind."
+            )
+        if ratio is not None and not self.takes_ratio:
+            stated = ", ".join(f"`{name}`" for name in self.stated_options)
+            raise ConfigurationError(
+                f"The ratio {ratio!r} is given, and {stated} in the configuration says how much goes: give one or the "
+                "other."
+            )
+        return ratio
 
     def chooses_depth(self, ratio: float | None) -> bool:
         """Whether a criterion decides which layers and sublayers go, when this ratio is asked for."""

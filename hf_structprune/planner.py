@@ -3,45 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from .alignment import far_off
-from .allocation import Budget, Counts, allocate, allocate_stated, next_counts
-from .allocation.amounts import check_ratio, hidden_sizes_for
+from .alignment import far_off, multiple_of, step_of
+from .allocation.budget import Budget, Counts
 from .allocation.depth import DepthChoice, choose_depth
-from .allocation.joint import best_part, levelled_off, prefix_costs
-from .allocation.removal import Unit
+from .allocation.removal import Unit, as_dropped
+from .allocation.widths import allocate, allocate_stated, next_counts
 from .config import PruningConfig
 from .errors import CheckpointError, ConfigurationError, RatioError, UnsupportedModelError
 from .model.describe import expressible_heads, target_of
-from .model.hidden_size import hidden_group, shrunk_config_model
+from .model.hidden_size import HiddenGroup, hidden_group, shrunk_config_model
 from .model.plan_warnings import approximations, warnings_of
 from .model.rebuild import has_weights
 from .model.structure import ModelStructure
 from .plan import Decision, Dropped, PruningPlan, normalised, removed_by
-from .stats.survey import Survey, sensitivities
+from .stats.survey import Survey, sensitivities, survey
 from .units import KINDS, DepthKind, WidthKind, kinds_of
 from .units.depth import LAYERS
 from .units.hidden import HIDDEN
 
 
+_PATIENCE = 2  # removals that may cost more than they save before no more are tried
+
+
 @dataclass
 class Planner:
-    """Plans for one model.
+    """Plans for one model, which may be cut in several steps.
 
     Attributes:
-        model: The model as it is; on the meta device too where nothing has to be measured.
+        model: The model as it is now; on the meta device too where nothing has to be measured.
         structure: Its coupled groups.
         config: What may be cut and how.
         tokens: Loads the calibration tokens; called only where they are needed.
-        head_counts: Pairs of (KV groups, query heads in each) that a checkpoint can express; `None` allows all.
-        dense: The model before earlier steps, which ratios and rounding refer to; default `structure`.
-        steps_left: Plan only so far that as many equal steps, this one included, reach what is asked.
+        known: What was found out about the model for the last plan; `None` where nothing had to be.
         depth: How layers and sublayers were chosen by the last plan; `None` where nothing was measured.
     """
 
@@ -49,42 +50,50 @@ class Planner:
     structure: ModelStructure
     config: PruningConfig
     tokens: Callable[[], torch.Tensor]
-    head_counts: set[tuple[int, int]] | None = None
-    dense: ModelStructure | None = None
-    steps_left: int = 1
-    depth: DepthChoice | None = None
+    known: Survey | None = field(init=False, default=None)
+    depth: DepthChoice | None = field(init=False, default=None)
 
-    def plan(self, ratio: float | None, known: Survey) -> PruningPlan:
+    def __post_init__(self) -> None:
+        # What ratios and rounding of several steps refer to.
+        self._dense = self.structure if self.config.iterative_steps > 1 else None
+        self._narrow = self.structure  # after the hidden size was cut, before anything else
+        self._head_counts = self._expressible_heads()
+
+    @property
+    def looks_first(self) -> bool:
+        """Whether heads and neurons are given out by what is measured on the whole model."""
+        return self.config.allocation != "uniform" and bool(self.config.kinds(kinds_of(WidthKind)))
+
+    def plan(self, ratio: float | None, steps_left: int = 1) -> PruningPlan:
         """A plan for the model as it is.
 
         Args:
             ratio: Share of all parameters to remove; `None` where the configuration says how much goes.
-            known: What was found out about the model already.
+            steps_left: Plan only so far that as many equal steps, this one included, reach what is asked.
 
         Raises:
-            ConfigurationError: The ratio is missing, or given where the configuration has said all.
             RatioError: More than can be cut; says how much can.
             CheckpointError: No checkpoint could hold the result.
         """
-        check_ratio(ratio, self.config)
-        hidden, shell, inner = self._hidden(ratio)
-        budget = None if ratio is None else round(ratio * self.structure.total_parameters)
-        left = self._left(budget, self.structure.total_parameters - inner.total_parameters, "hidden_size", "keep")
-        dropped = self._dropped(left, inner, known)
-        left = self._left(left, removed_by(dropped, inner), "num_layers", "keep_first", "keep")
+        config, total = self.config, self.structure.total_parameters
+        self.known = survey(self.model, self.structure, config, self.tokens) if self.looks_first else None
+        hidden, shell = self._hidden(ratio)
+        budget = None if ratio is None else round(ratio * total)
+        left = self._left(budget, total - self._narrow.total_parameters, "hidden_size", "keep")
+        dropped = self._dropped(left)
+        left = self._left(left, removed_by(dropped, self._narrow), "num_layers", "keep_first", "keep")
         counts: Counts = {}
-        if self.config.kinds(kinds_of(WidthKind)):
-            target = left if hidden or dropped else None
-            if hidden and self.head_counts is not None:
-                self.head_counts = expressible_heads(shell, inner, self.config.layout)
-            goal = self._widths(inner, ratio, known, dropped, target)
-            now = Budget(inner, self.config, self.head_counts, dropped, self.dense)
-            counts = next_counts(now, goal, self.steps_left)
+        if config.kinds(kinds_of(WidthKind)):
+            if hidden and self._head_counts is not None:
+                self._head_counts = expressible_heads(shell, self._narrow, config.layout)
+            goal = self._widths(ratio, dropped, left if hidden or dropped else None)
+            counts = next_counts(self._budget(config, dropped), goal, steps_left)
+        dense = self.structure if hidden else None
         plan = describe(
-            self.model, inner, counts, ratio, self.config.layout, dropped, hidden, self.structure if hidden else None,
-            self.config.align_to, self.config.round_to,
+            self.model, self._narrow, counts, config, layout=config.layout, ratio_requested=ratio, dropped=dropped,
+            hidden=hidden, dense=dense,
         )  # fmt: skip
-        target_of(shell, inner, plan)  # raises if no checkpoint could hold the result
+        target_of(shell, self._narrow, plan)  # raises if no checkpoint could hold the result
         return plan
 
     def _left(self, budget: int | None, gone: int, *options: str) -> int | None:
@@ -104,43 +113,67 @@ class Planner:
                 )
         return max(0, budget - gone)
 
-    def _hidden(self, ratio: float | None) -> tuple[Decision | None, PreTrainedModel, ModelStructure]:
-        """The new hidden size, the model that has it (without weights), and the structure of that model."""
+    # Hidden size.
+
+    def _hidden(self, ratio: float | None) -> tuple[Decision | None, PreTrainedModel]:
+        """The new hidden size, and the model that has it (without weights)."""
+        self._narrow = self.structure
         if HIDDEN not in self.config.units:
-            return None, self.model, self.structure
+            return None, self.model
         group = hidden_group(self.model, self.structure)
         stated = self.config.stated_hidden_size
-        sizes = [stated]
         if stated is not None and stated >= group.size:
             raise ConfigurationError(f"`hidden_size` is {stated}; it must be less than the model's own, {group.size}.")
-        if stated is None:
-            share = (self.config.split or {HIDDEN: 1.0})[HIDDEN]
-            sizes = hidden_sizes_for(group, share * ratio * self.structure.total_parameters, self.config)
         refused: CheckpointError | None = None
-        for size in sizes:
+        for size in [stated] if stated is not None else self._hidden_sizes(group, ratio):
             if size == group.size:
-                return None, self.model, self.structure
+                return None, self.model
             try:
                 shell = shrunk_config_model(self.model, size, self.structure)
-                return Decision(HIDDEN, None, group.size, size), shell, ModelStructure.of(shell)
+                self._narrow = ModelStructure.of(shell)
+                return Decision(HIDDEN, None, group.size, size), shell
             except CheckpointError as error:  # some classes want a multiple of the number of heads
                 refused = refused or error
         raise refused
 
-    def _dropped(self, left: int | None, inner: ModelStructure, known: Survey) -> Dropped:
+    def _hidden_sizes(self, group: HiddenGroup, ratio: float) -> list[int]:
+        """Hidden sizes, the one first that is nearest to the ratio.
+
+        They are multiples of what is configured, else of a power of two, at most 1/16 of the size and 128.
+        """
+        config = self.config
+        parameters = (config.split or {HIDDEN: 1.0})[HIDDEN] * ratio * self.structure.total_parameters
+        default = min(128, 2 ** int(math.log2(max(1, group.size // 16))))
+        step = step_of(config.round_to, config.align_to, default)
+        if config.align_to is not None and step >= group.size:
+            raise ConfigurationError(
+                f"`align_to` is {config.align_to!r}, but no hidden size below the model's own, {group.size}, is a "
+                f"multiple of {step}."
+            )
+        most = (group.size - step) * group.cost
+        if parameters > most:
+            raise RatioError(
+                f"{parameters:,.0f} parameters are to go by the hidden size, which can take at most {most:,}. "
+                "Ask for less."
+            )
+        wanted = group.size - parameters / group.cost
+        whole = {group.size} if group.size % multiple_of(config.align_to) == 0 else set()
+        return sorted({*range(step, group.size, step), *whole}, key=lambda size: (abs(size - wanted), -size))
+
+    # Layers and sublayers.
+
+    def _dropped(self, left: int | None) -> Dropped:
         """Layers and sublayers that go; `left` is what the hidden size leaves of the budget."""
-        kinds, config = self.config.kinds(kinds_of(DepthKind)), self.config
+        kinds, config, layers = self.config.kinds(kinds_of(DepthKind)), self.config, self._narrow.layers
         self.depth = None
         if not kinds:
             return {}
         if config.keep_first is not None:
-            if config.keep_first > len(inner.layers):
-                raise ConfigurationError(
-                    f"`keep_first` is {config.keep_first}, the model has {len(inner.layers)} layers."
-                )
-            return normalised({LAYERS: list(range(config.keep_first, len(inner.layers)))}, inner)
-        if not config.chooses_depth(None if left is None else 0.0):
-            return normalised({kind: config.layers for kind in kinds}, inner)
+            if config.keep_first > len(layers):
+                raise ConfigurationError(f"`keep_first` is {config.keep_first}, the model has {len(layers)} layers.")
+            return normalised({LAYERS: list(range(config.keep_first, len(layers)))}, self._narrow)
+        if not config.chooses_depth(left):
+            return normalised({kind: config.layers for kind in kinds}, self._narrow)
         if not has_weights(self.model):
             raise UnsupportedModelError(
                 "Which layers go is measured on the model, but some weights are not in memory (meta device or "
@@ -148,88 +181,61 @@ class Planner:
             )
         dropped: Dropped = {}
         for kind in filter(config.is_stated, kinds):
-            count = config.num_layers if kind not in (config.keep or {}) else self._to_go(inner, kind, dropped)
-            dropped |= self._choose(inner, (kind,), count=count, without=dropped) if count else {}
+            count = config.num_layers if kind not in (config.keep or {}) else self._to_go(kind, dropped)
+            dropped = self._choose((kind,), dropped, count=count) if count else dropped
         kinds = tuple(kind for kind in kinds if not config.is_stated(kind))
         if not kinds:
-            return normalised(dropped, inner)
+            return dropped
         if dropped:
-            left = max(0, left - removed_by(dropped, inner))
+            left = max(0, left - removed_by(dropped, self._narrow))
         if config.split is not None:
-            return self._choose_split(inner, kinds, left)
+            return self._choose_split(kinds, left)
         if not config.kinds(kinds_of(WidthKind)) or dropped:
-            return normalised(dropped | self._choose(inner, kinds, parameters=left, without=dropped), inner)
-        return self._measured(inner, kinds, left, known)
+            return self._choose(kinds, dropped, parameters=left)
+        return self._choose_measured(kinds, left)
 
-    def _to_go(self, inner: ModelStructure, kind: str, dropped: Dropped) -> int:
+    def _to_go(self, kind: str, dropped: Dropped) -> int:
         """How many layers, or sublayers of a kind, go so that as many stay as `keep` says."""
-        there = [layer.index for layer in inner.layers if kind == LAYERS or layer.sublayer(kind) is not None]
+        there = [layer.index for layer in self._narrow.layers if kind == LAYERS or layer.sublayer(kind) is not None]
         there = [index for index in there if index not in dropped.get(LAYERS, ())]
-        wanted = self.config.keep[kind]
-        if wanted > len(there):
+        if self.config.keep[kind] > len(there):
             raise ConfigurationError(
                 f"`keep` is {self.config.keep}, but there are only {len(there)} {KINDS[kind].label}."
             )
-        return len(there) - wanted
+        return len(there) - self.config.keep[kind]
 
-    def _choose(self, inner: ModelStructure, kinds: tuple[str, ...], **amount: Any) -> Dropped:
-        self.depth = choose_depth(self.model, inner, self.config, kinds, tokens=self.tokens, **amount)
-        return normalised(self.depth.dropped, inner)
+    def _choose(self, kinds: tuple[str, ...], dropped: Dropped, **amount: Any) -> Dropped:
+        """What is dropped already, and so much more of some kinds."""
+        self.depth = choose_depth(
+            self.model, self._narrow, self.config, kinds, tokens=self.tokens, without=dropped, **amount
+        )
+        found = [(layer, kind) for one in (dropped, self.depth.dropped) for kind in one for layer in one[kind]]
+        return as_dropped(found, self._narrow)
 
-    def _choose_split(self, inner: ModelStructure, kinds: tuple[str, ...], left: int) -> Dropped:
+    def _choose_split(self, kinds: tuple[str, ...], left: int) -> Dropped:
         """Every kind of depth gets its own part of the budget, layers first: sublayers go from those that stay."""
         dropped: Dropped = {}
         total = left / (1 - self.config.split.get(HIDDEN, 0))
         for kind in sorted(kinds, key=kinds_of(DepthKind).index):
-            amount = {"parameters": round(self.config.split[kind] * total), "without": dropped}
-            chosen = dropped | self._choose(inner, (kind,), **amount)
-            if self.config.kinds(kinds_of(WidthKind)) and removed_by(normalised(chosen, inner), inner) > left:
+            amount = {"parameters": round(self.config.split[kind] * total)}
+            chosen = self._choose((kind,), dropped, **amount)
+            if self.config.kinds(kinds_of(WidthKind)) and removed_by(chosen, self._narrow) > left:
                 # The nearest number of whole units is more than everything that is to go; finer ones take the rest.
-                chosen = dropped | self._choose(inner, (kind,), most=True, **amount)
+                chosen = self._choose((kind,), dropped, most=True, **amount)
             dropped = chosen
-        return normalised(dropped, inner)
+        return dropped
 
-    def _widths(
-        self, inner: ModelStructure, ratio: float | None, known: Survey, dropped: Dropped, target: int | None
-    ) -> Counts:
-        """Heads and neurons to keep. A split between them holds for heads first; neurons, finer, close the gap."""
+    def _choose_measured(self, kinds: tuple[str, ...], left: int) -> Dropped:
+        """As much depth as makes the measured cost of the whole cut least, heads and neurons taking the rest.
 
-        def give(config: PruningConfig, target: int | None) -> Counts:
-            scores, sensitivity = known.scores, known.sensitivity
-            return allocate(inner, config, ratio, scores, self.head_counts, sensitivity, dropped, target, self.dense)
+        The cost of the first `k` removals is the rise of the loss that was measured with all of them gone; that of
+        widths is the sum of `a * share^2` over the groups (see `survey.measure_sensitivity`). Both are nats per token:
+        the divergence from the dense model is the rise of the loss on text as the dense model would write it. They are
+        added, as if they did not depend on each other.
 
-        counts: Counts = {}
-        kinds, split, keep = self.config.kinds(kinds_of(WidthKind)), self.config.split, self.config.keep or {}
-        stated = tuple(kind for kind in kinds if kind in keep)
-        if stated:
-            exact = dataclasses.replace(self.config, units=stated, keep={kind: keep[kind] for kind in stated})
-            counts = allocate_stated(Budget(inner, exact, self.head_counts, dropped, self.dense))
-            kinds = tuple(kind for kind in kinds if kind not in stated)
-            target = None if target is None else max(0, target - self._removed(inner, counts, dropped))
-        if not kinds:
-            return counts
-        if stated:
-            return counts | give(dataclasses.replace(self.config, units=kinds, keep=None), target)
-        if split is None or len(kinds) == 1:
-            return give(self.config, target)
-        *coarse, finest = sorted(kinds, key=lambda kind: not KINDS[kind].of_heads)
-        whole = self.dense or inner
-        target = round(ratio * whole.total_parameters) if target is None else target
-        left, total = target, sum(split[kind] for kind in kinds)
-        alone = {kind: dataclasses.replace(self.config, units=(kind,), split=None) for kind in kinds}
-        for kind in coarse:
-            of_kind = give(alone[kind], round(target * split[kind] / total))
-            counts |= of_kind
-            left -= self._removed(whole, of_kind, dropped)
-        return counts | give(alone[finest], left)
-
-    def _removed(self, structure: ModelStructure, counts: Counts, dropped: Dropped) -> int:
-        """Parameters that these counts take from the layers."""
-        plan = describe(self.model, structure, counts, None, self.config.layout, dropped)
-        return sum(count for kind, count in plan.removed.items() if kind in kinds_of(WidthKind))
-
-    def _measured(self, inner: ModelStructure, kinds: tuple[str, ...], left: int, known: Survey) -> Dropped:
-        """As much depth as makes the measured cost of the whole cut least, heads and neurons taking the rest."""
+        Raises:
+            RatioError: The budget cannot be reached, however many of them go.
+        """
         if self.config.depth_criterion not in ("exchange", "greedy", "perplexity"):
             raise ConfigurationError(
                 f"depth_criterion={self.config.depth_criterion!r} gives no cost that could be compared with that of "
@@ -238,56 +244,138 @@ class Planner:
             )
         if any(KINDS[kind].within for kind in self.config.units):
             raise ConfigurationError("The cost of query heads is not measured: use `split`, or units 'kv_groups'.")
-        if known.sensitivity is None:
-            known.sensitivity = sensitivities(self.model, self.structure, self.config, self.tokens)
+        sensitivity = self.known and self.known.sensitivity
+        if sensitivity is None:
+            sensitivity = sensitivities(self.model, self.structure, self.config, self.tokens)
+        sizes = {group.key: group.size for group in self._narrow.groups}
 
-        def widths(dropped: Dropped) -> Counts:
-            target = max(0, left - removed_by(dropped, inner))
-            return allocate(
-                inner, self.config, None, known.scores, self.head_counts, known.sensitivity, dropped, target
+        def cost(rise: float, order: list[Unit]) -> float:
+            dropped = as_dropped(order, self._narrow)
+            target = max(0, left - removed_by(dropped, self._narrow))
+            try:
+                counts = self._allocate(self.config, None, dropped, target, sensitivity)
+            except RatioError:
+                return float("inf")  # the widths that are left cannot take the rest
+            return rise + sum(sensitivity[key] * (1 - keep / sizes[key]) ** 2 for key, keep in counts.items())
+
+        def costs(order: list[Unit], losses: list[float], baseline: float) -> list[float]:
+            """The cost of the whole cut with none, one, two ... of the removals."""
+            rises = [0.0, *(loss - baseline for loss in losses)]
+            return [cost(rise, order[:number]) for number, rise in enumerate(rises)]
+
+        def levelled_off(*measured: Any) -> bool:
+            """Whether the last removals did not make the whole cut cheaper, so that more will hardly do."""
+            found = costs(*measured)
+            return min(found) < float("inf") and len(found) - 1 - found.index(min(found)) >= _PATIENCE
+
+        self._choose(kinds, {}, parameters=left, most=True, until=levelled_off)
+        order = self.depth.order
+        found = costs(order, self.depth.losses, self.depth.baseline)
+        if min(found) == float("inf"):
+            raise RatioError(
+                f"So much cannot be removed: heads and neurons cannot take what is left of it after any of 0 to "
+                f"{len(order)} removals of layers or sublayers. Ask for less, or allow more `units` or layers."
             )
+        return as_dropped(order[: found.index(min(found))], self._narrow)
 
-        def enough(order: list[Unit], losses: list[float], baseline: float) -> bool:
-            return levelled_off(prefix_costs(order, losses, baseline, inner, known.sensitivity, widths))
+    # Heads and neurons.
 
-        self._choose(inner, kinds, parameters=left, most=True, until=enough)
-        return best_part(self.depth, inner, known.sensitivity, widths)
+    def _widths(self, ratio: float | None, dropped: Dropped, target: int | None) -> Counts:
+        """Heads and neurons to keep: what `keep` states, then the parts of a split, of which neurons close the gap."""
+        kinds, split, keep = self.config.kinds(kinds_of(WidthKind)), self.config.split, self.config.keep or {}
+        stated = tuple(kind for kind in kinds if kind in keep)
+        if stated:
+            exact = dataclasses.replace(self.config, units=stated, keep={kind: keep[kind] for kind in stated})
+            counts = allocate_stated(self._budget(exact, dropped))
+            kinds = tuple(kind for kind in kinds if kind not in stated)
+            if not kinds:
+                return counts
+            target = None if target is None else max(0, target - self._removed(counts, dropped))
+            rest = dataclasses.replace(self.config, units=kinds, keep=None)
+            return counts | self._allocate(rest, ratio, dropped, target)
+        if split is None or len(kinds) == 1:
+            return self._allocate(self.config, ratio, dropped, target)
+        *coarse, finest = sorted(kinds, key=lambda kind: not KINDS[kind].of_heads)
+        if target is None:
+            target = round(ratio * (self._dense or self._narrow).total_parameters)
+        left, total, counts = target, sum(split[kind] for kind in kinds), {}
+        alone = {kind: dataclasses.replace(self.config, units=(kind,), split=None) for kind in kinds}
+        for kind in coarse:
+            of_kind = self._allocate(alone[kind], ratio, dropped, round(target * split[kind] / total))
+            counts |= of_kind
+            left -= self._removed(of_kind, dropped)
+        return counts | self._allocate(alone[finest], ratio, dropped, left)
+
+    def _allocate(
+        self,
+        config: PruningConfig,
+        ratio: float | None,
+        dropped: Dropped,
+        target: int | None,
+        sensitivity: dict[tuple[int, str], float] | None = None,
+    ) -> Counts:
+        known = self.known or Survey()
+        sensitivity = sensitivity or known.sensitivity
+        return allocate(self._budget(config, dropped), ratio, target, known.scores, sensitivity)
+
+    def _budget(self, config: PruningConfig, dropped: Dropped) -> Budget:
+        return Budget(self._narrow, config, self._head_counts, dropped, self._dense)
+
+    def _removed(self, counts: Counts, dropped: Dropped) -> int:
+        """Parameters that these counts take from the layers of the model before any step."""
+        plan = PruningPlan.from_counts(
+            self._dense or self._narrow, counts, model_type="", layout=self.config.layout, dropped=dropped
+        )
+        return sum(count for kind, count in plan.removed.items() if kind in kinds_of(WidthKind))
+
+    def _expressible_heads(self) -> set[tuple[int, int]] | None:
+        """Head counts that a checkpoint can have; `None` where no heads are cut."""
+        config = self.config
+        widths = config.kinds(kinds_of(WidthKind))
+        if not any(KINDS[kind].of_heads for kind in widths):
+            return None
+        found = expressible_heads(self.model, self.structure, config.layout)
+        if not found and any(layer.attention for layer in self.structure.layers):
+            note = f"heads are left alone: {self._why_no_heads()}"
+            if all(KINDS[kind].of_heads for kind in widths) or config.split is not None:
+                raise UnsupportedModelError(f"`units` is {config.units}, but {note}.")
+            self.structure.notes = list(dict.fromkeys([*self.structure.notes, note]))
+        return found
+
+    def _why_no_heads(self) -> str:
+        """The reason why no checkpoint can have fewer heads."""
+        whole = PruningPlan.from_counts(self.structure, {}, model_type="", layout=self.config.layout)
+        try:
+            target_of(self.model, self.structure, whole)
+        except CheckpointError as error:  # nor can it have what the model has now
+            return f"{error}".rstrip(".")
+        return (
+            f"{type(self.model.config).__name__} derives the size of a head from the number of heads, so that a "
+            "vanilla checkpoint cannot have fewer (layout='per_layer' can cut them)"
+        )
 
 
 def describe(
-    model: PreTrainedModel,
-    inner: ModelStructure,
-    counts: Counts,
-    ratio: float | None,
-    layout: str,
-    dropped: Dropped | None = None,
-    hidden: Decision | None = None,
-    dense: ModelStructure | None = None,
-    align_to: str | int | None = None,
-    round_to: int | None = None,
+    model: PreTrainedModel, structure: ModelStructure, counts: Counts, config: PruningConfig, **decided: Any
 ) -> PruningPlan:
-    """The plan of decisions that have been made.
+    """The plan of decisions that have been made, with what is to be said about it.
 
     Args:
         model: The model, for its type and the size of its parameters.
-        inner: Structure that the decisions refer to: after the hidden size was cut, before anything else.
+        structure: What the decisions refer to: after the hidden size was cut, before anything else.
         counts: Units to keep.
-        ratio: The ratio that was asked for.
-        layout: `"uniform"` or `"per_layer"`.
-        dropped: Layers and sublayers that go.
-        hidden: The decision for the hidden size.
-        dense: Structure before the hidden size was cut, if it was.
-        align_to, round_to: What widths were to be multiples of.
+        config: What widths were to be multiples of.
+        decided: The rest, for `PruningPlan.from_counts`.
     """
     plan = PruningPlan.from_counts(
-        inner, counts, model_type=model.config.model_type, layout=layout, ratio_requested=ratio,
-        bytes_per_parameter=size_of(model) / sum(p.numel() for p in model.parameters()), dropped=dropped,
-        hidden=hidden, dense=dense,
+        structure, counts, model_type=model.config.model_type, **decided,
+        bytes_per_parameter=size_of(model) / sum(p.numel() for p in model.parameters()),
     )  # fmt: skip
-    plan.warnings = warnings_of(inner, plan, hidden.before if hidden else model.config.hidden_size, align_to)
-    plan.warnings += approximations(model, inner, plan)
-    if ratio is not None and (plan.groups or plan.hidden):
-        plan.warnings += far_off(ratio, plan.ratio, align_to, round_to)
+    hidden_size = plan.hidden.before if plan.hidden else model.config.hidden_size
+    plan.warnings = warnings_of(structure, plan, hidden_size, config.align_to)
+    plan.warnings += approximations(model, structure, plan)
+    if plan.ratio_requested is not None and (plan.groups or plan.hidden):
+        plan.warnings += far_off(plan.ratio_requested, plan.ratio, config.align_to, config.round_to)
     return plan
 
 

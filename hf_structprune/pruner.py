@@ -15,16 +15,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .allocation.depth import DepthChoice
-from .checks import Ratio, checked
 from .config import PruningConfig
-from .criteria import make_criterion
-from .errors import CheckpointError, ConfigurationError, RatioError, StructPruneError, UnsupportedModelError
+from .errors import ConfigurationError, StructPruneError, UnsupportedModelError
 from .files.places import check_place
 from .hub.checkpoint import save_checkpoint
 from .hub.origin import origin_of, record
 from .hub.push import push_folder, take_over
 from .model.checks import check_model, check_savable
-from .model.describe import expressible_heads, target_of
 from .model.half_pruned import interrupted, mark, marked_if_changed
 from .model.loading import as_tokenizer, load_config, load_model, load_tokenizer, plain_options, refuse_quantised
 from .model.measuring import check_finite, measuring
@@ -32,12 +29,11 @@ from .model.rebuild import has_weights
 from .model.structure import ModelStructure
 from .plan import PruningPlan
 from .plan_check import check_plan
-from .planner import Planner, describe
+from .planner import Planner
 from .proof.guarantee import kinds_in, prove
 from .prune import Execution
-from .stats.survey import Survey, survey
+from .stats.survey import Survey
 from .text.calibration import check_token_ids, load_tokens
-from .units import KINDS, WidthKind, kinds_of
 
 
 class StructuredPruner:
@@ -70,8 +66,6 @@ class StructuredPruner:
         self.last_plan: PruningPlan | None = None
         self.depth_choice: DepthChoice | None = None
         self._saved: Path | None = None
-        self._execution: Execution | None = None
-        self._expressible: set[tuple[int, int]] | None = None
         self._calibrated = False
 
     @classmethod
@@ -116,13 +110,14 @@ class StructuredPruner:
             RatioError: More than can be cut; says how much can.
             UnsupportedModelError: Cutting this model type is not shown to be right, see `proof.prove`.
         """
-        ratio = checked("ratio", ratio, Ratio | None, RatioError)
+        ratio = self.config.check_ratio(ratio)
         with measuring(self.model):
             prove(self.model, self.structure, self.config.units)
-            if self._looks_first or self.config.chooses_depth(ratio):
+            planner = Planner(self.model, self.structure, self.config, self._tokens)
+            if planner.looks_first or self.config.chooses_depth(ratio):
                 check_finite(self.model)
-            plan = self._plan(ratio, self._look() if self._looks_first else Survey())
-        plan.calibrated = self._calibrated
+            plan = planner.plan(ratio)
+        self.depth_choice, plan.calibrated = planner.depth, self._calibrated
         return plan
 
     def prune(self, ratio: float | PruningPlan | None = None) -> PreTrainedModel:
@@ -134,8 +129,9 @@ class StructuredPruner:
         Returns:
             The smaller model, also in `self.model`; the plan that was carried out is in `self.last_plan`.
         """
-        if not isinstance(ratio, PruningPlan):
-            ratio = checked("ratio", ratio, Ratio | None, RatioError)
+        given = isinstance(ratio, PruningPlan)
+        if not given:
+            ratio = self.config.check_ratio(ratio)
         if self.last_plan is not None:
             raise StructPruneError(
                 "This pruner has pruned its model. To prune the result again, make a new pruner from `pruner.model`."
@@ -148,7 +144,7 @@ class StructuredPruner:
         check_savable(self.model, configuration=self.config, origin=self.origin and self.origin.options)
         dense = self.model
         with measuring(dense), marked_if_changed(dense, self._given()):
-            prove(dense, self.structure, kinds_in(ratio) if isinstance(ratio, PruningPlan) else self.config.units)
+            prove(dense, self.structure, kinds_in(ratio) if given else self.config.units)
             check_finite(dense)
             try:
                 self._prune(ratio)
@@ -160,19 +156,26 @@ class StructuredPruner:
 
     def _prune(self, ratio: float | PruningPlan | None) -> None:
         """Carries out a plan, or as many as there are steps."""
-        run = self._execution = Execution(self.model, self.structure, self.config, self._tokens)
-        if isinstance(ratio, PruningPlan):
+        run = Execution(self.model, self.structure, self.config, self._tokens)
+        given = isinstance(ratio, PruningPlan)
+        if given:
             check_plan(self.model, self.structure, ratio)
-            self._carry_out(copy.deepcopy(ratio))
+            self._carry_out(run, copy.deepcopy(ratio))
         else:
-            dense = self.structure if self.config.iterative_steps > 1 else None
+            planner = Planner(self.model, self.structure, self.config, self._tokens)
             for steps_left in range(self.config.iterative_steps, 0, -1):
-                self._carry_out(*self._plan_step(ratio, dense, steps_left))
-        plan = run.describe(ratio.ratio_requested if isinstance(ratio, PruningPlan) else ratio)
-        plan.given = isinstance(ratio, PruningPlan)
-        plan.calibrated = self._calibrated or (ratio.calibrated if plan.given else False)
+                plan = planner.plan(ratio, steps_left)
+                self._carry_out(run, plan, planner.known)
+                planner.model, planner.structure, self.depth_choice = run.model, run.structure, planner.depth
+        plan = run.describe(ratio.ratio_requested if given else ratio)
+        plan.given = given
+        plan.calibrated = self._calibrated or (ratio.calibrated if given else False)
         record(self.model, self.origin, self.config, plan)
         self.last_plan = plan
+
+    def _carry_out(self, run: Execution, plan: PruningPlan, known: Survey | None = None) -> None:
+        run.carry_out(plan, known)
+        self.model, self.structure = run.model, run.structure
 
     def save_pretrained(self, folder: str | os.PathLike, **kwargs: Any) -> None:
         """Writes the pruned model as a checkpoint, all at once or not at all.
@@ -241,63 +244,3 @@ class StructuredPruner:
         """The calibration tokens for the work itself, which is recorded to have looked at them."""
         self._calibrated = True
         return self.calibration_tokens()
-
-    def _look(self) -> Survey:
-        return survey(self.model, self.structure, self.config, self._tokens)
-
-    def _plan(
-        self, ratio: float | None, known: Survey, dense: ModelStructure | None = None, steps_left: int = 1
-    ) -> PruningPlan:
-        """A plan for the next of the steps that are left from `dense`, the model as it was, to what is asked."""
-        planner = Planner(
-            self.model, self.structure, self.config, self._tokens, self._head_counts(), dense, steps_left
-        )
-        plan = planner.plan(ratio, known)
-        self.depth_choice = planner.depth
-        return plan
-
-    @property
-    def _looks_first(self) -> bool:
-        """Whether heads and neurons are given out by what is measured on the whole model."""
-        return self.config.allocation != "uniform" and bool(self.config.kinds(kinds_of(WidthKind)))
-
-    def _plan_step(
-        self, ratio: float | None, dense: ModelStructure | None, steps_left: int
-    ) -> tuple[PruningPlan, Survey]:
-        """The plan of the next of the steps that are left, and what it was made with."""
-        known = Survey()
-        if self._looks_first or (
-            make_criterion(self.config).needs_gradients and self.config.kinds(kinds_of(WidthKind))
-        ):
-            known = self._look()
-        return self._plan(ratio, known, dense, steps_left), known
-
-    def _head_counts(self) -> set[tuple[int, int]] | None:
-        """Head counts that a checkpoint of the dense model can have; looked up once."""
-        config = self.config
-        heads = [kind for kind in config.kinds(kinds_of(WidthKind)) if KINDS[kind].of_heads]
-        if not heads:
-            return None
-        if self._expressible is None:
-            self._expressible = expressible_heads(self.model, self.structure, config.layout)
-        if not self._expressible and any(layer.attention for layer in self.structure.layers):
-            note = f"heads are left alone: {self._why_no_heads(config.layout)}"
-            if set(heads) == set(config.kinds(kinds_of(WidthKind))) or config.split is not None:
-                raise UnsupportedModelError(f"`units` is {config.units}, but {note}.")
-            self.structure.notes = list(dict.fromkeys([*self.structure.notes, note]))
-        return self._expressible
-
-    def _why_no_heads(self, layout: str) -> str:
-        """The reason why no checkpoint can have fewer heads."""
-        try:
-            target_of(self.model, self.structure, describe(self.model, self.structure, {}, None, layout))
-        except CheckpointError as error:  # nor can it have what the model has now
-            return f"{error}".rstrip(".")
-        return (
-            f"{type(self.model.config).__name__} derives the size of a head from the number of heads, so that a "
-            "vanilla checkpoint cannot have fewer (layout='per_layer' can cut them)"
-        )
-
-    def _carry_out(self, plan: PruningPlan, known: Survey | None = None) -> None:
-        self._execution.carry_out(plan, known)
-        self.model, self.structure = self._execution.model, self._execution.structure

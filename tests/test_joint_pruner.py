@@ -8,8 +8,9 @@ import torch
 from test_depth_pruner import check, make_pruner
 
 from hf_structprune import CalibrationConfig, PruningConfig
-from hf_structprune.allocation import allocate
+from hf_structprune.allocation.budget import Budget
 from hf_structprune.allocation.depth import choose_depth
+from hf_structprune.allocation.widths import allocate
 from hf_structprune.errors import ConfigurationError, RatioError, UnsupportedModelError
 from hf_structprune.model.hidden_size import hidden_group
 from hf_structprune.model.structure import ModelStructure
@@ -128,7 +129,9 @@ def cost_of(dropped, losses, baseline, number, structure, sensitivity, config, a
     gone = sum(structure.layers[n].parameters for n in dropped.get("layers", ()))
     gone += sum(structure.layers[n].sublayer("attention").parameters for n in dropped.get("attention", ()))
     try:
-        counts = allocate(structure, config, None, None, None, sensitivity, dropped, max(0, asked - gone))
+        counts = allocate(
+            Budget(structure, config, dropped=dropped), None, max(0, asked - gone), sensitivity=sensitivity
+        )
     except RatioError:
         return float("inf")
     rise = losses[number - 1] - baseline if number else 0.0

@@ -19,7 +19,7 @@ from ..plan import Dropped
 from ..stats.losses import TextLoss
 from ..units import DepthKind, level_criteria
 from ..units.depth import LAYERS
-from .depth_search import Losses, Stop, exchange, loss_scores, put_back_excess, remove_greedily
+from .depth_search import LossSearch, Stop, per_parameter
 from .removal import Amount, Removal, Unit, depth_candidates
 
 
@@ -87,14 +87,18 @@ def choose_depth(
         UnsupportedModelError: No layer has a sublayer of a kind that is asked for.
     """
     check_choice("depth_criterion", config.depth_criterion, level_criteria(DepthKind))
-    kinds, amount = tuple(kinds), Amount(count, parameters, most)
     removal = Removal(structure, before=without or {})
     candidates = [unit for unit in depth_candidates(structure, config, kinds) if removal.can(unit)]
-    chooser = _Chooser(model, structure, config, kinds, tokens, amount, removal, candidates)
-    if config.depth_criterion == "angular" and kinds == (LAYERS,):
-        return chooser.block()
-    chooser.check()
-    return chooser.greedy(until) if config.depth_criterion in ("greedy", "exchange") else chooser.one_shot()
+    text = cache(lambda: TextLoss(model, structure, tokens(), config.calibration.batch_size))
+    search = LossSearch(text, candidates, Amount(count, parameters, most), removal)
+    chooser = _Chooser(model, config, tuple(kinds), tokens, search)
+    if config.depth_criterion == "angular" and chooser.kinds == (LAYERS,):
+        chooser.take_block()
+    elif config.depth_criterion in ("greedy", "exchange"):
+        chooser.take_by_search(until)
+    else:
+        chooser.take_by_score()
+    return DepthChoice(removal.dropped(), removal.units, search.scores, search.losses, search.baseline)
 
 
 @dataclass
@@ -102,30 +106,22 @@ class _Chooser:
     """One run of `choose_depth`."""
 
     model: PreTrainedModel
-    structure: ModelStructure
     config: PruningConfig
     kinds: tuple[str, ...]
     tokens: Callable[[], torch.Tensor]
-    amount: Amount
-    removal: Removal
-    candidates: list[Unit]
+    search: LossSearch
 
-    def check(self) -> None:
-        """Refuses what cannot be reached, before anything is measured."""
-        largest = Removal(self.structure, before=self.removal.before)
-        for unit in sorted(self.candidates, key=self._largest_first):
-            if largest.can(unit):
-                largest.units.append(unit)
-        self._refuse_beyond(len(largest.units), largest.parameters())
+    def __post_init__(self) -> None:
+        self.structure = self.search.removal.structure
+        self.candidates, self.amount, self.removal = self.search.candidates, self.search.amount, self.search.removal
 
-    def block(self) -> DepthChoice:
+    def take_block(self) -> None:
         """The contiguous block with the least angular distance between its ends."""
         allowed = [layer for layer, _ in self.candidates]
         self._check_block(allowed)
         if not (self.amount.count or self.amount.parameters):
-            return DepthChoice({}, [], {})
-        found = self._similarities()
-        best: list[Unit] = []
+            return
+        found, best = self._similarities(), []
         for size in [self.amount.count] if self.amount.count else range(1, len(self.structure.layers)):
             if self.amount.parameters and not found.blocks(size, allowed):
                 break
@@ -134,40 +130,34 @@ class _Chooser:
             if self.amount.count or self.amount.nearer(self.removal.parameters(block), self.removal.parameters(best)):
                 best = block
         self.removal.units += best
-        return self._choice({unit: found.distances[unit] for unit in self.candidates})
+        self.search.scores = {unit: found.distances[unit] for unit in self.candidates}
 
-    def greedy(self, until: Stop | None) -> DepthChoice:
-        text = cache(self._text)
-        found = self._greedily(text, until)
-        self._check_reached()
-        if found.after and until is None and not self.amount.most:
-            self._improve(text(), found)
-            while self._could_be_nearer():  # exchanges have put units of other sizes into their place
-                more = self._greedily(text, None)
-                found.after += more.after
-                found.scores |= more.scores
-                self._improve(text(), found)
-        return self._choice(found.scores, found)
-
-    def _greedily(self, text: Callable[[], TextLoss], until: Stop | None) -> Losses:
-        found = remove_greedily(text, self.removal, self.candidates, self.amount, self._per_parameter, until)
+    def take_by_search(self, until: Stop | None) -> None:
+        """The units whose removal costs the text least, measured again after each."""
+        self._check()
+        search = self.search
+        search.remove(until)
         self._in_parts()
-        return found
+        self._check_reached()
+        if not search.losses or until is not None or self.amount.most:
+            return
+        self._improve()
+        while self._could_be_nearer():  # exchanges have put units of other sizes into their place
+            search.remove()
+            self._in_parts()
+            self._improve()
 
-    def _improve(self, text: TextLoss, found: Losses) -> None:
-        put_back_excess(text, self.removal, self.amount, found, self._per_parameter)
+    def _improve(self) -> None:
+        self.search.put_back_excess()
         if self.config.depth_criterion == "exchange":
-            exchange(text, self.removal, self.candidates, self.amount, found, self._per_parameter)
+            self.search.exchange()
 
-    def _could_be_nearer(self) -> bool:
-        """Whether one unit more, or one less, leads nearer to the amount."""
-        wanted = (unit for unit in self.candidates if self.removal.can(unit))
-        return any(self.amount.wants(self.removal, unit) for unit in wanted) or bool(self.amount.returns(self.removal))
-
-    def one_shot(self) -> DepthChoice:
+    def take_by_score(self) -> None:
+        """The units with the least scores, which are computed once."""
+        self._check()
         if not self._could_be_nearer():
-            return self._choice({})
-        scores, losses, text = self._scores()
+            return
+        self.search.scores = scores = self._scores()
         while self._could_be_nearer():
             for unit in sorted(scores, key=scores.get):
                 if self.removal.can(unit) and self.amount.wants(self.removal, unit):
@@ -176,71 +166,72 @@ class _Chooser:
             while back := self.amount.returns(self.removal):
                 self.removal.units.remove(max(back, key=scores.__getitem__))
         self._check_reached()
-        if text is not None and self.amount.most:
+        if self.search.baseline is not None and self.amount.most:
             units = self.removal.units
             prefixes = [Removal(self.structure, units[:n], self.removal.before) for n in range(1, len(units) + 1)]
-            losses.after = [text.of(prefix.gone()) for prefix in prefixes]
-        return self._choice(scores, losses)
+            self.search.losses = [self.search.text().of(prefix.gone()) for prefix in prefixes]
 
-    def _in_parts(self) -> None:
-        """Layers as their sublayers from now on, one of which can come back where the parameters are what counts."""
-        if self.amount.count is None and not self.amount.most:
-            self.removal.units[:] = self.removal.in_parts(self.candidates)
-
-    def _scores(self) -> tuple[dict[Unit, float], Losses, TextLoss | None]:
-        """Scores of the candidates by a one-shot criterion, and what was measured of losses."""
-        criterion = self.config.depth_criterion
+    def _scores(self) -> dict[Unit, float]:
+        """Scores of the candidates by a one-shot criterion."""
+        criterion, calibration = self.config.depth_criterion, self.config.calibration
         if criterion == "perplexity":
-            text = self._text()
-            losses, base = text.scan(self.removal, self.candidates, "Perplexity without each")
-            return loss_scores(losses, base, self.removal, self._per_parameter), Losses(base), text
+            losses, base = self.search.text().scan(self.removal, self.candidates, "Perplexity without each")
+            self.search.baseline = base
+            return self.search.scored(losses, base)
         if criterion == "magnitude":
             scores = magnitude_scores(self.model, self.structure, self.candidates)
         elif criterion == "taylor":
             scores = taylor_scores(
-                self.model, self.structure, self.candidates, self.tokens(),
-                batch_size=self.config.calibration.batch_size,
+                self.model, self.structure, self.candidates, self.tokens(), batch_size=calibration.batch_size,
                 gradient_checkpointing=self.config.gradient_checkpointing,
             )  # fmt: skip
         else:
             found = self._similarities()
             values = found.distances if criterion == "angular" else found.influences
             scores = {unit: values[unit] for unit in self.candidates}
-        if self._per_parameter:
+        if per_parameter(self.candidates):
             scores = {unit: 1e6 * score / self.removal.parameters([unit]) for unit, score in scores.items()}
-        return scores, Losses(), None
+        return scores
 
-    @property
-    def _per_parameter(self) -> bool:
-        return len({kind for _, kind in self.candidates}) > 1
+    def _could_be_nearer(self) -> bool:
+        """Whether one unit more, or one less, leads nearer to the amount."""
+        wanted = (unit for unit in self.candidates if self.removal.can(unit))
+        return any(self.amount.wants(self.removal, unit) for unit in wanted) or bool(self.amount.returns(self.removal))
+
+    def _in_parts(self) -> None:
+        """Layers as their sublayers from now on, one of which can come back where the parameters are what counts."""
+        if self.amount.count is None and not self.amount.most:
+            self.removal.units[:] = self.removal.in_parts(self.candidates)
 
     def _similarities(self) -> LayerSimilarities:
         size, sublayers = self.config.calibration.batch_size, self.kinds != (LAYERS,)
         return layer_similarities(self.model, self.structure, self.tokens(), batch_size=size, sublayers=sublayers)
 
-    def _text(self) -> TextLoss:
-        return TextLoss(self.model, self.structure, self.tokens(), self.config.calibration.batch_size)
+    def _check(self) -> None:
+        """Refuses what cannot be reached, before anything is measured."""
 
-    def _choice(self, scores: dict[Unit, float], losses: Losses | None = None) -> DepthChoice:
-        losses = losses or Losses()
-        return DepthChoice(self.removal.dropped(), self.removal.units, scores, losses.after, losses.baseline)
+        def largest_first(unit: Unit) -> tuple:
+            """Sublayers before their layer, so that as many as possible can go; the smallest layer stays."""
+            layer, kind = self.structure.layers[unit[0]], unit[1]
+            size = layer.parameters if kind == LAYERS else layer.sublayer(kind).parameters
+            return -layer.parameters, unit[0], kind == LAYERS, -size
 
-    def _largest_first(self, unit: Unit) -> tuple:
-        """Sublayers before their layer, so that there are as many removals as possible; the smallest layer stays."""
-        layer, kind = self.structure.layers[unit[0]], unit[1]
-        size = layer.parameters if kind == LAYERS else layer.sublayer(kind).parameters
-        return -layer.parameters, unit[0], kind == LAYERS, -size
+        largest = Removal(self.structure, before=self.removal.before)
+        for unit in sorted(self.candidates, key=largest_first):
+            if largest.can(unit):
+                largest.units.append(unit)
+        self._refuse_beyond(len(largest.units), largest.parameters())
 
     def _check_block(self, allowed: list[int]) -> None:
         """Refuses a block longer, or with more parameters, than any that is allowed."""
-        runs: list[list[int]] = [[]]
+        runs: list[list[Unit]] = [[]]
         for layer in sorted(set(allowed) - {0}):
-            if runs[-1] and runs[-1][-1] != layer - 1:
+            if runs[-1] and runs[-1][-1][0] != layer - 1:
                 runs.append([])
-            runs[-1].append(layer)
-        sizes = [self.removal.parameters((layer, LAYERS) for layer in run) for run in runs]
-        self._refuse_beyond(max(map(len, runs)), max(sizes), " as one block: layer 0 stays, and so do layers that are "
-                            "protected or not named")  # fmt: skip
+            runs[-1].append((layer, LAYERS))
+        sizes = map(self.removal.parameters, runs)
+        why = " as one block: layer 0 stays, and so do layers that are protected or not named"
+        self._refuse_beyond(max(map(len, runs)), max(sizes), why)
 
     def _check_reached(self) -> None:
         """Refuses if more is wanted and nothing can go any more."""

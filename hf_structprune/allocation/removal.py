@@ -24,12 +24,8 @@ def depth_candidates(structure: ModelStructure, config: PruningConfig, kinds: tu
     Scores are compared in this order, so that of equal ones the first goes.
 
     Raises:
-        ConfigurationError: A kind is none of `"layers"`, `"attention"` and `"mlp"`, or no layer may be cut.
         UnsupportedModelError: The layers that may be cut have none of these sublayers.
     """
-    wrong = [kind for kind in kinds if kind not in kinds_of(DepthKind)]
-    if wrong or not kinds:
-        raise ConfigurationError(f"`kinds` is {kinds!r}; it must name some of {', '.join(kinds_of(DepthKind))}.")
     units = [
         (index, kind)
         for index in active_layers(config, len(structure.layers))
@@ -42,6 +38,14 @@ def depth_candidates(structure: ModelStructure, config: PruningConfig, kinds: tu
             f"No layer that may be cut has an {lacking[0]} that could go alone. {'; '.join(structure.notes)}"
         )
     return units
+
+
+def as_dropped(units: Iterable[Unit], structure: ModelStructure) -> Dropped:
+    """Units in the form of a plan's `dropped`."""
+    dropped: Dropped = {}
+    for layer, kind in units:
+        dropped.setdefault(kind, []).append(layer)
+    return normalised(dropped, structure)
 
 
 @dataclass
@@ -62,17 +66,22 @@ class Removal:
         """Whether a unit is still there and a layer stays when it goes."""
         layer, kind = unit
         gone = self.gone()
-        if layer in gone.get(LAYERS, ()) or layer in gone.get(kind, ()):
+        if layer in gone[LAYERS] or layer in gone[kind]:
             return False
-        return len(self._gone([*self.units, unit])[LAYERS]) < len(self.structure.layers)
-
-    def parameters(self, extra: Iterable[Unit] = ()) -> int:
-        """Parameters of everything that has gone since the beginning, these units included."""
-        return self._parameters(self._gone([*self.units, *extra])) - self._parameters(self._gone([]))
+        return len(self.gone([unit])[LAYERS]) < len(self.structure.layers)
 
     def gone(self, extra: Iterable[Unit] = ()) -> dict[str, set[int]]:
         """Layers and sublayers that are gone, these units included; a layer that has lost all is a layer."""
-        return self._gone([*self.units, *extra])
+        gone = {kind: set(self.before.get(kind, ())) for kind in kinds_of(DepthKind)}
+        for layer, kind in (*self.units, *extra):
+            gone[kind].add(layer)
+        gone[LAYERS] |= emptied(gone, self.structure)
+        return {kind: numbers if kind == LAYERS else numbers - gone[LAYERS] for kind, numbers in gone.items()}
+
+    def parameters(self, extra: Iterable[Unit] = ()) -> int:
+        """Parameters of everything that has gone since the beginning, these units included."""
+        beginning = Removal(self.structure, before=self.before).gone()
+        return removed_by(self.gone(extra), self.structure) - removed_by(beginning, self.structure)
 
     def in_parts(self, candidates: Iterable[Unit]) -> list[Unit]:
         """The units, a layer as its sublayers if they may go alone: so one of them can come back."""
@@ -89,20 +98,7 @@ class Removal:
 
     def dropped(self) -> Dropped:
         """The units in the form of a plan's `dropped`."""
-        dropped: Dropped = {}
-        for layer, kind in self.units:
-            dropped.setdefault(kind, []).append(layer)
-        return normalised(dropped, self.structure)
-
-    def _gone(self, units: list[Unit]) -> dict[str, set[int]]:
-        gone = {kind: set(self.before.get(kind, ())) for kind in kinds_of(DepthKind)}
-        for layer, kind in units:
-            gone[kind].add(layer)
-        gone[LAYERS] |= emptied(gone, self.structure)
-        return {kind: numbers if kind == LAYERS else numbers - gone[LAYERS] for kind, numbers in gone.items()}
-
-    def _parameters(self, gone: dict[str, set[int]]) -> int:
-        return removed_by(gone, self.structure)
+        return as_dropped(self.units, self.structure)
 
 
 @dataclass(frozen=True)

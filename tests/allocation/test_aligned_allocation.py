@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from hf_structprune import PruningConfig, StructuredPruner
-from hf_structprune.allocation import allocate
 from hf_structprune.allocation.budget import Budget
+from hf_structprune.allocation.widths import allocate
 from hf_structprune.errors import ConfigurationError, RatioError
 from hf_structprune.model.structure import ModelStructure
 from hf_structprune.plan import PruningPlan
@@ -23,7 +23,7 @@ def plan_of(structure, config, ratio, seed=0):
     generator = torch.Generator().manual_seed(seed)
     scores = {(g.layer, g.kind): torch.rand(g.size, generator=generator) for g in structure.groups}
     sensitivity = {key: float(torch.rand((), generator=generator)) + 0.1 for key in scores}
-    counts = allocate(structure, config, ratio, scores, None, sensitivity)
+    counts = allocate(Budget(structure, config), ratio, None, scores, sensitivity)
     return PruningPlan.from_counts(structure, counts, model_type="llama", layout=config.layout)
 
 

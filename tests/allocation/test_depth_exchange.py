@@ -8,7 +8,7 @@ import torch
 
 from hf_structprune import PruningConfig
 from hf_structprune.allocation.depth import choose_depth
-from hf_structprune.allocation.depth_search import Losses, put_back_excess
+from hf_structprune.allocation.depth_search import LossSearch
 from hf_structprune.allocation.removal import Amount, Removal
 from hf_structprune.model.structure import ModelStructure
 from hf_structprune.stats.losses import TextLoss
@@ -194,11 +194,12 @@ def test_what_is_too_much_comes_back(model):
     removal = Removal(structure, [(3, "layers"), (5, "layers")])
     removal.units[:] = removal.in_parts(units)
     expected, values = Reference(model, amount.parameters).trimmed(list(removal.units))
-    text, losses = TextLoss(model, structure, TOKENS), Losses(after=[loss(model, [3, 5])])
-    put_back_excess(text, removal, amount, losses, per_parameter=True)
+    text = TextLoss(model, structure, TOKENS)
+    search = LossSearch(lambda: text, units, amount, removal, losses=[loss(model, [3, 5])])
+    search.put_back_excess()
     assert removal.units == expected and removal.parameters() == 2 * layer - attention
     assert len(removal.dropped()["layers"]) == len(removal.dropped()["mlp"]) == 1
-    assert losses.after[1:] == pytest.approx(values)
+    assert search.losses[1:] == pytest.approx(values)
 
 
 def test_only_layers_whose_sublayers_may_go_alone_are_taken_apart(model):

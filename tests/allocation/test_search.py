@@ -3,7 +3,8 @@ import itertools
 import families
 import torch
 
-from hf_structprune.allocation import allocate
+from hf_structprune.allocation.budget import Budget
+from hf_structprune.allocation.widths import allocate
 from hf_structprune.config import PruningConfig
 from hf_structprune.model.structure import ModelStructure
 from hf_structprune.plan import PruningPlan
@@ -17,7 +18,7 @@ def test_search_is_as_good_as_trying_everything():
     unit = structure.layers[0].group("mlp_neurons").cost
     steps = 7  # of 8 neurons each
     ratio = steps * 8 * unit / structure.total_parameters
-    counts = allocate(structure, config, ratio, sensitivity=cost)
+    counts = allocate(Budget(structure, config), ratio, sensitivity=cost)
     widths = [counts.get((layer, "mlp_neurons"), 48) for layer in range(3)]
 
     def total(kept):
@@ -36,7 +37,7 @@ def test_search_goes_beyond_two_thirds_only_if_it_must():
     cost = {(0, "mlp_neurons"): 1e6, (1, "mlp_neurons"): 1.0, (2, "mlp_neurons"): 1.0}
     unit = structure.layers[0].group("mlp_neurons").cost
     for neurons in (60, 64, 110, 140):
-        counts = allocate(structure, config, neurons * unit / structure.total_parameters, sensitivity=cost)
+        counts = allocate(Budget(structure, config), neurons * unit / structure.total_parameters, sensitivity=cost)
         gone = [48 - counts.get((layer, "mlp_neurons"), 48) for layer in range(3)]
         assert sum(gone) == neurons
         assert (max(gone) <= 32) == (neurons <= 96)

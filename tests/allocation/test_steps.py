@@ -6,7 +6,8 @@ import families
 import pytest
 
 from hf_structprune import PruningConfig, StructuredPruner
-from hf_structprune.allocation import Budget, next_counts
+from hf_structprune.allocation.budget import Budget
+from hf_structprune.allocation.widths import next_counts
 from hf_structprune.errors import StructPruneError
 from hf_structprune.model.structure import ModelStructure
 
@@ -83,9 +84,9 @@ def test_every_step_cuts_and_none_gives_back(monkeypatch):
     seen = []
     carry_out = StructuredPruner._carry_out
 
-    def watched(self, plan, known=None):
+    def watched(self, run, plan, known=None):
         seen.append({(g.layer, g.kind): (g.before, g.keep) for g in plan.groups})
-        carry_out(self, plan, known)
+        carry_out(self, run, plan, known)
 
     monkeypatch.setattr(StructuredPruner, "_carry_out", watched)
     small = pruned("mistral", {"units": ALL, "round_to": 1}, 0.25, 4)

@@ -3,7 +3,6 @@
 import pytest
 
 from hf_structprune import PruningConfig
-from hf_structprune.allocation.amounts import check_ratio
 from hf_structprune.errors import ConfigurationError, RatioError
 
 
@@ -102,13 +101,14 @@ def test_when_a_ratio_is_needed(options, takes, needs):
     assert (config.takes_ratio, config.needs_ratio) == (takes, needs)
     if needs:
         with pytest.raises(ConfigurationError, match="A ratio is missing"):
-            check_ratio(None, config)
+            config.check_ratio(None)
     else:
-        check_ratio(None, config)
+        config.check_ratio(None)
     if takes:
-        check_ratio(0.2, config)
-        with pytest.raises(RatioError, match="must be a number"):
-            check_ratio(1.0, config)
+        config.check_ratio(0.2)
+        for wrong in (-0.1, 1.0, True, "a third", float("nan")):
+            with pytest.raises(RatioError, match="must be a number in"):
+                config.check_ratio(wrong)
     else:
         with pytest.raises(ConfigurationError, match="says how much goes"):
-            check_ratio(0.2, config)
+            config.check_ratio(0.2)
