@@ -15,7 +15,7 @@ from .checks import Count, Described, Limits, Number, OneOf, Ratio, check_choice
 from .errors import ConfigurationError, RatioError
 from .files.reading import read_json_object
 from .files.writing import write_text
-from .text.calibration_config import CalibrationConfig
+from .text.calibration import CalibrationConfig
 from .units import KINDS, DepthKind, StreamKind, WidthKind, kinds_of, level_criteria
 from .units.depth import LAYERS
 from .units.heads import GROUPS, QUERIES

@@ -14,7 +14,6 @@ from ..hooks import hooked
 from ..model.hidden_size import HiddenGroup
 from ..model.norms import stream_norms
 from ..stats.gradients import on_device, weight_changes
-from ..text.calibration import as_batches
 from .base import ICLR, Method, Paper
 from .inputs import Activation
 from .weights import Taylor
@@ -90,7 +89,7 @@ def activation(
 
     names = stream_norms(model, set(group.dims()))
     with hooked(model.get_submodule(name).register_forward_hook(add_to(name)) for name in names):
-        for batch in tqdm(as_batches(tokens, config.calibration.batch_size), desc="Channels"):
+        for batch in tqdm(tokens.split(config.calibration.batch_size), desc="Channels"):
             model.base_model(input_ids=on_device(model, batch), use_cache=False)
     return sum(square.sqrt().cpu().double() for square in squares.values())
 

@@ -12,7 +12,7 @@ from ..files.reading import read_json_object
 from ..installed import LIBRARIES
 from ..quantization.configuration import QuantizationConfig
 from ..recovery.configuration import DistillationConfig, RecoveryConfig
-from ..text.calibration_config import CalibrationConfig
+from ..text.calibration import CalibrationConfig
 from .words import calibration_in_words, changed_options
 
 

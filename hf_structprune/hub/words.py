@@ -14,7 +14,7 @@ from ..criteria import Method, Paper
 from ..criteria.inputs import SURGEON, WIFV
 from ..files.writing import can_only_be_a_path
 from ..plan import PruningPlan
-from ..text.calibration_config import CalibrationConfig
+from ..text.calibration import CalibrationConfig
 from ..units import KINDS, DepthKind, UnitKind, WidthKind, kinds_of
 from .origin import IN_MEMORY, is_file
 

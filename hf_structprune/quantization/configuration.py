@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from ..checks import Limits, Number, OneOf, check_fields, check_keys
 from ..errors import ConfigurationError
-from ..text.calibration_config import CalibrationConfig
+from ..text.calibration import CalibrationConfig
 
 
 METHODS = ("bitsandbytes", "torchao", "gptq", "awq", "auto-round")

@@ -21,7 +21,6 @@ from ..model.norms import NormKind, stream_norms
 from ..model.rebuild import assemble
 from ..model.target import Target
 from ..stats.gradients import on_device
-from ..text.calibration import as_batches
 
 
 def check_rotatable(model: PreTrainedModel, group: HiddenGroup) -> None:
@@ -65,7 +64,7 @@ def principal_components(
 
     norms = stream_norms(model, set(group.dims()))
     with hooked([model.get_submodule(name).register_forward_pre_hook(add) for name in norms]):
-        batches = as_batches(tokens, config.calibration.batch_size)
+        batches = tokens.split(config.calibration.batch_size)
         for batch in tqdm(batches, desc="Channels", disable=not logging.is_progress_bar_enabled()):
             model.base_model(input_ids=on_device(model, batch), use_cache=False)
     return torch.linalg.eigh(gram).eigenvectors.flip(1)

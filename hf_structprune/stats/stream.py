@@ -12,7 +12,6 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from ..hooks import as_output, others_of, replaced_forwards
 from ..model.measuring import check_numbers
-from ..text.calibration import as_batches
 
 
 class _Stop(Exception):
@@ -50,7 +49,7 @@ class LayerStream:
     ) -> None:
         self.model = model
         self.layers = [layer for _, layer in layers]
-        self.batches = list(as_batches(tokens, batch_size))
+        self.batches = list(tokens.split(batch_size))
         self._arguments: dict[int, list[tuple[tuple, dict[str, Any]]]] = {}
         self._replayable: dict[str, int | None] = {}
         self._replaced: dict[str, list[torch.Tensor]] = {}

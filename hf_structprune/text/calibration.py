@@ -1,23 +1,28 @@
-"""Calibration text: from files, datasets, the Hub or memory to full token sequences of one length."""
+"""Calibration text: `CalibrationConfig` says which, `load_tokens` makes full token sequences of one length of it."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import random
 import re
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from operator import itemgetter
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-import torch
 
-from ..config import CalibrationConfig
+from ..checks import Count, Limits, Number, check_fields, check_keys
 from ..data import calibration_sample
-from ..errors import CalibrationError, TextError
+from ..errors import CalibrationError, ConfigurationError, TextError
 from .reading import LongLine, read_rows
 from .tokenising import token_ids
 
+
+if TYPE_CHECKING:
+    import torch
 
 # Of a source with far more text than needed, only this many characters per needed token are tokenised.
 CHARACTERS_PER_TOKEN = 64
@@ -27,6 +32,67 @@ PEEK_ROWS = 1000
 # special tokens or a separator.
 _TOKENS_PER_CHARACTER, _SEPARATORS = 8, 16
 _FIRST_WORD = re.compile(r"^\S{0,1000}\s")
+
+
+@dataclass
+class CalibrationConfig:
+    """Which text the statistics are computed on. The default is a small sample that travels with the package.
+
+    Args:
+        dataset (`str` or list of `str`, *optional*):
+            A `.txt`, `.jsonl` or `.json` file, a folder made by `datasets.save_to_disk` or a dataset id of the Hub. A
+            list mixes several sources in equal shares, interleaved. `None` is the packaged sample (half Wikipedia
+            articles, half web pages; English).
+        name (`str`, *optional*): Configuration name of a Hub dataset, for example `"wikitext-2-raw-v1"`.
+        split (`str`): Split of a dataset.
+        column (`str`): Column of a dataset or key of a JSONL row; a text, or chat messages with `chat_template`.
+        texts (list of `str`, *optional*): Texts given in memory instead of a dataset.
+        tokens (`torch.Tensor`, *optional*): Token ids of shape `(num_samples, length)` given in memory.
+        num_samples (`int`): Number of sequences.
+        length (`int`): Tokens in a sequence. Sequences are full: no padding is ever calibrated on.
+        batch_size (`int`): Sequences that go through the model at once.
+        seed (`int`): Seed of the draw of documents.
+        chat_template (`bool`): Render rows that are lists of chat messages (or plain texts, as one user turn) with
+            the tokenizer's chat template.
+    """
+
+    dataset: str | list[str] | None = None
+    name: str | None = None
+    split: str = "train"
+    column: str = "text"
+    texts: list[Any] | None = None
+    tokens: Any = None
+    num_samples: Count = 128
+    length: Annotated[int, Limits(2)] = 256
+    batch_size: Count = 8
+    seed: Number = 0
+    chat_template: bool = False
+    fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.texts, str):
+            raise ConfigurationError("`texts` is one string; it must be a list of strings. Use `dataset` for a file.")
+        check_fields(self)
+        given = [n for n in ("dataset", "texts", "tokens") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise ConfigurationError(f"`{given[0]}` and `{given[1]}` both give calibration data; give one of them.")
+        if self.texts is not None:
+            self.fingerprint = hashlib.sha256("\0".join(map(str, self.texts)).encode()).hexdigest()[:16]
+        if self.tokens is not None:
+            if getattr(self.tokens, "ndim", None) != 2 or self.tokens.dtype.is_floating_point:
+                raise ConfigurationError("`tokens` must be an integer tensor of shape (num_samples, length).")
+            self.num_samples, self.length = self.tokens.shape
+            self.fingerprint = hashlib.sha256(self.tokens.cpu().numpy().tobytes()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Values that fit in JSON; data given in memory is represented by its `fingerprint` only."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {**values, "texts": None, "tokens": None}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CalibrationConfig:
+        check_keys(cls, values)
+        return cls(**values)
 
 
 def load_tokens(config: CalibrationConfig, tokenizer: Any) -> torch.LongTensor:
@@ -49,6 +115,8 @@ def load_tokens(config: CalibrationConfig, tokenizer: Any) -> torch.LongTensor:
     Raises:
         CalibrationError: The data cannot be found or read, is not text, or is too little.
     """
+    import torch
+
     if config.tokens is not None:
         return config.tokens.long()
     if config.fingerprint is not None and config.texts is None and config.dataset is None:
@@ -70,13 +138,8 @@ def load_tokens(config: CalibrationConfig, tokenizer: Any) -> torch.LongTensor:
         raise CalibrationError(str(error)) from error
     tokens = torch.empty(config.num_samples, config.length, dtype=torch.long)
     for i, sequences in enumerate(found):
-        tokens[i :: len(found)] = sequences
+        tokens[i :: len(found)] = torch.from_numpy(sequences)
     return tokens
-
-
-def as_batches(tokens: torch.LongTensor, batch_size: int) -> tuple[torch.LongTensor, ...]:
-    """Splits `(num_samples, length)` ids into views of at most `batch_size` sequences, in order."""
-    return tokens.split(batch_size)
 
 
 def check_token_ids(tokens: torch.LongTensor, vocab_size: int) -> None:
@@ -109,96 +172,65 @@ def _sources(config: CalibrationConfig) -> list[tuple[str, Sequence[Any]]]:
 
 def _source_tokens(
     name: str, rows: Sequence[Any], count: int, config: CalibrationConfig, tokenizer: Any
-) -> torch.LongTensor:
+) -> np.ndarray:
     """`count` sequences of one source, shape `(count, config.length)`."""
     rng = random.Random(config.seed)
     running = not config.chat_template and _is_running_text(rows)
-    chosen = _Selection(rows, count, config.length * CHARACTERS_PER_TOKEN, rng)
-
-    def texts() -> Iterator[str]:
-        return (_as_text(f"Row {index} of {name}", row, config, tokenizer) for index, row in chosen)
-
-    characters, is_empty = 0, True
-    for text in texts():
-        characters, is_empty = characters + len(text), is_empty and not text.strip()
-    if is_empty:
+    drawn = _draw(rows, count, config.length * CHARACTERS_PER_TOKEN, rng)
+    texts = [_as_text(f"Row {index} of {name}", row, config, tokenizer) for index, row in drawn]
+    if not any(text.strip() for text in texts):
         raise CalibrationError(f"There is no text in {name}: it has no rows, or all of them are empty.")
-    most = characters * _TOKENS_PER_CHARACTER + len(chosen) * _SEPARATORS
+    most = sum(map(len, texts)) * _TOKENS_PER_CHARACTER + len(texts) * _SEPARATORS
     _check_enough(most, f"at most {most}", name, count, config.length)
-    ids = _tokenize(texts(), running, config.chat_template, tokenizer)
+    ids = _tokenize(texts, running, config.chat_template, tokenizer)
     _check_enough(len(ids), str(len(ids)), name, count, config.length)
     # One random sequence out of each of `count` equal stretches.
     found = len(ids) // config.length
-    drawn = [rng.randrange(i * found // count, (i + 1) * found // count) for i in range(count)]
-    return torch.from_numpy(ids[: found * config.length].reshape(found, config.length)[drawn]).long()
+    chosen = [rng.randrange(i * found // count, (i + 1) * found // count) for i in range(count)]
+    return ids[: found * config.length].reshape(found, config.length)[chosen]
 
 
 def _is_running_text(rows: Sequence[Any]) -> bool:
     """Whether rows are lines of one text, as those of WikiText: some are blank, all others end in a line break."""
-    kinds = set()
-    for row in chain.from_iterable(rows[first : first + 10] for first in range(0, min(len(rows), PEEK_ROWS), 10)):
-        if not isinstance(row, (str, LongLine)):
+    blank = set()
+    for row in islice(rows, PEEK_ROWS):
+        if not isinstance(row, LongLine) and not (isinstance(row, str) and (row.endswith("\n") or not row.strip())):
             return False
-        if isinstance(row, str) and row.strip() and not row.endswith("\n"):
-            return False
-        kinds.add(isinstance(row, str) and not row.strip())
-    return len(kinds) == 2
+        blank.add(isinstance(row, str) and not row.strip())
+    return len(blank) == 2
 
 
-class _Selection:
+def _draw(rows: Sequence[Any], parts: int, characters: int, rng: random.Random) -> list[tuple[int, Any]]:
     """Numbered rows in order: all of them if short, else a run from each of `parts` equal parts of them.
 
     A run begins at a random row of its part and goes round; what a part has too little of, the next ones may take. The
     runs have `parts * characters` characters in all. A row with more than that is not taken whole, but `characters` of
     it from a random place in each of `parts` equal stretches.
-
-    Args:
-        rows: All rows.
-        parts: Into how many parts they are divided, if there are as many rows.
-        characters: How many are wanted of a part.
-        rng: The source of randomness.
     """
-
-    def __init__(self, rows: Sequence[Any], parts: int, characters: int, rng: random.Random) -> None:
-        self._rows, self._stretches, wanted = rows, {}, parts * characters
-        self._numbers: list[array] = []
-        total, runs = 0, min(parts, len(rows))
-        for part in range(runs):
-            low, high = part * len(rows) // runs, (part + 1) * len(rows) // runs
-            start, run = rng.randrange(low, high), array("q")
-            for index in chain(range(start, high), range(low, start)):
-                if total * runs >= wanted * (part + 1):
-                    break
-                run.append(index)
-                row = rows[index]
-                size = row.size if isinstance(row, LongLine) else len(str(row))
-                if isinstance(row, (str, LongLine)) and size > wanted:
-                    self._stretches[index] = [
-                        _stretch(size, number, parts, characters, rng) for number in range(parts)
-                    ]
-                    size = wanted
-                total += size
-            self._numbers.append(array("q", sorted(run)))
-
-    def __len__(self) -> int:
-        return sum(map(len, self._numbers)) + sum(map(len, self._stretches.values()))
-
-    def __iter__(self) -> Iterator[tuple[int, Any]]:
-        for index in chain.from_iterable(self._numbers):
-            row = self._rows[index]
-            if index not in self._stretches:
-                yield index, row
-                continue
-            for start, size in self._stretches[index]:
-                text = row.read(start, size) if isinstance(row, LongLine) else row[start : start + size]
-                # It begins with a word, if there is one soon.
-                yield index, text if start == 0 else _FIRST_WORD.sub("", text, count=1)
+    drawn, total, wanted, runs = [], 0, parts * characters, min(parts, len(rows))
+    for part in range(runs):
+        low, high = part * len(rows) // runs, (part + 1) * len(rows) // runs
+        start, run = rng.randrange(low, high), []
+        for index in chain(range(start, high), range(low, start)):
+            if total * runs >= wanted * (part + 1):
+                break
+            row = rows[index]
+            if isinstance(row, (str, LongLine)) and len(row) > wanted:
+                run += [(index, _stretch(row, number, parts, characters, rng)) for number in range(parts)]
+                total += wanted
+            else:
+                run.append((index, row))
+                total += len(str(row))
+        drawn += sorted(run, key=itemgetter(0))
+    return drawn
 
 
-def _stretch(size: int, number: int, parts: int, wanted: int, rng: random.Random) -> tuple[int, int]:
-    """Where `wanted` of `size` characters begin in one of `parts` equal parts, and how many these are."""
-    low, high = number * size // parts, (number + 1) * size // parts
-    return low + rng.randrange(max(1, high - low - wanted + 1)), min(wanted, high - low)
+def _stretch(row: str | LongLine, number: int, parts: int, wanted: int, rng: random.Random) -> str:
+    """`wanted` characters of one of `parts` equal parts of a row; it begins with a word, if there is one soon."""
+    low, high = number * len(row) // parts, (number + 1) * len(row) // parts
+    start = low + rng.randrange(max(1, high - low - wanted + 1))
+    text = row[start : min(start + wanted, high)]
+    return text if start == 0 else _FIRST_WORD.sub("", text, count=1)
 
 
 def _as_text(where: str, row: Any, config: CalibrationConfig, tokenizer: Any) -> str:
@@ -231,32 +263,22 @@ def _render(messages: list[dict[str, Any]], where: str, tokenizer: Any) -> str:
         raise CalibrationError(f"{where} cannot be rendered by the chat template: {error}") from error
 
 
-def _tokenize(texts: Iterable[str], running: bool, rendered: bool, tokenizer: Any) -> np.ndarray:
+def _tokenize(texts: list[str], running: bool, rendered: bool, tokenizer: Any) -> np.ndarray:
     """Token ids of all texts, shape `(tokens,)`, int32."""
     # The end token of a chat model ends a turn; between documents of plain text it would be a surprise.
     chat = bool(getattr(tokenizer, "chat_template", None)) and not rendered
     eos = None if chat else tokenizer.eos_token_id
-    if not running:
-        texts = (text for text in texts if text.strip())
-    # A chat template writes the special tokens itself.
-    special = not rendered
+    # A line break that comes with a row of running text is part of it, as in WikiText; a blank row is an empty one.
+    texts = [text if text.strip() else "" for text in texts if running or text.strip()]
+    special = not rendered  # a chat template writes the special tokens itself
     if running or eos is None:
-        # A line break that comes with the row is part of it, as in WikiText; a blank row is an empty one.
-        return token_ids(tokenizer, _joined(texts), add_special_tokens=special)
+        return token_ids(tokenizer, "\n\n".join(texts), add_special_tokens=special)
     parts = []
     for text in texts:
         ids = token_ids(tokenizer, text, add_special_tokens=special)
         ended = (rendered and text.rstrip().endswith(tokenizer.eos_token)) or ids[-1:].tolist() == [eos]
         parts += [ids] if ended else [ids, np.array([eos], dtype=np.int32)]
     return np.concatenate(parts)
-
-
-def _joined(texts: Iterable[str]) -> Iterator[str]:
-    """The parts of the texts joined with two line breaks."""
-    for number, text in enumerate(texts):
-        if number:
-            yield "\n\n"
-        yield text if text.strip() else ""
 
 
 def _check_enough(tokens: int, words: str, name: str, count: int, length: int) -> None:

@@ -1,28 +1,27 @@
 """Rows of text from files, folders of data sets and the Hub: the one reader for calibration and evaluation.
 
-Files of any size are read in pieces: `Lines` holds a small part of one at a time.
+Files of any size are read as their rows are asked for: `Lines` holds only where the lines begin.
 """
 
 from __future__ import annotations
 
 import codecs
+import mmap
 import os
 import re
-from abc import abstractmethod
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..errors import TextError
-from ..files.reading import parse_json
+from ..files.reading import parse_json, read_json
 from ..files.writing import can_only_be_a_path
 
 
 FILES = (".txt", ".jsonl", ".json")
-# Bytes read at once; the place of a line is kept about every so many bytes.
-_BLOCK = 1 << 16
+_BLOCK = 1 << 16  # bytes read at once
 _BREAK = re.compile(rb"\r\n|\r|\n")
 
 
@@ -55,10 +54,16 @@ def read_rows(
         _check_column(str(source), column, loaded.column_names)
         return loaded[column]
     if path.suffix == ".txt":
-        return _TextRows(path, longest)
-    if _is_one_list(path):
-        return [_value(row, where, column) for where, row in _json_rows(path)]
-    return _JsonRows(path, column)
+        lines = Lines(path, longest)
+        return _Rows(lambda number: _text_row(lines[number]), range(len(lines)))
+    objects = _objects(path, column)
+
+    def value(number: int) -> Any:
+        where, row = objects[number]
+        _check_column(where, column, list(row))
+        return row[column]
+
+    return _Rows(value, range(len(objects)))
 
 
 def read_table(source: str | os.PathLike, *, name: str | None = None, split: str = "train", **loading: Any) -> Any:
@@ -74,8 +79,9 @@ def read_table(source: str | os.PathLike, *, name: str | None = None, split: str
     if path is None:
         return _load(str(source), name, split, loading)
     if path.suffix == ".txt":
-        return as_table([{"text": _read(path)}], path.name)
-    return as_table([_object(row, where) for where, row in _json_rows(path)], path.name)
+        Lines(path)  # says what is wrong with it
+        return as_table([{"text": path.read_text(encoding="utf-8")}], path.name)
+    return as_table([row for _, row in _objects(path)], path.name)
 
 
 def as_table(rows: Sequence[Any], name: str) -> Any:
@@ -113,68 +119,92 @@ def read_lines(path: str | os.PathLike) -> list[str]:
 
     Language-model papers join these rows with two line breaks and tokenise the result once.
     """
-    return list(_TextRows(path))
+    return [_text_row(line) for line in Lines(Path(path).expanduser())]
+
+
+def _text_row(line: str | LongLine) -> str | LongLine:
+    return line if isinstance(line, LongLine) else line + "\n" if line.strip() else ""
 
 
 class _Rows(Sequence[Any]):
-    """Rows that are read as they are asked for."""
+    """Rows that are read as they are asked for, each by its number."""
+
+    def __init__(self, read: Callable[[int], Any], numbers: Sequence[int]) -> None:
+        self._read, self._numbers = read, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        return self._row(range(len(self))[index])
-
-    @abstractmethod
-    def _row(self, number: int) -> Any: ...
+        found = self._numbers[index]
+        return [self._read(number) for number in found] if isinstance(index, slice) else self._read(found)
 
 
-class _TextRows(_Rows):
-    """Rows of a `.txt` file; lines of more bytes than `longest` are a `LongLine`."""
+class LongLine:
+    """A line that is not read whole: slices of it are, in bytes and without the characters that they cut through."""
 
-    def __init__(self, path: str | os.PathLike, longest: int | None = None) -> None:
-        self._lines = Lines(Path(path).expanduser(), longest)
+    def __init__(self, content: mmap.mmap, start: int, end: int) -> None:
+        self._content, self._start, self._end = content, start, end
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return self._end - self._start
 
-    def _row(self, number: int) -> str | LongLine:
-        line = self._lines[number]
-        return line if isinstance(line, LongLine) else line + "\n" if line.strip() else ""
-
-
-class _JsonRows(_Rows):
-    """Values of one key in the rows of a `.jsonl` file; blank lines are no rows."""
-
-    def __init__(self, path: Path, column: str) -> None:
-        self._path, self._column, self._lines = path, column, Lines(path)
-        blank = [number for number, line in enumerate(self._lines) if not line.strip()]
-        # Before row `i` are as many blank lines as entries here that are at most `i`.
-        self._blank = [number - before for before, number in enumerate(blank)]
-
-    def __len__(self) -> int:
-        return len(self._lines) - len(self._blank)
-
-    def _row(self, number: int) -> Any:
-        number += bisect_right(self._blank, number)
-        where = f"Line {number + 1} of {self._path}"
-        return _value(parse_json(self._lines[number], where, TextError, repeats=True), where, self._column)
+    def __getitem__(self, part: slice) -> str:
+        start, end, _ = part.indices(len(self))
+        return self._content[self._start + start : self._start + end].decode("utf-8", errors="ignore")
 
 
-def _is_one_list(path: Path) -> bool:
-    line = next((line for line in Lines(path) if line.strip()), "") if path.suffix == ".json" else ""
-    return line.lstrip().startswith("[")
+class Lines(_Rows):
+    """Lines of a UTF-8 text file without their line breaks, which are those of Python's text files.
+
+    Args:
+        path: The file.
+        longest: Lines of more bytes are given as `LongLine`. Default: none.
+
+    Raises:
+        TextError: There is no such file, or it is not UTF-8 text.
+    """
+
+    def __init__(self, path: Path, longest: int | None = None) -> None:
+        if not path.is_file():
+            raise TextError(f"There is no file {path}.")
+        try:
+            with path.open("rb") as file:
+                for _ in codecs.iterdecode(iter(partial(file.read, _BLOCK), b""), "utf-8"):
+                    pass
+                # What is empty cannot be mapped.
+                self._content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if file.tell() else b""
+        except UnicodeDecodeError as error:
+            raise TextError(f"{path} is not UTF-8 text: {error}.") from error
+        except OSError as error:
+            raise TextError(f"{path} cannot be read: {error.strerror}.") from error
+        self._places = array("q", [0])  # where lines begin, and where the last one ends
+        self._places.extend(found.end() for found in _BREAK.finditer(self._content))
+        if self._places[-1] < len(self._content):
+            self._places.append(len(self._content))
+        self._longest = longest
+        super().__init__(self._line, range(len(self._places) - 1))
+
+    def _line(self, number: int) -> str | LongLine:
+        start, end = self._places[number], self._places[number + 1]
+        if self._longest is not None and end - start > self._longest:
+            return LongLine(self._content, start, end)
+        return self._content[start:end].decode("utf-8").rstrip("\r\n")
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Rows of a JSON file, each with the words for where it is."""
-    if _is_one_list(path):
-        for number, row in enumerate(parse_json(_read(path), str(path), TextError, repeats=True)):
-            yield f"Item {number} of {path}", row
-        return
-    for number, line in enumerate(Lines(path), start=1):
-        if line.strip():
-            where = f"Line {number} of {path}"
-            yield where, parse_json(line, where, TextError, repeats=True)
+def _objects(path: Path, column: str = "text") -> Sequence[tuple[str, dict[str, Any]]]:
+    """The objects of a JSON file, one a line or all in one list, each with the words for where it is."""
+    lines = Lines(path)
+    filled = array("q", (number for number, line in enumerate(lines) if line.strip()))
+    if path.suffix == ".json" and filled and lines[filled[0]].lstrip().startswith("["):
+        rows = enumerate(read_json(path, TextError, repeats=True))
+        return [(f"Item {number} of {path}", _object(row, f"Item {number} of {path}", column)) for number, row in rows]
+
+    def read(number: int) -> tuple[str, dict[str, Any]]:
+        where = f"Line {number + 1} of {path}"
+        return where, _object(parse_json(lines[number], where, TextError, repeats=True), where, column)
+
+    return _Rows(read, filled)
 
 
 def _file(source: str | os.PathLike) -> Path | None:
@@ -189,20 +219,6 @@ def _file(source: str | os.PathLike) -> Path | None:
     if path.is_file():
         raise TextError(f"{path} is neither a .txt nor a .jsonl or .json file; convert it, or give its folder.")
     return None
-
-
-def _read(path: Path) -> str:
-    if not path.is_file():
-        raise TextError(f"There is no file {path}.")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise TextError(f"{path} is not UTF-8 text: {error}.") from error
-
-
-def _value(row: Any, where: str, column: str) -> Any:
-    _check_column(where, column, list(_object(row, where, column)))
-    return row[column]
 
 
 def _object(row: Any, where: str, column: str = "text") -> dict[str, Any]:
@@ -241,104 +257,3 @@ def _load(source: str, name: str | None, split: str, loading: dict[str, Any]) ->
     if split not in loaded:
         raise TextError(f"{path} has no split {split!r}; it has {', '.join(map(repr, loaded))}.")
     return loaded[split]
-
-
-@dataclass(frozen=True)
-class LongLine:
-    """A line of `size` bytes from byte `offset` of a file on, that is not read whole."""
-
-    path: Path
-    offset: int
-    size: int
-
-    def read(self, start: int, size: int) -> str:
-        """About `size` bytes of the line from byte `start` on: the characters that are whole."""
-        with self.path.open("rb") as file:
-            file.seek(self.offset + start)
-            content = file.read(min(size, self.size - start))
-        while content and content[0] & 0xC0 == 0x80:  # within a character
-            content = content[1:]
-        return codecs.getincrementaldecoder("utf-8")().decode(content)
-
-
-class Lines(_Rows):
-    """Lines of a UTF-8 text file without their line breaks, which are those of Python's text files.
-
-    The file is read once to count them and to see that it is text, and then in blocks as they are asked for.
-
-    Args:
-        path: The file.
-        longest: Lines of more bytes are given as `LongLine`. Default: none.
-
-    Raises:
-        TextError: There is no such file, or it is not UTF-8 text.
-    """
-
-    def __init__(self, path: Path, longest: int | None = None) -> None:
-        if not path.is_file():
-            raise TextError(f"There is no file {path}.")
-        self.path, self.longest = path, longest
-        # Numbers and places of lines that begin a block; a line longer than a block is one of its own.
-        self._numbers, self._places = [0], [0]
-        self._held: tuple[int, list[str]] = (-1, [])
-        try:
-            self._count()
-        except UnicodeDecodeError as error:
-            raise TextError(f"{path} is not UTF-8 text: {error}.") from error
-        except OSError as error:
-            raise TextError(f"{path} cannot be read: {error.strerror}.") from error
-
-    def __len__(self) -> int:
-        return self._length
-
-    def _row(self, index: int) -> str | LongLine:
-        block = bisect_right(self._numbers, index, hi=len(self._numbers) - 1) - 1
-        if self._is_long(block):
-            return LongLine(self.path, self._places[block], self._size(block))
-        if block != self._held[0]:
-            self._held = (block, self._read(block))
-        return self._held[1][index - self._numbers[block]]
-
-    def _count(self) -> None:
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        place = number = start = 0  # of the block of bytes; of the line that goes on in it, and where that begins
-        held = b""
-        with self.path.open("rb") as file:
-            while content := held + (found := file.read(_BLOCK)):
-                held = b"\r" if found and content.endswith(b"\r") else b""  # it may be half of a break
-                content = content[: len(content) - len(held)]
-                decoder.decode(content)
-                breaks = [found.end() for found in _BREAK.finditer(content)]
-                if breaks:
-                    first = place + breaks[0]
-                    if first - start > _BLOCK:
-                        self._mark(number, start)
-                        self._mark(number + 1, first)
-                    elif first - self._places[-1] >= _BLOCK:
-                        self._mark(number + 1, first)
-                    number, start = number + len(breaks), place + breaks[-1]
-                place += len(content)
-        decoder.decode(b"", final=True)
-        if place - start > _BLOCK:
-            self._mark(number, start)
-        self._length = number + (place > start)
-        self._numbers.append(self._length)
-        self._places.append(place)
-
-    def _mark(self, number: int, place: int) -> None:
-        if number != self._numbers[-1]:
-            self._numbers.append(number)
-            self._places.append(place)
-
-    def _size(self, block: int) -> int:
-        return self._places[block + 1] - self._places[block]
-
-    def _is_long(self, block: int) -> bool:
-        alone = self._numbers[block + 1] - self._numbers[block] == 1
-        return self.longest is not None and alone and self._size(block) > self.longest
-
-    def _read(self, block: int) -> list[str]:
-        with self.path.open("rb") as file:
-            file.seek(self._places[block])
-            text = file.read(self._size(block)).decode("utf-8")
-        return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +29,7 @@ class Tokens:
 
 
 def tokenise(
-    tokenizer: Any,
-    text: str | Iterable[str],
-    *,
-    add_special_tokens: bool = True,
-    piece: int = PIECE,
-    overlap: int = OVERLAP,
+    tokenizer: Any, text: str, *, add_special_tokens: bool = True, piece: int = PIECE, overlap: int = OVERLAP
 ) -> Iterator[Tokens]:
     """The tokens that a tokenizer makes of a text at once, one part after the other.
 
@@ -48,59 +43,41 @@ def tokenise(
 
     Args:
         tokenizer: A `transformers` tokenizer.
-        text: The text, or its parts in order.
+        text: The text.
         add_special_tokens: What it puts at the beginning and the end of a text by default.
         piece: Characters tokenised at once.
         overlap: Characters that neighbouring pieces have in common; at most half of a piece.
     """
-    parts = _in_parts([text] if isinstance(text, str) else text, piece)
     if not getattr(tokenizer, "is_fast", False):
         options = {"add_special_tokens": add_special_tokens, "return_offsets_mapping": False, "verbose": False}
-        yield Tokens(np.asarray(tokenizer("".join(parts), **options)["input_ids"], dtype=np.int64), None)
+        yield Tokens(np.asarray(tokenizer(text, **options)["input_ids"], dtype=np.int64), None)
         return
-    # `held` is the text from `start` on; its tokens from `begin` on are still to be given.
-    held, start, begin, size = _more("", parts, piece), 0, 0, piece
-    tokens = _encode(tokenizer, held, start, add_special_tokens)
-    while True:
-        stop = start + len(held)
-        following = _more(held[-overlap:], parts, size)
-        if len(following) <= overlap:
-            break
-        further = _encode(tokenizer, following, stop - overlap, add_special_tokens)
-        cut = _agreed(tokens, further, stop - overlap, stop)
+    # `tokens` are those of the text from `start` to `stop`; those from `begin` on are still to be given.
+    start, stop, begin, size = 0, piece, 0, piece
+    tokens = _encode(tokenizer, text, start, stop, add_special_tokens)
+    while stop < len(text):
+        first, last = stop - overlap, stop + size
+        further = _encode(tokenizer, text, first, last, add_special_tokens)
+        cut = _agreed(tokens, further, first, stop)
         if cut is None:
-            held += following[overlap:]
-            size = len(held)
-            tokens = _encode(tokenizer, held, start, add_special_tokens)
+            stop, size = last, last - start
+            tokens = _encode(tokenizer, text, start, stop, add_special_tokens)
             continue
         yield Tokens(tokens.ids[begin : cut[0]], tokens.ends[begin : cut[0]])
-        held, start, begin, size, tokens = following, stop - overlap, cut[1], piece, further
+        start, stop, begin, size, tokens = first, last, cut[1], piece, further
     yield Tokens(tokens.ids[begin:], tokens.ends[begin:])
 
 
-def token_ids(tokenizer: Any, text: str | Iterable[str], *, add_special_tokens: bool = True) -> np.ndarray:
+def token_ids(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> np.ndarray:
     """All ids of `tokenise`, shape `(tokens,)`, int32."""
     found = tokenise(tokenizer, text, add_special_tokens=add_special_tokens)
     return np.concatenate([tokens.ids.astype(np.int32) for tokens in found])
 
 
-def _in_parts(texts: Iterable[str], size: int) -> Iterator[str]:
-    for text in texts:
-        for first in range(0, len(text), size):
-            yield text[first : first + size]
-
-
-def _more(held: str, parts: Iterator[str], size: int) -> str:
-    """The text with at least so many characters behind it, as far as there are any."""
-    found, length = [held], 0
-    while length < size and (part := next(parts, None)) is not None:
-        found.append(part)
-        length += len(part)
-    return "".join(found)
-
-
-def _encode(tokenizer: Any, text: str, start: int, add_special_tokens: bool) -> Tokens:
-    found = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False)
+def _encode(tokenizer: Any, text: str, start: int, stop: int, add_special_tokens: bool) -> Tokens:
+    found = tokenizer(
+        text[start:stop], add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False
+    )
     ends = np.fromiter((end for _, end in found["offset_mapping"]), np.int64, len(found["input_ids"]))
     # Special tokens are nowhere: they end at 0.
     ends = np.maximum.accumulate(ends) if len(ends) else ends

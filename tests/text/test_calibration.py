@@ -10,7 +10,7 @@ from hf_structprune.config import CalibrationConfig
 from hf_structprune.data import calibration_sample, wikitext2_sample
 from hf_structprune.errors import CalibrationError
 from hf_structprune.text import calibration
-from hf_structprune.text.calibration import as_batches, check_token_ids, load_tokens
+from hf_structprune.text.calibration import check_token_ids, load_tokens
 from hf_structprune.text.reading import read_lines
 from hf_structprune.text.tokenising import tokenise
 
@@ -356,12 +356,6 @@ def test_saved_configuration_without_its_data(tiny_tokenizer):
 
 
 # ------------------------------------------------------------------------------------------------- helpers
-
-
-def test_as_batches():
-    tokens = torch.arange(10).view(5, 2)
-    batches = as_batches(tokens, 2)
-    assert [len(batch) for batch in batches] == [2, 2, 1] and torch.equal(torch.cat(batches), tokens)
 
 
 def test_check_token_ids():
