@@ -24,7 +24,7 @@ from ..errors import ConfigurationError, RatioError
 from ..files.writing import write_text
 from ..hooks import Silencer
 from ..model.measuring import check_numbers, measures
-from ..model.structure import LayerStructure, ModelStructure, decoder_layers
+from ..model.structure import LayerStructure, ModelStructure
 from ..stats.gradients import weight_changes
 from ..stats.stream import LayerStream
 from ..units import DepthKind, kinds_of
@@ -60,7 +60,7 @@ def layer_similarities(
         batch_size: Sequences that go through the model at once.
         sublayers: Measure attentions and MLPs too.
     """
-    stream = LayerStream(model, decoder_layers(model, structure.family), tokens, batch_size)
+    stream = LayerStream(model, structure, tokens, batch_size)
     silencer = Silencer(model, structure, tokens[:1, :2]) if sublayers else None
     positions = [_last(stream.hidden)]
     cosines: dict[Unit, float] = defaultdict(float)  # summed over all tokens

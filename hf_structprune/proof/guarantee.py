@@ -216,9 +216,8 @@ class Trial:
 
     def _follow(self) -> None:
         """Carried layer by layer, as when calibrating, hidden states have to give the same logits."""
-        layers = decoder_layers(self.model, self.structure.family)
         with _Float64(), torch.no_grad():
-            stream = LayerStream(self.model, layers, self.tokens, _SEQUENCES)
+            stream = LayerStream(self.model, self.structure, self.tokens, _SEQUENCES)
             got = stream.finish(0, 0)
         self._compare(got, self.dense, "hidden states carried from layer to layer give other logits than the model")
 

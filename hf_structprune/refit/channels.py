@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
-from transformers.utils import logging
+from transformers.utils.logging import tqdm
 
 from ..config import PruningConfig
 from ..criteria.channels import channel_importance
 from ..errors import ConfigurationError
-from ..model.groups import matrix
+from ..hooks import hooked
+from ..model.groups import is_linear, matrix
 from ..model.hidden_size import HiddenGroup, check_keep, cut_channels, final_norm, hidden_group, shrunk_target
 from ..model.norms import row_scales, scale_, stream_norms
-from ..model.structure import ModelStructure, decoder_layers
+from ..model.structure import ModelStructure
 from ..stats.moments import InputStatistics, Moments
-from ..stats.stream import LayerStream
-from .closed_form import DEFAULT_DAMPING, choose_damping, refit, ridge
-from .rotation import check_rotatable, principal_components, rotated
-from .two_streams import Stage, head_inputs, record_dense, stages_of
+from ..stats.stream import LayerStream, first_input
+from .closed_form import DEFAULT_DAMPING, refit, ridge
+from .reader import TokenWeights, damping_for, refitted
+from .rotation import in_components
 
 
 _ROWS = 8192  # of a matrix that are re-fitted at once
@@ -36,8 +38,6 @@ def cut_hidden(
     """The model with hidden size `keep`. The dense one stays as it is, so that both are in memory for a while.
 
     Args:
-        model: The dense model.
-        structure: Its structure.
         keep: Channels that stay, less than the hidden size.
         config: `hidden_criterion`, `compensation`, `damping`, `error_correction`, `token_weighting` and the batch
             size of the calibration.
@@ -64,29 +64,16 @@ def cut_hidden(
         raise ConfigurationError("Re-fitting needs calibration tokens: give them, or set compensation=False.")
     group = hidden_group(model, structure)
     target = shrunk_target(model, structure, keep)
-    if kept is None and config.hidden_criterion == "pca":
-        small = _cut_components(model, structure, group, keep, target, config, tokens)
-        return small, None
-    if kept is None:
+    turned = kept is None and config.hidden_criterion == "pca"
+    if turned:
+        model, kept = in_components(model, group, config, tokens), torch.arange(keep)
+    elif kept is None:
         kept = channel_importance(model, group, config, tokens).topk(keep).indices
     kept = _checked(kept, keep, size)
     small = cut_channels(model, group, kept, target)
     if config.compensation:
         refit_channels(model, small, structure, group, kept, config, tokens)
-    return small, kept
-
-
-def _cut_components(model, structure, group, keep, target, config, tokens) -> PreTrainedModel:
-    """Turns the stream into its principal components, of which the first `keep` stay."""
-    check_rotatable(model, group)
-    if tokens is None:
-        raise ConfigurationError("The hidden criterion 'pca' looks at calibration text, and there is none.")
-    turned = rotated(model, group, principal_components(model, group, config, tokens))
-    kept = torch.arange(keep)
-    small = cut_channels(turned, group, kept, target)
-    if config.compensation:
-        refit_channels(turned, small, structure, group, kept, config, tokens)
-    return small
+    return small, None if turned else kept
 
 
 def _checked(kept: torch.Tensor, keep: int, size: int) -> torch.Tensor:
@@ -108,7 +95,7 @@ def refit_channels(
     config: PruningConfig,
     tokens: torch.Tensor,
 ) -> None:
-    """Re-fits what reads and writes the residual stream of `small`, in place.
+    """Re-fits what reads and writes the residual stream of `small`, in place; `structure` is the dense model's.
 
     Both models carry the calibration text, layer by layer; the statistics of one layer are in memory at a time.
 
@@ -119,17 +106,14 @@ def refit_channels(
       lack of the dense model's.
     * The LM head like a reader; a tied one stays, and the weights of the final norm are fitted instead, see
       `norm_factors`.
-
-    Args:
-        dense: The dense model; stays as it is.
-        small: The one with the channels `kept`.
-        structure: Structure of the dense model.
-        group: Its residual stream.
-        kept: Numbers of the channels, shape (H',).
-        config: Damping, error correction and calibration settings.
-        tokens: Calibration tokens, shape (sequences, length).
     """
-    _Refit(dense, small, structure, group, kept, config, tokens).run()
+    refit = _Refit(dense, small, structure, group, kept, config, tokens)
+    for layer in tqdm(structure.layers, desc="Re-fitting"):
+        refit.before.enter(layer.index)
+        refit.after.enter(layer.index)
+        refit.layer(layer.index, layer.name)
+        refit.after.advance(layer.index)
+    refit.head()
 
 
 class _Refit:
@@ -138,48 +122,63 @@ class _Refit:
     def __init__(self, dense, small, structure, group, kept, config, tokens) -> None:
         self.dense, self.small, self.kept, self.config = dense, small, kept, config
         self.dims, self.group = group.dims(), group
-        self.layers = decoder_layers(dense, structure.family)
-        parents = dict.fromkeys((one.reader.module, one.parent) for one in structure.groups)
         size = config.calibration.batch_size
-        self.before = LayerStream(dense, self.layers, tokens, size)
-        self.after = LayerStream(small, decoder_layers(small, structure.family), tokens, size, parents)
+        self.before, self.after = (LayerStream(model, structure, tokens, size) for model in (dense, small))
         self.row_scales = row_scales(dense, small)
-        self.weight_unit: float | None = None
+        self.weights = TokenWeights()
 
-    def run(self) -> None:
-        for index in tqdm(range(len(self.layers)), desc="Re-fitting", disable=not logging.is_progress_bar_enabled()):
-            self.before.enter(index)
-            self.after.enter(index)
-            self._layer(index)
-            self.after.advance(index)
-        self._head()
-
-    def _layer(self, index: int) -> None:
-        stages = stages_of(self.before, index, self.dense, self.layers[index][0], self.dims)
+    def layer(self, index: int, name: str) -> None:
+        stages = self._stages(index, name)
         kept = self.kept.to(self.before.hidden[0].device)
         # What the kept channels lack of the dense model's, and the states themselves, as the layer goes on.
         states = [state.clone() for state in self.after.hidden]
         error = [b[..., kept].float() - a.float() for b, a in zip(self.before.hidden, states, strict=True)]
-        recorded = record_dense(self.before, index, self.dense, stages)
-        for stage, dense in zip(stages, recorded, strict=True):
-            if not stage.writes:
-                self._readers(index, stage, dense)
+        ends = [[names[0] for names, writes in stages if writes == which] for which in (False, True)]
+        dense = self.before.carry(index, self.before.hidden, *ends)
+        for names, writes in stages:
+            there = dense.pop(names[0])
+            if not writes:
+                self._readers(index, names, there)
             elif self.config.error_correction:
-                self._writer(index, stage.modules[0], [part[..., kept] for part in dense], states, error)
+                self._writer(index, names[0], [part[..., kept] for part in there], states, error)
 
-    def _readers(self, index: int, stage: Stage, dense: list[torch.Tensor]) -> None:
-        statistics = self._statistics(dense, self.after.capture(index, stage.modules[0]))
-        for name in stage.modules:
+    def _stages(self, index: int, layer: str) -> list[tuple[list[str], bool]]:
+        """What reads and writes the stream in a layer, in the order in which it runs; found by running one batch.
+
+        Returns:
+            Full names of readers of the same input, or of one writer, and whether it writes. Stacked experts are
+            readers; as writers they are left alone, because each sees other tokens.
+        """
+        seen: list[tuple[tuple[int, ...], torch.Tensor, list[str]]] = []
+
+        def enter(name: str, writes: bool, args: tuple) -> None:
+            # The tensor is kept, so that no other one can have its address.
+            place = () if writes else (args[0].data_ptr(), args[0].numel())
+            if seen and not writes and seen[-1][0] == place:
+                seen[-1][2].append(name)
+            else:
+                seen.append((place, args[0], [name]))
+
+        handles = []
+        for name, module in self.dense.get_submodule(layer).named_modules(prefix=layer):
+            own = [(self.dims.get(f"{name}.{leaf}"), p.ndim) for leaf, p in module.named_parameters(recurse=False)]
+            places = [dim == ndim - 1 for dim, ndim in own if dim is not None and ndim > 1]
+            if any(places) or (places and is_linear(module)):
+                enter_here = partial(enter, name, not any(places))
+                handles.append(module.register_forward_pre_hook(lambda _, args, enter=enter_here: enter(args)))
+        with hooked(handles):
+            self.before.outputs(index, 0, last=index)
+        return [(names, not place) for place, _, names in seen]
+
+    def _readers(self, index: int, names: list[str], dense: list[torch.Tensor]) -> None:
+        statistics = self._statistics(dense, self.after.capture(index, names[0]))
+        for name in names:
             for leaf, parameter in self.small.get_submodule(name).named_parameters(recurse=False):
                 if self.dims.get(f"{name}.{leaf}") == parameter.ndim - 1 > 0:
-                    self._fit(parameter, self._wanted(name, leaf), statistics)
-
-    def _wanted(self, name: str, leaf: str) -> torch.Tensor:
-        """The dense matrix, with rows as large as those of the small one."""
-        weight = self.dense.get_parameter(f"{name}.{leaf}")
-        if name not in self.row_scales:
-            return weight
-        return weight * self.row_scales[name].to(weight.device)[:, None]
+                    wanted = self.dense.get_parameter(f"{name}.{leaf}")
+                    if name in self.row_scales:  # rows as large as those of the small one
+                        wanted = wanted * self.row_scales[name].to(wanted.device)[:, None]
+                    self._fit(parameter, wanted, statistics)
 
     def _statistics(self, dense: list[torch.Tensor], inputs: list[torch.Tensor]) -> InputStatistics:
         """Moments of `n'` (H') with the target `n - n'` (H): the outputs of all readers lack `W` times that."""
@@ -194,15 +193,13 @@ class _Refit:
     def _fit(self, parameter: nn.Parameter, weight: torch.Tensor, statistics: InputStatistics) -> None:
         """Re-fits a matrix whose columns are channels; a stack of them is one tall matrix, as all see one input."""
         small, large = parameter.data.flatten(0, -2), weight.detach().flatten(0, -2)
-        sample = slice(None, None, -(-len(small) // _ROWS))
-        damping = self._damping(
-            small[sample],
-            _of_rows(statistics.fit, large[sample]),
-            _of_rows(statistics.held_out, large[sample]),
-        )
+        columns, sample = torch.arange(small.shape[1], device=small.device), slice(None, None, -(-len(small) // _ROWS))
+        fit, held_out = (_of_rows(part, large[sample]) for part in (statistics.fit, statistics.held_out))
+        damping = damping_for(small[sample], fit, held_out, columns, self.config)
         for start in range(0, len(small), _ROWS):
             rows = slice(start, start + _ROWS)
-            small[rows] = _refitted(small[rows], _of_rows(statistics.moments, large[rows]), damping)
+            moments = _of_rows(statistics.moments, large[rows])
+            small[rows] = refit(small[rows], moments.gram, columns, damping, moments.target).to(small.dtype)
 
     def _writer(
         self, index: int, name: str, dense: list[torch.Tensor], states: list[torch.Tensor], error: list[torch.Tensor]
@@ -211,34 +208,24 @@ class _Refit:
         weight, additive = matrix(module), self.after.additive
         statistics = InputStatistics(weight.shape[1], True, len(weight), inputs[0].device)
         for number, x in enumerate(inputs):
-            output = _apply(module, x)
+            output = nn.functional.linear(x, weight, module.bias)
             lacking = dense[number].float() - output.float() + (error[number] if additive else 0)
             state = states[number].float() + output if additive else states[number].float()
-            weights = self._weights(state) if self.config.token_weighting else None
+            weights = self.weights(state) if self.config.token_weighting else None
             statistics.update(x, self.config.error_correction * lacking, weights)
-        damping = self._damping(weight, statistics.fit, statistics.held_out)
-        weight.copy_(_refitted(weight, statistics.moments, damping))
+        weight.copy_(refitted(module, statistics, torch.arange(weight.shape[1]), self.config))
         for number, x in enumerate(inputs):
-            output = _apply(module, x)
+            output = nn.functional.linear(x, weight, module.bias)
             states[number] += output
             error[number] += dense[number].float() - output.float()
 
-    def _weights(self, state: torch.Tensor) -> torch.Tensor:
-        """`1 / ||h||^2`, relative to the mean of the first batch: the next norm divides by it."""
-        weights = 1 / state.square().sum(-1).clamp_min(1e-12)
-        self.weight_unit = self.weight_unit or float(weights.mean())
-        return weights / self.weight_unit
-
-    def _damping(self, weight: torch.Tensor, fit: Moments, held_out: Moments) -> float:
-        if self.config.damping is not None:
-            return self.config.damping
-        if not held_out.tokens or not fit.tokens:
-            return DEFAULT_DAMPING
-        return choose_damping(weight.float(), fit, held_out, _all(weight))
-
-    def _head(self) -> None:
+    def head(self) -> None:
         head, large = self.small.get_output_embeddings(), self.dense.get_output_embeddings()
-        statistics = self._statistics(head_inputs(self.before, self.dense), head_inputs(self.after, self.small))
+        received = [
+            [first_input(module, partial(stream.finish, len(stream.layers), n)) for n in range(len(stream.batches))]
+            for stream, module in ((self.before, large), (self.after, head))
+        ]
+        statistics = self._statistics(*received)
         if head.weight is not self.small.get_input_embeddings().weight:
             self._fit(head.weight, large.weight, statistics)
             return
@@ -288,15 +275,3 @@ def _of_rows(moments: Moments, large: torch.Tensor) -> Moments:
     """Moments whose target is what the outputs of these rows of the dense matrix lack."""
     cross = (large.to(torch.float64) @ moments.cross.to(torch.float64)).to(moments.cross.dtype)
     return Moments(moments.lower, cross, moments.tokens)
-
-
-def _all(weight: torch.Tensor) -> torch.Tensor:
-    return torch.arange(weight.shape[1], device=weight.device)
-
-
-def _refitted(weight: torch.Tensor, moments: Moments, damping: float) -> torch.Tensor:
-    return refit(weight, moments.gram, _all(weight), damping, moments.target).to(weight.dtype)
-
-
-def _apply(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    return nn.functional.linear(inputs, matrix(module), module.bias)

@@ -1,4 +1,4 @@
-"""Consumers of coupled groups: which columns stay, what they are re-fitted to, and what they then put out."""
+"""Linear maps that read what is cut: which columns stay, what they are re-fitted to, and what they then put out."""
 
 from __future__ import annotations
 
@@ -8,25 +8,42 @@ from torch import nn
 from ..config import PruningConfig
 from ..model.structure import Group, matrix
 from ..model.surgery import Kept, dropped
-from ..stats.moments import InputStatistics
+from ..stats.moments import InputStatistics, Moments
 from .closed_form import DEFAULT_DAMPING, choose_damping, refit
 
 
 def refitted(
     module: nn.Module, statistics: InputStatistics, columns: torch.Tensor, config: PruningConfig
 ) -> torch.Tensor:
-    """A consumer's weight on the columns that stay, shape (out, columns), re-fitted if compensation is on."""
+    """A linear map's weight on the columns that stay, shape (out, columns), re-fitted if compensation is on."""
     weight = matrix(module)
     columns = columns.to(weight.device)
     if not config.compensation:
         return weight[:, columns]
-    damping = config.damping
-    if damping is None and not statistics.held_out.tokens:
-        damping = DEFAULT_DAMPING
-    elif damping is None:
-        damping = choose_damping(weight.float(), statistics.fit, statistics.held_out, columns)
+    damping = damping_for(weight, statistics.fit, statistics.held_out, columns, config)
     moments = statistics.moments
     return refit(weight, moments.gram, columns, damping, moments.target).to(weight.dtype)
+
+
+def damping_for(
+    weight: torch.Tensor, fit: Moments, held_out: Moments, columns: torch.Tensor, config: PruningConfig
+) -> float:
+    """The damping that is configured, else the one that suits the held-out text best."""
+    if config.damping is not None:
+        return config.damping
+    return choose_damping(weight.float(), fit, held_out, columns) if held_out.tokens else DEFAULT_DAMPING
+
+
+class TokenWeights:
+    """`1 / ||h||^2` of hidden states `h`, relative to the mean of the first batch: the next norm divides by it."""
+
+    def __init__(self) -> None:
+        self.unit: float | None = None
+
+    def __call__(self, state: torch.Tensor) -> torch.Tensor:
+        weights = 1 / state.square().sum(-1).clamp_min(1e-12)
+        self.unit = self.unit or float(weights.mean())
+        return weights / self.unit
 
 
 def by_consumer(groups: list[Group]) -> dict[str, list[Group]]:
@@ -41,7 +58,7 @@ def kept_columns(groups: list[Group], kept: Kept, width: int) -> torch.Tensor:
     """Columns of a consumer that stay when units of these groups go, ascending."""
     stay = torch.ones(width, dtype=torch.bool)
     for group in groups:
-        stay[group.reader.index[dropped(group, kept[group.layer, group.kind])].flatten()] = False
+        stay[group.reader.index[dropped(group, kept[group.key])].flatten()] = False
     return stay.nonzero().squeeze(1)
 
 
@@ -54,6 +71,6 @@ def write_columns(module: nn.Module, weight: torch.Tensor, columns: torch.Tensor
 
 
 def consume(module: nn.Module, inputs: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Outputs of the consumer from the inputs that stay."""
+    """Outputs of a linear map from the inputs that stay."""
     columns = columns.to(inputs.device)
     return nn.functional.linear(inputs[..., columns], matrix(module)[:, columns], module.bias)

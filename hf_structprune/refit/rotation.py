@@ -9,12 +9,11 @@ from __future__ import annotations
 import copy
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
-from transformers.utils import logging
+from transformers.utils.logging import tqdm
 
 from ..config import PruningConfig
-from ..errors import UnsupportedModelError
+from ..errors import ConfigurationError, UnsupportedModelError
 from ..hooks import hooked
 from ..model.hidden_size import HiddenGroup
 from ..model.norms import NormKind, stream_norms
@@ -23,7 +22,7 @@ from ..model.target import Target
 from ..stats.gradients import on_device
 
 
-def check_rotatable(model: PreTrainedModel, group: HiddenGroup) -> None:
+def _check_rotatable(model: PreTrainedModel, group: HiddenGroup) -> None:
     """Refuses models whose stream cannot be turned.
 
     Raises:
@@ -42,6 +41,21 @@ def check_rotatable(model: PreTrainedModel, group: HiddenGroup) -> None:
                 f"hidden_criterion='pca' needs RMS norms: `{name}` subtracts the mean over the channels, which "
                 "depends on their basis. Use 'activation'."
             )
+
+
+def in_components(
+    model: PreTrainedModel, group: HiddenGroup, config: PruningConfig, tokens: torch.Tensor | None
+) -> PreTrainedModel:
+    """The same function with its stream in the basis of its principal components, see `rotated`.
+
+    Raises:
+        ConfigurationError: There are no tokens.
+        UnsupportedModelError: The stream of this model cannot be turned.
+    """
+    _check_rotatable(model, group)
+    if tokens is None:
+        raise ConfigurationError("The hidden criterion 'pca' looks at calibration text, and there is none.")
+    return rotated(model, group, principal_components(model, group, config, tokens))
 
 
 @torch.no_grad()
@@ -63,9 +77,8 @@ def principal_components(
         gram.add_((x.T @ x).double().cpu())
 
     norms = stream_norms(model, set(group.dims()))
-    with hooked([model.get_submodule(name).register_forward_pre_hook(add) for name in norms]):
-        batches = tokens.split(config.calibration.batch_size)
-        for batch in tqdm(batches, desc="Channels", disable=not logging.is_progress_bar_enabled()):
+    with hooked(model.get_submodule(name).register_forward_pre_hook(add) for name in norms):
+        for batch in tqdm(tokens.split(config.calibration.batch_size), desc="Channels"):
             model.base_model(input_ids=on_device(model, batch), use_cache=False)
     return torch.linalg.eigh(gram).eigenvectors.flip(1)
 
@@ -84,9 +97,8 @@ def rotated(model: PreTrainedModel, group: HiddenGroup, rotation: torch.Tensor) 
 
     Raises:
         UnsupportedModelError: Not all norms and readers belong together one to one (norms behind the writers, as in
-            Gemma 2, or readers without a norm), or see `check_rotatable`.
+            Gemma 2, or readers without a norm).
     """
-    check_rotatable(model, group)
     norms = stream_norms(model, set(group.dims()))
     scales = _reader_scales(model, group, norms)
     state = dict(model.state_dict())

@@ -6,14 +6,13 @@ import math
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
-from transformers.utils import logging
+from transformers.utils.logging import tqdm
 
 from ..allocation.removal import Removal, Unit
 from ..hooks import Silencer
 from ..model.language_head import positions_at_once
-from ..model.structure import ModelStructure, decoder_layers
+from ..model.structure import ModelStructure
 from ..units import DepthKind, kinds_of
 from ..units.depth import LAYERS
 from .stream import LayerStream
@@ -68,7 +67,7 @@ class TextLoss:
         batch_size = max(1, batch_size * tokens.shape[1] // windows.shape[1])
         self.structure = structure
         self._silencer = Silencer(model, structure, windows[:1, :2])
-        self._stream = LayerStream(model, decoder_layers(model, structure.family), windows, batch_size)
+        self._stream = LayerStream(model, structure, windows, batch_size)
         self._entered = self._stream.copy(self._stream.hidden)
         self._positions = windows.shape[0] * (windows.shape[1] - 1)
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -118,7 +117,7 @@ class TextLoss:
         stream, losses = self._stream, {}
         stream.hidden = stream.copy(self._entered)
         last = max(layer for layer, _ in trials)
-        with tqdm(total=len(trials), desc=description, disable=not logging.is_progress_bar_enabled()) as bar:
+        with tqdm(total=len(trials), desc=description) as bar:
             for index in range(last + 1):
                 stream.enter(index)
                 for unit in (unit for unit in trials if unit[0] == index):

@@ -11,6 +11,11 @@ HELD_OUT = 8  # one in eight calibration sequences is kept for choosing the damp
 _BLOCK = 512  # the Gram matrix is symmetric: only blocks on and below the diagonal are computed
 
 
+def is_held_out(numbers: torch.Tensor) -> torch.Tensor:
+    """Which sequences are held out: one in eight, at a place that moves on, so that mixed sources all take part."""
+    return (numbers + numbers // HELD_OUT) % HELD_OUT == HELD_OUT - 1
+
+
 class InputStatistics:
     """Moments of the inputs `x` of one consumer over calibration tokens.
 
@@ -47,9 +52,7 @@ class InputStatistics:
             targets: `t`, shape (sequences, tokens, targets).
             weights: Weights of the tokens in the second moments, shape (sequences, tokens); default 1.
         """
-        numbers = torch.arange(self.sequences, self.sequences + len(inputs), device=inputs.device)
-        # One in each eight, at a place that moves on, so that interleaved sources all take part.
-        held_out = (numbers + numbers // HELD_OUT) % HELD_OUT == HELD_OUT - 1
+        held_out = is_held_out(torch.arange(self.sequences, self.sequences + len(inputs), device=inputs.device))
         for rows in inputs:
             x = rows.float()
             self.total += x.sum(0)

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
-from ..hooks import as_output, others_of, replaced_forwards
+from ..hooks import as_output, hooked, others_of, replaced_forwards
 from ..model.measuring import check_numbers
+from ..model.structure import ModelStructure, decoder_layers
 
 
 class _Stop(Exception):
     """Ends a forward pass as soon as what was wanted has been seen."""
+
+
+@torch.no_grad()
+def first_input(module: nn.Module, run: Callable[[], Any]) -> torch.Tensor:
+    """What a module receives when `run` comes to it, which goes no further."""
+    seen = []
+
+    def stop(_, args, kwargs):
+        seen.append(_hidden(args, kwargs))
+        raise _Stop
+
+    with module.register_forward_pre_hook(stop, with_kwargs=True), suppress(_Stop):
+        run()
+    return seen[0]
 
 
 class LayerStream:
@@ -28,39 +45,41 @@ class LayerStream:
 
     Args:
         model: A causal language model in eval mode.
-        layers: Full names and modules of its decoder layers.
+        structure: Names its layers, and the consumers in them.
         tokens: Token ids of shape (sequences, length).
         batch_size: Sequences in a batch.
-        parents: Pairs of the full names of a consumer and of the module whose output should be the consumer's.
-        dense: Also carry the hidden states of the model as it was, see `step_dense`.
 
     Attributes:
+        hidden: What enters the next layer, one tensor of shape (sequences, length, H) for each batch.
         additive: Whether every layer's output is its input plus the outputs of its consumers, and nothing else.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        layers: list[tuple[str, nn.Module]],
-        tokens: torch.Tensor,
-        batch_size: int,
-        parents: Iterable[tuple[str, str]] = (),
-        dense: bool = False,
+        self, model: PreTrainedModel, structure: ModelStructure, tokens: torch.Tensor, batch_size: int
     ) -> None:
         self.model = model
-        self.layers = [layer for _, layer in layers]
-        self.batches = list(tokens.split(batch_size))
+        self.layers = [layer for _, layer in decoder_layers(model, structure.family)]
+        self.batches = tokens.split(batch_size)
         self._arguments: dict[int, list[tuple[tuple, dict[str, Any]]]] = {}
         self._replayable: dict[str, int | None] = {}
         self._replaced: dict[str, list[torch.Tensor]] = {}
         self._layer_extras: int | None = None
         self._leading: list[torch.Size] = []
-        self.hidden = self._entered()
-        self.dense_hidden = self.copy(self.hidden) if dense else []
+        self.hidden: list[torch.Tensor] = []
+        for number, batch in enumerate(self.batches):
+            state = first_input(self.layers[0], partial(self._forward, batch))
+            if state.ndim != 3:
+                raise UnsupportedModelError(
+                    f"The layers of {type(model).__name__} pass on hidden states of shape {tuple(state.shape)} "
+                    "and not (sequences, length, hidden size): they cannot be carried from layer to layer."
+                )
+            self.hidden = self.hidden or self.blank(state)
+            self.hidden[number].copy_(state)
         self.additive = True
+        parents = dict.fromkeys((group.reader.module, group.parent) for group in structure.groups)
         for batch in self.batches:
             if len(batch) not in self._arguments:
-                self._record(batch, list(parents) if not self._arguments else [])
+                self._record(batch, () if self._arguments else parents)
 
     def blank(self, like: torch.Tensor, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
         """Room for one tensor of shape (sequences, length, d) for each batch, `d` and device as in `like`.
@@ -76,51 +95,25 @@ class LayerStream:
         """A copy of hidden states, in one block of memory."""
         return [room.copy_(state) for room, state in zip(self.blank(states[0]), states, strict=True)]
 
-    def _entered(self) -> list[torch.Tensor]:
-        """The hidden states that enter the first layer."""
-        states = None
-        for number, batch in enumerate(self.batches):
-            state = self._enter(batch)
-            if state.ndim != 3:
-                raise UnsupportedModelError(
-                    f"The layers of {type(self.model).__name__} pass on hidden states of shape {tuple(state.shape)} "
-                    "and not (sequences, length, hidden size): they cannot be carried from layer to layer."
-                )
-            states = states or self.blank(state)
-            states[number].copy_(state)
-        return states
-
     @torch.no_grad()
-    def _enter(self, batch: torch.Tensor) -> torch.Tensor:
-        """The hidden states of a batch that enter the first layer."""
-        seen = []
-
-        def stop(module, args, kwargs):
-            seen.append(_hidden(args, kwargs))
-            raise _Stop
-
-        handle = self.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            self._forward(batch)
-        except _Stop:
-            pass
-        finally:
-            handle.remove()
-        return seen[0]
-
     def _forward(self, batch: torch.Tensor) -> None:
         device = self.model.get_input_embeddings().weight.device
         self.model.base_model(input_ids=batch.to(device), use_cache=False)
 
-    @torch.no_grad()
-    def _record(self, batch: torch.Tensor, parents: list[tuple[str, str]]) -> None:
-        """One full forward pass that records the arguments of every layer and how modules add up."""
+    def _record(self, batch: torch.Tensor, parents: Iterable[tuple[str, str]]) -> None:
+        """One full forward pass that records the arguments of every layer and how modules add up.
+
+        Args:
+            batch: Token ids.
+            parents: Pairs of the full names of a consumer and of the module whose output should be the consumer's.
+        """
         arguments: list[tuple[tuple, dict[str, Any]]] = []
         outputs: dict[str, torch.Tensor] = {}
         entered: list[torch.Tensor] = []
 
         def before_layer(_, args, kwargs):
-            arguments.append(_without_hidden(args, kwargs))
+            others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            arguments.append((args[1:], others))
             entered.append(_hidden(args, kwargs))
 
         def after_layer(_, __, output):
@@ -149,75 +142,84 @@ class LayerStream:
         for consumer, parent in parents:
             handles.append(self.model.get_submodule(consumer).register_forward_hook(after_consumer(consumer)))
             handles.append(self.model.get_submodule(parent).register_forward_hook(after_parent(consumer, parent)))
-        try:
+        with hooked(handles):
             self._forward(batch)
-        finally:
-            for handle in handles:
-                handle.remove()
         self._arguments[len(batch)] = arguments
 
     def _run(self, index: int, number: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The output of a layer for a batch; modules whose outputs were replaced return those."""
         args, kwargs = self._arguments[len(self.batches[number])][index]
-        with _replay(self.model, self._replayable, self._replaced, number):
+        forwards = []
+        for name, outputs in self._replaced.items():
+            value = as_output(outputs[number].clone(), self._replayable[name])  # some layers add to it in place
+            forwards.append((self.model.get_submodule(name), lambda *args, value=value, **kwargs: value))
+        with replaced_forwards(forwards):
             return _first(self.layers[index](hidden, *args, **kwargs))
 
     def enter(self, index: int) -> None:
         """Moves the hidden states to the device of layer `index`, where layers are spread over several."""
+        self.hidden = self.placed(index, self.hidden)
+
+    def placed(self, index: int, states: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Hidden states on the device of layer `index`."""
         device = next(self.layers[index].parameters()).device
-        self.hidden = [hidden.to(device) for hidden in self.hidden]
-        self.dense_hidden = [hidden.to(device) for hidden in self.dense_hidden]
+        return [state.to(device) for state in states]
 
     @torch.no_grad()
     def capture(self, index: int, consumer: str) -> list[torch.Tensor]:
         """Inputs of a consumer in layer `index`, one tensor of shape (sequences, length, d) for each batch."""
-        seen: list[torch.Tensor] = []
-        inputs: list[torch.Tensor] = []
+        module, inputs = self.model.get_submodule(consumer), []
         self._leading = []  # some layers flatten sequences and tokens into one dimension
-
-        def stop(module, args):
-            seen.append(args[0])
-            raise _Stop
-
-        handle = self.model.get_submodule(consumer).register_forward_pre_hook(stop)
-        try:
-            for number, batch in enumerate(self.batches):
-                with suppress(_Stop):
-                    self._run(index, number, self.hidden[number])
-                captured = seen.pop()
-                check_numbers(captured, f"The inputs of `{consumer}`")
-                self._leading.append(captured.shape[:-1])
-                inputs = inputs or self.blank(captured)
-                inputs[number].copy_(captured.reshape(*batch.shape, -1))
-        finally:
-            handle.remove()
+        for number, batch in enumerate(self.batches):
+            captured = first_input(module, partial(self._run, index, number, self.hidden[number]))
+            check_numbers(captured, f"The inputs of `{consumer}`")
+            self._leading.append(captured.shape[:-1])
+            inputs = inputs or self.blank(captured)
+            inputs[number].copy_(captured.reshape(*batch.shape, -1))
         return inputs
 
     @torch.no_grad()
-    def step_dense(self, index: int, consumers: list[str]) -> dict[str, list[torch.Tensor]]:
-        """Carries the dense hidden states through layer `index`, which must not have been changed yet.
+    def carry(
+        self,
+        index: int,
+        states: list[torch.Tensor],
+        inputs_of: Iterable[str] = (),
+        outputs_of: Iterable[str] = (),
+    ) -> dict[str, list[torch.Tensor]]:
+        """Replaces hidden states by what layer `index` makes of them.
 
         Returns:
-            Outputs of the consumers, one tensor of shape (sequences, length, out) for each batch.
+            What some modules get, and what others give, one tensor of shape (sequences, length, d) for each batch.
         """
-        outputs: dict[str, list[torch.Tensor]] = {}
-        number = 0
+        seen: dict[str, list[torch.Tensor]] = {}
 
-        def keep(name):
-            def store(_, __, output):
-                if name not in outputs:
-                    outputs[name] = self.blank(output)
-                outputs[name][number].copy_(output.reshape(outputs[name][number].shape))
+        def keep(name: str, value: torch.Tensor) -> None:
+            if name not in seen:
+                seen[name] = self.blank(value)
+            room = seen[name][number]
+            room.copy_(value.reshape(room.shape))
 
-            return store
+        modules = {name: self.model.get_submodule(name) for name in (*inputs_of, *outputs_of)}
+        handles = [modules[n].register_forward_pre_hook(lambda _, args, n=n: keep(n, args[0])) for n in inputs_of]
+        handles += [modules[n].register_forward_hook(lambda _, __, out, n=n: keep(n, out)) for n in outputs_of]
+        with hooked(handles):
+            for number, state in enumerate(states):
+                state.copy_(self._run(index, number, state))
+        return seen
 
-        handles = [self.model.get_submodule(name).register_forward_hook(keep(name)) for name in consumers]
-        try:
-            for number, states in enumerate(self.dense_hidden):
-                states.copy_(self._run(index, number, states))
-        finally:
-            for handle in handles:
-                handle.remove()
-        return outputs
+    def advance(self, index: int) -> None:
+        """Replaces the hidden states by the outputs of layer `index`."""
+        self.carry(index, self.hidden)
+        self._replaced.clear()
+
+    def replace(self, parent: str, outputs: list[torch.Tensor]) -> None:
+        """Lets later runs of the current layer use these outputs of a module instead of running it.
+
+        Modules whose output is not simply their consumer's are run again instead, which gives the same.
+        """
+        if parent in self._replayable:
+            shapes = self._leading
+            self._replaced[parent] = [o.reshape(*shape, -1) for o, shape in zip(outputs, shapes, strict=True)]
 
     @torch.no_grad()
     def outputs(self, index: int, number: int, last: int | None = None, skip: Collection[int] = ()) -> torch.Tensor:
@@ -247,47 +249,18 @@ class LayerStream:
             device = self.model.get_input_embeddings().weight.device
             return self.model(input_ids=ids.to(device), use_cache=False).logits
 
-    def finish(self, index: int, number: int, every: int = 1, skip: Collection[int] = ()) -> torch.Tensor:
-        """Logits of a batch when the layers from `index` on run as they are now, see `outputs`.
-
-        Args:
-            index, number, skip: As for `outputs`.
-            every: Only each so many-th position, to save the LM head work.
-        """
-        hidden = self.outputs(index, number, skip=skip)
+    def finish(self, index: int, number: int, every: int = 1) -> torch.Tensor:
+        """Logits of a batch when the layers from `index` on run as they are now, at each `every`-th position."""
+        hidden = self.outputs(index, number)
         return self.head(hidden[:, ::every], self.batches[number][:, ::every])
-
-    def replace(self, parent: str, outputs: list[torch.Tensor]) -> None:
-        """Lets later runs of the current layer use these outputs of a module instead of running it.
-
-        Modules whose output is not simply their consumer's are run again instead, which gives the same.
-        """
-        if parent in self._replayable:
-            shapes = self._leading
-            self._replaced[parent] = [o.reshape(*shape, -1) for o, shape in zip(outputs, shapes, strict=True)]
-
-    @torch.no_grad()
-    def advance(self, index: int) -> None:
-        """Replaces the hidden states by the outputs of layer `index`."""
-        for number, states in enumerate(self.hidden):
-            states.copy_(self._run(index, number, states))
-        self._replaced.clear()
-
-
-@contextmanager
-def _replay(model: nn.Module, replayable: dict[str, int | None], replaced: dict[str, list[torch.Tensor]], number: int):
-    """Lets modules return recorded outputs."""
-    forwards = []
-    for name, outputs in replaced.items():
-        output = outputs[number].clone()  # some layers add to it in place
-        value = as_output(output, replayable[name])
-        forwards.append((model.get_submodule(name), lambda *args, value=value, **kwargs: value))
-    with replaced_forwards(forwards):
-        yield
 
 
 def _first(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
+
+
+def _hidden(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    return args[0] if args else kwargs["hidden_states"]
 
 
 def _is_sum(total: torch.Tensor, terms: list[torch.Tensor]) -> bool:
@@ -295,12 +268,3 @@ def _is_sum(total: torch.Tensor, terms: list[torch.Tensor]) -> bool:
     parts = sum(term.reshape(total.shape).float() for term in terms[1:])
     rest = (total.float() - terms[0].reshape(total.shape).float() - parts).norm(dim=-1)
     return float((rest / parts.norm(dim=-1).clamp_min(1e-30)).median()) < 0.1
-
-
-def _hidden(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
-    return args[0] if args else kwargs["hidden_states"]
-
-
-def _without_hidden(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-    return (args[1:] if args else ()), kwargs

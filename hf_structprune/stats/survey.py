@@ -8,22 +8,21 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
-from transformers.utils import logging
+from transformers.utils.logging import tqdm
 
 from ..config import PruningConfig
 from ..criteria import Criterion, Scoring, make_criterion
 from ..criteria.base import best_units
 from ..model.measuring import measures
 from ..model.structure import Group, ModelStructure, matrix
-from ..refit.layer_by_layer import Scores, new_stream, score_inputs
 from ..refit.reader import kept_columns, refitted, write_columns
 from .gradients import Salience, taylor_salience
-from .moments import HELD_OUT, InputStatistics
+from .moments import InputStatistics, is_held_out
 from .stream import LayerStream
 
 
+Scores = dict[tuple[int, str], torch.Tensor]
 Sensitivity = dict[tuple[int, str], float]
 
 PROBES = (0.2, 0.45)  # shares of a group that are cut to probe it
@@ -46,34 +45,38 @@ def measure_sensitivity(
     `a` is the geometric mean of the two values of `KL / share^2`. The model is left as it was.
 
     Args:
-        model: The dense model.
-        structure: Its coupled groups.
         criterion: Chooses the units to cut.
         config: Compensation and calibration settings.
         tokens: Calibration tokens; one sequence in eight is held out, the others are fitted on.
         groups: Groups to probe; query heads are not among them.
         salience: Reduced gradients, for gradient criteria.
     """
-    numbers = torch.arange(len(tokens))
-    held_out = (numbers + numbers // HELD_OUT) % HELD_OUT == HELD_OUT - 1
+    held_out = is_held_out(torch.arange(len(tokens)))
     if not held_out.any():
         held_out[-1] = True
-    fit = new_stream(model, structure, tokens[~held_out] if not held_out.all() else tokens, config)
-    test = new_stream(model, structure, tokens[held_out], config)
+    size = config.calibration.batch_size
+    fit = LayerStream(model, structure, tokens[~held_out] if not held_out.all() else tokens, size)
+    test = LayerStream(model, structure, tokens[held_out], size)
     dense = [test.finish(0, number, _EVERY) for number in range(len(test.batches))]
     sensitivity: Sensitivity = {}
-    for layer in tqdm(structure.layers, desc="Sensitivity", disable=not logging.is_progress_bar_enabled()):
+    for layer in tqdm(structure.layers, desc="Sensitivity"):
         for group in (g for g in groups if g.layer == layer.index):
-            inputs = fit.capture(layer.index, group.reader.module)
-            statistics = InputStatistics(inputs[0].shape[-1], True, device=inputs[0].device)
-            for batch in inputs:
-                statistics.update(batch)
+            statistics = _statistics(fit, group, gram=True)
             score = criterion.score(Scoring(group, model, statistics, salience))
             costs = [_probe(model, group, score, share, statistics, config, test, dense) for share in PROBES]
-            sensitivity[group.layer, group.kind] = (costs[0] * costs[1]) ** 0.5
+            sensitivity[group.key] = (costs[0] * costs[1]) ** 0.5
         fit.advance(layer.index)
         test.advance(layer.index)
     return sensitivity
+
+
+def _statistics(stream: LayerStream, group: Group, gram: bool) -> InputStatistics:
+    """Moments of what the reader of a group gets."""
+    inputs = stream.capture(group.layer, group.reader.module)
+    statistics = InputStatistics(inputs[0].shape[-1], gram, device=inputs[0].device)
+    for batch in inputs:
+        statistics.update(batch)
+    return statistics
 
 
 def _probe(
@@ -92,8 +95,7 @@ def _probe(
         return 1e-12
     module = model.get_submodule(group.reader.module)
     original = module.weight  # stays as it is: what is tried is written to a copy
-    kept = {(group.layer, group.kind): best_units(score, group, group.size - drop)}
-    columns = kept_columns([group], kept, matrix(module).shape[1])
+    columns = kept_columns([group], {group.key: best_units(score, group, group.size - drop)}, matrix(module).shape[1])
     try:
         module.weight = nn.Parameter(original.detach().clone(), requires_grad=False)
         write_columns(module, refitted(module, statistics, columns, config), columns)
@@ -106,14 +108,31 @@ def _probe(
 
 def _kl(dense: torch.Tensor, cut: torch.Tensor) -> float:
     """`KL(dense || cut)` summed over tokens, one sequence at a time to keep float32 logits few."""
-    total = 0.0
-    for p, q in zip(dense, cut, strict=True):
-        total += float(
-            nn.functional.kl_div(
-                q.float().log_softmax(-1), p.float().log_softmax(-1), log_target=True, reduction="sum"
-            )
-        )
-    return total
+    pairs = ((q.float().log_softmax(-1), p.float().log_softmax(-1)) for p, q in zip(dense, cut, strict=True))
+    return sum(float(nn.functional.kl_div(q, p, log_target=True, reduction="sum")) for q, p in pairs)
+
+
+@torch.no_grad()
+def _score_inputs(
+    model: PreTrainedModel,
+    structure: ModelStructure,
+    criterion: Criterion,
+    config: PruningConfig,
+    tokens: torch.Tensor,
+    groups: list[Group],
+) -> Scores:
+    """Scores units by what the consumers receive in the model as it is; one forward pass, one layer at a time."""
+    stream = LayerStream(model, structure, tokens, config.calibration.batch_size)
+    scores: Scores = {}
+    for layer in tqdm(structure.layers, desc="Scoring"):
+        known: dict[str, InputStatistics] = {}
+        for group in (g for g in groups if g.layer == layer.index):
+            if group.reader.module not in known:
+                known = {group.reader.module: _statistics(stream, group, criterion.needs_gram)}
+            scoring = Scoring(group, model, known[group.reader.module])
+            scores[group.key] = criterion.score(scoring).cpu()
+        stream.advance(layer.index)
+    return scores
 
 
 @dataclass
@@ -138,9 +157,6 @@ def survey(
     """Finds out what the configuration's criterion and allocation need; changes nothing.
 
     Args:
-        model: The model as it is.
-        structure: Its coupled groups.
-        config: Criterion, allocation and units.
         tokens: Loads the calibration tokens; called only where they are needed.
     """
     criterion = make_criterion(config)
@@ -154,9 +170,9 @@ def survey(
     if config.allocation == "search":
         known.sensitivity = measure_sensitivity(model, structure, criterion, config, tokens(), groups, known.salience)
     elif config.allocation == "global" and criterion.needs_inputs:
-        known.scores = score_inputs(model, structure, criterion, config, tokens(), groups)
+        known.scores = _score_inputs(model, structure, criterion, config, tokens(), groups)
     elif config.allocation == "global":
-        scorings = {(g.layer, g.kind): Scoring(g, model, salience=known.salience) for g in groups}
+        scorings = {group.key: Scoring(group, model, salience=known.salience) for group in groups}
         known.scores = {key: criterion.score(scoring).cpu() for key, scoring in scorings.items()}
     return known
 

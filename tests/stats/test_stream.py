@@ -6,18 +6,15 @@ import families
 import pytest
 import torch
 
-from hf_structprune import PruningConfig
-from hf_structprune.model.structure import ModelStructure, decoder_layers, matrix
-from hf_structprune.refit.layer_by_layer import new_stream
+from hf_structprune.model.structure import ModelStructure, matrix
 from hf_structprune.stats.stream import LayerStream
 
 
 TOKENS = families.make_tokens(5, 12)  # batches of 2, 2 and 1
 
 
-def open_stream(model, structure, **options):
-    config = PruningConfig(calibration=families.CalibrationConfig(tokens=TOKENS, batch_size=2))
-    return new_stream(model, structure, TOKENS, config, **options)
+def open_stream(model, structure):
+    return LayerStream(model, structure, TOKENS, batch_size=2)
 
 
 def consumers(layer):
@@ -115,17 +112,18 @@ def test_dense_hidden_states_stay_those_of_the_original_model(name):
     model = families.make_model(name, torch.float64)
     structure = ModelStructure.of(model)
     original = copy.deepcopy(model)
-    stream = open_stream(model, structure, dense=True)
+    stream = open_stream(model, structure)
+    states = stream.copy(stream.hidden)
     for layer in structure.layers:
         names = [consumer for consumer, _ in consumers(layer)]
-        dense = stream.step_dense(layer.index, names)
+        dense = stream.carry(layer.index, states, outputs_of=names)
         assert {len(outputs) for outputs in dense.values()} <= {3}
         for consumer, parent in consumers(layer):
             inputs = stream.capture(layer.index, consumer)
             change(model.get_submodule(consumer))
             stream.replace(parent, outputs_of(model.get_submodule(consumer), inputs))
         stream.advance(layer.index)
-    for got, batch in zip(stream.dense_hidden, TOKENS.split(2), strict=True):
+    for got, batch in zip(states, TOKENS.split(2), strict=True):
         _, outputs, _ = full_forward(original, structure, batch)
         assert torch.equal(got, outputs[-1])
 
@@ -166,12 +164,3 @@ def test_streaming_leaves_no_hook_and_no_changed_forward(name):
     for module in model.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks and "forward" not in module.__dict__
     assert torch.equal(families.logits(model, TOKENS), before)
-
-
-def test_stream_without_groups_just_carries_hidden_states():
-    model = families.make_model("llama")
-    structure = ModelStructure.of(model)
-    stream = LayerStream(model, decoder_layers(model, structure.family), TOKENS, batch_size=5)
-    for index in range(families.LAYERS):
-        stream.advance(index)
-    assert torch.equal(stream.hidden[0], full_forward(model, structure, TOKENS)[1][-1])
