@@ -1,4 +1,4 @@
-"""What every export takes and gives back."""
+"""What exports share: what they take and give back, and the sizes of the layers of Llamas, which zeros can enlarge."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import ExportError
+from ..errors import ConfigurationError, ExportError
+from ..files.writing import check_folder
 from ..model.loading import as_tokenizer, load_config, load_model, load_tokenizer
 
 
@@ -29,6 +31,15 @@ class Exported:
     size: int
     details: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+
+def output_folder(model: str | os.PathLike | PreTrainedModel, output: str | os.PathLike) -> Path:
+    """The folder to write; refuses one that cannot be written, and that of the model itself."""
+    check_folder(output)
+    folder = Path(output)
+    if not isinstance(model, PreTrainedModel) and folder.exists() and Path(model).exists() and folder.samefile(model):
+        raise ConfigurationError(f"{output} is the checkpoint itself; choose another folder for its other form.")
+    return folder
 
 
 def load_source(
@@ -69,3 +80,92 @@ def load_source(
     if tokenizer is None and with_tokenizer:
         raise ExportError("The model has no tokenizer, which this format stores with it; save one beside it.")
     return model.eval(), tokenizer
+
+
+State = dict[str, torch.Tensor]
+EMBEDDINGS = "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class Block:
+    """The sizes of one layer of a Llama, or of a model whose tensors have the same names.
+
+    Attributes:
+        kv_heads: KV heads; 0 without attention.
+        group: Query heads of each.
+        width: Neurons of the MLP; 0 without one.
+    """
+
+    kv_heads: int
+    group: int
+    width: int
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.kv_heads * self.group
+
+
+def llama_layers(model: PreTrainedModel) -> tuple[State, list[Block], int]:
+    """The tensors by name, without a head that is tied to the embeddings; the sizes of all layers; those of a head."""
+    config, state = model.config, dict(model.state_dict())
+    if "lm_head.weight" in state and state["lm_head.weight"].data_ptr() == state[EMBEDDINGS].data_ptr():
+        del state["lm_head.weight"]
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    def rows(layer: int, name: str) -> int:
+        weight = state.get(f"model.layers.{layer}.{name}.weight")
+        return 0 if weight is None else weight.shape[0]
+
+    blocks = []
+    for layer in range(config.num_hidden_layers):
+        heads, kv_heads = (rows(layer, f"self_attn.{part}_proj") // head_dim for part in "qk")
+        blocks.append(Block(kv_heads, kv_heads and heads // kv_heads, rows(layer, "mlp.gate_proj")))
+    return state, blocks, head_dim
+
+
+def pad_layer(state: State, layer: int, old: Block, new: Block, head_dim: int) -> None:
+    """Pads the tensors of one layer in place with heads and neurons of zeros, which add nothing to the logits.
+
+    Each KV head keeps its own query heads; those that are added stand behind them, and added KV heads at the end. A
+    sublayer that was not there gets all tensors of its kind.
+
+    Args:
+        state: Tensors by name.
+        layer: Number of the layer.
+        old, new: Its sizes, and those it gets: as many KV heads, query heads of each and neurons, or more.
+        head_dim: Size of a head.
+    """
+    prefix, embeddings = f"model.layers.{layer}.", state[EMBEDDINGS]
+    kv_heads, neurons = torch.arange(old.kv_heads), torch.arange(old.width)
+    heads = (kv_heads[:, None] * new.group + torch.arange(old.group)).flatten()
+    queries, keys = ((which[:, None] * head_dim + torch.arange(head_dim)).flatten() for which in (heads, kv_heads))
+    for dim, name, places, size in (
+        (0, "self_attn.q_proj", queries, new.heads * head_dim),
+        (0, "self_attn.k_proj", keys, new.kv_heads * head_dim),
+        (0, "self_attn.v_proj", keys, new.kv_heads * head_dim),
+        (1, "self_attn.o_proj", queries, new.heads * head_dim),
+        (0, "mlp.gate_proj", neurons, new.width),
+        (0, "mlp.up_proj", neurons, new.width),
+        (1, "mlp.down_proj", neurons, new.width),
+    ):
+        if len(places) == size:
+            continue
+        shape = (size, embeddings.shape[1]) if dim == 0 else (embeddings.shape[1], size)
+        _spread(state, f"{prefix}{name}.weight", shape, dim, places)
+        if any(key.endswith(f"{name}.bias") for key in state) and (dim == 0 or f"{prefix}{name}.bias" not in state):
+            _spread(state, f"{prefix}{name}.bias", shape[:1], dim, places)
+    for name, added in (
+        ("input_layernorm", new.heads and not old.heads),
+        ("post_attention_layernorm", new.width and not old.width),
+    ):
+        if added:
+            state[f"{prefix}{name}.weight"] = torch.ones_like(embeddings[0])
+
+
+def _spread(state: State, name: str, shape: tuple[int, ...], dim: int, places: torch.Tensor) -> None:
+    """Puts the entries of a tensor at these places of one of zeros; without the tensor, all are zero."""
+    padded = state[EMBEDDINGS].new_zeros(shape)
+    if name in state:
+        padded.index_copy_(dim, places.to(padded.device), state[name])
+    state[name] = padded

@@ -1,38 +1,45 @@
-"""GGUF, the format of llama.cpp."""
+"""GGUF, the format of llama.cpp: architecture, hyperparameters and tensors of a model, and its vocabulary."""
 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
+import re
 from collections import Counter
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.logging import is_progress_bar_enabled
 
 from ..errors import ConfigurationError, ExportError, StructPruneError
 from ..files.places import check_place
 from ..files.writing import appearing
 from ..installed import need
-from .common import Exported, load_source
-from .gguf_model import Layout, StoredTensor, check, context_of, layout_of, stored_tensors, write_metadata
-from .gguf_vocab import write_vocabulary
+from ..model.modeling_structprune import PREFIX
+from .common import Block, Exported, State, llama_layers, load_source, pad_layer
 
 
 if TYPE_CHECKING:
-    pass
+    from gguf import GGMLQuantizationType, GGUFWriter
 
-# Types that the `gguf` package writes, with their numbers in llama.cpp's `llama_ftype` ...
-WRITTEN = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}
+# Types that the `gguf` package writes ...
+WRITTEN = ("f32", "f16", "bf16", "q8_0")
 # ... and those that llama.cpp makes itself out of such a file.
-QUANTISED = {
-    "q2_k": 10, "q3_k_s": 11, "q3_k_m": 12, "q3_k_l": 13, "q4_0": 2, "q4_1": 3, "q4_k_s": 14, "q4_k_m": 15, "q5_0": 8,
-    "q5_1": 9, "q5_k_s": 16, "q5_k_m": 17, "q6_k": 18, "iq4_nl": 25, "iq4_xs": 30,
-}  # fmt: skip
+QUANTISED = (
+    "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_1", "q4_k_s", "q4_k_m", "q5_0", "q5_1", "q5_k_s", "q5_k_m",
+    "q6_k", "iq4_nl", "iq4_xs",
+)  # fmt: skip
 # What llama.cpp is given to quantise: the type the weights are in, so that nothing is lost before.
 _LOSSLESS = {torch.float16: "f16", torch.bfloat16: "bf16"}
 
@@ -65,64 +72,61 @@ def export_gguf(
         ExportError: The model, its layers, its rotary positions or its tokenizer have nothing like them in llama.cpp.
         PlaceError: The output cannot be written, or there is too little room.
     """
-    if quant not in {**WRITTEN, **QUANTISED}:
-        allowed = ", ".join((*WRITTEN, *QUANTISED))
-        raise ConfigurationError(f"`quant` is {quant!r}; allowed values are {allowed}.")
+    if quant not in WRITTEN + QUANTISED:
+        raise ConfigurationError(f"`quant` is {quant!r}; allowed values are {', '.join(WRITTEN + QUANTISED)}.")
     need("gguf", extra="gguf")
     if quant in QUANTISED and find_spec("llama_cpp") is None:
         raise StructPruneError(
             "Types besides f32, f16, bf16 and q8_0 are made by llama.cpp, which is missing: `pip install "
             "llama-cpp-python` (which compiles it)."
         )
+    from gguf import GGML_QUANT_VERSION, GGUFWriter
+
     check_place(output, file=True)
     output = Path(output)
     loaded = isinstance(model, PreTrainedModel)
     name = Path(model.config._name_or_path or "model" if loaded else model).absolute().name
     model, tokenizer = load_source(model, tokenizer, check=check, trust_remote_code=trust_remote_code)
-    layout = layout_of(model)
-    written = quant if quant in WRITTEN else _LOSSLESS.get(next(model.parameters()).dtype, "f32")
-    tensors = stored_tensors(model, layout, written)
-    size = sum(tensor.size for tensor in tensors)
+    architecture, state, blocks, head_dim = as_llama_cpp_reads(model)
+    written = quant if quant in WRITTEN else _LOSSLESS.get(model.dtype, "f32")
+    writer = GGUFWriter(None, architecture)
+    writer.add_name(name)
+    writer.add_file_type(_file_type(written))
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    _add_hyperparameters(writer, model.config, blocks, head_dim)
+    notes = _add_vocabulary(writer, tokenizer, model.config)
+    _add_tensors(writer, model.config, state, head_dim, written)
+    size = sum(tensor.nbytes for tensor in writer.tensors[0].values())
     with appearing(output, size * (1 if written == quant else 2)) as path:
         first = path if written == quant else path.with_name("whole.gguf")
-        notes = _write(first, model, tokenizer, layout, tensors, WRITTEN[written], name)
+        with closing(writer):
+            writer.write_header_to_file(first)
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file(progress=is_progress_bar_enabled())
         if first != path:
-            _quantise(first, path, QUANTISED[quant])
+            _quantise(first, path, _file_type(quant))
         matrices = _matrices(path)
-    notes += _remarks(model, layout, quant, matrices)
+    notes += _remarks(model.config, architecture, quant, matrices)
     kinds = dict(Counter(kind for kind, _ in matrices))
-    details = {"quant": quant, "architecture": layout.architecture, "matrices": kinds}
+    details = {"quant": quant, "architecture": architecture, "matrices": kinds}
     return Exported(output, output.stat().st_size, details, notes)
 
 
-def _write(
-    path: Path,
-    model: PreTrainedModel,
-    tokenizer: Any,
-    layout: Layout,
-    tensors: list[StoredTensor],
-    file_type: int,
-    name: str,
-) -> list[str]:
-    """Writes the file, one tensor in memory at a time."""
-    from gguf import GGML_QUANT_VERSION, GGUFWriter
+def _file_type(quant: str) -> int:
+    """What llama.cpp calls a file of such matrices."""
+    from gguf import LlamaFileType
 
-    writer = GGUFWriter(path, layout.architecture)
-    try:
-        write_metadata(writer, model.config, layout, name)
-        writer.add_file_type(file_type)
-        writer.add_quantization_version(GGML_QUANT_VERSION)
-        notes = write_vocabulary(writer, tokenizer, model.config)
-        for tensor in tensors:
-            writer.add_tensor_info(tensor.name, tensor.shape, float, tensor.size, raw_dtype=tensor.kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for tensor in tqdm(tensors, desc=path.name, disable=not is_progress_bar_enabled()):
-            writer.write_tensor_data(tensor.encode())
-    finally:
-        writer.close()
-    return notes
+    return LlamaFileType[f"{'ALL' if quant == 'f32' else 'MOSTLY'}_{quant.upper()}"]
+
+
+def _quantise(source: Path, target: Path, file_type: int) -> None:
+    """Lets llama.cpp write a file (f32, f16 or bf16) in fewer bits."""
+    import llama_cpp
+
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = file_type
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(parameters)) != 0:
+        raise ExportError(f"llama.cpp could not quantise {source.name}; what it says is on stderr.")
 
 
 def _matrices(path: Path) -> list[tuple[str, int]]:
@@ -133,13 +137,13 @@ def _matrices(path: Path) -> list[tuple[str, int]]:
     return [(t.tensor_type.name.lower(), int(t.shape[0])) for t in tensors if len(t.shape) > 1]
 
 
-def _remarks(model: PreTrainedModel, layout: Layout, quant: str, matrices: list[tuple[str, int]]) -> list[str]:
+def _remarks(config: PreTrainedConfig, architecture: str, quant: str, matrices: list[tuple[str, int]]) -> list[str]:
     """What came out otherwise than asked."""
     notes = []
-    if layout.architecture == "deci":
+    if architecture == "deci":
         notes.append("The layers are not alike: written for llama.cpp's architecture deci.")
-    context = context_of(model.config)
-    if context < model.config.max_position_embeddings:
+    context = _context(config)
+    if context < config.max_position_embeddings:
         notes.append(f"llama.cpp reads no sliding window here: the context is written as {context} tokens.")
     # How many neighbouring values of a row share what the type says of its blocks.
     block = 1 if quant in ("f32", "f16", "bf16") else 256 if "_k" in quant or quant == "iq4_xs" else 32
@@ -153,11 +157,325 @@ def _remarks(model: PreTrainedModel, layout: Layout, quant: str, matrices: list[
     return notes
 
 
-def _quantise(source: Path, target: Path, file_type: int) -> None:
-    """Lets llama.cpp write a file (f32, f16 or bf16) in fewer bits, a type of its `llama_ftype`."""
-    import llama_cpp
+# The architecture of each class of Transformers. The tensors of each are those of a Llama, and norms of queries and
+# keys (qwen3) or biases (qwen2).
+_FAMILIES = {
+    "LlamaForCausalLM": "llama", "MistralForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3", "SmolLM3ForCausalLM": "smollm3", "GraniteForCausalLM": "granite",
+}  # fmt: skip
+# Those that rotate neighbouring rows of queries and keys, where Transformers rotates the first half of a head with the
+# second. They are also those that read factors of the rotary frequencies from a tensor.
+_ROTATES_NEIGHBOURS = ("llama", "deci", "smollm3", "granite")
+# Configuration values of Granite and the names of llama.cpp.
+_GRANITE = {
+    "attention_multiplier": "add_attention_scale", "embedding_multiplier": "add_embedding_scale",
+    "residual_multiplier": "add_residual_scale", "logits_scaling": "add_logit_scale",
+}  # fmt: skip
+# Neurons of the MLP that stands for none. A block of `q8_0` is that wide.
+_DUMMY_WIDTH = 32
 
-    parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = file_type
-    if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(parameters)) != 0:
-        raise ExportError(f"llama.cpp could not quantise {source.name}; what it says is on stderr.")
+
+def check(config: PreTrainedConfig, name: str | None = None) -> None:
+    """Refuses models that cannot be written, and what llama.cpp would read without an error and compute differently.
+
+    `name` is that of its class in Transformers, by default the one that is made for such a configuration.
+    """
+    name = name or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)
+    if name not in _FAMILIES:
+        raise ExportError(
+            f"{name} cannot be written as GGUF here; what can be: {', '.join(_FAMILIES)}. For others take "
+            "convert_hf_to_gguf.py of llama.cpp, which reads checkpoints whose layers are alike."
+        )
+    if config.hidden_act not in ("silu", "swish"):
+        raise ExportError(f"llama.cpp computes the MLP of a {name} with SiLU; this model's is {config.hidden_act!r}.")
+    if name == "SmolLM3ForCausalLM":
+        rotated = [int((i + 1) % 4 != 0) for i in range(config.num_hidden_layers)]
+        if list(config.no_rope_layers) != rotated:
+            raise ExportError(
+                "llama.cpp leaves every fourth layer of a SmolLM3 without rotary positions, but the layers without "
+                f"them here are {[i for i, rope in enumerate(config.no_rope_layers) if not rope]}: drop no layers, or "
+                "four neighbouring ones at a time."
+            )
+
+
+def as_llama_cpp_reads(model: PreTrainedModel) -> tuple[str, State, list[Block], int]:
+    """The architecture, the tensors by their names in Transformers, the sizes of each layer and those of a head.
+
+    Layers that are not alike need the architecture `deci`, the only one of llama.cpp with sizes for every layer. It
+    reads a layer without attention, but not as the first one, and forgets the attention of a layer without MLP: these
+    get a sublayer of zeros, which adds nothing to the residual stream either. `qwen2` knows no head count that does
+    not multiply to the hidden size; such a model is written as a `llama` with biases.
+
+    Raises:
+        ExportError: llama.cpp has no architecture for it; says what to do.
+    """
+    name = type(model).__name__.removeprefix(PREFIX)
+    check(model.config, name)
+    architecture, (state, blocks, head_dim) = _FAMILIES[name], llama_layers(model)
+    if len(set(blocks)) > 1 or not (blocks[0].heads and blocks[0].width):
+        if architecture not in ("llama", "qwen2"):  # which compute what deci computes, biases included
+            raise ExportError(
+                f"The layers of this {name} are not alike, and llama.cpp reads such layers of Llama, Mistral and "
+                "Qwen2 models only. Prune with layout='uniform'."
+            )
+        whole = [replace(block, width=block.width or _DUMMY_WIDTH) for block in blocks]
+        if not whole[0].heads:
+            whole[0] = replace(whole[0], kv_heads=1, group=1)
+        for layer, (old, new) in enumerate(zip(blocks, whole, strict=True)):
+            pad_layer(state, layer, old, new, head_dim)
+        return "deci", state, whole, head_dim
+    if architecture == "qwen2" and blocks[0].heads * head_dim != model.config.hidden_size:
+        architecture = "llama"
+    return architecture, state, blocks, head_dim
+
+
+def _context(config: PreTrainedConfig) -> int:
+    """Tokens up to which llama.cpp computes what Transformers computes: it reads no sliding window of these models."""
+    sliding, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if sliding and (types is None or "sliding_attention" in types):
+        return min(config.max_position_embeddings, sliding)
+    return config.max_position_embeddings
+
+
+def _add_hyperparameters(writer: GGUFWriter, config: PreTrainedConfig, blocks: list[Block], head_dim: int) -> None:
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(_context(config))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(len(blocks))
+    for add, sizes in (
+        (writer.add_feed_forward_length, [block.width for block in blocks]),
+        (writer.add_head_count, [block.heads for block in blocks]),
+        (writer.add_head_count_kv, [block.kv_heads for block in blocks]),
+    ):
+        add(sizes if writer.arch == "deci" else sizes[0])
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(head_dim)
+    _add_rope(writer, config)
+    if writer.arch == "granite":
+        for key, add in _GRANITE.items():
+            getattr(writer, add)(getattr(config, key))
+
+
+def _add_rope(writer: GGUFWriter, config: PreTrainedConfig) -> None:
+    """Writes how positions are rotated; refuses what llama.cpp would compute differently."""
+    from gguf import RopeScalingType
+
+    rope = config.rope_parameters
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ExportError("llama.cpp rotates whole heads of this architecture; here only a part of each is rotated.")
+    writer.add_rope_freq_base(rope["rope_theta"])
+    kind = rope.get("rope_type", "default")
+    if kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(RopeScalingType[kind.upper()])
+        writer.add_rope_scaling_factor(rope["factor"])
+    if kind == "yarn":  # as both compute it by default; other settings mean something else there
+        stated = {key for key, value in rope.items() if value is not None}
+        other = sorted({"attention_factor", "mscale", "mscale_all_dim", "truncate"} & stated)
+        if other:
+            raise ExportError(f"YaRN with `{other[0]}` set cannot be written for llama.cpp.")
+        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        writer.add_rope_scaling_orig_ctx_len(original)
+        writer.add_rope_scaling_yarn_beta_fast(rope.get("beta_fast") or 32)
+        writer.add_rope_scaling_yarn_beta_slow(rope.get("beta_slow") or 1)
+    elif kind == "llama3" and writer.arch in _ROTATES_NEIGHBOURS:  # by what each pair's frequency is divided
+        frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+        steps = torch.arange(len(frequencies), dtype=torch.float32) / len(frequencies)
+        writer.add_tensor("rope_freqs.weight", ((1.0 / rope["rope_theta"] ** steps) / frequencies).numpy())
+    elif kind not in ("default", "linear"):
+        raise ExportError(
+            f"Rotary positions of type {kind!r} cannot be written for llama.cpp's {writer.arch}; those that can are "
+            "default, linear and yarn, and llama3 for models like Llama."
+        )
+
+
+def _add_tensors(writer: GGUFWriter, config: PreTrainedConfig, state: State, head_dim: int, quant: str) -> None:
+    """Gives the tensors to the writer, which reads one at a time when it writes them.
+
+    Matrices are stored in the type that is asked for, or in half precision where rows do not divide into its blocks;
+    vectors in float32, as llama.cpp wants them.
+
+    Raises:
+        ExportError: The model has a tensor that the architecture has no name for.
+    """
+    from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map
+    from gguf.lazy import LazyNumpyTensor
+    from gguf.quants import quantize
+
+    asked = GGMLQuantizationType[quant.upper()]
+    arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == writer.arch)
+    names = get_tensor_name_map(arch, config.num_hidden_layers)
+    for name, tensor in state.items():
+        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if stored is None:
+            raise ExportError(f"llama.cpp's {writer.arch} has no tensor for `{name}`.")
+        kind = asked if tensor.shape[-1] % GGML_QUANT_SIZES[asked][0] == 0 else GGMLQuantizationType.F16
+        kind = GGMLQuantizationType.F32 if tensor.ndim == 1 else kind
+        rotated = name.rpartition(".")[0].endswith(("q_proj", "k_proj")) and writer.arch in _ROTATES_NEIGHBOURS
+        read = partial(_values, stored, tensor, kind, head_dim if rotated else None)
+        meta = LazyNumpyTensor.meta_with_dtype_and_shape(np.float32, tuple(tensor.shape))
+        writer.add_tensor(stored, quantize(LazyNumpyTensor(meta=meta, func=read), kind), raw_dtype=kind)
+
+
+def _values(name: str, tensor: torch.Tensor, kind: GGMLQuantizationType, head_dim: int | None) -> np.ndarray:
+    """The float32 values of a tensor of the file; rotary rows in the order of rotation by neighbours.
+
+    Transformers rotates row `i` of a head with row `i + head_dim / 2`; in the result these two are neighbours.
+    """
+    values = tensor.detach().to("cpu", torch.float32).contiguous()
+    if kind.name == "F16" and values.abs().max() > torch.finfo(torch.float16).max:
+        raise ExportError(f"{name} holds {values.abs().max():.4g}, too large for f16. Say --quant bf16.")
+    if head_dim is not None:
+        values = values.reshape(-1, 2, head_dim // 2, *values.shape[1:]).transpose(1, 2).reshape(values.shape)
+    return values.numpy()
+
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+# Ways to split text before byte-pair encoding, and whether whole words of the vocabulary skip the merges: the name of
+# the same in llama.cpp. `byte-level` is the expression built into the tokenizers library.
+_SPLITS = {
+    (("byte-level",), False): "gpt-2",
+    (("digits", "byte-level"), False): "smollm",
+    ((rf"{_CONTRACTIONS}|{_LETTERS}{{1,3}}{_TAIL}",), True): "llama-bpe",
+    ((rf"{_CONTRACTIONS}|{_LETTERS}{{1,3}}{_TAIL}",), False): "smaug-bpe",
+    ((rf"{_CONTRACTIONS}|{_LETTERS}{_TAIL}",), False): "qwen2",
+    (
+        (
+            rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
+            r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        ),
+        True,
+    ): "tekken",
+}  # fmt: skip
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+
+
+def _add_vocabulary(writer: GGUFWriter, tokenizer: Any, config: PreTrainedConfig) -> list[str]:
+    """Writes tokens, merges, special tokens and the chat template; says what llama.cpp does otherwise.
+
+    Known are fast tokenizers: byte-level BPE (Llama 3, Qwen, SmolLM, Mistral Nemo), and BPE with byte fallback as
+    SentencePiece has it (Llama 2, Mistral).
+
+    Raises:
+        ExportError: llama.cpp has no tokenizer that gives the same tokens.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ExportError(f"{type(tokenizer).__name__} is no fast tokenizer; llama.cpp's vocabulary is made from one.")
+    description = json.loads(backend.to_str())
+    kind, split = _kind_of(description)
+    tokens, types = _tokens(tokenizer, description, config.vocab_size)
+    writer.add_tokenizer_model(kind)
+    writer.add_tokenizer_pre(split)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    if kind == "llama":
+        writer.add_token_scores(_scores(tokens, types, description["model"]["merges"]))
+        first = tokenizer.convert_ids_to_tokens(tokenizer.encode("a", add_special_tokens=False)[:1])
+        writer.add_add_space_prefix(first[0].startswith(_SPACE))
+    _add_special(writer, tokenizer, with_merges=kind != "llama")
+    normalises = "NFC" in json.dumps(description["normalizer"])
+    return ["Text is not normalised to NFC by llama.cpp, as this tokenizer does it."] if normalises else []
+
+
+def _kind_of(description: dict[str, Any]) -> tuple[str, str]:
+    """Kind of tokenizer and kind of splitting, by llama.cpp's names."""
+    model, normalizer = description["model"], description["normalizer"]
+    if model["type"] != "BPE":
+        raise ExportError(f"The tokenizer is a {model['type']} model; what can be written as GGUF is BPE.")
+    steps = {step["type"] for step in _sequence(normalizer, "normalizers")}
+    splits = _splitting(description["pre_tokenizer"])
+    if model.get("byte_fallback") and steps <= {"Prepend", "Replace"} and splits in ((), ("unknown Metaspace",)):
+        return "llama", "default"
+    key = (splits, bool(model.get("ignore_merges")))
+    if model.get("byte_fallback") or key not in _SPLITS or not steps <= {"NFC"}:
+        raise ExportError(
+            f"llama.cpp has no tokenizer like this one, whose text is normalised by {json.dumps(normalizer)} and "
+            f"split by {json.dumps(description['pre_tokenizer'])}; known are {', '.join(_SPLITS.values())}, and "
+            "SentencePiece's BPE."
+        )
+    return "gpt2", _SPLITS[key]
+
+
+def _splitting(pre_tokenizer: dict[str, Any] | None) -> tuple[str, ...]:
+    """The steps that split text, in words of `_SPLITS`; what is not understood gives a step that is not there."""
+    steps = []
+    for step in _sequence(pre_tokenizer, "pretokenizers"):
+        kind = step["type"]
+        if kind == "ByteLevel" and not step["add_prefix_space"]:
+            steps += ["byte-level"] if step["use_regex"] else []
+        elif kind == "Digits" and step["individual_digits"]:
+            steps.append("digits")
+        elif kind == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+            steps.append(step["pattern"].get("Regex", "?"))
+        else:
+            steps.append(f"unknown {kind}")
+    return tuple(steps)
+
+
+def _sequence(description: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
+    return [] if description is None else description.get(name, [description])
+
+
+def _tokens(tokenizer: Any, description: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
+    """Every token and its type; rows of the embedding without a token get one that is never used."""
+    from gguf import TokenType
+
+    texts = {number: text for text, number in tokenizer.get_vocab().items()}
+    if max(texts) >= size:
+        raise ExportError(
+            f"The tokenizer has a token {max(texts)}, but the embedding only {size} rows; resize the embedding."
+        )
+    special = {token["id"]: token["special"] for token in description["added_tokens"]}
+    fallback, unknown = description["model"].get("byte_fallback"), description["model"].get("unk_token")
+    tokens, types = [], []
+    for number in range(size):
+        text, kind = texts.get(number, f"[PAD{number}]"), TokenType.NORMAL
+        if number not in texts:
+            kind = TokenType.UNUSED
+        elif fallback and text == unknown:
+            kind = TokenType.UNKNOWN
+        elif special.get(number):
+            kind = TokenType.CONTROL
+        elif number in special:
+            kind, text = TokenType.USER_DEFINED, text.replace(_SPACE, " ") if fallback else text
+        elif fallback and re.fullmatch("<0x..>", text):
+            kind = TokenType.BYTE
+        tokens.append(text)
+        types.append(kind)
+    return tokens, types
+
+
+def _scores(tokens: list[str], types: list[int], merges: list[list[str]]) -> list[float]:
+    """SentencePiece's scores: of two possible merges the one whose result has the higher score comes first."""
+    from gguf import TokenType
+
+    ranks = {"".join(pair): rank for rank, pair in reversed([*enumerate(merges)])}
+    # Single characters, which no merge gives, are the lowest.
+    return [
+        float(-ranks.get(token, len(merges))) if kind == TokenType.NORMAL else 0.0
+        for token, kind in zip(tokens, types, strict=True)
+    ]
+
+
+def _add_special(writer: GGUFWriter, tokenizer: Any, with_merges: bool) -> None:
+    """Merges, special tokens, which of them are put around a text, and the chat template."""
+    from gguf import SpecialVocab
+
+    bare, full = (tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
+    start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+    before, after = full[:start], full[start + len(bare) :]
+    if before not in ([], [tokenizer.bos_token_id]) or after not in ([], [tokenizer.eos_token_id]):
+        raise ExportError(
+            f"The tokenizer puts {tokenizer.convert_ids_to_tokens(before + after)} around a text; llama.cpp puts the "
+            "tokens for begin and end only."
+        )
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        special = SpecialVocab(folder, load_merges=with_merges, special_token_types=("bos", "eos", "unk", "pad"))
+    special.add_special_token = {"bos": bool(before), "eos": bool(after)}
+    special.add_to_gguf(writer, quiet=True)

@@ -19,12 +19,13 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTr
 from transformers.utils import logging
 
 from ..errors import ConfigurationError, ExportError
-from ..evaluation.efficiency import weight_bytes
-from ..files.writing import check_folder, write_folder
+from ..files.writing import write_folder
 from ..hardware import DTYPES
 from ..installed import need
-from ..model.layer_values import overrides_of
-from .common import Exported, load_source
+from ..model.target import overrides_of
+from ..units import KINDS
+from ..units.heads import GROUPS
+from .common import Exported, load_source, output_folder
 
 
 logger = logging.get_logger(__name__)
@@ -32,6 +33,7 @@ logger = logging.get_logger(__name__)
 # Largest difference of logits that counts as equal, in shares of the largest logit.
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 3e-2}
 _FILENAME = "model.onnx"  # the exporter's name for the one graph
+Past = dict[str, dict[str, torch.Tensor]]
 
 
 def export_onnx(
@@ -48,15 +50,15 @@ def export_onnx(
     all at once, after ONNX Runtime has given the logits of the model on padded batches, with and without a past.
 
     Args:
-        model (`str` or `PreTrainedModel`): A folder, an id of the Hub, or a model. Uniform or per-layer.
-        output (`str`): Folder to write.
-        dtype (`str`): `fp32` or `fp16`, of weights and arithmetic.
+        model: A folder, an id of the Hub, or a model. Uniform or per-layer.
+        output: Folder to write.
+        dtype: `fp32` or `fp16`, of weights and arithmetic.
         tokenizer: Tokenizer to put into the folder. Default: the model's own.
-        trust_remote_code (`bool`): Run modelling code that comes with the model.
+        trust_remote_code: Run modelling code that comes with the model.
 
     Returns:
-        [`Exported`]: The folder; `details["difference"]` is the largest difference of logits that was seen, in shares
-        of the largest logit.
+        The folder; `details["difference"]` is the largest difference of logits that was seen, in shares of the largest
+        logit.
 
     Raises:
         ConfigurationError: `dtype` or `output` cannot be used.
@@ -66,19 +68,16 @@ def export_onnx(
         StructPruneError: The `onnx` extra is not installed.
     """
     need("onnx", "onnxscript", "onnxruntime", extra="onnx")
-    wanted = DTYPES.get({"float32": "fp32", "float16": "fp16"}.get(dtype, dtype))
+    wanted = DTYPES.get(dtype.replace("float", "fp"))
     if wanted not in _TOLERANCES:
         raise ConfigurationError(f"`dtype` is {dtype!r}; allowed values are fp32, fp16.")
-    check_folder(output)
-    output = Path(output)
-    if isinstance(model, (str, os.PathLike)) and output.exists() and Path(model).exists() and output.samefile(model):
-        raise ConfigurationError(f"{output} is the checkpoint itself; choose another folder for its ONNX form.")
+    output = output_folder(model, output)
     options = {"dtype": wanted, "trust_remote_code": trust_remote_code or None}
     model, tokenizer = load_source(model, tokenizer, with_tokenizer=False, **options)
     if model.dtype != wanted or model.device.type != "cpu":
         model = copy.deepcopy(model).to("cpu", wanted)
     # The graph's own weights, beside the model while it is written and checked.
-    size, free = sum(weight_bytes(model).values()), psutil.virtual_memory().available
+    size, free = model.get_memory_footprint(), psutil.virtual_memory().available
     if size > free:
         raise ExportError(
             f"The export needs about {size / 1e9:.1f} GB of memory beside the model, but {free / 1e9:.1f} GB are free."
@@ -153,15 +152,10 @@ def _compare(folder: Path, forward: ForwardWithCache) -> float:
     return worst
 
 
-def run_graph(graph: Any, past: dict, tokens: torch.Tensor, mask: torch.Tensor, prompt: int) -> torch.Tensor:
-    """Logits of sequences: of the first tokens at once, then one token at a time with the past of those before.
+def run_graph(graph: Any, past: Past, tokens: torch.Tensor, mask: torch.Tensor, prompt: int) -> torch.Tensor:
+    """Logits of sequences (batch, tokens): of the first `prompt` tokens at once, then of one at a time.
 
-    Args:
-        graph: The exported graph, callable.
-        past: An empty past, see [`ForwardWithCache.past`].
-        tokens: Token ids, shape (batch, tokens).
-        mask: 1 for tokens, 0 for padding.
-        prompt: How many tokens the prefill takes.
+    The mask is 1 for tokens and 0 for padding; `past` is an empty one, see [`ForwardWithCache.past`].
     """
     logits = []
     for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, tokens.shape[1]))]:
@@ -169,12 +163,6 @@ def run_graph(graph: Any, past: dict, tokens: torch.Tensor, mask: torch.Tensor, 
         past = result["present"]
         logits.append(result["logits"])
     return torch.cat(logits, 1)
-
-
-# Sizes of the sample that is traced. All differ, and none is 0 or 1, which tracing would take for constants.
-_BATCH, _TOKENS, _PAST = 2, 3, 5
-
-Past = dict[str, dict[str, torch.Tensor]]
 
 
 class ForwardWithCache(nn.Module):
@@ -205,8 +193,6 @@ class ForwardWithCache(nn.Module):
         # Transformers 5.24 gave the argument another name.
         self._cache_name = "cache" if "cache" in names else "past_key_values"
         self._takes_positions = "position_ids" in names
-        skipped = [overrides_of(model.config, i).get("skip", ()) for i in range(model.config.num_hidden_layers)]
-        self.without_attention = [i for i, skip in enumerate(skipped) if "attention" in skip]
         self.shapes = self._cache_shapes()
 
     def forward(
@@ -234,16 +220,17 @@ class ForwardWithCache(nn.Module):
 
     def sample(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Inputs to trace with, and which of their dimensions vary: batch, tokens and past."""
+        batch, tokens, past = 2, 3, 5  # all differ, and none is 0 or 1, which tracing would take for constants
         inputs = {
-            "input_ids": torch.ones(_BATCH, _TOKENS, dtype=torch.long),
-            "attention_mask": torch.ones(_BATCH, _PAST + _TOKENS, dtype=torch.long),
-            "past_key_values": self.past(_BATCH, _PAST),
+            "input_ids": torch.ones(batch, tokens, dtype=torch.long),
+            "attention_mask": torch.ones(batch, past + tokens, dtype=torch.long),
+            "past_key_values": self.past(batch, past),
         }
         # Not AUTO: a dimension that cannot vary is an error and no silent constant.
         varies = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
         layer = {name: {0: Dim.DYNAMIC, 2: Dim.DYNAMIC} for name in ("key", "value")}
-        past = {name: layer for name in inputs["past_key_values"]}
-        return inputs, {"input_ids": varies, "attention_mask": varies, "past_key_values": past}
+        layers = {name: layer for name in inputs["past_key_values"]}
+        return inputs, {"input_ids": varies, "attention_mask": varies, "past_key_values": layers}
 
     def logits(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> torch.Tensor:
         """Those of the model itself, with positions as `generate` numbers them."""
@@ -257,9 +244,9 @@ class ForwardWithCache(nn.Module):
         """KV heads and head size of each layer with attention, as the model writes them into a cache."""
         cache, tokens = DynamicCache(), torch.zeros(1, 2, dtype=torch.long)
         self.logits(tokens, torch.ones_like(tokens), **{self._cache_name: cache}, use_cache=True)
-        number = self.config.num_hidden_layers
-        layers = [i for i in range(number) if i not in self.without_attention]
-        if not layers or len(cache.layers) != number or any(cache.layers[i].keys.ndim != 4 for i in layers):
+        numbers, attention = range(self.config.num_hidden_layers), KINDS[GROUPS].sublayer
+        layers = [i for i in numbers if attention not in overrides_of(self.model.config, i).get("skip", ())]
+        if not layers or len(cache.layers) != len(numbers) or any(cache.layers[i].keys.ndim != 4 for i in layers):
             raise ExportError(
                 f"{type(self.model).__name__} does not keep keys and values for each of its layers, so its cache "
                 "cannot be exported."
@@ -272,10 +259,7 @@ def genai_config(
 ) -> dict[str, Any] | str:
     """The content of `genai_config.json`: what ONNX Runtime GenAI has to know; or a sentence that says why not.
 
-    Args:
-        config: The model's configuration.
-        generation: How it generates.
-        shapes: KV heads and head size of each layer that has attention.
+    `shapes` are KV heads and head size of each layer that has attention.
     """
     end = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
     context = getattr(config, "max_position_embeddings", None)

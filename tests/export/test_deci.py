@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 
 from hf_structprune.commands.cli import main
 from hf_structprune.errors import ConfigurationError, ExportError
-from hf_structprune.export.deci import FAMILIES, Block, block_configs, export_deci, fit
+from hf_structprune.export.common import Block
+from hf_structprune.export.deci import FAMILIES, block_configs, export_deci, fit
 from hf_structprune.model.loading import load_model
 from hf_structprune.model.structure import ModelStructure
 
@@ -187,6 +188,8 @@ def test_a_folder_becomes_a_folder_with_its_tokenizer(tiny_llama, tiny_tokenizer
     assert result.notes[0].startswith("Not run in vLLM") and result.size > 0
     with pytest.raises(ConfigurationError, match="is a file"):
         export_deci(tmp_path / "in", tmp_path / "in" / "config.json")
+    with pytest.raises(ConfigurationError, match="the checkpoint itself"):
+        export_deci(tmp_path / "in", tmp_path / "in")
 
 
 def test_notes_say_what_sglang_does_not_read(tmp_path):
