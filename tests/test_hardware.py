@@ -22,8 +22,7 @@ from hf_structprune.evaluation.environment import describe_environment, model_fi
 from hf_structprune.hardware import release_memory
 from hf_structprune.model import rebuild as checkpoint
 from hf_structprune.model.target import Target
-from hf_structprune.quantization.backend import device_of, need_accelerator
-from hf_structprune.quantization.gptq import Awq
+from hf_structprune.quantization.quantizing import Awq, Backend, TorchAo
 from hf_structprune.recovery.callback import mixed_precision
 from hf_structprune.recovery.configuration import RecoveryConfig
 from hf_structprune.recovery.distillation.losses import CACHED_LOGITS, rows_at_once
@@ -44,14 +43,14 @@ def on(device, dtype=torch.float32):
 def test_the_device_that_is_computed_on(monkeypatch):
     force_no_accelerator(monkeypatch)
     assert (hardware.default_device(), hardware.cuda_devices()) == ("cpu", [])
-    assert not hardware.has_accelerator() and device_of(QuantizationConfig()) == "cpu"
+    assert not hardware.has_accelerator() and TorchAo(None, QuantizationConfig()).device == "cpu"
     force_accelerator(monkeypatch, True)
     assert hardware.has_accelerator() and hardware.default_device() == "cpu"
     force_cuda(monkeypatch, True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert hardware.default_device() == device_of(QuantizationConfig()) == "cuda"
+    assert hardware.default_device() == TorchAo(None, QuantizationConfig()).device == "cuda"
     assert hardware.cuda_devices() == [torch.device("cuda:0"), CUDA]
-    assert device_of(QuantizationConfig(device="cpu")) == "cpu"
+    assert TorchAo(None, QuantizationConfig(device="cpu")).device == "cpu"
 
 
 def test_free_memory_is_known_of_cuda_only(monkeypatch):
@@ -213,17 +212,19 @@ def test_a_model_over_several_devices_is_spread_again(device_map, spread, monkey
 def test_awq_computes_in_16_bits_and_packs_where_it_is():
     dtypes = {torch.float32: torch.float16, torch.float16: torch.float16, torch.bfloat16: torch.bfloat16}
     for given, chosen in dtypes.items():
-        assert Awq().dtype(SimpleNamespace(shapes=on(CPU, given))) is chosen
+        assert Awq(SimpleNamespace(shapes=on(CPU, given)), None).dtype is chosen
     kernels = {"cuda:1": "auto", "cpu": "awq_torch"}
     for device, kernel in kernels.items():
-        assert Awq().kernel(QuantizationConfig("awq", device=device)) == kernel
+        assert Awq(None, QuantizationConfig("awq", device=device)).kernel == kernel
 
 
-@pytest.mark.parametrize("device", ["cuda:0", "xpu"])
-def test_what_needs_an_accelerator(device):
-    need_accelerator(QuantizationConfig(device=device), "it", "something else")
-    with pytest.raises(ConfigurationError, match="it needs an accelerator .* something else"):
-        need_accelerator(QuantizationConfig(device="cpu"), "it", "something else")
+def test_torchao_with_4_bits_needs_an_accelerator(monkeypatch):
+    monkeypatch.setattr(Backend, "check", lambda self: None)  # there is none here
+    source = SimpleNamespace(linears={"map": (64, 256)})
+    for device in ("cuda:0", "xpu"):
+        TorchAo(source, QuantizationConfig("torchao", device=device)).check()
+    with pytest.raises(ConfigurationError, match="needs an accelerator .* or choose bitsandbytes"):
+        TorchAo(source, QuantizationConfig("torchao", device="cpu")).check()
 
 
 @pytest.mark.parametrize(("fp16", "stops"), [(True, False), (False, True)])

@@ -24,9 +24,7 @@ from ..hub.reports import read_quantization, read_recovery
 from ..installed import need
 from ..model.describe import target_of
 from ..plan import PruningPlan
-from ..quantization.backend import Source
-from ..quantization.methods import BACKENDS
-from ..quantization.quantizing import quantize
+from ..quantization.quantizing import Source, backend_of, quantize
 from ..recovery.recovering import recover, training_folder
 from ..recovery.resume import newest_whole
 from ..units import DepthKind, kinds_of
@@ -135,7 +133,7 @@ class _Run:
         self._finish(self.folder, "pruned")
         section = self.recipe.quantization
         if section is not None:
-            _check_source(section, Source.read(str(self.folder), False))
+            backend_of(Source.read(str(self.folder), False), section.config)
         if self.recipe.recovery is not None:
             self._recover(self.recipe.recovery)
         if section is not None:
@@ -277,11 +275,7 @@ def check_quantization(section: QuantizationSection, recipe: Recipe, source: Mod
     elif not set(recipe.pruning.units) - set(kinds_of(DepthKind)):
         model = load_shapes(source).model
     if model is not None:
-        _check_source(section, Source(source.model, model, source.trust_remote_code))
-
-
-def _check_source(section: QuantizationSection, source: Source) -> None:
-    BACKENDS[section.config.method].check(source, section.config)
+        backend_of(Source(source.model, model, source.trust_remote_code), section.config)
 
 
 def quantise_section(section: QuantizationSection, source: ModelArguments, again: bool) -> None:

@@ -2,35 +2,441 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from transformers import set_seed
+from torch import nn
+from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel, TorchAoConfig, set_seed
 from transformers.utils import logging
 
-from ..errors import CheckpointError, ConfigurationError
+from ..alignment import dividing_group_sizes
+from ..errors import CheckpointError, ConfigurationError, UnsupportedModelError
+from ..evaluation.protocols import context_length
+from ..evaluation.results import RESULTS_NAME, EvaluationResult
 from ..files.places import check_room
+from ..files.reading import read_json_object
 from ..files.writing import check_folder, write_folder, write_text
-from ..hardware import free_memory
+from ..hardware import default_device, free_memory
 from ..hub.card import CARD_NAME
 from ..hub.checkpoint import STILL_TRUE, check_card, check_own_files, copy_files, is_pruned, read_text, write_card_from
 from ..hub.origin import public_config
 from ..hub.reports import PICTURE_NAME, QUANTIZATION_NAME, RECOVERY_NAME, SCHEMA_VERSION
-from ..installed import versions
-from ..model.loading import load_tokenizer
-from .backend import Backend, Save, Source, device_of
+from ..installed import need, versions
+from ..model.loading import load_config, load_model, load_tokenizer, shapes_of
+from ..text.calibration import check_token_ids, load_tokens
 from .configuration import QuantizationConfig
-from .methods import BACKENDS
 
 
 logger = logging.get_logger(__name__)
+
+Save = Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that is not quantised yet: its shapes, read from its configuration alone, before any weight is.
+
+    Attributes:
+        name: Folder or Hub id.
+        shapes: The model on the meta device, in the dtype of its checkpoint.
+        trust_remote_code: Whether code that comes with it may run.
+    """
+
+    name: str
+    shapes: PreTrainedModel
+    trust_remote_code: bool = False
+
+    @classmethod
+    def read(cls, name: str | os.PathLike, trust_remote_code: bool = False) -> Source:
+        """Reads the configuration; raises a `CheckpointError` without such a model, or if it is quantised already."""
+        name = str(name)
+        config = load_config(name, trust_remote_code=trust_remote_code)
+        if getattr(config, "quantization_config", None) is not None:
+            raise CheckpointError(f"{name} is quantised already: give the checkpoint as it was before.")
+        dtype = config.dtype or torch.float32
+        return cls(name, shapes_of(config, name, dtype=dtype, trust_remote_code=trust_remote_code), trust_remote_code)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where it is; `None` for one on the Hub."""
+        return Path(self.name) if Path(self.name).is_dir() else None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all parameters in the dtype of the checkpoint."""
+        return self.shapes.get_memory_footprint(return_buffers=False)
+
+    @cached_property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Name and shape `(outputs, inputs)` of every linear map that is quantised: all but the head."""
+        head = self.shapes.get_output_embeddings()
+        return {
+            name: (module.out_features, module.in_features)
+            for name, module in self.shapes.named_modules()
+            if isinstance(module, nn.Linear) and module is not head
+        }
+
+    def load(self, **options: Any) -> PreTrainedModel:
+        """The model with its weights."""
+        dtype = self.shapes.dtype
+        return load_model(self.name, dtype=dtype, trust_remote_code=self.trust_remote_code, **options)
+
+
+class Backend(ABC):
+    """A method of quantisation, for a model and the settings that are asked for.
+
+    Attributes:
+        packages: What has to be installed, by the names that are imported.
+        libraries: Distributions whose versions are reported.
+        extra: The extra of this package that installs them.
+        on_device: Whether the whole model is put on the device; else on the CPU, and the device gets parts of it.
+        block: Weights that share a scale, where the method has chosen itself.
+    """
+
+    packages: tuple[str, ...] = ()
+    libraries: tuple[str, ...] = ()
+    extra: str = ""
+    on_device: bool = False
+    block: int | None = None
+
+    def __init__(self, source: Source, config: QuantizationConfig):
+        self.source, self.config = source, config
+
+    @property
+    def device(self) -> str:
+        """What is computed on."""
+        return self.config.device or default_device()
+
+    @property
+    def group_size(self) -> int | None:
+        """Weights that share a scale, as reported; `None` where the method has no such choice."""
+        return self.config.group_size
+
+    def check(self) -> None:
+        """Refuses everything that can be refused before a weight is read.
+
+        Raises:
+            StructPruneError: A package is missing, or the model, the settings and the device do not fit each other.
+        """
+        need(*self.packages, extra=self.extra)
+        try:
+            torch.empty(0, device=self.config.device or "cpu")
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigurationError(
+                f"`device` is {self.config.device!r}, which cannot be used: {str(error).splitlines()[0]}"
+            ) from error
+
+    def check_groups(self, whole_row: bool = True) -> None:
+        """Refuses a group size that some layer's inputs are no multiple of; -1 is a whole row, where that is possible.
+
+        Raises:
+            ConfigurationError: Names the layer, its inputs and the sizes that divide all layers.
+        """
+        size = self.config.group_size
+        for name, (_, columns) in self.source.linears.items():
+            if (size == -1 and not whole_row) or (size != -1 and columns % size):
+                fitting = [*map(str, dividing_group_sizes(inputs for _, inputs in self.source.linears.values()))]
+                fitting += ["-1 (a whole row)"] if whole_row else []
+                raise ConfigurationError(
+                    f"`group_size` is {size}, which does not divide the {columns} inputs of {name}. "
+                    + (f"Sizes that divide all layers: {', '.join(fitting)}." if fitting else "")
+                    + " `PruningConfig(align_to=...)` prunes to widths that group sizes divide."
+                )
+
+    def estimate(self) -> int:
+        """About how many bytes will be written: of a group, its weights, a scale and a zero point of 4 bytes."""
+        shapes = self.source.linears.values()
+        weights, rows = sum(rows * columns for rows, columns in shapes), sum(rows for rows, _ in shapes)
+        block = self.block or self.group_size or -1
+        groups = weights / block if block > 0 else rows
+        rest = self.source.bytes - weights * self.source.shapes.dtype.itemsize
+        return int(rest + weights * self.config.bits / 8 + groups * 4)
+
+    def memory(self) -> int:
+        """About how many bytes the weights take at most, where the model is."""
+        return self.source.bytes
+
+    def notes(self) -> list[str]:
+        """What a user of the result has to know."""
+        return []
+
+    @abstractmethod
+    def run(self, tokenizer: Any) -> Save:
+        """Quantises the model; gives what writes it into a folder, as the library itself saves it."""
+
+    def calibration(self, tokenizer: Any) -> torch.LongTensor:
+        """Token ids of shape `(num_samples, length)` for the methods that look at activations.
+
+        Raises:
+            ConfigurationError: The sequences are longer than the model's context.
+            CalibrationError: The data cannot be used.
+        """
+        asked, context = self.config.calibration, context_length(self.source.shapes)
+        if context is not None and asked.length > context:
+            raise ConfigurationError(
+                f"`calibration.length` is {asked.length}, but the model's context is {context} tokens."
+            )
+        tokens = load_tokens(asked, tokenizer)
+        check_token_ids(tokens, self.source.shapes.get_input_embeddings().weight.shape[0])
+        return tokens
+
+
+class BitsAndBytes(Backend):
+    """bitsandbytes: nf4 or fp4 in blocks of 64 weights, or int8 with a scale a row.
+
+    https://huggingface.co/papers/2305.14314. The weights are rounded while they are loaded, and saved as they were
+    rounded: `load_model` keeps bitsandbytes from repacking them on a CPU.
+    """
+
+    packages = libraries = ("bitsandbytes",)
+    extra = "bitsandbytes"
+    on_device = True
+    group_size = None
+
+    @property
+    def block(self) -> int | None:
+        return 64 if self.config.bits == 4 else None
+
+    def memory(self) -> int:
+        """Each weight is rounded as soon as it is read: 176 MB at most for 432 MB of SmolLM2, nf4 or int8."""
+        return self.estimate() + max(p.numel() * p.element_size() for p in self.source.shapes.parameters())
+
+    def notes(self) -> list[str]:
+        widths = []
+        for number, what, multiple in ((1, "inputs", 64), (0, "outputs", 32)):  # what 4-bit kernels of CPUs want
+            odd = sorted({shape[number] for shape in self.source.linears.values() if shape[number] % multiple})
+            shown = ", ".join([*map(str, odd[:5]), *(["..."] if len(odd) > 5 else [])])
+            widths += [f"{shown} {what}, no multiples of {multiple}"] if odd else []
+        if self.config.bits == 8 or not widths:
+            return []
+        return [
+            f"It has layers with {' and '.join(widths)}. bitsandbytes' 4-bit kernels cannot run these on CPUs with "
+            "AVX512-BF16 or AMX (an error at first use), and with plain AVX512 they compute wrong numbers if 64 does "
+            "not divide the inputs. This package's commands and `hf_structprune.model.loading.load_model` compute "
+            "rightly on every CPU, and other devices have no such limits, nor have 8 bits. "
+            "`PruningConfig(align_to=64)` prunes to widths that run everywhere."
+        ]
+
+    def run(self, tokenizer: Any) -> Save:
+        config, settings = self.config, {"load_in_8bit": True}
+        if config.bits == 4:
+            settings = {
+                "load_in_4bit": True, "bnb_4bit_quant_type": config.four_bit_type,
+                "bnb_4bit_use_double_quant": config.double_quant, "bnb_4bit_compute_dtype": self.source.shapes.dtype,
+            }  # fmt: skip
+        options = {"device_map": {"": self.device}, "quantization_config": BitsAndBytesConfig(**settings)}
+        return self.source.load(**options).save_pretrained
+
+
+class TorchAo(Backend):
+    """torchao, weight-only: int8 with a scale a row, or int4 in groups. https://huggingface.co/papers/2507.16099
+
+    The weights are rounded while they are loaded, and written as safetensors of their plain parts.
+    """
+
+    packages = libraries = ("torchao",)
+    extra = "torchao"
+    on_device = True
+
+    @property
+    def group_size(self) -> int | None:
+        return self.config.group_size if self.config.bits == 4 else None
+
+    def check(self) -> None:
+        super().check()
+        if self.config.bits == 4:
+            if torch.device(self.device).type == "cpu":
+                raise ConfigurationError(
+                    "torchao with 4 bits needs an accelerator (CUDA or XPU), and the device is the CPU: set `bits=8`, "
+                    "or choose bitsandbytes, which has 4 bits."
+                )
+            self.check_groups(whole_row=False)
+
+    def run(self, tokenizer: Any) -> Save:
+        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+
+        size = self.group_size
+        settings = TorchAoConfig(Int8WeightOnlyConfig() if size is None else Int4WeightOnlyConfig(group_size=size))
+        return self.source.load(device_map={"": self.device}, quantization_config=settings).save_pretrained
+
+
+class AutoRound(Backend):
+    """auto-round: rounding up or down is learnt by signed gradients. https://huggingface.co/papers/2309.05516
+
+    In its own format, which Transformers loads where auto-round is installed.
+    """
+
+    packages = ("auto_round",)
+    libraries = ("auto-round",)
+    extra = "auto-round"
+
+    def check(self) -> None:
+        super().check()
+        self.check_groups()
+
+    def run(self, tokenizer: Any) -> Save:
+        from auto_round import AutoRound as Rounding
+
+        config, rows = self.config, self.calibration(tokenizer)
+        rounding = Rounding(
+            self.source.load(), tokenizer, bits=config.bits, group_size=config.group_size, sym=config.sym,
+            iters=config.iterations, seed=config.seed, device_map=self.device,
+            dataset=list(rows.split(config.calibration.batch_size)),
+            seqlen=rows.shape[1], nsamples=rows.shape[0], batch_size=config.calibration.batch_size,
+        )  # fmt: skip
+        rounding.quantize()
+
+        def save(path: Path) -> None:
+            rounding.save_quantized(str(path), format="auto_round", inplace=True)
+
+        return save
+
+
+class Gptq(Backend):
+    """GPTQ by GPTQModel, on a CPU too: columns are rounded one after the other, and later ones make up for it.
+
+    https://huggingface.co/papers/2210.17323. Transformers loads the result through Optimum and GPTQModel.
+    """
+
+    # Our own wheel puts a folder `optimum` there: only what is in it tells whether Optimum is installed.
+    packages, libraries = ("gptqmodel", "optimum.gptq"), ("gptqmodel", "optimum")
+    extra = "gptq"
+    kernel = "auto"  # that packs the weights, by GPTQModel's name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of what is not quantised."""
+        return self.source.shapes.dtype
+
+    def check(self) -> None:
+        super().check()
+        self.check_groups()
+        for name, shape in self.source.linears.items():
+            if any(width % 32 for width in shape):
+                raise UnsupportedModelError(
+                    f"{name} has {shape[0]} outputs and {shape[1]} inputs; GPTQModel packs weights where both are "
+                    "multiples of 32: choose bitsandbytes, or prune with `PruningConfig(align_to=32)`."
+                )
+        if self.source.shapes.config.is_heterogeneous:
+            raise UnsupportedModelError(
+                f"{self.source.name} has layers of different widths, which GPTQModel builds all alike: quantise it "
+                "with bitsandbytes or torchao, or prune with `layout='uniform'`."
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """What GPTQModel calls the method."""
+        return {"quant_method": "gptq", "desc_act": self.config.desc_act}
+
+    def run(self, tokenizer: Any) -> Save:
+        if (os.cpu_count() or 1) < 4:  # GPTQModel 7.6 starts half as many threads as cores and fails with one
+            os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+        from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+
+        config, source, rows = self.config, self.source, self.calibration(tokenizer)
+        settings = {"bits": config.bits, "group_size": config.group_size, "sym": config.sym, **self.settings()}
+        model = GPTQModel.load(
+            source.name, QuantizeConfig(**settings, device=self.device),
+            trust_remote_code=source.trust_remote_code, dtype=self.dtype,
+        )  # fmt: skip
+        with _logs_elsewhere():
+            model.quantize(
+                [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows.tolist()],
+                batch_size=config.calibration.batch_size, tokenizer=copy.deepcopy(tokenizer),
+                backend=BACKEND(self.kernel),
+            )  # fmt: skip
+
+        def save(path: Path) -> None:
+            model.save(str(path))
+            self._restore(path)
+
+        return save
+
+    def _restore(self, path: Path) -> None:
+        """Puts back what GPTQModel changes: it sets a padding token, and names a temporary folder of this machine."""
+        config = copy.deepcopy(self.source.shapes.config)
+        config.dtype = self.dtype
+        config.quantization_config = _without_paths(read_json_object(path / "config.json")["quantization_config"])
+        config.save_pretrained(path)
+        file = path / "quantize_config.json"
+        if file.is_file():
+            write_text(file, json.dumps(_without_paths(read_json_object(file)), indent=2) + "\n")
+        try:
+            GenerationConfig.from_pretrained(self.source.name).save_pretrained(path)
+        except OSError:  # the model has none, and Transformers makes one from its configuration
+            (path / "generation_config.json").unlink(missing_ok=True)
+
+
+def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:
+    meta = {key: value for key, value in settings.get("meta", {}).items() if not key.endswith("_path")}
+    return {**settings, "meta": meta}
+
+
+@contextmanager
+def _logs_elsewhere() -> Iterator[None]:
+    """GPTQModel 7.6 writes a folder `logs` where the user happens to be, and has no option against it."""
+    from gptqmodel.looper import loop_processor
+
+    before = getattr(loop_processor, "_PROJECT_LOG_DIR", None)
+    with tempfile.TemporaryDirectory() as folder:
+        loop_processor._PROJECT_LOG_DIR = Path(folder)
+        try:
+            yield
+        finally:
+            loop_processor._PROJECT_LOG_DIR = before
+
+
+class Awq(Gptq):
+    """AWQ by GPTQModel: weights that meet large inputs are scaled up before all are rounded.
+
+    https://huggingface.co/papers/2306.00978
+    """
+
+    extra = "awq"
+
+    @property
+    def kernel(self) -> str:
+        return "auto" if self.device.startswith("cuda") else "awq_torch"
+
+    @property
+    def dtype(self) -> torch.dtype:  # its kernels compute in 16 bits only
+        return torch.float16 if super().dtype == torch.float32 else super().dtype
+
+    def check(self) -> None:
+        super().check()
+        for name, (rows, _) in self.source.linears.items():
+            if rows % 64:  # GPTQModel searches for the best clipping of so many outputs at once
+                raise UnsupportedModelError(
+                    f"{name} has {rows} outputs, and AWQ takes 64 at once: prune to widths that are multiples of 64, "
+                    "or choose gptq."
+                )
+
+    def settings(self) -> dict[str, Any]:
+        return {"quant_method": "awq", "format": "gemm"}
+
+
+BACKENDS: dict[str, type[Backend]] = {
+    "bitsandbytes": BitsAndBytes, "torchao": TorchAo, "gptq": Gptq, "awq": Awq, "auto-round": AutoRound,
+}  # fmt: skip
+
+
+def backend_of(source: Source, config: QuantizationConfig) -> Backend:
+    """The method that a configuration names, after its check, see `Backend.check`."""
+    backend = BACKENDS[config.method](source, config)
+    backend.check()
+    return backend
 
 
 @dataclass(frozen=True)
@@ -77,55 +483,50 @@ def quantize(
     config, folder = config or QuantizationConfig(), Path(output_dir)
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ConfigurationError(f"{folder} is not empty; choose another `output_dir` or say `overwrite`.")
-    backend, source = BACKENDS[config.method], Source.read(model, trust_remote_code)
-    backend.check(source, config)
+    source = Source.read(model, trust_remote_code)
+    backend = backend_of(source, config)
     if source.folder is not None:
         check_own_files(source.folder)
     check_card(folder)
-    _check_room(source, backend, config, folder)
-    for note in backend.notes(source, config):
+    check_room(folder, backend.estimate())
+    check_memory(backend)
+    for note in backend.notes():
         logger.warning(note)
     set_seed(config.seed)
     tokenizer = load_tokenizer(source.name, trust_remote_code=trust_remote_code)
-    save = backend.run(source, config, tokenizer)
-    return QuantizationResult(folder, _save(save, folder, source, backend, config, tokenizer))
+    return QuantizationResult(folder, _save(backend.run(tokenizer), folder, backend, tokenizer))
 
 
-def _check_room(source: Source, backend: Backend, config: QuantizationConfig, folder: Path) -> None:
-    """Refuses a model that does not fit on the disk, or in memory while it is quantised."""
-    check_room(folder, backend.estimate(source, config))
-    device = torch.device(device_of(config))
+def check_memory(backend: Backend) -> None:
+    """Refuses a model that does not fit in memory while it is quantised."""
+    device = torch.device(backend.device)
     where, free = f"of {device}", free_memory(device) if backend.on_device else None
     if free is None:
         where, free = "of this machine", psutil.virtual_memory().available
-    needed = backend.memory(source, config)
+    needed = backend.memory()
     if needed > free:
         raise CheckpointError(
-            f"{source.name} needs about {needed / 1e9:.2f} GB to be quantised by {config.method}, but "
+            f"{backend.source.name} needs about {needed / 1e9:.2f} GB to be quantised by {backend.config.method}, but "
             f"{free / 1e9:.2f} GB of the memory {where} are free: quantise it on a larger one."
         )
 
 
-def _save(
-    save: Save, folder: Path, source: Source, backend: Backend, config: QuantizationConfig, tokenizer: Any
-) -> dict[str, Any]:
+def _save(save: Save, folder: Path, backend: Backend, tokenizer: Any) -> dict[str, Any]:
     """Writes a quantised model as its library saves it (`save`), all at once or not at all; gives `quantization.json`.
 
     From the folder of the model before come how it was pruned and recovered, and what was measured on it, under the
     name of its state: `evaluation_results_pruned.json`. Nothing measured on other weights is passed off as measured on
     these. Other files in the folder stay, an earlier checkpoint in it goes.
     """
+    source, config, parameters = backend.source, backend.config, backend.source.shapes.num_parameters()
     report = {
-        "schema_version": SCHEMA_VERSION,
-        "method": config.method,
-        "bits": config.bits,
-        "group_size": backend.group_size(config),
-        "configuration": public_config(config).to_dict(),
-        "model": source.public_name,
+        "schema_version": SCHEMA_VERSION, "method": config.method, "bits": config.bits,
+        "group_size": backend.group_size, "configuration": public_config(config).to_dict(),
+        "model": source.name if source.folder is None else source.folder.absolute().name,  # never its path
         "versions": {**versions(), **{library: version(library) for library in backend.libraries}},
-        "weights": {"parameters": source.parameters, "bytes": None, "bytes_before": source.bytes},
-        "notes": backend.notes(source, config),
-    }
+        "weights": {"parameters": parameters, "bytes": None, "bytes_before": source.bytes},
+        "notes": backend.notes(),
+    }  # fmt: skip
     previous = read_text(folder / CARD_NAME)
 
     def write(path: Path) -> None:
@@ -136,11 +537,21 @@ def _save(
         write_text(path / QUANTIZATION_NAME, json.dumps(report, indent=1) + "\n")
         if source.folder is None:
             return
-        for state, results in source.measured.items():
+        for state, results in _measured(source.folder).items():
             shutil.copyfile(results, path / f"evaluation_results_{state}.json")
         if is_pruned(source.folder):  # quantising changes neither how it was pruned nor what training did before
             copy_files(source.folder, path, (*STILL_TRUE, RECOVERY_NAME, PICTURE_NAME))
             write_card_from(source.folder, path, folder, previous)
 
-    write_folder(folder, write, size=backend.estimate(source, config))
+    write_folder(folder, write, size=backend.estimate())
     return report
+
+
+def _measured(folder: Path) -> dict[str, Path]:
+    """The results that lie in a folder, by the state of the model that they were measured on."""
+    found = {}
+    for path in sorted(folder.glob("evaluation_results*.json")):
+        state = EvaluationResult.load(path).state
+        if path.name in (RESULTS_NAME, f"evaluation_results_{state}.json"):
+            found.setdefault(state, path)
+    return found

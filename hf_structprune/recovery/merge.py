@@ -220,7 +220,7 @@ def dequantised(layer: nn.Module) -> nn.Linear:
         CheckpointError: The weight has not been quantised yet, as before its model was moved to a device.
     """
     if type(layer.weight).__name__ == "Params4bit":
-        from ..quantization.stored_weights import stored_weight
+        from ..quantization.four_bit import stored_weight
 
         values = stored_weight(layer.weight)
     else:

@@ -16,7 +16,7 @@ from hf_structprune.commands.models import ModelArguments
 from hf_structprune.commands.recipe import MODEL_OPTIONS, Recipe, substitute
 from hf_structprune.errors import ConfigurationError
 from hf_structprune.files.reading import parse_yaml
-from hf_structprune.quantization.backend import Source
+from hf_structprune.quantization.quantizing import Source
 from hf_structprune.recovery.configuration import DistillationConfig, RecoveryConfig
 
 

@@ -9,7 +9,7 @@ from hf_structprune import PruningPlan
 from hf_structprune.commands import benchmark, cli, run
 from hf_structprune.evaluation import EfficiencyConfig
 from hf_structprune.evaluation.results import EvaluationResult, Figure
-from hf_structprune.quantization.gptq import Gptq
+from hf_structprune.quantization.quantizing import Gptq
 
 
 pytest.importorskip("bitsandbytes")

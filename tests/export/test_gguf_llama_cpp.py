@@ -20,10 +20,7 @@ from hf_structprune.model.structure import ModelStructure
 
 VOCAB = 400
 LLAMA3 = dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
-PROMPTS = [
-    "The capital of France is", "Once upon a time there was a", "Water boils at", "def add(a, b):\n    return",
-    "The three primary colours are",
-]  # fmt: skip
+PROMPTS = ["The capital of France is", "def add(a, b):\n    return", "The three primary colours are"]
 
 
 @pytest.fixture(params=RUNTIMES, ids=lambda runtime: runtime.package)

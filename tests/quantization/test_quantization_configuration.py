@@ -8,7 +8,7 @@ from hf_structprune import CalibrationConfig, QuantizationConfig
 from hf_structprune.errors import ConfigurationError
 from hf_structprune.hub.origin import public_config
 from hf_structprune.quantization.configuration import BITS, METHODS
-from hf_structprune.quantization.methods import BACKENDS
+from hf_structprune.quantization.quantizing import BACKENDS
 
 
 @pytest.mark.parametrize(

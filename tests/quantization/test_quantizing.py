@@ -21,8 +21,7 @@ from hf_structprune.evaluation.results import EvaluationResult
 from hf_structprune.hub.reports import read_quantization
 from hf_structprune.model.loading import load_model
 from hf_structprune.quantization import quantizing
-from hf_structprune.quantization.backend import Source
-from hf_structprune.quantization.methods import BACKENDS
+from hf_structprune.quantization.quantizing import BACKENDS, Source
 from hf_structprune.recovery.merge import dequantised, is_quantised
 
 
@@ -275,26 +274,27 @@ def test_too_little_memory_or_disk(dense, tmp_path, monkeypatch):
         quantize(dense, tmp_path / "out")
 
 
-def test_memory_is_that_of_the_device(dense, tmp_path, monkeypatch):
+def test_memory_is_that_of_the_device(dense, monkeypatch):
     """bitsandbytes needs less than the model; on CUDA the memory that counts is the device's."""
-    source, backend, config = Source.read(dense), BACKENDS["bitsandbytes"], QuantizationConfig(device="cuda:0")
-    needed = backend.memory(source, config)
-    assert backend.estimate(source, config) < needed < source.bytes
+    source, config = Source.read(dense), QuantizationConfig(device="cuda:0")
+    backend = BACKENDS["bitsandbytes"](source, config)
+    needed = backend.memory()
+    assert backend.estimate() < needed < source.bytes
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(0))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (needed, 0))
-    quantizing._check_room(source, backend, config, tmp_path / "out")
+    quantizing.check_memory(backend)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (needed - 1, 0))
     with pytest.raises(CheckpointError, match="memory of cuda:0"):
-        quantizing._check_room(source, backend, config, tmp_path / "out")
+        quantizing.check_memory(backend)
     with pytest.raises(CheckpointError, match="memory of this machine"):  # GPTQ puts one layer at a time on the device
-        quantizing._check_room(source, BACKENDS["gptq"], config, tmp_path / "out")
+        quantizing.check_memory(BACKENDS["gptq"](source, config))
 
 
 def test_after_a_failure_the_folder_is_as_it_was(dense, tmp_path, monkeypatch):
     quantize(dense, tmp_path / "out")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
-    def half(source, config, tokenizer):
+    def half(self, tokenizer):
         def save(path):
             (path / "model.safetensors").write_bytes(b"half")
             raise OSError("no space")
@@ -309,11 +309,9 @@ def test_after_a_failure_the_folder_is_as_it_was(dense, tmp_path, monkeypatch):
 
 
 def test_calibration_too_long_for_the_model(dense):
-    from hf_structprune.quantization.backend import Source, calibration_rows
-
     config = QuantizationConfig("gptq", calibration=CalibrationConfig(length=100_000))
     with pytest.raises(ConfigurationError, match="`calibration.length` is 100000, but the model's context"):
-        calibration_rows(Source.read(dense), config, None)
+        BACKENDS["gptq"](Source.read(dense), config).calibration(None)
 
 
 def test_command(dense, tmp_path, capsys):

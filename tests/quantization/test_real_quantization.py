@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_structprune import CalibrationConfig, QuantizationConfig, quantize
-from hf_structprune.quantization.methods import BACKENDS
+from hf_structprune.quantization.quantizing import BACKENDS
 
 
 pytestmark = pytest.mark.slow
