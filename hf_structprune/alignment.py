@@ -3,42 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from .checks import Described
 from .errors import ConfigurationError
 
 
-@dataclass(frozen=True)
-class Alignment:
-    """What a tool wants the inputs of linear maps to be multiples of.
-
-    Attributes:
-        multiple: Of what.
-        source: Where it says so.
-    """
-
-    multiple: int
-    source: str
-
-
-_GPTQ = (
-    "vLLM 0.33, layers/quantization/utils/marlin_utils.py, verify_marlin_supports_shape (its Marlin kernels also want "
-    "128, whatever the group)"
-)
-_AWQ = "vLLM 0.33, layers/quantization/auto_awq.py: the input size must be a multiple of the group size"
-_GGUF_BLOCKS = "llama.cpp, src/llama-quant.cpp: tensors whose rows do not hold whole blocks fall back to another type"
-_NVIDIA = "docs.nvidia.com/deeplearning/performance/dl-performance-matrix-multiplication: 16 bytes, on A100 128 bytes"
+# What tools want the inputs of linear maps to be multiples of.
 ALIGNMENTS = {
-    **{f"gptq-{size}": Alignment(size, _GPTQ) for size in (32, 64, 128)},
-    **{f"awq-{size}": Alignment(size, _AWQ) for size in (32, 64, 128)},
-    "gguf-32": Alignment(32, _GGUF_BLOCKS),  # q8_0, q4_0, ...
-    "gguf-256": Alignment(256, _GGUF_BLOCKS),  # k-quants
-    "tensor-cores": Alignment(64, _NVIDIA),
+    # vLLM 0.33, layers/quantization/utils/marlin_utils.py, verify_marlin_supports_shape (its Marlin kernels also want
+    # 128, whatever the group), and auto_awq.py: the input size must be a multiple of the group size
+    **{f"{method}-{size}": size for method in ("gptq", "awq") for size in (32, 64, 128)},
+    # llama.cpp, src/llama-quant.cpp: tensors whose rows do not hold whole blocks fall back to another type
+    "gguf-32": 32,  # q8_0, q4_0, ...
+    "gguf-256": 256,  # k-quants
+    # docs.nvidia.com/deeplearning/performance/dl-performance-matrix-multiplication: 16 bytes, on A100 128 bytes
+    "tensor-cores": 64,
 }
 AlignTo = Annotated[str | int, Described(f"an integer of at least 1 or one of {', '.join(ALIGNMENTS)}")]
-GROUP_SIZES = (128, 64, 32)
 HIDDEN = "hidden size"  # the name of the input of all maps that read the residual stream
 # What goes wrong with an input that is no multiple of these, ascending: who misses one misses all larger ones.
 _TENSOR_CORES = {
@@ -46,7 +28,6 @@ _TENSOR_CORES = {
     64: "16-bit tensor cores are fastest at multiples of 64",
 }
 _GGUF = {32: "llama.cpp keeps it in 16 bits", 256: "llama.cpp's k-quants fall back to other types"}
-_MULTIPLES = (8, 32, 64, 128, 256)
 _SHOWN = 5
 # As near as this to what was asked for, or as this share of it, needs no warning.
 _NEAR, _NEAR_SHARE = 0.01, 0.1
@@ -69,7 +50,7 @@ def check_align_to(value: Any) -> str | int | None:
 
 def multiple_of(align_to: str | int | None) -> int:
     """What widths are to be multiples of; 1 if nothing is wanted."""
-    return ALIGNMENTS[align_to].multiple if isinstance(align_to, str) else align_to or 1
+    return ALIGNMENTS[align_to] if isinstance(align_to, str) else align_to or 1
 
 
 def check_step(round_to: int | None, align_to: str | int | None) -> None:
@@ -88,18 +69,13 @@ def check_step(round_to: int | None, align_to: str | int | None) -> None:
 
 def step_of(round_to: int | None, align_to: str | int | None, default: int) -> int:
     """What kept widths are multiples of; `default` where neither option says it."""
-    if round_to is None:
-        return default if align_to is None else multiple_of(align_to)
-    return max(round_to, multiple_of(align_to))
+    if round_to is None and align_to is None:
+        return default
+    return max(round_to or 1, multiple_of(align_to))
 
 
 def far_off(asked: float, got: float, align_to: str | int | None, round_to: int | None) -> list[str]:
-    """A warning where widths in large steps make another model of it than was asked for; none if they do not.
-
-    Args:
-        asked, got: Shares of all parameters.
-        align_to, round_to: As in the configuration.
-    """
+    """A warning where widths in large steps make another share of all parameters of it than was asked for."""
     if (align_to is None and round_to is None) or abs(got - asked) <= max(_NEAR, _NEAR_SHARE * asked):
         return []
     name, value = ("round_to", round_to) if align_to is None else ("align_to", align_to)
@@ -112,11 +88,10 @@ def far_off(asked: float, got: float, align_to: str | int | None, round_to: int 
 def dividing_group_sizes(sizes: Iterable[int]) -> list[int]:
     """The usual group sizes of 4-bit methods (128, 64, 32) that divide all these input sizes, the largest first."""
     sizes = list(sizes)
-    return [group for group in GROUP_SIZES if all(size % group == 0 for size in sizes)]
+    return [group for group in (128, 64, 32) if all(size % group == 0 for size in sizes)]
 
 
-@dataclass(frozen=True)
-class Input:
+class Input(NamedTuple):
     """The number of features that a linear map, or several of the same width, reads.
 
     Attributes:
@@ -136,77 +111,46 @@ class Input:
         return self.size % multiple != 0 and (self.before or multiple) % multiple == 0
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What will be refused or slow because of the width of some inputs.
-
-    Attributes:
-        inputs: Those it is about, all of one name.
-        multiple: The smallest multiple of interest that they are not.
-        consequences: What happens, in words.
-    """
-
-    inputs: tuple[Input, ...]
-    multiple: int
-    consequences: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return (
-            f"{_named(self.inputs[0].name, self.inputs)} is not a multiple of {self.multiple}: "
-            f"{'; '.join(self.consequences)}"
-        )
-
-
-def findings(inputs: Sequence[Input]) -> list[Finding]:
-    """What later tools will refuse or run slowly: at most one finding for each name.
+def findings(inputs: Sequence[Input]) -> list[str]:
+    """What later tools will refuse or run slowly: at most one line for each name.
 
     With `before`, only what pruning has changed for the worse counts: multiples that the dense width is, and group
     sizes of 4-bit methods, which hold for a whole model, that divide all dense widths.
-
-    Args:
-        inputs: The inputs of the linear maps of a model.
     """
-    groups = dividing_group_sizes(one.before for one in inputs if one.before is not None)
-    result = []
-    for name in dict.fromkeys(one.name for one in inputs):
-        own = [one for one in inputs if one.name == name]
-        missed = [multiple for multiple in _MULTIPLES if any(one.misses(multiple) for one in own)]
-        consequences = _consequences(missed, groups)
-        if not consequences:
+    groups = dividing_group_sizes(one.before for one in inputs if one.before is not None)[::-1]
+    interesting = sorted({*groups, *_TENSOR_CORES, *_GGUF})
+    lines = []
+    for name, own in _by_name(inputs).items():
+        missed = [multiple for multiple in interesting if any(one.misses(multiple) for one in own)]
+        if not missed:
             continue
-        first = min(multiple for multiple in missed if _consequences([multiple], groups))
-        result.append(Finding(tuple(one for one in own if one.misses(first)), first, consequences))
-    return result
-
-
-def _consequences(missed: list[int], groups: list[int]) -> tuple[str, ...]:
-    """What missing these multiples means; the worse of two that exclude each other."""
-    lost = [group for group in groups[::-1] if group in missed]
-    result = []
-    if lost:
-        sizes = " or ".join(map(str, lost))
-        result.append(f"4-bit groups of {sizes} (GPTQ, AWQ) do not divide it")
-    for table in (_TENSOR_CORES, _GGUF):
-        result += [text for multiple, text in table.items() if multiple in missed][:1]
-    return tuple(result)
+        lost = " or ".join(str(group) for group in groups if group in missed)
+        words = [f"4-bit groups of {lost} (GPTQ, AWQ) do not divide it"] if lost else []
+        for table in (_TENSOR_CORES, _GGUF):  # the worse of two that exclude each other
+            words += [text for multiple, text in table.items() if multiple in missed][:1]
+        odd = _named(name, [one for one in own if one.misses(missed[0])])
+        lines.append(f"{odd} is not a multiple of {missed[0]}: {'; '.join(words)}")
+    return lines
 
 
 def unreached(inputs: Sequence[Input], align_to: str | int | None) -> list[str]:
-    """A note on the inputs that `align_to` could not reach, since they are not cut; none if there are none.
-
-    Args:
-        inputs: The inputs of the linear maps of a model.
-        align_to: As in the configuration.
-    """
-    bad = [one for one in inputs if one.size % multiple_of(align_to)]
-    if not bad:
+    """A note on the inputs that `align_to` could not reach, since they are not cut; none if there are none."""
+    multiple = multiple_of(align_to)
+    odd = _by_name(one for one in inputs if one.size % multiple)
+    if not odd:
         return []
-    names = [_named(name, [one for one in bad if one.name == name]) for name in dict.fromkeys(one.name for one in bad)]
     usable = ", ".join(map(str, dividing_group_sizes(one.size for one in inputs))) or "none of the usual ones"
     return [
-        f"align_to {align_to}: only what is cut can be aligned, and these are not multiples of "
-        f"{multiple_of(align_to)}: {'; '.join(names)}. Group sizes that divide all inputs: {usable}"
+        f"align_to {align_to}: only what is cut can be aligned, and these are not multiples of {multiple}: "
+        f"{'; '.join(_named(name, own) for name, own in odd.items())}. Group sizes that divide all inputs: {usable}"
     ]
+
+
+def _by_name(inputs: Iterable[Input]) -> dict[str, list[Input]]:
+    result: dict[str, list[Input]] = {}
+    for one in inputs:
+        result.setdefault(one.name, []).append(one)
+    return result
 
 
 def _named(name: str, inputs: Sequence[Input]) -> str:

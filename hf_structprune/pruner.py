@@ -22,10 +22,9 @@ from .hub.checkpoint import save_checkpoint
 from .hub.origin import origin_of, record
 from .hub.push import push_folder, take_over
 from .model.checks import check_model, check_savable
-from .model.half_pruned import interrupted, mark, marked_if_changed
 from .model.loading import as_tokenizer, load_config, load_model, load_tokenizer, plain_options, refuse_quantised
 from .model.measuring import check_finite, measuring
-from .model.rebuild import has_weights
+from .model.rebuild import has_weights, interrupted, mark, marked_if_changed
 from .model.structure import ModelStructure
 from .plan import PruningPlan
 from .plan_check import check_plan

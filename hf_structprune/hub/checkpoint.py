@@ -16,7 +16,7 @@ from ..evaluation.results import RESULTS_NAME, EvaluationResult
 from ..evaluation.table import ResultTable
 from ..files.reading import read_json_object
 from ..files.writing import check_folder, write_folder
-from ..model.half_pruned import check_whole
+from ..model.rebuild import check_whole
 from ..plan import PLAN_NAME, PruningPlan
 from .card import CARD_NAME, card_name, is_ours, read_metadata, read_text, write_card
 from .contents import DENSE_RESULTS_NAME, PRUNED_RESULTS_NAME, RECOVERED_RESULTS_NAME, WIDTHS_NAME, Contents

@@ -15,9 +15,8 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..errors import CheckpointError, ConfigurationError, UnsupportedModelError
-from .half_pruned import check_whole
 from .layer_values import description
-from .rebuild import as_shared
+from .rebuild import as_shared, check_whole
 from .target import skeleton
 
 

@@ -41,23 +41,20 @@ _REPLACED_BY = {
 def without_layers(
     values: dict[str, Any], dropped: Collection[int], num_layers: int, count_key: str | None = None
 ) -> dict[str, Any]:
-    """The values of a configuration without some layers.
+    """New values of a configuration, as from `config.to_dict()`, without some layers.
 
-    The number of layers falls; every list with an entry for each layer (`layer_types`, `no_rope_layers`,
-    `attention_layers`, ...) loses those of the dropped ones; numbers of layers (`mlp_only_layers`, the keys of
-    `per_layer_config`) and counts of first layers (`first_k_dense_replace`) are those of the layers that stay; rules
-    such as every fourth layer are dropped where the list is there, or become a list (`decoder_sparse_step`).
+    The number of layers falls; lists with an entry for each layer (`layer_types`, `no_rope_layers`, ...) lose those of
+    the dropped ones; numbers of layers (`mlp_only_layers`, the keys of `per_layer_config`) and counts of first layers
+    (`first_k_dense_replace`) are those of the layers that stay; rules such as every fourth layer are dropped where the
+    list is there, or become a list (`decoder_sparse_step`).
 
     Rules that are not known here stay as they are: `check_layers` compares what is built with the dense layers.
 
     Args:
-        values: As from `config.to_dict()`; not changed.
+        values: Not changed.
         dropped: Numbers of the layers that go.
         num_layers: Layers before.
         count_key: Key of the number of layers; default: the one of `COUNT_KEYS` that is there.
-
-    Returns:
-        New values.
 
     Raises:
         CheckpointError: The number of layers is not in the values, or is another one.
@@ -69,7 +66,7 @@ def without_layers(
     result = _explicit(values, num_layers)
     for key, value in list(result.items()):
         if key in _INDEX_LISTS and value is not None:
-            result[key] = _renumbered(value, kept)
+            result[key] = [kept.index(number) for number in value if number in kept]
         elif key in _PREFIXES and isinstance(value, int) and value < num_layers:
             result[key] = sum(index < value for index in kept)
         elif isinstance(value, (list, tuple)) and len(value) == num_layers and key not in _NOT_LAYERS:
@@ -80,10 +77,6 @@ def without_layers(
     if result.get("attention_types") and result.get("attention_layers"):  # GPT-Neo: runs of the list
         result["attention_types"] = [[[one], 1] for one in result["attention_layers"]]
     return {**result, count_key: len(kept)}
-
-
-def _renumbered(numbers: Collection[int], kept: list[int]) -> list[int]:
-    return [kept.index(number) for number in numbers if number in kept]
 
 
 def _explicit(values: dict[str, Any], num_layers: int) -> dict[str, Any]:
@@ -102,16 +95,11 @@ _OWN_NUMBER = ("layer_idx", "training", "gradient_checkpointing")
 
 
 def check_layers(dense: Sequence[nn.Module], cut: Sequence[nn.Module], kept: Sequence[int]) -> None:
-    """Compares each layer of a shallower model with the dense one it comes from, without looking at weights.
+    """Compares each layer of a shallower model with the dense one it comes from, whose number is in `kept`.
 
     Classes of all submodules, shapes of parameters and buffers, and simple attributes (a sliding window, a number of
     experts, whether positions are rotated) have to be equal. This finds rules of a configuration that count layers and
-    that `layer_lists` does not know.
-
-    Args:
-        dense: Layers before.
-        cut: Layers after.
-        kept: Number in `dense` of each layer of `cut`.
+    that `without_layers` does not know.
 
     Raises:
         CheckpointError: Names the layer and the attribute that would differ.
@@ -121,11 +109,12 @@ def check_layers(dense: Sequence[nn.Module], cut: Sequence[nn.Module], kept: Seq
     for new, old in enumerate(kept):
         before, after = description(dense[old]), description(cut[new])
         for name in sorted({*before, *after}):
-            if before.get(name, "nothing") != after.get(name, "nothing"):
+            is_now, would_be = (one.get(name, "nothing") for one in (before, after))
+            if is_now != would_be:
                 raise CheckpointError(
                     f"Layer {old} would not be the same as layer {new} of a shallower model: its `{name}` is "
-                    f"{before.get(name, 'nothing')!r} and would be {after.get(name, 'nothing')!r}. The configuration "
-                    "has a rule for layers that is not understood; drop other layers, or skip attention and MLP."
+                    f"{is_now!r} and would be {would_be!r}. The configuration has a rule for layers that is not "
+                    "understood; drop other layers, or skip attention and MLP."
                 )
 
 
@@ -174,22 +163,13 @@ def write_skips(
     modules: dict[str, list[str]],
     width_key: str,
 ) -> None:
-    """Writes the skipped sublayers into configuration values, in place.
+    """Writes the sublayers that each layer lacks into configuration values, in place.
 
-    The width of the MLP is named for every layer and not for the model. Whoever builds the layers from the model's
-    values alone, as stock classes do, is then refused by the configuration and does not build whole layers with random
-    weights where some are skipped.
-
-    Args:
-        values: Values for the model.
-        widths: Values for each layer.
-        skips: Sublayers that each layer lacks.
-        modules: Names of the modules of each sublayer, see `skip_modules`.
-        width_key: Key of the MLP width.
+    The width of the MLP is named for every layer (in `widths`) and not for the model. Whoever builds the layers from
+    the model's values alone, as stock classes do, is then refused by the configuration and does not build whole layers
+    with random weights where some are skipped. `modules` are those of each sublayer, see `skip_modules`.
     """
-    for key in (width_key, _EXPERT_WIDTH):
-        if key not in values:
-            continue
+    for key in {width_key, _EXPERT_WIDTH} & values.keys():
         for width, skip in zip(widths, skips, strict=True):
             width.setdefault(key, values[key])
             if KINDS[NEURONS].sublayer in skip:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..quantization.four_bit import as_stored
-from .half_pruned import check_whole
+from .rebuild import check_whole
 
 
 Result = TypeVar("Result")

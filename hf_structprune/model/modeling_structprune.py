@@ -52,18 +52,15 @@ class PerLayerMixin:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        bad = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-        if bad:
-            raise RuntimeError(
-                f"{pretrained_model_name_or_path} lacks weights that config.json describes; they would be "
-                f"random: {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}."
-            )
-        surplus = sorted(str(key) for key in info["unexpected_keys"])
-        if surplus:
-            raise RuntimeError(
-                f"{pretrained_model_name_or_path} has weights that config.json does not describe; they would be "
-                f"lost: {', '.join(surplus[:5])}{' ...' if len(surplus) > 5 else ''}."
-            )
+        missing = [*info["missing_keys"], *info["mismatched_keys"]]
+        for keys, problem in (
+            (missing, "lacks weights that config.json describes; they would be random"),
+            (info["unexpected_keys"], "has weights that config.json does not describe; they would be lost"),
+        ):
+            names = sorted(map(str, keys))
+            if names:
+                names[5:] = ["..."] if len(names) > 5 else []
+                raise RuntimeError(f"{pretrained_model_name_or_path} {problem}: {', '.join(names)}.")
         return (model, info) if output_loading_info else model
 
     def set_attn_implementation(self, *args, **kwargs):
@@ -79,8 +76,7 @@ def _layers_from_their_own_config(model_class: type):
     """While it is open, decoder layers of the model class receive `config.per_layer_config[layer_idx]`."""
     stock = next(base for base in model_class.__mro__ if not issubclass(base, PerLayerMixin) and base is not object)
     module = sys.modules[stock.__module__]
-    names = stock._no_split_modules or []
-    layers = [getattr(module, name) for name in names if hasattr(module, name)]
+    layers = [getattr(module, name) for name in stock._no_split_modules or () if hasattr(module, name)]
     originals = {
         layer: layer.__init__ for layer in layers if "layer_idx" in inspect.signature(layer.__init__).parameters
     }

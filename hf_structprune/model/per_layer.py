@@ -44,8 +44,6 @@ class _AfterImport:
 
 def _wrap(factory: ModuleType) -> None:
     original = factory._get_model_class
-    if getattr(original, "_structprune", False):
-        return
 
     @wraps(original)
     def get_model_class(config, model_mapping):
@@ -57,5 +55,4 @@ def _wrap(factory: ModuleType) -> None:
         per_layer = model_mapping is MODEL_FOR_CAUSAL_LM_MAPPING and config.is_heterogeneous
         return per_layer_class(model_class) if per_layer else model_class
 
-    get_model_class._structprune = True
     factory._get_model_class = get_model_class

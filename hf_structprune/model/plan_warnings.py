@@ -71,7 +71,7 @@ def warnings_of(
         align_to: As in the configuration.
     """
     inputs = input_widths(structure, plan, hidden_size)
-    found = [str(finding) for finding in findings(inputs)]
+    found = findings(inputs)
     if align_to is not None:
         return found + unreached(inputs, align_to)
     return [f"{line} (`align_to` chooses widths that are)" for line in found]

@@ -1,27 +1,85 @@
-"""Turns a model with cut tensors into one of the right class and configuration."""
+"""Models taken apart and put together again: marked while they are not whole, rebuilt as the class that fits."""
 
 from __future__ import annotations
 
 import copy
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import UnsupportedModelError
+from ..errors import StructPruneError, UnsupportedModelError
 from .target import Target
 
 
-def rebuild(model: PreTrainedModel, target: Target) -> PreTrainedModel:
-    """A model of the target's class with the tensors of another one; no tensor is copied.
+_MARK = "_structprune_not_whole"
 
-    Args:
-        model: A model whose tensors have been cut; not to be used afterwards.
-        target: Class and configuration that build these shapes.
 
-    Returns:
-        The model in eval mode, on the devices of the old one.
+def check_whole(model: nn.Module) -> None:
+    """Refuses a model that was marked with a `StructPruneError` that says what happened to it."""
+    reason = getattr(model, _MARK, None)
+    if reason is not None:
+        raise StructPruneError(reason)
+
+
+def mark(model: nn.Module, reason: str) -> None:
+    """Marks a model as not whole; its own `save_pretrained` and `push_to_hub` raise the reason from now on."""
+
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        raise StructPruneError(reason)
+
+    setattr(model, _MARK, reason)
+    model.save_pretrained = model.push_to_hub = refuse
+
+
+def interrupted(error: BaseException) -> str:
+    """The reason for a mark, where an error or an interrupt has ended the pruning of a model."""
+    return (
+        f"This model is half-pruned: its weights were being changed when {type(error).__name__}"
+        f"{f' ({error})' if str(error) else ''} ended it. It is neither the dense model nor the planned one; load the "
+        "dense one again."
+    )
+
+
+@contextmanager
+def marked_if_changed(*models: nn.Module | None) -> Iterator[None]:
+    """Marks those of these models whose tensors have been changed or taken out when the block ends, however it ends.
+
+    Whether they have is asked of the tensors: an error before the first write leaves no mark.
     """
+    before = [(weakref.ref(model), _versions(model)) for model in models if model is not None]
+    del models
+    try:
+        yield
+    except BaseException as error:
+        _mark_changed(before, interrupted(error))
+        raise
+    _mark_changed(
+        before,
+        "This model has been pruned, which has taken its layers apart: use the model that `prune` has returned, or "
+        "load the dense one again.",
+    )
+
+
+def _mark_changed(before: list[tuple[weakref.ref, dict[str, tuple]]], reason: str) -> None:
+    for reference, versions in before:
+        model = reference()
+        if model is not None and _versions(model) != versions:
+            mark(model, reason)
+
+
+def _versions(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter and how often it has been written to, by name."""
+    return {name: (p._version, *p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def rebuild(model: PreTrainedModel, target: Target) -> PreTrainedModel:
+    """A model of the target's class in eval mode with the cut tensors of another one, which is of no use any more."""
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     result = assemble(target, model.state_dict(), dict(model.named_buffers()), model)
     for name, parameter in result.named_parameters():
@@ -32,16 +90,13 @@ def rebuild(model: PreTrainedModel, target: Target) -> PreTrainedModel:
 def assemble(
     target: Target, state: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor], like: PreTrainedModel
 ) -> PreTrainedModel:
-    """A model of the target's class out of tensors; none is copied.
+    """A model of the target's class in eval mode out of tensors; none is copied.
 
     Args:
         target: Class and configuration that build these shapes.
         state: Every parameter and saved buffer by name.
         buffers: Buffers by name, also those that are not saved.
         like: A model that lends its generation configuration, its name and its devices.
-
-    Returns:
-        The model in eval mode.
     """
     result = target.skeleton()
     result.load_state_dict(state, assign=True, strict=True)
@@ -130,25 +185,25 @@ def shared(model: nn.Module) -> Ties:
         UnsupportedModelError: Two overlap without being the same.
     """
     places: dict[tuple, set[str]] = {}
-    ranges: dict[torch.device, list[tuple[int, int, str]]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.device.type == "meta" or not parameter.numel():
-            places.setdefault((id(parameter),), set()).add(name)
-            continue
-        begin, end = parameter.data_ptr(), parameter.data_ptr() + _extent(parameter)
-        key = (parameter.device, begin, end, parameter.stride())
-        if key not in places:
-            ranges.setdefault(parameter.device, []).append((begin, end, name))
-        places.setdefault(key, set()).add(name)
-    for row in ranges.values():
-        row.sort()
-        for (_, end, name), (begin, _, other) in zip(row, row[1:], strict=False):
-            if begin < end:
-                raise UnsupportedModelError(
-                    f"`{name}` and `{other}` overlap in memory, so that a change of one changes the other. Give each "
-                    "its own (`parameter.data = parameter.data.clone()`)."
-                )
+        places.setdefault(_place(parameter), set()).add(name)
+    ranges = sorted((str(place[0]), *place[1:3], min(names)) for place, names in places.items() if len(place) > 1)
+    for (device, _, end, name), (other_device, begin, _, other) in pairwise(ranges):
+        if device == other_device and begin < end:
+            raise UnsupportedModelError(
+                f"`{name}` and `{other}` overlap in memory, so that a change of one changes the other. Give each "
+                "its own (`parameter.data = parameter.data.clone()`)."
+            )
     return _several(places.values())
+
+
+def _place(parameter: nn.Parameter) -> tuple:
+    """Device, first and last byte and strides; without any memory the parameter itself."""
+    if parameter.device.type == "meta" or not parameter.numel():
+        return (id(parameter),)
+    last = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+    begin = parameter.data_ptr()
+    return parameter.device, begin, begin + (last + 1) * parameter.element_size(), parameter.stride()
 
 
 def _same_objects(model: nn.Module) -> Ties:
@@ -159,14 +214,8 @@ def _same_objects(model: nn.Module) -> Ties:
     return _several(places.values())
 
 
-def _several(groups) -> Ties:
+def _several(groups: Iterable[set[str]]) -> Ties:
     return frozenset(frozenset(group) for group in groups if len(group) > 1)
-
-
-def _extent(tensor: torch.Tensor) -> int:
-    """Bytes from the first to the last element."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()
 
 
 def _unknown(there: Ties, built: Ties) -> str:

@@ -11,7 +11,7 @@ from hf_structprune import prune as execution
 from hf_structprune import pruner as pruner_module
 from hf_structprune.errors import RatioError, StructPruneError
 from hf_structprune.evaluation.perplexity import window_losses
-from hf_structprune.model.half_pruned import check_whole
+from hf_structprune.model.rebuild import check_whole
 from hf_structprune.refit import layer_by_layer
 
 
