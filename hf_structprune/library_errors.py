@@ -18,8 +18,9 @@ from huggingface_hub.errors import (
 )
 
 from .errors import CheckpointError, HubError, StructPruneError
+from .files.places import can_only_be_a_path
 from .files.reading import damaged_weights, read_json_object
-from .files.writing import can_only_be_a_path, settle
+from .files.writing import settle
 from .masking import is_masked, remember
 
 

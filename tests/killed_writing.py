@@ -14,7 +14,7 @@ OLD = {"config.json": "old", "model.safetensors": "old", "old.txt": "mine", "rec
 NEW = {"config.json": "new", "model.safetensors": "new", "tokenizer.json": "new"}
 AFTER = {**NEW, "old.txt": "mine"}
 # Everything that changes a folder; the hook is called before it is done.
-EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.chown", "shutil.copyfile"}
+EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.chown", "os.link", "shutil.copyfile"}
 
 
 def fill(folder, files):

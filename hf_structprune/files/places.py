@@ -10,9 +10,8 @@ import platform
 import re
 import shutil
 import stat
-import uuid
-from collections.abc import Collection, Iterator
-from functools import lru_cache
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -20,11 +19,22 @@ import psutil
 from ..errors import PlaceError
 
 
+try:
+    import fcntl
+except ImportError:  # not on Windows, where nothing tells whether a process still writes
+    fcntl = None
+
+
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 # Kind of the draft that tries whether there can be one.
 PROBE = "gone"
 # No permission, or no such thing in this file system.
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def can_only_be_a_path(name: str) -> bool:
+    """Whether a name is no id of the Hub: those have at most one slash, within, and begin with a letter or digit."""
+    return name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
 
 
 def check_place(path: str | os.PathLike, *, file: bool = False) -> None:
@@ -43,14 +53,10 @@ def check_place(path: str | os.PathLike, *, file: bool = False) -> None:
     place = resolve(path, file=file)
     try:
         there = _existing(place)
-        if there == place and not file and must_stay(place):
-            try_out(place, place)
-        else:
-            if there == place:
-                there = place.parent
-            try_out(place, there)
-            if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        inside = there == place and not file and must_stay(place)
+        _try_out(draft(place if there == place else there / place.name, PROBE, inside=inside))
+        if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise PlaceError(f"{said(path)} cannot be written: {reason(error)}.") from error
 
@@ -58,13 +64,8 @@ def check_place(path: str | os.PathLike, *, file: bool = False) -> None:
 def check_room(path: str | os.PathLike, size: int, *, file: bool = False) -> None:
     """Refuses to write more bytes than the disk of a place has left; the place need not exist yet.
 
-    Args:
-        path: The folder.
-        size: Bytes that will be written.
-        file: It is the name of a file instead.
-
     Raises:
-        PlaceError: There is too little room, or nothing can be written there at all.
+        PlaceError: There is too little room, or nothing can be written there at all, see `check_place`.
     """
     check_place(path, file=file)
     there = _existing(resolve(path, file=file))
@@ -115,18 +116,13 @@ def must_stay(folder: Path) -> bool:
 
     It holds the working directory or a mounted file system, or is one, or there is no permission in its parent.
     """
-    try:
-        here = Path(os.path.realpath(os.getcwd()))
-    except OSError:
-        here = None
-    if here is not None and folder in (here, *here.parents):
-        return True
-    if any(folder in (mounted, *mounted.parents) for mounted in _mounts()) or os.path.ismount(folder):
-        return True
-    if _is_sticky(folder):
+    in_use = _mounts()
+    with contextlib.suppress(OSError):  # the working directory may be gone
+        in_use.append(Path(os.path.realpath(os.getcwd())))
+    if any(folder in (path, *path.parents) for path in in_use):
         return True
     try:
-        try_out(folder, folder.parent)
+        _try_out(draft(folder, PROBE))
     except OSError:
         return True
     return False
@@ -144,20 +140,6 @@ def parents_of(place: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 path.rmdir()
         raise
-
-
-def try_out(place: Path, within: Path) -> None:
-    """Makes a folder of a hidden name and removes it.
-
-    Raises:
-        OSError: It cannot be made.
-    """
-    probe = draft(place, PROBE, within)
-    try:
-        probe.mkdir()
-        probe.rmdir()
-    finally:
-        release(probe)
 
 
 def said(path: str | os.PathLike) -> str:
@@ -211,159 +193,83 @@ def _existing(place: Path) -> Path:
     return there
 
 
-def _is_sticky(folder: Path) -> bool:
-    """Whether only its owner may rename a folder, and that is somebody else."""
-    if not hasattr(os, "geteuid"):
-        return False
-    parent, me = folder.parent.stat(), os.geteuid()
-    return bool(parent.st_mode & stat.S_ISVTX) and me not in (0, parent.st_uid, folder.stat().st_uid)
-
-
 def _mounts() -> list[Path]:
-    """Where file systems are mounted; `os.path.ismount` does not see folders that are mounted elsewhere once more."""
-    try:
-        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:
-        return []
-    return [Path(re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line.split()[4])) for line in lines]
+    """Where file systems are mounted, also folders that are mounted elsewhere once more."""
+    return [Path(one.mountpoint) for one in psutil.disk_partitions(all=True)]
 
 
-# `.NAME.host-boot-pid-start-number.kind`: the machine, when it was started, the process, when that was started.
-_DRAFT = re.compile(
-    r"\.(?P<name>.*)\.(?P<host>[0-9a-f]{8})-(?P<boot>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>\d+)-(?P<number>[0-9a-f]{8})"
-    r"\.(?P<kind>[a-z]+)",
-    re.DOTALL,
-)
+def _try_out(probe: Path) -> None:
+    """Makes a folder and removes it.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    with contextlib.suppress(FileExistsError):  # by another process that asks the same
+        probe.mkdir()
+    with contextlib.suppress(OSError):
+        probe.rmdir()
+
+
+def _digits(text: str, number: int = 8) -> str:
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:number]
+
+
+# Drafts of other users and machines have other names: nothing here tells whether somebody still writes them.
+_HERE = _digits(f"{platform.node()} {os.getuid() if hasattr(os, 'getuid') else ''}")
 _LONGEST = 60
-# Numbers of the drafts that this process is writing.
-_held: set[str] = set()
 
 
-def draft(place: Path, kind: str, within: Path | None = None) -> Path:
-    """A new hidden name for what will take the place of another file or folder, held until `release`.
+def draft(place: Path, kind: str, *, inside: bool = False) -> Path:
+    """The hidden name of what will be in a place or was there, written by who has it `alone`.
 
     Args:
-        place: What it will be.
-        kind: Lower-case letters: what is to be done with it if this process dies.
-        within: The folder of the draft. Default: beside the place.
+        place: The file or folder.
+        kind: Lower-case letters: what is to be done with it if its process has died.
+        inside: In the folder instead of beside it.
     """
-    number = uuid.uuid4().hex[:8]
-    _held.add(number)
-    return _ours(within or place.parent, _shortened(place.name), number, kind)
+    if inside:
+        return place / f".{_HERE}.{kind}"
+    name = place.name
+    name = name if len(os.fsencode(name)) <= _LONGEST else f"{name[:12]}-{_digits(name)}"  # room for the rest
+    return place.parent / f".{name}.{_HERE}.{kind}"
 
 
-def release(path: Path) -> None:
-    """Says that this process no longer writes a draft."""
-    _held.discard(number_of(path))
-
-
-def number_of(path: Path) -> str:
-    """What all drafts of one writing have in common."""
-    return _DRAFT.fullmatch(path.name)["number"]
-
-
-def kind_of(path: Path) -> str:
-    """The kind of a draft."""
-    return path.suffix[1:]
-
-
-def as_kind(path: Path, kind: str) -> Path:
-    """The name of a draft with another kind."""
-    return path.with_suffix(f".{kind}")
-
-
-def drafts(place: Path, within: Path | None = None, *, kinds: Collection[str]) -> list[Path]:
-    """The drafts of a place that nobody writes any more, of processes of this machine that are dead.
-
-    What processes of other machines have left is not among them: nothing here tells whether they live.
+@contextlib.contextmanager
+def alone(place: Path, *, wait: bool = True) -> Iterator[None]:
+    """No other process of this user and machine has the same place while the block runs; a killed one gives it free.
 
     Args:
-        place: What they would have been.
-        within: The folder they are in. Default: beside the place.
-        kinds: Those that are asked for.
+        place: The file or folder.
+        wait: Until another one is ready.
+
+    Raises:
+        BlockingIOError: Another one has it, and `wait` is false.
     """
-    folder, name = within or place.parent, _shortened(place.name)
-    return sorted(
-        folder / found.string
-        for found in _matches(folder)
-        if found["name"] == name and found["kind"] in kinds and _is_dead(found)
-    )
-
-
-def claim(path: Path) -> Path | None:
-    """Takes over a draft of a dead process, so that one of several finishes it; `None` if another was faster."""
-    found = _DRAFT.fullmatch(path.name)
-    mine = _ours(path.parent, found["name"], found["number"], found["kind"])
+    lock = Path(tempfile.gettempdir(), f"hf_structprune-{_HERE}-{_digits(os.fspath(place), 32)}.lock")
+    held = None
     try:
-        path.rename(mine)
-    except FileNotFoundError:
-        return None
-    _held.add(found["number"])
-    return mine
-
-
-def _ours(folder: Path, name: str, number: str, kind: str) -> Path:
-    host, boot = _machine()
-    return folder / f".{name}.{host}-{boot}-{os.getpid()}-{_started(os.getpid()) or 0}-{number}.{kind}"
-
-
-def _matches(folder: Path) -> Iterator[re.Match]:
+        held = _locked(lock, wait) if fcntl is not None else None
+    except BlockingIOError:
+        raise
+    except OSError:  # no room for a lock: better written without one than not at all
+        pass
     try:
-        names = os.listdir(folder)
-    except OSError:
-        return
-    yield from filter(None, map(_DRAFT.fullmatch, names))
+        yield
+    finally:
+        if held is not None:
+            lock.unlink(missing_ok=True)
+            os.close(held)
 
 
-def _is_dead(found: re.Match) -> bool:
-    host, boot = _machine()
-    if found["host"] != host:
-        return False
-    if found["boot"] != boot:
-        return True
-    pid = int(found["pid"])
-    if pid == os.getpid() and found["start"] == (_started(pid) or "0"):
-        return found["number"] not in _held
-    return not psutil.pid_exists(pid) or _started(pid) not in (None, found["start"])
-
-
-@lru_cache(maxsize=1)
-def _machine() -> tuple[str, str]:
-    """Eight digits for the machine, eight for its start.
-
-    Containers number their processes themselves: each is a machine of its own.
-    """
-    parts = [platform.node(), _read("/etc/machine-id")]
-    try:
-        parts.append(os.readlink("/proc/self/ns/pid"))
-    except OSError:
-        parts.append("")
-    boot = _read("/proc/sys/kernel/random/boot_id") or str(round(psutil.boot_time() / 60))
-    return _digits("\n".join(parts)), _digits(boot)
-
-
-def _started(pid: int) -> str | None:
-    """When a process was started, as its system counts; `None` if that cannot be seen."""
-    status = _read(f"/proc/{pid}/stat")
-    if status:
-        return status.rpartition(")")[2].split()[19]
-    try:
-        return str(round(psutil.Process(pid).create_time()))
-    except psutil.Error:
-        return None
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""
-
-
-def _shortened(name: str) -> str:
-    """The name, if there is room for an owner behind it."""
-    return name if len(os.fsencode(name)) <= _LONGEST else f"{name[:12]}-{_digits(name)}"
-
-
-def _digits(text: str) -> str:
-    return hashlib.sha256(os.fsencode(text)).hexdigest()[:8]
+def _locked(lock: Path, wait: bool) -> int:
+    """A descriptor of the file, locked."""
+    while True:
+        file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if lock.exists() and os.path.samestat(os.fstat(file), os.stat(lock)):
+                return file
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)  # who had it before has removed it

@@ -38,15 +38,7 @@ def read_json(
     path: str | os.PathLike, error: type[StructPruneError] = CheckpointError, *, repeats: bool = False
 ) -> Any:
     """What a JSON file holds, of whatever kind; arguments and errors as in `read_json_object`."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise error(f"There is no file {path}.") from None
-    except UnicodeDecodeError as wrong:
-        raise error(f"{path} is not JSON: it is not UTF-8 text ({wrong}).") from wrong
-    except OSError as wrong:
-        raise error(f"{path} cannot be read: {wrong.strerror}.") from wrong
-    return parse_json(text, str(path), error, repeats=repeats)
+    return parse_json(read_text(path, error=error, form="JSON"), str(path), error, repeats=repeats)
 
 
 def parse_json(text: str, where: str, error: type[StructPruneError], *, repeats: bool = False) -> Any:
@@ -81,20 +73,42 @@ _JSON_NAMES = {list: "a list", str: "a text", int: "a number", float: "a number"
 _JSON_NAMES[type(None)] = "null"
 
 
-def read_text(path: str | os.PathLike, what: str = "file") -> str:
-    """The text of a YAML file; `what` it is, messages say.
+def read_text(
+    path: str | os.PathLike, what: str = "file", *, error: type[StructPruneError] = ConfigurationError,
+    form: str = "YAML",
+) -> str:  # fmt: skip
+    """The text of a file; `what` it is and its `form`, messages say.
 
     Raises:
-        ConfigurationError: It cannot be read, or is no text.
+        StructPruneError: It cannot be read, or is no text.
     """
     try:
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigurationError(f"There is no {what} {path}.") from None
-    except OSError as error:
-        raise ConfigurationError(f"{path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigurationError(f"{path} is not YAML: {error}") from error
+        raise error(f"There is no {what} {path}.") from None
+    except UnicodeDecodeError as wrong:
+        raise error(f"{path} is not {form}: it is not UTF-8 text ({wrong}).") from wrong
+    except OSError as wrong:
+        raise error(f"{path} cannot be read: {wrong.strerror}.") from wrong
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one section, of which YAML would take the last."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if (key.tag, key.value) in lines:
+                raise ConfigurationError(
+                    f"`{key.value}` stands twice in one section, in lines {lines[key.tag, key.value]} and {line}, and "
+                    "only one can be meant: join them, or remove one."
+                )
+            lines[key.tag, key.value] = line
+        return node
 
 
 def parse_yaml(text: str, where: str | os.PathLike) -> Any:
@@ -105,48 +119,16 @@ def parse_yaml(text: str, where: str | os.PathLike) -> Any:
         where: The file it is from, for messages.
 
     Raises:
-        ConfigurationError: It is not YAML, or a key stands twice in one section, of which YAML would take the last.
+        ConfigurationError: It is not YAML, or a key stands twice in one section.
     """
-    loader = yaml.SafeLoader(text)
     try:
-        node = loader.get_single_node()
-        _refuse_repeats(node, where)
-        return None if node is None else loader.construct_document(node)
+        return yaml.load(text, _Loader)
     except RecursionError:
         raise ConfigurationError(f"{where} is not YAML that can be read: it is nested too deep.") from None
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{where}: {error}") from None
     except (yaml.YAMLError, ValueError) as error:  # a date that does not exist is a ValueError
-        if isinstance(error, ConfigurationError):
-            raise
         raise ConfigurationError(f"{where} is not YAML: {error}") from error
-    finally:
-        loader.dispose()
-
-
-def _refuse_repeats(root: yaml.Node | None, where: str | os.PathLike) -> None:
-    """Raises where a key stands twice in one section, however deep."""
-    left, seen = [root], set()
-    while left:
-        node = left.pop()
-        if id(node) in seen:  # an alias
-            continue
-        seen.add(id(node))
-        if isinstance(node, yaml.SequenceNode):
-            left += node.value
-        if not isinstance(node, yaml.MappingNode):
-            continue
-        lines: dict[tuple[str, str], int] = {}
-        for key, value in node.value:
-            left.append(value)
-            line = key.start_mark.line + 1
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            if (key.tag, key.value) in lines:
-                first = lines[key.tag, key.value]
-                raise ConfigurationError(
-                    f"{where}: `{key.value}` stands twice in one section, in lines {first} and {line}, and only one "
-                    "can be meant: join them, or remove one."
-                )
-            lines[key.tag, key.value] = line
 
 
 def damage(path: Path) -> str | None:

@@ -8,7 +8,7 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,32 +18,18 @@ from ..errors import CheckpointError, PlaceError
 from ..masking import masked
 from .places import (
     PROBE,
-    as_kind,
+    alone,
     check_place,
     check_room,
-    claim,
     draft,
-    drafts,
     is_device,
-    kind_of,
     must_stay,
-    number_of,
     of_the_system,
     parents_of,
     reason,
-    release,
     resolve,
     said,
 )
-
-
-# A file that is being written, or the folder it is written in.
-_PART = "part"
-
-
-def can_only_be_a_path(name: str) -> bool:
-    """Whether a name is no id of the Hub: those have at most one slash, within, and begin with a letter or digit."""
-    return name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -63,7 +49,7 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
         if is_device(path):
             Path(path).write_bytes(content)
             return
-        with _draft(path) as (temporary, place):
+        with _draft_of(path) as (temporary, place):
             temporary.write_bytes(content)
             if place.exists():
                 temporary.chmod(stat.S_IMODE(place.stat().st_mode))
@@ -82,30 +68,23 @@ def appearing(path: str | os.PathLike, size: int = 0) -> Iterator[Path]:
         PlaceError: The file cannot be written, or there is too little room.
     """
     check_room(path, size, file=True)
-    with _errors(path), _draft(path) as (folder, place):
+    with _errors(path), _draft_of(path) as (folder, place):
         folder.mkdir()
         yield folder / place.name
         os.replace(folder / place.name, place)
 
 
 @contextmanager
-def _draft(path: str | os.PathLike) -> Iterator[tuple[Path, Path]]:
-    """A name beside a file and the file itself; what is under the name is removed, and what dead processes left."""
+def _draft_of(path: str | os.PathLike) -> Iterator[tuple[Path, Path]]:
+    """A name beside a file and the file itself; what is under the name goes, also what a killed process has left."""
     place = resolve(path, file=True)
-    for left in filter(None, map(claim, drafts(place, kinds=(_PART, PROBE)))):
-        _discard(left)
-    temporary = draft(place, _PART)
-    with parents_of(place):
+    temporary = draft(place, _NEW)
+    with alone(place), parents_of(place):
         try:
+            _discard(temporary, draft(place, PROBE))
             yield temporary, place
         finally:
             _discard(temporary)
-
-
-def _discard(draft: Path) -> None:
-    with contextlib.suppress(OSError):
-        _remove(draft)
-    release(draft)
 
 
 @contextmanager
@@ -128,17 +107,15 @@ _OURS = (
 )  # fmt: skip
 # Without this file nothing loads: where a folder cannot change all at once, it goes first and comes last.
 _ENTRY = "config.json"
-# In a finished draft until it has its place: tells it from what it has changed places with.
-_MARK = ".unfinished-"
 
-# Kinds of drafts. Beside the folder: `new` is being written, `swap` changes places with what is there, `old` was
-# there, `gone` is not wanted any more. In a folder that must stay itself: `new`, then `ready` to be moved, then
-# `moving`.
-_NEW, _SWAP, _OLD, _GONE, _READY, _MOVING = "new", "swap", "old", PROBE, "ready", "moving"
+# Kinds of drafts: `new` is being written, or was there before; `old` was there and comes back if nothing is; `ready`
+# is whole and will be moved into the folder, file by file; `moving` is on its way.
+_NEW, _OLD, _READY, _MOVING = "new", "old", "ready", "moving"
 
-# From here on a folder cannot be renamed although its parent can be written: mounted, in use, of a lower layer, ...
-_CANNOT_MOVE = (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM)
+# With these a folder cannot be renamed although its parent can be written (in use, a lower layer, ...), or its files
+# cannot have two names.
 _CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)
+_CANNOT_MOVE = (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM, errno.EMLINK, *_CANNOT_EXCHANGE)
 
 
 def write_folder(folder: str | os.PathLike, write: Callable[[Path], None], size: int = 0) -> None:
@@ -147,7 +124,7 @@ def write_folder(folder: str | os.PathLike, write: Callable[[Path], None], size:
     The files are made in a hidden folder beside it, which then changes places with the one that is there, in one step
     where the system can; after an error or an interrupt the folder is as it was before. Where the process is killed,
     at any moment, the folder is the one from before or the new one; what else it leaves is put in order by the next
-    writing or loading of this name, see `settle`.
+    writing or loading of this name, see `settle`. Other processes that write the same folder wait.
 
     A link is followed and stays. A folder that must stay itself (the working directory or one above it, a mounted file
     system, a folder in one without permission to write) is filled from a hidden folder in it, by renaming: there an
@@ -163,21 +140,22 @@ def write_folder(folder: str | os.PathLike, write: Callable[[Path], None], size:
         CheckpointError: Writing failed.
     """
     place = resolve(folder)
-    settle(folder)
-    check_room(folder, size)
-    inside = place.is_dir() and must_stay(place)
-    new = draft(place, _NEW, place if inside else None)
-    with _folder_errors(folder, new, place), parents_of(place), _tidied(new, place):
-        new.mkdir()
-        write(new)
-        (_pour if inside else _change_places)(new, place)
+    with alone(place):
+        _settle(place)
+        check_room(folder, size)
+        inside = place.is_dir() and must_stay(place)
+        new = draft(place, _NEW, inside=inside)
+        with _folder_errors(folder, place), parents_of(place):
+            try:
+                new.mkdir()
+                write(new)
+                (_pour if inside else _change_places)(new, place)
+            finally:
+                _settle(place)
 
 
 def check_folder(folder: str | os.PathLike) -> None:
-    """Refuses a folder that cannot be written, before any work is done; what dead processes left there is settled.
-
-    Args:
-        folder: The folder, which need not exist yet.
+    """Refuses a folder that cannot be written, before any work is done; what killed processes left there is settled.
 
     Raises:
         PlaceError: See `places.check_place`.
@@ -187,33 +165,41 @@ def check_folder(folder: str | os.PathLike) -> None:
 
 
 def settle(folder: str | os.PathLike) -> None:
-    """Finishes or takes back what a dead process has left of writing a folder; nothing happens where nothing was left.
+    """Finishes or takes back what a killed process has left of writing a folder; nothing happens where nothing was.
 
-    A folder that stood beside its name in the moment of the kill is put back, other files of the user that were on
-    their way to the new folder arrive, and half-written files go. What a living process uses is left alone, and so is
-    what was left on another machine.
+    A folder that stood beside its name in the moment of the kill is put back, files that were on their way to the
+    folder arrive, and half-written ones go. What a living process writes is left alone, and so is what was left on
+    another machine.
 
     Args:
         folder: The folder, which may be missing; ids of the Hub have nothing to put in order.
     """
-    try:
+    with contextlib.suppress(OSError, ValueError):
         place = Path(os.path.realpath(folder))
-        left = drafts(place, kinds=(_NEW, _SWAP, _OLD, _GONE))
-        left += drafts(place, place, kinds=(_NEW, _READY, _MOVING, _GONE))
-    except (OSError, ValueError):
-        return
-    for path in left:
-        with contextlib.suppress(OSError):
-            mine = claim(path)
-            if mine is None:
-                continue
-            with _tidied(mine, place):
-                if kind_of(mine) in (_READY, _MOVING):
-                    _go_on_pouring(mine, place)
+        if _left(place, _NEW, _OLD, _READY, _MOVING, PROBE):
+            with alone(place, wait=False):
+                _settle(place)
+
+
+def _settle(place: Path) -> None:
+    """Puts in order what is left of writing a folder; only for who has it `alone`."""
+    _discard(*_left(place, _NEW, PROBE))
+    with contextlib.suppress(OSError):
+        for old in _left(place, _OLD):
+            # At once: half of it would be taken for what was there.
+            old.rename(place if not place.exists() else old.with_suffix(f".{_NEW}"))
+        _discard(*_left(place, _NEW))
+        for path in _left(place, _READY, _MOVING):
+            _go_on_pouring(path, place)
+
+
+def _left(place: Path, *kinds: str) -> list[Path]:
+    paths = [draft(place, kind, inside=inside) for kind in kinds for inside in (False, True)]
+    return [path for path in paths if path.exists()]
 
 
 @contextlib.contextmanager
-def _folder_errors(folder: str | os.PathLike, new: Path, place: Path) -> Iterator[None]:
+def _folder_errors(folder: str | os.PathLike, place: Path) -> Iterator[None]:
     """Turns what the file system says into one line that tells what is in the folder now."""
     try:
         yield
@@ -222,30 +208,9 @@ def _folder_errors(folder: str | os.PathLike, new: Path, place: Path) -> Iterato
         if of_the_system(cause) is None and not isinstance(cause, SafetensorError):
             raise
         state = f"{said(folder)} is unchanged"
-        if any((place / as_kind(new, kind).name).exists() for kind in (_READY, _MOVING)):
+        if _left(place, _READY, _MOVING):
             state = f"{said(folder)} is written in part, and the rest follows when it is written or loaded again"
         raise CheckpointError(f"The checkpoint could not be written, {state}: {reason(cause)}.") from error
-
-
-@contextlib.contextmanager
-def _tidied(draft: Path, place: Path) -> Iterator[None]:
-    """Nothing is left of a draft, after success, failure or interrupt."""
-    try:
-        yield
-    finally:
-        try:
-            for kind in (_SWAP, _OLD):
-                there = as_kind(draft, kind)
-                if not there.is_dir():
-                    continue
-                if _mark(there).exists():
-                    there.rename(as_kind(draft, _GONE))  # at once: half of it would be taken for what was there
-                else:
-                    _take_over(there, place)
-            for kind in (_NEW, _GONE):
-                shutil.rmtree(as_kind(draft, kind), ignore_errors=True)
-        finally:
-            release(draft)
 
 
 def _change_places(new: Path, place: Path) -> None:
@@ -253,71 +218,32 @@ def _change_places(new: Path, place: Path) -> None:
     if not place.exists():
         new.rename(place)
         return
-    _like(place, new)
-    swap = as_kind(new, _SWAP)
-    _mark(new).touch()
-    new.rename(swap)
+    written = set(os.listdir(new))
     try:
-        if not _exchange(swap, place):
-            old = as_kind(new, _OLD)
-            place.rename(old)
-            swap.rename(place)
+        _take_along([path for path in place.iterdir() if path.name not in written and not _is_ours(path)], new)
+        _like(place, new)
+        if not _exchange(new, place):
+            place.rename(new.with_suffix(f".{_OLD}"))
+            new.rename(place)
     except OSError as error:
         if error.errno not in _CANNOT_MOVE or not place.exists():
             raise
-        within = place / new.name
-        shutil.copytree(swap, within, ignore=shutil.ignore_patterns(f"{_MARK}*"))
-        _pour(within, place)
+        _discard(*(path for path in new.iterdir() if path.name not in written))
+        _pour(new, place)
 
 
-def _pour(new: Path, place: Path) -> None:
-    """Moves the files of a finished draft in a folder to their names there."""
-    ready = as_kind(new, _READY)
-    new.rename(ready)
-    try:
-        _go_on_pouring(ready, place)
-    except KeyboardInterrupt:
-        _go_on_pouring(next(path for path in (as_kind(new, _MOVING), ready) if path.exists()), place)
-        raise
-
-
-def _go_on_pouring(path: Path, place: Path) -> None:
-    """Does what is left to do; it does not matter how much of it was done before."""
-    if kind_of(path) == _READY:
-        names = set(os.listdir(path))
-        if _ENTRY in names:
-            (place / _ENTRY).unlink(missing_ok=True)
-        for other in place.iterdir():
-            if _is_ours(other) and other.name not in names:
-                _remove(other)
-        path = path.rename(as_kind(path, _MOVING))
-    for file in sorted(path.iterdir(), key=lambda file: file.name == _ENTRY):
-        target = place / file.name
-        if target.is_dir() and not target.is_symlink():
-            _remove(target)
-        os.replace(file, target)
-    path.rmdir()
-
-
-def _take_over(old: Path, place: Path) -> None:
-    """Puts a folder back that lost its place; if another has it, other files of the old one go there."""
-    if not place.exists():
-        old.rename(place)
-        return
-    new = set(os.listdir(place))
-    for path in old.iterdir():
-        if path.name not in new and not _is_ours(path):
-            path.rename(place / path.name)
-    (place / _mark(old).name).unlink(missing_ok=True)
-    shutil.rmtree(old.rename(as_kind(old, _GONE)), ignore_errors=True)
-
-
-def _mark(path: Path) -> Path:
-    return path / f"{_MARK}{number_of(path)}"
-
-
-def _is_ours(path: Path) -> bool:
-    return any(path.match(pattern) for pattern in (*_OURS, f"{_MARK}*"))
+def _take_along(paths: Iterable[Path], new: Path) -> None:
+    """Gives files, and those in folders, a second name in a new folder."""
+    for path in paths:
+        name = new / path.name
+        if path.is_symlink():
+            name.symlink_to(os.readlink(path))
+        elif path.is_dir():
+            name.mkdir()
+            _take_along(path.iterdir(), name)
+            _like(path, name)
+        else:
+            os.link(path, name)
 
 
 def _like(folder: Path, new: Path) -> None:
@@ -326,6 +252,39 @@ def _like(folder: Path, new: Path) -> None:
     if hasattr(os, "chown"):
         with contextlib.suppress(OSError):
             os.chown(new, -1, folder.stat().st_gid)
+
+
+def _pour(new: Path, place: Path) -> None:
+    """Moves the files of a finished draft to their names in a folder."""
+    _go_on_pouring(new.rename(new.with_suffix(f".{_READY}")), place)
+
+
+def _go_on_pouring(path: Path, place: Path) -> None:
+    """Does what is left to do; it does not matter how much of it was done before."""
+    if path.suffix == f".{_READY}":
+        names = set(os.listdir(path))
+        if _ENTRY in names:
+            (place / _ENTRY).unlink(missing_ok=True)
+        for other in place.iterdir():
+            if _is_ours(other) and other.name not in names:
+                _remove(other)
+        path = path.rename(path.with_suffix(f".{_MOVING}"))
+    for file in sorted(path.iterdir(), key=lambda file: file.name == _ENTRY):
+        target = place / file.name
+        if target.is_dir() and not target.is_symlink():
+            _remove(target)
+        os.replace(file, target)
+    path.rmdir()
+
+
+def _is_ours(path: Path) -> bool:
+    return any(path.match(pattern) for pattern in _OURS)
+
+
+def _discard(*paths: Path) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            _remove(path)
 
 
 def _remove(path: Path) -> None:

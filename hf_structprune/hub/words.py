@@ -12,7 +12,7 @@ from typing import Any
 from ..config import PruningConfig
 from ..criteria import Method, Paper
 from ..criteria.inputs import SURGEON, WIFV
-from ..files.writing import can_only_be_a_path
+from ..files.places import can_only_be_a_path
 from ..plan import PruningPlan
 from ..text.calibration import CalibrationConfig
 from ..units import KINDS, DepthKind, UnitKind, WidthKind, kinds_of

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TextError
+from ..files.places import can_only_be_a_path
 from ..files.reading import parse_json, read_json
-from ..files.writing import can_only_be_a_path
 
 
 FILES = (".txt", ".jsonl", ".json")

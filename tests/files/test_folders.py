@@ -4,11 +4,12 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import killed_writing
 import pytest
-from killed_writing import AFTER, OLD, contents, fill, left, write_new
+from killed_writing import AFTER, NEW, OLD, contents, fill, left, write_new
 
 from hf_structprune.errors import CheckpointError, PlaceError
 from hf_structprune.files import places
@@ -49,12 +50,16 @@ def refused(monkeypatch, parent, number):
 @pytest.mark.parametrize("way", WAYS)
 def test_another_folder_takes_the_place_and_other_files_stay(tmp_path, monkeypatch, way):
     fill(tmp_path / "out", OLD)
-    fill(tmp_path / "out" / "runs", {"log.txt": "mine"})
+    fill(tmp_path / "out" / "runs", {"log.txt": "mine", "config.json": "mine too"})
+    (tmp_path / "out" / "link").symlink_to("runs")
     (tmp_path / "out").chmod(0o750)
     before = (tmp_path / "out").stat()
     WAYS[way](monkeypatch, tmp_path / "out")
     write_folder(tmp_path / "out", write_new)
-    assert contents(tmp_path / "out") == {**AFTER, "runs/log.txt": "mine"} and not left(tmp_path / "out")
+    assert contents(tmp_path / "out") == {
+        **AFTER, "runs/log.txt": "mine", "runs/config.json": "mine too"
+    } and not left(tmp_path / "out")  # fmt: skip
+    assert os.readlink(tmp_path / "out" / "link") == "runs"
     after = (tmp_path / "out").stat()
     assert after.st_mode == before.st_mode and (after.st_ino == before.st_ino) == (way in STAYS)
 
@@ -84,25 +89,46 @@ def test_a_kill_before_any_change_leaves_the_old_folder_or_the_new_one(tmp_path,
     assert int(done.stdout) > 4
 
 
-def test_what_a_living_process_writes_is_left_alone(tmp_path):
-    def look(folder):
+def test_who_comes_second_waits_and_leaves_the_draft_of_the_first_alone(tmp_path):
+    def second(folder):
+        assert contents(tmp_path / "out") == AFTER
+        fill(folder, {**NEW, "config.json": "second"})
+
+    others = threading.Thread(target=write_folder, args=(tmp_path / "out", second))
+
+    def first(folder):
+        others.start()
         settle(tmp_path / "out")
-        write_folder(tmp_path / "out", write_new)
-        assert folder.is_dir()
+        others.join(0.2)
+        assert folder.is_dir() and others.is_alive() and contents(tmp_path / "out") == OLD
         write_new(folder)
 
     fill(tmp_path / "out", OLD)
-    write_folder(tmp_path / "out", look)
-    assert contents(tmp_path / "out") == AFTER and not left(tmp_path / "out")
+    write_folder(tmp_path / "out", first)
+    others.join()
+    assert contents(tmp_path / "out") == {**AFTER, "config.json": "second"} and not left(tmp_path / "out")
 
 
 def test_what_another_machine_has_left_is_left_alone(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(places, "_machine", lambda: ("0" * 8, "1" * 8))
+        patch.setattr(places, "_HERE", "0" * 8)
         theirs = places.draft(tmp_path / "out", "new")
     theirs.mkdir()
     write_folder(tmp_path / "out", write_new)
     assert theirs.is_dir()
+
+
+def test_where_files_cannot_have_two_names_those_of_the_user_stay_where_they_are(tmp_path, monkeypatch):
+    def refuse(path, name):
+        if Path(path).name == "b.txt":
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    fill(tmp_path / "out", OLD)
+    fill(tmp_path / "out" / "runs", {"a.txt": "mine", "b.txt": "mine"})
+    monkeypatch.setattr(os, "link", refuse)
+    write_folder(tmp_path / "out", write_new)
+    mine = {"runs/a.txt": "mine", "runs/b.txt": "mine"}
+    assert contents(tmp_path / "out") == {**AFTER, **mine} and not left(tmp_path / "out")
 
 
 def test_a_link_stays_and_its_folder_is_filled(tmp_path):

@@ -2,12 +2,12 @@
 
 import errno
 import os
+import types
 
 import pytest
 
 from hf_structprune import PruningPlan, StructuredPruner
 from hf_structprune.errors import CheckpointError, ConfigurationError, PlaceError
-from hf_structprune.files import places
 from hf_structprune.files.places import check_place, check_room, in_words, must_stay
 from hf_structprune.files.writing import appearing, write_folder, write_text
 
@@ -106,14 +106,8 @@ def test_folders_that_stay(here, monkeypatch):
     monkeypatch.chdir(here / "out" / "deep")
     assert must_stay(here / "out")
     monkeypatch.chdir(here)
-    line = "36 35 98:0 /mnt1 {} rw,noatime master:1 - ext3 /dev/root rw"
-    table = "\n".join(line.format(path) for path in ("/", f"{here}/other", f"{here}/with\\040space")) + "\n"
-    (here / "table").write_text(table)
-    read = type(here).read_text
-    monkeypatch.setattr(
-        type(here), "read_text", lambda path, **how: read(here / "table" if path.name == "mountinfo" else path, **how)
-    )
-    assert places._mounts()[2] == here / "with space"
+    mounted = [types.SimpleNamespace(mountpoint=str(path)) for path in ("/", here / "other", here / "with space")]
+    monkeypatch.setattr("psutil.disk_partitions", lambda all: mounted)
     assert must_stay(here / "other") and must_stay(here / "with space") and not must_stay(here / "out")
 
 
