@@ -23,7 +23,7 @@ from hf_structprune.commands.models import ModelArguments, find_subject, load_fo
 from hf_structprune.data import wikitext2_sample
 from hf_structprune.evaluation import perplexity, read_text
 from hf_structprune.evaluation.efficiency import EfficiencyConfig
-from hf_structprune.evaluation.environment import describe_environment
+from hf_structprune.evaluation.results import describe_environment
 
 
 RESULTS = Path(__file__).parent / "results" / "quantization.json"

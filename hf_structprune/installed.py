@@ -34,10 +34,10 @@ def _found(name: str) -> bool:
         return False
 
 
-def versions() -> dict[str, str]:
-    """Versions of this package and of the libraries that matter for what it computes."""
+def versions(*others: str) -> dict[str, str]:
+    """Versions of this package, of the libraries that matter for what it computes, and of others that are there."""
     found = {"hf_structprune": __version__}
-    for name in LIBRARIES:
+    for name in (*LIBRARIES, *others):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

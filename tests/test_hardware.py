@@ -18,7 +18,7 @@ from forced_hardware import force_accelerator, force_cuda, force_no_accelerator
 from hf_structprune import QuantizationConfig, hardware
 from hf_structprune.errors import ConfigurationError
 from hf_structprune.evaluation import efficiency
-from hf_structprune.evaluation.environment import describe_environment, model_fingerprint
+from hf_structprune.evaluation.results import describe_environment, model_fingerprint
 from hf_structprune.hardware import release_memory
 from hf_structprune.model import rebuild as checkpoint
 from hf_structprune.model.target import Target

@@ -13,9 +13,8 @@ from pathlib import Path
 from ..checks import Count
 from ..errors import ConfigurationError
 from ..evaluation.efficiency import EfficiencyConfig, measure_efficiency, median_figure, time_loading
-from ..evaluation.environment import describe_environment
 from ..evaluation.generation import question_protocol
-from ..evaluation.results import EvaluationResult, Figure
+from ..evaluation.results import EvaluationResult, Figure, describe_environment
 from ..evaluation.table import ResultTable
 from ..files.places import check_place
 from .arguments import parse

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..checks import Ratio
 from ..config import CONFIG_NAME, PruningConfig
 from ..evaluation import EfficiencyConfig, EvaluationConfig, EvaluationResult, ResultTable, evaluate, generate_samples
-from ..evaluation.pictures import draw_widths
+from ..evaluation.pictures import save, widths_figure
 from ..evaluation.results import RESULTS_NAME
 from ..hub import write_card
 from ..hub.contents import DENSE_RESULTS_NAME, WIDTHS_NAME
@@ -71,7 +71,7 @@ def demo_command(argv: Sequence[str]) -> None:
         result.add(*timed.figures.values())
     dense.save(folder / DENSE_RESULTS_NAME)
     pruned.save(folder / RESULTS_NAME)
-    draw_widths(pruner.last_plan, folder / WIDTHS_NAME, pruner.model.config.num_hidden_layers)
+    save(widths_figure(pruner.last_plan, pruner.model.config.num_hidden_layers), folder / WIDTHS_NAME)
     write_card(folder)
     out.print(f"4/4  Saved to {folder}/; the model card is {folder / 'README.md'}")
     out.print(ResultTable([dense, pruned]).to_rich())

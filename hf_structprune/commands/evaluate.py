@@ -158,7 +158,7 @@ class PerplexityArguments:
     batch_size: Count = 1
 
     def __post_init__(self) -> None:
-        from ..evaluation.protocols import find_protocol
+        from ..evaluation.perplexity import find_protocol
 
         check_fields(self)
         find_protocol(self.protocol).change(window=self.window, stride=self.stride, bos=self.bos)
@@ -170,7 +170,7 @@ def perplexity_command(argv: Sequence[str]) -> None:
     model, command = parse(argv, "perplexity", description, ModelArguments, PerplexityArguments)
     with results_only_on_stdout():
         from ..evaluation import load_text, measure_perplexity
-        from ..evaluation.protocols import find_protocol
+        from ..evaluation.perplexity import find_protocol
 
         dataset = {"config_name": command.text_config_name, "split": command.split, "column": command.column}
         text = load_text(command.text, **dataset)

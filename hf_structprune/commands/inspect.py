@@ -109,12 +109,12 @@ def _row(structure: ModelStructure, run: list[tuple[int, Group]]) -> list[str]:
 
 def _inspect_depth(model: ModelArguments, command: InspectArguments, calibration: CalibrationConfig) -> None:
     """Measures and prints; writes a CSV (PruneMe's format, all block sizes) and a heat map if there is a folder."""
-    from ..allocation.depth_picture import draw_distances
     from ..criteria.depth import layer_similarities
-    from ..evaluation.pictures import require_matplotlib
+    from ..evaluation.pictures import distances_figure, save
+    from ..installed import need
 
     if command.output_dir is not None:
-        require_matplotlib()  # before anything is measured
+        need("matplotlib", extra="report")  # before anything is measured
         check_output_dir(command.output_dir, command.overwrite)
     with results_only_on_stdout():
         pruner = load_pruner(model, PruningConfig(calibration=calibration))
@@ -126,7 +126,7 @@ def _inspect_depth(model: ModelArguments, command: InspectArguments, calibration
         if command.output_dir is not None:
             files = [str(Path(command.output_dir, name)) for name in (CSV_NAME, PICTURE_NAME)]
             found.to_csv(Path(files[0]))
-            draw_distances(found, Path(files[1]))
+            save(distances_figure(found), Path(files[1]))
     measures = {"angular": found.distances, "influence": found.influences}
     values = [
         [[scores.get((layer, kind)) for kind in _KINDS] for scores in measures.values()]

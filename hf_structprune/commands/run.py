@@ -12,7 +12,7 @@ from typing import Any
 from ..config import CONFIG_NAME, PruningConfig
 from ..errors import ConfigurationError
 from ..evaluation import EfficiencyConfig, EvaluationResult, ResultTable, evaluate
-from ..evaluation.pictures import draw_widths
+from ..evaluation.pictures import save, widths_figure
 from ..evaluation.results import RESULTS_NAME
 from ..files.places import check_place
 from ..files.writing import check_folder, write_text
@@ -251,7 +251,7 @@ class _Run:
         for state, file in measured.items():
             if file.is_file() and file.parent != folder:
                 _copy(file, folder / f"evaluation_results_{state}.json")
-        draw_widths(PruningPlan.load(folder), folder / WIDTHS_NAME)
+        save(widths_figure(PruningPlan.load(folder)), folder / WIDTHS_NAME)
         write_text(folder / RECIPE_NAME, self.recipe.text)
         write_card(folder)
 

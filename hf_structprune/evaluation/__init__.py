@@ -3,12 +3,19 @@
 from .efficiency import EfficiencyConfig, measure_efficiency, time_loading
 from .evaluator import EvaluationConfig, evaluate
 from .generation import QuestionResult, generate_samples, question_protocol
-from .perplexity import PerplexityResult, measure_perplexity, perplexity
-from .protocols import PROTOCOLS, PerplexityProtocol
+from .perplexity import (
+    PROTOCOLS,
+    EvaluationText,
+    PerplexityProtocol,
+    PerplexityResult,
+    load_text,
+    measure_perplexity,
+    perplexity,
+    read_text,
+)
 from .results import EvaluationResult, Figure
 from .table import ResultTable
 from .tasks import SUITES, check_tasks, expand, run_tasks
-from .text import EvaluationText, load_text, read_text
 
 
 __all__ = [

@@ -7,17 +7,18 @@ import inspect
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
+import psutil
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -30,10 +31,10 @@ from transformers.utils import logging
 from ..checks import Count, Limits, Number, check_fields, checked
 from ..errors import ConfigurationError, EvaluationError, UnsupportedModelError
 from ..hardware import cuda_devices, device_name, synchronize
-from ..model.measuring import measuring
+from ..model.loading import load_model
+from ..model.measuring import context_length, measuring
 from ..model.structure import ModelStructure
 from ..plan import PruningPlan
-from .protocols import context_length
 from .results import Figure
 
 
@@ -89,10 +90,6 @@ def measure_efficiency(model: PreTrainedModel, config: EfficiencyConfig | None =
 
     A figure that cannot be known is left out, with a warning: `macs` for a model whose structure is not understood,
     `macs_with_attention` for quantised kernels.
-
-    Args:
-        model: The model, with all weights in memory.
-        config: What to run.
 
     Raises:
         ConfigurationError: Prompt and new tokens are longer than the model's context.
@@ -152,31 +149,27 @@ def _size_figures(model: PreTrainedModel, config: EfficiencyConfig, ids: torch.L
 
 
 def _speed_figures(model: PreTrainedModel, config: EfficiencyConfig, ids: torch.LongTensor) -> list[Figure]:
-    runs = config.warmup + config.repeats
-    prefill, first, decode = [], [], []
-    with measuring(model), tqdm(total=runs, desc="Speed", disable=not logging.is_progress_bar_enabled()) as bar:
-        for _ in range(runs):
-            prefill.append(time_prefill(model, ids))
-            for seconds, found in zip((first, decode), time_generation(model, ids, config.new_tokens), strict=True):
-                seconds.append(found)
-            bar.update()
+    tokens, decoded = config.batch_size * config.length, config.batch_size * (config.new_tokens - 1)
+    runs, silent = range(config.warmup + config.repeats), not logging.is_progress_bar_enabled()
+    with measuring(model):
+        times = [
+            (time_prefill(model, ids), *time_generation(model, ids, config.new_tokens))
+            for _ in tqdm(runs, desc="Speed", disable=silent)
+        ]
         with peak_memory(devices_of(model)) as peak:
             time_generation(model, ids, config.new_tokens)
-    prompt = f"batch {config.batch_size}, prompt of {config.length} tokens, {config.new_tokens} new ones"
-    what = f"{prompt}, {where(model)}"
+    what = f"batch {config.batch_size}, prompt of {config.length} tokens, {config.new_tokens} new ones, {where(model)}"
     protocol = f"{what}; median of {config.repeats} runs after {config.warmup} to warm up"
-    figures = []
-    if peak.value is not None:
-        protocol_of_peak = f"{peak.method} during one generation: {what}"
-        figures.append(_smaller("peak_memory", peak.value, "B", protocol_of_peak, before=peak.before))
-    tokens, decoded = config.batch_size * config.length, config.batch_size * (config.new_tokens - 1)
-    for name, values, unit in (
-        ("time_to_first_token", first, "s"),
-        ("prefill_throughput", [tokens / seconds for seconds in prefill], "tokens/s"),
-        ("decode_throughput", [decoded / seconds for seconds in decode], "tokens/s"),
-    ):
-        figures.append(median_figure(f"efficiency/{name}", values[config.warmup :], unit, protocol))
-    return figures
+    prefill, first, decode = zip(*times[config.warmup :], strict=True)
+    figures = [
+        median_figure("efficiency/time_to_first_token", list(first), "s", protocol),
+        median_figure("efficiency/prefill_throughput", [tokens / time for time in prefill], "tokens/s", protocol),
+        median_figure("efficiency/decode_throughput", [decoded / time for time in decode], "tokens/s", protocol),
+    ]
+    if peak.value is None:
+        return figures
+    how = f"{peak.method} during one generation: {what}"
+    return [_smaller("peak_memory", peak.value, "B", how, before=peak.before), *figures]
 
 
 # ------------------------------------------------------------------------------------ multiply-accumulates
@@ -203,11 +196,7 @@ def count_macs_with_attention(model: PreTrainedModel, ids: torch.LongTensor) -> 
 
     For a layer of `h` heads of size `d`, attention adds `2 * batch_size * h * d * length ** 2`: scores and weighted
     values over the full square, whatever the mask leaves out. Norms, activations and other element-wise operations
-    are not counted.
-
-    Args:
-        model: The model; it runs once.
-        ids: Token ids, shape `(batch_size, length)`.
+    are not counted. The model runs once, on `ids` of shape `(batch_size, length)`.
     """
     # Fused attention of the CPU is unknown to the counter; the plain kind consists of products that it knows.
     plain = sdpa_kernel(SDPBackend.MATH)
@@ -215,28 +204,22 @@ def count_macs_with_attention(model: PreTrainedModel, ids: torch.LongTensor) -> 
     names = (("aten", "_grouped_mm"), ("transformers", "grouped_mm_fallback"))
     grouped = filter(None, (getattr(getattr(torch.ops, space), name, None) for space, name in names))
     counter = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(grouped, _grouped_flops))
-    with measuring(model), _torch_attention(model), plain, counter:
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    own = model.config._attn_implementation
+    kernels_from_elsewhere = own not in ("eager", "sdpa")
+    try:
+        if kernels_from_elsewhere:
+            model.set_attn_implementation("sdpa")
+        with measuring(model), plain, counter:
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    finally:
+        if kernels_from_elsewhere:
+            model.set_attn_implementation(own)
     return counter.get_total_flops() // 2
 
 
 def _grouped_flops(rows: torch.Size, weights: torch.Size, *args: Any, **kwargs: Any) -> int:
     """Each of the rows, shape `(n, k)`, times one of the matrices, shape `(groups, k, m)`."""
     return 2 * rows[0] * rows[1] * weights[-1]
-
-
-@contextmanager
-def _torch_attention(model: PreTrainedModel) -> Iterator[None]:
-    """With attention of torch itself, where the model uses kernels from elsewhere."""
-    own = model.config._attn_implementation
-    if own in ("eager", "sdpa"):
-        yield
-        return
-    model.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(own)
 
 
 # ---------------------------------------------------------------------------------------------------- memory
@@ -247,33 +230,25 @@ def weight_bytes(model: nn.Module) -> dict[str, int]:
 
     Quantised weights count as they are stored, with their scales and zero points.
     """
-    sizes: dict[tuple, tuple[str, int]] = {}
-    for tensor in _saved_tensors(model):
-        size = tensor.numel() * tensor.element_size()
-        sizes[tensor.device, tensor.data_ptr(), size] = (str(tensor.dtype).removeprefix("torch."), size)
+    tensors = {(t.device, t.data_ptr(), t.nbytes): t for t in _saved_tensors(model.state_dict().values())}
     total: Counter[str] = Counter()
-    for dtype, size in sizes.values():
-        total[dtype] += size
+    for tensor in tensors.values():
+        total[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
     return dict(total)
 
 
-def _saved_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    for value in model.state_dict().values():
-        yield from _plain_tensors(value)
-
-
-def _plain_tensors(value: object) -> Iterator[torch.Tensor]:
-    """A tensor, or those inside one of a wrapper class, which knows only the dtype it stands for."""
-    if isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value):
-        for name in value.__tensor_flatten__()[0]:
-            yield from _plain_tensors(getattr(value, name))
-    elif isinstance(value, torch.Tensor):
-        yield value
+def _saved_tensors(values: Iterable[object]) -> Iterator[torch.Tensor]:
+    """The tensors among them, and those inside one of a wrapper class, which knows only the dtype it stands for."""
+    for value in values:
+        if isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value):
+            yield from _saved_tensors(getattr(value, name) for name in value.__tensor_flatten__()[0])
+        elif isinstance(value, torch.Tensor):
+            yield value
 
 
 def read_weights(model: nn.Module) -> None:
     """Reads a byte of every page of the weights: files mapped into memory are read only when they are used."""
-    for tensor in _saved_tensors(model):
+    for tensor in _saved_tensors(model.state_dict().values()):
         tensor.contiguous().view(-1).view(torch.uint8)[::_PAGE].sum()
 
 
@@ -285,33 +260,24 @@ def cache_growth(model: PreTrainedModel) -> list[tuple[int, int | None]]:
         For each layer its bytes, and the length of its sliding window (it stops growing when that is full), `None`
         where it attends to everything. Empty if the model has no cache with keys and values.
     """
+
+    def held(tokens: int) -> list[tuple[int, int | None]]:
+        ids = torch.zeros((1, tokens), dtype=torch.long, device=model.device)
+        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
+        layers = getattr(getattr(output, "past_key_values", None), "layers", ())
+        pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
+        sizes = [sum(t.nbytes for t in pair if isinstance(t, torch.Tensor)) for pair in pairs]
+        return [(size, getattr(layer, "sliding_window", None)) for size, layer in zip(sizes, layers, strict=True)]
+
     with measuring(model):
-        first, second = (_cache_layers(model, tokens) for tokens in (1, 2))
-    if not any(size for size, _ in second):
-        return []
-    return [(after - before, window) for (before, _), (after, window) in zip(first, second, strict=True)]
-
-
-def _cache_layers(model: PreTrainedModel, tokens: int) -> list[tuple[int, int | None]]:
-    ids = torch.zeros((1, tokens), dtype=torch.long, device=model.device)
-    cache = getattr(model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True), "past_key_values", None)
-    result = []
-    for layer in getattr(cache, "layers", ()):
-        held = [getattr(layer, name, None) for name in ("keys", "values")]
-        size = sum(t.numel() * t.element_size() for t in held if isinstance(t, torch.Tensor))
-        result.append((size, getattr(layer, "sliding_window", None)))
-    return result
+        first, second = held(1), held(2)
+    growth = [(after - before, window) for (before, _), (after, window) in zip(first, second, strict=True)]
+    return growth if any(size for size, _ in second) else []
 
 
 @dataclass
 class PeakMemory:
-    """Peak memory of a block of code.
-
-    Attributes:
-        value: Bytes at the peak, everything that was there before included; `None` where it cannot be known.
-        before: Bytes in use when the block began.
-        method: How they were read.
-    """
+    """Bytes at the peak of a block of code, those before included (`None`: unknown), bytes before it, and how read."""
 
     value: int | None = None
     before: int | None = None
@@ -321,53 +287,34 @@ class PeakMemory:
 @contextmanager
 def peak_memory(devices: set[torch.device]) -> Iterator[PeakMemory]:
     """Measures the peak of the CUDA allocator over the CUDA devices, or else of the process's resident memory."""
-    cuda = cuda_devices(devices)
+    cuda, reset = cuda_devices(devices), False
     for device in cuda:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
     peak = PeakMemory(before=memory_in_use(devices))
-    reset = not cuda and _reset_resident_peak()
+    if not cuda:
+        with suppress(OSError):  # Linux: the kernel forgets the peak so far
+            _CLEAR.write_text("5")
+            reset = "VmHWM" in _STATUS.read_text()
     yield peak
     if cuda:
         peak.value = sum(map(torch.cuda.max_memory_allocated, cuda))
         peak.method = "peak of the CUDA allocator (max_memory_allocated, reset before)"
-        return
-    peak.value = _status("VmHWM") if reset else _peak_since_start()
-    how = "VmHWM, reset before" if reset else "ru_maxrss, since the process started"
-    peak.method = f"peak resident memory of the process ({how})"
+    elif reset:
+        peak.value = 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)[1])
+        peak.method = "peak resident memory of the process (VmHWM, reset before)"
+    elif sys.platform != "win32":
+        import resource
+
+        size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak.value = size if sys.platform == "darwin" else size * 1024
+        peak.method = "peak resident memory of the process (ru_maxrss, since the process started)"
 
 
 def memory_in_use(devices: set[torch.device]) -> int:
     """Bytes that the CUDA allocator has given out on the CUDA devices, or else the resident memory of the process."""
     cuda = cuda_devices(devices)
-    if cuda:
-        return sum(map(torch.cuda.memory_allocated, cuda))
-    import psutil
-
-    return psutil.Process().memory_info().rss
-
-
-def _reset_resident_peak() -> bool:
-    """Makes the kernel forget the peak so far (Linux)."""
-    try:
-        _CLEAR.write_text("5")
-        return _status("VmHWM") is not None
-    except OSError:
-        return False
-
-
-def _status(name: str) -> int | None:
-    found = re.search(rf"^{name}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
-
-
-def _peak_since_start() -> int | None:
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return None
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size if sys.platform == "darwin" else size * 1024
+    return sum(map(torch.cuda.memory_allocated, cuda)) if cuda else psutil.Process().memory_info().rss
 
 
 # ----------------------------------------------------------------------------------------------------- speed
@@ -444,12 +391,11 @@ class _TokenClock(StoppingCriteria):
 
 def median_figure(name: str, values: list[float], unit: str, protocol: str, **details: Any) -> Figure:
     """The median of repeated measurements, with their spread in the details (`iqr`: third minus first quartile)."""
-    quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    quartiles = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
     spread = {"min": min(values), "max": max(values), "iqr": quartiles[2] - quartiles[0], "values": values}
     return Figure(
-        name, statistics.median(values), unit, higher_is_better=unit != "s", protocol=protocol,
-        details={**spread, **details},
-    )  # fmt: skip
+        name, quartiles[1], unit, higher_is_better=unit != "s", protocol=protocol, details={**spread, **details}
+    )
 
 
 def time_loading(
@@ -488,8 +434,6 @@ def time_loading(
 
 
 def _load(model: str, dtype: str, device: str, repeats: int, kwargs: dict[str, Any]) -> list[float]:
-    from ..model.loading import load_model
-
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()

@@ -10,30 +10,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..checks import Count, Limit, Number, check_fields
 from ..errors import ConfigurationError
 from ..files.places import check_place
-from .environment import describe_environment, model_fingerprint
-from .protocols import PROTOCOLS, find_protocol
-from .results import EvaluationResult
+from ..model.loading import as_tokenizer
+from .efficiency import EfficiencyConfig, measure_efficiency
+from .generation import generate_samples
+from .perplexity import EvaluationText, find_protocol, load_text, measure_perplexity
+from .results import EvaluationResult, Figure, describe_environment, model_fingerprint
+from .tasks import check_tasks, run_tasks
 
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from .text import EvaluationText
 
 # Keys of `EvaluationResult.settings` besides the fields of the configuration.
 COMPLETED = "completed"
 MODEL = "model_fingerprint"
 TEXTS = "text_fingerprints"
-
-Step = Callable[[EvaluationResult], None]
 
 
 @dataclass
@@ -98,8 +95,6 @@ class EvaluationConfig:
         Raises:
             StructPruneError: A text cannot be read, two have the same name, or a task or its data is missing.
         """
-        from .text import load_text
-
         texts = [load_text(spec) for spec in self.texts]
         names = [text.name for text in texts]
         for name in names:
@@ -107,11 +102,7 @@ class EvaluationConfig:
                 raise ConfigurationError(
                     f"`texts` are {', '.join(self.texts)}, of which two are called {name!r}: rename a file."
                 )
-        if not self.tasks:
-            return texts, []
-        from .tasks import check_tasks
-
-        return texts, check_tasks(self.tasks, self.include_path)
+        return texts, check_tasks(self.tasks, self.include_path) if self.tasks else []
 
 
 def evaluate(
@@ -145,8 +136,6 @@ def evaluate(
         ConfigurationError: `output` holds something else, or cannot be written.
         StructPruneError: A text or a task cannot be used.
     """
-    from ..model.loading import as_tokenizer
-
     config, tokenizer = config or EvaluationConfig(), as_tokenizer(tokenizer)
     if output is not None:
         check_place(output, file=True)
@@ -168,7 +157,11 @@ def evaluate(
     bar = tqdm(left, desc="Evaluation", unit="step", disable=not logging.is_progress_bar_enabled())
     for step in bar:
         bar.set_postfix_str(step)
-        steps[step](result)
+        measured = steps[step]()
+        if step == "samples":
+            result.samples = measured
+        else:
+            result.add(*measured)
         completed.append(step)
         if output is not None:
             result.save(output)
@@ -177,42 +170,29 @@ def evaluate(
 
 def _steps(
     model: PreTrainedModel, tokenizer: Any, config: EvaluationConfig, texts: list[EvaluationText], tasks: list[str]
-) -> dict[str, Step]:
-    """What is to be done, by names that stay the same between runs."""
+) -> dict[str, Callable[[], list]]:
+    """What is to be done, by names that stay the same between runs; gives figures, the last one sample texts."""
 
-    def measure(text: EvaluationText, result: EvaluationResult) -> None:
-        from .perplexity import measure_perplexity
-
-        window = config.window or PROTOCOLS[config.protocol].window_for(model)
-        measured = measure_perplexity(
+    def measure(text: EvaluationText) -> list[Figure]:
+        window = config.window or find_protocol(config.protocol).window_for(model)
+        return measure_perplexity(
             model, tokenizer, text, config.protocol, window=window, stride=config.stride, bos=config.bos,
             max_windows=config.max_windows, batch_size=config.batch_size,
-        )  # fmt: skip
-        result.add(*measured.figures(text.name))
+        ).figures(text.name)  # fmt: skip
 
-    def run(task: str, result: EvaluationResult) -> None:
-        from .tasks import run_tasks
-
-        figures = run_tasks(
+    def run(task: str) -> list[Figure]:
+        return run_tasks(
             model, tokenizer, [task], num_fewshot=config.num_fewshot, limit=config.limit,
             include_path=config.include_path, batch_size=config.batch_size, seed=config.seed,
         )  # fmt: skip
-        result.add(*figures)
 
-    def size_and_speed(result: EvaluationResult) -> None:
-        from .efficiency import EfficiencyConfig, measure_efficiency
-
-        result.add(*measure_efficiency(model, EfficiencyConfig(seed=config.seed)))
-
-    def generate(result: EvaluationResult) -> None:
-        from .generation import generate_samples
-
-        result.samples = generate_samples(model, tokenizer, seed=config.seed)
-
-    steps: dict[str, Step] = {f"perplexity/{text.name}": partial(measure, text) for text in texts}
+    steps: dict[str, Callable[[], list]] = {f"perplexity/{text.name}": partial(measure, text) for text in texts}
     steps |= {f"tasks/{task}": partial(run, task) for task in tasks}
-    steps |= {"efficiency": size_and_speed} if config.efficiency else {}
-    return steps | ({"samples": generate} if config.samples else {})
+    if config.efficiency:
+        steps["efficiency"] = partial(measure_efficiency, model, EfficiencyConfig(seed=config.seed))
+    if config.samples:
+        steps["samples"] = partial(generate_samples, model, tokenizer, seed=config.seed)
+    return steps
 
 
 def _continue(

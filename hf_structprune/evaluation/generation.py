@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -20,10 +18,9 @@ from ..checks import Count, checked
 from ..errors import ConfigurationError
 from ..files.writing import write_text
 from ..hardware import cuda_devices, synchronize
-from ..model.measuring import measuring
+from ..model.measuring import context_length, measuring
 from .efficiency import devices_of, memory_in_use, where
-from .protocols import context_length
-from .results import Figure
+from .results import Figure, csv_text
 
 
 PROMPTS = (
@@ -46,16 +43,7 @@ _DIGITS = {"prompt_tokens": 1, "total_tokens": 1, "seconds": 4, "tokens_per_seco
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer to a question.
-
-    Attributes:
-        question: The question.
-        text: The answer.
-        prompt_tokens: Tokens of the question, chat template included.
-        new_tokens: Tokens of the answer.
-        seconds: Time of the generation.
-        memory: Bytes in use right after it.
-    """
+    """One answer to a question: its text, tokens of both, time of the generation, and bytes in use right after it."""
 
     question: str
     text: str
@@ -91,31 +79,24 @@ class QuestionResult:
             }
             for a in self.answers
         ]  # fmt: skip
-        means = {key: statistics.fmean(row[key] for row in rows) for key in _DIGITS}
+        means = {key: fmean(row[key] for row in rows) for key in _DIGITS}
         rows.append({**rows[0], **means, "question": "mean", "answer": ""})
         return [{**row, **{key: round(row[key], digits) for key, digits in _DIGITS.items()}} for row in rows]
 
     def figures(self) -> list[Figure]:
         """`efficiency/question_throughput` and `efficiency/question_memory`: the means over the questions."""
         speeds, memory = [a.tokens_per_second for a in self.answers], [a.memory for a in self.answers]
+        counted, after = f"{self.protocol}; prompt tokens counted", f"{self.protocol}; memory in use after each answer"
         return [
             Figure(
-                f"efficiency/question_{name}", statistics.fmean(values), unit, higher_is_better=unit != "B",
-                protocol=f"{self.protocol}; {what}", details={"values": values},
-            )
-            for name, values, unit, what in (
-                ("throughput", speeds, "tokens/s", "prompt tokens counted"),
-                ("memory", memory, "B", "memory in use after each answer"),
-            )
-        ]  # fmt: skip
+                "efficiency/question_throughput", fmean(speeds), "tokens/s", None, True, counted, {"values": speeds}
+            ),
+            Figure("efficiency/question_memory", fmean(memory), "B", None, False, after, {"values": memory}),
+        ]
 
     def write_csv(self, path: str | os.PathLike) -> None:
         """Writes `rows()` as CSV."""
-        rows, text = self.rows(), io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(path, text.getvalue())
+        write_text(path, csv_text(self.rows()))
 
 
 def generate_samples(
@@ -127,10 +108,10 @@ def generate_samples(
     seed: int = 0,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Lets a model continue prompts, or answer them if its tokenizer has a chat template.
+    """Lets a model continue prompts, or answer them if its tokenizer has a chat template; it gets its modes back.
 
     Args:
-        model: The model, on the device it is to run on; it gets its modes back.
+        model: The model, on the device it is to run on.
         tokenizer: Its tokenizer.
         prompts: One or several. Default: `PROMPTS`.
         max_new_tokens: Tokens at most.
@@ -157,28 +138,15 @@ def generate_samples(
 
 
 def question_protocol(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    questions: Sequence[str] = QUESTIONS,
-    *,
-    max_length: int = 200,
+    model: PreTrainedModel, tokenizer: Any, questions: Sequence[str] = QUESTIONS, *, max_length: int = 200
 ) -> QuestionResult:
-    """Speed and memory while a model answers five questions, greedily, one after another.
+    """Speed and memory while a model answers five questions, greedily, one after another; it gets its modes back.
 
     The protocol of a study of pruned and quantised chat models: for each question at most `max_length` tokens,
     **prompt included** (an answer may end earlier), tokens of prompt and answer over the seconds of the generation,
     memory in use after it (CUDA: `memory_allocated`; else the resident memory of the process), and the mean over the
     questions. The study does not print its questions: these five are ours. A few tokens are generated before the
-    first question and not counted.
-
-    Args:
-        model: The model, on the device it is to run on; it gets its modes back.
-        tokenizer: Its tokenizer; its chat template is applied if there is one.
-        questions: The questions.
-        max_length: Tokens of prompt and answer.
-
-    Returns:
-        The answers, with rows, figures and a CSV file.
+    first question and not counted. A chat template of the tokenizer is applied.
 
     Raises:
         ConfigurationError: A question leaves no room for an answer, or `max_length` is beyond the model's context.
@@ -193,12 +161,11 @@ def question_protocol(
     if min(room) < 1:
         longest = questions[room.index(min(room))]
         raise ConfigurationError(f"`max_length` is {max_length}, and {longest!r} alone has {max_length - min(room)}.")
-    answers = []
     with measuring(model):
-        _answer(model, tokenizer, questions[0], encoded[0], min(_WARMUP_TOKENS, room[0]), 0)
+        _answer(model, tokenizer, questions[0], encoded[0], min(_WARMUP_TOKENS, room[0]))
         runs = zip(questions, encoded, room, strict=True)
-        for run in tqdm(runs, "Questions", len(questions), disable=not logging.is_progress_bar_enabled()):
-            answers.append(_answer(model, tokenizer, *run, 0))
+        shown = tqdm(runs, "Questions", len(questions), disable=not logging.is_progress_bar_enabled())
+        answers = [_answer(model, tokenizer, *run) for run in shown]
     protocol = f"{len(questions)} questions, at most {max_length} tokens with the prompt, greedy, {where(model)}"
     return QuestionResult(answers, protocol)
 
@@ -218,14 +185,9 @@ def _encode(model: PreTrainedModel, tokenizer: Any, prompt: str) -> dict[str, to
 
 
 def _answer(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    prompt: str,
-    inputs: dict[str, torch.Tensor],
-    max_new_tokens: int,
-    seed: int,
-    **options: Any,
-) -> Answer:
+    model: PreTrainedModel, tokenizer: Any, prompt: str, inputs: dict[str, torch.Tensor], max_new_tokens: int,
+    seed: int = 0, **options: Any,
+) -> Answer:  # fmt: skip
     devices = devices_of(model)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     options = {"do_sample": False, "pad_token_id": pad, "max_new_tokens": max_new_tokens, **options}

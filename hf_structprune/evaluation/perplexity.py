@@ -1,12 +1,14 @@
-"""Perplexity of a text: token, word and byte perplexity with their standard errors."""
+"""Perplexity of a text: the texts papers use, how they are cut into windows, and the figures with their errors."""
 
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,15 +17,318 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..checks import Count, checked
-from ..errors import ConfigurationError
+from ..checks import Count, Limits, check_choice, check_fields, checked
+from ..data import wikitext2_sample
+from ..errors import ConfigurationError, TextError
 from ..model.language_head import has_plain_head, positions_at_once
-from ..model.measuring import measuring
+from ..model.loading import as_tokenizer
+from ..model.measuring import context_length, measuring
+from ..text.reading import FILES, is_local, read_lines, read_rows
 from ..text.tokenising import tokenise
-from .comparison import ratio_and_stderr
-from .protocols import Window, context_length, cut_windows, find_protocol, spread
-from .results import Figure, Parts, fingerprint
-from .text import EvaluationText, load_text
+from .comparison import Parts, fingerprint, ratio_and_stderr
+from .results import Figure
+
+
+# ------------------------------------------------------------------------------------------------------ texts
+
+SAMPLE = "sample"
+
+
+@dataclass(frozen=True)
+class EvaluationText:
+    """A text to measure on.
+
+    Args:
+        name: Short, without slashes: what figures are called by, `perplexity/<name>`.
+        text: The text itself.
+        source: Where it comes from, in words, for tables and cards.
+    """
+
+    name: str
+    text: str
+    source: str
+
+
+class NamedText(NamedTuple):
+    """A data set of the Hub that papers measure perplexity on, and how they make one text of it."""
+
+    dataset: str
+    splits: tuple[str, ...]  # that may be asked for; the first is the usual one
+    config_name: str | None = None
+    column: str = "text"
+    documents: int | None = None  # from the first one; `None` takes all
+    separator: str = "\n\n"
+    loading: dict[str, Any] = {}
+
+
+TEXTS = {
+    # LLM-Pruner, SparseGPT, Wanda, ...: the whole split.
+    "wikitext2": NamedText("Salesforce/wikitext", ("test", "validation", "train"), "wikitext-2-raw-v1"),
+    # The repository holds a script, which `datasets` 4 no longer runs; the Hub's own conversion to Parquet is on this
+    # branch. Most papers measure the test split, LLM-Pruner the validation split.
+    "ptb": NamedText(
+        "ptb-text-only/ptb_text_only", ("test", "validation", "train"), column="sentence",
+        loading={"revision": "refs/convert/parquet"},
+    ),
+    # As SparseGPT, Wanda and GPTQ's `c4-new`: the first 1,100 documents of the first of eight validation files (40 MB;
+    # the whole of C4 is 300 GB), joined with a space.
+    "c4": NamedText(
+        "allenai/c4", ("validation",), documents=1100, separator=" ",
+        loading={"data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"}},
+    ),
+}  # fmt: skip
+
+
+def load_text(
+    spec: str, *, config_name: str | None = None, split: str | None = None, column: str | None = None
+) -> EvaluationText:
+    """Loads a text to evaluate on.
+
+    | `spec` | what it is |
+    | --- | --- |
+    | `"sample"` | the leading articles of WikiText-2's test split, packaged: compares models with each other |
+    | `"wikitext2"` | WikiText-2 raw, test split (`Salesforce/wikitext`) |
+    | `"ptb"` | Penn Treebank, test split (`ptb-text-only/ptb_text_only`); LLM-Pruner uses `split="validation"` |
+    | `"c4"` | the first 1,100 documents of C4's English validation split (`allenai/c4`), joined with a space |
+    | a `.txt` file | rows as in WikiText-2, see `read_text` |
+    | a `.jsonl` or `.json` file | the texts under the key `column` |
+    | a folder | a data set made by `datasets.save_to_disk`, or a folder of data files |
+    | an id | a data set of the Hub |
+
+    Rows are joined with two line breaks, none left out, unless the table says something else. A folder that has the
+    name of a named text is read as `"./ptb"`.
+
+    Args:
+        spec: What to load.
+        config_name: Configuration of a data set, for example `"wikitext-103-raw-v1"`.
+        split: Split of a data set; `"validation[:1000]"` takes the first 1,000 rows. Default: `"test"`, or the usual
+            one of a named text.
+        column: Column of a data set or key in a JSON file. Default: `"text"`.
+
+    Raises:
+        ConfigurationError: An option does not go with this kind of text.
+        TextError: There is no such text, split or column, the Hub cannot be reached, or there is nothing in it.
+    """
+    options = {"config_name": config_name, "split": split, "column": column}
+    named, file = TEXTS.get(spec), Path(spec).suffix if Path(spec).suffix in FILES else ""
+    if spec == SAMPLE or named or file:
+        allowed = "split" if named else "column" if file in (".json", ".jsonl") else None
+        for option, value in options.items():
+            if value is not None and option != allowed:
+                raise ConfigurationError(f"`{option}` is {value!r}, but the text {spec!r} has none to choose.")
+    if spec == SAMPLE:
+        return EvaluationText(SAMPLE, read_text(wikitext2_sample()), "leading articles of WikiText-2 raw, test split")
+    if named:
+        return _load_named(spec, named, split or named.splits[0])
+    if file:
+        return EvaluationText(Path(spec).stem, _join(read_rows(spec, column=column or "text"), spec), Path(spec).name)
+    return _load_dataset(spec, options)
+
+
+def read_text(path: str | os.PathLike, column: str = "text") -> str:
+    """Reads a text to evaluate on.
+
+    A `.jsonl` or `.json` file gives its texts (key `column`) joined with two line breaks. Any other file is read by
+    the row protocol of WikiText-2: a blank line is an empty row, any other line a row with its line break, and rows
+    are joined with two line breaks: the text that `"\\n\\n".join(dataset["text"])` gives for the dataset of the Hub.
+
+    Raises:
+        TextError: There is no such file or no such column, or the file is not UTF-8 text.
+    """
+    rows = read_rows(path, column=column) if Path(path).suffix in FILES else read_lines(path)
+    return "\n\n".join(rows)
+
+
+def _load_named(spec: str, named: NamedText, split: str) -> EvaluationText:
+    if split not in named.splits:
+        raise ConfigurationError(
+            f"`split` is {split!r}, but the text {spec!r} is made of {', '.join(map(repr, named.splits))}; for other "
+            f"parts give the data set's id, {named.dataset!r}."
+        )
+    try:
+        rows = read_rows(named.dataset, name=named.config_name, split=split, column=named.column, **named.loading)
+    except TextError as error:
+        raise TextError(f"The text {spec!r} needs a data set of the Hub. {error}") from error
+    text = _join(rows[: named.documents], spec, named.separator)
+    taken = "" if named.documents is None else f", first {named.documents:,} rows"
+    name = spec if split == named.splits[0] else f"{spec}-{split}"
+    return EvaluationText(name, text, _describe(named.dataset, named.config_name, split) + taken)
+
+
+def _load_dataset(spec: str, options: dict[str, str | None]) -> EvaluationText:
+    config_name, split, column = options["config_name"], options["split"] or "test", options["column"] or "text"
+    dataset, hint = spec, ""
+    if is_local(spec):
+        dataset = Path(spec).expanduser().resolve().name  # the whole path is nobody's business
+    elif "/" not in spec:
+        hint = f" Texts that have a name here are {', '.join((SAMPLE, *TEXTS))}."
+    try:
+        rows = read_rows(spec, name=config_name, split=split, column=column)
+    except TextError as error:
+        raise TextError(f"{error}{hint}") from error
+    # With what was chosen of it, so that two parts of one data set are two texts.
+    parts = [dataset.rpartition("/")[2], *(value for value in options.values() if value is not None)]
+    return EvaluationText("-".join(parts).replace("/", "-"), _join(rows, spec), _describe(dataset, config_name, split))
+
+
+def _join(rows: Any, spec: str, separator: str = "\n\n") -> str:
+    rows = list(rows)
+    for number, row in enumerate(rows):
+        if not isinstance(row, str):
+            raise TextError(f"Row {number} of {spec} is a {type(row).__name__}, not a text: choose another column.")
+    if not any(row.strip() for row in rows):
+        raise TextError(f"There is no text in {spec}: it has no rows, or all of them are empty.")
+    return separator.join(rows)
+
+
+def _describe(dataset: str, config_name: str | None, split: str) -> str:
+    return ", ".join(part for part in (dataset, config_name, f"{split} split") if part)
+
+
+# -------------------------------------------------------------------------------------------------- protocols
+
+
+@dataclass(frozen=True)
+class PerplexityProtocol:
+    """How a text is cut into windows for perplexity.
+
+    Args:
+        window: Tokens that go through the model at once, a BOS token in every window counted.
+        stride: Tokens of the text from the start of a window to the start of the next; `window` means no overlap.
+        keep_tail: Whether what is left behind the last full window is measured, or dropped.
+        bos: The beginning-of-sequence token: `None` as the tokenizer does by default (once at the start of the text,
+            if at all), `True` always, `False` never.
+        bos_everywhere: `bos=True` means one at the start of every window rather than at the start of the text.
+    """
+
+    window: Annotated[int, Limits(2)] = 2048
+    stride: int = 2048
+    keep_tail: bool = False
+    bos: bool | None = None
+    bos_everywhere: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not 1 <= self.stride <= self.window:
+            raise ConfigurationError(
+                f"`stride` is {self.stride}; it must be 1 to {self.window}, the `window`, or tokens would be left out."
+            )
+
+    def change(
+        self, *, window: int | None = None, stride: int | None = None, bos: bool | None = None
+    ) -> PerplexityProtocol:
+        """The protocol with other values; a stride that is not given keeps its ratio to the window."""
+        window = checked("window", self.window if window is None else window, Count)
+        stride = max(1, self.stride * window // self.window) if stride is None else stride
+        return replace(self, window=window, stride=stride, bos=self.bos if bos is None else bos)
+
+    @property
+    def adds_bos_everywhere(self) -> bool:
+        """Whether every window begins with a BOS token of its own."""
+        return self.bos is True and self.bos_everywhere
+
+    @property
+    def content(self) -> int:
+        """Tokens of the text in a window: all but a BOS token of its own."""
+        return self.window - self.adds_bos_everywhere
+
+    def window_for(self, model: PreTrainedModel) -> int:
+        """The protocol's window, or the model's context where that is shorter."""
+        return min(self.window, context_length(model) or self.window)
+
+    def in_words(self, *, windows: int, found: int, window: int, starts_with_bos: bool) -> str:
+        """What was done, for tables and cards.
+
+        Args:
+            windows: Number of windows that were run.
+            found: Number of windows there are in the text.
+            window: Their true size, which is smaller than the protocol's if the text is.
+            starts_with_bos: Whether the text's tokens begin with a BOS token.
+        """
+        apart = self.stride < self.content or self.keep_tail
+        words = f"{windows} {'' if apart else 'non-overlapping '}window{'s' if windows > 1 else ''} of {window} tokens"
+        if apart:
+            words += f", {self.stride} apart{' up to the end of the text' if self.keep_tail else ''}"
+            words += ", every token predicted in the first window that holds it"
+        else:
+            words += f", {window - 1} predictions in each"
+        if windows < found:
+            words += f", evenly spaced over {found}"
+        if self.adds_bos_everywhere:
+            return f"{words}, BOS in each"
+        return f"{words}, {'BOS once at the start of the text' if starts_with_bos else 'no BOS'}"
+
+
+PROTOCOLS = {
+    # Of compression papers: GPTQ, SparseGPT, Wanda, SliceGPT, ...
+    "paper": PerplexityProtocol(),
+    # LLMPruner/evaluator/ppl.py of https://github.com/horseee/LLM-Pruner at its default length. It runs four windows
+    # at once; that does not change the result, so the batch size is the caller's.
+    "llm-pruner": PerplexityProtocol(window=128, stride=128),
+    # Every token of the text but the first is predicted, with as much context as the window allows
+    # (https://huggingface.co/docs/transformers/perplexity). A BOS token, if asked for, comes once, as in lm-eval's
+    # rolling likelihood; the first token of the text is then predicted too.
+    "sliding": PerplexityProtocol(window=2048, stride=512, keep_tail=True, bos_everywhere=False),
+}
+
+
+def find_protocol(name: str) -> PerplexityProtocol:
+    """The protocol of a name; raises a `ConfigurationError` if there is none."""
+    check_choice("protocol", name, tuple(PROTOCOLS))
+    return PROTOCOLS[name]
+
+
+class Window(NamedTuple):
+    """Tokens `start` to `stop` (excluded) go through the model; those from `scored` on count."""
+
+    start: int
+    scored: int
+    stop: int
+
+
+def cut_windows(
+    length: int, window: int, stride: int, *, keep_tail: bool = False, score_first: bool = False
+) -> list[Window]:
+    """Cuts `length` tokens into windows of one size in which every token counts at most once.
+
+    Windows begin at `0, stride, 2 stride, ...`. A token counts in the first window that holds it, unless it is the
+    first token of that window: nothing says what it could be predicted from. So of non-overlapping windows
+    (`stride = window`) all tokens but the first count; of overlapping ones the tokens that were not in the window
+    before, each with at least `window - stride` tokens of context.
+
+    Args:
+        length: Number of tokens.
+        window: Tokens in a window.
+        stride: Tokens from the start of a window to the start of the next, 1 to `window`.
+        keep_tail: Add a window that ends with the last token, if there are tokens behind the last full window; it is
+            of full size too (as in lm-eval's rolling windows), or as long as the text if that is shorter. Without it
+            the incomplete window is dropped.
+        score_first: The first token of a window counts too: something will be put before it.
+
+    Returns:
+        The windows in order, all of one size; none if the text is too short.
+    """
+    starts = list(range(0, length - window + 1, stride))
+    if keep_tail and length > 0 and (not starts or starts[-1] + window < length):
+        starts.append(max(0, length - window))
+    size = min(window, length)
+    windows, done = [], 0
+    for start in starts:
+        scored = max(done, start + (0 if score_first else 1))
+        done = start + size
+        if scored < done:
+            windows.append(Window(start, scored, done))
+    return windows
+
+
+def spread(windows: list[Window], count: int | None) -> list[Window]:
+    """`count` of the windows, evenly spaced: those numbered `floor(i n / count)` of `n`. `None` keeps all."""
+    if count is None or count >= len(windows):
+        return windows
+    return [windows[i * len(windows) // count] for i in range(count)]
+
+
+# ---------------------------------------------------------------------------------------------------- figures
 
 
 @dataclass(frozen=True)
@@ -42,21 +347,12 @@ class PerplexityResult:
     `se(m) = sqrt(n / (n - 1) sum_k e_k^2) / T` and `se(exp m) = exp(m) se(m)`; `None` for one window.
 
     Args:
-        perplexity: `exp(nll)`.
+        perplexity, word_perplexity, byte_perplexity, bits_per_byte: The figures, each with its standard error.
         nll: Mean negative log-likelihood of a token, in nats.
-        tokens: Number of tokens that were predicted.
+        tokens, words, bytes: How many were predicted.
         windows: Number of windows that were run.
         window: Tokens in a window.
         protocol: The same in words, for tables and cards.
-        stderr: Standard error of `perplexity`.
-        word_perplexity: Perplexity of a word.
-        word_perplexity_stderr: Its standard error.
-        byte_perplexity: Perplexity of a byte.
-        byte_perplexity_stderr: Its standard error.
-        bits_per_byte: Mean negative log-likelihood of a byte, in bits.
-        bits_per_byte_stderr: Its standard error.
-        words: Words that the predicted tokens stand for.
-        bytes: UTF-8 bytes that they stand for.
         source: Where the text comes from, in words.
         parts: The windows that each figure was added up from, by the first word of the figure's name.
     """
@@ -85,13 +381,15 @@ class PerplexityResult:
         Those that there are, for a text of that name; lower is better in all of them.
         """
         details = {key: getattr(self, key) for key in ("source", "tokens", "words", "bytes", "windows", "window")}
-        figures = []
-        for kind in ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"):
-            value, unit = getattr(self, kind), "bit/B" if kind == "bits_per_byte" else ""
-            stderr = self.stderr if kind == "perplexity" else getattr(self, f"{kind}_stderr")
-            how = (stderr, False, self.protocol, dict(details), self.parts.get(kind))
-            figures += [] if value is None else [Figure(f"{kind}/{name}", value, unit, *how)]
-        return figures
+        return [
+            Figure(
+                f"{kind}/{name}", value, "bit/B" if kind == "bits_per_byte" else "",
+                self.stderr if kind == "perplexity" else getattr(self, f"{kind}_stderr"), False, self.protocol,
+                dict(details), self.parts.get(kind),
+            )
+            for kind in ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
+            if (value := getattr(self, kind)) is not None
+        ]  # fmt: skip
 
 
 def perplexity(
@@ -116,12 +414,7 @@ def perplexity(
         text: The text (not a path, see `load_text`); a list is joined with two line breaks. Default: a packaged
             sample, the leading articles of the WikiText-2 test split. It compares models with each other; numbers
             of papers are on the whole split.
-        window: Tokens in a window, at most the model's context.
-        max_windows: Number of windows to run, spread evenly over the text. Default: all.
-        batch_size: Windows that go through the model at once.
-
-    Returns:
-        The perplexity, and what it was measured on.
+        window, max_windows, batch_size: As in `measure_perplexity`.
 
     Raises:
         ConfigurationError: The window is longer than the text or the model's context, or a number is impossible.
@@ -207,54 +500,35 @@ def measure_perplexity(
 
 def _result(key: str, losses: np.ndarray, windows: list[Window], encoded: EncodedText, **how: Any) -> PerplexityResult:
     """The figures from the summed losses of the windows, and how they were measured."""
-    starts, stops = ([getattr(window, end) for window in windows] for end in ("scored", "stop"))
-    values: dict[str, Any] = {}
-    parts = {}
-    for prefix, upto in (("", np.arange(len(encoded.ids) + 1)), ("word_", encoded.words), ("byte_", encoded.bytes)):
+    starts, stops = [window.scored for window in windows], [window.stop for window in windows]
+    values: dict[str, Any] = {"windows": len(windows), "parts": {}, **how}
+
+    def add(name: str, form: str, value: float, stderr: float, stderr_name: str | None = None) -> None:
+        values[name], values["parts"][name] = float(value), Parts.of(key, losses, counts, form)
+        values[stderr_name or f"{name}_stderr"] = float(stderr) if np.isfinite(stderr) else None
+
+    for unit, upto in (("token", np.arange(len(encoded.ids) + 1)), ("word", encoded.words), ("byte", encoded.bytes)):
         counts = None if upto is None else upto[stops] - upto[starts]
         if counts is None or not counts.any():
             continue
-        mean, stderr = mean_and_stderr(losses, counts)
-        values[f"{prefix.rstrip('_') or 'token'}s"] = int(counts.sum())
-        values |= {f"{prefix}perplexity": _exp(mean), f"{prefix}perplexity_stderr": _finite(_exp(mean) * stderr)}
-        parts[f"{prefix}perplexity"] = Parts.of(key, losses, counts, "exp")
-        if not prefix:
-            values |= {"nll": mean, "stderr": values.pop("perplexity_stderr")}
-        if prefix == "byte_":
-            values |= {"bits_per_byte": mean / math.log(2), "bits_per_byte_stderr": _finite(stderr / math.log(2))}
-            parts["bits_per_byte"] = Parts.of(key, losses, counts, "bits")
-    return PerplexityResult(windows=len(windows), parts=parts, **values, **how)
+        with np.errstate(over="ignore", invalid="ignore"):  # infinite losses have no error
+            mean, stderr = ratio_and_stderr(losses, counts)
+            figure = np.exp(mean), np.exp(mean) * stderr
+        values[f"{unit}s"] = int(counts.sum())
+        if unit == "token":
+            values["nll"] = float(mean)
+            add("perplexity", "exp", *figure, "stderr")
+        else:
+            add(f"{unit}_perplexity", "exp", *figure)
+        if unit == "byte":
+            add("bits_per_byte", "bits", mean / math.log(2), stderr / math.log(2))
+    return PerplexityResult(**values)
 
 
-def mean_and_stderr(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
-    """`sum(sums) / sum(counts)` and its standard error over windows, NaN for one window; see `PerplexityResult`."""
-    if len(sums) == 1:
-        return float(sums.sum() / counts.sum()), math.nan
-    with np.errstate(invalid="ignore"):  # infinite losses have no error
-        mean, stderr = ratio_and_stderr(sums, counts)
-    return float(mean), float(stderr)
-
-
-def _exp(value: float) -> float:
-    try:
-        return math.exp(value)
-    except OverflowError:
-        return math.inf
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-# Characters whose bytes are counted at once.
-_BLOCK = 1 << 20
-
-
-@dataclass(frozen=True)
-class EncodedText:
+class EncodedText(NamedTuple):
     """Tokens of a text.
 
-    Args:
+    Attributes:
         ids: Token ids.
         words: Words up to and with each token, of shape `(len(ids) + 1,)`: `words[j] - words[i]` words belong to the
             tokens `i` to `j` (excluded). `None` if the tokenizer does not say which part of the text a token is.
@@ -285,16 +559,13 @@ def encode(tokenizer: Any, text: str, bos: bool | None, everywhere: bool) -> Enc
     Raises:
         ConfigurationError: A BOS token is asked for and the tokenizer has none.
     """
-    from ..model.loading import as_tokenizer
-
     tokenizer = as_tokenizer(tokenizer)
     known = tokenizer.bos_token_id
     if bos and known is None:
         raise ConfigurationError("`bos` is True, but the tokenizer has no beginning-of-sequence token: leave it out.")
     parts = list(tokenise(tokenizer, text, add_special_tokens=bos is None))
-    ids, ends = np.concatenate([part.ids for part in parts]).tolist(), None
-    if parts[0].ends is not None:
-        ends = np.concatenate([part.ends for part in parts])
+    ids = np.concatenate([part.ids for part in parts]).tolist()
+    ends = None if parts[0].ends is None else np.concatenate([part.ends for part in parts])
     if bos and not everywhere:
         ids, ends = [known, *ids], None if ends is None else np.insert(ends, 0, 0)
     starts_with_bos = bool(ids) and known is not None and ids[0] == known
@@ -311,21 +582,9 @@ def _count(text: str, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     breaks = np.fromiter((match.start() for match in re.finditer(r"\s+", text)), np.int64)
     # The character before a break is the last of a word.
     words = np.searchsorted(np.append(breaks, len(text)).clip(min(1, len(text))), where, side="right")
-    return words, _bytes_before(text, where)
-
-
-def _bytes_before(text: str, where: np.ndarray) -> np.ndarray:
-    """UTF-8 bytes of the text before each of its characters `where`, which ascend."""
-    sizes, before = np.zeros(len(where), dtype=np.int64), 0
-    for first in range(0, len(text), _BLOCK):
-        block = text[first : first + _BLOCK]
-        codes = np.frombuffer(block.encode("utf-32-le"), dtype=np.uint32)
-        upto = np.insert((1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)).astype(np.int64), 0, before)
-        upto = upto.cumsum()
-        low, high = np.searchsorted(where, (first, first + len(block)), side="right")
-        sizes[low:high] = upto[where[low:high] - first]
-        before = upto[-1]
-    return sizes
+    content = np.frombuffer(text.encode(), dtype=np.uint8)
+    characters = np.flatnonzero((content & 0xC0) != 0x80)  # the bytes that begin one
+    return words, np.append(characters, len(content))[where]
 
 
 def window_losses(
@@ -362,8 +621,7 @@ def _plain_losses(model: PreTrainedModel, ids: torch.LongTensor, counts: torch.L
     scored = torch.arange(ids.shape[1]) >= ids.shape[1] - counts[:, None]
     rows, columns = (index.to(hidden.device) for index in scored.nonzero(as_tuple=True))
     head = model.get_output_embeddings()
-    targets = ids.to(hidden.device)[rows, columns]
-    return _token_losses(hidden[rows, columns - 1], targets, head, head.weight.shape[0])
+    return _token_losses(hidden[rows, columns - 1], ids.to(hidden.device)[rows, columns], head, head.weight.shape[0])
 
 
 def _own_losses(model: PreTrainedModel, ids: torch.LongTensor, counts: torch.LongTensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Pictures for cards and READMEs (PNG): widths, quality against size, speed; and what all pictures share.
+"""Pictures for cards and READMEs (PNG): widths, quality against size, speed, blocks of layers; and what they share.
 
 The `*_figure` functions build a Matplotlib `Figure`, `save` writes it. Each picture is a light card, so that the page
 around it may be light or dark. The same data gives the same bytes with the same Matplotlib.
@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 from transformers.utils import logging
 
-from ..errors import ConfigurationError, EvaluationError
+from ..errors import ConfigurationError
 from ..files.writing import write_bytes
+from ..installed import need
 from ..units import KINDS, DepthKind, WidthKind, kinds_of
 from .results import EvaluationResult
 from .table import Cell, ResultTable, label_of, scale_of
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import XAxis, YAxis
     from matplotlib.figure import Figure
 
+    from ..criteria.depth import LayerSimilarities
     from ..plan import PruningPlan
 
 logger = logging.get_logger(__name__)
@@ -35,6 +37,12 @@ logger = logging.get_logger(__name__)
 # Okabe and Ito's palette (https://jfly.uni-koeln.de/color/), which colour-blind readers can tell apart.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 CARD, INK, GREY, FAINT = "#ffffff", "#24292f", "#6e7781", "#d0d7de"
+_STYLE = {
+    "figure.dpi": 150, "figure.facecolor": CARD, "axes.facecolor": CARD, "axes.edgecolor": GREY,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.labelcolor": INK, "axes.labelsize": 9,
+    "xtick.color": INK, "xtick.labelsize": 8, "ytick.color": INK, "ytick.labelsize": 8,
+    "axes.axisbelow": True, "axes.grid": True, "axes.grid.axis": "y", "grid.color": FAINT, "grid.linewidth": 0.6,
+}  # fmt: skip
 SPEED = ("prefill_throughput", "decode_throughput", "time_to_first_token", "peak_memory", "weight_bytes")
 
 
@@ -169,9 +177,40 @@ def speed_figure(results: Sequence[EvaluationResult]) -> Figure:
     return figure
 
 
-def draw_widths(plan: PruningPlan, path: str | os.PathLike, num_layers: int | None = None) -> None:
-    """Saves `widths_figure` as PNG."""
-    save(widths_figure(plan, num_layers), path)
+def distances_figure(similarities: LayerSimilarities) -> Figure:
+    """One row for each block size, one column for each first layer; the best block of every size is marked.
+
+    Args:
+        similarities: Of a model with at least two layers.
+    """
+    last = similarities.num_layers - 1
+    if last < 1:
+        raise ConfigurationError("A model with one layer has no block that could go: nothing to draw.")
+    values = [[float("nan")] * last for _ in range(last)]
+    for size in range(1, last + 1):
+        for start, _, distance in similarities.blocks(size):
+            values[size - 1][start - 1] = distance
+    figure, (axis,) = make_panels(1, height=5.6)
+    axis.grid(False)
+    image = axis.imshow(
+        values, origin="lower", aspect="auto", extent=(0.5, last + 0.5, 0.5, last + 0.5), cmap="viridis",
+        interpolation="nearest",
+    )  # fmt: skip
+    best = [similarities.best_block(size) for size in range(1, last + 1)]
+    axis.scatter(
+        [start for start, _, _ in best], [end - start for start, end, _ in best],
+        s=min(60.0, 900.0 / last), marker="o", color=CARD, edgecolors=INK, linewidths=0.6, zorder=3,
+    )  # fmt: skip
+    bar = figure.colorbar(image, ax=axis, pad=0.02)
+    bar.set_label("angular distance (0: same direction)", color=INK, fontsize=9)
+    bar.ax.tick_params(colors=INK, labelsize=8)
+    bar.outline.set_visible(False)
+    axis.set_xlabel("first layer of the block")
+    axis.set_ylabel("layers in the block")
+    whole_numbers(axis.xaxis)
+    whole_numbers(axis.yaxis)
+    set_title(axis, "How much each block of layers changes the last token (dots: least for each size)")
+    return figure
 
 
 def draw_all(
@@ -183,9 +222,9 @@ def draw_all(
 
     Raises:
         ConfigurationError: There is nothing to draw.
-        EvaluationError: Matplotlib is not installed.
+        StructPruneError: Matplotlib is not installed.
     """
-    require_matplotlib()
+    need("matplotlib", extra="report")
     drawn, missing = [], []
     pictures = [("widths.png", widths_figure, plan)] if plan is not None else []
     pictures += [("quality.png", quality_figure, results), ("speed.png", speed_figure, results)] * (len(results) > 1)
@@ -239,34 +278,19 @@ def _in_brackets(unit: str) -> str:
 # --------------------------------------------------------------------------- what all pictures share
 
 
-def require_matplotlib() -> None:
-    """Raises an `EvaluationError` that names the extra if Matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise EvaluationError('Pictures need Matplotlib: pip install "hf-structprune[report]".') from error
-
-
 def make_panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
-    """A light card with `count` panels of `height` inches that share the horizontal axis; pyplot is not involved."""
-    require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """A light card with `count` panels of `height` inches that share the horizontal axis; pyplot is not involved.
+
+    Raises:
+        StructPruneError: Matplotlib is not installed.
+    """
+    need("matplotlib", extra="report")
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.0, 0.9 + count * height), dpi=150, facecolor=CARD, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
-    for axis in axes:
-        axis.set_facecolor(CARD)
-        axis.set_axisbelow(True)
-        axis.grid(axis="y", color=FAINT, linewidth=0.6)
-        axis.tick_params(which="both", colors=INK, labelsize=8)
-        for where in ("xaxis", "yaxis"):
-            getattr(axis, where).label.set(color=INK, fontsize=9)
-        for side, spine in axis.spines.items():
-            spine.set_visible(side in ("left", "bottom"))
-            spine.set_color(GREY)
-    return figure, axes
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(8.0, 0.9 + count * height), layout="constrained")
+        return figure, list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
 
 
 def set_title(axis: Axes, text: str) -> None:

@@ -2,133 +2,39 @@
 
 from __future__ import annotations
 
-import dataclasses
+import csv
 import hashlib
+import io
 import json
 import math
 import os
-from collections.abc import Iterable
+import platform
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
+
+import psutil
+import torch
+from transformers import PreTrainedModel
 
 from ..checks import OneOf, check_fields
 from ..errors import ConfigurationError
 from ..files.reading import read_json_object
 from ..files.writing import write_text
-
-
-MAX_PARTS = 256  # more are merged with their neighbours, so that files of results stay small
-FORMS = ("mean", "exp", "bits")
-_DIGITS = 9  # significant ones of each sum
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The parts of a figure `g(sum(sums) / sum(counts))`, by which it is compared with that of another model.
-
-    Attributes:
-        key: Fingerprint of what was measured, in order: two figures are pairs where it is the same.
-        sums: One for each window or document: negative log-likelihood in nats, right (1) or wrong (0), a score.
-        counts: What each sum is over: predicted tokens, words, bytes, or 1 document.
-        form: `g`: `"mean"` is `x`, `"exp"` is `exp(x)`, `"bits"` is `x / ln 2`.
-    """
-
-    key: str
-    sums: tuple[float, ...]
-    counts: tuple[int, ...]
-    form: str = "mean"
-
-    def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise ConfigurationError(f"`form` is {self.form!r}; allowed values are {', '.join(FORMS)}.")
-        whole = len(self.sums) == len(self.counts) and sum(self.counts) > 0
-        if not whole or not all(map(math.isfinite, self.sums)):
-            raise ConfigurationError("Finite sums, and for each a count, are what parts of a figure are.")
-
-    @classmethod
-    def of(
-        cls, key: str, sums: Iterable[float], counts: Iterable[int] | None = None, form: str = "mean"
-    ) -> Parts | None:
-        """The parts as they are stored: rounded to nine digits, and merged with neighbours where there are many.
-
-        Counts are 1 each if not given. `None` if there are no parts, or a sum is not finite.
-        """
-        sums = [float(value) for value in sums]
-        counts = [1] * len(sums) if counts is None else [int(count) for count in counts]
-        if not sum(counts) > 0 or not all(map(math.isfinite, sums)):
-            return None
-        parts = cls(key, tuple(float(f"{value:.{_DIGITS}g}") for value in sums), tuple(counts), form)
-        if len(sums) <= MAX_PARTS or parts.are_hits:
-            return parts
-        edges = [i * len(sums) // MAX_PARTS for i in range(MAX_PARTS + 1)]
-        blocks = [slice(*edge) for edge in zip(edges, edges[1:], strict=False)]
-        return cls.of(key, [math.fsum(sums[b]) for b in blocks], [sum(counts[b]) for b in blocks], form)
-
-    @property
-    def are_hits(self) -> bool:
-        """Whether every part is one answer, right or wrong."""
-        return self.form == "mean" and set(self.counts) == {1} and set(self.sums) <= {0.0, 1.0}
-
-    @property
-    def mean(self) -> float:
-        """`sum(sums) / sum(counts)`."""
-        return math.fsum(self.sums) / sum(self.counts)
-
-    def value(self, mean: float | None = None) -> float:
-        """The figure, or what it would be at another `mean`."""
-        mean = self.mean if mean is None else mean
-        try:
-            return {"mean": lambda x: x, "exp": math.exp, "bits": lambda x: x / math.log(2)}[self.form](mean)
-        except OverflowError:
-            return math.inf
-
-    def pairs_with(self, other: Parts) -> bool:
-        """Whether both are of the same windows or documents in the same order."""
-        return (self.key, self.form, self.counts) == (other.key, other.form, other.counts)
-
-    def to_json(self) -> dict[str, Any]:
-        """Few bytes that people can still read: answers as hexadecimal digits (the first is the highest bit)."""
-        if self.are_hits:
-            bits = "".join(str(int(hit)) for hit in self.sums)
-            return {"key": self.key, "hits": f"{int(bits, 2):0{-(-len(bits) // 4)}x}", "documents": len(bits)}
-        same = len(set(self.counts)) == 1
-        return {
-            "key": self.key,
-            "form": self.form,
-            "sums": " ".join(f"{value:.{_DIGITS}g}" for value in self.sums),
-            "counts": self.counts[0] if same else " ".join(map(str, self.counts)),
-        }
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Parts:
-        """Reads what `to_json` made; raises a `ConfigurationError` if it is something else."""
-        try:
-            if "hits" in content:
-                hits, documents = content["hits"], content["documents"]
-                bits = f"{int(hits, 16):0{4 * len(hits)}b}"[-documents:]
-                if -(-documents // 4) != len(hits) or int(bits, 2) != int(hits, 16):
-                    raise ValueError(f"{hits!r} are no {documents} answers")
-                return cls(content["key"], tuple(map(float, bits)), (1,) * len(bits))
-            sums, counts = tuple(map(float, content["sums"].split())), content["counts"]
-            counts = (counts,) * len(sums) if isinstance(counts, int) else tuple(map(int, counts.split()))
-            return cls(content["key"], sums, counts, content["form"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigurationError(f"The parts of a figure are incomplete or of another kind: {error}.") from error
-
-
-def fingerprint(pieces: Iterable[bytes | str]) -> str:
-    """16 hexadecimal digits that say what was measured, in order."""
-    digest = hashlib.sha256()
-    for piece in pieces:
-        piece = piece.encode() if isinstance(piece, str) else piece
-        digest.update(len(piece).to_bytes(8, "little") + piece)
-    return digest.hexdigest()[:16]
+from ..hardware import device_name
+from ..installed import versions
+from .comparison import Parts
 
 
 SCHEMA_VERSION = 1
 STATES = ("dense", "pruned", "recovered", "quantised")
 RESULTS_NAME = "evaluation_results.json"
+
+_SAMPLES = 256  # elements of each parameter
+_NOT_THE_MODEL = ("_name_or_path", "_commit_hash", "transformers_version")
 
 
 @dataclass(frozen=True)
@@ -157,11 +63,10 @@ class Figure:
     parts: Parts | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        content = dataclasses.asdict(self)
-        if not math.isfinite(self.value):  # JSON has no infinity
-            content["value"] = None
-        del content["parts"]
-        return content if self.parts is None else {**content, "parts": self.parts.to_json()}
+        content = dict(vars(self))
+        content["value"] = self.value if math.isfinite(self.value) else None  # JSON has no infinity
+        parts = content.pop("parts")
+        return content if parts is None else {**content, "parts": parts.to_json()}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Figure:
@@ -204,7 +109,7 @@ class EvaluationResult:
         return self.figures[name].value if name in self.figures else None
 
     def to_dict(self) -> dict[str, Any]:
-        content = dataclasses.asdict(self)
+        content = dict(vars(self))
         content["figures"] = [figure.to_dict() for figure in self.figures.values()]
         return {"schema_version": SCHEMA_VERSION, **content}
 
@@ -215,12 +120,12 @@ class EvaluationResult:
         Raises:
             ConfigurationError: It is of another version, or something else altogether.
         """
-        if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
-            version = content.get("schema_version") if isinstance(content, dict) else None
+        values = dict(content) if isinstance(content, dict) else {}
+        version = values.pop("schema_version", None)
+        if version != SCHEMA_VERSION:
             raise ConfigurationError(
                 f"These are no evaluation results of version {SCHEMA_VERSION} (`schema_version` is {version!r})."
             )
-        values = {name: value for name, value in content.items() if name != "schema_version"}
         try:
             figures = [Figure.from_dict(figure) for figure in values.pop("figures")]
             return cls(figures={figure.name: figure for figure in figures}, **values)
@@ -239,3 +144,66 @@ class EvaluationResult:
         if not path.exists():
             raise ConfigurationError(f"There is no {path}; `hf-structprune evaluate` writes one.")
         return cls.from_dict(read_json_object(path, ConfigurationError))
+
+
+def csv_text(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows with the same keys as CSV, under a line of these."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def describe_environment(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What a reader has to know to judge and to repeat a measurement on a device.
+
+    Returns:
+        `date` (UTC, ISO 8601), `python`, `platform`, `versions` (by package; those that are not installed are left
+        out) and `hardware`: `device` (name of the CPU or GPU), `type` (`"cpu"`, `"cuda"`, ...), `threads` (of torch),
+        `cpu`, `memory` and, for a GPU, `device_memory` in bytes.
+    """
+    device, cpu = torch.device(device), _cpu_name()
+    names = {"cpu": cpu, "cuda": device_name(device)}
+    hardware = {
+        "device": names.get(device.type, f"{device.type} of {cpu}"),
+        "type": device.type,
+        "threads": torch.get_num_threads(),
+        "cpu": cpu,
+        "memory": psutil.virtual_memory().total,
+    }
+    if device.type == "cuda":
+        hardware["device_memory"] = torch.cuda.get_device_properties(device).total_memory
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions("accelerate", "datasets", "lm_eval"),
+        "hardware": hardware,
+    }
+
+
+def _cpu_name() -> str:
+    """The name on the chip; Linux tells it in a file only."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text(encoding="utf-8", errors="replace") if info.exists() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+@torch.no_grad()
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """16 hexadecimal digits of the configuration and of the names, shapes, dtypes and some elements of all parameters.
+
+    Where a model was loaded from does not count. A change of a single element is likely to be missed; training,
+    merging, pruning, rounding and quantising change all of them and are not. On the meta device only shapes count.
+    """
+    config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_THE_MODEL}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        if parameter.device.type != "meta":
+            step = max(1, parameter.numel() // _SAMPLES) | 1  # odd, so that it does not stay in one column
+            some = parameter.detach().reshape(-1)[::step].contiguous().cpu()
+            digest.update(some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
-from .comparison import BOOTSTRAP, MCNEMAR, PAIRED, UNPAIRED, Comparison, compare_figures, other_conditions
-from .results import EvaluationResult, Figure
+from .comparison import Comparison, compare_figures
+from .results import EvaluationResult, Figure, csv_text
 
 
 if TYPE_CHECKING:
@@ -22,11 +20,15 @@ if TYPE_CHECKING:
 MARK, UNPAIRED_MARK = "†", "‡"
 _JUDGED = {True: " *", False: " ≈", None: " ?"}
 _TESTS = {
-    MCNEMAR: "right and wrong answers by McNemar's exact test",
-    PAIRED: "means by two standard errors of the paired differences",
-    BOOTSTRAP: "means of fewer than 30 by a bootstrap interval of the paired differences",
+    "mcnemar": "right and wrong answers by McNemar's exact test",
+    "paired": "means by two standard errors of the paired differences",
+    "bootstrap": "means of fewer than 30 by a bootstrap interval of the paired differences",
 }
-_FAMILIES = ("tasks", "efficiency")  # in this order, behind perplexities
+# Details of a figure that say how it was measured; others (counts, spreads) say what came out.
+_CONDITIONS = (
+    "version", "num_fewshot", "samples", "filter", "source", "window", "stride", "bos",
+    "batch_size", "length", "new_tokens", "device",
+)  # fmt: skip
 
 # Metrics of tasks that are shares of questions, shown in per cent.
 _SHARES = ("acc", "exact_match", "f1", "em", "pass@")
@@ -107,32 +109,27 @@ class ResultTable:
     def __init__(self, results: Sequence[EvaluationResult]) -> None:
         if not results:
             raise ConfigurationError("There are no results to put into a table; give at least one.")
-        self.results = tuple(results)
-        self.labels = _labels(self.results)
-        self._rows, self.notes = self._join()
+        self.results, self.labels = tuple(results), _labels(results)
+        self._rows: list[Row] = []
+        names = dict.fromkeys(name for result in results for name in result.figures)
+        others = defaultdict(list)  # figures by whose they are, whom they are not compared with, and why
+        for name in sorted(names, key=_family):  # a stable sort: within a family as measured
+            first, cells = next(number for number, result in enumerate(results) if name in result.figures), []
+            for number, (label, result) in enumerate(zip(self.labels, results, strict=True)):
+                why = _other_conditions(name, result, results[first]) if name in result.figures else None
+                base = results[0].figures.get(name) if number and why is None else None
+                cells.append(_cell(result.figures.get(name), base, why is None))
+                if why is not None:
+                    others[label, self.labels[first], why].append(name)
+            self._rows.append(Row(name, results[first].figures[name], tuple(cells)))
+        self.notes = [
+            f"{MARK} {label}: {', '.join(found)} measured under other conditions than {first}, not compared: {why}."
+            for (label, first, why), found in others.items()
+        ]
 
     def rows(self) -> list[Row]:
         """One row for each figure that any of the results has: perplexities, tasks, efficiency."""
         return list(self._rows)
-
-    def _join(self) -> tuple[list[Row], list[str]]:
-        names = list(dict.fromkeys(name for result in self.results for name in result.figures))
-        rows, deviations = [], {}
-        for name in sorted(names, key=_family):  # a stable sort: within a family as measured
-            reference = next(result for result in self.results if name in result.figures)
-            cells = []
-            for label, result in zip(self.labels, self.results, strict=True):
-                words = other_conditions(name, result, reference) if name in result.figures else None
-                cells.append(_compare(name, result, self.results[0], words is None))
-                if words is not None:
-                    key = (label, self.labels[self.results.index(reference)], words)
-                    deviations.setdefault(key, []).append(name)
-            rows.append(Row(name, reference.figures[name], tuple(cells)))
-        notes = [
-            f"{MARK} {label}: {', '.join(found)} measured under other conditions than {other}, not compared: {words}."
-            for (label, other, words), found in deviations.items()
-        ]
-        return rows, notes
 
     def to_rich(self) -> Table:
         """For the terminal."""
@@ -142,18 +139,18 @@ class ResultTable:
         table = Table(title="\n".join(names), caption="\n".join(self._legend()) or None, caption_justify="left")
         for number, column in enumerate(self._columns()):
             table.add_column(column, justify="right" if number else "left")
-        for row, following in zip(self._rows, [*self._rows[1:], None], strict=True):
-            table.add_row(
-                *self._texts(row), end_section=following is not None and _family(row.name) != _family(following.name)
-            )
+        for number, row in enumerate(self._rows):
+            if number and _family(row.name) != _family(self._rows[number - 1].name):
+                table.add_section()
+            table.add_row(*self._texts(row))
         return table
 
     def to_markdown(self) -> str:
         """As GitHub and the Hub show it, with the notes below."""
         columns = self._columns()
         lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *map(self._texts, self._rows)]
-        text = "\n".join("| " + " | ".join(_escape(cell) for cell in line) + " |" for line in lines) + "\n"
-        return "\n".join([text, *(f"{_escape(note)}\n" for note in self._legend())])
+        text = "".join("| " + " | ".join(_escape(cell) for cell in line) + " |\n" for line in lines)
+        return text + "".join(f"\n{_escape(note)}\n" for note in self._legend())
 
     def to_csv(self) -> str:
         """One line for each figure, unrounded; empty cells for what was not measured or not compared."""
@@ -161,16 +158,11 @@ class ResultTable:
         for row in self._rows:
             line = {"figure": row.name, "unit": row.figure.unit}
             for number, (label, cell) in enumerate(zip(self.labels, row.cells, strict=True)):
-                for column, value in (Cell(math.nan) if cell is None else cell).to_dict().items():
+                for column, value in (cell or Cell(math.nan)).to_dict().items():
                     if number or column in ("value", "stderr"):
-                        key = label if column == "value" else f"{label} {column}"
-                        line[key] = None if cell is None else value
+                        line[label if column == "value" else f"{label} {column}"] = None if cell is None else value
             lines.append(line)
-        file = io.StringIO()
-        writer = csv.DictWriter(file, lines[0] if lines else ["figure", "unit"], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-        return file.getvalue()
+        return csv_text(lines or [{"figure": "", "unit": ""}])
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, unrounded; infinite values are `None`."""
@@ -206,16 +198,15 @@ class ResultTable:
         cells = [cell for row in self._rows for cell in row.cells if cell is not None]
         found = [cell.comparison for cell in cells if cell.comparison is not None]
         lines = ["± standard error."] if any(cell.stderr is not None for cell in cells) else []
-        paired = [comparison for comparison in found if comparison.test != UNPAIRED]
+        paired = {comparison.test for comparison in found} - {"unpaired"}
         if paired:
-            used = {comparison.test for comparison in paired}
-            tests = "; ".join(words for test, words in _TESTS.items() if test in used)
-            few = ", ? too few to tell" if any(comparison.differs is None for comparison in paired) else ""
+            tests = "; ".join(words for test, words in _TESTS.items() if test in paired)
+            few = ", ? too few to tell" if "too few" in paired else ""
             lines.append(
                 "Differences are judged pair by pair on the same windows and documents, each at the 5 % level"
                 f"{tests and f' ({tests})'}: * differs, ≈ may be chance{few}."
             )
-        for why in dict.fromkeys(comparison.why for comparison in found if comparison.test == UNPAIRED):
+        for why in dict.fromkeys(comparison.why for comparison in found if comparison.test == "unpaired"):
             lines.append(
                 f"{UNPAIRED_MARK} compared unpaired, because {why}: * differs by more than two standard errors of "
                 "both together, ≈ by less, which may still be more than chance."
@@ -226,39 +217,58 @@ class ResultTable:
 def _labels(results: Sequence[EvaluationResult]) -> list[str]:
     """The states; with the last part of the model's name where several share a state, numbered where that repeats."""
     states = Counter(result.state for result in results)
-    labels = []
-    for result in results:
-        short = Path(result.model).name or result.model
-        labels.append(result.state if states[result.state] == 1 else f"{result.state} {short}")
-    repeated = Counter(labels)
+    labels = [
+        result.state if states[result.state] == 1 else f"{result.state} {Path(result.model).name or result.model}"
+        for result in results
+    ]
     return [
-        label if repeated[label] == 1 else f"{label} ({labels[: number + 1].count(label)})"
+        label if labels.count(label) == 1 else f"{label} ({labels[: number + 1].count(label)})"
         for number, label in enumerate(labels)
     ]
 
 
 def _family(name: str) -> int:
-    family = name.partition("/")[0]
-    return _FAMILIES.index(family) + 1 if family in _FAMILIES else 0
+    """Perplexities, tasks, efficiency: in this order."""
+    return {"tasks": 1, "efficiency": 2}.get(name.partition("/")[0], 0)
 
 
-def _compare(name: str, result: EvaluationResult, baseline: EvaluationResult, comparable: bool) -> Cell | None:
-    figure, base = result.figures.get(name), baseline.figures.get(name)
+def _cell(figure: Figure | None, base: Figure | None, comparable: bool) -> Cell | None:
     if figure is None:
         return None
-    # Two infinite values have no difference.
-    if result is baseline or base is None or not comparable or math.isnan(figure.value - base.value):
+    if base is None or math.isnan(figure.value - base.value):  # two infinite values have no difference
         return Cell(figure.value, figure.stderr, comparable=comparable)
     ratio = figure.value / base.value if base.value else None
-    comparison = compare_figures(figure, base)
-    return Cell(figure.value, figure.stderr, figure.value - base.value, ratio, comparable, comparison)
+    return Cell(figure.value, figure.stderr, figure.value - base.value, ratio, True, compare_figures(figure, base))
+
+
+def _other_conditions(name: str, result: EvaluationResult, reference: EvaluationResult) -> str | None:
+    """`"limit is 100 instead of 200"`: why a figure is not compared with the reference's; `None` where it may be."""
+    mine, other = _conditions_of(name, result), _conditions_of(name, reference)
+    keys = [key for key in {**other, **mine} if mine.get(key) != other.get(key)]
+    # The protocol repeats the numbers; it is quoted only where it is all there is.
+    keys = [key for key in keys if key != "protocol"] or keys
+    return ", ".join(f"{key} is {_said(mine, key)} instead of {_said(other, key)}" for key in keys) or None
+
+
+def _conditions_of(name: str, result: EvaluationResult) -> dict[str, Any]:
+    figure = result.figures[name]
+    conditions = {"protocol": figure.protocol}
+    conditions |= {key: figure.details[key] for key in _CONDITIONS if key in figure.details}
+    if figure.unit in ("s", "tokens/s"):  # which depend on the machine
+        hardware = result.environment.get("hardware", {})
+        conditions |= {key: hardware.get(key) for key in ("device", "threads")}
+    return conditions
+
+
+def _said(conditions: dict[str, Any], key: str) -> str:
+    return repr(conditions[key]) if conditions.get(key, "") != "" else "unknown"
 
 
 def _change(cell: Cell, scale: Scale) -> str:
     """`"-4.10 pp (0.93x) *"`."""
     ratio = "" if cell.ratio is None or not math.isfinite(cell.ratio) else f" ({cell.ratio:,.2f}x)"
     mark = "" if cell.comparison is None else _JUDGED[cell.significant]
-    unpaired = f" {UNPAIRED_MARK}" if cell.comparison is not None and cell.comparison.test == UNPAIRED else ""
+    unpaired = f" {UNPAIRED_MARK}" if cell.comparison is not None and cell.comparison.test == "unpaired" else ""
     return scale.difference(cell.difference) + ratio + mark + unpaired
 
 
@@ -279,17 +289,15 @@ class Scale:
 
     Attributes:
         factor: What a value is multiplied with before it is shown.
-        decimals: Digits after the point.
+        form: How it is shown: `",.2f"`; `".2e"` for perplexities of models that are broken.
         unit: Shown after the number, its space included.
         difference_unit: The same after a difference: percentage points where values are per cent.
-        scientific: `1.74e+10`, for perplexities of models that are broken.
     """
 
     factor: float = 1.0
-    decimals: int = 2
+    form: str = ",.2f"
     unit: str = ""
     difference_unit: str | None = None
-    scientific: bool = False
 
     def value(self, value: float, stderr: float | None = None) -> str:
         """`"61.20 % ± 1.53"`, `"108.0 M"`, `"∞"`."""
@@ -301,10 +309,22 @@ class Scale:
         return self._number(difference, "+") + (self.unit if self.difference_unit is None else self.difference_unit)
 
     def _number(self, value: float, sign: str) -> str:
-        if not math.isfinite(value):
-            return f"{'-' if value < 0 else sign}∞" if math.isinf(value) else "nan"
-        form = f".{self.decimals}e" if self.scientific else f",.{self.decimals}f"
-        return format(value * self.factor, sign + form)
+        return format(value * self.factor, sign + self.form).replace("inf", "∞")
+
+
+# By what a figure is: from which value on (of the largest in the row) which scale.
+_SCALES: dict[str, tuple[tuple[float, Scale], ...]] = {
+    "share": ((0, Scale(100.0, ",.2f", " %", " pp")),),
+    "parameters": ((1e6, Scale(1e-6, ",.1f", " M")), (0, Scale(1.0, ",.0f"))),
+    "perplexity": ((1e6, Scale(1.0, ".2e")), (0, Scale())),
+    "MAC": ((1e8, Scale(1e-9, ",.2f", " G")), (0, Scale(1e-6, ",.2f", " M"))),
+    "s": ((1, Scale(1.0, ",.2f", " s")), (0, Scale(1e3, ",.1f", " ms"))),
+    "tokens/s": ((0, Scale(1.0, ",.1f", " tokens/s")),),
+}
+_SCALES["B"] = (
+    (1e9, Scale(1e-9, ",.2f", " GB")), (1e6, Scale(1e-6, ",.1f", " MB")), (1e3, Scale(1e-3, ",.1f", " kB")),
+    (0, Scale(1.0, ",.0f", " B")),
+)  # fmt: skip
 
 
 def label_of(figure: Figure) -> str:
@@ -321,21 +341,12 @@ def label_of(figure: Figure) -> str:
 def scale_of(figure: Figure, values: Iterable[float]) -> Scale:
     """The scale that suits all values of one row, by what the figure is and by the largest of them."""
     largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
-    metric = figure.name.rpartition("/")[2]
+    kind, metric = figure.unit, figure.name.rpartition("/")[2]
     if figure.name.startswith("tasks/") and metric.startswith(_SHARES):
-        return Scale(100.0, 2, " %", " pp")
-    if figure.name == "efficiency/parameters":
-        return Scale(1e-6, 1, " M") if largest >= 1e6 else Scale(decimals=0)
-    if figure.unit == "MAC":
-        return Scale(1e-9, 2, " G") if largest >= 1e8 else Scale(1e-6, 2, " M")
-    if figure.unit == "B" or figure.unit.startswith("B/"):
-        for factor, decimals, unit in ((1e9, 2, "GB"), (1e6, 1, "MB"), (1e3, 1, "kB"), (1.0, 0, "B")):
-            if largest >= factor or unit == "B":
-                return Scale(1 / factor, decimals, f" {unit}{figure.unit[1:]}")
-    if figure.unit == "s":
-        return Scale(1.0, 2, " s") if largest >= 1 else Scale(1e3, 1, " ms")
-    if figure.unit == "tokens/s":
-        return Scale(1.0, 1, " tokens/s")
-    if "perplexity" in figure.name:
-        return Scale(1.0, 2, scientific=largest >= 1e6)
-    return Scale(1.0, 4, f" {figure.unit}" if figure.unit else "")
+        kind = "share"
+    elif figure.name == "efficiency/parameters":
+        kind = "parameters"
+    elif "perplexity" in figure.name:
+        kind = "perplexity"
+    steps = _SCALES.get(kind) or ((0, Scale(1.0, ",.4f", f" {figure.unit}" if figure.unit else "")),)
+    return next(scale for least, scale in steps if largest >= least)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import difflib
-import glob
 import io
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from functools import lru_cache
 from importlib.metadata import version
@@ -20,15 +19,16 @@ from transformers import set_seed
 from transformers.utils.logging import is_progress_bar_enabled
 
 from ..checks import Count, Limit, Number, checked
-from ..errors import ConfigurationError, EvaluationError, StructPruneError
+from ..errors import ConfigurationError, EvaluationError
+from ..installed import need
 from ..model.measuring import measuring
-from .results import Figure, Parts, fingerprint
+from .comparison import Parts, fingerprint
+from .results import Figure
 
 
 if TYPE_CHECKING:
-    from lm_eval.api.group import Group
-    from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
+    from lm_eval.tasks.manager import TaskDict
     from transformers import PreTrainedModel
 
 # Tasks that studies report together. Their names come before lm-eval's: its group `leaderboard` (Open LLM Leaderboard
@@ -42,8 +42,6 @@ SUITES: dict[str, tuple[str, ...]] = {
 # Of log-likelihoods lm-eval notes the sum, for some with the words or bytes that it is over.
 _WEIGHTED = ("word_perplexity", "byte_perplexity", "bits_per_byte")
 _FORMS = {"perplexity": "exp", "word_perplexity": "exp", "byte_perplexity": "exp", "bits_per_byte": "bits"}
-# Values of `dataset_path` that mean "files of this format", not a data set of the Hub.
-_FILE_FORMATS = frozenset({"arrow", "csv", "json", "pandas", "parquet", "text", "xml"})
 
 
 def expand(names: str | Sequence[str]) -> list[str]:
@@ -66,10 +64,7 @@ def check_tasks(tasks: str | Sequence[str], include_path: str | os.PathLike | No
         ConfigurationError: A name is unknown (the message has the nearest ones), or cannot be run on text.
         EvaluationError: lm-eval or a data set is missing; says which task needs which.
     """
-    manager = task_manager(include_path)
-    names = find_names(tasks, manager)
-    _load_tasks(names, manager)
-    return names
+    return [name for name, _ in _load(tasks, include_path)]
 
 
 def run_tasks(
@@ -93,8 +88,8 @@ def run_tasks(
         tasks: Names of suites (`SUITES`), tasks, groups or tags; `*` matches any letters.
         num_fewshot: Examples in the prompt. Default: as the task says, mostly 0. Tasks at 0 that say so stay there.
         limit: Documents of each task, the leading ones; below 1 a share of them. Default: all.
-        include_path: Folder of YAML files that describe further tasks. Their `data_files` are looked for beside the
-            YAML file, in the folder above it, and in the working directory.
+        include_path: Folder of YAML files that describe further tasks. Local files that they name are looked for
+            beside the YAML file, in the folder above it, and in the working directory.
         batch_size: Sequences that go through the model at once.
         seed: Seed, also of the choice of examples.
 
@@ -108,23 +103,25 @@ def run_tasks(
     """
     num_fewshot, limit = checked("num_fewshot", num_fewshot, Number | None), checked("limit", limit, Limit | None)
     batch_size = checked("batch_size", batch_size, Count)
-    manager = task_manager(include_path)
-    loaded = manager.load(_load_tasks(find_names(tasks, manager), manager))
+    loaded = _load(tasks, include_path)
     from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    # As `simple_evaluate` does, which also runs git and pip for a report of the machine that nobody reads here.
-    set_seed(seed)
-    for task in loaded["tasks"].values():
-        own = task.get_config("num_fewshot")
-        if own is None or (own != 0 and num_fewshot is not None):
-            task.set_config(key="num_fewshot", value=num_fewshot or 0)
-        task.set_fewshot_seed(seed=seed)
+    figures: dict[str, Figure] = {}
     with _quiet(), measuring(model):
         # A copy of the tokenizer, because lm-eval gives it a padding token.
         lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-        results = evaluate(lm=lm, task_dict=loaded, limit=limit)
-    return [figure for name in results["results"] for figure in _figures_of(name, results)]
+        for _, parts in loaded:
+            # As `simple_evaluate` does, which also runs git and pip for a report of the machine that nobody reads.
+            set_seed(seed)
+            for task in parts["tasks"].values():
+                own = task.get_config("num_fewshot")
+                if own is None or (own != 0 and num_fewshot is not None):
+                    task.set_config(key="num_fewshot", value=num_fewshot or 0)
+                task.set_fewshot_seed(seed=seed)
+            results = evaluate(lm=lm, task_dict=parts, limit=limit)
+            figures |= {figure.name: figure for name in results["results"] for figure in _figures_of(name, results)}
+    return list(figures.values())
 
 
 # --------------------------------------------------------------------------------- names and data of tasks
@@ -135,12 +132,9 @@ def task_manager(include_path: str | os.PathLike | None = None) -> TaskManager:
 
     Raises:
         ConfigurationError: There is no such folder.
-        EvaluationError: lm-eval is not installed.
+        StructPruneError: lm-eval is not installed.
     """
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise EvaluationError('Zero-shot tasks need lm-eval: pip install "hf-structprune[eval]".') from error
+    need("lm_eval", extra="eval")
     if include_path is None:
         return _task_manager(None, ())
     folder = Path(include_path).expanduser().resolve()
@@ -165,40 +159,32 @@ def find_names(tasks: str | Sequence[str], manager: TaskManager) -> list[str]:
     """
     found: dict[str, None] = {}
     for name in expand(tasks):
-        matches = [name] if name in manager.task_index else manager.match_tasks([name])
+        matches = manager.match_tasks([name])
         if not matches:
-            raise ConfigurationError(f"lm-eval knows no task {name!r}. {_alternatives(name, manager)}")
+            near = difflib.get_close_matches(name, manager.all_tasks, n=5, cutoff=0.6)
+            nearest = f"Nearest names: {', '.join(near)}." if near else "No name is like it."
+            way = "A task of your own needs `include_path` (--include-path), the folder of its YAML file."
+            if manager.include_path:
+                local = [one for one in manager.all_tasks if manager.include_path in _folders(one, manager)]
+                way = f"Tasks in {manager.include_path}: {', '.join(local) or 'none'}."
+            raise ConfigurationError(f"lm-eval knows no task {name!r}. {nearest} {way}")
         found.update(dict.fromkeys(matches))
     if not found:
         raise ConfigurationError(f"No task is named; suites are {', '.join(SUITES)}.")
     return list(found)
 
 
-def _alternatives(name: str, manager: TaskManager) -> str:
-    near = difflib.get_close_matches(name, manager.all_tasks, n=5, cutoff=0.6)
-    nearest = f"Nearest names: {', '.join(near)}." if near else "No name is like it."
-    if not manager.include_path:
-        return f"{nearest} A task of your own needs `include_path` (--include-path), the folder of its YAML file."
-    folder = Path(manager.include_path)
-    local = [n for n, e in manager.task_index.items() if e.yaml_path and folder in Path(e.yaml_path).parents]
-    return f"{nearest} Tasks in {folder}: {', '.join(sorted(local)) or 'none'}."
+def _folders(name: str, manager: TaskManager) -> list[Path]:
+    """The folders above the YAML file of a task or group, the nearest first."""
+    yaml = manager.task_index[name].yaml_path
+    return list(Path(yaml).parents) if yaml else []
 
 
-def _load_tasks(names: Iterable[str], manager: TaskManager) -> list[Task | Group]:
-    """Tasks and groups with their data sets, each task once; see `check_tasks` for the errors."""
-    tasks: dict[str, Task] = {}
-    groups: dict[str, Group] = {}
-    with _quiet(), _own_download(manager):
-        for name in names:
-            try:
-                loaded = manager.load([name])
-            except StructPruneError:
-                raise
-            except Exception as error:  # whatever the code of a task raises, often an ImportError
-                raise EvaluationError(f"Task {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
-            tasks.update(loaded["tasks"])
-            groups.update(loaded["groups"])
-    for name, task in tasks.items():
+def _load(tasks: str | Sequence[str], include_path: str | os.PathLike | None) -> list[tuple[str, TaskDict]]:
+    """Names, each with its tasks and groups and their data sets; see `check_tasks` for the errors."""
+    manager = task_manager(include_path)
+    loaded = [(name, _load_one(name, manager)) for name in find_names(tasks, manager)]
+    for name, task in ((name, task) for _, parts in loaded for name, task in parts["tasks"].items()):
         if getattr(task, "MULTIMODAL", False):
             raise ConfigurationError(f"Task {name!r} needs images or sound; a language model of text cannot do it.")
         if getattr(task, "UNSAFE_CODE", False):
@@ -206,77 +192,31 @@ def _load_tasks(names: Iterable[str], manager: TaskManager) -> list[Task | Group
                 f"Task {name!r} runs code that the model has written, which this package does not do: run it with "
                 "lm-eval in a sandbox."
             )
-    inner = {sub.name for group in groups.values() for sub in group.get_all_groups(recursive=False)}
-    roots = [group for name, group in groups.items() if name not in inner]
-    owners: dict[str, str] = {}
-    for root in roots:
-        for name in {task.task_name: None for task in root.get_all_tasks()}:
-            if name in owners:
-                raise ConfigurationError(
-                    f"Task {name!r} is in {owners[name]} and {root.name}: evaluate these groups one by one."
-                )
-            owners[name] = root.name
-    return [*roots, *(task for name, task in tasks.items() if name not in owners)]
+    return loaded
 
 
-@contextmanager
-def _own_download(manager: TaskManager) -> Iterator[None]:
-    """While it is open, tasks find local files from any working directory and say what is missing."""
-    from lm_eval.api.task import ConfigurableTask
-
-    original = ConfigurableTask.download
-
-    def download(task: ConfigurableTask, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        try:
-            return original(task, _with_local_files(task, dataset_kwargs, manager), **kwargs)
-        except StructPruneError:
-            raise
-        except Exception as error:  # network, cache, scripts, missing packages: all mean that there is no data
-            part = f" (configuration {task.DATASET_NAME!r})" if task.DATASET_NAME else ""
-            raise EvaluationError(
-                f"Task {task.config.task!r} needs the data set {task.DATASET_PATH!r}{part}, which cannot be loaded: "
-                f"{type(error).__name__}: {error}. Make sure that the Hub can be reached (and HF_HUB_OFFLINE is not "
-                "set), or describe the task over local files in a YAML file and give its folder as `include_path` "
-                "(--include-path)."
-            ) from error
-
-    ConfigurableTask.download = download
+def _load_one(name: str, manager: TaskManager) -> TaskDict:
+    """A task, group or tag; for its local files, lm-eval is run where they are."""
+    start, own, above = Path.cwd(), manager.include_path, _folders(name, manager)
+    is_own = own is not None and (own in above or not above)
+    folders = [*((above or [own])[:2] if is_own else []), start]
     try:
-        yield
-    finally:
-        ConfigurableTask.download = original
-
-
-def _with_local_files(task: Any, options: dict[str, Any] | None, manager: TaskManager) -> dict[str, Any] | None:
-    """The options of `load_dataset` with local `data_files` and `data_dir` made absolute."""
-    if task.DATASET_PATH not in _FILE_FORMATS or not options:
-        return options
-    # The file that describes the task; for one inside a group (`group::task`), that of the group.
-    entry = manager.task_index.get(task.config.task.split("::")[0])
-    yaml = Path(entry.yaml_path) if entry is not None and entry.yaml_path else None
-
-    def absolute(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: absolute(one) for key, one in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [absolute(one) for one in value]
-        return value if "://" in value else _find_file(value, task.config.task, yaml)
-
-    key = "data_dir" if options.get("data_dir") else "data_files"  # files are searched in the folder
-    return {**options, key: absolute(options[key])} if key in options else options
-
-
-def _find_file(name: str, task: str, yaml: Path | None) -> str:
-    """A path or pattern looked for beside the YAML file, in the folder above it, and in the working directory."""
-    folders = [*([yaml.parent, yaml.parent.parent] if yaml is not None else []), Path.cwd()]
-    candidates = list(dict.fromkeys(os.path.join(folder, os.path.expanduser(name)) for folder in folders))
-    found = next((path for path in candidates if glob.glob(path, recursive=True)), None)
-    if found is None:
+        for folder in folders:
+            os.chdir(folder)
+            try:
+                with _quiet():
+                    return manager.load([name])
+            except FileNotFoundError:
+                if folder is start:
+                    raise
+    except Exception as error:  # whatever the code of a task raises; network, cache, scripts, missing packages
         raise EvaluationError(
-            f"Task {task!r} ({yaml or 'no YAML file'}) needs the file {name!r}, which is not there; looked for "
-            f"{', '.join(candidates)}."
-        )
-    return found
+            f"Task {name!r} cannot be loaded: {type(error).__name__}: {error}. Data sets of the Hub need a network "
+            "(and HF_HUB_OFFLINE not set); local files of a task in `include_path` (--include-path) are looked for "
+            f"from {', '.join(map(str, folders))}."
+        ) from error
+    finally:
+        os.chdir(start)
 
 
 @contextmanager
@@ -298,10 +238,9 @@ def _quiet() -> Iterator[None]:
 
 def _figures_of(name: str, results: dict[str, Any]) -> list[Figure]:
     """The metrics of one task or group; keys of lm-eval are `acc,none` and `acc_stderr,none`."""
-    values = results["results"][name]
-    members = results.get("group_subtasks", {}).get(name)
-    shots = results["n-shot"].get(name)
+    values, shots = results["results"][name], results["n-shot"].get(name)
     details = {"num_fewshot": shots, "version": results["versions"].get(name)}
+    members = results.get("group_subtasks", {}).get(name)
     if members is None:
         counts = results["n-samples"][name]
         details |= {"samples": counts["effective"], "samples_of_task": counts["original"]}
@@ -316,16 +255,15 @@ def _figures_of(name: str, results: dict[str, Any]) -> list[Figure]:
     figures = []
     for key, value in values.items():
         metric, comma, filtered = key.partition(",")
-        if not comma or metric.endswith("_stderr") or not _is_number(value):
+        if not comma or metric.endswith("_stderr") or (value := _number(value)) is None:
             continue
-        stderr = values.get(f"{metric}_stderr,{filtered}")
         figures.append(
             Figure(
-                f"tasks/{name}/{metric if filtered == 'none' else key}", float(value),
-                stderr=float(stderr) if _is_number(stderr) else None,
+                f"tasks/{name}/{metric if filtered == 'none' else key}", value,
+                stderr=_number(values.get(f"{metric}_stderr,{filtered}")),
                 higher_is_better=results["higher_is_better"].get(name, {}).get(metric),
                 protocol=protocol, details={**details, "filter": filtered},
-                parts=_parts(name, metric, filtered, float(value), results),
+                parts=_parts(name, metric, filtered, value, results),
             )
         )  # fmt: skip
     return figures
@@ -356,6 +294,7 @@ def _leaves(name: str, results: dict[str, Any]) -> list[str]:
     return [name] if not members else [leaf for member in members for leaf in _leaves(member, results)]
 
 
-def _is_number(value: Any) -> bool:
-    """Whether a value can be shown: metrics may also be lists, texts (`"N/A"`) or not a number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+def _number(value: Any) -> float | None:
+    """A value that can be shown: metrics may also be lists, texts (`"N/A"`) or not a number."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    return float(value) if is_number else None

@@ -112,3 +112,8 @@ def check_numbers(values: torch.Tensor, what: str) -> None:
 def _all_finite(tensor: torch.Tensor) -> bool:
     """Whether there is neither NaN nor Inf; least and largest of a tensor show it in one pass without a mask."""
     return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+
+
+def context_length(model: Any) -> int | None:
+    """The longest sequence the model was made for, if its configuration says so."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -24,7 +24,6 @@ from transformers.utils import logging
 
 from ..alignment import dividing_group_sizes
 from ..errors import CheckpointError, ConfigurationError, UnsupportedModelError
-from ..evaluation.protocols import context_length
 from ..evaluation.results import RESULTS_NAME, EvaluationResult
 from ..files.places import check_room
 from ..files.reading import read_json_object
@@ -36,6 +35,7 @@ from ..hub.origin import public_config
 from ..hub.reports import PICTURE_NAME, QUANTIZATION_NAME, RECOVERY_NAME, SCHEMA_VERSION
 from ..installed import need, versions
 from ..model.loading import load_config, load_model, load_tokenizer, shapes_of
+from ..model.measuring import context_length
 from ..text.calibration import check_token_ids, load_tokens
 from .configuration import QuantizationConfig
 

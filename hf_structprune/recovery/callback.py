@@ -16,12 +16,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.utils import logging
 
 from ..errors import ConfigurationError
-from ..evaluation.protocols import context_length
-from ..evaluation.text import EvaluationText
+from ..evaluation.perplexity import EvaluationText
 from ..files.writing import check_folder, write_text
 from ..hub.checkpoint import check_card, check_own_files
 from ..hub.reports import recovery_section
-from ..model.measuring import measuring
+from ..model.measuring import context_length, measuring
 from ..quantization.four_bit import compute_as_stored
 from .curve import measuring_steps
 from .held_out import HeldOutText

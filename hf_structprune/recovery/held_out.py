@@ -20,12 +20,11 @@ from transformers.utils import logging
 from ..checks import Count, Limits, checked
 from ..errors import CheckpointError, ConfigurationError
 from ..evaluation.evaluator import TEXTS
-from ..evaluation.perplexity import encode, window_losses
-from ..evaluation.protocols import PROTOCOLS, context_length, cut_windows, spread
+from ..evaluation.perplexity import PROTOCOLS, EvaluationText, cut_windows, encode, load_text, spread, window_losses
 from ..evaluation.results import EvaluationResult
-from ..evaluation.text import EvaluationText, load_text
 from ..hardware import cuda_devices, release_memory
 from ..model.loading import load_model, load_tokenizer
+from ..model.measuring import context_length
 from .weights import as_before_training, is_sharded, underneath
 
 

@@ -13,11 +13,11 @@ from torch import nn
 from transformers.utils import logging
 
 from ..errors import ConfigurationError
-from ..evaluation.protocols import context_length
 from ..files.writing import check_folder
 from ..hub.checkpoint import check_card, check_own_files
 from ..installed import need
 from ..model.loading import load_config, load_tokenizer
+from ..model.measuring import context_length
 from .callback import LoraRecoveryCallback
 from .configuration import DistillationConfig, RecoveryConfig
 from .data import load_rows, prepare, public_sources

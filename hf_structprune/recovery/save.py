@@ -18,10 +18,8 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from ..errors import CheckpointError, ConfigurationError, EvaluationError, StructPruneError
-from ..evaluation.environment import describe_environment
-from ..evaluation.pictures import require_matplotlib
-from ..evaluation.results import RESULTS_NAME, EvaluationResult
+from ..errors import CheckpointError, ConfigurationError, StructPruneError
+from ..evaluation.results import RESULTS_NAME, EvaluationResult, describe_environment
 from ..files.writing import write_folder, write_text
 from ..hub.card import CARD_NAME, generated_mark, is_ours
 from ..hub.checkpoint import STILL_TRUE, card_name, copy_files, is_pruned, or_say, read_text, write_card_from
@@ -29,6 +27,7 @@ from ..hub.contents import PRUNED_RESULTS_NAME
 from ..hub.origin import TAGS
 from ..hub.reports import PICTURE_NAME, RECOVERY_NAME, SCHEMA_VERSION, recovery_section
 from ..hub.words import loading
+from ..installed import need
 from ..model.loading import load_config
 from .curve import draw_curve
 from .merge import merge_adapter, quantisation_of
@@ -104,11 +103,12 @@ def save_all(
     write_text(folder / RECOVERY_NAME, json.dumps(report, indent=1, allow_nan=False) + "\n")
     picture = partial(draw_curve, session.curve, best_step=session.kept.step)
     try:
-        require_matplotlib()
-        picture(folder / PICTURE_NAME)
-    except EvaluationError as error:
+        need("matplotlib", extra="report")
+    except StructPruneError as error:
         logger.warning(f"The recovery curve is not drawn. {error}")
         picture = None
+    else:
+        picture(folder / PICTURE_NAME)
     if merged is None:
         return
     if is_sharded(model):

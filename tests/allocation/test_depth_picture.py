@@ -4,9 +4,9 @@ import torch
 
 pytest.importorskip("matplotlib")
 
-from hf_structprune.allocation.depth_picture import distances_figure, draw_distances  # noqa: E402
 from hf_structprune.criteria.depth import LayerSimilarities  # noqa: E402
 from hf_structprune.errors import ConfigurationError  # noqa: E402
+from hf_structprune.evaluation.pictures import distances_figure, save  # noqa: E402
 
 
 def example(layers):
@@ -32,8 +32,8 @@ def test_every_block_has_its_cell_and_the_best_of_each_size_its_dot(layers):
 
 
 def test_the_same_distances_give_the_same_png(tmp_path):
-    draw_distances(example(30), tmp_path / "a.png")
-    draw_distances(example(30), tmp_path / "b.png")
+    save(distances_figure(example(30)), tmp_path / "a.png")
+    save(distances_figure(example(30)), tmp_path / "b.png")
     content = (tmp_path / "a.png").read_bytes()
     assert content.startswith(b"\x89PNG") and content == (tmp_path / "b.png").read_bytes()
 

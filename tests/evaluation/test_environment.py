@@ -5,7 +5,8 @@ import torch
 import transformers
 
 import hf_structprune
-from hf_structprune.evaluation.environment import describe_environment
+from hf_structprune import installed
+from hf_structprune.evaluation.results import describe_environment
 
 
 def test_environment():
@@ -22,10 +23,8 @@ def test_environment():
 
 
 def test_what_is_not_installed_has_no_version(monkeypatch):
-    import importlib.metadata
-
     def missing(name):
-        raise importlib.metadata.PackageNotFoundError(name)
+        raise installed.PackageNotFoundError(name)
 
-    monkeypatch.setattr(importlib.metadata, "version", missing)
-    assert set(describe_environment()["versions"]) == {"hf_structprune", "torch"}
+    monkeypatch.setattr(installed, "version", missing)
+    assert set(describe_environment()["versions"]) == {"hf_structprune"}

@@ -1,7 +1,6 @@
 """`evaluate`: what is measured, what an interrupt leaves, what a second call does again."""
 
 import dataclasses
-import importlib
 import json
 from pathlib import Path
 
@@ -10,17 +9,12 @@ import torch
 from few_tasks import few_tasks  # noqa: F401
 
 from hf_structprune.errors import ConfigurationError, StructPruneError, TextError
-from hf_structprune.evaluation import evaluator
-from hf_structprune.evaluation.environment import model_fingerprint
+from hf_structprune.evaluation import evaluator, expand
 from hf_structprune.evaluation.evaluator import EvaluationConfig, evaluate
-from hf_structprune.evaluation.results import EvaluationResult, Figure
+from hf_structprune.evaluation.perplexity import load_text, measure_perplexity
+from hf_structprune.evaluation.results import EvaluationResult, Figure, model_fingerprint
 from hf_structprune.evaluation.table import ResultTable
-from hf_structprune.evaluation.text import load_text
 
-
-# `import ... as` would give the function of this name that the package exports.
-perplexity = importlib.import_module("hf_structprune.evaluation.perplexity")
-tasks = importlib.import_module("hf_structprune.evaluation.tasks")
 
 TASK = """
 task: {name}
@@ -78,8 +72,8 @@ def ran(monkeypatch):
         ran.append(name)
         return [Figure(f"tasks/{name}/acc", len(ran) / 10, stderr=0.1, details=options)]
 
-    monkeypatch.setattr(tasks, "run_tasks", run_tasks)
-    monkeypatch.setattr(tasks, "check_tasks", lambda names, include_path=None: tasks.expand(names))
+    monkeypatch.setattr(evaluator, "run_tasks", run_tasks)
+    monkeypatch.setattr(evaluator, "check_tasks", lambda names, include_path=None: expand(names))
     return ran
 
 
@@ -97,7 +91,7 @@ def test_everything_at_once(tiny_llama, tiny_tokenizer, texts, folder, tmp_path)
     )
     assert EvaluationResult.load(output) == result
     assert (result.model, result.state, result.base_model) == ("me/tiny", "pruned", "me/big")
-    expected = perplexity.measure_perplexity(tiny_llama, tiny_tokenizer, load_text(texts[1]), window=64, max_windows=2)
+    expected = measure_perplexity(tiny_llama, tiny_tokenizer, load_text(texts[1]), window=64, max_windows=2)
     assert result.value("perplexity/two") == pytest.approx(expected.perplexity, rel=1e-6)
     assert result.figures["tasks/odd/acc"].details["samples"] == 4
     assert result.value("efficiency/parameters") == sum(p.numel() for p in tiny_llama.parameters())
@@ -113,13 +107,12 @@ def test_interrupted_evaluation_goes_on_and_repeats_nothing(
     tiny_llama, tiny_tokenizer, texts, tmp_path, ran, monkeypatch
 ):
     measured = []
-    measure = perplexity.measure_perplexity
 
     def counting(model, tokenizer, text, *args, **options):
         measured.append(text.name)
-        return measure(model, tokenizer, text, *args, **options)
+        return measure_perplexity(model, tokenizer, text, *args, **options)
 
-    monkeypatch.setattr(perplexity, "measure_perplexity", counting)
+    monkeypatch.setattr(evaluator, "measure_perplexity", counting)
     config, output = only(texts=texts, tasks=["a", "b", "c"]), tmp_path / "results.json"
     ran.fails = "b"
     with pytest.raises(KeyboardInterrupt):
@@ -240,7 +233,7 @@ def test_files_that_are_not_ours_are_not_written_over(tiny_llama, tiny_tokenizer
 
 
 def test_mistakes_are_found_before_anything_is_measured(tiny_llama, tiny_tokenizer, texts, tmp_path, ran, monkeypatch):
-    monkeypatch.setattr(perplexity, "measure_perplexity", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr(evaluator, "measure_perplexity", lambda *_, **__: pytest.fail("measured"))
     for config, output, error in (
         (only(texts=[texts[0], str(tmp_path / "none.txt")]), None, TextError),
         (only(texts=texts), tmp_path, ConfigurationError),

@@ -16,7 +16,7 @@ from hf_structprune.evaluation.table import label_of, scale_of
         ("efficiency/parameters", "", 4567, "4,567"),
         ("efficiency/weight_bytes", "B", 269_030_016, "269.0 MB"),
         ("efficiency/weight_bytes", "B", 2_200_096_768, "2.20 GB"),
-        ("efficiency/kv_cache_bytes_per_token", "B/token", 23_040, "23.0 kB/token"),
+        ("efficiency/kv_cache_bytes_per_token", "B", 23_040, "23.0 kB"),
         ("efficiency/kv_cache_bytes_per_token", "B", 512, "512 B"),
         ("efficiency/macs", "MAC", 66_211_000_000, "66.21 G"),
         ("efficiency/macs", "MAC", 123_456, "0.12 M"),

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from hf_structprune.errors import ConfigurationError
-from hf_structprune.evaluation.results import MAX_PARTS, EvaluationResult, Figure, Parts, fingerprint
+from hf_structprune.evaluation.comparison import MAX_PARTS, Parts, fingerprint
+from hf_structprune.evaluation.results import EvaluationResult, Figure
 
 
 @pytest.mark.parametrize("number", [1, 4, 5, 8, 203])

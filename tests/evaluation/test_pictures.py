@@ -1,12 +1,12 @@
 """What is in the pictures, and that the files are what they should be."""
 
-import builtins
 import math
 
 import pytest
 from matplotlib.collections import LineCollection, PathCollection
 
-from hf_structprune.errors import ConfigurationError, EvaluationError
+from hf_structprune import installed
+from hf_structprune.errors import ConfigurationError, StructPruneError
 from hf_structprune.evaluation import pictures
 from hf_structprune.evaluation.results import EvaluationResult, Figure, Parts
 from hf_structprune.plan import Decision, PruningPlan, decisions_of
@@ -138,7 +138,7 @@ def test_pyplot_stays_out(plan, tmp_path):
     import sys
 
     sys.modules.pop("matplotlib.pyplot", None)
-    pictures.draw_widths(plan, tmp_path / "widths.png")
+    pictures.save(pictures.widths_figure(plan), tmp_path / "widths.png")
     assert "matplotlib.pyplot" not in sys.modules
 
 
@@ -164,13 +164,6 @@ def test_nothing_to_draw(build, match):
 
 
 def test_missing_extra_is_named(plan, monkeypatch):
-    original = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name.split(".")[0] == "matplotlib":
-            raise ImportError(name)
-        return original(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(EvaluationError, match=r"hf-structprune\[report\]"):
+    monkeypatch.setattr(installed, "find_spec", lambda name: None)
+    with pytest.raises(StructPruneError, match=r"hf-structprune\[report\]"):
         pictures.widths_figure(plan)

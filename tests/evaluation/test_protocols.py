@@ -19,7 +19,7 @@ from hf_structprune.evaluation import (
     measure_perplexity,
     perplexity,
 )
-from hf_structprune.evaluation.perplexity import mean_and_stderr
+from hf_structprune.evaluation.comparison import ratio_and_stderr
 from hf_structprune.evaluation.results import EvaluationResult
 
 
@@ -224,9 +224,9 @@ def test_standard_error_of_a_ratio():
     generator = np.random.default_rng(0)
     counts = generator.integers(5, 50, size=(4000, 30))
     sums = counts * 3.0 + generator.normal(size=counts.shape) * np.sqrt(counts)
-    means, errors = zip(*(mean_and_stderr(*pair) for pair in zip(sums, counts, strict=True)), strict=True)
+    means, errors = zip(*(ratio_and_stderr(*pair) for pair in zip(sums, counts, strict=True)), strict=True)
     assert np.mean(errors) == pytest.approx(np.std(means), rel=0.03)  # 4,000 repeats: 1.1 % of chance in the spread
-    assert mean_and_stderr(np.array([6.0, 9.0]), np.array([2, 3])) == (3.0, 0.0)
+    assert ratio_and_stderr(np.array([6.0, 9.0]), np.array([2, 3])) == (3.0, 0.0)
 
 
 def test_figures(model, tiny_tokenizer, tmp_path):

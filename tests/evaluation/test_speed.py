@@ -137,7 +137,7 @@ def test_the_first_load_is_not_counted(monkeypatch):
         return make_model("llama")
 
     monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr("hf_structprune.model.loading.load_model", load)
+    monkeypatch.setattr("hf_structprune.evaluation.efficiency.load_model", load)
     assert speed._load("folder", "auto", "cpu", 2, {"revision": "main"}) == [2.0, 3.0]
 
 

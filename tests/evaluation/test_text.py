@@ -5,7 +5,7 @@ import pytest
 
 from hf_structprune.errors import ConfigurationError, TextError
 from hf_structprune.evaluation import EvaluationText, load_text, read_text
-from hf_structprune.evaluation.text import TEXTS
+from hf_structprune.evaluation.perplexity import TEXTS
 
 
 ROWS = ["", " = T = \n", "", " Body . \n"]

@@ -1,6 +1,6 @@
 import pytest
 
-from hf_structprune.evaluation.protocols import Window, cut_windows, spread
+from hf_structprune.evaluation.perplexity import Window, cut_windows, spread
 
 
 def triples(windows):

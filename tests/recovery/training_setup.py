@@ -14,7 +14,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_structprune.evaluation.text import EvaluationText
+from hf_structprune.evaluation.perplexity import EvaluationText
 from hf_structprune.recovery import save
 from hf_structprune.recovery.callback import LoraRecoveryCallback
 from hf_structprune.recovery.held_out import HeldOutText

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...errors import CheckpointError, ConfigurationError, PlaceError
-from ...evaluation.environment import model_fingerprint
+from ...evaluation.results import model_fingerprint
 from ...files.places import check_room
 from ...files.writing import write_text
 from ...model.language_head import positions_at_once
