@@ -104,15 +104,19 @@ def test_devices_in_words(monkeypatch):
     assert cpu["cpu"] == cuda["cpu"] == mps["cpu"]
 
 
-def test_peak_memory_of_other_systems(monkeypatch):
+def test_peak_memory_of_other_systems(monkeypatch, tmp_path):
+    def peak(system):
+        monkeypatch.setattr(sys, "platform", system)
+        with efficiency.peak_memory({CPU}) as found:
+            pass
+        return found.value, found.method.partition("(")[2]
+
     resource = pytest.importorskip("resource")
+    monkeypatch.setattr(efficiency, "_CLEAR", tmp_path / "no" / "clear_refs")
     monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3))
-    monkeypatch.setattr(sys, "platform", "linux")
-    assert efficiency._peak_since_start() == 3 * 1024
-    monkeypatch.setattr(sys, "platform", "darwin")  # which counts bytes
-    assert efficiency._peak_since_start() == 3
-    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
-    assert efficiency._peak_since_start() is None
+    assert peak("linux") == (3 * 1024, "ru_maxrss, since the process started)")
+    assert peak("darwin")[0] == 3  # which counts bytes
+    assert peak("win32")[0] is None
 
 
 def test_weights_that_are_not_here_have_no_fingerprint_of_their_own():
