@@ -18,9 +18,8 @@ from .allocation.removal import Unit, as_dropped
 from .allocation.widths import allocate, allocate_stated, next_counts
 from .config import PruningConfig
 from .errors import CheckpointError, ConfigurationError, RatioError, UnsupportedModelError
-from .model.describe import expressible_heads, target_of
-from .model.hidden_size import HiddenGroup, hidden_group, shrunk_config_model
-from .model.plan_warnings import approximations, warnings_of
+from .model.describe import approximations, expressible_heads, target_of, warnings_of
+from .model.hidden_size import HiddenGroup, hidden_group, shrunk_target
 from .model.rebuild import has_weights
 from .model.structure import ModelStructure
 from .plan import Decision, Dropped, PruningPlan, normalised, removed_by
@@ -129,7 +128,7 @@ class Planner:
             if size == group.size:
                 return None, self.model
             try:
-                shell = shrunk_config_model(self.model, size, self.structure)
+                shell = shrunk_target(self.model, self.structure, size).skeleton()
                 self._narrow = ModelStructure.of(shell)
                 return Decision(HIDDEN, None, group.size, size), shell
             except CheckpointError as error:  # some classes want a multiple of the number of heads

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from .config import PruningConfig
 from .criteria import Criterion, make_criterion
 from .model.describe import target_of
-from .model.hidden_size import shrunk_config_model
+from .model.hidden_size import shrunk_target
 from .model.rebuild import rebuild
 from .model.structure import ModelStructure
 from .model.surgery import Kept, drop
@@ -74,7 +74,7 @@ class Execution:
         """
         shell, structure = self.model, self.structure
         if plan.hidden is not None:
-            shell = shrunk_config_model(self.model, plan.hidden.keep, self.structure)
+            shell = shrunk_target(self.model, self.structure, plan.hidden.keep).skeleton()
             structure = ModelStructure.of(shell)
         target = target_of(shell, structure, plan)
         ModelStructure.of(target.skeleton(), whole=False)

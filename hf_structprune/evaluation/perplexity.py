@@ -20,9 +20,8 @@ from transformers.utils import logging
 from ..checks import Count, Limits, check_choice, check_fields, checked
 from ..data import wikitext2_sample
 from ..errors import ConfigurationError, TextError
-from ..model.language_head import has_plain_head, positions_at_once
 from ..model.loading import as_tokenizer
-from ..model.measuring import context_length, measuring
+from ..model.measuring import context_length, has_plain_head, measuring, positions_at_once
 from ..text.reading import FILES, is_local, read_lines, read_rows
 from ..text.tokenising import tokenise
 from .comparison import Parts, fingerprint, ratio_and_stderr

@@ -38,12 +38,9 @@ def check_model(model: PreTrainedModel) -> PreTrainedModel:
 
     Nothing is written to; works on the meta device.
 
-    Args:
-        model: What the caller takes for a causal language model.
-
     Returns:
         The same model, or one with the same tensors where the configuration is wrong about which are tied, see
-        `tied_weights.as_shared`.
+        `rebuild.as_shared`.
 
     Raises:
         UnsupportedModelError: It is wrapped, compiled, quantised, masked or no causal language model; or it has a
@@ -87,19 +84,17 @@ def check_savable(model: PreTrainedModel, **values: Any) -> None:
 def _check_wrapped(model: Any) -> None:
     if isinstance(model, PreTrainedModel):
         return
-    name = type(model).__name__
-    inside = model._modules if isinstance(model, nn.Module) else {}
+    name, inside = type(model).__name__, model._modules if isinstance(model, nn.Module) else {}
     if "_orig_mod" in inside:
         raise UnsupportedModelError("The model is compiled: give `model._orig_mod`, and compile the result.")
-    if "module" in inside:
-        raise UnsupportedModelError(f"The model is wrapped in a {name}: give `model.module`.")
     if "base_model" in inside and hasattr(model, "merge_and_unload"):
         raise UnsupportedModelError(
             "The model has PEFT adapters, which would not fit the pruned weights: merge them first, and give "
             "`model.merge_and_unload()`."
         )
-    if "pretrained_model" in inside:
-        raise UnsupportedModelError(f"The model is wrapped in a {name}: give `model.pretrained_model`.")
+    for wrapped in ("module", "pretrained_model"):
+        if wrapped in inside:
+            raise UnsupportedModelError(f"The model is wrapped in a {name}: give `model.{wrapped}`.")
     raise UnsupportedModelError(
         f"{name} is no model of Transformers: give what `AutoModelForCausalLM.from_pretrained` returns."
     )
@@ -190,24 +185,25 @@ def _check_described(model: PreTrainedModel) -> PreTrainedModel:
     there, built = description(model), description(expected)
     tensors = {name for one in (model, expected) for name in one.state_dict(keep_vars=True)}
     tensors |= {name for one in (model, expected) for name, _ in one.named_buffers()}
-    for name in [*there, *(name for name in built if name not in there)]:
+    for name in {**there, **built}:
         if there.get(name) != built.get(name) and _matters(name, name in tensors, there, built):
             raise UnsupportedModelError(
-                f"`{name}` of this {type(model).__name__} is {_shown(there.get(name))}, but its configuration builds "
-                f"{_shown(built.get(name))}: the pruned model, which is built from the configuration, would lose "
-                "that. Write it into `model.config`, or load the model as it was saved."
+                f"`{name}` of this {type(model).__name__} is {there.get(name, 'nothing')}, but its configuration "
+                f"builds {built.get(name, 'nothing')}: the pruned model, which is built from the configuration, would "
+                "lose that. Write it into `model.config`, or load the model as it was saved."
             )
     stock = dict(expected.named_modules())
     for name, module in model.named_modules():
+        what = f"`{name}`" if name else "the model"
         for method in _replaced_methods(module, stock[name], getattr(model, "hf_device_map", None) is not None):
             raise UnsupportedModelError(
-                f"`{method}` of {f'`{name}`' if name else 'the model'} was replaced by a function, which the pruned "
-                "model would not have. Give the model as its class makes it."
+                f"`{method}` of {what} was replaced by a function, which the pruned model would not have. Give the "
+                "model as its class makes it."
             )
         for hook in _added_hooks(module, stock[name]):
             raise UnsupportedModelError(
-                f"{f'`{name}`' if name else 'The model'} has a hook ({_name(hook)}), which the pruned model would not "
-                "have. Remove it (`handle.remove()`) and add it to the result."
+                f"{what[0].upper()}{what[1:]} has a hook ({_name(hook)}), which the pruned model would not have. "
+                "Remove it (`handle.remove()`) and add it to the result."
             )
     return expected
 
@@ -221,10 +217,6 @@ def _matters(name: str, is_tensor: bool, there: dict[str, Any], built: dict[str,
         return False
     dropout = "drop" in leaf or (leaf == "p" and "Dropout" in built.get(f"{owner}.class", ""))
     return not dropout and leaf not in _HARMLESS
-
-
-def _shown(value: Any) -> str:
-    return "nothing" if value is None else f"{value}"
 
 
 def _replaced_methods(module: nn.Module, stock: nn.Module, dispatched: bool) -> Iterator[str]:

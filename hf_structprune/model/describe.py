@@ -1,4 +1,4 @@
-"""Which configuration describes the model after a plan, and whether its class builds just that."""
+"""Which configuration describes the model after a plan, whether its class builds just that, and what to say of it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..alignment import HIDDEN, Input, findings, unreached
 from ..errors import CheckpointError
 from ..plan import PruningPlan
-from ..units import KINDS, DepthKind, WidthKind, kinds_of
+from ..units import KINDS, WidthKind, kinds_of
 from ..units.depth import LAYERS
 from ..units.heads import GROUPS, counts_of, pairs, shape_after
-from .families import AttentionNames
+from .families import Projections
 from .groups import AttentionShape, LayerStructure
 from .layer_values import check_layers, layers_left, skip_modules, skips_after, without_layers, write_skips
+from .norms import stream_norms
 from .structure import ModelStructure, decoder_layers
-from .surgery import Kept, entries_gone
+from .surgery import Kept, entries_gone, name_after, skipped
 from .target import Target, as_mistral, make_target, overrides_of, plain_values, skeleton
 
 
@@ -78,10 +80,8 @@ def _changes(
 def _without_dropped(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> dict[str, Any]:
     """Configuration values without the layers that a plan drops; widths and skipped sublayers are those of before."""
     values, dropped = plain_values(model.config), plan.dropped.get(LAYERS, [])
-    if not dropped:
-        return values
     key = getattr(model.config, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")
-    return without_layers(values, dropped, len(structure.layers), key)
+    return without_layers(values, dropped, len(structure.layers), key) if dropped else values
 
 
 def _inherited(
@@ -91,8 +91,7 @@ def _inherited(
     result = []
     for layer, skip in zip(layers, skips, strict=True):
         own = {"skip", "module_overrides", "head_dim"}
-        for name in kinds_of(WidthKind):
-            kind = KINDS[name]
+        for kind in map(KINDS.get, kinds_of(WidthKind)):
             if kind.is_in(layer) or kind.sublayer in skip:
                 own |= set(kind.config_keys(layer, structure.family, config))
         result.append({k: v for k, v in overrides_of(config, layer.index).items() if k not in own})
@@ -107,19 +106,10 @@ def _widths(
 ) -> dict[str, int]:
     """Configuration values of one layer after a plan; head counts only where they change or differ between layers."""
     widths: dict[str, int] = {}
-    for name in kinds_of(WidthKind):
-        kind = KINDS[name]
+    for kind in map(KINDS.get, kinds_of(WidthKind)):
         if kind.is_in(layer) and (heads or not kind.of_heads) and kind.is_written(structure.layers, plan):
             widths.update(kind.config_values(layer, plan, structure.family, config))
     return widths
-
-
-def _same_class(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> Target:
-    return make_target(model, _changes(model, structure, plan))
-
-
-def _as_mistral(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> Target | None:
-    return as_mistral(model, _changes(model, structure, plan))
 
 
 def _with_overrides(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> Target | None:
@@ -133,23 +123,26 @@ def _with_overrides(model: PreTrainedModel, structure: ModelStructure, plan: Pru
     values = _changes(model, structure, plan, heads=False)
     per_layer = values.setdefault("per_layer_config", {})
     for index, layer in enumerate(layers_left(structure, plan)):
-        dense, shape = _dense_shape(model, layer), shape_after(layer, plan)
-        if shape != dense and not plan.is_dropped(layer.index, GROUPS):
+        before, shape = layer.attention, shape_after(layer, plan)
+        heads = model.config.hidden_size // before.head_dim if before else 0  # as the class builds them
+        if (
+            before
+            and not plan.is_dropped(layer.index, GROUPS)
+            and shape != AttentionShape(heads, before.kv_heads * heads // before.heads, before.head_dim)
+        ):
             per_layer.setdefault(str(index), {})["module_overrides"] = _module_overrides(names, shape)
     return make_target(model, {**values, "module_overrides": {}})
 
 
-_WRITERS = (_same_class, _as_mistral, _with_overrides)
+# Ways to write a configuration, the plainest first.
+_WRITERS = (
+    lambda model, structure, plan: make_target(model, _changes(model, structure, plan)),
+    lambda model, structure, plan: as_mistral(model, _changes(model, structure, plan)),
+    _with_overrides,
+)
 
 
-def _dense_shape(model: PreTrainedModel, layer: LayerStructure) -> AttentionShape | None:
-    """Head counts that the class builds from the global configuration."""
-    config, shape = model.config, layer.attention
-    heads = config.hidden_size // shape.head_dim if shape else 0
-    return shape and AttentionShape(heads, shape.kv_heads * heads // shape.heads, shape.head_dim)
-
-
-def _module_overrides(names: AttentionNames, shape: AttentionShape) -> dict[str, dict[str, int]]:
+def _module_overrides(names: Projections, shape: AttentionShape) -> dict[str, dict[str, int]]:
     attributes = {attribute: getattr(shape, name) for attribute, name in names.attributes.items()}
     query, kv = shape.query_width, shape.kv_width
     rows = [query, kv, kv] if len(names.inputs) == 3 else [query + 2 * kv]
@@ -178,16 +171,15 @@ def check_shapes(model: PreTrainedModel, structure: ModelStructure, plan: Prunin
     Raises:
         CheckpointError: Names the first tensor that would not fit.
     """
-    wanted = shapes_after(model, structure, plan)
-    built_model = target.skeleton()
-    built = {name: tuple(parameter.shape) for name, parameter in built_model.named_parameters()}
+    wanted, small = _shapes_after(model, structure, plan), target.skeleton()
+    built = {name: tuple(parameter.shape) for name, parameter in small.named_parameters()}
     for name in (*wanted, *built):
         if built.get(name) != wanted.get(name):
             raise CheckpointError(
                 f"{type(target.config).__name__} cannot describe `{name}` of shape {wanted.get(name, 'none')}: it "
                 f"gives {built.get(name, 'none')}."
             )
-    size = sum(p.numel() for p in built_model.parameters())
+    size = sum(p.numel() for p in small.parameters())
     if size != plan.parameters_after:
         raise CheckpointError(
             f"The plan leaves {plan.parameters_after:,} parameters, a {type(target.config).__name__} like this has "
@@ -195,29 +187,17 @@ def check_shapes(model: PreTrainedModel, structure: ModelStructure, plan: Prunin
         )
 
 
-def shapes_after(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> dict[str, tuple[int, ...]]:
+def _shapes_after(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> dict[str, tuple[int, ...]]:
     """Shapes of all parameters that a plan leaves, by the names that they will have."""
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-    for (name, dim), gone in entries_gone(structure.groups, first_units(structure, plan)).items():
+    for (name, dim), gone in entries_gone(structure.groups, _first_units(structure, plan)).items():
         shapes[name][dim] -= len(gone.unique())
-    names = {old.name: new for new, old in enumerate(layers_left(structure, plan))}
-    without = [name for kind in kinds_of(DepthKind, sublayer=True) for number in plan.dropped.get(kind, ())
-               for name in structure.layers[number].sublayer(kind).modules]  # fmt: skip
-    path = structure.layers[0].name.rpartition(".")[0]
-    result = {}
-    for name, shape in shapes.items():
-        if any(name.startswith(f"{module}.") for module in without):
-            continue
-        if name.startswith(f"{path}."):
-            number, _, rest = name[len(path) + 1 :].partition(".")
-            if f"{path}.{number}" not in names:
-                continue
-            name = f"{path}.{names[f'{path}.{number}']}.{rest}"
-        result[name] = tuple(shape)
-    return result
+    without = tuple(f"{module}." for sublayer in skipped(structure, plan.dropped) for module in sublayer.modules)
+    names = {name: name_after(name, structure, plan.dropped) for name in shapes if not name.startswith(without)}
+    return {new: tuple(shapes[old]) for old, new in names.items() if new is not None}
 
 
-def first_units(structure: ModelStructure, plan: PruningPlan) -> Kept:
+def _first_units(structure: ModelStructure, plan: PruningPlan) -> Kept:
     """Units that a plan without a choice could keep: the first ones, heads evenly from the first KV groups."""
     kept: Kept = {}
     for group in structure.groups:
@@ -247,18 +227,54 @@ def expressible_heads(model: PreTrainedModel, structure: ModelStructure, layout:
             try:
                 target = works.get(write, True) and write(model, structure, plan)
                 if target and write not in works:
-                    works[write] = _builds(model, structure, plan, target)
-                if target and works[write]:
-                    result.add(pair)
-                    break
+                    works[write] = False
+                    check_shapes(model, structure, plan, target)
+                    works[write] = True
             except CheckpointError:
                 continue
+            if target:
+                result.add(pair)
+                break
     return result
 
 
-def _builds(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan, target: Target) -> bool:
-    try:
-        check_shapes(model, structure, plan, target)
-    except CheckpointError:
-        return False
-    return True
+def approximations(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> list[str]:
+    """One line for each norm that sees less after a plan than it would see with zeros in the place of what goes."""
+    lines = []
+    kept = {(group.layer, group.kind): group.keep < group.before for group in plan.groups}
+    if any(group.norms and kept.get(group.key) for group in structure.groups):
+        lines.append(
+            "queries and keys are normalised over all heads; the cut model normalises over the heads that are left, "
+            "which a zeroed head would still count in"
+        )
+    size = model.config.hidden_size
+    names = {name for name, parameter in model.named_parameters() if parameter.shape == (size,)}
+    if plan.hidden is not None and any(kind.centred for kind in stream_norms(model, names).values()):
+        lines.append(
+            "LayerNorms take mean and variance over the channels that are left, in which zeroed channels would still "
+            "count: a cut channel is near to a zeroed one, not equal; the re-fit makes up for most of it"
+        )
+    return lines
+
+
+def warnings_of(
+    structure: ModelStructure, plan: PruningPlan, hidden_size: int, align_to: str | int | None
+) -> list[str]:
+    """What is to be said about the widths that a plan leaves, one line for each kind of input.
+
+    Args:
+        structure: Of the model that the plan is for, after the hidden size was cut.
+        hidden_size: The hidden size before the plan.
+        align_to: As in the configuration.
+    """
+    inputs = [
+        Input(group.reader.module.rpartition(".")[2], after, layer.index, before)
+        for layer in structure.layers
+        for kind in kinds_of(WidthKind)
+        for group, before, after in filter(None, [KINDS[kind].input_width(layer, plan)])
+    ]
+    inputs.append(Input(HIDDEN, plan.hidden.keep if plan.hidden else hidden_size, None, hidden_size))
+    found = findings(inputs)
+    if align_to is not None:
+        return found + unreached(inputs, align_to)
+    return [f"{line} (`align_to` chooses widths that are)" for line in found]

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class AttentionNames:
-    """The projections of an attention module.
+class Projections:
+    """The projections of an attention module or of a feed-forward network.
 
     Attributes:
-        inputs: `(q, k, v)`, or one fused projection.
-        output: The projection that consumes the heads.
-        fused: How a fused projection is laid out: `"concat"` is `[q | k | v]`, `"grouped"` is, for each KV head,
-            `[its query heads | k | v]`.
+        inputs: `(q, k, v)`, `(gate, up)`, or one fused projection.
+        output: The projection that consumes the units.
+        fused: How a fused `qkv` is laid out: `"concat"` is `[q | k | v]`, `"grouped"` is, for each KV head,
+            `[its query heads | k | v]`. A fused `gate_up` is known by being twice as wide as the consumer.
         attributes: Attributes of the attention module that hold head counts, for families whose configuration
             cannot express a head count of its own, or not one for each layer; empty if the module holds none, `None`
             if not known. Values name properties of `structure.AttentionShape`; `config.` names an attribute of the
@@ -27,18 +27,6 @@ class AttentionNames:
     output: str
     fused: str | None = None
     attributes: dict[str, str] | None = None
-
-    @property
-    def parent(self) -> str:
-        return self.output.rpartition(".")[0]
-
-
-@dataclass(frozen=True)
-class MlpNames:
-    """The projections of a feed-forward network; one producer twice as wide as the consumer is a fused gate_up."""
-
-    inputs: tuple[str, ...]
-    output: str
 
     @property
     def parent(self) -> str:
@@ -59,8 +47,8 @@ class Family:
         notes: What is left alone, and why.
     """
 
-    attention: AttentionNames | None
-    mlps: tuple[MlpNames, ...]
+    attention: Projections | None
+    mlps: tuple[Projections, ...]
     layers: str = "layers"
     width_key: str = "intermediate_size"
     kv_heads_key: str | None = "num_key_value_heads"
@@ -88,9 +76,8 @@ class NormNames:
 # Llama, of the attention's output in Gemma 2 and OLMo 2.
 NORMS = (
     NormNames(("input_layernorm",), ("post_attention_layernorm",)),
-    NormNames(
-        ("input_layernorm", "post_attention_layernorm"), ("pre_feedforward_layernorm", "post_feedforward_layernorm")
-    ),
+    NormNames(("input_layernorm", "post_attention_layernorm"),
+              ("pre_feedforward_layernorm", "post_feedforward_layernorm")),
     NormNames(("post_attention_layernorm",), ("post_feedforward_layernorm",)),
     NormNames(("input_layernorm", "post_self_attn_layernorm"), ("post_attention_layernorm", "post_mlp_layernorm")),
     NormNames(("self_attn_layer_norm",), ("final_layer_norm",)),
@@ -101,7 +88,7 @@ NORMS = (
     NormNames(("input_layernorm", "post_norm1"), ("post_attention_layernorm", "post_norm2")),
     NormNames((), (), ("input_layernorm",)),
     NormNames((), (), ("ln_1",)),
-)
+)  # fmt: skip
 
 # Model types for which the test-suite proves that cutting units is the same as zeroing them; `proof` tries all others.
 PROVEN = frozenset(
@@ -112,74 +99,43 @@ PROVEN = frozenset(
 )  # fmt: skip
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_GATED = MlpNames(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
 _HEADS = {"num_heads": "heads"}
 _REP = {"num_key_value_groups": "rep"}
-_GEMMA = Family(AttentionNames(_QKV, "self_attn.o_proj", attributes=_REP), (_GATED,))
 
 FAMILIES: dict[str, Family] = {
-    "gemma2": _GEMMA,
-    "gemma3_text": _GEMMA,
     "phi3": Family(
-        AttentionNames(
-            ("self_attn.qkv_proj",),
-            "self_attn.o_proj",
-            fused="concat",
-            attributes={**_REP, "num_key_value_heads": "kv_heads", "config.num_attention_heads": "heads"},
-        ),
-        (MlpNames(("mlp.gate_up_proj",), "mlp.down_proj"),),
+        Projections(("self_attn.qkv_proj",), "self_attn.o_proj", "concat",
+                    {**_REP, "num_key_value_heads": "kv_heads", "config.num_attention_heads": "heads"}),
+        (Projections(("mlp.gate_up_proj",), "mlp.down_proj"),),
     ),
     "stablelm": Family(
-        AttentionNames(
-            _QKV,
-            "self_attn.o_proj",
-            attributes={
-                **_HEADS,
-                **_REP,
-                "num_key_value_heads": "kv_heads",
-                "hidden_size": "query_width",
-            },
-        ),
-        (_GATED,),
-    ),
-    "cohere2": Family(
-        AttentionNames(_QKV, "self_attn.o_proj", attributes=_REP),
-        (_GATED,),
+        Projections(_QKV, "self_attn.o_proj", attributes={
+            **_HEADS, **_REP, "num_key_value_heads": "kv_heads", "hidden_size": "query_width",
+        }),
+        (Projections(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),),
     ),
     "gpt_neox": Family(
-        AttentionNames(("attention.query_key_value",), "attention.dense", fused="grouped", attributes={}),
-        (MlpNames(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),),
+        Projections(("attention.query_key_value",), "attention.dense", "grouped", {}),
+        (Projections(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),),
         kv_heads_key=None,
     ),
     "falcon": Family(
-        AttentionNames(
-            ("self_attention.query_key_value",),
-            "self_attention.dense",
-            fused="grouped",
-            attributes={**_HEADS, "num_kv_heads": "kv_heads"},
-        ),
-        (MlpNames(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),),
-        layers="h",
-        width_key="ffn_hidden_size",
-        kv_heads_key="num_kv_heads",
+        Projections(("self_attention.query_key_value",), "self_attention.dense", "grouped",
+                    {**_HEADS, "num_kv_heads": "kv_heads"}),
+        (Projections(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),),
+        layers="h", width_key="ffn_hidden_size", kv_heads_key="num_kv_heads",
     ),
     "opt": Family(
-        AttentionNames(_QKV, "self_attn.out_proj", attributes=_HEADS),
-        (MlpNames(("fc1",), "fc2"),),
-        layers="decoder.layers",
-        width_key="ffn_dim",
-        kv_heads_key=None,
+        Projections(_QKV, "self_attn.out_proj", attributes=_HEADS),
+        (Projections(("fc1",), "fc2"),),
+        layers="decoder.layers", width_key="ffn_dim", kv_heads_key=None,
     ),
     "gpt2": Family(
-        AttentionNames(
-            ("attn.c_attn",), "attn.c_proj", fused="concat", attributes={**_HEADS, "split_size": "query_width"}
-        ),
-        (MlpNames(("mlp.c_fc",), "mlp.c_proj"),),
-        layers="h",
-        width_key="n_inner",
-        kv_heads_key=None,
+        Projections(("attn.c_attn",), "attn.c_proj", "concat", {**_HEADS, "split_size": "query_width"}),
+        (Projections(("mlp.c_fc",), "mlp.c_proj"),),
+        layers="h", width_key="n_inner", kv_heads_key=None,
     ),
-}
+}  # fmt: skip
 
 
 def family_of(model_type: str, tp_plan: dict[str, str] | None) -> Family | None:
@@ -192,11 +148,7 @@ def family_of(model_type: str, tp_plan: dict[str, str] | None) -> Family | None:
     Returns:
         The family, or `None` if neither describes the model.
     """
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
-    if not tp_plan:
-        return None
-    return _from_tp_plan(tp_plan)
+    return FAMILIES.get(model_type) or _from_tp_plan(tp_plan or {})
 
 
 def _from_tp_plan(tp_plan: dict[str, str]) -> Family | None:
@@ -221,11 +173,11 @@ def _from_tp_plan(tp_plan: dict[str, str]) -> Family | None:
         inputs = tuple(producers.get(parent, ()))
         leaves = tuple(name.rpartition(".")[2] for name in inputs)
         if leaves == ("q_proj", "k_proj", "v_proj"):
-            attention = AttentionNames(inputs, output, attributes=_REP)
+            attention = Projections(inputs, output, attributes=_REP)
         elif any(word in parent for word in ("attn", "attention")):
             notes.append(f"{parent}: projections {', '.join(leaves) or 'unknown'} are not understood, left alone")
         elif inputs:
-            mlps.append(MlpNames(inputs, output))
+            mlps.append(Projections(inputs, output))
     if attention is None and not mlps:
         return None
     return Family(attention, tuple(mlps), experts=experts, notes=tuple(dict.fromkeys(notes)))

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 if TYPE_CHECKING:
-    from .families import AttentionNames, MlpNames
+    from .families import Projections
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +176,7 @@ def make_group(
     kind: str,
     structure: LayerStructure,
     layer: nn.Module,
-    names: AttentionNames | MlpNames,
+    names: Projections,
     size: int,
     producers: list[tuple[str, torch.Tensor]],
     columns: torch.Tensor,
@@ -187,9 +187,7 @@ def make_group(
 
     Args:
         kind, size, blocks: See `Group`.
-        structure: What was found in the layer so far.
-        layer: The layer.
-        names: Where it keeps its projections.
+        structure, layer, names: What was found in the layer so far, it, and where it keeps its projections.
         producers: Names of the maps that compute the units, and the rows of each unit.
         columns: Columns of each unit in `names.output`.
         norms: Names of norms that span all units, and the entries of each unit.
@@ -204,18 +202,10 @@ def make_group(
     return Group(kind, structure.index, size, everything, reader, parent, spans, blocks, *cost)
 
 
-def not_understood(
-    layer: nn.Module, names: AttentionNames | MlpNames, norms: Collection[str] = ()
-) -> list[str] | None:
-    """Why projections of a layer are left alone; empty where the layer has none of these.
+def not_understood(layer: nn.Module, names: Projections, norms: Collection[str] = ()) -> list[str] | None:
+    """Why projections of a layer are left alone; empty where it has none of these, `None` if nothing is in the way.
 
-    Args:
-        layer: The layer.
-        names: Where it should keep them.
-        norms: Names of norms beside the projections that are understood.
-
-    Returns:
-        `None` if nothing is in the way.
+    `norms` are names of norms beside the projections that are understood.
     """
     if not is_linear(submodule(layer, names.output)):
         return []
@@ -227,7 +217,7 @@ def not_understood(
     return None if reason is None else [f"{names.parent or names.output}: {reason}, left alone"]
 
 
-def _stranger(module: nn.Module, names: AttentionNames | MlpNames, norms: Collection[str]) -> str | None:
+def _stranger(module: nn.Module, names: Projections, norms: Collection[str]) -> str | None:
     """Parameters in a module that the description does not account for."""
     if getattr(module, "activation_sparsity", 0):
         return "its activation compares each neuron with the mean of all, so that none can go alone"
@@ -261,15 +251,21 @@ def is_linear(module: nn.Module | None) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
-def matrix_parameters(module: nn.Module, active_experts: int | None) -> int:
+def matrix_parameters(module: nn.Module, active_experts: int | None, among: Collection[int] | None = None) -> int:
     """Weights that multiply each token: linear maps, and of stacked experts the ones a token is sent to.
 
     Args:
         module: Any module.
         active_experts: `config.num_experts_per_tok`.
+        among: Only parameters with these `id`s.
     """
-    total = sum(matrix(part).numel() for part in module.modules() if is_linear(part))
+    total = sum(
+        part.weight.numel()
+        for part in module.modules()
+        if is_linear(part) and (among is None or id(part.weight) in among)
+    )
     for name, parameter in module.named_parameters():
-        if active_experts and parameter.ndim == 3 and "experts" in name.split("."):
+        stacked = parameter.ndim == 3 and "experts" in name.split(".")
+        if active_experts and stacked and (among is None or id(parameter) in among):
             total += parameter.numel() // parameter.shape[0] * active_experts
     return total

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import CheckpointError, ConfigurationError, UnsupportedModelError
-from .groups import is_linear
+from .groups import matrix_parameters
 from .norms import WAY_OUT, eps_changes, row_scales, scale_, stream_norms
 from .probe import changed_dims, other_shapes
 from .rebuild import assemble
@@ -35,12 +35,10 @@ class HiddenGroup:
 
     Attributes:
         size: Number of channels, the hidden size `H`.
-        entries: Pairs of the full name of a parameter and the dimension of it that holds the channels. Tied
-            parameters are named once.
+        entries: Full name of each parameter, tied ones once, and the dimension of it that holds the channels.
         keys: Keys of the configuration that hold the hidden size.
         cost: Parameters that go with one channel.
-        matrix_cost: Those of them that multiply a token: matrices, the LM head included, and of stacked
-            experts the ones that a token is sent to.
+        matrix_cost: Those of them that multiply a token, see `matrix_parameters`.
     """
 
     size: int
@@ -75,9 +73,11 @@ def hidden_group(model: PreTrainedModel, structure: ModelStructure) -> HiddenGro
         dim = _channel_dim(model, name, parameter.shape, shapes[name], size, other)
         if dim is not None:
             entries.append((name, dim))
-    parameters = sum(model.get_parameter(name).numel() // size for name, _ in entries)
-    matrices = _matrix_parameters(model, {name for name, _ in entries}) // size
-    return HiddenGroup(size, tuple(entries), hidden_keys(model.config), parameters, matrices)
+    weights = [model.get_parameter(name) for name, _ in entries]
+    active = getattr(model.config, "num_experts_per_tok", None)
+    matrices = matrix_parameters(model, active, {id(weight) for weight in weights}) // size
+    cost = sum(weight.numel() // size for weight in weights)
+    return HiddenGroup(size, tuple(entries), hidden_keys(model.config), cost, matrices)
 
 
 def _channel_dim(
@@ -105,38 +105,11 @@ def _sizes(size: int, structure: ModelStructure) -> Iterator[int]:
     yield 2 * size
 
 
-def _matrix_parameters(model: nn.Module, names: set[str]) -> int:
-    """Weights of these parameters that multiply a token; a tied head counts."""
-    chosen = {id(model.get_parameter(name)) for name in names}
-    total = sum(m.weight.numel() for m in model.modules() if is_linear(m) and id(m.weight) in chosen)
-    active = getattr(model.config, "num_experts_per_tok", None)
-    for name in names:
-        parameter = model.get_parameter(name)
-        if active and parameter.ndim == 3 and ".experts." in name:
-            total += parameter.numel() // parameter.shape[0] * active
-    return total
-
-
 def hidden_keys(config: PreTrainedConfig) -> tuple[str, ...]:
     """Keys of a configuration that hold the hidden size."""
     first = getattr(config, "attribute_map", {}).get("hidden_size", "hidden_size")
     others = [key for key in _FOLLOWERS if key != first and getattr(config, key, None) == config.hidden_size]
     return (first, *others)
-
-
-def shrunk_config_model(model: PreTrainedModel, keep: int, structure: ModelStructure | None = None) -> PreTrainedModel:
-    """The model with hidden size `keep` on the meta device: configuration and shapes, no weights.
-
-    Args:
-        model: The dense model; the meta device will do.
-        keep: The hidden size.
-        structure: Its structure, if it is known already.
-
-    Raises:
-        ConfigurationError: `keep` is not from 1 to the hidden size.
-        CheckpointError: No configuration class takes this hidden size.
-    """
-    return shrunk_target(model, structure or ModelStructure.of(model), keep).skeleton()
 
 
 def shrunk_target(model: PreTrainedModel, structure: ModelStructure, keep: int) -> Target:
@@ -151,7 +124,12 @@ def shrunk_target(model: PreTrainedModel, structure: ModelStructure, keep: int) 
         CheckpointError: No configuration class takes this hidden size.
     """
     check_keep(keep, model.config.hidden_size)
-    _check_experts(model, keep)
+    stacked = any(parameter.ndim == 3 and ".experts." in name for name, parameter in model.named_parameters())
+    if stacked and keep % _GROUPED:  # the result could not run
+        raise CheckpointError(
+            f"Hidden size {keep}: experts are multiplied in groups, whose rows have to be multiples of 16 bytes; "
+            f"choose a multiple of {_GROUPED}, such as {max(_GROUPED, keep // _GROUPED * _GROUPED)}."
+        )
     try:
         target = sized_target(model, structure, keep)
         small = target.skeleton()
@@ -163,16 +141,6 @@ def shrunk_target(model: PreTrainedModel, structure: ModelStructure, keep: int) 
         raise CheckpointError(f"No {type(model.config).__name__} has hidden size {keep}: {error}") from error
     row_scales(model, small)
     return target
-
-
-def _check_experts(model: PreTrainedModel, keep: int) -> None:
-    """Refuses sizes with which a mixture could not run: its experts are multiplied in groups."""
-    stacked = any(parameter.ndim == 3 and ".experts." in name for name, parameter in model.named_parameters())
-    if stacked and keep % _GROUPED:
-        raise CheckpointError(
-            f"Hidden size {keep}: experts are multiplied in groups, whose rows have to be multiples of 16 bytes; "
-            f"choose a multiple of {_GROUPED}, such as {max(_GROUPED, keep // _GROUPED * _GROUPED)}."
-        )
 
 
 def check_keep(keep: int, size: int) -> None:
@@ -187,12 +155,7 @@ def sized_target(
     """Class and configuration with another hidden size and the same heads.
 
     A `LlamaConfig` takes no hidden size that the number of heads does not divide; it is then written as a Mistral.
-
-    Args:
-        model: The model.
-        structure: Its structure, for the size of a head.
-        size: The hidden size.
-        changes: Other values of the configuration to change.
+    `changes` are other values of the configuration.
     """
     config, values = model.config, plain_values(model.config)
     head_dim = next((layer.attention.head_dim for layer in structure.layers if layer.attention), None)
@@ -219,8 +182,6 @@ def cut_channels(model: PreTrainedModel, group: HiddenGroup, kept: torch.Tensor,
     variance over the channels that are left; zeroed channels would enter both, and no weights make up for that.
 
     Args:
-        model: The dense model.
-        group: Its residual stream.
         kept: Numbers of the channels that stay, ascending, shape (H',).
         target: Class and configuration of the result, see `shrunk_target`.
 
@@ -229,13 +190,16 @@ def cut_channels(model: PreTrainedModel, group: HiddenGroup, kept: torch.Tensor,
     """
     dims = group.dims()
     by_id = {id(parameter): dims.get(name) for name, parameter in model.named_parameters()}
-    done: dict[int, torch.Tensor] = {}
+    done: dict[int, torch.Tensor] = {}  # tied weights are cut once
     state = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in done:
-            done[id(tensor)] = _cut(tensor.detach(), by_id.get(id(tensor)), kept)
+            dim, old = by_id.get(id(tensor)), tensor.detach()
+            done[id(tensor)] = old.clone() if dim is None else old.index_select(dim, kept.to(old.device)).contiguous()
         state[name] = done[id(tensor)]
-    _correct_norms(model, group, state, math.sqrt(group.size / len(kept)))
+    for name, kind in stream_norms(model, set(dims)).items():
+        if not kind.centred:
+            scale_(state[f"{name}.weight"], kind, math.sqrt(group.size / len(kept)))
     for name, factors in row_scales(model, target.skeleton()).items():
         _scale_rows(state, name, model.get_submodule(name), factors)
     buffers = dict(model.named_buffers())
@@ -247,10 +211,6 @@ def cut_channels(model: PreTrainedModel, group: HiddenGroup, kept: torch.Tensor,
     return result
 
 
-def _cut(tensor: torch.Tensor, dim: int | None, kept: torch.Tensor) -> torch.Tensor:
-    return tensor.clone() if dim is None else tensor.index_select(dim, kept.to(tensor.device)).contiguous()
-
-
 def _scale_rows(state: dict[str, torch.Tensor], name: str, module: nn.Module, factors: torch.Tensor) -> None:
     """Multiplies the rows of a linear map, and its bias."""
     weight = state[f"{name}.weight"]
@@ -259,12 +219,6 @@ def _scale_rows(state: dict[str, torch.Tensor], name: str, module: nn.Module, fa
     state[f"{name}.weight"] = (weight * rows).to(weight.dtype)
     if module.bias is not None:
         state[f"{name}.bias"] = (state[f"{name}.bias"] * factors).to(weight.dtype)
-
-
-def _correct_norms(model: nn.Module, group: HiddenGroup, state: dict[str, torch.Tensor], factor: float) -> None:
-    for name, kind in stream_norms(model, set(group.dims())).items():
-        if not kind.centred:
-            scale_(state[f"{name}.weight"], kind, factor)
 
 
 def _correct_embedding(

@@ -1,4 +1,4 @@
-"""The state in which models are looked at, whatever state the caller is in."""
+"""How models are looked at: in one state, whatever state the caller is in, and the LM head a few positions at once."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from ..quantization.four_bit import as_stored
@@ -16,6 +17,11 @@ from .rebuild import check_whole
 
 
 Result = TypeVar("Result")
+
+# Float32 logits that exist at once when the head is applied in chunks: 64 MiB.
+MAX_LOGITS = 2**24
+# Tokens on which the model's own logits are compared with those of the bare head.
+PROBE_LENGTH = 16
 
 
 @contextmanager
@@ -117,3 +123,26 @@ def _all_finite(tensor: torch.Tensor) -> bool:
 def context_length(model: Any) -> int | None:
     """The longest sequence the model was made for, if its configuration says so."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+@torch.no_grad()
+def has_plain_head(model: PreTrainedModel, ids: torch.LongTensor) -> bool:
+    """Whether the model's logits are those of its output embedding, bit for bit, on a few tokens.
+
+    Some families scale or cap their logits afterwards (Gemma 2, Granite, Cohere). Trying it covers families that
+    nobody has listed, and a wrong "no" only costs memory.
+    """
+    ids = ids[:, :PROBE_LENGTH]
+    head, base = model.get_output_embeddings(), getattr(model, "base_model", model)
+    if head is None or base is model:
+        return False
+    hidden = getattr(base(input_ids=ids, use_cache=False), "last_hidden_state", None)
+    if hidden is None or hidden.shape[-1] != head.weight.shape[-1]:
+        return False
+    own = model(input_ids=ids, use_cache=False).logits
+    return torch.equal(own.float(), head(hidden).float())
+
+
+def positions_at_once(vocab_size: int) -> int:
+    """Positions whose float32 logits fit in `MAX_LOGITS`."""
+    return max(1, MAX_LOGITS // vocab_size)

@@ -77,20 +77,13 @@ def epsilon(module: nn.Module) -> float | None:
 def eps_changes(model: PreTrainedModel, small: PreTrainedModel) -> dict[str, float]:
     """Values of the configuration that let the epsilon of RMS norms over the hidden size grow, see `scale_`.
 
-    Args:
-        model: The dense model.
-        small: The one with fewer channels, still with the epsilon of the dense one.
-
-    Returns:
-        New values by key; none where the norms are LayerNorms.
+    `small` is the model with fewer channels, still with the epsilon of the dense one.
     """
-    values = model.config.to_dict()
     changes = {}
     for name, factor in _stream_rms_norms(model, small).items():
         eps = epsilon(model.get_submodule(name))
-        for key, value in values.items():
-            if "eps" in key and isinstance(value, float) and value == eps:
-                changes[key] = eps * factor
+        values = model.config.to_dict().items()
+        changes |= {k: eps * factor for k, v in values if "eps" in k and isinstance(v, float) and v == eps}
     return changes
 
 
@@ -99,11 +92,7 @@ def row_scales(model: PreTrainedModel, small: PreTrainedModel) -> dict[str, torc
 
     One key of the configuration holds the epsilon of all norms. A norm over a head or a latent (`q_norm`,
     `kv_a_layernorm`) gives the same with an epsilon `c^2` times as large if its input is `c` times as large; the map
-    in front of it is scaled.
-
-    Args:
-        model: The dense model.
-        small: The one with fewer channels; the meta device will do.
+    in front of it is scaled. `small` is the model with fewer channels; the meta device will do.
 
     Returns:
         Factors of the rows, shape (rows,), float64, by the full name of the linear map.
@@ -122,7 +111,13 @@ def row_scales(model: PreTrainedModel, small: PreTrainedModel) -> dict[str, torc
             )
         if name not in stream and before is not None and before != after:
             scales |= _in_front(model, name, math.sqrt(after / before))
-        _check_numbers(model, name, module, small.get_submodule(name))
+        for key, value in vars(module).items() if module is not model.get_input_embeddings() else ():
+            other = getattr(small.get_submodule(name), key, None)
+            if isinstance(value, float) and "eps" not in key and other != value:
+                raise UnsupportedModelError(
+                    f"`{name}.{key}` is {value:g} and would be {other} with fewer channels: "
+                    f"{type(model).__name__} derives it from the hidden size. {WAY_OUT}"
+                )
     return scales
 
 
@@ -131,14 +126,12 @@ WAY_OUT = "Cut 'mlp_neurons', 'kv_groups' or 'layers' of this model instead of '
 
 def _stream_rms_norms(model: PreTrainedModel, small: PreTrainedModel) -> dict[str, float]:
     """RMS norms over the hidden size, and by how much a mean over fewer channels is larger."""
-    shapes = {name: parameter.shape for name, parameter in small.named_parameters()}
-    followers = {
-        name: parameter.shape[0] / shapes[name][0]
-        for name, parameter in model.named_parameters()
-        if parameter.ndim == 1 and shapes[name] != parameter.shape
+    after = dict(small.named_parameters())
+    grown = {
+        n: p.shape[0] / len(after[n]) for n, p in model.named_parameters() if p.ndim == 1 and p.shape != after[n].shape
     }
-    norms = stream_norms(model, set(followers))
-    return {name: followers[f"{name}.weight"] for name, kind in norms.items() if not kind.centred}
+    norms = stream_norms(model, set(grown))
+    return {name: grown[f"{name}.weight"] for name, kind in norms.items() if not kind.centred}
 
 
 def _in_front(model: PreTrainedModel, norm: str, factor: float) -> dict[str, torch.Tensor]:
@@ -159,15 +152,3 @@ def _in_front(model: PreTrainedModel, norm: str, factor: float) -> dict[str, tor
         f"`{norm}` does not normalise over the hidden size, but shares the epsilon of the norms that do, which grows "
         f"when channels go; no linear map in front of it is known that could make up for that. {WAY_OUT}"
     )
-
-
-def _check_numbers(model: PreTrainedModel, name: str, before: nn.Module, after: nn.Module) -> None:
-    """Refuses factors that a class derives from the hidden size; `surgery` makes up for that of the embeddings."""
-    if before is model.get_input_embeddings():
-        return
-    for key, value in vars(before).items():
-        if isinstance(value, float) and "eps" not in key and getattr(after, key, None) != value:
-            raise UnsupportedModelError(
-                f"`{name}.{key}` is {value:g} and would be {getattr(after, key, None)} with fewer channels: "
-                f"{type(model).__name__} derives it from the hidden size. {WAY_OUT}"
-            )

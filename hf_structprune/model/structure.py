@@ -1,4 +1,4 @@
-"""The coupled groups of a model: which rows and columns of which matrices hold the same unit."""
+"""What can be cut of a model: the coupled groups in its layers, and the sublayers that can be skipped."""
 
 from __future__ import annotations
 
@@ -8,26 +8,36 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from ..units import KINDS, Reading, WidthKind, kinds_of
-from .families import Family, family_of
-from .groups import AttentionShape, Group, LayerStructure, Slice, Sublayer, is_linear, matrix, matrix_parameters
-from .sublayers import read_sublayers
+from ..units import KINDS, DepthKind, Reading, WidthKind, kinds_of
+from .families import NORMS, Family, family_of
+from .groups import (
+    AttentionShape,
+    Group,
+    LayerStructure,
+    Slice,
+    Sublayer,
+    is_linear,
+    matrix,
+    matrix_parameters,
+    submodule,
+)  # fmt: skip
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
-    "AttentionShape",
-    "Group",
-    "LayerStructure",
-    "ModelStructure",
-    "Slice",
-    "Sublayer",
-    "decoder_layers",
-    "is_linear",
+    "AttentionShape", "Group", "LayerStructure", "ModelStructure", "Slice", "Sublayer", "decoder_layers", "is_linear",
     "matrix",
-]
+]  # fmt: skip
+
+# Layers that are not `stream + sublayer(stream)`, although their modules have the usual names.
+_SCALED_STREAMS = ("minimax",)
+_NORM_NAMES = frozenset(name for row in NORMS for name in row.all)
+# What a block of experts may hold; each expert's output, and that of one all tokens share, is `down_proj`'s.
+_ROUTERS = ("gate", "router", "shared_expert_gate")
+_EXPERTS = ("experts", "shared_expert", "shared_experts")
+_PROJECTIONS = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 
 
 @dataclass
@@ -89,8 +99,7 @@ class ModelStructure:
         for structure, layer in layers:
             structure.parameters = sum(parameter.numel() for parameter in layer.parameters())
             structure.matrix_parameters = matrix_parameters(layer, active)
-            structure.sublayers, reason = read_sublayers(config, family, structure.name, layer, active)
-            notes += [reason] if reason else []
+            notes += _find_sublayers(config, family, structure, layer, active)
         total = sum(p.numel() for p in model.parameters())
         structures = [structure for structure, _ in layers]
         return cls(family, structures, list(dict.fromkeys(notes)), total, matrix_parameters(model, active))
@@ -112,6 +121,74 @@ def decoder_layers(model: PreTrainedModel, family: Family) -> list[tuple[str, nn
     except AttributeError as error:
         raise UnsupportedModelError(f"`{prefix}{family.layers}` is not a module of {type(model).__name__}.") from error
     return [(f"{prefix}{family.layers}.{index}", layer) for index, layer in enumerate(layers)]
+
+
+def _find_sublayers(config, family: Family, structure: LayerStructure, layer: nn.Module, active) -> list[str]:
+    """Adds the sublayers of a layer that can be skipped; returns what is left alone, and why."""
+    there = [name for name, _ in layer.named_children() if name in _NORM_NAMES]
+    norms = next((row for row in NORMS if row.all == set(there)), None)
+    reason = _more_than_a_sum(config)
+    if reason is None and norms is None:
+        found = ", ".join(name for name, _ in layer.named_children() if "norm" in name or name in there)
+        reason = f"the norms of the layers ({found}) are not understood"
+    if reason is not None:
+        return [f"sublayers: {reason}, left alone"]
+    parts = {kind: KINDS[kind].modules(family, layer) for kind in kinds_of(DepthKind, sublayer=True)}
+    known = {*norms.all, *(module for modules in parts.values() for module in modules)}
+    stranger = next((name for name, _ in layer.named_parameters() if name.partition(".")[0] not in known), None)
+    if stranger is not None:
+        return [f"sublayers: parameter `{stranger}` is not understood, left alone"]
+    notes = []
+    for kind, modules in parts.items():
+        consumer = _consumer(layer, modules, KINDS[kind].outputs(family)) if modules else None
+        if consumer is None:
+            notes += [f"{modules[-1]}: its output is not understood, it is not skipped alone"] if modules else []
+            continue
+        own = getattr(norms, KINDS[kind].sublayer)
+        gone = [layer.get_submodule(name) for name in (*own, *modules)]
+        parameters = sum(parameter.numel() for module in gone for parameter in module.parameters())
+        matrices = sum(matrix_parameters(module, active) for module in gone)
+        *inner, last = (f"{structure.name}.{module}" for module in modules)
+        names, consumer = (f"{structure.name}.{norm}" for norm in own), consumer and f"{structure.name}.{consumer}"
+        structure.sublayers.append(Sublayer(kind, last, tuple(names), consumer, parameters, matrices, tuple(inner)))
+    return notes[:1]
+
+
+def _more_than_a_sum(config) -> str | None:
+    """Reasons why a layer without a sublayer is more than its residual stream."""
+    if getattr(config, "num_kv_shared_layers", 0):
+        return "layers share their keys and values"
+    if getattr(config, "do_layer_norm_before", True) is False:
+        return "the norms follow the sum with the residual stream"
+    if config.model_type in _SCALED_STREAMS:
+        return "the residual stream itself is normalised and scaled in each layer"
+    return None
+
+
+def _consumer(layer: nn.Module, modules: tuple[str, ...], outputs: list[str]) -> str | None:
+    """The last linear map of a sublayer, `""` for a block of experts, `None` if neither is there."""
+    for output in outputs:
+        if output.rpartition(".")[0] in (modules[-1], "") and is_linear(submodule(layer, output)):
+            return output
+    return "" if _is_experts(layer.get_submodule(modules[-1])) else None
+
+
+def _is_experts(block: nn.Module) -> bool:
+    """Whether all parameters of a block are those of routers and experts whose outputs are added up."""
+    names = [name.split(".") for name, _ in block.named_parameters()]
+    return any(name[0] == "experts" for name in names) and all(
+        name[0] in _ROUTERS or (name[0] in _EXPERTS and _projection(name) in _PROJECTIONS) for name in names
+    )
+
+
+def _projection(name: list[str]) -> str:
+    """`down_proj` of `experts.down_proj`, `experts.down_proj_bias` and `shared_expert.down_proj.weight`."""
+    return next((part.removesuffix("_bias") for part in name[1:] if not part.isdigit()), "")
+
+
+def expert_outputs(block: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a block of experts that give its output: zeroed, the output is zero."""
+    return [p for name, p in block.named_parameters() if _projection(name.split(".")) == "down_proj"]
 
 
 def _first_layer_name(model: PreTrainedModel) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 import torch
@@ -12,8 +11,7 @@ from ..errors import UnsupportedModelError
 from ..units import DepthKind, kinds_of
 from ..units.depth import LAYERS
 from .groups import Group, Sublayer
-from .structure import ModelStructure
-from .sublayers import expert_outputs
+from .structure import ModelStructure, expert_outputs
 
 
 Kept = dict[tuple[int, str], torch.Tensor]
@@ -34,12 +32,7 @@ def cut_units(model: nn.Module, structure: ModelStructure, kept: Kept) -> None:
     """Takes the units that are not kept out of every tensor of their groups, in place, one tensor at a time.
 
     Afterwards only the tensors are right; head counts and widths in modules and configuration are the business of
-    `rebuild.rebuild`.
-
-    Args:
-        model: The model.
-        structure: Its coupled groups.
-        kept: Numbers of the units that stay, by `(layer, kind)`; groups that are not named stay whole.
+    `rebuild.rebuild`. Groups that `kept` does not name, by `(layer, kind)`, stay whole.
     """
     cut_groups(model, structure.groups, kept)
 
@@ -80,15 +73,18 @@ def mask_sublayers(model: nn.Module, structure: ModelStructure, dropped: dict[st
     stream; a layer of which both sublayers are silent passes it on unchanged.
 
     Args:
-        model: The model.
-        structure: Its structure.
         dropped: Numbers of the layers by kind: `"layers"`, `"attention"`, `"mlp"`.
 
     Raises:
         UnsupportedModelError: A layer is named whose sublayers are not understood.
     """
+    gone = skipped(structure, dropped)
+    for layer in (structure.layers[number] for number in dropped.get(LAYERS, ())):
+        if layer.matrix_parameters != sum(sublayer.matrix_parameters for sublayer in layer.sublayers):
+            raise UnsupportedModelError(f"`{layer.name}` has parts that are not understood: {structure.notes}.")
+        gone += layer.sublayers
     with torch.no_grad():
-        for sublayer in _sublayers(structure, dropped):
+        for sublayer in gone:
             module = model.get_submodule(sublayer.consumer or sublayer.module)
             for parameter in module.parameters() if sublayer.consumer else expert_outputs(module):
                 parameter.zero_()
@@ -98,52 +94,41 @@ def drop(model: nn.Module, structure: ModelStructure, dropped: dict[str, list[in
     """Takes layers out of the list of layers, and the modules and norms of sublayers out of their layers, in place.
 
     Afterwards only the modules are right: the numbers in the layers that are left and the configuration are the
-    business of `checkpoint.rebuild`, and a model with skipped sublayers runs only after it.
+    business of `rebuild.rebuild`, and a model with skipped sublayers runs only after it.
 
     Args:
-        model: The model.
-        structure: Its structure.
         dropped: Numbers of the layers by kind: `"layers"`, `"attention"`, `"mlp"`.
     """
-    numbers = set(dropped.get(LAYERS, ()))
-    for kind in kinds_of(DepthKind, sublayer=True):
-        for number in dropped.get(kind, ()):
-            for name in _sublayer(structure, number, kind).modules if number not in numbers else ():
-                model.set_submodule(name, nn.Identity())
-    path = structure.layers[0].name.rpartition(".")[0]
-    layers = model.get_submodule(path)
-    for number in sorted(numbers, reverse=True):
+    for name in (name for sublayer in skipped(structure, dropped) for name in sublayer.modules):
+        model.set_submodule(name, nn.Identity())
+    layers = model.get_submodule(structure.layers[0].name.rpartition(".")[0])
+    for number in sorted(set(dropped.get(LAYERS, ())), reverse=True):
         del layers[number]
-    if numbers and getattr(model, "hf_device_map", None):
-        model.hf_device_map = _renumbered(model.hf_device_map, path, len(structure.layers), numbers)
+    if dropped.get(LAYERS) and getattr(model, "hf_device_map", None):
+        places = {name_after(name, structure, dropped): device for name, device in model.hf_device_map.items()}
+        model.hf_device_map = {name: device for name, device in places.items() if name is not None}
 
 
-def _renumbered(device_map: dict[str, object], path: str, num_layers: int, gone: set[int]) -> dict[str, object]:
-    """A device map by the numbers of the layers that are left."""
-    new = {old: index for index, old in enumerate(index for index in range(num_layers) if index not in gone)}
-    result = {}
-    for name, device in device_map.items():
-        match = re.fullmatch(rf"{re.escape(path)}\.(\d+)(.*)", name)
-        if match is None:
-            result[name] = device
-        elif int(match[1]) in new:
-            result[f"{path}.{new[int(match[1])]}{match[2]}"] = device
+def name_after(name: str, structure: ModelStructure, dropped: dict[str, list[int]]) -> str | None:
+    """The name of a module or parameter when layers have gone; `None` for what goes with them."""
+    path, gone = structure.layers[0].name.rpartition(".")[0], set(dropped.get(LAYERS, ()))
+    if not gone or not name.startswith(f"{path}."):
+        return name
+    number, dot, rest = name[len(path) + 1 :].partition(".")
+    new = int(number) - sum(index < int(number) for index in gone)
+    return None if int(number) in gone else f"{path}.{new}{dot}{rest}"
+
+
+def skipped(structure: ModelStructure, dropped: dict[str, list[int]]) -> list[Sublayer]:
+    """The sublayers that go, by number of the layer and kind.
+
+    Raises:
+        UnsupportedModelError: A layer has none of this kind that could go alone.
+    """
+    result = []
+    for kind in kinds_of(DepthKind, sublayer=True):
+        for layer in (structure.layers[number] for number in dropped.get(kind, ())):
+            if layer.sublayer(kind) is None:
+                raise UnsupportedModelError(f"`{layer.name}` has no {kind} that could be skipped alone.")
+            result.append(layer.sublayer(kind))
     return result
-
-
-def _sublayers(structure: ModelStructure, dropped: dict[str, list[int]]) -> list[Sublayer]:
-    pairs = [(number, kind) for kind in kinds_of(DepthKind, sublayer=True) for number in dropped.get(kind, ())]
-    result = [_sublayer(structure, number, kind) for number, kind in pairs]
-    for number in dropped.get(LAYERS, ()):
-        layer = structure.layers[number]
-        if layer.matrix_parameters != sum(sublayer.matrix_parameters for sublayer in layer.sublayers):
-            raise UnsupportedModelError(f"`{layer.name}` has parts that are not understood: {structure.notes}.")
-        result += layer.sublayers
-    return result
-
-
-def _sublayer(structure: ModelStructure, number: int, kind: str) -> Sublayer:
-    sublayer = structure.layers[number].sublayer(kind)
-    if sublayer is None:
-        raise UnsupportedModelError(f"`{structure.layers[number].name}` has no {kind} that could be skipped alone.")
-    return sublayer

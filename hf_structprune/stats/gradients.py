@@ -12,8 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import tqdm
 
 from ..hooks import hooked
-from ..model.language_head import has_plain_head, positions_at_once
-from ..model.measuring import check_numbers
+from ..model.measuring import check_numbers, has_plain_head, positions_at_once
 from ..model.structure import Group, is_linear, matrix
 
 

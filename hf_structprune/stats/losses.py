@@ -11,7 +11,7 @@ from transformers.utils.logging import tqdm
 
 from ..allocation.removal import Removal, Unit
 from ..hooks import Silencer
-from ..model.language_head import positions_at_once
+from ..model.measuring import positions_at_once
 from ..model.structure import ModelStructure
 from ..units import DepthKind, kinds_of
 from ..units.depth import LAYERS

@@ -166,6 +166,14 @@ class DepthKind(UnitKind):
     criterion_option = "depth_criterion"
     criteria = ("angular", "block_influence", "perplexity", "taylor", "magnitude", "greedy", "exchange")
 
+    def modules(self, family: Family, layer: nn.Module) -> tuple[str, ...]:
+        """Names of the modules of a sublayer, the one that gives its output last; none where there is no such one."""
+        return ()
+
+    def outputs(self, family: Family) -> list[str]:
+        """Names of what may be a sublayer's last linear map."""
+        return []
+
     def method(self, criterion):
         from ..criteria.depth import METHODS
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
 
-    from ..model.families import AttentionNames, Family
+    from ..model.families import Family, Projections
     from ..model.groups import AttentionShape, LayerStructure
 
 
@@ -62,13 +62,10 @@ class QueryHeads(WidthKind):
     of_heads = True
 
     def find(self, reading: Reading) -> list[str]:
-        return []  # with the KV groups, whose shapes they share
+        return []  # with the KV groups, whose shapes they share and which describe them
 
-    def config_keys(self, layer, family, config):
-        return ()
-
-    def config_values(self, layer, plan, family, config):
-        return {}
+    def is_in(self, layer):
+        return False
 
     def input_width(self, layer, plan):
         return None
@@ -135,7 +132,7 @@ def head_values(config: PreTrainedConfig, family: Family, shape: AttentionShape)
 
 
 def _find_heads(
-    config: PreTrainedConfig, names: AttentionNames, structure: LayerStructure, layer: nn.Module
+    config: PreTrainedConfig, names: Projections, structure: LayerStructure, layer: nn.Module
 ) -> list[str]:
     from ..model.groups import make_group, not_understood, submodule
 
@@ -180,7 +177,7 @@ def _position_bound(config: PreTrainedConfig) -> str | None:
     return None
 
 
-def _attention_shape(names: AttentionNames, layer: nn.Module, config: PreTrainedConfig) -> AttentionShape | None:
+def _attention_shape(names: Projections, layer: nn.Module, config: PreTrainedConfig) -> AttentionShape | None:
     from ..model.groups import AttentionShape, matrix
 
     module = layer.get_submodule(names.parent)

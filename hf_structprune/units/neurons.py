@@ -12,7 +12,7 @@ from .base import Reading, WidthKind
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..model.families import MlpNames
+    from ..model.families import Projections
     from ..model.groups import LayerStructure
 
 
@@ -32,7 +32,7 @@ class Neurons(WidthKind):
                 notes += self._in_layer(structure, layer, names)
         return notes
 
-    def _in_layer(self, structure: LayerStructure, layer: nn.Module, names: MlpNames) -> list[str]:
+    def _in_layer(self, structure: LayerStructure, layer: nn.Module, names: Projections) -> list[str]:
         import torch
 
         from ..model.groups import make_group, matrix, not_understood

@@ -10,8 +10,7 @@ import torch
 from hf_structprune import PruningConfig
 from hf_structprune.allocation.depth import choose_depth
 from hf_structprune.allocation.removal import Removal
-from hf_structprune.model.structure import ModelStructure
-from hf_structprune.model.sublayers import expert_outputs
+from hf_structprune.model.structure import ModelStructure, expert_outputs
 from hf_structprune.stats.losses import SEQUENCES, TextLoss, joined
 
 
@@ -120,11 +119,11 @@ def test_silenced_sublayers_are_not_run():
 
 def test_the_loss_is_taken_a_few_positions_at_a_time(monkeypatch):
     """No more logits at once than `MAX_LOGITS`, with the same result; the last position has nothing to predict."""
-    from hf_structprune.model import language_head
+    from hf_structprune.model import measuring
 
     model = families.make_model("gemma2", torch.float64)  # caps its logits: no bare head
     structure, positions = ModelStructure.of(model), []
-    monkeypatch.setattr(language_head, "MAX_LOGITS", 6 * families.VOCAB)
+    monkeypatch.setattr(measuring, "MAX_LOGITS", 6 * families.VOCAB)
     text = open_text(model, structure)
     handle = model.lm_head.register_forward_hook(lambda _, args, __: positions.append(args[0].shape[:-1].numel()))
     value = text.of({"layers": set(), "attention": set(), "mlp": set()})

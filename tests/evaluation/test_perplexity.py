@@ -12,7 +12,7 @@ from hf_structprune.evaluation import perplexity, read_text
 
 
 # The package exports a function of the module's name, so an attribute path does not reach the module.
-module = importlib.import_module("hf_structprune.model.language_head")
+module = importlib.import_module("hf_structprune.model.measuring")
 
 TEXT = "The quick brown fox jumps over the lazy dog, and 0123456789 more. " * 10  # 660 tokens
 SIZES = dict(

@@ -7,7 +7,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from hf_structprune import PruningConfig, StructuredPruner
-from hf_structprune.model.plan_warnings import approximations
+from hf_structprune.model.describe import approximations
 from hf_structprune.model.structure import ModelStructure
 from hf_structprune.plan import Decision, PruningPlan
 

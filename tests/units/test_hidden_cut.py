@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_structprune import PruningConfig
 from hf_structprune.errors import CheckpointError, ConfigurationError, UnsupportedModelError
-from hf_structprune.model.hidden_size import hidden_group, shrunk_config_model
+from hf_structprune.model.hidden_size import hidden_group, shrunk_target
 from hf_structprune.model.norms import norm_kind, stream_norms
 from hf_structprune.model.structure import ModelStructure
 from hf_structprune.refit.channels import cut_hidden
@@ -151,7 +151,8 @@ def test_a_llama_size_that_the_heads_do_not_divide_is_written_as_a_mistral(tmp_p
         families.logits(AutoModelForCausalLM.from_pretrained(tmp_path), tokens), families.logits(small, tokens)
     )
     with pytest.raises(CheckpointError, match="(?s)hidden size 26.*multiple of the number of attention heads"):
-        shrunk_config_model(families.make_model("llama_bias"), 26)
+        model = families.make_model("llama_bias")
+        shrunk_target(model, ModelStructure.of(model), 26)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +181,7 @@ def test_layers_of_unequal_width_stay_so(name, kinds, dropped, tmp_path):
 def test_the_shrunk_model_is_planned_without_weights():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(families.make_config("gemma2"))
-    small = shrunk_config_model(model, KEEP)
+    small = shrunk_target(model, ModelStructure.of(model), KEEP).skeleton()
     assert small.config.hidden_size == KEEP and next(small.parameters()).device.type == "meta"
     assert families.count(small) == families.count(cut(families.make_model("gemma2")))
 

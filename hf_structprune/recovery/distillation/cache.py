@@ -22,7 +22,7 @@ from ...errors import CheckpointError, ConfigurationError, PlaceError
 from ...evaluation.results import model_fingerprint
 from ...files.places import check_room
 from ...files.writing import write_text
-from ...model.language_head import positions_at_once
+from ...model.measuring import positions_at_once
 from ..configuration import DistillationConfig
 from .losses import TopPredictions, top_predictions
 from .teacher import Lesson, ModelTeacher

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import ConfigurationError
-from ...model.language_head import positions_at_once
+from ...model.measuring import positions_at_once
 from ..data import IGNORED
 
 

@@ -14,9 +14,8 @@ from transformers.utils import logging
 
 from ...errors import CheckpointError, ConfigurationError
 from ...hardware import DTYPES
-from ...model.language_head import PROBE_LENGTH, has_plain_head
 from ...model.loading import load_config, load_model, load_tokenizer
-from ...model.measuring import measuring
+from ...model.measuring import PROBE_LENGTH, has_plain_head, measuring
 from ..configuration import DistillationConfig
 from .layers import LayerTerms, layer_terms, record_outputs
 from .losses import Head, HeadPredictions, LogitTransform, Predictions
