@@ -103,12 +103,7 @@ class Criterion:
 
 
 class ByKind(Criterion):
-    """Several criteria, each for one kind of unit.
-
-    Args:
-        config: The configuration.
-        criteria: They, by kind.
-    """
+    """Several criteria, each for one kind of unit."""
 
     def __init__(self, config: PruningConfig, criteria: dict[str, Criterion]) -> None:
         super().__init__(config)
@@ -139,12 +134,7 @@ class ConsumerCriterion(Criterion):
     needs_inputs = True
 
     def column_score(self, weight: torch.Tensor, statistics: InputStatistics) -> torch.Tensor:
-        """Score of each column.
-
-        Args:
-            weight: Weight of the consumer, shape (out, d), float32.
-            statistics: Moments of its inputs.
-        """
+        """Score of each column; `weight` is the consumer's, shape (out, d), float32."""
         raise NotImplementedError
 
     def score(self, scoring: Scoring) -> torch.Tensor:
@@ -166,28 +156,19 @@ def join(channels: list[torch.Tensor], aggregation: str) -> torch.Tensor:
     """
     if len({c.shape[1] for c in channels}) > 1:
         channels = [c.sum(1, keepdim=True) for c in channels]
-    stacked = torch.stack(channels)
-    joined = {
-        "sum": lambda: stacked.sum(0),
-        "mean": lambda: stacked.mean(0),
-        "max": lambda: stacked.amax(0),
-        "prod": lambda: stacked.prod(0),
-        "first": lambda: stacked[0],
-        "last": lambda: stacked[-1],
-    }[aggregation]()
-    return joined.sum(1)
+    if aggregation in ("first", "last"):
+        return channels[0 if aggregation == "first" else -1].sum(1)
+    reduce = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax, "prod": torch.prod}[aggregation]
+    return reduce(torch.stack(channels), 0).sum(1)
 
 
 def best_units(
     scores: torch.Tensor, group: Group, keep: int, alive_blocks: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Numbers of the units with the highest scores, ascending; equal scores keep the lower number.
+    """Numbers of the `keep` units with the highest scores, ascending; equal scores keep the lower number.
 
-    Args:
-        scores: Importance of every unit of the group, shape (num_units,).
-        group: The group. Of each of its blocks (query heads: of each KV group) equally many units stay.
-        keep: Units to keep in all.
-        alive_blocks: Blocks of which units may stay; default all.
+    Of each block of the group (query heads: of each KV group) equally many stay; default for `alive_blocks`, those of
+    which units may stay, is all.
     """
     scores = scores.detach().cpu().double().view(group.blocks, -1)
     blocks = torch.arange(group.blocks) if alive_blocks is None else alive_blocks.cpu()

@@ -24,9 +24,6 @@ def channel_importance(
 ) -> torch.Tensor:
     """Importance of every channel by `config.hidden_criterion`; higher is more important.
 
-    Args:
-        tokens: Calibration tokens, shape (sequences, length); not looked at by `"magnitude"`.
-
     Returns:
         Shape (H,), float64, on the CPU.
 

@@ -57,9 +57,7 @@ def check_model(model: PreTrainedModel) -> PreTrainedModel:
 def check_savable(model: PreTrainedModel, **values: Any) -> None:
     """Refuses what could not be written when everything is done.
 
-    Args:
-        model: The model, for its generation configuration.
-        values: What will be written as JSON, by what it is called in the message.
+    `values` are what will be written as JSON, by what it is called in the message.
 
     Raises:
         ConfigurationError: Names what cannot be written.

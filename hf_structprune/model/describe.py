@@ -262,10 +262,7 @@ def warnings_of(
 ) -> list[str]:
     """What is to be said about the widths that a plan leaves, one line for each kind of input.
 
-    Args:
-        structure: Of the model that the plan is for, after the hidden size was cut.
-        hidden_size: The hidden size before the plan.
-        align_to: As in the configuration.
+    `structure` is that after the hidden size was cut, `hidden_size` the one before.
     """
     inputs = [
         Input(group.reader.module.rpartition(".")[2], after, layer.index, before)

@@ -139,14 +139,9 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(model_type: str, tp_plan: dict[str, str] | None) -> Family | None:
-    """The description of a model type: its entry in the table, else one read from its tensor-parallel plan.
+    """The description of a model type: its entry in the table, else one read from its tensor-parallel plan, if any.
 
-    Args:
-        model_type: `config.model_type`.
-        tp_plan: `config.base_model_tp_plan`, for example `{"layers.*.mlp.up_proj": "colwise", ...}`.
-
-    Returns:
-        The family, or `None` if neither describes the model.
+    `tp_plan` is `config.base_model_tp_plan`, for example `{"layers.*.mlp.up_proj": "colwise", ...}`.
     """
     return FAMILIES.get(model_type) or _from_tp_plan(tp_plan or {})
 

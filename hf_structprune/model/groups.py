@@ -254,10 +254,7 @@ def is_linear(module: nn.Module | None) -> bool:
 def matrix_parameters(module: nn.Module, active_experts: int | None, among: Collection[int] | None = None) -> int:
     """Weights that multiply each token: linear maps, and of stacked experts the ones a token is sent to.
 
-    Args:
-        module: Any module.
-        active_experts: `config.num_experts_per_tok`.
-        among: Only parameters with these `id`s.
+    `active_experts` is `config.num_experts_per_tok`; with `among` only parameters with these `id`s count.
     """
     total = sum(
         part.weight.numel()

@@ -33,7 +33,6 @@ def measuring(model: nn.Module, *, autocast: torch.dtype | None = None) -> Itera
     In evaluation mode, and only there, bitsandbytes repacks 4-bit weights in place on some CPUs: see `four_bit`.
 
     Args:
-        model: The model.
         autocast: Compute in this dtype with autocast, as training with mixed precision does.
 
     Raises:
@@ -84,11 +83,7 @@ def _plain_defaults() -> Iterator[None]:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Refuses weights that are no numbers; one pass over all of them, without a copy.
-
-    Raises:
-        UnsupportedModelError: Names the first such tensor.
-    """
+    """Refuses weights that are no numbers, by the name of the first; one pass over all of them, without a copy."""
     for name, parameter in model.named_parameters():
         if parameter.device.type != "meta" and not _all_finite(parameter.detach()):
             raise UnsupportedModelError(
@@ -98,15 +93,7 @@ def check_finite(model: nn.Module) -> None:
 
 
 def check_numbers(values: torch.Tensor, what: str) -> None:
-    """Refuses what was computed with finite weights and is not finite itself.
-
-    Args:
-        values: What was computed.
-        what: What it is, as the beginning of a sentence.
-
-    Raises:
-        UnsupportedModelError: A value is NaN or Inf.
-    """
+    """Refuses what was computed with finite weights and is NaN or Inf itself; `what` it is begins the message."""
     if not _all_finite(values):
         kind = str(values.dtype).removeprefix("torch.")
         raise UnsupportedModelError(

@@ -18,7 +18,6 @@ def other_shapes(build: Callable[[int], Target], sizes: Iterable[int], what: str
 
     Args:
         build: The target with a size.
-        sizes: Those to try.
         what: What has these sizes, for the message.
 
     Raises:
@@ -50,9 +49,6 @@ def grouped(
     with several, they are left alone.
 
     Args:
-        kind: Name of the kind.
-        key: The key.
-        model: The model; the meta device will do.
         layers: What was found in every layer so far, and the layer; get their groups.
 
     Returns:

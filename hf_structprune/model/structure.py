@@ -63,7 +63,6 @@ class ModelStructure:
         """Reads the coupled groups of a model; works on the meta device.
 
         Args:
-            model: The model.
             whole: Whether it is still to be cut; of one that has been, nothing more need be left to cut.
 
         Raises:

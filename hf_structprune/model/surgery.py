@@ -72,9 +72,6 @@ def mask_sublayers(model: nn.Module, structure: ModelStructure, dropped: dict[st
     A sublayer whose last projection (`o_proj`, `down_proj`: weight and bias) is zero adds nothing to the residual
     stream; a layer of which both sublayers are silent passes it on unchanged.
 
-    Args:
-        dropped: Numbers of the layers by kind: `"layers"`, `"attention"`, `"mlp"`.
-
     Raises:
         UnsupportedModelError: A layer is named whose sublayers are not understood.
     """
@@ -95,9 +92,7 @@ def drop(model: nn.Module, structure: ModelStructure, dropped: dict[str, list[in
 
     Afterwards only the modules are right: the numbers in the layers that are left and the configuration are the
     business of `rebuild.rebuild`, and a model with skipped sublayers runs only after it.
-
-    Args:
-        dropped: Numbers of the layers by kind: `"layers"`, `"attention"`, `"mlp"`.
+    `dropped` are numbers of layers by kind: `"layers"`, `"attention"`, `"mlp"`.
     """
     for name in (name for sublayer in skipped(structure, dropped) for name in sublayer.modules):
         model.set_submodule(name, nn.Identity())

@@ -42,7 +42,6 @@ def refit(
         kept: Numbers of the kept columns, ascending.
         damping: `lam / mean(diag C)`.
         target: `T = E[t x^T]`, shape (out, d): what the output should change by.
-        dtype: Precision to compute in.
 
     Returns:
         `W'`, shape (out, len(kept)).

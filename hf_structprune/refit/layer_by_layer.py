@@ -50,7 +50,6 @@ def compress(
     Args:
         plan: How many units stay; units that it names are taken as they are.
         criterion: Ranks the units that the plan does not name.
-        config: Compensation and calibration settings.
         tokens: Calibration tokens, where inputs are looked at.
         scores: Scores that are known already, by `(layer, kind)`.
         salience: Reduced gradients, for gradient criteria.

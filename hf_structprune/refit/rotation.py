@@ -23,11 +23,7 @@ from ..stats.gradients import on_device
 
 
 def _check_rotatable(model: PreTrainedModel, group: HiddenGroup) -> None:
-    """Refuses models whose stream cannot be turned.
-
-    Raises:
-        UnsupportedModelError: The LM head is tied, or a norm of the stream subtracts the mean.
-    """
+    """Refuses models whose LM head is tied, or with a norm of the stream that subtracts the mean."""
     head, vocabulary = model.get_output_embeddings(), len(model.get_input_embeddings().weight)
     if head is None or head.weight is model.get_input_embeddings().weight:
         raise UnsupportedModelError(
@@ -90,10 +86,7 @@ def rotated(model: PreTrainedModel, group: HiddenGroup, rotation: torch.Tensor) 
     The weights of every norm go into the matrices that read it, after which the norm commutes with `Q`; then readers,
     writers, embeddings and head are multiplied by `Q` along their channels.
 
-    Args:
-        model: A model with RMS norms and an untied head; stays as it is.
-        group: Its residual stream.
-        rotation: `Q`, orthogonal, shape (H, H).
+    The model has RMS norms and an untied head, and stays as it is.
 
     Raises:
         UnsupportedModelError: Not all norms and readers belong together one to one (norms behind the writers, as in
@@ -149,24 +142,18 @@ def _outputs_read(model: PreTrainedModel, norms: list[str], readers: dict[str, l
     alive: list[torch.Tensor] = []  # so that no other tensor can have the address of one of these
     read: dict[str, list[str]] = {norm: [] for norm in norms}
 
-    def after_norm(name):
-        def hook(_, __, output):
-            alive.append(output)
-            outputs[output.data_ptr()] = name
+    def after_norm(name: str, output: torch.Tensor) -> None:
+        alive.append(output)
+        outputs[output.data_ptr()] = name
 
-        return hook
+    def before_reader(name: str, given: torch.Tensor) -> None:
+        alive.append(given)
+        if given.data_ptr() in outputs:
+            read[outputs[given.data_ptr()]].append(name)
 
-    def before_reader(name):
-        def hook(_, args):
-            alive.append(args[0])
-            norm = outputs.get(args[0].data_ptr())
-            if norm is not None:
-                read[norm].append(name)
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(after_norm(name)) for name in norms]
-    handles += [model.get_submodule(name).register_forward_pre_hook(before_reader(name)) for name in readers]
+    modules = {name: model.get_submodule(name) for name in (*norms, *readers)}
+    handles = [modules[n].register_forward_hook(lambda _, __, out, n=n: after_norm(n, out)) for n in norms]
+    handles += [modules[n].register_forward_pre_hook(lambda _, args, n=n: before_reader(n, args[0])) for n in readers]
     with hooked(handles):
         model(input_ids=on_device(model, torch.tensor([[0, 1]])), use_cache=False)
     return read

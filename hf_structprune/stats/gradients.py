@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import tqdm
 
 from ..hooks import hooked
-from ..model.measuring import check_numbers, has_plain_head, positions_at_once
+from ..model.measuring import check_numbers, has_plain_head, measuring, positions_at_once
 from ..model.structure import Group, is_linear, matrix
 
 
@@ -51,11 +51,6 @@ def taylor_salience(
     For a batch with mean loss gradient `g` and per-sequence gradients `g_j` (`F = mean_j g_j^2`): `first` sums
     `|w g|` over the row or column, `second` `w^2 F`, `mix` `|w g - w^2 F / 2|`, `vectorize` is `|sum(w g)|`. Several
     batches are averaged, before the absolute value for `vectorize`; `second` does not depend on the batch size.
-
-    Args:
-        groups: Groups whose parts are wanted.
-        tokens: Token ids, shape (sequences, length).
-        variant: `"vectorize"`, `"first"`, `"second"` or `"mix"`.
 
     Returns:
         `{(tensor, dim): scores}`, float32.
@@ -98,11 +93,7 @@ def weight_changes(
 ) -> None:
     """Hands on `|w g|` of whole weights, each as soon as its gradient `g` is complete, which is then freed.
 
-    Args:
-        weights: Parameters by name.
-        tokens: Token ids, shape (sequences, length).
-        reduce: Gets a name, `|w g|` in float32 with `g` of the mean loss of a batch, and the batch's share of all
-            sequences.
+    `reduce` gets a name, `|w g|` in float32, `g` being of a batch's mean loss, and the batch's share of all sequences.
     """
     names = {id(weight): name for name, weight in weights.items()}
 
@@ -143,12 +134,12 @@ def _backward_passes(
     No parameter asks for a gradient: what is wanted of a pass is taken by what `around` opens, given the batch's share
     of all sequences.
     """
-    batches = tokens.split(batch_size)
-    plain = has_plain_head(model, on_device(model, batches[0][:1]))
-    with _frozen(model, gradient_checkpointing):
-        for batch in tqdm(batches, desc="Gradients"):
-            with around(len(batch) / len(tokens)):
-                _backward(model, on_device(model, batch), plain)
+    with measuring(model):
+        plain = has_plain_head(model, on_device(model, tokens[:1]))
+        with _frozen(model, gradient_checkpointing):
+            for batch in tqdm(tokens.split(batch_size), desc="Gradients"):
+                with around(len(batch) / len(tokens)):
+                    _backward(model, on_device(model, batch), plain)
 
 
 def _change(weight: torch.Tensor, inputs: torch.Tensor, gradient: torch.Tensor, variant: str) -> torch.Tensor:
@@ -202,36 +193,29 @@ def _backward(model: nn.Module, batch: torch.Tensor, plain: bool) -> None:
 @contextmanager
 def _frozen(model: nn.Module, gradient_checkpointing: bool):
     """No parameter asks for a gradient; the embeddings' output starts the graph."""
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    for parameter in flags:
-        parameter.requires_grad_(False)
-    handle = model.get_input_embeddings().register_forward_hook(lambda m, a, output: output.requires_grad_(True))
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     was_checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    training = model.training
-    model.eval()
-    layers = []
-    if gradient_checkpointing:
-        if not was_checkpointing:
-            _checkpointing(model, "enable")({"use_reentrant": False})
-        # Layers checkpoint in training mode only; what is inside them stays in eval mode, without dropout.
-        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    dropouts = {layer: layer.dropout for layer in layers if isinstance(getattr(layer, "dropout", None), float)}
-    for layer in layers:
-        layer.training = True
-    for layer in dropouts:
-        layer.dropout = 0.0
+    # Layers checkpoint in training mode only; what is inside them stays in eval mode, without dropout.
+    layers = [m for m in model.modules() if gradient_checkpointing and isinstance(m, GradientCheckpointingLayer)]
+    dropouts = [(layer, layer.dropout) for layer in layers if isinstance(getattr(layer, "dropout", None), float)]
+    if gradient_checkpointing and not was_checkpointing:
+        _checkpointing(model, "enable")({"use_reentrant": False})
+    starts = model.get_input_embeddings().register_forward_hook(lambda m, a, output: output.requires_grad_(True))
     try:
-        with torch.enable_grad():
+        model.requires_grad_(False)
+        for layer in layers:
+            layer.training = True
+        for layer, _ in dropouts:
+            layer.dropout = 0.0
+        with starts, torch.enable_grad():
             yield
     finally:
-        handle.remove()
-        for layer, dropout in dropouts.items():
+        for layer, dropout in dropouts:
             layer.dropout = dropout
         if gradient_checkpointing and not was_checkpointing:
             _checkpointing(model, "disable")()
             model.disable_input_require_grads()
-        model.train(training)
-        for parameter, flag in flags.items():
+        for parameter, flag in flags:
             parameter.requires_grad_(flag)
 
 

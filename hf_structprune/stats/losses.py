@@ -18,10 +18,9 @@ from ..units.depth import LAYERS
 from .stream import LayerStream
 
 
-# Sequences of the calibration text that are used. Every candidate costs half a forward pass on average, and greedy
-# measures all that are left again after each removal: with the whole text, 128 sequences, eight times as long. All
-# candidates are compared on the same tokens, so that how hard the text is falls out of the comparison, and at the
-# default length 16 sequences are 4096 tokens, three times what Shortened-LLM ranks blocks on (10 x 128).
+# Sequences of the calibration text that are used: every candidate costs half a forward pass on average, and greedy
+# measures all again after each removal. All are compared on the same tokens, so that how hard the text is falls out;
+# at the default length 16 sequences are 4096 tokens, three times what Shortened-LLM ranks blocks on (10 x 128).
 SEQUENCES = 16
 # Neighbouring sequences are joined up to so many tokens: which layers can go depends on how much has been read. Of two
 # sets of 4 layers of SmolLM2-135M, one was 10 % better in perplexity on sequences of 256 tokens, and 1 % better on the
@@ -34,12 +33,7 @@ Gone = dict[str, set[int]]  # see `Removal.gone`
 def joined(tokens: torch.Tensor, context: int | None = None) -> torch.Tensor:
     """Neighbouring sequences joined to windows of at most `WINDOW` tokens, more than half as long, that use the most.
 
-    Args:
-        tokens: Token ids, shape (sequences, length).
-        context: The longest window that the model takes, where there is a limit.
-
-    Returns:
-        Token ids, shape (windows, a multiple of length); sequences that do not fill one more window are left out.
+    `context` is the longest window that the model takes. Sequences that do not fill one more window are left out.
     """
     sequences, length = tokens.shape
     most = min(max(1, min(WINDOW, context or WINDOW) // length), sequences)
@@ -53,11 +47,7 @@ class TextLoss:
     The hidden states in front of a layer do not depend on whether it goes. They are carried along, and only what
     follows a candidate is run again: all single removals of `L` layers cost about `L / 2` forward passes.
 
-    Args:
-        model: A causal language model in eval mode; it is left as it is.
-        structure: Its layers and sublayers.
-        tokens: Token ids, shape (sequences, length); the first `SEQUENCES` are used, see `joined`.
-        batch_size: Sequences, as they come, that go through the model at once.
+    Of the tokens the first `SEQUENCES` are used, see `joined`; the model, in eval mode, is left as it is.
     """
 
     def __init__(
@@ -73,47 +63,25 @@ class TextLoss:
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
 
     def of(self, gone: Gone) -> float:
-        """The loss with these layers and sublayers removed.
-
-        Args:
-            gone: Numbers of layers by kind, as `Removal.gone` gives them.
-        """
+        """The loss with these layers and sublayers removed."""
         self._stream.hidden = self._stream.copy(self._entered)
         return self._loss(0, gone)
 
     def scan(self, removal: Removal, candidates: list[Unit], description: str) -> tuple[dict[Unit, float], float]:
-        """The losses when one candidate goes on top of what has gone.
+        """The losses when one candidate goes on top of what has gone, and the loss when none does.
 
-        Args:
-            removal: What has gone.
-            candidates: What may go next.
-            description: Of the progress bar.
-
-        Returns:
-            The loss for each candidate, and the loss without any of them.
+        `description` is that of the progress bar.
         """
         gone = removal.gone()
         losses = self._each(gone, {unit: removal.gone([unit]) for unit in candidates}, description)
         return losses, self._loss(max(layer for layer, _ in candidates), gone)
 
     def put_back(self, removal: Removal, candidates: list[Unit], description: str) -> dict[Unit, float]:
-        """The losses when one of those that have gone comes back.
-
-        Args:
-            removal: What has gone.
-            candidates: What may come back.
-            description: Of the progress bar.
-        """
+        """The losses when one of those that have gone comes back."""
         return self._each(removal.gone(), {unit: removal.without(unit).gone() for unit in candidates}, description)
 
     def _each(self, gone: Gone, trials: dict[Unit, Gone], description: str) -> dict[Unit, float]:
-        """The loss of each trial; the states in front of its unit, up to which nothing differs, are computed once.
-
-        Args:
-            gone: What the trials have in common in front of their units.
-            trials: What is gone in each.
-            description: Of the progress bar.
-        """
+        """The loss of each trial; the states in front of its unit, where `gone` holds for all, are computed once."""
         stream, losses = self._stream, {}
         stream.hidden = stream.copy(self._entered)
         last = max(layer for layer, _ in trials)
@@ -130,12 +98,11 @@ class TextLoss:
 
     def _silenced(self, index: int, gone: Gone):
         """Sublayers that are gone from layer `index` on add nothing as long as this is open."""
-        layers = [layer for layer in self.structure.layers[index:] if layer.index not in gone[LAYERS]]
         return self._silencer.silenced(
             layer.sublayer(kind)
-            for layer in layers
+            for layer in self.structure.layers[index:]
             for kind in kinds_of(DepthKind, sublayer=True)
-            if layer.index in gone[kind]
+            if layer.index in gone[kind] and layer.index not in gone[LAYERS]
         )
 
     @torch.no_grad()

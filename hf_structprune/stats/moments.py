@@ -45,12 +45,9 @@ class InputStatistics:
     def update(
         self, inputs: torch.Tensor, targets: torch.Tensor | None = None, weights: torch.Tensor | None = None
     ) -> None:
-        """Adds calibration tokens.
+        """Adds calibration tokens: `x` and `t`, shape (sequences, tokens, ...).
 
-        Args:
-            inputs: `x`, shape (sequences, tokens, d).
-            targets: `t`, shape (sequences, tokens, targets).
-            weights: Weights of the tokens in the second moments, shape (sequences, tokens); default 1.
+        `weights` are those of the tokens in the second moments, shape (sequences, tokens); default 1.
         """
         held_out = is_held_out(torch.arange(self.sequences, self.sequences + len(inputs), device=inputs.device))
         for rows in inputs:
@@ -67,11 +64,6 @@ class InputStatistics:
                 moments.add(inputs[chosen].flatten(0, 1), None if targets is None else targets[chosen].flatten(0, 1))
         self.tokens += inputs.shape[0] * inputs.shape[1]
         self.sequences += len(inputs)
-
-    @property
-    def mean_square(self) -> torch.Tensor:
-        """`E[x_j^2]`, shape (d,)."""
-        return self.squares / self.tokens
 
     @property
     def variance(self) -> torch.Tensor:
@@ -132,10 +124,6 @@ def add_gram(lower: torch.Tensor, x: torch.Tensor) -> None:
     inversion of the Gram matrix amplifies. So on the CPU the rest is computed too: `hi = x^T x` and
     `lo = x^T x - hi`, both bfloat16 with float32 accumulation inside; `hi + lo` has 16 bits at half the cost of a
     float32 matmul. CUDA gives float32 outputs itself.
-
-    Args:
-        lower: Shape (d, d), float32.
-        x: Shape (tokens, d).
     """
     for start in range(0, x.shape[1], _BLOCK):
         rows, columns = x[:, start : start + _BLOCK], x[:, : start + _BLOCK]

@@ -43,12 +43,6 @@ class LayerStream:
     layer right there. After a consumer was changed, its output is computed from the captured inputs and the module
     around it is not run again, so that a layer costs one forward pass in all.
 
-    Args:
-        model: A causal language model in eval mode.
-        structure: Names its layers, and the consumers in them.
-        tokens: Token ids of shape (sequences, length).
-        batch_size: Sequences in a batch.
-
     Attributes:
         hidden: What enters the next layer, one tensor of shape (sequences, length, H) for each batch.
         additive: Whether every layer's output is its input plus the outputs of its consumers, and nothing else.
@@ -103,9 +97,7 @@ class LayerStream:
     def _record(self, batch: torch.Tensor, parents: Iterable[tuple[str, str]]) -> None:
         """One full forward pass that records the arguments of every layer and how modules add up.
 
-        Args:
-            batch: Token ids.
-            parents: Pairs of the full names of a consumer and of the module whose output should be the consumer's.
+        `parents` are names of consumers, each with that of the module whose output should be the consumer's.
         """
         arguments: list[tuple[tuple, dict[str, Any]]] = []
         outputs: dict[str, torch.Tensor] = {}
@@ -223,13 +215,9 @@ class LayerStream:
 
     @torch.no_grad()
     def outputs(self, index: int, number: int, last: int | None = None, skip: Collection[int] = ()) -> torch.Tensor:
-        """What layers make of the current hidden states of a batch, which stay as they are.
+        """What the layers from `index` to `last` make of the current hidden states of batch `number`, which stay.
 
-        Args:
-            index: First layer to run.
-            number: Number of the batch.
-            last: Last layer to run. Default: the last there is.
-            skip: Numbers of layers that are passed over, as if they were not there.
+        Layers whose numbers are in `skip` are passed over, as if they were not there.
         """
         hidden = self.hidden[number]
         for later in range(index, len(self.layers) if last is None else last + 1):

@@ -45,8 +45,6 @@ def measure_sensitivity(
     `a` is the geometric mean of the two values of `KL / share^2`. The model is left as it was.
 
     Args:
-        criterion: Chooses the units to cut.
-        config: Compensation and calibration settings.
         tokens: Calibration tokens; one sequence in eight is held out, the others are fitted on.
         groups: Groups to probe; query heads are not among them.
         salience: Reduced gradients, for gradient criteria.
@@ -156,8 +154,7 @@ def survey(
 ) -> Survey:
     """Finds out what the configuration's criterion and allocation need; changes nothing.
 
-    Args:
-        tokens: Loads the calibration tokens; called only where they are needed.
+    `tokens` loads the calibration tokens, and is called only where they are needed.
     """
     criterion = make_criterion(config)
     groups = [group for group in structure.groups if group.kind in config.units]

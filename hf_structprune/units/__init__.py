@@ -24,9 +24,7 @@ KINDS: dict[str, UnitKind] = {
 def kinds_of(level: type[UnitKind], *, sublayer: bool | None = None) -> tuple[str, ...]:
     """Names of the kinds of a level: `WidthKind`, `DepthKind` or `StreamKind`.
 
-    Args:
-        level: The class.
-        sublayer: Only kinds that are (not) in one half of a layer.
+    With `sublayer` only those that are (not) in one half of a layer.
     """
     found = (kind for kind in KINDS.values() if isinstance(kind, level))
     return tuple(kind.name for kind in found if sublayer is None or (kind.sublayer is not None) == sublayer)

@@ -47,13 +47,13 @@ def test_a_plain_bfloat16_product_would_not_be():
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 32])
-def test_variance_mean_square_and_activity_are_those_of_numpy(batch_size):
+def test_variance_squares_and_activity_are_those_of_numpy(batch_size):
     inputs = random_inputs(9, 5, 6)
     statistics = collected(inputs, batch_size)
     exact = inputs.double().numpy()
     tokens = exact.reshape(-1, 6)
     np.testing.assert_allclose(statistics.variance, tokens.var(0, ddof=1), rtol=1e-5)
-    np.testing.assert_allclose(statistics.mean_square, (tokens**2).mean(0), rtol=1e-5)
+    np.testing.assert_allclose(statistics.squares, (tokens**2).sum(0), rtol=1e-5)
     np.testing.assert_allclose(statistics.activity, (np.abs(exact).mean(1) ** 2).sum(0), rtol=1e-5)
     assert (statistics.tokens, statistics.sequences) == (45, 9)
 
