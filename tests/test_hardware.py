@@ -27,7 +27,7 @@ from hf_structprune.recovery.callback import mixed_precision
 from hf_structprune.recovery.configuration import RecoveryConfig
 from hf_structprune.recovery.distillation.losses import CACHED_LOGITS, rows_at_once
 from hf_structprune.recovery.distillation.teacher import ModelTeacher
-from hf_structprune.recovery.held_out import unchanged_randomness
+from hf_structprune.recovery.measuring import unchanged_randomness
 from hf_structprune.stats import moments as statistics
 
 
@@ -236,11 +236,10 @@ def test_fp16_skips_gradients_that_are_no_numbers(fp16, stops):
     """The scaler of float16 tries larger and larger factors; a loss that is no number stops either."""
     from hf_structprune.recovery import LoraRecoveryCallback
 
-    callback, said = LoraRecoveryCallback(), []
+    callback = LoraRecoveryCallback()
     callback._active = True
-    callback.session = SimpleNamespace(stopped=None, break_off=lambda step, what: said.append(what))
     args, state = SimpleNamespace(fp16=fp16), SimpleNamespace(global_step=3)
     for name, ends in (("grad_norm", stops), ("loss", True)):
-        control = SimpleNamespace(should_training_stop=False)
+        control, callback.stopped = SimpleNamespace(should_training_stop=False), None
         callback.on_log(args, state, control, logs={name: float("inf")})
         assert control.should_training_stop == ends

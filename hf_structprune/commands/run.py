@@ -25,8 +25,7 @@ from ..installed import need
 from ..model.describe import target_of
 from ..plan import PruningPlan
 from ..quantization.quantizing import Source, backend_of, quantize
-from ..recovery.recovering import recover, training_folder
-from ..recovery.resume import newest_whole
+from ..recovery.recovering import newest_whole, recover, training_folder
 from ..units import DepthKind, kinds_of
 from .arguments import parse
 from .benchmark import take_turns_apart

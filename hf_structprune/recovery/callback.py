@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +18,29 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from ..errors import ConfigurationError
+from ..errors import CheckpointError, ConfigurationError
 from ..evaluation.perplexity import EvaluationText
+from ..files.reading import read_json_object
 from ..files.writing import check_folder, write_text
 from ..hub.checkpoint import check_card, check_own_files
 from ..hub.reports import recovery_section
 from ..model.measuring import context_length, measuring
 from ..quantization.four_bit import compute_as_stored
-from .curve import measuring_steps
-from .held_out import HeldOutText
+from .measuring import HeldOutText, Point, RecoveryCurve, dense_log_perplexity, exp, measuring_steps
 from .save import build_report, describe_training, save_all, source_of
-from .session import Session
-from .weights import BEST_FOLDER, BestWeights, check_trainable, underneath
+from .weights import BEST_FOLDER, BestWeights, agreed, check_trainable, copy_file, underneath
 
 
 logger = logging.get_logger(__name__)
 
 METRIC = "eval_recovery_log_perplexity"
 RECOVERED_FOLDER = "recovered"
-_FRAMES = 12  # from an event up to the Trainer there are two, and one for each function of ours
+STATE_NAME, BEST_NAME = "recovery_state.json", "recovery_best.safetensors"  # in every checkpoint of a training
+REASONS = {
+    "target": "the target is reached",
+    "worse": "there was no new best for too many measurements",
+    "nan": "the loss is not a number",
+}
 _ORIGINAL = "_without_recovery"
 
 
@@ -101,10 +108,12 @@ class LoraRecoveryCallback(TrainerCallback):
         self.evaluations, self.output_dir, self.merge = evaluations, output_dir, merge
         self.about: dict[str, Any] = {}  # goes into recovery.json as it is: configuration, data, ...
         self.settings: dict[str, Any] = {}  # goes into the checkpoints: what the training was begun with
-        self.session: Session | None = None
         self.report: dict[str, Any] | None = None
-        self._trainer, self._tokenizer, self._active = None, None, False
+        self.curve, self.kept = RecoveryCurve(math.inf), Point(0, math.inf)  # what was measured; what is kept
+        self.stopped: str | None = None  # why training stops: a key of `REASONS`
+        self._trainer, self._tokenizer, self._active, self._first = None, None, False, True
         self._steps: frozenset[int] = frozenset()
+        self._start = 0.0  # when the training would have begun if it had not been interrupted or measured
 
     # The events of `TrainerCallback`, with the types that it gives their arguments.
 
@@ -121,22 +130,26 @@ class LoraRecoveryCallback(TrainerCallback):
             check_folder(self._merged(args))
             check_card(self._merged(args))
         _prefer_lower(args)
-        first = state.is_world_process_zero
-        self.session = session = Session(
-            HeldOutText(self._tokenizer, self.text, window=_fitting(self.window, model), **self.windows),
-            BestWeights(Path(args.output_dir) / BEST_FOLDER, writes=first),
-            target=self.target, patience=self.patience, autocast=mixed_precision(args), speaks=first,
-        )  # fmt: skip
-        folders = [resumed, f"{args.output_dir}/checkpoint-{state.global_step}", args.resume_from_checkpoint]
-        measured = session.begin(model, self.dense, state.global_step, folders, args.device)
-        self.report, self._active = None, True
+        self._first, self._autocast = state.is_world_process_zero, mixed_precision(args)
+        self._text = HeldOutText(self._tokenizer, self.text, window=_fitting(self.window, model), **self.windows)
+        self._best = BestWeights(Path(args.output_dir) / BEST_FOLDER, writes=self._first)
+        self.report, self.stopped, self._active = None, None, True
         self._steps = measuring_steps(state.max_steps, self.evaluations)
+        places = [resumed, f"{args.output_dir}/checkpoint-{state.global_step}", args.resume_from_checkpoint]
+        there = (Path(place) for place in places if place and (Path(place) / STATE_NAME).is_file())
+        folder = agreed(next(there, None)) if state.global_step else None
+        if folder is None:
+            self._begin(args, state, model)
+        else:
+            self._go_on(folder, state.global_step)
         if self._trainer is None:
-            session.warn("The Trainer of this callback was not found: recovery.json has the curve, its logs have not.")
+            self._warn("The Trainer of this callback was not found: recovery.json has the curve, its logs have not.")
             return
         keep_in_card(self._trainer, self._card_section)
-        if measured:
-            _log(self._trainer, session.logs(session.value_at(state.global_step), state.global_step))
+        if folder is None:
+            self._log(state.global_step, self.curve.all_points[-1].log_perplexity)
+        if 0 < state.max_steps <= state.global_step:  # nothing is left to do, and the Trainer would take one more step
+            self._trainer.get_batch_samples = lambda *args, **kwargs: ([], None)
 
     def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs) -> None:
         """Measures when the Trainer evaluates, and adds the value to its metrics."""
@@ -157,63 +170,183 @@ class LoraRecoveryCallback(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         """Stops if the training loss is not a number; so does a gradient, but for those that fp16 training skips."""
-        if not self._active or self.session.stopped == "nan":
-            return
         for name in ("loss",) if args.fp16 else ("loss", "grad_norm"):
             value = (logs or {}).get(name)
-            if isinstance(value, float) and not math.isfinite(value):
-                self.session.break_off(state.global_step, f"the training's {name} is {value}")
-                control.should_training_stop = True
-                return
+            if self._active and self.stopped != "nan" and isinstance(value, float) and not math.isfinite(value):
+                self._break_off(state, control, f"the training's {name} is {value}")
 
     def on_save(self, args, state, control, **kwargs) -> None:
-        """Puts the curve and the best weights into the checkpoint."""
+        """Puts the best weights and the curve into the checkpoint; the curve comes last and makes it whole."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self._active and state.is_world_process_zero and folder.is_dir():
-            self.session.write_state(folder, self.settings)
+        if not (self._active and self._first and folder.is_dir()):
+            return
+        copy_file(self._best.path, folder / BEST_NAME)
+        content = {
+            "schema_version": 1,
+            "curve": self.curve.to_dict(),
+            "kept": asdict(self.kept),
+            "text": self._text.describe(),
+            "seconds": round(time.perf_counter() - self._start, 3),
+            "settings": self.settings,
+            "files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()),
+        }
+        write_text(folder / STATE_NAME, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
     def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
         """Puts the best weights back, merges and saves."""
         from accelerate import PartialState
 
-        self._active, session = False, self.session
-        seconds = session.clock.seconds
-        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            session.accept_choice(model, state)
+        self._active, seconds = False, time.perf_counter() - self._start
+        if self._trainer is not None:
+            vars(self._trainer).pop("get_batch_samples", None)
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:  # the Trainer's choice stands
+            self.kept = Point(state.best_global_step, self._value(model))
+            self._say(f"The Trainer has loaded step {self.kept.step}: log-perplexity {self.kept.log_perplexity:.4f}.")
+            self._warn_if_worse(self.kept, "the Trainer has loaded that checkpoint")
         else:
-            session.put_back_best(model, state.global_step)
-        self.report = build_report(session, describe_training(args, state, model, seconds), self.about)
+            self._best.restore(model)
+        self.report = self._make_report(describe_training(args, state, model, seconds))
         try:
-            if state.is_world_process_zero:
+            if self._first:
                 merged = self._merged(args) if self.merge else None
-                save_all(session, model, self._tokenizer, self.report, Path(args.output_dir), merged)
+                save_all(self.curve, model, self._tokenizer, self.report, Path(args.output_dir), merged)
         finally:
             PartialState().wait_for_everyone()
+
+    def _begin(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+        """Measures the pruned and the dense model, and keeps the weights as they are."""
+        step, dtype = state.global_step, self._autocast or getattr(underneath(model).config, "dtype", None) or "auto"
+        pruned, dense = self._value(model, pruned=True), None
+        if not math.isfinite(pruned):
+            raise ConfigurationError(
+                f"The log-perplexity of the pruned model is {pruned}: it is broken before training, or needs another "
+                "dtype."
+            )
+        if self._first:
+            dense = dense_log_perplexity(
+                self.dense, self._text, device=args.device, autocast=self._autocast, dtype=dtype
+            )
+        self.curve = RecoveryCurve(pruned, agreed(dense))
+        self.kept = Point(step, self._value(model) if step else pruned)
+        if step:
+            self.curve.points.append(self.kept)
+            self._warn(f"The checkpoint of step {step} has no {STATE_NAME}: the curve begins there.")
+        self._best.keep(model)
+        if self.curve.dense is None:
+            self._say(f"Before training: log-perplexity {pruned:.4f}; without `dense` no share can be told.")
+        else:
+            self._say(f"Before training: log-perplexity {pruned:.4f}; the dense model {self.curve.dense:.4f}.")
+            if self.curve.recovered(pruned) is None:
+                self._warn(
+                    f"The pruned model is no worse than the dense one on {self._text.text.name!r}, so there is no "
+                    "share to bring back; is `dense` the right model?"
+                )
+        self._start = time.perf_counter()
+
+    def _go_on(self, folder: Path, step: int) -> None:
+        """Goes back to where a checkpoint was saved; the first process reads for all."""
+        content, path = read_json_object(folder / STATE_NAME) if self._first else {}, folder / STATE_NAME
+        content = agreed(content)
+        if not all(key in content for key in ("curve", "kept", "seconds", "text")):
+            raise CheckpointError(f"{path} is incomplete: remove it to measure anew.")
+        text = self._text.describe()
+        differing = [key for key in text if key != "source" and content["text"].get(key) != text[key]]
+        if differing:
+            raise ConfigurationError(
+                f"{path} is of another text or other windows ({', '.join(differing)}): give the callback the same "
+                "ones, or remove the file to measure anew."
+            )
+        self.curve, self.kept = RecoveryCurve.from_dict(content["curve"]), Point(**content["kept"])
+        if self._first:
+            copy_file(folder / BEST_NAME, self._best.path)
+        self._start = time.perf_counter() - content["seconds"]
+        self._say(f"The curve goes on after step {step}; {self._kept_in_words()}.")
+
+    def _measure(self, state: TrainerState, control: TrainerControl, model: Any) -> float:
+        """Measures once a step, keeps the weights if they are the best, logs, and stops training if that is due."""
+        step, start = state.global_step, time.perf_counter()
+        known = next((point.log_perplexity for point in self.curve.all_points if point.step == step), None)
+        if self.stopped == "nan" or known is not None:
+            return math.inf if self.stopped == "nan" else known
+        value = self._value(model)
+        if not math.isfinite(value):
+            self._break_off(state, control, f"the log-perplexity of {self._text.text.name!r} is {value}")
+            return math.inf
+        was_worse, point = self.curve.is_worse, Point(step, value, round(start - self._start, 3))
+        self.curve.points.append(point)
+        if value < self.kept.log_perplexity:
+            self._best.keep(model)
+            self.kept = point
+        share = self.curve.recovered(value)
+        self._say(f"Step {step}: log-perplexity {value:.4f}{'' if share is None else f', {100 * share:.1f} % back'}.")
+        if not was_worse:
+            self._warn_if_worse(point, self._kept_in_words())
+        self.stopped = self.stopped or self.curve.verdict(target=self.target, patience=self.patience)
+        if self.stopped:
+            self._warn(f"Recovery stops after step {step}: {REASONS[self.stopped]}; {self._kept_in_words()}.")
+            control.should_training_stop = True
+        self._log(step, value)
+        self._start += time.perf_counter() - start
+        return value
+
+    def _value(self, model: nn.Module, pruned: bool = False) -> float:
+        return agreed(self._text.measure(model, autocast=self._autocast, pruned=pruned))
+
+    def _break_off(self, state: TrainerState, control: TrainerControl, what: str) -> None:
+        """Stops a training that has no future."""
+        self.stopped, control.should_training_stop = "nan", True
+        self._warn(
+            f"Recovery stops after step {state.global_step}: {what}; {self._kept_in_words()}. Lower the learning "
+            "rate, or train in bf16 or fp32."
+        )
+
+    def _warn_if_worse(self, point: Point, kept: str) -> None:
+        if point.log_perplexity > self.curve.pruned:
+            self._warn(
+                f"The model is worse than before training: log-perplexity {point.log_perplexity:.4f} after step "
+                f"{point.step}, {self.curve.pruned:.4f} before; {kept}."
+            )
+
+    def _kept_in_words(self) -> str:
+        if self.kept.step == 0:
+            return "keeping the pruned model"
+        return f"keeping the best of step {self.kept.step} (log-perplexity {self.kept.log_perplexity:.4f})"
+
+    def _say(self, text: str) -> None:
+        if self._first:
+            logger.info(text)
+
+    def _warn(self, text: str) -> None:
+        if self._first:
+            logger.warning(text)
+
+    def _log(self, step: int, value: float) -> None:
+        """Logs a measurement through the Trainer without any effect on its own logs.
+
+        `Trainer.log` takes back a wish to log that is still open, and TRL's adds the averages of its training metrics
+        to whatever is logged in train mode, and starts them anew.
+        """
+        if self._trainer is None:
+            return
+        more = {"recovered": self.curve.recovered(value), "dense_log_perplexity": None if step else self.curve.dense}
+        logs = {
+            "log_perplexity": value, "perplexity": exp(value), "best_log_perplexity": self.curve.best.log_perplexity,
+            **{name: number for name, number in more.items() if number is not None},
+        }  # fmt: skip
+        wish = self._trainer.control.should_log
+        with measuring(self._trainer.model):
+            self._trainer.log({f"recovery/{name}": number for name, number in logs.items()})
+        self._trainer.control.should_log = wish
+
+    def _make_report(self, training: dict[str, Any]) -> dict[str, Any]:
+        return build_report(self.curve, self.kept, self.stopped, self._text.describe(), training, self.about)
+
+    def _card_section(self) -> str:
+        return recovery_section(self.report or self._make_report({}))
 
     def _merged(self, args: TrainingArguments) -> Path:
         """Where the merged model goes."""
         return Path(self.output_dir or Path(args.output_dir) / RECOVERED_FOLDER)
-
-    def _measure(self, state: TrainerState, control: TrainerControl, model: Any) -> float:
-        """Measures once a step, logs, and stops the training if that is due."""
-        session, step = self.session, state.global_step
-        if session.stopped == "nan":
-            return math.inf
-        value = session.value_at(step)
-        if value is not None:
-            return value
-        value = session.measure(model, step)
-        if session.stopped:
-            control.should_training_stop = True
-        if not math.isfinite(value):
-            return math.inf
-        if self._trainer is not None:
-            with session.clock.paused():
-                _log(self._trainer, session.logs(value, step))
-        return value
-
-    def _card_section(self) -> str:
-        return recovery_section(self.report or build_report(self.session, {}, self.about))
 
 
 def _tokenizer_of(processing_class: Any, trainer: Trainer | None) -> Any:
@@ -248,24 +381,14 @@ def _fitting(window: int, model: nn.Module) -> int:
 
 
 def calling_trainer(callback: TrainerCallback) -> tuple[Trainer | None, str | None]:
-    """The Trainer whose event is being handled, and the checkpoint that its training was resumed from.
+    """The Trainer whose event is being handled, and the checkpoint that its training was resumed from, if there are.
 
-    Events get arguments, state and model, but not the Trainer, and without it nothing can be logged: reporting
-    callbacks stand before those of the user, so what a callback adds to the logs it is handed comes too late for
-    them. Only `Trainer.log` reaches all of them. So this looks at the objects that the functions further up the stack
-    belong to, and takes the Trainer that has this callback. The folder given to `Trainer.train` is in the arguments of
-    the same function and nowhere else.
-
-    Args:
-        callback: The callback that handles the event.
-
-    Returns:
-        The Trainer and the checkpoint's folder; `None` each where there is none.
+    Events are given neither, and what a callback adds to the logs that it is handed comes too late for the reporting
+    callbacks, which stand before it: only `Trainer.log` reaches all. So this looks at the objects that the functions
+    further up the stack belong to, and takes the Trainer that has this callback.
     """
     frame = sys._getframe(1)
-    for _ in range(_FRAMES):
-        if frame is None:
-            break
+    while frame is not None:
         owner = frame.f_locals.get("self")
         if isinstance(owner, Trainer) and any(one is callback for one in owner.callback_handler.callbacks):
             folder = frame.f_locals.get("resume_from_checkpoint")
@@ -274,27 +397,11 @@ def calling_trainer(callback: TrainerCallback) -> tuple[Trainer | None, str | No
     return None, None
 
 
-def _log(trainer: Trainer, values: dict[str, float]) -> None:
-    """Logs values through a Trainer without any effect on its own logs.
-
-    `Trainer.log` takes back a wish to log that is still open, and TRL's adds the averages of its training metrics to
-    whatever is logged in train mode, and starts them anew.
-    """
-    wish = trainer.control.should_log
-    with measuring(trainer.model):
-        trainer.log(dict(values))
-    trainer.control.should_log = wish
-
-
 def keep_in_card(trainer: Trainer, section: Callable[[], str]) -> None:
-    """Makes every model card that a Trainer writes from now on end with a section.
+    """Makes every model card that a Trainer writes from now on end with the section that is made then.
 
     `Trainer.push_to_hub` writes the card anew after all callbacks have been called, so the section is put in by the
     writing itself.
-
-    Args:
-        trainer: The Trainer; only this one is changed.
-        section: Gives the section when a card has been written.
     """
     original = getattr(trainer.create_model_card, _ORIGINAL, trainer.create_model_card)
 

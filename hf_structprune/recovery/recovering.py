@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
+import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from transformers.utils import logging
 
 from ..errors import ConfigurationError
+from ..files.reading import damage, first_damage
 from ..files.writing import check_folder
 from ..hub.checkpoint import check_card, check_own_files
 from ..installed import need
 from ..model.loading import load_config, load_tokenizer
 from ..model.measuring import context_length
-from .callback import LoraRecoveryCallback
+from .callback import STATE_NAME, LoraRecoveryCallback
 from .configuration import DistillationConfig, RecoveryConfig
 from .data import load_rows, prepare, public_sources
-from .resume import (
-    KeepNewest,
-    fingerprint_of_rows,
-    fingerprint_of_weights,
-    in_order,
-    newest_whole,
-    refuse_other_settings,
-    settings_of,
-    step_of,
-)
 from .save import source_of
 from .training import adapter_config, choose_precision, load_student, training_arguments, widen
 from .weights import BEST_FOLDER
@@ -43,6 +39,10 @@ logger = logging.get_logger(__name__)
 
 # Beside the recovered checkpoint: checkpoints to resume from and the best adapter.
 TRAINING_SUFFIX = "-training"
+_NAME = re.compile(r"checkpoint-(\d+)")
+# Options that may change on the way: they are no part of what is learned.
+_FREE = ("report_to", "save_steps", "gradient_checkpointing")
+_VALUES = 64  # of every tensor, for the fingerprint
 
 
 @dataclass(frozen=True)
@@ -170,10 +170,10 @@ def recover(
     callback.about, callback.settings = about, settings
     trainer = trainer_class(
         student, training_arguments(config, training), train_dataset=prepared, processing_class=tokenizer,
-        peft_config=adapter_config(config, student), callbacks=[callback, KeepNewest()], **more,
+        peft_config=adapter_config(config, student), callbacks=[callback], **more,
     )  # fmt: skip
     widen(trainer.model)
-    _remove_steps(training, after=checkpoint)
+    _remove_others(training, checkpoint)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except KeyboardInterrupt:
@@ -190,6 +190,41 @@ def _stopping_tokens(model: PreTrainedModel) -> list[int]:
 def training_folder(output_dir: str | os.PathLike) -> Path:
     """Where the checkpoints of the training go."""
     return Path(os.path.abspath(output_dir) + TRAINING_SUFFIX)
+
+
+def in_order(training: Path) -> list[Path]:
+    """The checkpoints of a training, the oldest first."""
+    found = [path for path in training.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(_NAME.fullmatch(checkpoint.name)[1])
+
+
+def newest_whole(training: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint that a training can go on from, and what is wrong with the newer ones."""
+    flaws: dict[Path, str] = {}
+    for checkpoint in reversed(in_order(training)):
+        found = flaw(checkpoint)
+        if found is None:
+            return checkpoint, flaws
+        flaws[checkpoint] = found
+    return None, flaws
+
+
+def flaw(checkpoint: Path) -> str | None:
+    """Why a training of `recover` cannot go on from a checkpoint as if nothing had been; `None` if it can.
+
+    The callback writes its state last, with the names of all files that were there. Each must be readable to its end.
+    """
+    if (found := damage(checkpoint / STATE_NAME)) is not None:
+        return found
+    content = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not content.get("settings"):
+        return f"{STATE_NAME} does not say what the training was begun with"
+    return first_damage([checkpoint / name for name in content.get("files", ())]) or damage(checkpoint)
 
 
 def _check_folders(folder: Path, training: Path, resume: bool, overwrite: bool) -> Path | None:
@@ -216,23 +251,62 @@ def _check_folders(folder: Path, training: Path, resume: bool, overwrite: bool) 
     return whole if resume else None
 
 
-def _remove_steps(training: Path, after: Path | None) -> None:
-    """Removes the checkpoints of an earlier training, which must not be resumed as if they were of this one.
-
-    Args:
-        training: Where they are.
-        after: The checkpoint that this training goes on from: then only what is newer goes.
-    """
+def _remove_others(training: Path, checkpoint: Path | None) -> None:
+    """Removes all checkpoints but the one that is resumed: a later `resume` must not take one of another training."""
     from accelerate import PartialState
 
     state = PartialState()
     state.wait_for_everyone()  # all have looked which of them is whole
     if state.is_main_process:
-        first = -1 if after is None else step_of(after)
-        stale = [path for path in in_order(training) if step_of(path) > first]
-        for folder in (*stale, *([training / BEST_FOLDER] if after is None else [])):
+        best = [training / BEST_FOLDER] if checkpoint is None else []
+        for folder in [*best, *(path for path in in_order(training) if path != checkpoint)]:
             shutil.rmtree(folder, ignore_errors=True)
     state.wait_for_everyone()
+
+
+def settings_of(
+    config: RecoveryConfig, distillation: DistillationConfig | None, **about: str | list[str] | None
+) -> dict[str, Any]:
+    """Everything that a training is begun with, by the names of the options; no names of folders."""
+    values = {name: value for name, value in config.to_public_dict().items() if name not in _FREE}
+    chosen = {"learning_rate": config.peak_learning_rate, "precision": choose_precision(config.precision)}
+    more = {} if distillation is None else distillation.to_public_dict()
+    return json.loads(json.dumps({**about, **values, **chosen, **more}, default=str))
+
+
+def refuse_other_settings(checkpoint: Path, now: Mapping[str, Any]) -> None:
+    """Refuses to go on from a whole checkpoint in another way than its training was begun.
+
+    Raises:
+        ConfigurationError: Names every setting that is given now and differs, with both values.
+    """
+    begun = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))["settings"]
+    other = [f"`{name}` is {now[name]!r}, it was {begun.get(name)!r}" for name in now if begun.get(name) != now[name]]
+    if other:
+        raise ConfigurationError(
+            f"The training in {checkpoint.parent.name} was begun in another way: {'; '.join(other)}. Give the same to "
+            "go on, or say `overwrite` to start anew."
+        )
+
+
+def fingerprint_of_rows(rows: Any) -> str:
+    """Tokenised rows in words: how many, and 16 hexadecimal digits of their ids and labels."""
+    digest = hashlib.sha256()
+    for batch in rows.select_columns(["input_ids", "labels"]).iter(1000):
+        digest.update(json.dumps(batch).encode())
+    return f"{len(rows):,} sequences, {digest.hexdigest()[:16]}"
+
+
+@torch.no_grad()
+def fingerprint_of_weights(model: nn.Module) -> str:
+    """Weights in words: how many, and 16 hexadecimal digits of names, shapes and some values of every tensor."""
+    digest, count = hashlib.sha256(), 0
+    for name, tensor in model.named_parameters():
+        count += tensor.numel()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        flat = tensor.data.reshape(-1)
+        digest.update(flat[:: max(1, len(flat) // _VALUES)].cpu().double().numpy().tobytes())
+    return f"{count:,} parameters, {digest.hexdigest()[:16]}"
 
 
 def _say_how_to_go_on(training: Path) -> None:

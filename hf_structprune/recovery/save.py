@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import math
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -29,20 +28,24 @@ from ..hub.reports import PICTURE_NAME, RECOVERY_NAME, SCHEMA_VERSION, recovery_
 from ..hub.words import loading
 from ..installed import need
 from ..model.loading import load_config
-from .curve import draw_curve
+from .measuring import Point, RecoveryCurve, draw_curve
 from .merge import merge_adapter, quantisation_of
-from .session import Session
 from .weights import is_peft, is_sharded, underneath, without_parallel
 
 
 logger = logging.get_logger(__name__)
 
 
-def build_report(session: Session, training: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+def build_report(
+    curve: RecoveryCurve, kept: Point, stopped: str | None, text: dict[str, Any], training: dict, about: dict
+) -> dict[str, Any]:
     """The content of `recovery.json`: what was trained, how much came back, and how that was measured.
 
     Args:
-        session: The training.
+        curve: What was measured.
+        kept: The measurement of the weights that are kept.
+        stopped: Why training was stopped, if it was.
+        text: See `HeldOutText.describe`.
         training: See `describe_training`.
         about: More that belongs into it: `configuration` (`RecoveryConfig.to_dict()`), `data`, ...
     """
@@ -51,17 +54,10 @@ def build_report(session: Session, training: dict[str, Any], about: dict[str, An
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return {
-        "schema_version": SCHEMA_VERSION,
-        "curve": session.curve.to_dict(),
-        "text": session.held_out.describe(),
-        "stopped": session.stopped,
-        "best_step": session.kept.step,
-        "recovered": session.curve.recovered(session.kept.log_perplexity),
-        "configuration": {},
-        "training": training,
-        "versions": versions,
-        **about,
-    }
+        "schema_version": SCHEMA_VERSION, "curve": curve.to_dict(), "text": text, "stopped": stopped,
+        "best_step": kept.step, "recovered": curve.recovered(kept.log_perplexity), "configuration": {},
+        "training": training, "versions": versions, **about,
+    }  # fmt: skip
 
 
 def describe_training(
@@ -85,23 +81,15 @@ def describe_training(
 
 
 def save_all(
-    session: Session, model: nn.Module, tokenizer: Any, report: dict[str, Any], folder: Path, merged: Path | None
+    curve: RecoveryCurve, model: nn.Module, tokenizer: Any, report: dict[str, Any], folder: Path, merged: Path | None
 ) -> None:
-    """Writes the report and the picture, and the merged model.
-
-    Args:
-        session: The training.
-        model: The model with the weights to save; it stays as it is.
-        tokenizer: Its tokenizer.
-        report: `recovery.json`.
-        folder: Where report and picture go.
-        merged: Where the merged model goes; `None` writes none.
+    """Writes report and picture into a folder, and the merged model into another one, if it is given.
 
     Raises:
         CheckpointError: Something cannot be merged or written.
     """
     write_text(folder / RECOVERY_NAME, json.dumps(report, indent=1, allow_nan=False) + "\n")
-    picture = partial(draw_curve, session.curve, best_step=session.kept.step)
+    picture = partial(draw_curve, curve, best_step=report["best_step"])
     try:
         need("matplotlib", extra="report")
     except StructPruneError as error:
@@ -109,16 +97,14 @@ def save_all(
         picture = None
     else:
         picture(folder / PICTURE_NAME)
-    if merged is None:
-        return
-    if is_sharded(model):
+    if merged is not None and is_sharded(model):
         logger.warning(
             "The weights are spread over several processes, so they are not merged here: save them with "
             "`trainer.save_model()` and merge them in one process."
         )
-        return
-    plain = merge_adapter(model, dtype=_saved_dtype(model))
-    save_recovered(plain, tokenizer, merged, source=source_of(model), report=report, picture=picture)
+    elif merged is not None:
+        plain = merge_adapter(model, dtype=_saved_dtype(model))
+        save_recovered(plain, tokenizer, merged, source=source_of(model), report=report, picture=picture)
 
 
 def source_of(model: nn.Module) -> Path | None:
@@ -170,17 +156,23 @@ def save_recovered(
     """
     folder = Path(folder)
     source = Path(source) if source is not None and is_pruned(Path(source)) else None
-    _check(model)
+    if quantisation_of(model) is not None or hasattr(model, "peft_config"):
+        raise CheckpointError("The model is quantised or has adapters: save what `merge_adapter` makes of it.")
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise CheckpointError(f"`{name}` has values that are not finite; the model was not saved to be used.")
+    before = json.loads(read_text(source / "config.json") or "{}") if source is not None else {}
+    if getattr(model.config, "use_cache", None) is False:  # Trainer switches it off, and generation would stay slow
+        model.config.use_cache = before.get("use_cache", True)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     weights = {"parameters": sum(p.numel() for p in model.parameters()), "bytes": size}
     previous = read_text(folder / CARD_NAME)
 
     def write(path: Path) -> None:
         model.save_pretrained(path)
-        _restore_cache(path / "config.json", source)
         if tokenizer is not None:
             tokenizer.save_pretrained(path)
-        write_text(path / RECOVERY_NAME, json.dumps(_finite({**report, "weights": weights}), indent=1) + "\n")
+        write_text(path / RECOVERY_NAME, json.dumps({**report, "weights": weights}, indent=1, allow_nan=False) + "\n")
         if picture is not None:
             or_say(lambda: picture(path / PICTURE_NAME), "The picture of the curve", folder)
         if source is None:
@@ -193,14 +185,6 @@ def save_recovered(
     write_folder(folder, write, size=size)
 
 
-def _check(model: PreTrainedModel) -> None:
-    if quantisation_of(model) is not None or hasattr(model, "peft_config"):
-        raise CheckpointError("The model is quantised or has adapters: save what `merge_adapter` makes of it.")
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise CheckpointError(f"`{name}` has values that are not finite; the model was not saved to be used.")
-
-
 def _copy_results(source: Path, path: Path) -> None:
     """A model that was recovered once has the results of its pruned state under their second name already."""
     for name in (PRUNED_RESULTS_NAME, RESULTS_NAME):
@@ -208,25 +192,6 @@ def _copy_results(source: Path, path: Path) -> None:
             if (source / name).is_file() and EvaluationResult.load(source / name).state == "pruned":
                 shutil.copyfile(source / name, path / PRUNED_RESULTS_NAME)
                 return
-
-
-def _restore_cache(path: Path, source: Path | None) -> None:
-    """Trainer switches the cache off in the configuration, where it would stay off and make generation slow."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("use_cache") is not False:
-        return
-    before = json.loads(read_text(source / "config.json") or "{}") if source is not None else {}
-    config["use_cache"] = before.get("use_cache", True)
-    write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    """The value with `None` for what JSON cannot hold."""
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write_plain_card(path: Path, name: str, previous: str, report: dict[str, Any]) -> None:

@@ -204,6 +204,7 @@ def training_arguments(config: RecoveryConfig, output_dir: str | os.PathLike) ->
         padding_free=config.packing,  # positions begin anew in every packed example
         save_strategy="steps",
         save_steps=_SAVED_SHARE if config.save_steps is None else config.save_steps,
+        save_total_limit=2,  # the older one is whole while the newer one is written
         eval_strategy="no",
         report_to=list(config.report_to or ["none"]),
         seed=config.seed,

@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import CheckpointError, ConfigurationError
+from ..files.writing import appearing
 
 
 BEST_FOLDER, WEIGHTS_NAME = "recovery_best", "weights.safetensors"
@@ -75,20 +76,12 @@ def check_trainable(model: nn.Module) -> None:
         raise ConfigurationError("No parameter of the model requires gradients, so there is nothing to train.")
 
 
-def has_pruned_base(model: nn.Module) -> bool:
-    """Whether the pruned model is under the adapters as it was, so that it can be measured at any time."""
-    peft = without_parallel(model)
-    if not is_peft(peft):
-        return False
-    configs = [peft.peft_config[name] for name in peft.active_adapters]
-    return not any(str(getattr(c, "init_lora_weights", "")).lower().startswith(_CHANGE_BASE) for c in configs)
-
-
 @contextlib.contextmanager
 def as_before_training(model: nn.Module) -> Iterator[None]:
     """The adapters of a PeftModel switched off, where that gives the pruned model; other models as they are."""
     peft = without_parallel(model)
-    if not has_pruned_base(peft):
+    configs = [peft.peft_config[name] for name in peft.active_adapters] if is_peft(peft) else []
+    if not configs or any(str(getattr(c, "init_lora_weights", "")).lower().startswith(_CHANGE_BASE) for c in configs):
         yield
         return
     flags = [(parameter, parameter.requires_grad) for parameter in peft.parameters()]
@@ -124,8 +117,8 @@ class BestWeights:
     def __init__(self, folder: Path, writes: bool = True) -> None:
         self.path, self.writes = folder / WEIGHTS_NAME, writes
 
-    def keep(self, model: nn.Module, step: int) -> None:
-        """Writes the weights after a step, all at once: an interrupt leaves the earlier ones.
+    def keep(self, model: nn.Module) -> None:
+        """Writes the weights as they are, all at once: an interrupt leaves the earlier ones.
 
         Raises:
             CheckpointError: The file cannot be written.
@@ -136,7 +129,8 @@ class BestWeights:
             whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
             weights[name] = whole.to("cpu", copy=True).contiguous()
         if self.writes:
-            _replace(self.path, lambda path: save_file(weights, path, {"format": "pt", "step": str(step)}))
+            with appearing(self.path) as path:
+                save_file(weights, path, {"format": "pt"})
 
     @torch.no_grad()
     def restore(self, model: nn.Module) -> None:
@@ -145,10 +139,15 @@ class BestWeights:
         Raises:
             CheckpointError: There is no such file, or it is of another model.
         """
-        trained, weights = _trained(model), self._read() if self.writes else {}
-        if self.writes and trained.keys() != weights.keys():
-            odd = ", ".join(sorted(trained.keys() ^ weights.keys())[:5])
-            raise CheckpointError(f"The best weights are of another model: {odd} are in one of the two.")
+        trained, weights = _trained(model), {}
+        if self.writes:
+            try:
+                weights = load_file(self.path)
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"The best weights cannot be read from {self.path}: {error}") from error
+            if trained.keys() != weights.keys():
+                odd = ", ".join(sorted(trained.keys() ^ weights.keys())[:5])
+                raise CheckpointError(f"The best weights are of another model: {odd} are in one of the two.")
         for name, parameter in trained.items():
             if isinstance(parameter, DTensor):
                 whole = weights[name] if weights else torch.empty(parameter.shape, dtype=parameter.dtype)
@@ -160,51 +159,16 @@ class BestWeights:
             if _several_processes():
                 torch.distributed.broadcast(parameter.data, 0)
 
-    def _read(self) -> dict[str, torch.Tensor]:
+
+def copy_file(source: Path, path: Path) -> None:
+    """A copy of a file that is only ever replaced; takes no room where the disk knows links."""
+    with appearing(path) as temporary:
         try:
-            with safe_open(self.path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"The best weights cannot be read from {self.path}: {error}") from error
-
-    def copy_to(self, path: Path) -> None:
-        """A copy of the file, which later writing leaves alone; takes no room where the disk knows links."""
-        if self.writes:
-            _copy(self.path, path)
-
-    def take_from(self, path: Path) -> None:
-        """Puts a copy made by `copy_to` in the place of the file."""
-        if self.writes:
-            _copy(path, self.path)
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     named = without_parallel(model).named_parameters()
     return {name: parameter for name, parameter in named if parameter.requires_grad}
-
-
-def _copy(source: Path, path: Path) -> None:
-    def write(temporary: Path) -> None:
-        try:
-            os.link(source, temporary)
-        except FileNotFoundError:
-            raise
-        except OSError:
-            shutil.copyfile(source, temporary)
-
-    _replace(path, write)
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file beside the one it then replaces; what an earlier interrupt left there is overwritten."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"The best weights cannot be written to {path}: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

@@ -32,11 +32,11 @@ def run(folder, callback, **options):
 
 
 def steps(callback):
-    return [point.step for point in callback.session.curve.points]
+    return [point.step for point in callback.curve.points]
 
 
 def values(callback):
-    return [point.log_perplexity for point in callback.session.curve.points]
+    return [point.log_perplexity for point in callback.curve.points]
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_accumulated_steps_are_steps(tmp_path):
 
 def test_stops_at_the_target(tmp_path, observed):
     free = observed[0]
-    share = free.session.curve.recovered(values(free)[1])
+    share = free.curve.recovered(values(free)[1])
     callback = make_callback(dense=20.0, target=share * 0.999)
     trainer = run(tmp_path, callback)
     assert trainer.state.global_step == 4 and callback.report["stopped"] == "target"
@@ -132,9 +132,9 @@ def test_stops_when_it_gets_worse_and_puts_the_best_back(tmp_path, caplog):
     with caplog.at_level("INFO"):
         trainer = run(tmp_path, callback, callbacks=[Spoil(4, 1.5)], max_steps=16, logging_steps=100)
     assert trainer.state.global_step == 8 and callback.report["stopped"] == "worse"
-    assert values(callback)[1] > callback.session.curve.pruned
+    assert values(callback)[1] > callback.curve.pruned
     assert callback.report["best_step"] == 0
-    assert HELD_OUT.measure(trainer.model) == callback.session.curve.pruned
+    assert HELD_OUT.measure(trainer.model) == callback.curve.pruned
     assert "worse than before training" in caplog.text and "keeping the pruned model" in caplog.text
 
 
@@ -286,7 +286,7 @@ def test_sft_trainer(tmp_path):
 
     callback = make_callback(dense=20.0, evaluations=4)
     watched, plain = train("a", [callback]), train("b", [])
-    assert callback.session.curve.pruned == HELD_OUT.measure(make_tiny())
+    assert callback.curve.pruned == HELD_OUT.measure(make_tiny())
     assert steps(callback) == [1, 2, 3, 4] and callback.report["training"]["tokens"] > 0
     own = [
         {k: v for k, v in logs.items() if not k.startswith("train_")}

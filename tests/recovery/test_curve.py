@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from hf_structprune.recovery.curve import Point, RecoveryCurve, curve_figure, draw_curve, measuring_steps
+from hf_structprune.recovery.measuring import Point, RecoveryCurve, curve_figure, draw_curve, measuring_steps
 
 
 def curve(*values, pruned=3.0, dense=2.0):

@@ -22,7 +22,7 @@ from training_setup import (
 from transformers import PreTrainedModel, TrainerCallback
 
 from hf_structprune.errors import CheckpointError, ConfigurationError
-from hf_structprune.recovery.session import BEST_NAME, STATE_NAME
+from hf_structprune.recovery.callback import BEST_NAME, STATE_NAME
 
 
 def die():
@@ -183,7 +183,7 @@ def test_checkpoint_of_a_training_without_the_callback(tmp_path, kind, caplog):
     trainer = make_trainer(tmp_path, callback, model=make(), max_steps=8, **options)
     with caplog.at_level("WARNING"):
         trainer.train(resume_from_checkpoint=True)
-    curve = callback.session.curve
+    curve = callback.curve
     assert "no recovery_state.json" in caplog.text and [point.step for point in curve.points] == [4, 6, 8]
     if kind == "lora":
         assert curve.pruned == HELD_OUT.measure(make_tiny()) > curve.points[0].log_perplexity
@@ -197,7 +197,7 @@ def test_a_failed_write_leaves_the_earlier_best(tmp_path, monkeypatch):
     from hf_structprune.recovery.weights import BestWeights
 
     kept, model = BestWeights(tmp_path), make_lora()
-    kept.keep(model, 3)
+    kept.keep(model)
     before = kept.path.read_bytes()
 
     def half(weights, path, metadata):
@@ -206,7 +206,7 @@ def test_a_failed_write_leaves_the_earlier_best(tmp_path, monkeypatch):
 
     monkeypatch.setattr(weights, "save_file", half)
     with pytest.raises(CheckpointError, match="no space left"):
-        kept.keep(model, 4)
+        kept.keep(model)
     assert os.listdir(tmp_path) == ["weights.safetensors"] and kept.path.read_bytes() == before
     with pytest.raises(CheckpointError, match="another model"):
         kept.restore(make_tiny())

@@ -15,7 +15,7 @@ from hf_structprune.errors import ConfigurationError
 from hf_structprune.evaluation.evaluator import TEXTS
 from hf_structprune.evaluation.perplexity import EvaluationText, measure_perplexity
 from hf_structprune.evaluation.results import EvaluationResult
-from hf_structprune.recovery.held_out import HeldOutText, dense_log_perplexity
+from hf_structprune.recovery.measuring import HeldOutText, dense_log_perplexity
 from hf_structprune.recovery.weights import as_before_training, check_trainable
 
 

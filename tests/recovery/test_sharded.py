@@ -32,7 +32,7 @@ def test_sharded_weights_are_measured_kept_and_put_back(group, tmp_path, make):
     assert is_sharded(model) and not is_sharded(make())
     assert HELD_OUT.measure(model) == pytest.approx(plain, abs=1e-5)
     best = BestWeights(tmp_path)
-    best.keep(model, 3)
+    best.keep(model)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -17,7 +17,7 @@ from transformers import (
 from hf_structprune.evaluation.perplexity import EvaluationText
 from hf_structprune.recovery import save
 from hf_structprune.recovery.callback import LoraRecoveryCallback
-from hf_structprune.recovery.held_out import HeldOutText
+from hf_structprune.recovery.measuring import HeldOutText
 
 
 LETTERS = "the cat sat on the mat and the dog ran to the cat, then on. "

@@ -1,4 +1,4 @@
-"""Held-out text on which a model is measured in the middle of a training that does not notice, and the dense one."""
+"""What a training is measured by: held-out text, the dense model's value on it, and the curve between the two."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import math
 import os
 import random
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from ..checks import Count, Limits, checked
 from ..errors import CheckpointError, ConfigurationError
 from ..evaluation.evaluator import TEXTS
 from ..evaluation.perplexity import PROTOCOLS, EvaluationText, cut_windows, encode, load_text, spread, window_losses
+from ..evaluation.pictures import COLOURS, GREY, INK, make_panels, save, set_title, whole_numbers
 from ..evaluation.results import EvaluationResult
 from ..hardware import cuda_devices, release_memory
 from ..model.loading import load_model, load_tokenizer
@@ -28,6 +30,12 @@ from ..model.measuring import context_length
 from .weights import as_before_training, is_sharded, underneath
 
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# A loss smaller than this, in nats, is no loss that a share could be of: 0.1 % of a perplexity.
+TINY = 1e-3
 _PROBE = 4000  # characters of the text on which two tokenizers are compared
 
 
@@ -59,10 +67,10 @@ class HeldOutText:
         batch_size: int = 4,
     ) -> None:
         window = checked("window", window, Annotated[int, Limits(2)])
-        batch_size = checked("batch_size", batch_size, Count)
+        self.batch_size = checked("batch_size", batch_size, Count)
         max_windows = checked("max_windows", max_windows, Count | None)
         self.text = load_text(text) if isinstance(text, str) else text
-        self.tokenizer, self.window, self.batch_size = tokenizer, window, batch_size
+        self.tokenizer, self.window = tokenizer, window
         encoded = encode(tokenizer, self.text.text, None, True)
         found = cut_windows(len(encoded.ids), window, window)
         if not found:
@@ -73,6 +81,9 @@ class HeldOutText:
         ids = torch.tensor(encoded.ids)
         self.ids = torch.stack([ids[window.start : window.stop] for window in spread(found, max_windows)])
         self.tokens = self.ids.shape[0] * (self.ids.shape[1] - 1)  # that are predicted
+        self.fingerprint = hashlib.sha256(self.text.text.encode()).hexdigest()[
+            :16
+        ]  # as in `EvaluationResult.settings`
         self.protocol = PROTOCOLS["paper"].change(window=window).in_words(
             windows=len(self.ids), found=len(found), window=window, starts_with_bos=encoded.bos is not None
         )  # fmt: skip
@@ -80,13 +91,9 @@ class HeldOutText:
     def describe(self) -> dict[str, Any]:
         """What is measured on: two equal descriptions mean that values can be compared."""
         return {
-            "name": self.text.name,
-            "source": self.text.source,
-            "fingerprint": _fingerprint(self.text),
-            "windows": len(self.ids),
-            "window": self.window,
-            "tokens": self.tokens,
-        }
+            "name": self.text.name, "source": self.text.source, "fingerprint": self.fingerprint,
+            "windows": len(self.ids), "window": self.window, "tokens": self.tokens,
+        }  # fmt: skip
 
     def measure(self, model: nn.Module, *, autocast: torch.dtype | None = None, pruned: bool = False) -> float:
         """Log-perplexity of a model as it is now, or of the pruned one that it was.
@@ -117,11 +124,6 @@ class HeldOutText:
         with before, unchanged_randomness(), _without_bars():
             losses = window_losses(plain, self.ids, counts, self.batch_size, autocast)
         return float(losses.sum() / self.tokens)
-
-
-def _fingerprint(text: EvaluationText) -> str:
-    """16 hexadecimal digits of a text, as in `EvaluationResult.settings`."""
-    return hashlib.sha256(text.text.encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager
@@ -170,7 +172,7 @@ def dense_log_perplexity(
     autocast: torch.dtype | None = None,
     **loading: Any,
 ) -> float | None:
-    """What the dense model reaches on the held-out text: given, measured, or read from results.
+    """What the dense model reaches on the held-out text, in nats: given, measured, or read from results.
 
     Args:
         dense: A perplexity, a model, the folder or Hub id of one, the JSON file of an evaluation, or `None`.
@@ -179,42 +181,40 @@ def dense_log_perplexity(
         autocast: As in `HeldOutText.measure`.
         loading: Given to `load_model`.
 
-    Returns:
-        The log-perplexity in nats; `None` for `None`.
-
     Raises:
         ConfigurationError: The number is no perplexity, the file was measured on something else, the model cannot be
             loaded, or it has another tokenizer.
     """
     if dense is None:
         return None
-    if isinstance(dense, (int, float)) and not isinstance(dense, bool):
-        return _log(float(dense))
     if isinstance(dense, nn.Module):
         return _measured(dense, held_out, autocast)
+    if isinstance(dense, (str, os.PathLike)) and Path(dense).suffix == ".json":
+        dense = _from_results(Path(dense), held_out)
+    if isinstance(dense, (int, float)) and not isinstance(dense, bool):
+        if not (math.isfinite(dense) and dense >= 1):
+            raise ConfigurationError(f"`dense` is {dense}, which is no perplexity: they are 1 or more.")
+        return math.log(dense)
     if not isinstance(dense, (str, os.PathLike)):
         raise ConfigurationError(
             f"`dense` is a {type(dense).__name__}; give a perplexity, a model, a folder, a Hub id or a results file."
         )
-    if Path(dense).suffix == ".json":
-        return _log(_from_results(Path(dense), held_out))
     with unchanged_randomness():
         try:
             model = load_model(dense, **loading)
         except (CheckpointError, ValueError) as error:
             raise ConfigurationError(f"`dense` is {str(dense)!r}, of which no model can be loaded: {error}") from error
-        _compare_tokenizers(load_tokenizer(dense, **loading), held_out, dense)
+        theirs, probe = load_tokenizer(dense, **loading), held_out.text.text[:_PROBE]
+        if theirs is not None and theirs(probe)["input_ids"] != held_out.tokenizer(probe)["input_ids"]:
+            raise ConfigurationError(
+                f"`dense` is {str(dense)!r}, whose tokenizer is not that of the pruned model: their perplexities "
+                "cannot be compared."
+            )
         value = _measured(model.to(device or "cpu"), held_out, autocast)
     del model  # its memory is needed for training
     gc.collect()
     release_memory()
     return value
-
-
-def _log(perplexity: float) -> float:
-    if not (math.isfinite(perplexity) and perplexity >= 1):
-        raise ConfigurationError(f"`dense` is {perplexity}, which is no perplexity: they are 1 or more.")
-    return math.log(perplexity)
 
 
 def _measured(model: Any, held_out: HeldOutText, autocast: torch.dtype | None) -> float:
@@ -230,15 +230,6 @@ def _measured(model: Any, held_out: HeldOutText, autocast: torch.dtype | None) -
     return value
 
 
-def _compare_tokenizers(theirs: Any, held_out: HeldOutText, dense: str | os.PathLike) -> None:
-    probe = held_out.text.text[:_PROBE]
-    if theirs is not None and theirs(probe)["input_ids"] != held_out.tokenizer(probe)["input_ids"]:
-        raise ConfigurationError(
-            f"`dense` is {str(dense)!r}, whose tokenizer is not that of the pruned model: their perplexities cannot "
-            "be compared."
-        )
-
-
 def _from_results(path: Path, held_out: HeldOutText) -> float:
     """The perplexity in a results file that was measured in the same windows of the same text."""
     result = EvaluationResult.load(path)
@@ -247,9 +238,8 @@ def _from_results(path: Path, held_out: HeldOutText) -> float:
     mine = {"tokens": held_out.tokens, "windows": len(held_out.ids), "window": held_out.window}
     for name, fingerprint in result.settings.get(TEXTS, {}).items():
         figure = result.figures.get(f"perplexity/{name}")
-        if figure is None or fingerprint != _fingerprint(held_out.text) or figure.protocol != held_out.protocol:
-            continue
-        if {key: figure.details.get(key) for key in mine} == mine:
+        same = figure is not None and fingerprint == held_out.fingerprint and figure.protocol == held_out.protocol
+        if same and {key: figure.details.get(key) for key in mine} == mine:
             return figure.value
     held = [f"{name} ({figure.protocol})" for name, figure in result.figures.items() if "perplexity/" in name]
     raise ConfigurationError(
@@ -257,3 +247,150 @@ def _from_results(path: Path, held_out: HeldOutText) -> float:
         f"({held_out.protocol}). It has {', '.join(held) or 'none at all'}: give the dense model instead, or "
         f"evaluate it with window {held_out.window} and max_windows {len(held_out.ids)} on that text."
     )
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement.
+
+    Args:
+        step: Optimiser steps done.
+        log_perplexity: Mean negative log-likelihood of a token, in nats.
+        seconds: Seconds of training up to here, measuring excluded.
+    """
+
+    step: int
+    log_perplexity: float
+    seconds: float = 0.0
+
+
+@dataclass
+class RecoveryCurve:
+    """The measurements of one training, all on the same text.
+
+    Args:
+        pruned: Log-perplexity before training, in nats.
+        dense: That of the dense model; `None` if it is not known.
+        points: Measurements in the order of their steps, all finite; step 0 is `pruned` and not among them.
+    """
+
+    pruned: float
+    dense: float | None = None
+    points: list[Point] = field(default_factory=list)
+
+    def recovered(self, log_perplexity: float) -> float | None:
+        """`(pruned - now) / (pruned - dense)`: 0 is no better than before training, 1 is as good as the dense model.
+
+        Below 0 for a model that got worse; `None` without a dense model, or if pruning lost nothing.
+        """
+        if self.dense is None or self.pruned - self.dense <= TINY:
+            return None
+        return (self.pruned - log_perplexity) / (self.pruned - self.dense)
+
+    @property
+    def all_points(self) -> list[Point]:
+        """The pruned model, at step 0, and the measurements."""
+        return [Point(0, self.pruned), *self.points]
+
+    @property
+    def best(self) -> Point:
+        """The first measurement with the lowest log-perplexity; the pruned model itself is one."""
+        return min(self.all_points, key=lambda point: point.log_perplexity)
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether the last measurement is worse than the pruned model."""
+        return bool(self.points) and self.points[-1].log_perplexity > self.pruned
+
+    def verdict(self, *, target: float | None = None, patience: int | None = None) -> str | None:
+        """Why training should stop after the last measurement: `"target"`, `"worse"`, or `None` to go on.
+
+        Args:
+            target: Share of the lost log-perplexity that is enough.
+            patience: Number of measurements in a row without a new best that is too many; `None` waits for ever.
+        """
+        if not self.points:
+            return None
+        share = self.recovered(self.points[-1].log_perplexity)
+        if target is not None and share is not None and share >= target:
+            return "target"
+        since = len(self.points) - self.all_points.index(self.best)
+        return "worse" if patience is not None and since >= patience else None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RecoveryCurve:
+        return cls(values["pruned"], values["dense"], [Point(**point) for point in values["points"]])
+
+
+def measuring_steps(max_steps: int, evaluations: int | None) -> frozenset[int]:
+    """Steps after which to measure: `evaluations` of them, evenly spaced, the last step with them; `None` is that one.
+
+    Fewer if there are fewer steps.
+    """
+    count = min(evaluations or 1, max_steps)
+    return frozenset(math.ceil(max_steps * number / count) for number in range(1, count + 1))
+
+
+def exp(log_perplexity: float) -> float:
+    """The perplexity, infinite where the number is too large."""
+    return math.exp(log_perplexity) if log_perplexity < 700 else math.inf
+
+
+def curve_figure(curve: RecoveryCurve, best_step: int | None = None) -> Figure:
+    """Log-perplexity against training steps, between the pruned and the dense model.
+
+    The second axis says how much of the loss is back, where that is known.
+
+    Args:
+        curve: The measurements.
+        best_step: The step whose weights were kept. Default: the best.
+    """
+    figure, (axis,) = make_panels(1, height=3.6)
+    points = curve.all_points
+    axis.plot(
+        [p.step for p in points], [p.log_perplexity for p in points],
+        color=COLOURS[0], linewidth=2, marker="o", markersize=4, zorder=3,
+    )  # fmt: skip
+    _line(axis, curve.pruned, "pruned", COLOURS[5], above=not curve.is_worse)
+    if curve.dense is not None:
+        _line(axis, curve.dense, "dense", COLOURS[2])
+    kept = next((p for p in points if p.step == best_step), curve.best)
+    axis.plot([kept.step], [kept.log_perplexity], marker="*", markersize=14, color=COLOURS[0], zorder=4)
+    if kept.step:  # the pruned model has its own line
+        share = curve.recovered(kept.log_perplexity)
+        back = "" if share is None else f", {100 * share:.0f} % back"
+        axis.annotate(  # below it, where nothing is if it is the best
+            f"perplexity {exp(kept.log_perplexity):.2f}{back}", (kept.step, kept.log_perplexity), (0, -9),
+            textcoords="offset points", ha="right" if kept.step > points[-1].step / 2 else "left", va="top",
+            fontsize=8, color=INK, zorder=5,
+        )  # fmt: skip
+    axis.margins(x=0.02, y=0.12)
+    axis.set_ylabel("log-perplexity of held-out text (nats)")
+    axis.set_xlabel("training steps")
+    whole_numbers(axis.xaxis)
+    if curve.recovered(curve.pruned) is not None:
+        lost = curve.pruned - curve.dense
+        scale = (lambda y: 100 * (curve.pruned - y) / lost, lambda share: curve.pruned - share * lost / 100)
+        second = axis.secondary_yaxis("right", functions=scale)
+        second.set_ylabel("% back", color=INK, fontsize=9)
+        second.tick_params(colors=INK, labelsize=8)
+        second.spines["right"].set_color(GREY)
+    set_title(axis, "Recovery: quality that comes back with training")
+    return figure
+
+
+def draw_curve(curve: RecoveryCurve, path: str | os.PathLike, best_step: int | None = None) -> None:
+    """Saves `curve_figure` as PNG."""
+    save(curve_figure(curve, best_step), path)
+
+
+def _line(axis: Axes, height: float, name: str, colour: str, above: bool = True) -> None:
+    axis.axhline(height, color=colour, linewidth=1.2, linestyle="--", zorder=2)
+    axis.annotate(
+        f"{name}, perplexity {exp(height):.2f}", (0.5, height), (0, 3 if above else -4),
+        xycoords=axis.get_yaxis_transform(), textcoords="offset points", ha="center",
+        va="bottom" if above else "top", fontsize=8, color=colour,
+    )  # fmt: skip
