@@ -7,13 +7,13 @@ shrinks one to one with it holds the channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from .groups import matrix_parameters
@@ -36,14 +36,12 @@ class HiddenGroup:
     Attributes:
         size: Number of channels, the hidden size `H`.
         entries: Full name of each parameter, tied ones once, and the dimension of it that holds the channels.
-        keys: Keys of the configuration that hold the hidden size.
         cost: Parameters that go with one channel.
         matrix_cost: Those of them that multiply a token, see `matrix_parameters`.
     """
 
     size: int
     entries: tuple[tuple[str, int], ...]
-    keys: tuple[str, ...]
     cost: int
     matrix_cost: int
 
@@ -60,56 +58,31 @@ def hidden_group(model: PreTrainedModel, structure: ModelStructure) -> HiddenGro
             alone; names the parameter that shows it.
     """
     size = model.config.hidden_size
+    # Next smaller ones by multiples that configurations ask for.
+    heads = math.lcm(*{layer.attention.heads for layer in structure.layers if layer.attention})
+    sizes = [size - step for step in (heads, 2 * heads, 1, 2, 8, 64) if step < size]
     try:
-        other, shapes = other_shapes(
-            lambda value: sized_target(model, structure, value), _sizes(size, structure), "hidden size"
-        )
+        other, shapes = other_shapes(partial(sized_target, model, structure), [*sizes, 2 * size], "hidden size")
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{type(model).__name__}: {error} {WAY_OUT}") from error
     entries = []
     for name, parameter in model.named_parameters():
         if name not in shapes:
             raise UnsupportedModelError(f"`{name}` is not there in a model with hidden size {other}. {WAY_OUT}")
-        dim = _channel_dim(model, name, parameter.shape, shapes[name], size, other)
-        if dim is not None:
-            entries.append((name, dim))
+        before, after = parameter.shape, shapes[name]
+        changed = changed_dims(before, after)
+        if changed and [(before[dim], after[dim]) for dim in changed] != [(size, other)]:
+            raise UnsupportedModelError(
+                f"`{name}` of shape {tuple(before)} would be {tuple(after)} with hidden size {other}: "
+                f"{type(model.config).__name__} derives other widths from the hidden size (the size of a head from "
+                f"hidden size / heads, for example), so that its channels cannot be cut alone. {WAY_OUT}"
+            )
+        entries += [(name, dim) for dim in changed]
     weights = [model.get_parameter(name) for name, _ in entries]
     active = getattr(model.config, "num_experts_per_tok", None)
     matrices = matrix_parameters(model, active, {id(weight) for weight in weights}) // size
     cost = sum(weight.numel() // size for weight in weights)
-    return HiddenGroup(size, tuple(entries), hidden_keys(model.config), cost, matrices)
-
-
-def _channel_dim(
-    model: PreTrainedModel, name: str, before: torch.Size, after: torch.Size, size: int, other: int
-) -> int | None:
-    """The dimension of a parameter that follows the hidden size, `None` if there is none."""
-    changed = changed_dims(before, after)
-    if not changed:
-        return None
-    if len(changed) == 1 and (before[changed[0]], after[changed[0]]) == (size, other):
-        return changed[0]
-    raise UnsupportedModelError(
-        f"`{name}` of shape {tuple(before)} would be {tuple(after)} with hidden size {other}: "
-        f"{type(model.config).__name__} derives other widths from the hidden size (the size of a head from "
-        f"hidden size / heads, for example), so that its channels cannot be cut alone. {WAY_OUT}"
-    )
-
-
-def _sizes(size: int, structure: ModelStructure) -> Iterator[int]:
-    """Hidden sizes to try: the next smaller ones by multiples that configurations ask for."""
-    heads = math.lcm(*{layer.attention.heads for layer in structure.layers if layer.attention})
-    for step in (heads, 2 * heads, 1, 2, 8, 64):
-        if step < size:
-            yield size - step
-    yield 2 * size
-
-
-def hidden_keys(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Keys of a configuration that hold the hidden size."""
-    first = getattr(config, "attribute_map", {}).get("hidden_size", "hidden_size")
-    others = [key for key in _FOLLOWERS if key != first and getattr(config, key, None) == config.hidden_size]
-    return (first, *others)
+    return HiddenGroup(size, tuple(entries), cost, matrices)
 
 
 def shrunk_target(model: PreTrainedModel, structure: ModelStructure, keep: int) -> Target:
@@ -123,7 +96,9 @@ def shrunk_target(model: PreTrainedModel, structure: ModelStructure, keep: int) 
             `norms.row_scales`.
         CheckpointError: No configuration class takes this hidden size.
     """
-    check_keep(keep, model.config.hidden_size)
+    size = model.config.hidden_size
+    if isinstance(keep, bool) or not isinstance(keep, int) or not 0 < keep <= size:
+        raise ConfigurationError(f"The hidden size after pruning is {keep!r}; it must be an integer from 1 to {size}.")
     stacked = any(parameter.ndim == 3 and ".experts." in name for name, parameter in model.named_parameters())
     if stacked and keep % _GROUPED:  # the result could not run
         raise CheckpointError(
@@ -143,12 +118,6 @@ def shrunk_target(model: PreTrainedModel, structure: ModelStructure, keep: int) 
     return target
 
 
-def check_keep(keep: int, size: int) -> None:
-    """Refuses a hidden size that is no integer from 1 to the one there is."""
-    if isinstance(keep, bool) or not isinstance(keep, int) or not 0 < keep <= size:
-        raise ConfigurationError(f"The hidden size after pruning is {keep!r}; it must be an integer from 1 to {size}.")
-
-
 def sized_target(
     model: PreTrainedModel, structure: ModelStructure, size: int, changes: dict[str, Any] | None = None
 ) -> Target:
@@ -162,7 +131,9 @@ def sized_target(
     head_dim = getattr(config, "head_dim", None) or head_dim
     if head_dim and not isinstance(getattr(type(config), "head_dim", None), property):
         values["head_dim"] = head_dim
-    values.update({key: size for key in hidden_keys(config)}, **(changes or {}))
+    own = getattr(config, "attribute_map", {}).get("hidden_size", "hidden_size")
+    keys = [own, *(key for key in _FOLLOWERS if getattr(config, key, None) == config.hidden_size)]
+    values.update({key: size for key in keys}, **(changes or {}))
     try:
         return make_target(model, values)
     except CheckpointError:

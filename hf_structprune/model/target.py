@@ -36,7 +36,7 @@ class Target:
             with torch.device("meta"):
                 return self.model_class(copy.deepcopy(self.config))
         except REFUSALS as error:
-            raise CheckpointError(_short(error)) from error
+            raise CheckpointError(f"{error}" or type(error).__name__) from error
 
 
 def skeleton(model: PreTrainedModel) -> PreTrainedModel:
@@ -74,13 +74,27 @@ def stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
     )
 
 
-def make_target(model: PreTrainedModel, values: dict[str, Any]) -> Target:
-    """Class and configuration of a model like this one with other values.
+def make_target(
+    model: PreTrainedModel,
+    values: dict[str, Any],
+    model_class: type[PreTrainedModel] | None = None,
+    config_class: type[PreTrainedConfig] | None = None,
+) -> Target:
+    """Class and configuration of a model with these values, by default of the classes of this one.
 
     Raises:
         CheckpointError: The configuration class does not take them.
     """
-    return _make(stock_class(model), type(model.config), values, model)
+    model_class, config_class = model_class or stock_class(model), config_class or type(model.config)
+    try:
+        config = config_class.from_dict(values)
+        config_class.from_dict(json.loads(config.to_json_string(use_diff=False)))  # what is written can be read
+    except REFUSALS as error:
+        raise CheckpointError(f"{error}" or type(error).__name__) from error
+    config._attn_implementation = model.config._attn_implementation
+    config._experts_implementation = model.config._experts_implementation
+    config.dtype = model.config.dtype
+    return Target(per_layer_class(model_class) if config.is_heterogeneous else model_class, config)
 
 
 def as_mistral(model: PreTrainedModel, values: dict[str, Any]) -> Target | None:
@@ -92,23 +106,5 @@ def as_mistral(model: PreTrainedModel, values: dict[str, Any]) -> Target | None:
     if type(config) is not LlamaConfig or config.attention_bias or config.mlp_bias:
         return None
     own = ("model_type", "attention_bias", "mlp_bias", "pretraining_tp")
-    values = {key: value for key, value in values.items() if key not in own}
-    return _make(MistralForCausalLM, MistralConfig, {**values, "sliding_window": None}, model)
-
-
-def _make(
-    stock: type[PreTrainedModel], config_class: type[PreTrainedConfig], values: dict[str, Any], model: PreTrainedModel
-) -> Target:
-    try:
-        config = config_class.from_dict(values)
-        config_class.from_dict(json.loads(config.to_json_string(use_diff=False)))  # what is written can be read
-    except REFUSALS as error:
-        raise CheckpointError(_short(error)) from error
-    config._attn_implementation = model.config._attn_implementation
-    config._experts_implementation = model.config._experts_implementation
-    config.dtype = model.config.dtype
-    return Target(per_layer_class(stock) if config.is_heterogeneous else stock, config)
-
-
-def _short(error: Exception) -> str:
-    return f"{error}" or type(error).__name__
+    values = {key: value for key, value in values.items() if key not in own} | {"sliding_window": None}
+    return make_target(model, values, MistralForCausalLM, MistralConfig)

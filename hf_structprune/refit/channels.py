@@ -14,7 +14,7 @@ from ..criteria.channels import channel_importance
 from ..errors import ConfigurationError
 from ..hooks import hooked
 from ..model.groups import is_linear, matrix
-from ..model.hidden_size import HiddenGroup, check_keep, cut_channels, final_norm, hidden_group, shrunk_target
+from ..model.hidden_size import HiddenGroup, cut_channels, final_norm, hidden_group, shrunk_target
 from ..model.norms import row_scales, scale_, stream_norms
 from ..model.structure import ModelStructure
 from ..stats.moments import InputStatistics, Moments
@@ -55,7 +55,6 @@ def cut_hidden(
         CheckpointError: No configuration class takes this hidden size.
     """
     size = model.config.hidden_size
-    check_keep(keep, size)
     if keep == size:
         raise ConfigurationError(
             f"The hidden size after pruning is {keep}, which is the model's own; give a smaller one."

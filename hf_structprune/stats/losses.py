@@ -11,7 +11,7 @@ from transformers.utils.logging import tqdm
 
 from ..allocation.removal import Removal, Unit
 from ..hooks import Silencer
-from ..model.measuring import positions_at_once
+from ..model.measuring import context_length, positions_at_once
 from ..model.structure import ModelStructure
 from ..units import DepthKind, kinds_of
 from ..units.depth import LAYERS
@@ -53,7 +53,7 @@ class TextLoss:
     def __init__(
         self, model: PreTrainedModel, structure: ModelStructure, tokens: torch.Tensor, batch_size: int = 8
     ) -> None:
-        windows = joined(tokens[:SEQUENCES], getattr(model.config.get_text_config(), "max_position_embeddings", None))
+        windows = joined(tokens[:SEQUENCES], context_length(model))
         batch_size = max(1, batch_size * tokens.shape[1] // windows.shape[1])
         self.structure = structure
         self._silencer = Silencer(model, structure, windows[:1, :2])

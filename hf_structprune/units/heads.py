@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .base import Decided, Reading, WidthKind
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
 
-    from ..model.families import Family, Projections
+    from ..model.families import Projections
     from ..model.groups import AttentionShape, LayerStructure
 
 
@@ -39,12 +39,18 @@ class KVGroups(WidthKind):
         return notes
 
     def config_keys(self, layer, family, config):
-        return tuple(head_keys(config, family))
+        """Numbers of query heads and of KV heads, where there is one."""
+        heads = getattr(config, "attribute_map", {}).get("num_attention_heads", "num_attention_heads")
+        return (heads, *filter(None, [family.kv_heads_key]))
 
     def config_values(self, layer, plan, family, config):
         if layer.attention is None or plan.is_dropped(layer.index, self.name):
             return {}
-        return head_values(config, family, shape_after(layer, plan))
+        shape = shape_after(layer, plan)
+        values = dict(zip(self.config_keys(layer, family, config), (shape.heads, shape.kv_heads), strict=False))
+        if not isinstance(getattr(type(config), "head_dim", None), property):
+            values["head_dim"] = shape.head_dim
+        return values
 
     def input_width(self, layer, plan):
         group = layer.group(self.name)
@@ -117,29 +123,18 @@ def shape_after(layer: LayerStructure, plan: Decided) -> AttentionShape | None:
     return AttentionShape(heads, kv_heads, before.head_dim)
 
 
-def head_keys(config: PreTrainedConfig, family: Family) -> list[str]:
-    """Configuration keys of the numbers of query heads and of KV heads, where there is one."""
-    heads = getattr(config, "attribute_map", {}).get("num_attention_heads", "num_attention_heads")
-    return [heads, *filter(None, [family.kv_heads_key])]
-
-
-def head_values(config: PreTrainedConfig, family: Family, shape: AttentionShape) -> dict[str, Any]:
-    """Configuration values of an attention of this shape."""
-    values = dict(zip(head_keys(config, family), (shape.heads, shape.kv_heads), strict=False))
-    if not isinstance(getattr(type(config), "head_dim", None), property):
-        values["head_dim"] = shape.head_dim
-    return values
-
-
 def _find_heads(
     config: PreTrainedConfig, names: Projections, structure: LayerStructure, layer: nn.Module
 ) -> list[str]:
     from ..model.groups import make_group, not_understood, submodule
 
     reason = not_understood(layer, names, ("q_norm", "k_norm"))
-    bound = None if reason else _position_bound(config)
-    if reason is not None or bound:
-        return reason if reason is not None else [f"{names.parent}: {bound}, left alone"]
+    if reason is not None:
+        return reason
+    if getattr(config, "alibi", False):
+        return [f"{names.parent}: ALiBi slopes are bound to the numbers of the heads, left alone"]
+    if getattr(config, "num_kv_shared_layers", 0):
+        return [f"{names.parent}: layers share their keys and values, left alone"]
     shape = _attention_shape(names, layer, config)
     if shape is None:
         return [f"{names.parent}: the shapes of its projections do not agree, left alone"]
@@ -166,15 +161,6 @@ def _find_heads(
         heads = make_group(QUERIES, structure, layer, names, shape.heads, [(inputs[0], q)], o, spans, shape.kv_heads)
         structure.groups.append(heads)
     return []
-
-
-def _position_bound(config: PreTrainedConfig) -> str | None:
-    """Reasons why heads depend on more than their own rows and columns."""
-    if getattr(config, "alibi", False):
-        return "ALiBi slopes are bound to the numbers of the heads"
-    if getattr(config, "num_kv_shared_layers", 0):
-        return "layers share their keys and values"
-    return None
 
 
 def _attention_shape(names: Projections, layer: nn.Module, config: PreTrainedConfig) -> AttentionShape | None:
@@ -204,14 +190,13 @@ def _indices(shape: AttentionShape, fused: str | None) -> tuple[torch.Tensor, ..
 
     dim = torch.arange(shape.head_dim)
     q, kv = torch.arange(shape.heads)[:, None], torch.arange(shape.kv_heads)[:, None]
-    o = q * shape.head_dim + dim
+    columns = q * shape.head_dim + dim
     if fused == "grouped":
         block = (shape.rep + 2) * shape.head_dim
         q_rows = (q // shape.rep) * block + (q % shape.rep) * shape.head_dim + dim
         k_rows = kv * block + shape.rep * shape.head_dim + dim
-        return q_rows, k_rows, k_rows + shape.head_dim, o
+        return q_rows, k_rows, k_rows + shape.head_dim, columns
     k_rows = kv * shape.head_dim + dim
     if fused == "concat":
-        offset = shape.heads * shape.head_dim
-        return o, k_rows + offset, k_rows + offset + shape.kv_heads * shape.head_dim, o
-    return o, k_rows, k_rows.clone(), o
+        return columns, k_rows + shape.query_width, k_rows + shape.query_width + shape.kv_width, columns
+    return columns, k_rows, k_rows.clone(), columns

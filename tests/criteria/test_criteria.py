@@ -193,8 +193,9 @@ def naive_taylor(weight, g, fisher, variant):
     return change if variant == "vectorize" else change.abs()
 
 
-@pytest.mark.parametrize("variant", TAYLOR_VARIANTS)
-@pytest.mark.parametrize("name", ["llama_bias", "gpt2", "phi3"])
+@pytest.mark.parametrize(
+    "name, variant", [*(("llama_bias", variant) for variant in TAYLOR_VARIANTS), ("gpt2", "mix"), ("phi3", "mix")]
+)
 def test_taylor_equals_full_gradients(name, variant):
     model = families.make_model(name)
     structure = ModelStructure.of(model)
@@ -226,7 +227,7 @@ def test_taylor_first_averages_batches_by_their_size(model, structure):
         torch.testing.assert_close(got[key], parts[0][key] * 4 / 6 + parts[1][key] * 2 / 6)
 
 
-@pytest.mark.parametrize("name", ["llama_bias", "gpt2", "opt", "falcon"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "falcon"])
 def test_gradient_checkpointing_gives_the_same_salience(name):
     model = families.make_model(name)
     groups = ModelStructure.of(model).groups

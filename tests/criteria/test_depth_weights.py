@@ -58,7 +58,7 @@ def autograd(model, structure, batch_size):
     return totals
 
 
-@pytest.mark.parametrize("name", families.FAMILIES)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral", "falcon", "phi3"])
 def test_taylor_is_the_first_order_change_of_the_loss(name):
     model = families.make_model(name)
     structure = ModelStructure.of(model)

@@ -57,12 +57,9 @@ def pruned(model, tokens, **options):
 
 
 SETTINGS = {
-    "obs": {},
     "taylor": dict(criterion="taylor"),
     "search": dict(allocation="search", layout="per_layer"),
-    "global": dict(allocation="global", layout="per_layer", criterion="wanda"),
     "greedy": dict(units=("layers",), depth_criterion="greedy"),
-    "angular": dict(units=("layers",), depth_criterion="angular"),
     "depth taylor": dict(units=("attention", "mlp"), depth_criterion="taylor", layout="per_layer"),
     "pca": dict(units=("hidden",), hidden_criterion="pca", round_to=None),
     "channels": dict(units=("hidden",), hidden_criterion="taylor", round_to=None),

@@ -1,9 +1,6 @@
 """Skipped sublayers: what is written, what loads it, what generates with it, what can be done with it again."""
 
 import json
-import os
-import subprocess
-import sys
 
 import families
 import pytest
@@ -20,39 +17,6 @@ from hf_structprune.model.surgery import mask_sublayers
 
 TOKENS = families.make_tokens(2, 12)
 SKIPS = {"attention": [0], "mlp": [1]}
-# Saved and loaded by a process that has Transformers only.
-SAVED = {
-    "llama": SKIPS,
-    "attention alone": {"attention": [0]},
-    "opt": SKIPS,
-    "gpt2": SKIPS,
-    "gemma2": SKIPS,
-    "mixtral": SKIPS,
-    "qwen3_moe": SKIPS,
-}
-
-STRANGER = """
-import json, sys
-sys.modules["hf_structprune"] = None
-import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
-tokens, report = torch.load(sys.argv[2]), {}
-def outcome(load):
-    try:
-        with torch.no_grad():
-            return load().eval()(tokens, use_cache=False).logits
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-for folder in json.load(open(sys.argv[1])):
-    report[folder] = {
-        "class": json.load(open(folder + "/config.json"))["architectures"][0],
-        "trusted": outcome(lambda: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)),
-        "auto": outcome(lambda: AutoModelForCausalLM.from_pretrained(folder)),
-    }
-    if report[folder]["class"] == "PerLayerLlamaForCausalLM":
-        report[folder]["stock"] = outcome(lambda: LlamaForCausalLM.from_pretrained(folder))
-torch.save(report, sys.argv[3])
-"""
 
 
 def skip(name, dropped, dtype=torch.float32, **changes):
@@ -61,78 +25,38 @@ def skip(name, dropped, dtype=torch.float32, **changes):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """`{name: (model, folder, what a stranger makes of it)}`."""
-    root = tmp_path_factory.mktemp("skipped")
-    models = {}
-    for name, dropped in SAVED.items():
-        model, folder = skip(name if name in families.FAMILIES else "llama", dropped), root / name.replace(" ", "_")
-        model.save_pretrained(folder)
-        models[name] = model, folder
-    paths = [root / "folders.json", root / "tokens.pt", root / "report.pt"]
-    paths[0].write_text(json.dumps([str(folder) for _, folder in models.values()]))
-    torch.save(TOKENS, paths[1])
-    environment = {**os.environ, "HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", STRANGER, *map(str, paths)], env=environment, capture_output=True, text=True,
-        stdin=subprocess.DEVNULL, cwd=root,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    report = torch.load(paths[2])
-    return {name: (model, folder, report[str(folder)]) for name, (model, folder) in models.items()}
-
-
-@pytest.mark.parametrize("name", SAVED)
-def test_remote_code_loads_what_was_saved_bit_for_bit(saved, name):
-    model, _, report = saved[name]
-    assert torch.equal(report["trusted"], families.logits(model, TOKENS)), report["trusted"]
-
-
-@pytest.mark.parametrize("name", SAVED)
-def test_nothing_builds_whole_layers_with_random_weights(saved, name):
-    report = saved[name][2]
-    for way in {"auto", "stock"} & report.keys():
-        assert isinstance(report[way], str), f"{way}: it was loaded"
-        assert "AmbiguousGlobalPerLayerAttributeError" in report[way]
-    assert "stock" in report or "Llama" not in report["class"]
-
-
-@pytest.mark.parametrize("name", SAVED)
-def test_it_loads_after_importing_this_package(saved, name):
-    model, folder, _ = saved[name]
-    loaded = AutoModelForCausalLM.from_pretrained(folder)
-    assert type(loaded) is type(model)
-    assert torch.equal(families.logits(loaded, TOKENS), families.logits(model, TOKENS))
+    """A folder with a model whose layers lack sublayers; `test_checkpoint` shows what loads such ones."""
+    folder = tmp_path_factory.mktemp("skipped")
+    skip("llama", SKIPS).save_pretrained(folder)
+    return folder
 
 
 def test_the_checkpoint_names_what_is_skipped_and_holds_none_of_its_tensors(saved):
-    _, folder, _ = saved["llama"]
-    values = json.loads((folder / "config.json").read_text())
+    values = json.loads((saved / "config.json").read_text())
     assert {key: entry.get("skip") for key, entry in values["per_layer_config"].items()} == {
         "0": ["attention"], "1": ["mlp"], "2": None,
     }  # fmt: skip
     assert values["skip_modules"] == {
         "attention": ["input_layernorm", "self_attn"], "mlp": ["post_attention_layernorm", "mlp"],
     }  # fmt: skip
-    names = load_file(folder / "model.safetensors").keys()
+    names = load_file(saved / "model.safetensors").keys()
     assert {name.split(".")[3] for name in names if "layers.0." in name} == {"post_attention_layernorm", "mlp"}
     assert {name.split(".")[3] for name in names if "layers.1." in name} == {"input_layernorm", "self_attn"}
-    assert AutoConfig.from_pretrained(folder).per_layer_config[1].skip == ["mlp"]
+    assert AutoConfig.from_pretrained(saved).per_layer_config[1].skip == ["mlp"]
 
 
-def test_what_is_skipped_without_being_named_is_refused(saved, tmp_path):
-    _, folder, _ = saved["llama"]
-    config = AutoConfig.from_pretrained(folder)
+def test_what_is_skipped_without_being_named_is_refused(saved):
+    config = AutoConfig.from_pretrained(saved)
     config.skip_modules = {"mlp": ["mlp"]}
     with pytest.raises(ValueError, match="Layer 0 skips 'attention'.*skip_modules"):
         AutoModelForCausalLM.from_config(config)
 
 
 def test_a_layer_that_should_be_skipped_but_is_whole_is_not_loaded_half(saved, tmp_path):
-    _, folder, _ = saved["llama"]
-    values = json.loads((folder / "config.json").read_text())
+    values = json.loads((saved / "config.json").read_text())
     del values["per_layer_config"]["0"]["skip"]
     (tmp_path / "config.json").write_text(json.dumps(values))
-    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+    (tmp_path / "model.safetensors").symlink_to(saved / "model.safetensors")
     with pytest.raises(RuntimeError, match=r"layers\.0\.input_layernorm"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 

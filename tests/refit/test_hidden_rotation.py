@@ -14,7 +14,7 @@ from hf_structprune.refit.rotation import principal_components, rotated
 
 
 TOKENS = families.make_tokens(24, 16)
-PRE_NORM = ("llama", "llama_bias", "mistral", "qwen2", "qwen3", "phi3", "granite", "mixtral", "qwen3_moe")
+PRE_NORM = ("llama_bias", "qwen3", "phi3", "granite", "qwen3_moe")
 
 
 def config(**options):

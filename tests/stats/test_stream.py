@@ -73,20 +73,24 @@ def outputs_of(module, inputs):
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
-def test_after_replacing_outputs_hidden_states_are_those_of_the_changed_model(name):
+def test_hidden_states_are_those_of_the_changed_model_and_others_stay_those_of_the_original(name):
     model = families.make_model(name, torch.float64)
     structure = ModelStructure.of(model)
+    original = copy.deepcopy(model)
     stream = open_stream(model, structure)
+    states = stream.copy(stream.hidden)
     for layer in structure.layers:
+        dense = stream.carry(layer.index, states, outputs_of=[consumer for consumer, _ in consumers(layer)])
+        assert {len(outputs) for outputs in dense.values()} <= {3}
         for consumer, parent in consumers(layer):
             inputs = stream.capture(layer.index, consumer)
             module = model.get_submodule(consumer)
             change(module)
             stream.replace(parent, outputs_of(module, inputs))
         stream.advance(layer.index)
-    for got, batch in zip(stream.hidden, TOKENS.split(2), strict=True):
-        _, outputs, _ = full_forward(model, structure, batch)
-        torch.testing.assert_close(got, outputs[-1], rtol=1e-9, atol=1e-9)
+    for got, dense, batch in zip(stream.hidden, states, TOKENS.split(2), strict=True):
+        torch.testing.assert_close(got, full_forward(model, structure, batch)[1][-1], rtol=1e-9, atol=1e-9)
+        assert torch.equal(dense, full_forward(original, structure, batch)[1][-1])
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "falcon", "mixtral", "gpt_neox"])
@@ -105,27 +109,6 @@ def test_replaced_modules_are_not_run_again(name):
     families.logits(model, TOKENS)
     assert runs == [1]
     handle.remove()
-
-
-@pytest.mark.parametrize("name", families.FAMILIES)
-def test_dense_hidden_states_stay_those_of_the_original_model(name):
-    model = families.make_model(name, torch.float64)
-    structure = ModelStructure.of(model)
-    original = copy.deepcopy(model)
-    stream = open_stream(model, structure)
-    states = stream.copy(stream.hidden)
-    for layer in structure.layers:
-        names = [consumer for consumer, _ in consumers(layer)]
-        dense = stream.carry(layer.index, states, outputs_of=names)
-        assert {len(outputs) for outputs in dense.values()} <= {3}
-        for consumer, parent in consumers(layer):
-            inputs = stream.capture(layer.index, consumer)
-            change(model.get_submodule(consumer))
-            stream.replace(parent, outputs_of(model.get_submodule(consumer), inputs))
-        stream.advance(layer.index)
-    for got, batch in zip(states, TOKENS.split(2), strict=True):
-        _, outputs, _ = full_forward(original, structure, batch)
-        assert torch.equal(got, outputs[-1])
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "falcon", "gemma2", "mixtral"])
