@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +18,7 @@ from .files.writing import write_text
 from .text.calibration import CalibrationConfig
 from .units import KINDS, DepthKind, StreamKind, WidthKind, kinds_of, level_criteria
 from .units.depth import LAYERS
-from .units.heads import GROUPS, QUERIES
+from .units.heads import GROUPS
 from .units.hidden import HIDDEN
 from .units.neurons import NEURONS
 
@@ -44,6 +44,7 @@ class _Names:
 
 Kind = Annotated[str, OneOf(_Names())]
 _Part = Annotated[float, Limits(0, open="least"), Described("a positive number")]
+_RATIOS = ("attention_ratio", "mlp_ratio")
 _CRITERIA = {DepthKind: "depth_criterion", StreamKind: "hidden_criterion"}
 
 
@@ -153,42 +154,11 @@ class PruningConfig:
         if not self.units:
             raise ConfigurationError(f"`units` is empty; name at least one of {', '.join(KINDS)}.")
         _share_criteria(self)
-        self._check_alignment()
-        self._check_layers()
-        _check_options(self)
-
-    def _check_alignment(self) -> None:
-        self.align_to = check_align_to(self.align_to)
-        check_step(self.round_to, self.align_to)
-        multiple = multiple_of(self.align_to)
-        sizes = {"hidden_size": self.stated_hidden_size}
-        sizes |= {f"keep of {kind}": n for kind, n in (self.keep or {}).items() if KINDS[kind].aligns}
-        for name, size in sizes.items():
-            if size is not None and size % multiple:
-                lower = size // multiple * multiple
-                nearest = " or ".join(str(size) for size in (lower, lower + multiple) if size)
-                raise ConfigurationError(
-                    f"`{name}` is {size}, which is not a multiple of {multiple} (`align_to` is {self.align_to!r}); "
-                    f"the nearest that is: {nearest}."
-                )
-
-    def _check_layers(self) -> None:
-        if self.layers is not None and self.layer_range is not None:
-            raise ConfigurationError("`layers` and `layer_range` are both given; give one of them.")
-        if self.layer_range is not None and self.layer_range[0] >= self.layer_range[1]:
-            raise ConfigurationError(
-                f"`layer_range` is {self.layer_range!r}; it must be (start, end), 0 <= start < end, end excluded."
-            )
-        if self.layout == "uniform":
-            chosen = [n for n in ("layers", "layer_range", "protect_first", "protect_last") if getattr(self, n)]
-            if chosen and self.kinds(kinds_of(WidthKind)):
-                raise ConfigurationError(
-                    f"`{chosen[0]}` leaves some layers whole, so widths differ between layers: set layout='per_layer'."
-                )
-            if self.allocation != "uniform":
-                raise ConfigurationError(
-                    f"allocation={self.allocation!r} gives every layer a width of its own: set layout='per_layer'."
-                )
+        _check_alignment(self)
+        _check_layers(self)
+        _check_named(self)
+        _check_amounts(self)
+        _check_together(self)
 
     def kinds(self, among: tuple[str, ...]) -> tuple[str, ...]:
         """The units of this configuration that are among these."""
@@ -208,13 +178,13 @@ class PruningConfig:
     def stated_options(self) -> list[str]:
         """Names of the options given that say how much goes, in the place of a ratio for the whole model."""
         names = [*dict.fromkeys(option for kind in KINDS.values() for option in kind.options), "keep"]
-        return [name for name in names if getattr(self, name) is not None]
+        return _given(self, *names)
 
     def is_stated(self, kind: str) -> bool:
         """Whether the configuration says how many units of a kind stay or go."""
         if kind in (self.keep or {}):
             return True
-        return any(getattr(self, option) is not None for option in _AMOUNTS.get(kind, ()))
+        return bool(_given(self, *_AMOUNTS.get(kind, ())))
 
     @property
     def stated_hidden_size(self) -> int | None:
@@ -261,7 +231,7 @@ class PruningConfig:
     @property
     def by_kind(self) -> bool:
         """Whether `attention_ratio` / `mlp_ratio` stand in for one ratio of the whole model."""
-        return self.attention_ratio is not None or self.mlp_ratio is not None
+        return bool(_given(self, *_RATIOS))
 
     @classmethod
     def llm_pruner(
@@ -321,11 +291,7 @@ def _parse_pairs(name: str, values: Any, example: str) -> dict[str, Any] | None:
 
 
 def _parse_split(split: Any) -> dict[str, float] | None:
-    """`split` as a dictionary.
-
-    Raises:
-        ConfigurationError: It is of another form, names what is no unit, or its parts are not positive with sum 1.
-    """
+    """`split` as a dictionary of positive parts with sum 1."""
     split = _parse_pairs("split", split, "{'layers': 0.5, 'mlp_neurons': 0.5}")
     if split is None:
         return None
@@ -336,7 +302,6 @@ def _parse_split(split: Any) -> dict[str, float] | None:
 
 
 def _parse_keep(keep: Any) -> dict[str, int] | None:
-    """`keep` as a dictionary."""
     keep = _parse_pairs("keep", keep, "{'layers': 24, 'mlp_neurons': 1024}")
     return None if keep is None else checked("keep", keep, dict[Kind, Count])
 
@@ -354,9 +319,7 @@ def _complete_units(config: PruningConfig) -> tuple[str, ...]:
     """`units` as a tuple; where none are given, those that other options name, else MLP neurons."""
     if config.units is not None:
         return tuple(dict.fromkeys(config.units))
-    by_option = [
-        name for name, kind in KINDS.items() if any(getattr(config, option) is not None for option in kind.options)
-    ]
+    by_option = [name for name in KINDS if _given(config, *KINDS[name].options)]
     by_criterion = config.criterion if isinstance(config.criterion, dict) else {}
     named = [*by_option, *(config.split or {}), *(config.keep or {}), *by_criterion]
     return tuple(dict.fromkeys(named)) or (NEURONS,)
@@ -373,7 +336,8 @@ def _share_criteria(config: PruningConfig) -> None:
     if isinstance(config.criterion, dict):
         _by_kind(config)
         return
-    check_choice("criterion", config.criterion, _known_criteria())
+    known = [name for level in (WidthKind, *_CRITERIA) for name in level_criteria(level)]
+    check_choice("criterion", config.criterion, dict.fromkeys(known))
     widths = config.kinds(kinds_of(WidthKind))
     levels = [level for level in _CRITERIA if config.criterion in level_criteria(level)]
     options = [_CRITERIA[level] for level in levels]
@@ -393,16 +357,10 @@ def _share_criteria(config: PruningConfig) -> None:
         )
 
 
-def _known_criteria() -> tuple[str, ...]:
-    levels = (WidthKind, *_CRITERIA)
-    return tuple(dict.fromkeys(name for level in levels for name in level_criteria(level)))
-
-
 def _by_kind(config: PruningConfig) -> None:
     values = config.criterion
+    _check_units("criterion", values, config)
     for kind, name in values.items():
-        if kind not in config.units:
-            raise ConfigurationError(f"`criterion` names '{kind}', but `units` is {config.units}.")
         check_choice(f"criterion of {kind}", name, KINDS[kind].criteria)
     for level, option in _CRITERIA.items():
         chosen = {values[kind] for kind in kinds_of(level) if kind in values}
@@ -417,14 +375,106 @@ def _by_kind(config: PruningConfig) -> None:
     config.criterion = widths if len(set(widths.values())) > 1 else next(iter(widths.values()), "obs")
 
 
-def _check_options(config: PruningConfig) -> None:
-    """Checks the options that only some kinds of units have against the units.
+def _given(config: PruningConfig, *options: str) -> list[str]:
+    """Those of these options that have a value."""
+    return [option for option in options if getattr(config, option) is not None]
 
-    Raises:
-        ConfigurationError: An option needs a kind of unit that is not cut, or two options contradict each other.
-    """
-    _check_named(config)
-    _check_split(config)
+
+def _only_one(config: PruningConfig, *options: str) -> None:
+    """Refuses two options that say the same."""
+    given = _given(config, *options)
+    if len(given) > 1:
+        raise ConfigurationError(f"`{given[0]}` and `{given[1]}` are both given; give one of them.")
+
+
+def _check_units(option: str, kinds: Iterable[str] | None, config: PruningConfig) -> None:
+    """Refuses an option that names a kind which is not cut."""
+    for kind in kinds or ():
+        if kind not in config.units:
+            raise ConfigurationError(f"`{option}` names '{kind}', but `units` is {config.units}.")
+
+
+def _check_alignment(config: PruningConfig) -> None:
+    config.align_to = check_align_to(config.align_to)
+    check_step(config.round_to, config.align_to)
+    multiple = multiple_of(config.align_to)
+    sizes = {"hidden_size": config.stated_hidden_size}
+    sizes |= {f"keep of {kind}": n for kind, n in (config.keep or {}).items() if KINDS[kind].aligns}
+    for name, size in sizes.items():
+        if size is not None and size % multiple:
+            lower = size // multiple * multiple
+            nearest = " or ".join(str(size) for size in (lower, lower + multiple) if size)
+            raise ConfigurationError(
+                f"`{name}` is {size}, which is not a multiple of {multiple} (`align_to` is {config.align_to!r}); "
+                f"the nearest that is: {nearest}."
+            )
+
+
+def _check_layers(config: PruningConfig) -> None:
+    """The options that choose layers."""
+    _only_one(config, "layers", "layer_range")
+    if config.layer_range is not None and config.layer_range[0] >= config.layer_range[1]:
+        raise ConfigurationError(
+            f"`layer_range` is {config.layer_range!r}; it must be (start, end), 0 <= start < end, end excluded."
+        )
+    if config.layout == "per_layer":
+        return
+    chosen = [n for n in ("layers", "layer_range", "protect_first", "protect_last") if getattr(config, n)]
+    if chosen and config.kinds(kinds_of(WidthKind)):
+        raise ConfigurationError(
+            f"`{chosen[0]}` leaves some layers whole, so that widths differ between layers: set layout='per_layer'."
+        )
+    if config.allocation != "uniform":
+        raise ConfigurationError(
+            f"allocation={config.allocation!r} gives every layer a width of its own: set layout='per_layer'."
+        )
+
+
+def _check_named(config: PruningConfig) -> None:
+    """Options that say how much of a kind goes need that kind, and no other option that says it too."""
+    if config.attention_ratio is not None and not any(
+        KINDS[kind].of_heads for kind in config.kinds(kinds_of(WidthKind))
+    ):
+        raise ConfigurationError(f"`attention_ratio` is given, but `units` is {config.units}: no heads in it.")
+    for name, kind in KINDS.items():
+        for option in _given(config, *kind.options):
+            if name not in config.units and name != GROUPS:
+                raise ConfigurationError(f"`{option}` is given, but `units` is {config.units}: no '{name}' in it.")
+            if name in (config.keep or {}):
+                _only_one(config, "keep", option)
+        _only_one(config, *kind.options)
+    _check_units("keep", config.keep, config)
+    for ratio in _RATIOS:
+        _only_one(config, "keep", ratio)
+    stated = _given(config, *KINDS[LAYERS].options)
+    if stated and config.kinds(kinds_of(DepthKind, sublayer=True)):
+        raise ConfigurationError(
+            f"`{stated[0]}` is given, but sublayers are to go as well: use `split` for both, or `keep`."
+        )
+
+
+def _check_amounts(config: PruningConfig) -> None:
+    """A split says how much of every kind goes, and nothing else does."""
+    if config.split is None:
+        return
+    for option in (*KINDS[LAYERS].options, *KINDS[HIDDEN].options, "keep"):
+        _only_one(config, "split", option)
+    _check_units("split", config.split, config)
+    lacking = sorted(set(config.units) - set(config.split))
+    if lacking:
+        raise ConfigurationError(f"`split` does not say how much of the budget {', '.join(lacking)} gets.")
+    for kind in config.split:
+        if KINDS[kind].within in config.split:
+            raise ConfigurationError(
+                f"`split` names '{KINDS[kind].within}' and '{kind}', which hold parts of the same matrices: give one "
+                "of them."
+            )
+    for ratio in _RATIOS:
+        _only_one(config, "split", ratio)
+
+
+def _check_together(config: PruningConfig) -> None:
+    """What kinds of units, cut together, ask of other options."""
     sublayers = config.kinds(kinds_of(DepthKind, sublayer=True))
     if sublayers and config.layout == "uniform":
         raise ConfigurationError(
@@ -435,60 +485,12 @@ def _check_options(config: PruningConfig) -> None:
             "`units` names 'hidden' beside others, whose costs are not compared: give `hidden_size`, or a `split` "
             "such as {'hidden': 0.5, 'mlp_neurons': 0.5}."
         )
-    if config.kinds((*kinds_of(DepthKind), *kinds_of(StreamKind))):
-        if config.by_kind:
-            raise ConfigurationError("`attention_ratio` and `mlp_ratio` are for heads and neurons alone; use `split`.")
-        if config.iterative_steps > 1:
-            raise ConfigurationError(
-                "`iterative_steps` is for heads and neurons alone: prune layers or the hidden size first, then the "
-                "result in steps. 'greedy' measures again after every layer as it is."
-            )
-
-
-def _check_named(config: PruningConfig) -> None:
-    """Options that say how much of a kind goes need that kind, and no other option that says it too."""
-    if config.attention_ratio is not None and not {GROUPS, QUERIES} & set(config.units):
-        raise ConfigurationError(f"`attention_ratio` is given, but `units` is {config.units}: no heads in it.")
-    for name, kind in KINDS.items():
-        given = [option for option in kind.options if getattr(config, option) is not None]
-        if not given:
-            continue
-        if name not in config.units and name != GROUPS:
-            raise ConfigurationError(f"`{given[0]}` is given, but `units` is {config.units}: no '{name}' in it.")
-        if name in (config.keep or {}):
-            raise ConfigurationError(f"`keep` and `{given[0]}` both say how much of '{name}' goes; give one of them.")
-        if len(given) > 1:
-            raise ConfigurationError(f"`{'` and `'.join(given)}` are both given; give one of them.")
-    for kind in config.keep or ():
-        if kind not in config.units:
-            raise ConfigurationError(f"`keep` names '{kind}', but `units` is {config.units}.")
-    if config.keep is not None and config.by_kind:
-        raise ConfigurationError("`keep` and `attention_ratio` or `mlp_ratio` are both given; give one of them.")
-    stated = next((name for name in KINDS[LAYERS].options if getattr(config, name)), None)
-    if stated and config.kinds(kinds_of(DepthKind, sublayer=True)):
-        raise ConfigurationError(
-            f"`{stated}` is given, but sublayers are to go as well: use `split` for both, or `keep`."
-        )
-
-
-def _check_split(config: PruningConfig) -> None:
-    if config.split is None:
+    if set(config.units) <= set(kinds_of(WidthKind)):
         return
-    amounts = (*KINDS[LAYERS].options, *KINDS[HIDDEN].options, "keep")
-    stated = next((name for name in amounts if getattr(config, name)), None)
-    if stated:
-        raise ConfigurationError(f"`split` and `{stated}` are both given; give one of them.")
-    for kind in config.split:
-        if kind not in config.units:
-            raise ConfigurationError(f"`split` names '{kind}', but `units` is {config.units}.")
-    if set(config.split) != set(config.units):
-        lacking = sorted(set(config.units) - set(config.split))
-        raise ConfigurationError(f"`split` does not say how much of the budget {', '.join(lacking)} gets.")
-    for kind in config.split:
-        if KINDS[kind].within in config.split:
-            raise ConfigurationError(
-                f"`split` names '{KINDS[kind].within}' and '{kind}', which hold parts of the same matrices: give one "
-                "of them."
-            )
     if config.by_kind:
-        raise ConfigurationError("`split` and `attention_ratio` or `mlp_ratio` are both given; give one of them.")
+        raise ConfigurationError("`attention_ratio` and `mlp_ratio` are for heads and neurons alone; use `split`.")
+    if config.iterative_steps > 1:
+        raise ConfigurationError(
+            "`iterative_steps` is for heads and neurons alone: prune layers or the hidden size first, then the "
+            "result in steps. 'greedy' measures again after every layer as it is."
+        )

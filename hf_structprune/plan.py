@@ -19,7 +19,6 @@ from rich.table import Table
 from .errors import ConfigurationError
 from .files.reading import read_json_object
 from .files.writing import write_text
-from .model.groups import Group, LayerStructure
 from .model.structure import ModelStructure
 from .units import KINDS, DepthKind, StreamKind, WidthKind, kinds_of
 from .units.depth import LAYERS
@@ -53,23 +52,19 @@ class Decision:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigurationError(f"A decision is about the kind {self.kind!r}; there are {', '.join(KINDS)}.")
-        kind = KINDS[self.kind]
+        kind, where = KINDS[self.kind], "" if self.layer is None else f"Layer {self.layer}: "
         least = 0 if isinstance(kind, DepthKind) and kind.sublayer else 1  # all attentions may go, not all layers
         if not least <= self.keep <= self.before - isinstance(kind, StreamKind):
             raise ConfigurationError(
-                f"{self._where}{self.keep} of {self.before} {self.kind} cannot be kept; at least one must, and not "
+                f"{where}{self.keep} of {self.before} {self.kind} cannot be kept; at least one must, and not "
                 "more than there are."
             )
         if self.kept is None:
             return
         if len(self.kept) != self.keep or sorted(set(self.kept) & set(range(self.before))) != self.kept:
             raise ConfigurationError(
-                f"{self._where}`kept` of {self.kind} must name {self.keep} of {self.before}, ascending."
+                f"{where}`kept` of {self.kind} must name {self.keep} of {self.before}, ascending."
             )
-
-    @property
-    def _where(self) -> str:
-        return "" if self.layer is None else f"Layer {self.layer}: "
 
     @property
     def gone(self) -> list[int]:
@@ -80,14 +75,7 @@ class Decision:
 def decisions_of(
     groups: Iterable[Decision] = (), dropped: Dropped | None = None, hidden: Decision | None = None, layers: int = 0
 ) -> list[Decision]:
-    """The decisions of a plan in one list.
-
-    Args:
-        groups: Those about units in layers.
-        dropped: Layers and sublayers that go.
-        hidden: That about the residual stream.
-        layers: Number of layers of the model.
-    """
+    """The decisions of a plan in one list: those about units in layers, about depth, about the residual stream."""
     depth = []
     for kind, numbers in (dropped or {}).items():
         left = sorted(set(range(layers)) - set(numbers))
@@ -97,10 +85,6 @@ def decisions_of(
 
 def normalised(dropped: Dropped | None, structure: ModelStructure) -> Dropped:
     """Dropped layers and sublayers in one form: ascending, without empty kinds, a layer that loses all is dropped.
-
-    Args:
-        dropped: Layer numbers by kind of depth.
-        structure: Of the model that they are dropped from.
 
     Raises:
         ConfigurationError: A kind or a number is wrong, or nothing would be left.
@@ -125,23 +109,15 @@ def normalised(dropped: Dropped | None, structure: ModelStructure) -> Dropped:
 
 
 def emptied(dropped: Mapping[str, Collection[int]], structure: ModelStructure) -> set[int]:
-    """Layers that lose both sublayers, or the only one that an earlier pruning has left.
-
-    Args:
-        dropped: Numbers of the layers that lose a sublayer, by kind.
-        structure: Of the model.
-    """
+    """Layers that lose both sublayers, or the only one that an earlier pruning has left."""
     halves = kinds_of(DepthKind, sublayer=True)
     layers = set.intersection(*(set(dropped.get(kind, ())) for kind in halves))
     for kind in halves:
-        layers |= {number for number in dropped.get(kind, ()) if _is_all(structure.layers[number], kind)}
+        for layer in map(structure.layers.__getitem__, dropped.get(kind, ())):
+            sublayer = layer.sublayer(kind)
+            if sublayer is not None and sublayer.matrix_parameters == layer.matrix_parameters:
+                layers.add(layer.index)
     return layers
-
-
-def _is_all(layer: LayerStructure, kind: str) -> bool:
-    """Whether a layer does nothing but what this sublayer does."""
-    sublayer = layer.sublayer(kind)
-    return sublayer is not None and sublayer.matrix_parameters == layer.matrix_parameters
 
 
 def is_dropped(dropped: Dropped, layer: int, kind: str) -> bool:
@@ -240,10 +216,7 @@ class PruningPlan:
             structure: Coupled groups of the model.
             keep: Units to keep for `(layer, kind)`; groups that are not named stay whole. For query heads this is
                 the number in **each surviving KV group**.
-            model_type: `config.model_type`.
-            layout: `"uniform"` or `"per_layer"`.
-            ratio_requested: The ratio that led to these counts.
-            bytes_per_parameter: Mean size of a parameter in memory.
+            model_type, layout, ratio_requested, bytes_per_parameter: As in the plan.
             dropped: Layers and sublayers that go, by kind.
             hidden: The decision for the residual stream; `structure` is then that of the model after it.
             dense: Structure before the residual stream was cut; default `structure`.
@@ -252,27 +225,37 @@ class PruningPlan:
             ConfigurationError: What is dropped is not there, or nothing would be left.
         """
         dropped, dense = normalised(dropped, structure), dense or structure
-        sizes = _Sizes(removed=Counter({HIDDEN: dense.total_parameters - structure.total_parameters}))
-        for layer in structure.layers:
-            sizes.cut(layer, {g.kind: keep.get(g.key, g.whole) for g in layer.groups}, dropped)
+        removed = Counter({HIDDEN: dense.total_parameters - structure.total_parameters})
+        decisions, weights, neurons_before, neurons_after = [], 0, 0, 0
+        for group in structure.groups:
+            kind, goes = KINDS[group.kind], is_dropped(dropped, group.layer, group.kind)
+            left = keep.get(group.key, group.whole)
+            if kind.activated:
+                neurons_before += group.size
+                neurons_after += 0 if goes else left
+            if goes:
+                continue
+            holders = 1
+            if kind.within:  # units that go with whole holders are counted there
+                holders = keep.get((group.layer, kind.within), structure.layers[group.layer].group(kind.within).size)
+            gone = holders * (group.whole - left)
+            removed[group.kind] += gone * group.cost
+            weights += gone * group.matrix_cost
+            if holders * left < group.size:
+                decisions.append(Decision(group.kind, group.layer, group.size, holders * left))
         for kind, part in _parts(dropped, structure):
-            sizes.removed[kind] += part.parameters
-            sizes.weights += part.matrix_parameters
+            removed[kind] += part.parameters
+            weights += part.matrix_parameters
         return cls(
-            ratio_requested, model_type, layout, decisions_of(sizes.groups, dropped, hidden, len(structure.layers)),
-            dense.total_parameters, dense.total_parameters - sizes.removed.total(),
-            dense.matrix_parameters, structure.matrix_parameters - sizes.weights,
-            sizes.neurons_before, sizes.neurons_after, bytes_per_parameter, list(structure.notes),
-            len(structure.layers), {kind: count for kind, count in sizes.removed.items() if count},
+            ratio_requested, model_type, layout, decisions_of(decisions, dropped, hidden, len(structure.layers)),
+            dense.total_parameters, dense.total_parameters - removed.total(),
+            dense.matrix_parameters, structure.matrix_parameters - weights, neurons_before, neurons_after,
+            bytes_per_parameter, list(structure.notes), len(structure.layers),
+            {kind: count for kind, count in removed.items() if count},
         )  # fmt: skip
 
     def count(self, structure: ModelStructure, size: int) -> None:
-        """Takes the figures after pruning from the model that came out, so that they are not a forecast.
-
-        Args:
-            structure: Of the pruned model.
-            size: Its bytes.
-        """
+        """Takes the figures after pruning from the model that came out, of `size` bytes: no forecast any more."""
         self.bytes_per_parameter_after = size / structure.total_parameters
         self.parameters_after, self.matrix_parameters_after = structure.total_parameters, structure.matrix_parameters
         self.neurons_after = sum(group.size for group in structure.groups if KINDS[group.kind].activated)
@@ -389,10 +372,9 @@ class PruningPlan:
             ("GMACs, 1 x 64 tokens", f"{self.macs_before / 1e9:,.2f}", f"{self.macs_after / 1e9:,.2f}"),
         ):
             table.add_row("all", name, before, after)
-        for note in self.notes:
-            table.add_row("", f"note: {note}", "", "")
-        for warning in self.warnings:
-            table.add_row("", f"warning: {warning}", "", "")
+        for name, lines in (("note", self.notes), ("warning", self.warnings)):
+            for line in lines:
+                table.add_row("", f"{name}: {line}", "", "")
         return table
 
 
@@ -405,39 +387,6 @@ def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
     hidden = hidden and Decision(HIDDEN, None, hidden["before"], hidden["keep"], hidden.get("kept"))
     decisions = decisions_of(groups, values.get("dropped"), hidden, values.get("num_layers", 0))
     return {**values, "decisions": [dataclasses.asdict(decision) for decision in decisions]}
-
-
-@dataclass
-class _Sizes:
-    """What a plan takes from the layers."""
-
-    removed: Counter[str]
-    groups: list[Decision] = field(default_factory=list)
-    weights: int = 0
-    neurons_before: int = 0
-    neurons_after: int = 0
-
-    def cut(self, layer: LayerStructure, counts: dict[str, int], dropped: Dropped) -> None:
-        """Counts what goes of a layer that keeps so many units of each kind (in each block)."""
-        for group in layer.groups:
-            gone = is_dropped(dropped, layer.index, group.kind)
-            if KINDS[group.kind].activated:
-                self.neurons_before += group.size
-                self.neurons_after += 0 if gone else counts[group.kind]
-            if not gone:
-                self._cut(group, counts)
-
-    def _cut(self, group: Group, counts: dict[str, int]) -> None:
-        left = counts[group.kind]
-        holder = KINDS[group.kind].within
-        if holder is not None:  # units that go with whole holders are counted there
-            gone, left = counts[holder] * (group.whole - left), counts[holder] * left
-        else:
-            gone = group.size - left
-        self.removed[group.kind] += gone * group.cost
-        self.weights += gone * group.matrix_cost
-        if left < group.size:
-            self.groups.append(Decision(group.kind, group.layer, group.size, left))
 
 
 def _required(field: dataclasses.Field) -> bool:

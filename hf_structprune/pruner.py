@@ -27,10 +27,9 @@ from .model.measuring import check_finite, measuring
 from .model.rebuild import has_weights, interrupted, mark, marked_if_changed
 from .model.structure import ModelStructure
 from .plan import PruningPlan
-from .plan_check import check_plan
 from .planner import Planner
 from .proof.guarantee import kinds_in, prove
-from .prune import Execution
+from .prune import Execution, check_plan
 from .stats.survey import Survey
 from .text.calibration import check_token_ids, load_tokens
 

@@ -9,7 +9,7 @@ from hf_structprune import PruningConfig, PruningPlan, StructuredPruner
 from hf_structprune.errors import ConfigurationError
 from hf_structprune.model.structure import ModelStructure
 from hf_structprune.plan import Decision, decisions_of
-from hf_structprune.plan_check import check_plan
+from hf_structprune.prune import check_plan
 
 
 def make_pruner(model, **options):
