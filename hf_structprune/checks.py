@@ -78,7 +78,7 @@ Ratio = Annotated[float, Limits(0, 1, open="most"), Described("a number in [0, 1
 
 
 class _Refused(Exception):
-    """A value that a type does not allow: with the value, the rule in words, and what may have been meant."""
+    """A value that a type does not allow: with the value, what is allowed, and what may have been meant."""
 
     def __init__(self, value: Any, rule: str, hint: str = "") -> None:
         self.value, self.rule, self.hint = value, rule, hint
@@ -108,14 +108,8 @@ def field_types(cls: type) -> dict[str, Any]:
 def checked(name: str, value: Any, annotation: Any, error: type[ConfigurationError] = ConfigurationError) -> Any:
     """A value in the form that a type names.
 
-    Args:
-        name: What the message calls it.
-        value: What was given.
-        annotation: Its type, `Annotated` included.
-        error: What is raised.
-
     Raises:
-        ConfigurationError: Names it, its value and what is allowed.
+        ConfigurationError: Or `error`: calls it `name`, shows it, and says what is allowed.
     """
     try:
         return _read(value, annotation)
@@ -141,14 +135,11 @@ def check_keys(cls: type, values: dict[str, Any]) -> None:
 
 
 def _read(value: Any, annotation: Any) -> Any:
-    rules: tuple[Any, ...] = ()
-    if get_origin(annotation) is Annotated:
-        annotation, *rest = get_args(annotation)
-        rules = tuple(rest)
-    described = next((rule.words for rule in rules if isinstance(rule, Described)), None)
+    annotation, rules = _taken_apart(annotation)
     try:
         result = _read_type(value, annotation, rules)
     except _Refused as refused:
+        described = next((rule.words for rule in rules if isinstance(rule, Described)), None)
         if described is None:
             raise
         raise _Refused(value, f"it must be {described}", refused.hint) from None
@@ -156,6 +147,12 @@ def _read(value: Any, annotation: Any) -> Any:
         if isinstance(rule, OneOf) and not _is_one_of(result, rule.allowed):
             raise _Refused(value, f"allowed values are {', '.join(map(str, rule.allowed))}")
     return result
+
+
+def _taken_apart(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
+    """A type, and what `Annotated` adds to it."""
+    is_bare = get_origin(annotation) is not Annotated
+    return (annotation, ()) if is_bare else (annotation.__origin__, annotation.__metadata__)
 
 
 def _read_type(value: Any, annotation: Any, rules: tuple[Any, ...]) -> Any:
@@ -169,21 +166,28 @@ def _read_type(value: Any, annotation: Any, rules: tuple[Any, ...]) -> Any:
     if origin in (list, Sequence):
         return [_read(item, parts[0]) for item in _items(value, annotation)]
     if origin is tuple:
-        return _read_tuple(value, annotation, parts)
+        items = _items(value, annotation)
+        each = parts[:1] * len(items) if parts[1:] == (Ellipsis,) else parts
+        if len(items) != len(each):
+            raise _refused(value, annotation)
+        return tuple(map(_read, items, each))
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
-            raise _Refused(value, _rule(annotation))
+            raise _refused(value, annotation)
         return {_read(key, parts[0]): _read(item, parts[1]) for key, item in value.items()}
     if dataclasses.is_dataclass(annotation):
-        return _read_dataclass(value, annotation)
+        if isinstance(value, Mapping):
+            check_keys(annotation, value)
+            return annotation(**value)
+        if not isinstance(value, annotation):
+            raise _refused(value, annotation)
+        return value
     if annotation not in _READERS:
         raise TypeError(f"No rule for values of the type {annotation!r}.")
     result = _READERS[annotation](value)
-    for rule in rules:
-        if isinstance(rule, Limits) and (result is None or not rule.allow(result)):
-            result = None
-    if result is None:
-        raise _Refused(value, _rule(Annotated[(annotation, *rules)] if rules else annotation), _hint(value, rules))
+    if result is None or not all(rule.allow(result) for rule in rules if isinstance(rule, Limits)):
+        hint = _hint(value, next((rule for rule in rules if isinstance(rule, Limits)), Limits()))
+        raise _refused(value, Annotated[(annotation, *rules)] if rules else annotation, hint)
     return result
 
 
@@ -203,41 +207,19 @@ def _read_union(value: Any, members: tuple[Any, ...]) -> Any:
     raise inner[0] if inner else _Refused(value, f"it must be {' or '.join(map(_in_words, members))}")
 
 
-def _read_tuple(value: Any, annotation: Any, parts: tuple[Any, ...]) -> tuple[Any, ...]:
-    items = _items(value, annotation)
-    if len(parts) == 2 and parts[1] is Ellipsis:
-        return tuple(_read(item, parts[0]) for item in items)
-    if len(items) != len(parts):
-        raise _Refused(value, _rule(annotation))
-    return tuple(_read(item, part) for item, part in zip(items, parts, strict=True))
-
-
-def _read_dataclass(value: Any, cls: type) -> Any:
-    if isinstance(value, Mapping):
-        check_keys(cls, value)
-        return cls(**value)
-    if not isinstance(value, cls):
-        raise _Refused(value, _rule(cls))
-    return value
-
-
 def _items(value: Any, annotation: Any) -> list[Any]:
     """What a list is made of: of arrays and sets too, or of one text where texts are wanted."""
-    if isinstance(value, (str, os.PathLike)) and _is_text(get_args(annotation)[0]):
+    if isinstance(value, (str, os.PathLike)) and _taken_apart(get_args(annotation)[0])[0] is str:
         return [value]
     if getattr(value, "ndim", None) == 0:  # an array of one number, which has a length all the same
-        raise _Refused(value, _rule(annotation))
+        raise _refused(value, annotation)
     if hasattr(value, "ndim") and hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Set):
         value = sorted(value, key=str) if not all(map(_is_number, value)) else sorted(value)
     if not isinstance(value, Collection) or isinstance(value, (str, bytes, Mapping)):
-        raise _Refused(value, _rule(annotation))
+        raise _refused(value, annotation)
     return list(value)
-
-
-def _is_text(annotation: Any) -> bool:
-    return (get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation) is str
 
 
 def _is_number(value: Any) -> bool:
@@ -308,8 +290,8 @@ _READERS = {int: _whole, float: _real, bool: _truth, str: _text, Path: _path}
 _NAMES = {int: "an integer", float: "a number", bool: "True or False", str: "a text", Path: "a path"}
 
 
-def _rule(annotation: Any) -> str:
-    return f"it must be {_in_words(annotation)}"
+def _refused(value: Any, annotation: Any, hint: str = "") -> _Refused:
+    return _Refused(value, f"it must be {_in_words(annotation)}", hint)
 
 
 def _in_words(annotation: Any) -> str:
@@ -336,12 +318,11 @@ def _in_words(annotation: Any) -> str:
     return _NAMES.get(annotation, f"a {annotation.__name__}")
 
 
-def _hint(value: Any, rules: tuple[Any, ...]) -> str:
+def _hint(value: Any, limits: Limits) -> str:
     """What may have been meant by a number that is not allowed."""
     if isinstance(value, str) and "," in value and _real(value.replace(",", ".")) is not None:
         return f" Decimals are written with a point: {value.replace(',', '.').strip()}."
     number = _real(value)
-    limits = next((rule for rule in rules if isinstance(rule, Limits)), Limits())
     if number is not None and limits.least >= 0 and limits.most <= 1 < number <= 100:
         return f' If {number:g} % is meant, write {number / 100:g} or "{number:g}%".'
     return ""

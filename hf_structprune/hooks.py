@@ -31,9 +31,6 @@ def replaced_forwards(replacements: Iterable[tuple[nn.Module, Callable[..., Any]
     """Modules run these functions instead of their own `forward` as long as this is open.
 
     A `forward` that was set on a module before (as Accelerate does where it moves weights) is put back.
-
-    Args:
-        replacements: Modules and what they run.
     """
     originals: list[tuple[nn.Module, Callable[..., Any] | None]] = []
     try:
@@ -50,12 +47,7 @@ def replaced_forwards(replacements: Iterable[tuple[nn.Module, Callable[..., Any]
 
 
 def as_output(value: Any, others: int | None) -> Any:
-    """A value in the form that a module returns it.
-
-    Args:
-        value: The first or only output.
-        others: How many others there are in a tuple; `None` where the module returns no tuple.
-    """
+    """A first output in the form that a module returns it, in a tuple with `others` more unless that is `None`."""
     return value if others is None else (value, *[None] * others)
 
 
@@ -81,18 +73,18 @@ class Silencer:
         self.model = model
         self._others: dict[str, int | None] = {}
         self._hidden: dict[str, int] = {}
-        names = [sublayer.module for layer in structure.layers for sublayer in layer.sublayers]
-        handles = [model.get_submodule(name).register_forward_hook(self._look(name)) for name in names]
-        with hooked(handles), torch.no_grad():
-            device = model.get_input_embeddings().weight.device
-            model.base_model(input_ids=tokens.to(device), use_cache=False)
 
-    def _look(self, name: str) -> Callable[..., None]:
-        def look(module: nn.Module, args: tuple, output: Any) -> None:
+        def look(name: str, output: Any) -> None:
             self._others[name] = others_of(output)
             self._hidden[name] = (output[0] if isinstance(output, tuple) else output).shape[-1]
 
-        return look
+        modules = {s.module: model.get_submodule(s.module) for layer in structure.layers for s in layer.sublayers}
+        handles = (
+            module.register_forward_hook(lambda *seen, name=name: look(name, seen[-1]))
+            for name, module in modules.items()
+        )
+        with hooked(handles), torch.no_grad():
+            model.base_model(input_ids=tokens.to(model.get_input_embeddings().weight.device), use_cache=False)
 
     def silenced(self, sublayers: Iterable[Sublayer]) -> AbstractContextManager[None]:
         """These sublayers add nothing as long as this is open."""

@@ -16,9 +16,7 @@ from hf_structprune.units import DepthKind, level_criteria
 DEPTH_CRITERIA = level_criteria(DepthKind)
 
 
-FEW = ("llama", "gemma2", "gpt2", "mixtral")
-MATRIX = [(name, "greedy") for name in families.FAMILIES]
-MATRIX += [(name, criterion) for name in FEW for criterion in DEPTH_CRITERIA if criterion != "greedy"]
+MATRIX = [("llama", "greedy"), ("gemma2", "angular"), ("gpt2", "taylor"), ("mixtral", "perplexity")]
 PROMPT = families.make_tokens(1, 8)
 
 
@@ -63,7 +61,7 @@ def test_one_layer_goes(name, criterion, tmp_path):
     assert type(loaded).__module__.startswith("transformers.models") and not loaded.config.is_heterogeneous
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", ["gemma2", "gpt2"])
 def test_keep_first_drops_all_others(name, tmp_path):
     dense = families.make_model(name, num_hidden_layers=4, **({"layer_types": None} if name == "gemma2" else {}))
     pruner = make_pruner(copy.deepcopy(dense), keep_first=2)
@@ -90,7 +88,7 @@ def test_keep_first_needs_no_text_without_healing():
         (("attention", "mlp"), [2], {"layers": [2]}),
     ],
 )
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama"])
 def test_named_layers_go_exactly(name, units, layers, dropped, tmp_path):
     dense = families.make_model(name, num_hidden_layers=4)
     layout = "uniform" if units == ("layers",) else "per_layer"
@@ -136,7 +134,7 @@ def test_a_ratio_alone_takes_the_nearest_number_of_whole_layers(criterion):
 
 
 @pytest.mark.parametrize("units", [("attention",), ("mlp",), ("attention", "mlp")], ids=str)
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mixtral", "opt", "falcon_7b"])
+@pytest.mark.parametrize("name", ["mixtral", "opt"])
 def test_sublayers_go_by_ratio(name, units, tmp_path):
     dense = families.make_model(name)
     structure = ModelStructure.of(dense)

@@ -44,9 +44,7 @@ def learnt():
 @pytest.mark.parametrize(
     ("split", "layout"),
     [
-        ({"layers": 0.5, "mlp_neurons": 0.5}, "uniform"),
         ({"layers": 0.5, "mlp_neurons": 0.5}, "per_layer"),
-        ({"hidden": 0.5, "mlp_neurons": 0.5}, "uniform"),
         ({"kv_groups": 0.15, "mlp_neurons": 0.85}, "uniform"),
         ({"kv_groups": 0.05, "mlp_neurons": 0.95}, "per_layer"),
         ({"hidden": 0.3, "layers": 0.5, "mlp_neurons": 0.2}, "uniform"),
@@ -139,14 +137,14 @@ def cost_of(dropped, losses, baseline, number, structure, sensitivity, config, a
     return rise + sum(sensitivity[key] * ((whole[key] - keep) / whole[key]) ** 2 for key, keep in counts.items())
 
 
-@pytest.mark.parametrize("ratio", [0.15, 0.45, 0.8])
 @pytest.mark.parametrize(
-    "options",
+    ("ratio", "options"),
     [
-        dict(units=("layers", "mlp_neurons")),
-        dict(units=("layers", "mlp_neurons"), depth_criterion="perplexity"),
-        dict(units=("attention", "mlp_neurons"), layout="per_layer"),
-        dict(units=("attention", "mlp_neurons"), layout="per_layer", allocation="search"),
+        (0.15, dict(units=("layers", "mlp_neurons"))),
+        (0.8, dict(units=("layers", "mlp_neurons"))),
+        (0.45, dict(units=("layers", "mlp_neurons"), depth_criterion="perplexity")),
+        (0.15, dict(units=("attention", "mlp_neurons"), layout="per_layer")),
+        (0.45, dict(units=("attention", "mlp_neurons"), layout="per_layer", allocation="search")),
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""`StructuredPruner` from end to end: every criterion on every family, and the promises of `prune`."""
+"""`StructuredPruner` from end to end: allocations, steps, plans that are given, and the promises of `prune`."""
 
 import copy
 
@@ -13,12 +13,6 @@ from hf_structprune.units import WidthKind, level_criteria
 
 
 CRITERIA = level_criteria(WidthKind)
-
-
-def units_of(name):
-    """Kinds that the uniform layout can cut."""
-    kinds = families.kinds_of(name)
-    return tuple(k for k in kinds if k == "mlp_neurons" or name not in families.DERIVED_HEAD_DIM)
 
 
 def make_pruner(model, **options):
@@ -39,42 +33,6 @@ def weights(model):
 
 def same_weights(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-@pytest.mark.parametrize("criterion", CRITERIA)
-@pytest.mark.parametrize("name", families.FAMILIES)
-def test_every_criterion_prunes_every_family_as_planned(name, criterion):
-    model = families.make_model(name)
-    before = families.count(model)
-    pruner = make_pruner(model, criterion=criterion, units=units_of(name))
-    ratio = 0.04 if "moe" in name or name == "mixtral" else 0.15
-    plan = pruner.plan(ratio)
-    small = pruner.prune(ratio)
-    done = pruner.last_plan
-    assert [(g.layer, g.kind, g.keep) for g in done.groups] == [(g.layer, g.kind, g.keep) for g in plan.groups]
-    assert plan.groups and done.chosen
-    assert (done.parameters_before, done.parameters_after) == (before, families.count(small))
-    assert done.ratio == plan.ratio == 1 - families.count(small) / before
-    assert done.ratio_requested == ratio
-    assert not any(module.training for module in small.modules())
-    assert all(p.isfinite().all() and p.grad is None for p in small.parameters())
-    check_config_is_true(small)
-    assert small.config.architectures == [type(small).__name__]
-    assert pruner.model is small
-    assert families.logits(small, families.make_tokens(2)).isfinite().all()
-
-
-@pytest.mark.parametrize("name", families.FAMILIES)
-def test_every_family_prunes_heads_and_neurons_in_the_per_layer_layout(name):
-    model = families.make_model(name)
-    kinds = families.kinds_of(name)
-    pruner = make_pruner(model, units=kinds, layout="per_layer", layers=[0, 2], criterion="wanda")
-    small = pruner.prune(0.05)
-    assert {g.layer for g in pruner.last_plan.groups} <= {0, 2} and pruner.last_plan.groups
-    assert families.count(small) == pruner.last_plan.parameters_after
-    check_config_is_true(small)
-    prompt = families.make_tokens(1, 8)
-    assert torch.equal(families.greedy(small, prompt, True), families.greedy(small, prompt, False))
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
@@ -194,8 +152,9 @@ def sliced(dense, small, plan):
     return True
 
 
-@pytest.mark.parametrize("criterion", ["l1", "taylor", "wanda", "obs", "random"])
-@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize(
+    "criterion, allocation", [("l1", "uniform"), ("taylor", "global"), ("obs", "global"), ("random", "uniform")]
+)
 def test_three_steps_reach_the_same_size_and_name_units_of_the_original_model(criterion, allocation):
     dense = families.make_model("llama")
     layout = dict(layout="per_layer", allocation=allocation) if allocation == "global" else {}
@@ -292,7 +251,7 @@ def test_another_seed_chooses_other_random_units():
 @pytest.mark.parametrize(
     "first, second", [("uniform", "uniform"), ("uniform", "per_layer"), ("per_layer", "per_layer")]
 )
-@pytest.mark.parametrize("name", ["mistral", "llama", "gpt2", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_pruned_model_can_be_pruned_again(name, first, second):
     model = families.make_model(name)
     kinds = families.kinds_of(name)

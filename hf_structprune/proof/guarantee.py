@@ -1,8 +1,7 @@
 """The guarantee, tested on a small model before the user's is touched: cutting units is the same as zeroing them.
 
-The test-suite proves it for the model types in families.PROVEN. For any other type a small random model with the
-structure of the user's is built (see shrinking), cut by the same surgery, and compared with one whose units are
-zeroed. What differs, or cannot be tried, is refused with the reason."""
+The test-suite proves it for the model types in families.PROVEN. Of any other type a small random model with the
+structure of the user's (see shrinking) is cut by the same surgery, and compared with one whose units are zeroed."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from ..config import PruningConfig
+from ..config import LAYOUTS, PruningConfig
 from ..errors import CheckpointError, StructPruneError, UnsupportedModelError
 from ..hooks import as_output, others_of
 from ..model.describe import target_of
@@ -54,11 +53,6 @@ def prove(model: PreTrainedModel, structure: ModelStructure, kinds: Collection[s
 
     Takes about a second for each type and kind that the test-suite does not cover; the answer is kept for as long as
     the process lives. Random numbers and the default dtype of the caller are left as they are.
-
-    Args:
-        model: The model; the meta device will do.
-        structure: Its structure.
-        kinds: Kinds of units that are to be cut.
 
     Raises:
         UnsupportedModelError: A kind is not proven: names it, the model type, and what differs or could not be tried.
@@ -99,7 +93,7 @@ def has_units(structure: ModelStructure, kind: str) -> bool:
 def kinds_in(plan: PruningPlan) -> set[str]:
     """Kinds of units that a plan takes from a model."""
     widths = {group.kind for group in plan.groups if group.keep < group.before}
-    return {*widths, *plan.dropped, *(["hidden"] if plan.hidden else [])}
+    return widths | {decision.kind for decision in plan.decisions if decision.layer is None}
 
 
 def is_proven(model: PreTrainedModel) -> bool:
@@ -184,12 +178,7 @@ def _randomised(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class Trial:
-    """Tries on a small twin of a model whether cutting units equals zeroing them.
-
-    Args:
-        model: The model.
-        structure: Its structure.
-    """
+    """Tries on a small twin of a model whether cutting units equals zeroing them."""
 
     def __init__(self, model: PreTrainedModel, structure: ModelStructure) -> None:
         self._why_not: str | None = _reason(lambda: self._begin(model, structure))
@@ -197,7 +186,8 @@ class Trial:
     def _begin(self, model: PreTrainedModel, structure: ModelStructure) -> None:
         self.model = small_twin(model, structure)
         self.structure = ModelStructure.of(self.model)
-        self.tokens = torch.randint(4, VOCABULARY, (_SEQUENCES, _LENGTH)) % self._vocabulary()
+        vocabulary = len(self.model.get_input_embeddings().weight)
+        self.tokens = torch.randint(4, VOCABULARY, (_SEQUENCES, _LENGTH)) % vocabulary
         self.dense = logits(self.model, self.tokens)
         self._reloaded: set[type] = set()
         if not self.dense.isfinite().all():
@@ -211,9 +201,6 @@ class Trial:
             attempt = self._sublayers if KINDS[kind].sublayer else self._layers
         return self._why_not or _reason(lambda: attempt(kind))
 
-    def _vocabulary(self) -> int:
-        return len(self.model.get_input_embeddings().weight)
-
     def _follow(self) -> None:
         """Carried layer by layer, as when calibrating, hidden states have to give the same logits."""
         with _Float64(), torch.no_grad():
@@ -224,30 +211,27 @@ class Trial:
     def _widths(self, kind: str) -> None:
         """Half of the units of every group; with equal widths and with widths of each layer, where they can be had."""
         groups = [group for group in self.structure.groups if group.kind == kind]
-        kept = {(group.layer, kind): _half(group.size, group.blocks) for group in groups}
-        counts = {(g.layer, kind): len(kept[g.layer, kind]) // g.blocks for g in groups}
-        if all(len(kept[g.layer, kind]) == g.size for g in groups):
+        kept = {group.key: _half(group.size, group.blocks) for group in groups}
+        counts = {group.key: len(kept[group.key]) // group.blocks for group in groups}
+        if all(len(kept[group.key]) == group.size for group in groups):
             raise UnsupportedModelError(f"none of the {kind} of the small model can go")
-        self._in_some_layout(lambda layout: self._cut(kept, counts, layout), lambda: self._masked(kept))
-
-    def _in_some_layout(self, cut: Callable[[str], PreTrainedModel], reference: Callable[[], torch.Tensor]) -> None:
         expected, errors = None, []
-        for layout in ("uniform", "per_layer"):
+        for layout in LAYOUTS:
             try:
-                small = cut(layout)
+                small = self._cut(kept, counts, layout)
             except CheckpointError as error:
                 errors.append(error)
                 continue
-            expected = reference() if expected is None else expected
+            expected = self._masked(kept) if expected is None else expected
             self._check(small, expected)
-        if len(errors) == 2:
+        if len(errors) == len(LAYOUTS):
             raise errors[-1]
 
     def _masked(self, kept: Kept) -> torch.Tensor:
         masked = copy.deepcopy(self.model)
         mask_units(masked, self.structure, kept)
         for group in self.structure.groups:
-            share = len(kept.get((group.layer, group.kind), range(group.size))) / group.size
+            share = len(kept.get(group.key, range(group.size))) / group.size
             for norm in group.norms:
                 _over_kept(masked.get_submodule(norm), share)
         return logits(masked, self.tokens)
@@ -281,7 +265,10 @@ class Trial:
         layers = self._of_each_kind()
         for layer in layers:
             try:
-                small = self._without({kind: [layer.index]})
+                try:
+                    small = self._cut({}, {}, "uniform", {kind: [layer.index]})
+                except CheckpointError:
+                    small = self._cut({}, {}, "per_layer", {kind: [layer.index]})
             except CheckpointError as error:
                 errors.append(error)
                 continue
@@ -290,12 +277,6 @@ class Trial:
             self._check(small, expected)
         if len(errors) == len(layers):
             raise errors[0]
-
-    def _without(self, dropped: Dropped) -> PreTrainedModel:
-        try:
-            return self._cut({}, {}, "uniform", dropped)
-        except CheckpointError:
-            return self._cut({}, {}, "per_layer", dropped)
 
     def _of_each_kind(self) -> list[LayerStructure]:
         modules = [module for _, module in decoder_layers(self.model, self.structure.family)]
@@ -363,11 +344,6 @@ def mask_channels(model: nn.Module, dims: dict[str, int], kept: torch.Tensor) ->
 
     Weights of norms stay. A LayerNorm takes mean and variance over the kept channels: over the zeros as well, both
     would be others, for which no LayerNorm over fewer channels could make up.
-
-    Args:
-        model: The model.
-        dims: The dimension that holds the channels, by parameter.
-        kept: Numbers of the channels that stay.
     """
     norms = stream_norms(model, set(dims))
     for name, dim in dims.items():

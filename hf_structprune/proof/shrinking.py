@@ -40,10 +40,6 @@ def shrunk_values(model: PreTrainedModel, structure: ModelStructure) -> tuple[di
     matter. Everything else stays: activation, biases, norms, patterns, scalings, rotation of positions. One or two
     layers of every distinct kind are left, all of them where the configuration cannot name just those.
 
-    Args:
-        model: The model; the meta device will do.
-        structure: Its structure.
-
     Returns:
         The values, and the numbers of the layers in the model that are left.
     """
