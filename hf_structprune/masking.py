@@ -43,13 +43,12 @@ def masked(text: str) -> str:
 def is_masked(error: BaseException) -> bool:
     """Whether an error and all that it came from can be shown as they are."""
     seen: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in seen:
-        seen.append(current)
-        said = f"{current!r} {current}"
+    while error is not None and error not in seen:
+        seen.append(error)
+        said = f"{error!r} {error}"
         if masked(said) != said:
             return False
-        current = current.__cause__ or current.__context__
+        error = error.__cause__ or error.__context__
     return True
 
 
@@ -65,9 +64,8 @@ class MaskedStream:
         return len(text)
 
     def writelines(self, lines: Any) -> None:
-        """Writes several texts."""
-        for line in lines:
-            self.write(line)
+        """Writes several texts without their secrets."""
+        self._stream.writelines(map(masked, lines))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

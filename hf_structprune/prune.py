@@ -161,22 +161,18 @@ def check_plan(model: PreTrainedModel, structure: ModelStructure, plan: PruningP
 def _check_model(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> None:
     """Compares what the plan records of the model it was made for."""
     this = PruningPlan.from_counts(structure, {}, model_type=model.config.model_type, layout=plan.layout)
-    names = ["model_type", "num_layers", "parameters_before", "matrix_parameters_before", "neurons_before"]
-    if not plan.num_layers:
-        names.remove("num_layers")
-    differs = [name for name in names if getattr(plan, name) != getattr(this, name)]
-    if differs:
-        # Finer counts have to be said only where everything else is the same.
-        said = {*names[:-2], *differs[:1]}
-        raise ConfigurationError(f"The plan is for {_in_words(plan, said)}; this is {_in_words(this, said)}.")
+    names = ["model_type", "parameters_before", "matrix_parameters_before", "neurons_before"]
+    names += ["num_layers"] if plan.num_layers else []
+    if any(getattr(plan, name) != getattr(this, name) for name in names):
+        raise ConfigurationError(f"The plan is for {_in_words(plan)}; this is {_in_words(this)}.")
 
 
-def _in_words(plan: PruningPlan, said: set[str]) -> str:
-    words = "a " + (f"{plan.num_layers}-layer " if "num_layers" in said else "")
-    words += f"{plan.model_type} of {plan.parameters_before:,} parameters"
-    if "matrix_parameters_before" in said:
-        words += f", {plan.matrix_parameters_before:,} of them in matrices that multiply each token"
-    return words + (f" with {plan.neurons_before:,} MLP neurons" if "neurons_before" in said else "")
+def _in_words(plan: PruningPlan) -> str:
+    layers = f"{plan.num_layers}-layer " if plan.num_layers else ""
+    return (
+        f"a {layers}{plan.model_type} of {plan.parameters_before:,} parameters, {plan.matrix_parameters_before:,} of "
+        f"them in matrices that multiply each token, with {plan.neurons_before:,} MLP neurons"
+    )
 
 
 def _check_decisions(structure: ModelStructure, plan: PruningPlan) -> None:

@@ -201,21 +201,17 @@ class StructuredPruner:
     ) -> CommitInfo:
         """Pushes the pruned model as it is now to the Hub, with everything that belongs to it, in one commit.
 
-        It is saved to a temporary folder and pushed from there. If the same weights were saved before, what has come
-        to stand in that folder since (results, pictures, recipe, text in the card) goes along; if the weights have
-        changed since, it would no longer be true of them and stays behind, with a warning.
+        If the same weights were saved before, what has come to stand in that folder since (results, pictures, recipe,
+        text in the card) goes along; if the weights have changed since, it would no longer be true of them and stays
+        behind, with a warning.
 
         `pruner.model.push_to_hub(...)`, Transformers' own, works as well and carries less: weights, configuration,
         generation configuration, the modelling file of per-layer widths, tags, and in `config.json` under
         `hf_structprune` what was pruned and how. It writes a card of its own.
 
         Args:
-            repo_id: See `hub.push_folder`, also for the other arguments and for what is raised.
-            private: Make a new repository private.
-            token: Token with the right to write.
-            commit_message: First line of the commit.
-            revision: Branch to commit to.
-            create_pr: Open a pull request instead.
+            repo_id: See `hub.push_folder`, also for what is raised.
+            private, token, commit_message, revision, create_pr: As there.
             save_kwargs: Given to the model's `save_pretrained`, for example `max_shard_size`.
         """
         with tempfile.TemporaryDirectory() as temporary:

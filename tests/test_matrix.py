@@ -44,7 +44,9 @@ def cases():
 
 
 def make_pruner(model, **options):
-    return StructuredPruner(model, PruningConfig(**{"round_to": 1, "calibration": families.calibration(8), **options}))
+    return StructuredPruner(
+        model, PruningConfig(**{"round_to": 1, "calibration": families.calibration(8, batch_size=8), **options})
+    )
 
 
 def zeroed(dense, plan):

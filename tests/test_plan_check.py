@@ -25,9 +25,9 @@ def dropping(name="llama", **changes):
 OTHERS = {
     "fewer layers": ("llama", {"num_hidden_layers": 2}, r"a 3-layer llama of 27,\d+ .* this is a 2-layer llama of"),
     "more layers": ("llama", {"num_hidden_layers": 5}, "a 3-layer llama of .* this is a 5-layer llama of"),
-    "width": ("llama", {"intermediate_size": 40}, r"llama of 27,\d+ parameters; this is a 3-layer llama of 25,"),
+    "width": ("llama", {"intermediate_size": 40}, r"llama of 27,\d+ parameters, .*; this is a 3-layer llama of 25,"),
     "type": ("mistral", {}, "a 3-layer llama of .* this is a 3-layer mistral of"),
-    "tied": ("llama", {"tie_word_embeddings": True}, r"of 27,\d+ parameters; .* of 25,\d+ parameters"),
+    "tied": ("llama", {"tie_word_embeddings": True}, r"of 27,\d+ parameters, .*; .* of 25,\d+ parameters"),
 }
 
 

@@ -71,10 +71,9 @@ def choose_depth(
     large for the rest of the budget is passed over for what is smaller.
 
     Args:
-        model: A causal language model in eval mode.
-        structure: Its layers and sublayers.
+        model, structure: In eval mode, and its layers and sublayers.
         config: `depth_criterion`, the layers that may be cut, and the calibration settings.
-        kinds: Some of `"layers"`, `"attention"` and `"mlp"`.
+        kinds: Kinds of depth.
         count: Number of removals.
         parameters: Instead of `count`: remove so many parameters, as nearly as another unit more or less can bring it.
         tokens: Loads the calibration tokens; called only where they are needed.

@@ -18,7 +18,7 @@ TOKENS = families.make_tokens(5, 12)
 LAYERS = 7
 
 
-@pytest.fixture(scope="module", params=range(4))
+@pytest.fixture(scope="module", params=range(2))
 def model(request):
     return families.make_model("llama", torch.float64, seed=request.param, num_hidden_layers=LAYERS)
 

@@ -48,7 +48,7 @@ def pruned(name, options, ratio, steps):
     return pruner
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(30))
 def test_several_steps_end_as_near_as_one(seed):
     name, options, ratio = draw(seed)
     pruner = make_pruner(name, options, 2 + seed % 3)
