@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..errors import ConfigurationError, ExportError
 from ..files.writing import check_folder
@@ -47,7 +48,7 @@ def load_source(
     tokenizer: Any = None,
     *,
     with_tokenizer: bool = True,
-    check: Callable[[PreTrainedConfig], None] | None = None,
+    check: Callable[[PreTrainedConfig], Any] = lambda config: None,
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, Any]:
     """The model to export in eval mode, loaded whole and not quantised, and its tokenizer or `None`.
@@ -72,14 +73,18 @@ def load_source(
             f"{'The model' if loaded else model} is quantised ({getattr(method, 'value', method)}); export the "
             "checkpoint that was quantised, and let the other format do the quantising."
         )
+    check(config)
     if not loaded:
-        if check is not None:
-            check(config)
         tokenizer = load_tokenizer(model, **kwargs) if tokenizer is None else as_tokenizer(tokenizer)
         model = load_model(model, **kwargs)
     if tokenizer is None and with_tokenizer:
         raise ExportError("The model has no tokenizer, which this format stores with it; save one beside it.")
     return model.eval(), tokenizer
+
+
+def class_name(config: PreTrainedConfig) -> str:
+    """The class of Transformers that such a configuration is of, or the model type where there is none."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)
 
 
 State = dict[str, torch.Tensor]

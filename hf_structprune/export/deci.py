@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import save_torch_state_dict
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ExportError
 from ..files.writing import write_folder
 from ..units.neurons import NEURONS
 from . import configuration_decilm
-from .common import Block, Exported, State, llama_layers, load_source, output_folder, pad_layer
+from .common import Block, Exported, State, class_name, llama_layers, load_source, output_folder, pad_layer
 from .configuration_decilm import DeciLMConfig
 
 
@@ -71,8 +71,8 @@ def export_deci(
         ExportError: The model is of another kind, or a layer does not fit; says what to do.
     """
     output = output_folder(model, output)
-    model, tokenizer = load_source(model, tokenizer, with_tokenizer=False, trust_remote_code=trust_remote_code)
-    _check_kind(model)
+    options = {"with_tokenizer": False, "check": _check_kind, "trust_remote_code": trust_remote_code}
+    model, tokenizer = load_source(model, tokenizer, **options)
     state, dense, head_dim = llama_layers(model)
     before, blocks = _parameters(state), fit(dense, pad)
     for layer, (old, new) in enumerate(zip(dense, blocks, strict=True)):
@@ -97,16 +97,15 @@ def export_deci(
     return Exported(output, sum(path.stat().st_size for path in output.iterdir() if path.is_file()), details, notes)
 
 
-def _check_kind(model: PreTrainedModel) -> None:
+def _check_kind(config: PreTrainedConfig) -> None:
     """Refuses a model that does not compute what a Llama computes."""
-    names = [base.__name__ for base in type(model).__mro__]
-    if not set(FAMILIES) & set(names):
+    name, window = class_name(config), getattr(config, "sliding_window", None)
+    if name not in FAMILIES:
         raise ExportError(
-            f"{names[0]} cannot be written as DeciLM, which computes what a Llama computes; what can be: "
+            f"{name} cannot be written as DeciLM, which computes what a Llama computes; what can be: "
             f"{', '.join(FAMILIES)}. A uniform checkpoint needs no export: vLLM reads it as it is."
         )
-    window = getattr(model.config, "sliding_window", None)
-    if window is not None and getattr(model.config, "use_sliding_window", True):
+    if window is not None and getattr(config, "use_sliding_window", True):
         raise ExportError(f"The model has a sliding window ({window}), which the DeciLM format does not have.")
 
 

@@ -19,15 +19,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.logging import is_progress_bar_enabled
 
 from ..errors import ConfigurationError, ExportError, StructPruneError
 from ..files.places import check_place
 from ..files.writing import appearing
 from ..installed import need
-from ..model.modeling_structprune import PREFIX
-from .common import Block, Exported, State, llama_layers, load_source, pad_layer
+from .common import Block, Exported, State, class_name, llama_layers, load_source, pad_layer
 
 
 if TYPE_CHECKING:
@@ -86,8 +84,8 @@ def export_gguf(
     output = Path(output)
     loaded = isinstance(model, PreTrainedModel)
     name = Path(model.config._name_or_path or "model" if loaded else model).absolute().name
-    model, tokenizer = load_source(model, tokenizer, check=check, trust_remote_code=trust_remote_code)
-    architecture, state, blocks, head_dim = as_llama_cpp_reads(model)
+    model, tokenizer = load_source(model, tokenizer, check=_architecture_of, trust_remote_code=trust_remote_code)
+    architecture, state, blocks, head_dim = _as_llama_cpp_reads(model)
     written = quant if quant in WRITTEN else _LOSSLESS.get(model.dtype, "f32")
     writer = GGUFWriter(None, architecture)
     writer.add_name(name)
@@ -175,12 +173,13 @@ _GRANITE = {
 _DUMMY_WIDTH = 32
 
 
-def check(config: PreTrainedConfig, name: str | None = None) -> None:
-    """Refuses models that cannot be written, and what llama.cpp would read without an error and compute differently.
+def _architecture_of(config: PreTrainedConfig) -> str:
+    """The architecture of such a model whose layers are alike.
 
-    `name` is that of its class in Transformers, by default the one that is made for such a configuration.
+    Raises:
+        ExportError: There is none, or llama.cpp would read the model without an error and compute something else.
     """
-    name = name or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)
+    name = class_name(config)
     if name not in _FAMILIES:
         raise ExportError(
             f"{name} cannot be written as GGUF here; what can be: {', '.join(_FAMILIES)}. For others take "
@@ -196,9 +195,10 @@ def check(config: PreTrainedConfig, name: str | None = None) -> None:
                 f"them here are {[i for i, rope in enumerate(config.no_rope_layers) if not rope]}: drop no layers, or "
                 "four neighbouring ones at a time."
             )
+    return _FAMILIES[name]
 
 
-def as_llama_cpp_reads(model: PreTrainedModel) -> tuple[str, State, list[Block], int]:
+def _as_llama_cpp_reads(model: PreTrainedModel) -> tuple[str, State, list[Block], int]:
     """The architecture, the tensors by their names in Transformers, the sizes of each layer and those of a head.
 
     Layers that are not alike need the architecture `deci`, the only one of llama.cpp with sizes for every layer. It
@@ -209,14 +209,12 @@ def as_llama_cpp_reads(model: PreTrainedModel) -> tuple[str, State, list[Block],
     Raises:
         ExportError: llama.cpp has no architecture for it; says what to do.
     """
-    name = type(model).__name__.removeprefix(PREFIX)
-    check(model.config, name)
-    architecture, (state, blocks, head_dim) = _FAMILIES[name], llama_layers(model)
+    architecture, (state, blocks, head_dim) = _architecture_of(model.config), llama_layers(model)
     if len(set(blocks)) > 1 or not (blocks[0].heads and blocks[0].width):
         if architecture not in ("llama", "qwen2"):  # which compute what deci computes, biases included
             raise ExportError(
-                f"The layers of this {name} are not alike, and llama.cpp reads such layers of Llama, Mistral and "
-                "Qwen2 models only. Prune with layout='uniform'."
+                f"The layers of this {class_name(model.config)} are not alike, and llama.cpp reads such layers of "
+                "Llama, Mistral and Qwen2 models only. Prune with layout='uniform'."
             )
         whole = [replace(block, width=block.width or _DUMMY_WIDTH) for block in blocks]
         if not whole[0].heads:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import logging as python_logging
 import os
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTr
 from transformers.utils import logging
 
 from ..errors import ConfigurationError, ExportError
-from ..files.writing import write_folder
+from ..files.writing import write_folder, write_text
 from ..hardware import DTYPES
 from ..installed import need
 from ..model.target import overrides_of
@@ -50,15 +49,14 @@ def export_onnx(
     all at once, after ONNX Runtime has given the logits of the model on padded batches, with and without a past.
 
     Args:
-        model: A folder, an id of the Hub, or a model. Uniform or per-layer.
+        model: A checkpoint (folder or id of the Hub), or a model. Uniform or per-layer.
         output: Folder to write.
         dtype: `fp32` or `fp16`, of weights and arithmetic.
         tokenizer: Tokenizer to put into the folder. Default: the model's own.
         trust_remote_code: Run modelling code that comes with the model.
 
     Returns:
-        The folder; `details["difference"]` is the largest difference of logits that was seen, in shares of the largest
-        logit.
+        The folder; `details["difference"]` is the largest difference of logits seen, in shares of the largest logit.
 
     Raises:
         ConfigurationError: `dtype` or `output` cannot be used.
@@ -91,7 +89,7 @@ def export_onnx(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if isinstance(config, dict):
-            (folder / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            write_text(folder / "genai_config.json", json.dumps(config, indent=2) + "\n")
         details["difference"] = _compare(folder, forward)
 
     write_folder(output, write, size=size)
@@ -106,22 +104,17 @@ def _trace(forward: ForwardWithCache) -> Any:
     except ImportError as error:
         raise ExportError(f"Transformers {transformers.__version__} has no exporters; 5.24 has.") from error
     inputs, shapes = forward.sample()
+    name = type(forward.model).__name__
     logger.info(f"Tracing {forward.config.num_hidden_layers} layers, which takes some seconds for each.")
-    log = python_logging.getLogger("torch.onnx")  # which warns of operators of packages that are not installed
-    level = log.level
     try:
-        log.setLevel(python_logging.ERROR)
         exported = OnnxExporter().export(forward, inputs, OnnxConfig(dynamic=True, dynamic_shapes=shapes))
     except Exception as error:  # of many kinds, from three libraries
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ExportError(
-            f"Transformers {transformers.__version__} cannot export a {type(forward.model).__name__} to ONNX: "
-            f"{reason[0]}"
+            f"Transformers {transformers.__version__} cannot export a {name} to ONNX: {reason}"
         ) from error
-    finally:
-        log.setLevel(level)
     component = exported.components["model"]
-    component.metadata.architecture = type(forward.model).__name__
+    component.metadata.architecture = name
     for graph in component.program.graphs():
         for node in graph:
             node.metadata_props.clear()  # source lines and paths of this machine
@@ -206,8 +199,8 @@ class ForwardWithCache(nn.Module):
         layers = [past_key_values.get(str(i), absent) for i in range(self.config.num_hidden_layers)]
         cache = DynamicCache([(layer["key"], layer["value"]) for layer in layers])
         logits = self.logits(input_ids, attention_mask, **{self._cache_name: cache}, use_cache=True)
-        present = {name: {"key": cache.layers[int(name)].keys, "value": cache.layers[int(name)].values}
-                   for name in past_key_values}  # fmt: skip
+        filled = {name: cache.layers[int(name)] for name in past_key_values}
+        present = {name: {"key": layer.keys, "value": layer.values} for name, layer in filled.items()}
         return {"logits": logits, "present": present}
 
     def past(self, batch: int, length: int = 0) -> Past:
@@ -267,21 +260,15 @@ def genai_config(
         missing = "token that ends a text" if end is None else "longest context"
         return f"ONNX Runtime GenAI has to know the {missing}, which the configuration does not say."
     heads, size = next(iter(shapes.values()))  # layers that differ, or have no cache, it finds in the graph
-    first = end[0] if isinstance(end, list) else end
-    past = {f"past_{kind}_names": f"past_key_values.%d.{kind}" for kind in ("key", "value")}
-    present = {f"present_{kind}_names": f"present.%d.{kind}" for kind in ("key", "value")}
-    decoder = {
-        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []}, "filename": _FILENAME,
-        "hidden_size": config.hidden_size, "num_hidden_layers": config.num_hidden_layers,
-        "num_key_value_heads": heads, "head_size": size,
-        "inputs": {"input_ids": "input_ids", "attention_mask": "attention_mask", **past},
-        "outputs": {"logits": "logits", **present},
+    pad = config.pad_token_id if config.pad_token_id is not None else end
+    return {
+        "model": {
+            "type": "decoder",  # any decoder; the names of inputs and outputs are those it expects
+            "eos_token_id": end, "pad_token_id": pad[0] if isinstance(pad, list) else pad,
+            "vocab_size": config.vocab_size, "context_length": context,
+            "decoder": {
+                "filename": _FILENAME, "hidden_size": config.hidden_size, "head_size": size,
+                "num_hidden_layers": config.num_hidden_layers, "num_key_value_heads": heads,
+            },
+        }
     }  # fmt: skip
-    model = {
-        "type": "decoder",  # any decoder; the names above say the rest
-        "bos_token_id": first if config.bos_token_id is None else config.bos_token_id, "eos_token_id": end,
-        "pad_token_id": first if config.pad_token_id is None else config.pad_token_id,
-        "vocab_size": config.vocab_size, "context_length": context, "decoder": decoder,
-    }  # fmt: skip
-    # The graph gives back a longer past and does not write into the one it was given.
-    return {"model": model, "search": {"do_sample": False, "max_length": context, "past_present_share_buffer": False}}

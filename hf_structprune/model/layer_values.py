@@ -169,7 +169,7 @@ def write_skips(
     the model's values alone, as stock classes do, is then refused by the configuration and does not build whole layers
     with random weights where some are skipped. `modules` are those of each sublayer, see `skip_modules`.
     """
-    for key in {width_key, _EXPERT_WIDTH} & values.keys():
+    for key in [key for key in (width_key, _EXPERT_WIDTH) if key in values]:
         for width, skip in zip(widths, skips, strict=True):
             width.setdefault(key, values[key])
             if KINDS[NEURONS].sublayer in skip:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NoReturn
@@ -54,23 +54,20 @@ def marked_if_changed(*models: nn.Module | None) -> Iterator[None]:
     """
     before = [(weakref.ref(model), _versions(model)) for model in models if model is not None]
     del models
+    reason = (
+        "This model has been pruned, which has taken its layers apart: use the model that `prune` has returned, or "
+        "load the dense one again."
+    )
     try:
         yield
     except BaseException as error:
-        _mark_changed(before, interrupted(error))
+        reason = interrupted(error)
         raise
-    _mark_changed(
-        before,
-        "This model has been pruned, which has taken its layers apart: use the model that `prune` has returned, or "
-        "load the dense one again.",
-    )
-
-
-def _mark_changed(before: list[tuple[weakref.ref, dict[str, tuple]]], reason: str) -> None:
-    for reference, versions in before:
-        model = reference()
-        if model is not None and _versions(model) != versions:
-            mark(model, reason)
+    finally:
+        for reference, versions in before:
+            model = reference()
+            if model is not None and _versions(model) != versions:
+                mark(model, reason)
 
 
 def _versions(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -120,15 +117,13 @@ def has_weights(model: PreTrainedModel) -> bool:
     return all(parameter.device.type != "meta" for parameter in model.parameters())
 
 
-def dense_copy(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def dense_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A clean model with the weights of one that came out of a GGUF file, which Transformers would not save."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    dtype = dtype or next(model.parameters()).dtype
-    config.dtype = dtype
-    result = rebuild(model, Target(type(model), config))
-    return result.to(dtype)
+    config.dtype = next(model.parameters()).dtype
+    return rebuild(model, Target(type(model), config)).to(config.dtype)
 
 
 Ties = frozenset[frozenset[str]]
@@ -157,11 +152,19 @@ def as_shared(model: PreTrainedModel, built: PreTrainedModel) -> PreTrainedModel
             "memory (offloaded). Load the model on the CPU."
         )
     for tied in (True, False):
-        config = with_ties(copy.deepcopy(model.config), tied)
-        target = Target(type(model), config)
+        target = Target(type(model), with_ties(copy.deepcopy(model.config), tied))
         if _same_objects(target.skeleton()) == ties:
             return rebuild(model, target)
-    raise UnsupportedModelError(_unknown(ties, described))
+    group = min(sorted(group) for group in ties - described or described - ties)
+    names = " and ".join(f"`{name}`" for name in group[:3])
+    if ties - described:
+        raise UnsupportedModelError(
+            f"{names} share their memory, which no configuration of this model describes. Give each its own "
+            "(`module.weight = torch.nn.Parameter(module.weight.detach().clone())`)."
+        )
+    raise UnsupportedModelError(
+        f"{names} are one tensor by the configuration of this model, but they do not share their memory."
+    )
 
 
 def with_ties(config: PreTrainedConfig, tied: bool) -> PreTrainedConfig:
@@ -184,9 +187,7 @@ def shared(model: nn.Module) -> Ties:
     Raises:
         UnsupportedModelError: Two overlap without being the same.
     """
-    places: dict[tuple, set[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        places.setdefault(_place(parameter), set()).add(name)
+    places = _grouped(model, _place)
     ranges = sorted((str(place[0]), *place[1:3], min(names)) for place, names in places.items() if len(place) > 1)
     for (device, _, end, name), (other_device, begin, _, other) in pairwise(ranges):
         if device == other_device and begin < end:
@@ -208,22 +209,15 @@ def _place(parameter: nn.Parameter) -> tuple:
 
 def _same_objects(model: nn.Module) -> Ties:
     """Names of the parameters that are one and the same."""
-    places: dict[int, set[str]] = {}
+    return _several(_grouped(model, id).values())
+
+
+def _grouped(model: nn.Module, key: Callable[[nn.Parameter], Any]) -> dict[Any, set[str]]:
+    groups: dict[Any, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        places.setdefault(id(parameter), set()).add(name)
-    return _several(places.values())
+        groups.setdefault(key(parameter), set()).add(name)
+    return groups
 
 
 def _several(groups: Iterable[set[str]]) -> Ties:
     return frozenset(frozenset(group) for group in groups if len(group) > 1)
-
-
-def _unknown(there: Ties, built: Ties) -> str:
-    group = next(iter(sorted(map(sorted, there - built or built - there))))
-    names = " and ".join(f"`{name}`" for name in group[:3])
-    if there - built:
-        return (
-            f"{names} share their memory, which no configuration of this model describes. Give each its own "
-            "(`module.weight = torch.nn.Parameter(module.weight.detach().clone())`)."
-        )
-    return f"{names} are one tensor by the configuration of this model, but they do not share their memory."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -11,16 +10,8 @@ from ..errors import ConfigurationError
 from ..text.calibration import CalibrationConfig
 
 
-METHODS = ("bitsandbytes", "torchao", "gptq", "awq", "auto-round")
 # Bits that a method can store a weight in.
-BITS = {
-    "bitsandbytes": (4, 8),
-    "torchao": (4, 8),
-    "gptq": (2, 3, 4, 8),
-    "awq": (4,),
-    "auto-round": (2, 3, 4, 8),
-}
-FOUR_BIT_TYPES = ("nf4", "fp4")
+BITS = {"bitsandbytes": (4, 8), "torchao": (4, 8), "gptq": (2, 3, 4, 8), "awq": (4,), "auto-round": (2, 3, 4, 8)}
 
 
 @dataclass
@@ -46,10 +37,10 @@ class QuantizationConfig:
         ConfigurationError: A value is impossible.
     """
 
-    method: Annotated[str, OneOf(METHODS)] = "bitsandbytes"
+    method: Annotated[str, OneOf(tuple(BITS))] = "bitsandbytes"
     bits: int = 4
     group_size: Annotated[int, Limits(-1)] = 128
-    four_bit_type: Annotated[str, OneOf(FOUR_BIT_TYPES)] = "nf4"
+    four_bit_type: Annotated[str, OneOf(("nf4", "fp4"))] = "nf4"
     double_quant: bool = True
     sym: bool = True
     desc_act: bool = False
@@ -68,8 +59,7 @@ class QuantizationConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Values that fit in JSON."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {**values, "calibration": self.calibration.to_dict()}
+        return {**vars(self), "calibration": self.calibration.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QuantizationConfig:

@@ -47,12 +47,9 @@ Save = Callable[[Path], None]
 
 @dataclass(frozen=True)
 class Source:
-    """A model that is not quantised yet: its shapes, read from its configuration alone, before any weight is.
+    """A model (folder or Hub id) that is not quantised yet, and its shapes, read from its configuration alone.
 
-    Attributes:
-        name: Folder or Hub id.
-        shapes: The model on the meta device, in the dtype of its checkpoint.
-        trust_remote_code: Whether code that comes with it may run.
+    `shapes` is the model on the meta device, in the dtype of its checkpoint.
     """
 
     name: str
@@ -89,10 +86,15 @@ class Source:
             if isinstance(module, nn.Linear) and module is not head
         }
 
+    @property
+    def weights(self) -> int:
+        """Weights that are quantised."""
+        return sum(rows * columns for rows, columns in self.linears.values())
+
     def load(self, **options: Any) -> PreTrainedModel:
         """The model with its weights."""
-        dtype = self.shapes.dtype
-        return load_model(self.name, dtype=dtype, trust_remote_code=self.trust_remote_code, **options)
+        options |= {"dtype": self.shapes.dtype, "trust_remote_code": self.trust_remote_code}
+        return load_model(self.name, **options)
 
 
 class Backend(ABC):
@@ -102,15 +104,14 @@ class Backend(ABC):
         packages: What has to be installed, by the names that are imported.
         libraries: Distributions whose versions are reported.
         extra: The extra of this package that installs them.
-        on_device: Whether the whole model is put on the device; else on the CPU, and the device gets parts of it.
-        block: Weights that share a scale, where the method has chosen itself.
+        while_loading: Whether weights are rounded on the device as soon as they are read; else the whole model is
+            loaded on the CPU, and the device gets parts of it.
     """
 
     packages: tuple[str, ...] = ()
     libraries: tuple[str, ...] = ()
     extra: str = ""
-    on_device: bool = False
-    block: int | None = None
+    while_loading: bool = False
 
     def __init__(self, source: Source, config: QuantizationConfig):
         self.source, self.config = source, config
@@ -156,18 +157,18 @@ class Backend(ABC):
                     + " `PruningConfig(align_to=...)` prunes to widths that group sizes divide."
                 )
 
-    def estimate(self) -> int:
+    def estimate(self, group: int | None = None) -> int:
         """About how many bytes will be written: of a group, its weights, a scale and a zero point of 4 bytes."""
-        shapes = self.source.linears.values()
-        weights, rows = sum(rows * columns for rows, columns in shapes), sum(rows for rows, _ in shapes)
-        block = self.block or self.group_size or -1
-        groups = weights / block if block > 0 else rows
+        weights, group = self.source.weights, group or self.group_size or -1
+        groups = weights / group if group > 0 else sum(rows for rows, _ in self.source.linears.values())
         rest = self.source.bytes - weights * self.source.shapes.dtype.itemsize
         return int(rest + weights * self.config.bits / 8 + groups * 4)
 
     def memory(self) -> int:
-        """About how many bytes the weights take at most, where the model is."""
-        return self.source.bytes
+        """About how many bytes the weights take at most: 176 MB for 432 MB of SmolLM2, nf4 or int8 of bitsandbytes."""
+        if not self.while_loading:
+            return self.source.bytes
+        return self.estimate() + max(p.numel() * p.element_size() for p in self.source.shapes.parameters())
 
     def notes(self) -> list[str]:
         """What a user of the result has to know."""
@@ -203,16 +204,11 @@ class BitsAndBytes(Backend):
 
     packages = libraries = ("bitsandbytes",)
     extra = "bitsandbytes"
-    on_device = True
+    while_loading = True
     group_size = None
 
-    @property
-    def block(self) -> int | None:
-        return 64 if self.config.bits == 4 else None
-
-    def memory(self) -> int:
-        """Each weight is rounded as soon as it is read: 176 MB at most for 432 MB of SmolLM2, nf4 or int8."""
-        return self.estimate() + max(p.numel() * p.element_size() for p in self.source.shapes.parameters())
+    def estimate(self, group: int | None = None) -> int:
+        return super().estimate(64 if self.config.bits == 4 else None)
 
     def notes(self) -> list[str]:
         widths = []
@@ -249,7 +245,7 @@ class TorchAo(Backend):
 
     packages = libraries = ("torchao",)
     extra = "torchao"
-    on_device = True
+    while_loading = True
 
     @property
     def group_size(self) -> int | None:
@@ -500,7 +496,7 @@ def quantize(
 def check_memory(backend: Backend) -> None:
     """Refuses a model that does not fit in memory while it is quantised."""
     device = torch.device(backend.device)
-    where, free = f"of {device}", free_memory(device) if backend.on_device else None
+    where, free = f"of {device}", free_memory(device) if backend.while_loading else None
     if free is None:
         where, free = "of this machine", psutil.virtual_memory().available
     needed = backend.memory()

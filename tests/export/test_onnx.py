@@ -118,13 +118,13 @@ def exported(tmp_path_factory):
     return model, folder, export_onnx(model, folder, tokenizer=build_tokenizer())
 
 
-def check_logits(model, folder, atol):
-    """Sizes other than the traced ones (2, 3 and 5): batch, prompt, and a past from 0 on."""
+def check_logits(model, folder, tolerance):
+    """In shares of the largest; sizes other than the traced ones (2, 3 and 5): batch, prompt, a past from 0 on."""
     graph = Graph(folder)
     for batch, length, padding, prompt in ((1, 6, 0, 1), (3, 12, 4, 9), (4, 30, 1, 30)):
         tokens, mask = padded(batch, length, padding)
-        found = graph.run(tokens, mask, prompt)[mask.bool()].float()
-        torch.testing.assert_close(found, from_transformers(model, tokens, mask), atol=atol, rtol=atol)
+        found, wanted = graph.run(tokens, mask, prompt)[mask.bool()].float(), from_transformers(model, tokens, mask)
+        assert (found - wanted).abs().max() < tolerance * wanted.abs().max()
 
 
 @pytest.mark.slow
@@ -135,7 +135,7 @@ def test_onnx_runtime_gives_the_logits_of_transformers(exported):
     assert report.size == sum((folder / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
     assert 0 < report.details["difference"] < 1e-5
     assert b"/hf_structprune/" not in (folder / "model.onnx").read_bytes()  # no paths of the machine that wrote it
-    check_logits(model, folder, atol=3e-5)
+    check_logits(model, folder, tolerance=1e-5)
 
 
 @pytest.mark.slow
@@ -167,7 +167,7 @@ def test_half_precision_of_a_model_without_some_layers(tmp_path):
     # Tied embeddings are in the file twice.
     assert 1.9 * weights < (tmp_path / "out" / "model.onnx.data").stat().st_size < 3 * weights
     assert not (tmp_path / "out" / "genai_config.json").exists() and "token that ends" in report.notes[0]
-    check_logits(model, tmp_path / "out", atol=1e-2)
+    check_logits(model, tmp_path / "out", tolerance=1e-2)
 
 
 QUANTISED = {"quant_method": "bitsandbytes", "load_in_4bit": True}
