@@ -1,8 +1,6 @@
 """`quantize` on tiny models: what is written, what goes along, what is refused before any work."""
 
 import json
-import subprocess
-import sys
 from collections import namedtuple
 
 import psutil
@@ -12,7 +10,7 @@ from families import make_model
 from forced_hardware import FOUR_BIT_CPUS, force_four_bit_cpu
 from safetensors.torch import load_file
 from tiny_tokenizers import build_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_structprune import CalibrationConfig, PruningConfig, QuantizationConfig, StructuredPruner, installed, quantize
 from hf_structprune.commands.cli import main
@@ -109,20 +107,15 @@ def test_reloads(method, bits, near, cpu, pruned, tmp_path, monkeypatch):
     assert ("per_layer_config" in config) == per_layer == (result.folder / "modeling_structprune.py").is_file()
 
 
-def test_transformers_alone_loads_a_uniform_checkpoint(pruned, tmp_path):
-    """In a process of its own, without this package."""
+def test_a_uniform_checkpoint_is_one_of_transformers_alone(pruned, tmp_path):
+    """No code and no configuration of ours, nor a class that only this package gives the auto class."""
     pytest.importorskip("bitsandbytes")
-    result = quantize(pruned, tmp_path / "out", QuantizationConfig("bitsandbytes", bits=8))
-    lines = (
-        "import sys, torch; sys.modules['hf_structprune'] = None",
-        "from transformers import AutoModelForCausalLM",
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()",
-        "with torch.no_grad(): torch.save(model(torch.arange(3, 35)[None]).logits, sys.argv[2])",
-    )
-    command = [sys.executable, "-c", "\n".join(lines), result.folder, tmp_path / "logits.pt"]
-    subprocess.run(command, check=True, capture_output=True)
-    alone, ours = torch.load(tmp_path / "logits.pt"), logits(load(result.folder))
-    assert (alone - ours).norm() < 1e-4 * ours.norm()
+    folder = quantize(pruned, tmp_path / "out", QuantizationConfig("bitsandbytes", bits=8)).folder
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert type(model) is LlamaForCausalLM and not model.config.is_heterogeneous
+    assert not {"auto_map", "per_layer_config"} & json.loads((folder / "config.json").read_text()).keys()
+    ours = logits(load(folder))
+    assert (logits(model) - ours).norm() < 1e-4 * ours.norm()
 
 
 @pytest.mark.parametrize(("method", "bits"), [("bitsandbytes", 4), ("bitsandbytes", 8), ("torchao", 8)])
