@@ -141,9 +141,8 @@ class Comparison:
     Attributes:
         test: `"mcnemar"`, `"paired"`, `"bootstrap"`, `"too few"` or `"unpaired"`.
         differs: Whether chance is ruled out at the 5 % level; `None` where there is too little to tell.
-        low, high: The 95 % interval of the difference, in the figure's unit, the baseline's value taken as it is;
-            `None` where the test has none.
-        p_value: Of the test; `None` where it goes by an interval.
+        low, high: The 95 % interval of the difference, in the figure's unit, the baseline's value taken as it is.
+        p_value: Of a test that does not go by an interval.
         why: Why it was not paired.
     """
 

@@ -135,17 +135,16 @@ def _size_figures(model: PreTrainedModel, config: EfficiencyConfig, ids: torch.L
         protocol = f"{run}: all matrix products, attention over the full square (torch's FlopCounterMode / 2)"
         macs = count_macs_with_attention(model, ids)
         figures.append(_smaller("macs_with_attention", macs, "MAC", protocol, **counted))
-    growth = cache_growth(model)
-    if not growth:
+    if growth := cache_growth(model):
+        layers, windows = map(list, zip(*growth, strict=True))
+        figures.append(_smaller(
+            "kv_cache_bytes_per_token", sum(layers), "B", "growth of the model's own cache from one token to two, "
+            "one sequence", without_windows=sum(size for size, window in growth if window is None),
+            layers=layers, sliding_windows=windows,
+        ))  # fmt: skip
+    else:
         logger.warning("efficiency/kv_cache_bytes_per_token is left out: the model has no cache of keys and values.")
-        return figures
-    layers, windows = map(list, zip(*growth, strict=True))
-    figure = _smaller(
-        "kv_cache_bytes_per_token", sum(layers), "B", "growth of the model's own cache from one token to two, "
-        "one sequence", without_windows=sum(size for size, window in growth if window is None),
-        layers=layers, sliding_windows=windows,
-    )  # fmt: skip
-    return [*figures, figure]
+    return figures
 
 
 def _speed_figures(model: PreTrainedModel, config: EfficiencyConfig, ids: torch.LongTensor) -> list[Figure]:
@@ -409,8 +408,7 @@ def time_loading(
 
     Args:
         model: Folder, or id of a model that is in the cache.
-        dtype: Dtype to load in; `"auto"` is the checkpoint's.
-        device: Device to move it to.
+        dtype, device: What it is loaded in and moved to; `"auto"` is the checkpoint's.
         repeats: Loads that count; the figure is their median.
         kwargs: Further options of `from_pretrained` that JSON can hold, for example `gguf_file`.
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,9 +29,7 @@ from .tasks import check_tasks, run_tasks
 
 
 # Keys of `EvaluationResult.settings` besides the fields of the configuration.
-COMPLETED = "completed"
-MODEL = "model_fingerprint"
-TEXTS = "text_fingerprints"
+COMPLETED, MODEL, TEXTS = "completed", "model_fingerprint", "text_fingerprints"
 
 
 @dataclass
@@ -96,12 +95,11 @@ class EvaluationConfig:
             StructPruneError: A text cannot be read, two have the same name, or a task or its data is missing.
         """
         texts = [load_text(spec) for spec in self.texts]
-        names = [text.name for text in texts]
-        for name in names:
-            if names.count(name) > 1:
-                raise ConfigurationError(
-                    f"`texts` are {', '.join(self.texts)}, of which two are called {name!r}: rename a file."
-                )
+        (name, count), *_ = Counter(text.name for text in texts).most_common(1) or [("", 1)]
+        if count > 1:
+            raise ConfigurationError(
+                f"`texts` are {', '.join(self.texts)}, of which two are called {name!r}: rename a file."
+            )
         return texts, check_tasks(self.tasks, self.include_path) if self.tasks else []
 
 
@@ -199,12 +197,14 @@ def _continue(
     earlier: EvaluationResult, fresh: EvaluationResult, steps: set[str], output: str | os.PathLike
 ) -> EvaluationResult:
     """What an earlier run has left, if it was one of the same settings on the same model."""
-    mine, theirs = ({**r.settings, COMPLETED: None} for r in (fresh, earlier))
-    differing = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
-    if steps - set(earlier.settings.get(COMPLETED, [])):  # what is added must come from the same place
+    pairs = {
+        key: (fresh.settings.get(key), earlier.settings.get(key)) for key in {**fresh.settings, **earlier.settings}
+    }
+    done = pairs.pop(COMPLETED)[1] or []
+    if steps - set(done):  # what is added must come from the same place
         for key in ("versions", "hardware"):
-            if _without_memory(earlier.environment.get(key)) != _without_memory(fresh.environment[key]):
-                differing.append(key)
+            pairs[key] = _without_memory(fresh.environment[key]), _without_memory(earlier.environment.get(key))
+    differing = [key for key, (mine, theirs) in pairs.items() if mine != theirs]
     if differing:
         raise ConfigurationError(
             f"{output} holds an evaluation with other settings or of another model ({', '.join(differing)}): give "

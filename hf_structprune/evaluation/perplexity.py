@@ -35,13 +35,7 @@ SAMPLE = "sample"
 
 @dataclass(frozen=True)
 class EvaluationText:
-    """A text to measure on.
-
-    Args:
-        name: Short, without slashes: what figures are called by, `perplexity/<name>`.
-        text: The text itself.
-        source: Where it comes from, in words, for tables and cards.
-    """
+    """A text to measure on; figures are called `perplexity/<name>`, and `source` says in words where it comes from."""
 
     name: str
     text: str
@@ -100,8 +94,7 @@ def load_text(
     Args:
         spec: What to load.
         config_name: Configuration of a data set, for example `"wikitext-103-raw-v1"`.
-        split: Split of a data set; `"validation[:1000]"` takes the first 1,000 rows. Default: `"test"`, or the usual
-            one of a named text.
+        split: `"validation[:1000]"` takes the first 1,000 rows. Default: `"test"`, or the usual one of a named text.
         column: Column of a data set or key in a JSON file. Default: `"text"`.
 
     Raises:
@@ -109,19 +102,40 @@ def load_text(
         TextError: There is no such text, split or column, the Hub cannot be reached, or there is nothing in it.
     """
     options = {"config_name": config_name, "split": split, "column": column}
-    named, file = TEXTS.get(spec), Path(spec).suffix if Path(spec).suffix in FILES else ""
-    if spec == SAMPLE or named or file:
-        allowed = "split" if named else "column" if file in (".json", ".jsonl") else None
+    named, path = TEXTS.get(spec), Path(spec)
+    if spec == SAMPLE or named or path.suffix in FILES:
+        allowed = "split" if named else "column" if path.suffix in (".json", ".jsonl") else None
         for option, value in options.items():
             if value is not None and option != allowed:
                 raise ConfigurationError(f"`{option}` is {value!r}, but the text {spec!r} has none to choose.")
     if spec == SAMPLE:
         return EvaluationText(SAMPLE, read_text(wikitext2_sample()), "leading articles of WikiText-2 raw, test split")
+    if not named and path.suffix in FILES:
+        return EvaluationText(path.stem, _join(read_rows(spec, column=column or "text"), spec), path.name)
+    chosen, hint = [value for value in options.values() if value is not None], ""
+    if named and split not in (None, *named.splits):
+        raise ConfigurationError(
+            f"`split` is {split!r}, but the text {spec!r} is made of {', '.join(map(repr, named.splits))}; for other "
+            f"parts give the data set's id, {named.dataset!r}."
+        )
     if named:
-        return _load_named(spec, named, split or named.splits[0])
-    if file:
-        return EvaluationText(Path(spec).stem, _join(read_rows(spec, column=column or "text"), spec), Path(spec).name)
-    return _load_dataset(spec, options)
+        name, source, hint = spec, named.dataset, f"The text {spec!r} needs a data set of the Hub. "
+        chosen = [split] if split not in (None, named.splits[0]) else []
+    else:
+        named, local = NamedText(spec, ("test",), config_name, column or "text"), is_local(spec)
+        source = path.expanduser().resolve().name if local else spec  # the whole path is nobody's business
+        name = source.rpartition("/")[2]
+        if not local and "/" not in spec:
+            hint = f"Texts that have a name here are {', '.join((SAMPLE, *TEXTS))}. "
+    split = split or named.splits[0]
+    try:
+        rows = read_rows(named.dataset, name=named.config_name, split=split, column=named.column, **named.loading)
+    except TextError as error:
+        raise TextError(f"{hint}{error}") from error
+    name = "-".join([name, *chosen]).replace("/", "-")  # so that two parts of one data set are two texts
+    taken = None if named.documents is None else f"first {named.documents:,} rows"
+    source = ", ".join(part for part in (source, named.config_name, f"{split} split", taken) if part)
+    return EvaluationText(name, _join(rows[: named.documents], spec, named.separator), source)
 
 
 def read_text(path: str | os.PathLike, column: str = "text") -> str:
@@ -138,38 +152,6 @@ def read_text(path: str | os.PathLike, column: str = "text") -> str:
     return "\n\n".join(rows)
 
 
-def _load_named(spec: str, named: NamedText, split: str) -> EvaluationText:
-    if split not in named.splits:
-        raise ConfigurationError(
-            f"`split` is {split!r}, but the text {spec!r} is made of {', '.join(map(repr, named.splits))}; for other "
-            f"parts give the data set's id, {named.dataset!r}."
-        )
-    try:
-        rows = read_rows(named.dataset, name=named.config_name, split=split, column=named.column, **named.loading)
-    except TextError as error:
-        raise TextError(f"The text {spec!r} needs a data set of the Hub. {error}") from error
-    text = _join(rows[: named.documents], spec, named.separator)
-    taken = "" if named.documents is None else f", first {named.documents:,} rows"
-    name = spec if split == named.splits[0] else f"{spec}-{split}"
-    return EvaluationText(name, text, _describe(named.dataset, named.config_name, split) + taken)
-
-
-def _load_dataset(spec: str, options: dict[str, str | None]) -> EvaluationText:
-    config_name, split, column = options["config_name"], options["split"] or "test", options["column"] or "text"
-    dataset, hint = spec, ""
-    if is_local(spec):
-        dataset = Path(spec).expanduser().resolve().name  # the whole path is nobody's business
-    elif "/" not in spec:
-        hint = f" Texts that have a name here are {', '.join((SAMPLE, *TEXTS))}."
-    try:
-        rows = read_rows(spec, name=config_name, split=split, column=column)
-    except TextError as error:
-        raise TextError(f"{error}{hint}") from error
-    # With what was chosen of it, so that two parts of one data set are two texts.
-    parts = [dataset.rpartition("/")[2], *(value for value in options.values() if value is not None)]
-    return EvaluationText("-".join(parts).replace("/", "-"), _join(rows, spec), _describe(dataset, config_name, split))
-
-
 def _join(rows: Any, spec: str, separator: str = "\n\n") -> str:
     rows = list(rows)
     for number, row in enumerate(rows):
@@ -178,10 +160,6 @@ def _join(rows: Any, spec: str, separator: str = "\n\n") -> str:
     if not any(row.strip() for row in rows):
         raise TextError(f"There is no text in {spec}: it has no rows, or all of them are empty.")
     return separator.join(rows)
-
-
-def _describe(dataset: str, config_name: str | None, split: str) -> str:
-    return ", ".join(part for part in (dataset, config_name, f"{split} split") if part)
 
 
 # -------------------------------------------------------------------------------------------------- protocols
@@ -223,7 +201,6 @@ class PerplexityProtocol:
 
     @property
     def adds_bos_everywhere(self) -> bool:
-        """Whether every window begins with a BOS token of its own."""
         return self.bos is True and self.bos_everywhere
 
     @property
@@ -236,26 +213,15 @@ class PerplexityProtocol:
         return min(self.window, context_length(model) or self.window)
 
     def in_words(self, *, windows: int, found: int, window: int, starts_with_bos: bool) -> str:
-        """What was done, for tables and cards.
-
-        Args:
-            windows: Number of windows that were run.
-            found: Number of windows there are in the text.
-            window: Their true size, which is smaller than the protocol's if the text is.
-            starts_with_bos: Whether the text's tokens begin with a BOS token.
-        """
-        apart = self.stride < self.content or self.keep_tail
-        words = f"{windows} {'' if apart else 'non-overlapping '}window{'s' if windows > 1 else ''} of {window} tokens"
-        if apart:
-            words += f", {self.stride} apart{' up to the end of the text' if self.keep_tail else ''}"
+        """What was done, for tables and cards: in `windows` of the `found` windows of the text, of a true size."""
+        s, to_the_end = "s" if windows > 1 else "", " up to the end of the text" if self.keep_tail else ""
+        words = f"{windows} non-overlapping window{s} of {window} tokens, {window - 1} predictions in each"
+        if self.stride < self.content or self.keep_tail:
+            words = f"{windows} window{s} of {window} tokens, {self.stride} apart{to_the_end}"
             words += ", every token predicted in the first window that holds it"
-        else:
-            words += f", {window - 1} predictions in each"
-        if windows < found:
-            words += f", evenly spaced over {found}"
-        if self.adds_bos_everywhere:
-            return f"{words}, BOS in each"
-        return f"{words}, {'BOS once at the start of the text' if starts_with_bos else 'no BOS'}"
+        spaced = f", evenly spaced over {found}" if windows < found else ""
+        bos = "BOS once at the start of the text" if starts_with_bos else "no BOS"
+        return f"{words}{spaced}, {'BOS in each' if self.adds_bos_everywhere else bos}"
 
 
 PROTOCOLS = {
@@ -288,24 +254,17 @@ class Window(NamedTuple):
 def cut_windows(
     length: int, window: int, stride: int, *, keep_tail: bool = False, score_first: bool = False
 ) -> list[Window]:
-    """Cuts `length` tokens into windows of one size in which every token counts at most once.
+    """Cuts `length` tokens into windows of one size, at `0, stride, 2 stride, ...`; each token counts at most once.
 
-    Windows begin at `0, stride, 2 stride, ...`. A token counts in the first window that holds it, unless it is the
-    first token of that window: nothing says what it could be predicted from. So of non-overlapping windows
-    (`stride = window`) all tokens but the first count; of overlapping ones the tokens that were not in the window
-    before, each with at least `window - stride` tokens of context.
+    A token counts in the first window that holds it, unless it is the first token of that window: nothing says what
+    it could be predicted from. So of non-overlapping windows (`stride = window`) all tokens but the first count; of
+    overlapping ones those that were not in the window before, each with at least `window - stride` of context.
 
     Args:
-        length: Number of tokens.
-        window: Tokens in a window.
-        stride: Tokens from the start of a window to the start of the next, 1 to `window`.
+        length, window, stride: In tokens; the stride is 1 to `window`.
         keep_tail: Add a window that ends with the last token, if there are tokens behind the last full window; it is
-            of full size too (as in lm-eval's rolling windows), or as long as the text if that is shorter. Without it
-            the incomplete window is dropped.
+            of full size too (as in lm-eval's rolling windows), or as long as the text if that is shorter.
         score_first: The first token of a window counts too: something will be put before it.
-
-    Returns:
-        The windows in order, all of one size; none if the text is too short.
     """
     starts = list(range(0, length - window + 1, stride))
     if keep_tail and length > 0 and (not starts or starts[-1] + window < length):
@@ -454,11 +413,10 @@ def measure_perplexity(
         model: The model, on the device it is to run on.
         tokenizer: Its tokenizer.
         text: What to measure on, see `load_text`.
-        protocol: `"paper"`, `"llm-pruner"` or `"sliding"`.
-        window: Tokens in a window, at most the model's context. Default: the protocol's, even if that is too long for
-            the model; `PROTOCOLS[protocol].window_for(model)` is not.
-        stride: Tokens from the start of a window to the start of the next. Default: the protocol's; if `window` is
-            given, the same share of it.
+        protocol: One of the table.
+        window: At most the model's context. Default: the protocol's, even if that is too long for the model;
+            `PROTOCOLS[protocol].window_for(model)` is not.
+        stride: Default: the protocol's; if `window` is given, the same share of it.
         bos: `None`: a BOS token where the tokenizer puts one by default; `True`: where the table says; `False`: none.
         max_windows: Number of windows to run, spread evenly over the text. Default: all.
         batch_size: Windows that go through the model at once; it does not change the result but for rounding.

@@ -103,29 +103,38 @@ def quality_figure(
 
     Args:
         results: At least two that have both figures with finite values.
-        quality: Name of the figure on the vertical axis. Default: the first perplexity that two of them have, else the
-            first task.
+        quality: Name of the figure on the vertical axis. Default: the first perplexity that two have, else the first
+            task.
         size: Name of the figure on the horizontal axis.
     """
     table = ResultTable(results)
-    quality = quality or _first_quality(results, size)
-    cells = next((row.cells for row in table.rows() if row.name == quality), [None] * len(results))
+    rows = {row.name: row for row in table.rows()}
+
+    def measured(name: str) -> list[tuple[str, str, Cell, Cell]]:
+        both = [rows[one].cells if one in rows else [None] * len(results) for one in (size, name)]
+        points = zip(table.labels, [result.state for result in results], *both, strict=True)
+        return [point for point in points if all(cell and math.isfinite(cell.value) for cell in point[2:])]
+
+    if quality is None:
+        names = [name for family in ("perplexity/", "tasks/") for name in rows if name.startswith(family)]
+        quality = next((name for name in names if len(measured(name)) >= 2), None)
+    if quality is None:
+        raise ConfigurationError(f"No perplexity and no task was measured on two of the results together with {size}.")
     points = []
-    for label, result, cell in zip(table.labels, results, cells, strict=True):
-        if _is_finite(result, size) and _is_finite(result, quality):
-            if cell.comparable:
-                points.append((label, result.figures[size], result.figures[quality], result.state, cell))
-            else:
-                logger.warning(f"{label} is not in the picture: {quality} was measured under other conditions.")
+    for point in measured(quality):
+        if point[3].comparable:
+            points.append(point)
+        else:
+            logger.warning(f"{point[0]} is not in the picture: {quality} was measured under other conditions.")
     if len(points) < 2:
         raise ConfigurationError(
             f"{len(points)} of the results have both {size} and {quality}, measured alike; a picture needs two."
         )
-    across, up = (scale_of(points[0][i], [point[i].value for point in points]) for i in (1, 2))
-    middle = (min(point[1].value for point in points) + max(point[1].value for point in points)) / 2
+    widths, heights = ([point[i].value for point in points] for i in (2, 3))
+    across, up = scale_of(rows[size].figure, widths), scale_of(rows[quality].figure, heights)
     figure, (axis,) = make_panels(1, height=3.6)
-    bars, what_bars_are = _bars([point[4] for point in points])
-    for number, (label, width, height, state, _) in enumerate(points):
+    bars, what_bars_are = _bars([point[3] for point in points])
+    for number, (label, state, width, height) in enumerate(points):
         x, y = width.value * across.factor, height.value * up.factor
         if bars[number] is not None:
             reach = [[length * up.factor] for length in bars[number]]
@@ -135,17 +144,16 @@ def quality_figure(
         axis.scatter([x], [y], s=area, marker=marker, color=colour, zorder=3, label=label)
         if dense:
             axis.axhline(y, color=GREY, linewidth=1, linestyle="--", zorder=0)
-        side = 1 if width.value <= middle else -1
+        side = 1 if 2 * width.value <= min(widths) + max(widths) else -1
         axis.annotate(
             label, (x, y), (9 * side, 5), textcoords="offset points", fontsize=8, color=INK,
             ha="left" if side > 0 else "right",
         )  # fmt: skip
-    values = [point[2].value for point in points]
-    if "perplexity" in quality and max(values) > 10 * min(values):
+    if "perplexity" in quality and max(heights) > 10 * min(heights):
         axis.set_yscale("log")
     axis.margins(0.15, 0.2)
-    axis.set_xlabel(f"{label_of(points[0][1])[:-2]}{_in_brackets(across.unit)}")
-    axis.set_ylabel(f"{label_of(points[0][2])}{_in_brackets(up.unit)}")
+    axis.set_xlabel(f"{label_of(rows[size].figure)[:-2]}{_in_brackets(across.unit)}")
+    axis.set_ylabel(f"{label_of(rows[quality].figure)}{_in_brackets(up.unit)}")
     set_title(axis, f"Quality against size{what_bars_are and ', bars: '}{what_bars_are}")
     return figure
 
@@ -242,33 +250,16 @@ def draw_all(
 
 def _bars(cells: Sequence[Cell]) -> tuple[list[tuple[float, float] | None], str]:
     """How far the bar of each point reaches below and above it, and what that is, in words."""
-    comparisons = [cell.comparison for cell in cells if cell.difference is not None]
-    ends = [end for c in comparisons for end in ((c.low, c.high) if c is not None else (None,))]
+    others = [cell for cell in cells if cell.difference is not None]
+    ends = [getattr(cell.comparison, end, None) for cell in others for end in ("low", "high")]
     if ends and all(end is not None and math.isfinite(end) for end in ends):
         reach = [
-            None if cell.difference is None
-            else (cell.difference - cell.comparison.low, cell.comparison.high - cell.difference)
+            (cell.difference - cell.comparison.low, cell.comparison.high - cell.difference) if cell in others else None
             for cell in cells
-        ]  # fmt: skip
+        ]
         return reach, "95 % intervals of the paired difference from the first"
     reach = [None if cell.stderr is None else (2 * cell.stderr, 2 * cell.stderr) for cell in cells]
     return reach, "two standard errors of each model alone" if any(reach) else ""
-
-
-def _first_quality(results: Sequence[EvaluationResult], size: str) -> str:
-    """The first perplexity, else the first task, that two results have together with a size."""
-    names = [row.name for row in ResultTable(results).rows()]
-    wanted = [name for name in names if name.startswith("perplexity/")]
-    wanted += [name for name in names if name.startswith("tasks/")]
-    for name in wanted:
-        if sum(_is_finite(result, name) and _is_finite(result, size) for result in results) >= 2:
-            return name
-    raise ConfigurationError(f"No perplexity and no task was measured on two of the results together with {size}.")
-
-
-def _is_finite(result: EvaluationResult, name: str) -> bool:
-    value = result.value(name)
-    return value is not None and math.isfinite(value)
 
 
 def _in_brackets(unit: str) -> str:

@@ -6,6 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,14 +47,11 @@ class Cell:
     """One figure of one model.
 
     Attributes:
-        value: The number.
-        stderr: Its standard error, where it has one.
-        difference: The number minus that of the baseline; `None` for the baseline itself, where the baseline was not
-            measured, and where both were measured under different conditions.
-        ratio: The number divided by that of the baseline; `None` in the same cases, and where the baseline is 0.
+        value, stderr: The number, and its standard error where it has one.
+        difference, ratio: To that of the baseline; `None` for the baseline itself, where it was not measured, where
+            both were measured under different conditions, and where a ratio would be to 0.
         comparable: Whether it was measured under the conditions of the first result that has this figure.
-        comparison: Whether the difference is more than chance, see `compare_figures`; `None` where there is no
-            difference, or neither single windows or documents nor standard errors of both.
+        comparison: Whether the difference is more than chance, see `compare_figures`.
     """
 
     value: float
@@ -68,23 +66,16 @@ class Cell:
         return None if self.comparison is None else self.comparison.differs
 
     def to_dict(self) -> dict[str, Any]:
-        judged = self.comparison or Comparison("", None)
-        return {
-            "value": self.value, "stderr": self.stderr, "difference": self.difference, "ratio": self.ratio,
-            "significant": self.significant, "comparable": self.comparable, "test": judged.test or None,
-            "low": judged.low, "high": judged.high, "p_value": judged.p_value,
-        }  # fmt: skip
+        judged = {} if self.comparison is None else vars(self.comparison)
+        names = ("value", "stderr", "difference", "ratio", "significant", "comparable")
+        return {key: getattr(self, key) for key in names} | {
+            key: judged.get(key) for key in ("test", "low", "high", "p_value")
+        }
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure of all models.
-
-    Attributes:
-        name: Name of the figure.
-        figure: The figure as the first result has it that measured it: unit, direction, protocol.
-        cells: One for each result; `None` where it was not measured.
-    """
+    """One figure (as the first result has it that measured it) of all models; `None` where it was not measured."""
 
     name: str
     figure: Figure
@@ -94,11 +85,8 @@ class Row:
 class ResultTable:
     """Several results side by side; the first is the baseline that the others are compared with.
 
-    Args:
-        results: The results: dense, pruned, recovered, quantised, those of other tools.
-
     Attributes:
-        results: The same.
+        results: The results: dense, pruned, recovered, quantised, those of other tools.
         labels: A heading for each: its state, with the name of the model where states repeat.
         notes: What was measured under different conditions, and is therefore not compared.
 
@@ -139,10 +127,10 @@ class ResultTable:
         table = Table(title="\n".join(names), caption="\n".join(self._legend()) or None, caption_justify="left")
         for number, column in enumerate(self._columns()):
             table.add_column(column, justify="right" if number else "left")
-        for number, row in enumerate(self._rows):
-            if number and _family(row.name) != _family(self._rows[number - 1].name):
-                table.add_section()
-            table.add_row(*self._texts(row))
+        for _, rows in groupby(self._rows, key=lambda row: _family(row.name)):
+            table.add_section()
+            for row in rows:
+                table.add_row(*self._texts(row))
         return table
 
     def to_markdown(self) -> str:
@@ -154,14 +142,12 @@ class ResultTable:
 
     def to_csv(self) -> str:
         """One line for each figure, unrounded; empty cells for what was not measured or not compared."""
-        lines = []
-        for row in self._rows:
-            line = {"figure": row.name, "unit": row.figure.unit}
+        lines = [{"figure": row.name, "unit": row.figure.unit} for row in self._rows]
+        for line, row in zip(lines, self._rows, strict=True):
             for number, (label, cell) in enumerate(zip(self.labels, row.cells, strict=True)):
                 for column, value in (cell or Cell(math.nan)).to_dict().items():
                     if number or column in ("value", "stderr"):
                         line[label if column == "value" else f"{label} {column}"] = None if cell is None else value
-            lines.append(line)
         return csv_text(lines or [{"figure": "", "unit": ""}])
 
     def to_dict(self) -> dict[str, Any]:
@@ -285,14 +271,7 @@ def _escape(text: str) -> str:
 
 @dataclass(frozen=True)
 class Scale:
-    """The unit and the digits of one row, so that its cells read alike.
-
-    Attributes:
-        factor: What a value is multiplied with before it is shown.
-        form: How it is shown: `",.2f"`; `".2e"` for perplexities of models that are broken.
-        unit: Shown after the number, its space included.
-        difference_unit: The same after a difference: percentage points where values are per cent.
-    """
+    """The factor, the format and the unit of one row, and the unit of differences, so that its cells read alike."""
 
     factor: float = 1.0
     form: str = ",.2f"
@@ -316,7 +295,7 @@ class Scale:
 _SCALES: dict[str, tuple[tuple[float, Scale], ...]] = {
     "share": ((0, Scale(100.0, ",.2f", " %", " pp")),),
     "parameters": ((1e6, Scale(1e-6, ",.1f", " M")), (0, Scale(1.0, ",.0f"))),
-    "perplexity": ((1e6, Scale(1.0, ".2e")), (0, Scale())),
+    "perplexity": ((1e6, Scale(1.0, ".2e")), (0, Scale())),  # of models that are broken
     "MAC": ((1e8, Scale(1e-9, ",.2f", " G")), (0, Scale(1e-6, ",.2f", " M"))),
     "s": ((1, Scale(1.0, ",.2f", " s")), (0, Scale(1e3, ",.1f", " ms"))),
     "tokens/s": ((0, Scale(1.0, ",.1f", " tokens/s")),),
