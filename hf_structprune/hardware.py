@@ -10,6 +10,12 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 # By the names that options have for them.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_BY_LONG_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+
+
+def dtype_of(name: str | torch.dtype) -> torch.dtype | None:
+    """One of them, by its short or its long name (`"bf16"`, `"bfloat16"`) or itself; `None` for any other."""
+    return {**DTYPES, **_BY_LONG_NAME}.get(str(name).removeprefix("torch."))
 
 
 def has_accelerator() -> bool:

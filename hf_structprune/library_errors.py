@@ -65,21 +65,6 @@ def clear_errors(repo_id: str, token: str | None = None) -> Iterator[None]:
         raise HubError(message) from (error if is_masked(error) else None)
 
 
-@contextmanager
-def gated_errors(repo_id: str) -> Iterator[None]:
-    """Turns what Transformers raises for a gated model into a `HubError` that says how to get access.
-
-    Raises:
-        HubError: The model is gated, and there is no token or its account has not accepted the conditions.
-    """
-    try:
-        yield
-    except OSError as error:
-        if any(isinstance(cause, GatedRepoError) for cause in causes(error)):
-            raise HubError(f"{explain(error, repo_id)}") from (error if is_masked(error) else None)
-        raise
-
-
 def explain(error: BaseException, repo_id: str) -> str | None:
     """One sentence for an error of the client and its causes; `None` for one that is not about the Hub."""
     if isinstance(error, ValueError) and "README.md" in str(error):
@@ -112,29 +97,24 @@ def explain(error: BaseException, repo_id: str) -> str | None:
     return None
 
 
+_STATUSES = {
+    401: f"The Hub does not accept the token for {{repo}}: it is wrong or has expired; {LOGIN}.",
+    403: "The token has no right to write to {repo}: use one with the role `write` of an account that may, choose a "
+    "repository of your own, or propose the change with `create_pr`.",
+    404: "There is no {repo} on the Hub, or the token cannot see it; check the name and the revision.",
+    409: "{repo} was changed by someone else at the same time; nothing was committed, push again.",
+    412: "{repo} was changed by someone else at the same time; nothing was committed, push again.",
+    429: "The Hub asks to slow down; wait a few minutes and push again.",
+}
+
+
 def _explain_status(error: HfHubHTTPError, repo_id: str) -> str:
     status, said = error.response.status_code, (error.server_message or "").strip()
-    reason = f" The Hub says: {said}" if said else ""
-    if status == 401:
-        return f"The Hub does not accept the token for {repo_id}: it is wrong or has expired; {LOGIN}.{reason}"
-    if status == 403:
-        return (
-            f"The token has no right to write to {repo_id}: use one with the role `write` of an account that may, "
-            f"choose a repository of your own, or propose the change with `create_pr`.{reason}"
-        )
-    if status == 404:
-        return (
-            f"There is no {repo_id} on the Hub, or the token cannot see it; check the name and the revision.{reason}"
-        )
-    if status in (409, 412):
-        return f"{repo_id} was changed by someone else at the same time; nothing was committed, push again.{reason}"
-    if status == 429:
-        return f"The Hub asks to slow down; wait a few minutes and push again.{reason}"
+    other = "The Hub refused the request for {repo} ({status})."
     if status >= 500:
-        return (
-            f"The Hub answered with the error {status}; nothing was committed to {repo_id}, push again later.{reason}"
-        )
-    return f"The Hub refused the request for {repo_id} ({status}).{reason}"
+        other = "The Hub answered with the error {status}; nothing was committed to {repo}, push again later."
+    words = _STATUSES.get(status, other).format(repo=repo_id, status=status)
+    return f"{words} The Hub says: {said}" if said else words
 
 
 # Files that Transformers reads besides the weights. Some of them it leaves out without a word where they are damaged.
@@ -171,25 +151,17 @@ def readable(source: str | os.PathLike, part: str = "", subfolder: str | None = 
     settle(name)
     _check_place(name)
     folder = Path(name, subfolder or "")
-    check_objects(folder)
+    for path in (folder / file for file in _OBJECTS):
+        if path.is_file():
+            read_json_object(path, repeats=True)
     try:
-        with gated_errors(name):
-            yield
+        yield
     except StructPruneError:
         raise
     except Exception as wrong:  # libraries raise every kind there is for files that are not as they should be
+        if any(isinstance(cause, GatedRepoError) for cause in causes(wrong)):
+            raise HubError(f"{explain(wrong, name)}") from (wrong if is_masked(wrong) else None)
         raise CheckpointError(_explain(name, folder, part, wrong)) from (wrong if is_masked(wrong) else None)
-
-
-def check_objects(folder: Path) -> None:
-    """Refuses a folder in which a small JSON file of Transformers is damaged.
-
-    Raises:
-        CheckpointError: Names the file.
-    """
-    for path in (folder / name for name in _OBJECTS):
-        if path.is_file():
-            read_json_object(path, repeats=True)
 
 
 def refuse_adapter(source: str | os.PathLike, **options: Any) -> None:

@@ -18,9 +18,8 @@ from .allocation.depth import DepthChoice
 from .config import PruningConfig
 from .errors import ConfigurationError, StructPruneError, UnsupportedModelError
 from .files.places import check_place
-from .hub.checkpoint import save_checkpoint
+from .hub.checkpoint import push_folder, save_checkpoint, take_over
 from .hub.origin import origin_of, record
-from .hub.push import push_folder, take_over
 from .model.checks import check_model, check_savable
 from .model.loading import as_tokenizer, load_config, load_model, load_tokenizer, plain_options, refuse_quantised
 from .model.measuring import check_finite, measuring

@@ -15,15 +15,14 @@ from ..config import CONFIG_NAME, PruningConfig
 from ..errors import ConfigurationError, StructPruneError
 from ..evaluation.results import STATES, EvaluationResult
 from ..files.writing import write_folder
-from ..hub.reports import RECOVERY_NAME
+from ..hardware import DTYPES, dtype_of
+from ..hub.words import RECOVERY_NAME
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..pruner import StructuredPruner
-
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 @dataclass
@@ -57,7 +56,7 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.dtype not in {"auto", *DTYPES, *DTYPES.values()}:
+        if self.dtype != "auto" and dtype_of(self.dtype) is None:
             raise ConfigurationError(f"`dtype` is {self.dtype!r}; allowed values are auto, {', '.join(DTYPES)}.")
         if self.device is not None and self.device_map is not None:
             raise ConfigurationError("`device` and `device_map` are both given; give one of them.")
@@ -65,7 +64,8 @@ class ModelArguments:
     def loading_options(self) -> dict[str, Any]:
         """The keyword arguments for `from_pretrained`."""
         names = ("device_map", "revision", "subfolder", "variant", "gguf_file")
-        options = {"dtype": DTYPES.get(self.dtype, self.dtype), **{name: getattr(self, name) for name in names}}
+        dtype = str(dtype_of(self.dtype) or self.dtype).removeprefix("torch.")
+        options = {"dtype": dtype, **{name: getattr(self, name) for name in names}}
         options["trust_remote_code"] = self.trust_remote_code or None
         return {name: value for name, value in options.items() if value is not None}
 

@@ -17,10 +17,9 @@ from ..evaluation.results import RESULTS_NAME
 from ..files.places import check_place
 from ..files.writing import check_folder, write_text
 from ..hub import push_folder, write_card
-from ..hub.checkpoint import check_card, check_file, check_own_files
-from ..hub.contents import DENSE_RESULTS_NAME, WIDTHS_NAME, Contents
+from ..hub.contents import DENSE_RESULTS_NAME, WIDTHS_NAME, Contents, check_card, check_file, check_own_files
 from ..hub.origin import Origin, public_config
-from ..hub.reports import read_quantization, read_recovery
+from ..hub.words import QUANTIZATION_NAME, RECOVERY_NAME, read_report
 from ..installed import need
 from ..model.describe import target_of
 from ..plan import PruningPlan
@@ -165,7 +164,7 @@ class _Run:
 
     def _recover(self, section: RecoverySection) -> None:
         """Trains the pruned checkpoint and measures and describes what came out."""
-        report = None if self.again else read_recovery(Path(section.output_dir))
+        report = None if self.again else read_report(Path(section.output_dir) / RECOVERY_NAME)
         if not _is_made(report, section.output_dir, section.config.to_public_dict(), "recovered", "recover"):
             self.out.print(f"Recovering {self.folder} ...")
             with speaking():
@@ -175,7 +174,7 @@ class _Run:
     def _quantise(self, section: QuantizationSection) -> None:
         """Quantises the last checkpoint and measures and describes what came out."""
         source = list(self.recipe.folders.values())[-2]
-        report = None if self.again else read_quantization(Path(section.output_dir))
+        report = None if self.again else read_report(Path(section.output_dir) / QUANTIZATION_NAME)
         settings = public_config(section.config).to_dict()
         if not _is_made(report, section.output_dir, settings, "quantised", "quantize"):
             self.out.print(f"Quantising {source} ...")

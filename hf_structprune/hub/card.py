@@ -11,38 +11,30 @@ from typing import Any
 from huggingface_hub import ModelCard
 from transformers.utils import logging
 
-from ..errors import HubError
-from ..evaluation.results import EvaluationResult
+from ..evaluation.results import RESULTS_NAME, EvaluationResult
 from ..evaluation.table import ResultTable
 from ..files.writing import write_text
-from .contents import Contents, protocols
-from .metadata import EVAL_RESULTS, WRITTEN_BY_US, check_metadata, eval_results, make_metadata
+from .contents import CARD_NAME, Contents, protocols, read_metadata, read_own, read_text
+from .metadata import EVAL_RESULTS, WRITTEN_BY_US, eval_results, make_metadata
 from .origin import Origin, attribution, licence_in_words, public_config, read_origin
-from .reports import (
+from .words import (
+    calibration_in_words,
+    citations,
     libraries,
+    loading_value,
+    making_in_python,
+    making_on_the_command_line,
     quantisation_section,
     quantisation_summary,
     recovery_section,
     recovery_summary,
-)
-from .words import (
-    calibration_in_words,
-    citations,
-    loading,
-    loading_value,
-    making_in_python,
-    making_on_the_command_line,
-    quantising,
-    recovering,
+    render,
     uses_text,
     what_went,
 )
 
 
 logger = logging.get_logger(__name__)
-
-CARD_NAME = "README.md"
-_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.jinja"
 
 
 def make_card(
@@ -71,7 +63,8 @@ def make_card(
         recorded: Where the checkpoint comes from. Default: what was recorded in its `config.json`.
 
     Raises:
-        HubError: The folder is no checkpoint of ours, or the metadata would be refused by the Hub.
+        HubError: The folder is no checkpoint of ours.
+        CheckpointError: A file of this package in it is damaged.
         ConfigurationError: The results are those of another model.
     """
     contents = Contents.read(Path(folder))
@@ -81,7 +74,6 @@ def make_card(
     name = name or card_name(contents.folder, previous)
     origin = _origin(base_model, known, recorded or read_origin(contents.record))
     data = make_metadata(name, contents, origin, known, base_first=base_model is not None)
-    check_metadata(data, f"the card of {folder}")
     link = "the base model" if origin is None else origin.link
     first, *others = dict.fromkeys([*SECTIONS, *read_sections(previous)])
     values = {
@@ -91,9 +83,7 @@ def make_card(
         "introduction": section(first, read_sections(previous)),
         "sections": [section(name, read_sections(previous)) for name in others],
     }
-    card = ModelCard.from_template(data, template_path=str(_TEMPLATE), **values)
-    card.text = f"{card.text.strip()}\n"
-    return card
+    return ModelCard(render("model_card", card_data=data.to_yaml(), **values) + "\n")
 
 
 def write_card(
@@ -129,25 +119,6 @@ def write_card(
     return folder / CARD_NAME
 
 
-def read_metadata(card: str) -> dict[str, Any]:
-    """The metadata of a card, empty if it has none.
-
-    Raises:
-        HubError: It cannot be read.
-    """
-    if not card.lstrip().startswith("---"):
-        return {}
-    try:
-        return ModelCard(card, ignore_metadata_errors=True).data.to_dict()
-    except Exception as error:  # YAML errors are of many kinds
-        raise HubError(f"The metadata at the top of the README.md cannot be read: {error}") from error
-
-
-def read_text(path: Path) -> str:
-    """The text of a file, empty if there is none."""
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
-
-
 def card_name(folder: Path, previous: str) -> str:
     """The Hub id that the card in a folder was written for, or else the folder's name."""
     earlier = generated_for(previous) or ""
@@ -167,7 +138,6 @@ def _origin(base_model: Any, known: dict[str, Any], recorded: Origin | None) -> 
 def _about(name: str, contents: Contents, link: str, metadata: dict[str, Any]) -> dict[str, Any]:
     """What it is and how to use it."""
     recovery, quantization = contents.recovery, contents.quantization
-    needs = () if quantization is None else libraries(quantization)
     trained = " It was trained afterwards." if contents.was_recovered else ""
     if recovery is not None:
         trained = f" {recovery_summary(recovery)}"
@@ -178,14 +148,12 @@ def _about(name: str, contents: Contents, link: str, metadata: dict[str, Any]) -
         "name": name,
         "summary": f"{_size(contents, link)} What is left is dense: no masks, no zeros.{trained}",
         "attribution": attribution(metadata, name),
-        "loading": loading(name, contents.per_layer, needs),
+        "libraries": [] if quantization is None else libraries(quantization),
         "per_layer": contents.per_layer,
         "model_type": contents.model_config.get("model_type"),
         "state": contents.state,
         "recovery": "" if recovery is None else recovery_section(recovery, picture=contents.recovery_picture),
         "quantisation": "" if quantization is None else quantisation_section(quantization),
-        "recovering": recovering(name, contents.per_layer),
-        "quantising": quantising(name),
         "licence": licence_in_words(metadata, link),
     }
 
@@ -205,26 +173,21 @@ def _size(contents: Contents, link: str) -> str:
 
 def _making(contents: Contents, origin: Origin | None, link: str) -> dict[str, Any]:
     """How it was made."""
-    config, plan, versions = contents.config, contents.plan, contents.record.get("versions", {})
+    config, plan = contents.config, contents.plan
     tasks = any(name.startswith("tasks/") for side in contents.results for name in side.figures)
     used_text = uses_text(config, plan)
     public, options = public_config(config), origin.options if origin is not None else {}
-    code = (origin.name if origin is not None else "BASE_MODEL", public, plan.ratio_requested, options, plan.given)
+    code = (origin.name if origin is not None else "BASE_MODEL", public, plan, options)
     return {
         "base_name": origin.name if origin is not None else link,
         "base_link": link,
         "loaded": {name: loading_value(value).strip('"') for name, value in options.items()},
-        "asked": None if plan.ratio_requested is None else f"{plan.ratio_requested:.2%}",
-        "got": f"{plan.ratio:.2%}",
-        "layout": "per layer: layers differ" if contents.per_layer else "uniform: all layers alike",
-        "what": what_went(config, plan),
+        "plan": plan,
         "config": config,
+        "what": what_went(config, plan),
         "calibration": calibration_in_words(config.calibration) if used_text else "none",
         "refitted": config.compensation and used_text and bool(plan.groups or plan.hidden or config.error_correction),
-        "versions": ", ".join(f"{library} {number}" for library, number in versions.items()),
-        "package_version": versions.get("hf_structprune", ""),
-        "notes": plan.notes,
-        "warnings": plan.warnings,
+        "versions": contents.record.get("versions", {}),
         "in_python": making_in_python(*code),
         "on_the_command_line": making_on_the_command_line(*code),
         "configuration": json.dumps(public.to_dict(), indent=2),
@@ -259,7 +222,7 @@ def _environment(results: list[EvaluationResult]) -> list[str]:
 
 
 def _write_eval_results(folder: Path) -> None:
-    result = Contents.read(folder).result
+    result = read_own(folder / RESULTS_NAME)
     files = eval_results(result) if result is not None else {}
     for path in (folder / EVAL_RESULTS).glob("*.yaml"):
         if path.name not in files and path.read_text(encoding="utf-8").startswith(WRITTEN_BY_US):

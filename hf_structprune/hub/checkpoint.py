@@ -1,36 +1,32 @@
-"""Checkpoints of this package: saved whole, their own files checked, what is still true carried over to the next."""
+"""Checkpoints of this package: saved whole, carried over to the next one, and pushed to the Hub in one commit."""
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub import CommitInfo, HfApi, get_token
+from huggingface_hub.utils import filter_repo_objects
+from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import CONFIG_NAME, PruningConfig
-from ..errors import CheckpointError, StructPruneError
-from ..evaluation.results import RESULTS_NAME, EvaluationResult
-from ..evaluation.table import ResultTable
-from ..files.reading import read_json_object
+from ..errors import HubError, StructPruneError
+from ..files.reading import damaged_weights
 from ..files.writing import check_folder, write_folder
+from ..library_errors import LOGIN, clear_errors
 from ..model.rebuild import check_whole
 from ..plan import PLAN_NAME, PruningPlan
-from .card import CARD_NAME, card_name, is_ours, read_metadata, read_text, write_card
-from .contents import DENSE_RESULTS_NAME, PRUNED_RESULTS_NAME, RECOVERED_RESULTS_NAME, WIDTHS_NAME, Contents
+from .card import card_name, is_ours, write_card
+from .contents import CARD_NAME, DENSE_RESULTS_NAME, WIDTHS_NAME, Contents, check_card, read_text
+from .metadata import EVAL_RESULTS, TASKS
 from .origin import Origin
-from .reports import (
-    QUANTIZATION_NAME,
-    RECOVERY_NAME,
-    quantisation_section,
-    quantisation_summary,
-    read_report,
-    recovery_section,
-    recovery_summary,
-)
-from .words import config_expression
 
 
 logger = logging.get_logger(__name__)
@@ -76,77 +72,8 @@ def save_checkpoint(
     write_folder(folder, write, size=plan.bytes_after)
 
 
-def check_own_files(folder: Path) -> None:
-    """Reads every file of this package in a folder; those that are not there are not missed.
-
-    Raises:
-        CheckpointError: Names the file that cannot be used, and why.
-        ConfigurationError: The results are those of another model.
-    """
-    for name, tell in _FILES.items():
-        if (folder / name).is_file():
-            check_file(folder / name, tell)
-    if is_pruned(folder) and (folder / "config.json").is_file():
-        Contents.read(folder)
-
-
-def check_card(folder: Path) -> None:
-    """Reads the card of a folder whose other files will be replaced: its texts go over into the new one.
-
-    Raises:
-        CheckpointError: It cannot be read.
-    """
-    if (folder / CARD_NAME).is_file():
-        check_file(folder / CARD_NAME, _FILES[CARD_NAME])
-
-
-def check_file(path: Path, read: Callable[[Path], Any]) -> None:
-    """Reads a file.
-
-    Raises:
-        CheckpointError: It cannot be read, whatever the reason.
-    """
-    try:
-        read(path)
-    except (StructPruneError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        what = str(error) if isinstance(error, StructPruneError) else f"it is damaged ({error!r})"
-    except RecursionError:
-        what = "it is damaged (nested too deep)"
-    else:
-        return
-    what = f"it{what[len(str(path)) :]}" if what.startswith(str(path)) else what
-    raise CheckpointError(f"{path} cannot be used: {what.rstrip('.')}. Put it right, or take it away.")
-
-
-def _tell_report(path: Path) -> None:
-    report = read_report(path)
-    of_recovery = path.name == RECOVERY_NAME
-    for tell in (recovery_section, recovery_summary) if of_recovery else (quantisation_section, quantisation_summary):
-        tell(report)
-
-
-# Each file is not only read but told as the card tells it, so that whatever a card will need of it is there.
-_FILES = {
-    "config.json": lambda path: read_json_object(path, repeats=True),
-    CONFIG_NAME: lambda path: config_expression(PruningConfig.load(path)),
-    PLAN_NAME: lambda path: PruningPlan.load(path).table(),
-    RECOVERY_NAME: _tell_report,
-    QUANTIZATION_NAME: _tell_report,
-    CARD_NAME: lambda path: read_metadata(path.read_text(encoding="utf-8")),
-    **dict.fromkeys(
-        (RESULTS_NAME, DENSE_RESULTS_NAME, PRUNED_RESULTS_NAME, RECOVERED_RESULTS_NAME),
-        lambda path: ResultTable([EvaluationResult.load(path)]).to_markdown(),
-    ),
-}
-
-
 # What neither training nor quantising changes: how it was pruned, how wide it is, what the dense model could do.
 STILL_TRUE = (CONFIG_NAME, PLAN_NAME, DENSE_RESULTS_NAME, WIDTHS_NAME)
-
-
-def is_pruned(folder: Path | None) -> bool:
-    """Whether a folder holds a checkpoint that this package has pruned."""
-    return folder is not None and all((folder / name).is_file() for name in (CONFIG_NAME, PLAN_NAME))
 
 
 def copy_files(source: Path, target: Path, names: Sequence[str]) -> None:
@@ -173,3 +100,148 @@ def or_say(write: Callable[[], Any], what: str, folder: Path) -> None:
         write()
     except StructPruneError as error:
         logger.warning(f"{what} was not written: {error} `hf-structprune card {folder.name}` makes the card again.")
+
+
+def push_folder(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> CommitInfo:
+    """Pushes a checkpoint of this package to the Hub, in one commit.
+
+    The card is written anew first, with the name of the repository (see `write_card`: text in its marked sections
+    stays, a README.md of other origin is pushed as it is). Then go weights, configuration, tokenizer, generation
+    configuration, plan, results, pictures, card, `.eval_results/`, and the recipe if there is one. Hidden files,
+    pickles and what training leaves stay behind. Weights and results of an earlier push that are not replaced are
+    deleted in the same commit.
+
+    If the connection breaks, nothing is committed; a second call uploads only what had not arrived.
+
+    Args:
+        folder: The checkpoint.
+        repo_id: Where it goes, such as `"me/SmolLM2-135M-pruned"`; made if it is not there.
+        private: Make a new repository private. `None` leaves that to the account's settings.
+        token: Token with the right to write. Default: that of `hf auth login` or `HF_TOKEN`.
+        commit_message: First line of the commit.
+        revision: Branch to commit to, made if it is not there. Default: `main`.
+        create_pr: Open a pull request instead.
+
+    Returns:
+        The commit, with `commit_url`, `oid` and `pr_url`.
+
+    Raises:
+        HubError: The folder is not complete or not ours, the token is missing, wrong or has no right, the Hub cannot
+            be reached, or `private` was asked for and the repository is public.
+        CheckpointError: A file of this package in the folder is damaged.
+    """
+    folder = Path(folder)
+    Contents.read(folder)
+    check_card(folder)
+    damage = damaged_weights(folder, ("model.safetensors", "model.safetensors.index.json"))
+    if damage is not None:
+        raise HubError(f"{folder} is no whole checkpoint: {damage}.")
+    _check_token(token)
+    if create_pr and revision not in (None, "main"):
+        raise HubError(f"`create_pr` proposes a change to `main`; it cannot go to the branch {revision!r} as well.")
+    with clear_errors(repo_id, token):
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if private and not api.model_info(repo_id).private:
+            raise HubError(
+                f"{repo_id} exists and is public; nothing was pushed. Make it private in its settings first."
+            )
+        if revision is not None and not create_pr and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        write_card(folder, name=repo_id)
+        stay = choose_files(folder)[1]
+        if stay:
+            logger.warning(f"Not uploaded: {', '.join(stay)}.")
+        return api.upload_folder(
+            repo_id=repo_id, folder_path=folder, revision=revision, create_pr=create_pr,
+            commit_message=commit_message or f"Upload {repo_id.rpartition('/')[2]}, pruned by hf_structprune",
+            allow_patterns=_GO, ignore_patterns=_NEVER, delete_patterns=_STALE,
+        )  # fmt: skip
+
+
+def _check_token(token: str | None) -> None:
+    """Refuses a token that no request can carry: the HTTP library would print it."""
+    found = token if token is not None else get_token()
+    if not found:
+        raise HubError(f"There is no token for the Hub; {LOGIN}.")
+    if not found.isascii() or not found.isprintable() or " " in found:
+        raise HubError("The token has spaces, line breaks or other characters that no token of the Hub has.")
+
+
+# Hidden files may hold secrets (.env, .netrc, .git), all but these; pickles run code when they are read; keys are
+# secret; the folders are of training.
+_GO = ["[!.]*", ".gitattributes", f"{EVAL_RESULTS}/*"]
+_ENDINGS = ("bin", "pt", "pth", "pkl", "pickle", "ckpt", "joblib", "npy", "npz", "pyc", "pem", "key")
+_FOLDERS = ("__pycache__", "checkpoint-*", "runs", "wandb")
+_NEVER = [
+    "*/.*", *(f"*.{ending}" for ending in _ENDINGS), *(f"{at}{name}/*" for name in _FOLDERS for at in ("", "*/")),
+]  # fmt: skip
+_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
+_LARGEST_TEXT = 10_000_000
+# Files of an earlier checkpoint on the Hub that would be taken for part of this one.
+_STALE = [
+    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "modeling_structprune.py",
+    "evaluation_results.json", "evaluation_results_dense.json", "evaluation_results_pruned.json",
+    "evaluation_results_recovered.json", "recovery.json", "recovery.png", "quantization.json",
+    *(f"{EVAL_RESULTS}/{task}.yaml" for task in TASKS),
+]  # fmt: skip
+
+
+def choose_files(folder: Path) -> tuple[list[str], list[str]]:
+    """The files that go to the Hub, and what stays: files, and folders that stay whole.
+
+    Raises:
+        HubError: A file that would go has what looks like a token of the Hub in it.
+    """
+    there = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    go = list(filter_repo_objects(there, allow_patterns=_GO, ignore_patterns=_NEVER))
+    for name in go:
+        if (folder / name).stat().st_size < _LARGEST_TEXT and _TOKEN.search((folder / name).read_bytes()):
+            raise HubError(f"{folder / name} has what looks like a token of the Hub in it; nothing was uploaded.")
+    some_go = {name.partition("/")[0] for name in go}
+    stay = (name if name.partition("/")[0] in some_go else name.partition("/")[0] for name in there if name not in go)
+    return go, list(dict.fromkeys(stay))
+
+
+def take_over(source: Path, target: Path) -> None:
+    """Copies what stands beside the weights of one checkpoint (results, pictures, recipe, card) to another.
+
+    Only if both have the same weights: what was measured on others is not true of these.
+    """
+    if not (source / CARD_NAME).is_file():
+        return
+    if not _same_weights(source, target):
+        logger.warning(f"The model has changed since it was saved to {source}: the results there are left out.")
+        return
+    for name in choose_files(source)[0]:
+        weights = name.endswith((".safetensors", ".safetensors.index.json"))
+        if name == CARD_NAME or not (weights or (target / name).exists()):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, target / name)
+
+
+def _same_weights(one: Path, other: Path) -> bool:
+    first, second = dict(_tensors(one)), dict(_tensors(other))
+    return first.keys() == second.keys() and all(
+        torch.equal(_tensor(path, name), _tensor(second[name], name)) for name, path in first.items()
+    )
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Path]]:
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, "pt") as file:
+            yield from ((name, path) for name in file.keys())  # noqa: SIM118, a method and no dictionary
+
+
+def _tensor(path: Path, name: str) -> torch.Tensor:
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name)

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
+from yaml import YAMLError
+
 from ..config import CONFIG_NAME, PruningConfig
-from ..errors import ConfigurationError, HubError
+from ..errors import CheckpointError, ConfigurationError, HubError, StructPruneError
 from ..evaluation.results import RESULTS_NAME, EvaluationResult, Figure
-from ..evaluation.table import label_of
+from ..evaluation.table import ResultTable, label_of
 from ..files.reading import read_json_object
 from ..plan import PLAN_NAME, PruningPlan
 from .origin import RECORD
-from .reports import PICTURE_NAME, read_quantization, read_recovery
+from .words import (
+    PICTURE_NAME,
+    QUANTIZATION_NAME,
+    RECOVERY_NAME,
+    config_expression,
+    quantisation_section,
+    quantisation_summary,
+    read_report,
+    recovery_section,
+    recovery_summary,
+)
 
 
+CARD_NAME = "README.md"
 DENSE_RESULTS_NAME = "evaluation_results_dense.json"
 PRUNED_RESULTS_NAME = "evaluation_results_pruned.json"  # beside a recovered model: before its training
 RECOVERED_RESULTS_NAME = "evaluation_results_recovered.json"  # beside a quantised model: before its quantisation
@@ -54,17 +69,23 @@ class Contents:
         """Reads a folder.
 
         Raises:
-            HubError: It is no checkpoint of this package.
+            HubError: It is no checkpoint of this package; says which file is missing.
+            CheckpointError: A file of this package is damaged.
             ConfigurationError: The results in it are those of another model.
         """
-        check_is_ours(folder)
-        names = (RESULTS_NAME, DENSE_RESULTS_NAME, PRUNED_RESULTS_NAME, RECOVERED_RESULTS_NAME)
-        results = [EvaluationResult.load(folder / name) if (folder / name).is_file() else None for name in names]
-        model_config = read_json_object(folder / "config.json", repeats=True)
-        contents = cls(
-            folder, PruningConfig.load(folder), PruningPlan.load(folder), model_config, *results,
-            read_recovery(folder), read_quantization(folder),
+        if not folder.is_dir():
+            raise HubError(f"There is no folder {folder}.")
+        for needed in ("config.json", CONFIG_NAME, PLAN_NAME):
+            if not (folder / needed).is_file():
+                raise HubError(
+                    f"There is no {needed} in {folder}: it is no checkpoint that hf_structprune has pruned. Other "
+                    "checkpoints go to the Hub with `hf upload REPO FOLDER`."
+                )
+        names = (
+            CONFIG_NAME, PLAN_NAME, "config.json", RESULTS_NAME, DENSE_RESULTS_NAME, PRUNED_RESULTS_NAME,
+            RECOVERED_RESULTS_NAME, RECOVERY_NAME, QUANTIZATION_NAME,
         )  # fmt: skip
+        contents = cls(folder, *(read_own(folder / name) for name in names))
         contents._check_results()
         return contents
 
@@ -212,17 +233,98 @@ def protocols(results: list[EvaluationResult]) -> dict[str, list[str]]:
     return found
 
 
-def check_is_ours(folder: Path) -> None:
-    """Refuses a folder without the files that every checkpoint of this package has.
+def is_pruned(folder: Path | None) -> bool:
+    """Whether a folder holds a checkpoint that this package has pruned."""
+    return folder is not None and all((folder / name).is_file() for name in (CONFIG_NAME, PLAN_NAME))
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, empty if there is none."""
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def read_metadata(card: str) -> dict[str, Any]:
+    """The metadata of a card, empty if it has none.
 
     Raises:
-        HubError: Says which file is missing.
+        HubError: It cannot be read.
     """
-    if not folder.is_dir():
-        raise HubError(f"There is no folder {folder}.")
-    for needed in ("config.json", CONFIG_NAME, PLAN_NAME):
-        if not (folder / needed).is_file():
-            raise HubError(
-                f"There is no {needed} in {folder}: it is no checkpoint that hf_structprune has pruned. Other "
-                "checkpoints go to the Hub with `hf upload REPO FOLDER`."
-            )
+    if not card.lstrip().startswith("---"):
+        return {}
+    try:
+        return ModelCard(card, ignore_metadata_errors=True).data.to_dict()
+    except (TypeError, ValueError, YAMLError) as error:
+        raise HubError(f"The metadata at the top of the README.md cannot be read: {error}") from error
+
+
+def check_own_files(folder: Path) -> None:
+    """Reads every file of this package in a folder; those that are not there are not missed.
+
+    Raises:
+        CheckpointError: Names the file that cannot be used, and why.
+        ConfigurationError: The results are those of another model.
+    """
+    for name in _FILES:
+        read_own(folder / name)
+    if is_pruned(folder) and (folder / "config.json").is_file():
+        Contents.read(folder)
+
+
+def check_card(folder: Path) -> None:
+    """Reads the card of a folder whose other files will be replaced: its texts go over into the new one.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    read_own(folder / CARD_NAME)
+
+
+def read_own(path: Path) -> Any:
+    """What a file of this package holds; `None` where there is none.
+
+    Raises:
+        CheckpointError: It cannot be used, and why.
+    """
+    return check_file(path, _FILES[path.name]) if path.is_file() else None
+
+
+def check_file(path: Path, read: Callable[[Path], Any]) -> Any:
+    """What a file holds.
+
+    Raises:
+        CheckpointError: It cannot be read, whatever the reason.
+    """
+    try:
+        return read(path)
+    except (StructPruneError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        what = str(error) if isinstance(error, StructPruneError) else f"it is damaged ({error!r})"
+    except RecursionError:
+        what = "it is damaged (nested too deep)"
+    what = f"it{what[len(str(path)) :]}" if what.startswith(str(path)) else what
+    raise CheckpointError(f"{path} cannot be used: {what.rstrip('.')}. Put it right, or take it away.")
+
+
+def _and_tell(read: Callable[[Path], Any], *tellers: Callable[[Any], Any]) -> Callable[[Path], Any]:
+    """Reads a file and tells it as the card does, so that whatever a card will need of it is there."""
+
+    def read_and_tell(path: Path) -> Any:
+        found = read(path)
+        for tell in tellers:
+            tell(found)
+        return found
+
+    return read_and_tell
+
+
+_FILES = {
+    CARD_NAME: lambda path: read_metadata(path.read_text(encoding="utf-8")),
+    "config.json": lambda path: read_json_object(path, repeats=True),
+    CONFIG_NAME: _and_tell(PruningConfig.load, config_expression),
+    PLAN_NAME: _and_tell(PruningPlan.load, PruningPlan.table),
+    RECOVERY_NAME: _and_tell(read_report, recovery_section, recovery_summary),
+    QUANTIZATION_NAME: _and_tell(read_report, quantisation_section, quantisation_summary),
+    **dict.fromkeys(
+        (RESULTS_NAME, DENSE_RESULTS_NAME, PRUNED_RESULTS_NAME, RECOVERED_RESULTS_NAME),
+        _and_tell(EvaluationResult.load, lambda result: ResultTable([result]).to_markdown()),
+    ),
+}

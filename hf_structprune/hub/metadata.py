@@ -1,10 +1,9 @@
-"""What a card says to machines: its metadata, `model-index` and `.eval_results/`, and the Hub's rules for them."""
+"""What a card says to machines: its metadata, `model-index` and `.eval_results/`."""
 
 from __future__ import annotations
 
 import math
 import os
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +16,14 @@ from huggingface_hub import (
     constants,
     eval_result_entries_to_yaml,
 )
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.repocard_data import model_index_to_eval_results
-from huggingface_hub.utils import get_session, validate_repo_id
+from huggingface_hub.utils import get_session
 
 from ..errors import HubError
 from ..evaluation.results import EvaluationResult, Figure
 from ..library_errors import is_network_error
 from .contents import Contents
 from .origin import TAGS, Origin, base_metadata, is_file
-from .reports import calibration_of, dataset_names
-from .words import calibration_datasets, uses_text
+from .words import calibration_datasets, calibration_of, dataset_names, uses_text
 
 
 # Metadata that is made anew each time; whatever else a card has is kept.
@@ -195,58 +191,11 @@ def eval_results(result: EvaluationResult) -> dict[str, str]:
     return files
 
 
-# What the Hub checks when a README.md is pushed (`POST /api/validate-yaml`, also `ModelCard.validate`), as far as it
-# can be told here: https://github.com/huggingface/hub-docs/blob/main/modelcard.md. By field: what its values have to
-# look like, and how that is said. `huggingface_hub` itself reads `model-index`. Other fields may hold anything.
-_ID = (None, "it must be an id of the Hub")
-_RULES = {
-    "library_name": (r".*", ""),
-    "license_name": (r".*", ""),
-    "license_link": (r".*", ""),
-    "pipeline_tag": (r"[a-z0-9\-]+", "it must be a task such as text-generation"),
-    "base_model_relation": ("finetune|quantized|merge|adapter", "it must be finetune, quantized, merge or adapter"),
-    "tags": (r".*", ""),
-    "datasets": _ID,
-    "base_model": _ID,
-    "language": (r"[a-z]{2,3}(-[A-Za-z]{2,4})?|code|multilingual", "it must be an ISO 639 code such as en"),
-    "license": (r"[a-z0-9][a-z0-9.\-]*", "it must be an identifier such as apache-2.0"),
-}
-_LISTS = ("tags", "datasets", "base_model", "language", "license")
 _PROBE_SECONDS = 10.0
 
 
-def violations(metadata: dict[str, Any]) -> list[str]:
-    """What the Hub would refuse in the metadata of a model card, one sentence each; empty if it is valid."""
-    found = []
-    for key, (pattern, rule) in _RULES.items():
-        value = metadata.get(key)
-        for item in value if isinstance(value, list) and key in _LISTS else [value]:
-            if item is None:
-                continue
-            if not isinstance(item, str):
-                found.append(f"`{key}` is {value!r}; it must be text")
-            elif not (_is_id(item) if pattern is None else re.fullmatch(pattern, item, re.DOTALL)):
-                found.append(f"`{key}` is {item!r}; {rule}")
-    if metadata.get("license") == "other" and not {"license_name", "license_link"} <= set(metadata):
-        found.append("`license` is other: `license_name` and `license_link` must say which")
-    if "model-index" in metadata:
-        try:
-            model_index_to_eval_results(metadata["model-index"])
-        except (KeyError, TypeError, ValueError) as error:
-            found.append(f"`model-index` cannot be read: {error!r}")
-    return found
-
-
-def _is_id(value: str) -> bool:
-    try:
-        validate_repo_id(value)
-    except HFValidationError:
-        return False
-    return True
-
-
 def validate_card(path: str | os.PathLike) -> bool:
-    """Checks the metadata of a card: here, and by the Hub (`ModelCard.validate`) if one answers.
+    """Checks the metadata of a card: `model-index` here, all of it by the Hub (`ModelCard.validate`) if one answers.
 
     Args:
         path: The README.md.
@@ -257,26 +206,14 @@ def validate_card(path: str | os.PathLike) -> bool:
     Raises:
         HubError: Says what is wrong.
     """
-    card = ModelCard.load(path)
-    check_metadata(card.data, path)
     try:
+        card = ModelCard.load(path)
         get_session().head(constants.ENDPOINT, timeout=_PROBE_SECONDS)  # `validate` has no time limit of its own
         card.validate()
-    except ValueError as error:
-        raise HubError(f"The Hub refuses the metadata of {path}: {error}") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise HubError(f"The metadata of {path} is not valid: {error}") from error
     except Exception as error:
         if not is_network_error(error):
             raise
         return False
     return True
-
-
-def check_metadata(data: ModelCardData, where: str | os.PathLike) -> None:
-    """Refuses metadata that the Hub would refuse.
-
-    Raises:
-        HubError: Says what is wrong.
-    """
-    problems = violations(data.to_dict())
-    if problems:
-        raise HubError(f"The metadata of {where} is not valid: {'; '.join(problems)}.")

@@ -1,19 +1,27 @@
-"""How a model was made and is used, as a card says it: what went, on which text, which papers, lines of code."""
+"""What a card says: what went, on which text, by which papers and commands, and what recovery and quantising did."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import jinja2
 
 from ..config import PruningConfig
 from ..criteria import Method, Paper
 from ..criteria.inputs import SURGEON, WIFV
+from ..errors import CheckpointError, ConfigurationError
 from ..files.places import can_only_be_a_path
+from ..files.reading import read_json_object
+from ..hardware import dtype_of
+from ..installed import LIBRARIES
 from ..plan import PruningPlan
+from ..quantization.configuration import QuantizationConfig
+from ..recovery.configuration import DistillationConfig, RecoveryConfig
 from ..text.calibration import CalibrationConfig
 from ..units import KINDS, DepthKind, UnitKind, WidthKind, kinds_of
 from .origin import IN_MEMORY, is_file
@@ -117,48 +125,16 @@ def calibration_in_words(calibration: CalibrationConfig) -> str:
 
 # Calibration data that was given in memory: code can only name its place.
 _IN_MEMORY = ("texts", "tokens", "fingerprint")
-# Options of loading that the commands have, and the dtypes that they know.
+# Options of loading that the commands have.
 COMMAND_OPTIONS = ("dtype", "revision", "subfolder", "variant", "gguf_file", "trust_remote_code")
-COMMAND_DTYPES = ("bfloat16", "float16", "float32")
-_LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}"{options})
-tokenizer = AutoTokenizer.from_pretrained("{name}")"""
 
 
-def loading(name: str, per_layer: bool, libraries: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """Ways to load a checkpoint, each with a sentence about it; `libraries` are what its quantised weights need."""
-    plain = _LOAD.format(name=name, options="")
-    needs = f"Its quantised weights need `pip install {' '.join(libraries)}`. " if libraries else ""
-    if not per_layer:
-        other = "nothing of this package" if libraries else "nothing else"
-        return [(f"{needs}It is a plain Transformers checkpoint; {other} has to be installed:", plain)]
-    return [
-        (
-            f"{needs}Its layers are not alike, which Transformers reads but does not build by itself yet. With "
-            "`pip install hf-structprune`:",
-            f"import hf_structprune  # before the model is loaded\n{plain}",
-        ),
-        (
-            "Or without it, by the modelling file that travels with the checkpoint:",
-            _LOAD.format(name=name, options=", trust_remote_code=True"),
-        ),
-    ]
+_TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"))
 
 
-def recovering(name: str, per_layer: bool) -> str:
-    """The command that trains an adapter with TRL: on a pruned model, or once more on a recovered one."""
-    options = " --trust_remote_code" if per_layer else ""
-    return (
-        f"trl sft --model_name_or_path {name}{options} --dataset_name YOUR_DATASET \\\n"
-        "  --use_peft --lora_r 8 --lora_alpha 16 --lora_target_modules all-linear --output_dir recovered"
-    )
-
-
-def quantising(name: str) -> str:
-    """Commands that quantise the model."""
-    command = f"hf-structprune quantize {name} --method {{}} --bits 4 --output-dir quantised"
-    return f"{command.format('bitsandbytes')}\n# or, calibrated:\n{command.format('gptq')}"
+def render(template: str, **values: Any) -> str:
+    """A Markdown text by the template of its name."""
+    return _TEMPLATES.get_template(f"{template}.md.jinja").render(**values).strip()
 
 
 def config_expression(config: PruningConfig) -> str:
@@ -172,19 +148,14 @@ def config_expression(config: PruningConfig) -> str:
     return f"PruningConfig({', '.join(parts)})"
 
 
-def making_in_python(
-    base: str, config: PruningConfig, ratio: float | None, options: dict[str, Any], given: bool = False
-) -> str:
-    """The lines that make the model again.
+def _by_plan(config: PruningConfig, plan: PruningPlan) -> bool:
+    """Whether only the plan itself can make the model again."""
+    return plan.given or (plan.ratio_requested is None and config.needs_ratio)
 
-    Args:
-        base: The base model.
-        config: What it was pruned with.
-        ratio: What was asked for.
-        options: What `from_pretrained` needs to load the same weights.
-        given: Whether it was pruned by a plan that was given.
-    """
-    by_plan = given or (ratio is None and config.needs_ratio)
+
+def making_in_python(base: str, config: PruningConfig, plan: PruningPlan, options: dict[str, Any]) -> str:
+    """The lines that make the model again; `options` are what `from_pretrained` needs to load the same weights."""
+    by_plan, ratio = _by_plan(config, plan), plan.ratio_requested
     names = ["CalibrationConfig"] if "CalibrationConfig(" in config_expression(config) else []
     names += ["PruningConfig", *(["PruningPlan"] if by_plan else []), "StructuredPruner"]
     what = 'PruningPlan.load("pruning_plan.json")' if by_plan else "" if ratio is None else repr(ratio)
@@ -198,17 +169,15 @@ def making_in_python(
     )
 
 
-def making_on_the_command_line(
-    base: str, config: PruningConfig, ratio: float | None, options: dict[str, Any], given: bool = False
-) -> str:
+def making_on_the_command_line(base: str, config: PruningConfig, plan: PruningPlan, options: dict[str, Any]) -> str:
     """The same as one command; empty if the model was loaded in a way that the command line does not know."""
-    if not set(options) <= set(COMMAND_OPTIONS) or options.get("dtype", COMMAND_DTYPES[0]) not in COMMAND_DTYPES:
+    if not set(options) <= set(COMMAND_OPTIONS) or ("dtype" in options and dtype_of(options["dtype"]) is None):
         return ""
     words = ["hf-structprune", "prune", base, "--output-dir", "pruned", *_options(options, "")]
-    if given or (ratio is None and config.needs_ratio):
+    if _by_plan(config, plan):
         words += ["--plan", "pruning_plan.json"]
-    elif ratio is not None:
-        words += ["--ratio", str(ratio)]
+    elif plan.ratio_requested is not None:
+        words += ["--ratio", str(plan.ratio_requested)]
     return shlex.join(words + _options(_changed(config), "") + _calibration_options(config))
 
 
@@ -256,3 +225,252 @@ def _options(values: dict[str, Any], prefix: str) -> list[str]:
         else:
             words += [option, str(value)]
     return words
+
+
+RECOVERY_NAME, PICTURE_NAME = "recovery.json", "recovery.png"
+QUANTIZATION_NAME = "quantization.json"
+SCHEMA_VERSION = 1  # of both
+# Comments by which a section can be found and replaced.
+BEGIN_RECOVERY, END_RECOVERY = "<!-- recovery, by hf_structprune -->", "<!-- end of recovery -->"
+BEGIN_QUANTISATION, END_QUANTISATION = "<!-- quantisation, by hf_structprune -->", "<!-- end of quantisation -->"
+_STOPPED = {
+    "target": "The target was reached, so that training ended there.",
+    "worse": "Training was stopped: it brought no further improvement.",
+    "nan": "Training was stopped: its loss was no longer finite.",
+}
+_CALIBRATED = ("gptq", "awq", "auto-round")
+
+
+def read_report(path: Path) -> dict[str, Any] | None:
+    """The content of `recovery.json` or `quantization.json`; `None` where there is no such file.
+
+    Raises:
+        CheckpointError: It cannot be read, or is of another version.
+    """
+    if not path.is_file():
+        return None
+    report = read_json_object(path)
+    if report.get("schema_version") != SCHEMA_VERSION:
+        found = report.get("schema_version")
+        raise CheckpointError(f"{path} is of version {found!r}; this package reads {SCHEMA_VERSION}.")
+    return report
+
+
+def recovery_section(report: dict[str, Any], *, picture: str | None = PICTURE_NAME) -> str:
+    """The section "Recovery" in Markdown.
+
+    Args:
+        report: The content of `recovery.json`.
+        picture: File with the curve, relative to the card; `None` if there is none.
+    """
+    text = report.get("text") or {}
+    held_out = f"`{text['name']}`" if text.get("name") else ""
+    if text.get("windows") and text.get("window"):
+        held_out += f", {text['windows']:,} windows of {text['window']:,} tokens"
+    facts = {
+        "Method": _trained_how(report), "Data": _data(report), "Training": _training(report),
+        "Held-out text": held_out, "Versions": _versions(report),
+    }  # fmt: skip
+    curve = "" if picture is None else f"![perplexity of the held-out text during training]({picture})"
+    command = recover_command(report)
+    parts = ["## Recovery", outcome(report), _list(facts), curve, "" if command is None else _bash(command)]
+    return "\n\n".join(filter(None, [BEGIN_RECOVERY, *parts, END_RECOVERY]))
+
+
+def quantisation_section(report: dict[str, Any]) -> str:
+    """The section "Quantised" in Markdown, of the content of `quantization.json`."""
+    text, weights = calibration_of(report), report.get("weights") or {}
+    after, before = weights.get("bytes"), weights.get("bytes_before")
+    size = f"The weights take {after / 1e6:,.1f} MB" if after else ""
+    if size:
+        size += f", {after / before:.0%} of the {before / 1e6:,.1f} MB before." if before else "."
+    facts = {
+        "Method": _quantised_how(report),
+        "Calibration": "none" if text is None else calibration_in_words(text),
+        "Versions": _versions(report),
+    }
+    parts = ["## Quantised", size, _list(facts, report.get("notes") or []), _bash(quantize_command(report))]
+    return "\n\n".join(filter(None, [BEGIN_QUANTISATION, *parts, END_QUANTISATION]))
+
+
+def outcome(report: dict[str, Any]) -> str:
+    """What training did to the perplexity of the held-out text, good or bad."""
+    step, pruned, kept, points = report["best_step"], *_before_and_after(report)
+    if not points:
+        return "The perplexity of the held-out text was not measured after training."
+    after = f"{_perplexity(points[-1]['log_perplexity'])} after step {points[-1]['step']:,}"
+    if step == 0:
+        text = (
+            f"**Training did not help.** The perplexity of a text that was not trained on was {_perplexity(pruned)} "
+            f"before it and {after}. The weights here are those from before training."
+        )
+    elif kept is None:
+        text = f"The weights after step {step:,} were kept; the held-out text was not measured there."
+    else:
+        verb = "rose" if kept > pruned else "fell" if kept < pruned else "stayed"
+        text = f"The perplexity of a text that was not trained on {verb} from {_perplexity(pruned)} to "
+        text += _perplexity(kept) + (": **training made the model worse**" if kept > pruned else "") + _share(report)
+        if points[-1]["step"] != step:
+            text += f" The weights are those after step {step:,}; it was {after}."
+    return " ".join(filter(None, [text, _STOPPED.get(report.get("stopped"))]))
+
+
+def recovery_summary(report: dict[str, Any]) -> str:
+    """What training did, in one sentence."""
+    pruned, kept, points = _before_and_after(report)
+    share = report.get("recovered")
+    if report["best_step"] == 0 and points:
+        return "Training it afterwards did not help, so that these are the weights from before, see Recovery."
+    if kept is not None and kept > pruned:
+        return "Training it afterwards made it worse on a text that was not trained on, see Recovery."
+    if share is None or not points:
+        return "It was trained afterwards to get quality back, see Recovery."
+    return (
+        f"Training it afterwards brought back {share:.1%} of the log-perplexity that pruning had lost on a text that "
+        "was not trained on, see Recovery."
+    )
+
+
+def quantisation_summary(report: dict[str, Any]) -> str:
+    """What quantising did, in one sentence."""
+    return f"Its weights were then quantised to {report['bits']} bits with {report['method']}, see Quantised."
+
+
+def recover_command(report: dict[str, Any]) -> str | None:
+    """The command that does the same again; `None` for a training that `hf-structprune recover` did not run.
+
+    The held-out text's dense perplexity is given as the number it was, so that nothing has to be measured again.
+    """
+    if not report.get("configuration"):
+        return None
+    try:
+        config = RecoveryConfig.from_dict(report["configuration"])
+        distillation = DistillationConfig.from_dict(report.get("distillation") or {})
+    except ConfigurationError:  # written by another version, with other options
+        return None
+    words = ["hf-structprune", "recover", report.get("model") or "PRUNED_MODEL"]
+    words += ["--dataset", *(report.get("dataset") or dataset_names(report) or ["YOUR_DATASET"])]
+    words += ["--output-dir", "recovered"]
+    if config.method == "distill" and report.get("teacher"):
+        words += ["--teacher", report["teacher"]]
+    if report["curve"]["dense"] is not None:
+        words += ["--dense", f"{math.exp(report['curve']['dense']):.6g}"]
+    return shlex.join(words + changed_options(config) + changed_options(distillation))
+
+
+def quantize_command(report: dict[str, Any]) -> str:
+    """The command that quantises in the same way again."""
+    config = QuantizationConfig.from_dict(report["configuration"])
+    words = ["hf-structprune", "quantize", report.get("model") or "MODEL", "--output-dir", "quantised"]
+    words += ["--method", config.method] if config.method == QuantizationConfig().method else []
+    return shlex.join(words + changed_options(config))
+
+
+def dataset_names(report: dict[str, Any]) -> list[str]:
+    """Names of the data that was trained on."""
+    sources = (report.get("data") or {}).get("sources") or []
+    given = (report.get("training") or {}).get("dataset") or []
+    return [one["name"] for one in sources] or ([given] if isinstance(given, str) else list(given))
+
+
+def calibration_of(report: dict[str, Any]) -> CalibrationConfig | None:
+    """The text that quantised values were chosen on; `None` for methods that round to the nearest."""
+    config = QuantizationConfig.from_dict(report["configuration"])
+    return config.calibration if config.method in _CALIBRATED else None
+
+
+def libraries(report: dict[str, Any]) -> list[str]:
+    """The libraries besides Transformers that quantised it and read it."""
+    return [name for name in report.get("versions") or {} if name not in ("hf_structprune", *LIBRARIES)]
+
+
+def _list(facts: dict[str, str], more: list[str] | None = None) -> str:
+    return "\n".join([*(f"* {name}: {text}" for name, text in facts.items() if text), *(f"* {n}" for n in more or [])])
+
+
+def _bash(command: str) -> str:
+    return f"```bash\n{command}\n```"
+
+
+def _versions(report: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in (report.get("versions") or {}).items())
+
+
+def _share(report: dict[str, Any]) -> str:
+    """How much of what pruning lost is back; ends the sentence."""
+    dense, share = report["curve"]["dense"], report.get("recovered")
+    if dense is None:
+        return ". The dense model was not measured on it, so that no share can be given."
+    if share is None:
+        return f" (dense: {_perplexity(dense)}). Pruning had lost nothing on this text."
+    back = f": {share:.1%} of the log-perplexity that pruning had lost on it is back" if share >= 0 else ""
+    return f" (dense: {_perplexity(dense)}){back}."
+
+
+def _before_and_after(report: dict[str, Any]) -> tuple[float, float | None, list[dict[str, Any]]]:
+    """Log-perplexities of the pruned weights and of those that were kept, and all points of the curve."""
+    curve, step = report["curve"], report["best_step"]
+    values = {point["step"]: point["log_perplexity"] for point in curve["points"]}
+    return curve["pruned"], values.get(step, curve["pruned"] if step == 0 else None), curve["points"]
+
+
+def _perplexity(log_perplexity: float) -> str:
+    return f"{math.exp(min(log_perplexity, 700.0)):,.2f}"
+
+
+def _trained_how(report: dict[str, Any]) -> str:
+    values = report.get("configuration") or {}
+    if not values:
+        name = (report.get("training") or {}).get("method")
+        return {"full": "all weights", None: ""}.get(name, str(name).upper().replace("LORA", "LoRA"))
+    config = RecoveryConfig.from_dict(values)
+    adapters = [f"rank {config.rank}, alpha {config.alpha}"]
+    adapters += ["DoRA"] if config.use_dora else []
+    adapters += ["rsLoRA"] if config.use_rslora else []
+    adapters += [f"{' and '.join(config.modules_to_save)} trained whole"] if config.modules_to_save else []
+    adapters += [f"initialised by {config.init_lora_weights}"] if config.init_lora_weights else []
+    base = f" over a {config.bits}-bit base" if config.trained == "qlora" else ""
+    what = "all weights" if config.trained == "full" else f"LoRA{base} ({', '.join(adapters)})"
+    if config.method != "distill":
+        return f"{what}, trained on the labels of the data"
+    distillation = report.get("distillation") or {}
+    more = [
+        f"{name.replace('_', ' ')} {distillation[name]:g}"
+        for name in ("temperature", "label_weight", "hidden_weight", "attention_weight")
+        if distillation.get(name)
+    ]
+    what += f", trained to predict what {report.get('teacher') or 'the dense model'} predicts"
+    return what + (f" ({', '.join(more)})" if more else "")
+
+
+def _data(report: dict[str, Any]) -> str:
+    sources = (report.get("data") or {}).get("sources") or []
+    if sources:
+        return "; ".join(f"`{one['name']}`, {one['sequences']:,} sequences" for one in sources)
+    return ", ".join(f"`{name}`" for name in dataset_names(report))
+
+
+def _training(report: dict[str, Any]) -> str:
+    values = report.get("training") or {}
+    words = [
+        f"{values['steps']:,} steps" if values.get("steps") is not None else "",
+        f"{values['epochs']:.2f} epochs" if values.get("epochs") is not None else "",
+        f"batches of {values['batch_size']:,}" if values.get("batch_size") else "",
+        f"learning rate {values['learning_rate']:g}" if values.get("learning_rate") else "",
+        f"{values['tokens']:,} tokens" if values.get("tokens") else "",
+        f"{values['trainable_parameters']:,} trained parameters" if values.get("trainable_parameters") else "",
+    ]
+    if seconds := values.get("seconds"):
+        words.append(f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.1f} minutes")
+    return ", ".join(filter(None, words))
+
+
+def _quantised_how(report: dict[str, Any]) -> str:
+    """`"bitsandbytes, 4 bits, nf4"`, `"gptq, 3 bits, groups of 128 weights"`."""
+    config, group = QuantizationConfig.from_dict(report["configuration"]), report.get("group_size")
+    words = [config.method, f"{config.bits} bits"]
+    if config.method == "bitsandbytes" and config.bits == 4:
+        words += [config.four_bit_type, *(["scales quantised too"] if config.double_quant else [])]
+    if group:
+        words.append("a scale for each row" if group == -1 else f"groups of {group} weights")
+    return ", ".join(words)

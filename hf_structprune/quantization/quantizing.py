@@ -29,10 +29,10 @@ from ..files.places import check_room
 from ..files.reading import read_json_object
 from ..files.writing import check_folder, write_folder, write_text
 from ..hardware import default_device, free_memory
-from ..hub.card import CARD_NAME
-from ..hub.checkpoint import STILL_TRUE, check_card, check_own_files, copy_files, is_pruned, read_text, write_card_from
+from ..hub.checkpoint import STILL_TRUE, copy_files, write_card_from
+from ..hub.contents import CARD_NAME, check_card, check_own_files, is_pruned, read_text
 from ..hub.origin import public_config
-from ..hub.reports import PICTURE_NAME, QUANTIZATION_NAME, RECOVERY_NAME, SCHEMA_VERSION
+from ..hub.words import PICTURE_NAME, QUANTIZATION_NAME, RECOVERY_NAME, SCHEMA_VERSION
 from ..installed import need, versions
 from ..model.loading import load_config, load_model, load_tokenizer, shapes_of
 from ..model.measuring import context_length

@@ -22,8 +22,8 @@ from ..errors import CheckpointError, ConfigurationError
 from ..evaluation.perplexity import EvaluationText
 from ..files.reading import read_json_object
 from ..files.writing import check_folder, write_text
-from ..hub.checkpoint import check_card, check_own_files
-from ..hub.reports import recovery_section
+from ..hub.contents import check_card, check_own_files
+from ..hub.words import recovery_section
 from ..model.measuring import context_length, measuring
 from ..quantization.four_bit import compute_as_stored
 from .measuring import HeldOutText, Point, RecoveryCurve, dense_log_perplexity, exp, measuring_steps

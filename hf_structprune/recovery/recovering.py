@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ..errors import ConfigurationError
 from ..files.reading import damage, first_damage
 from ..files.writing import check_folder
-from ..hub.checkpoint import check_card, check_own_files
+from ..hub.contents import check_card, check_own_files
 from ..installed import need
 from ..model.loading import load_config, load_tokenizer
 from ..model.measuring import context_length

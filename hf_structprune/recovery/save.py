@@ -20,12 +20,11 @@ from transformers.utils import logging
 from ..errors import CheckpointError, ConfigurationError, StructPruneError
 from ..evaluation.results import RESULTS_NAME, EvaluationResult, describe_environment
 from ..files.writing import write_folder, write_text
-from ..hub.card import CARD_NAME, generated_mark, is_ours
-from ..hub.checkpoint import STILL_TRUE, card_name, copy_files, is_pruned, or_say, read_text, write_card_from
-from ..hub.contents import PRUNED_RESULTS_NAME
+from ..hub.card import card_name, generated_mark, is_ours
+from ..hub.checkpoint import STILL_TRUE, copy_files, or_say, write_card_from
+from ..hub.contents import CARD_NAME, PRUNED_RESULTS_NAME, is_pruned, read_text
 from ..hub.origin import TAGS
-from ..hub.reports import PICTURE_NAME, RECOVERY_NAME, SCHEMA_VERSION, recovery_section
-from ..hub.words import loading
+from ..hub.words import PICTURE_NAME, RECOVERY_NAME, SCHEMA_VERSION, recovery_section, render
 from ..installed import need
 from ..model.loading import load_config
 from .measuring import Point, RecoveryCurve, draw_curve
@@ -207,7 +206,5 @@ def _write_plain_card(path: Path, name: str, previous: str, report: dict[str, An
         f"# {name}",
         recovery_section(report, picture=picture),
     ]
-    parts.append("## How to load it")
-    for sentence, code in loading(name, per_layer):
-        parts += [sentence, f"```python\n{code}\n```"]
+    parts.append(render("loading", name=name, per_layer=per_layer))
     write_text(path / CARD_NAME, "\n\n".join(parts) + "\n")

@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from .. import hardware
 from ..errors import CheckpointError, ConfigurationError
-from ..hardware import DTYPES
+from ..hardware import DTYPES, dtype_of
 from ..installed import need
 from ..model.loading import load_config, load_model
 from .configuration import RecoveryConfig
@@ -88,12 +88,11 @@ def load_quantised(
         StructPruneError: bitsandbytes or PEFT is missing.
         CheckpointError: The checkpoint is quantised already, or lacks weights.
     """
-    names = {str(value).removeprefix("torch."): value for value in DTYPES.values()}
-    compute = {**DTYPES, **names}.get(str(dtype).removeprefix("torch."))
+    compute = dtype_of(dtype)
     if bits not in (4, 8):
         raise ConfigurationError(f"`bits` is {bits!r}; it must be 4 or 8.")
     if compute is None:
-        raise ConfigurationError(f"`dtype` is {dtype!r}; allowed values are {', '.join(names)}.")
+        raise ConfigurationError(f"`dtype` is {dtype!r}; allowed values are {', '.join(DTYPES)}.")
     need("bitsandbytes", "peft", extra="qlora")
     from peft import prepare_model_for_kbit_training
 

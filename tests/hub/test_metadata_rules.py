@@ -1,50 +1,20 @@
-"""The rules for metadata that can be checked without the Hub."""
+"""Metadata that cannot be read, the texts of people, and what licences ask."""
 
 import pytest
 
+from hf_structprune.errors import HubError
+from hf_structprune.hub import validate_card
 from hf_structprune.hub.card import is_ours, read_sections, section
-from hf_structprune.hub.metadata import violations
 from hf_structprune.hub.origin import attribution
 
 
-RESULT = {
-    "task": {"type": "text-generation"},
-    "dataset": {"type": "a/b", "name": "B"},
-    "metrics": [{"type": "acc", "value": 0.5}],
-}
-VALID = {
-    "license": "apache-2.0", "language": ["en", "zh-Hant", "code"], "library_name": "transformers", "tags": ["a"],
-    "pipeline_tag": "text-generation", "datasets": ["a/b", "squad"], "base_model": "org/model", "own": {"field": 1},
-    "base_model_relation": "finetune", "model-index": [{"name": "m", "results": [RESULT]}],
-}  # fmt: skip
-
-
-def test_valid():
-    assert violations(VALID) == [] and violations({}) == []
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        ({"license": "Apache 2.0"}, "`license` is 'Apache 2.0'"),
-        ({"license": "other"}, "`license_name` and `license_link`"),
-        ({"language": "English"}, "`language` is 'English'"),
-        ({"language": [False]}, "`language` is [False]; it must be text"),  # YAML reads `no` so
-        ({"datasets": ["a/b/c"]}, "`datasets` is 'a/b/c'; it must be an id of the Hub"),
-        ({"base_model": "../model"}, "`base_model` is '../model'; it must be an id of the Hub"),
-        ({"base_model_relation": "pruned"}, "`base_model_relation` is 'pruned'"),
-        ({"tags": [1]}, "`tags` is [1]; it must be text"),
-        ({"pipeline_tag": "Text Generation"}, "`pipeline_tag` is 'Text Generation'"),
-        ({"library_name": ["transformers"]}, "`library_name` is ['transformers']; it must be text"),
-        ({"model-index": {"name": "m"}}, "`model-index` cannot be read"),
-        ({"model-index": [{"results": []}]}, "`model-index` cannot be read: KeyError('name')"),
-        ({"model-index": [{"name": "m", "results": [{**RESULT, "dataset": {"type": "b"}}]}]}, "KeyError('name')"),
-        ({"model-index": [{"name": "m", "results": [{**RESULT, "metrics": [{"type": "a"}]}]}]}, "KeyError('value')"),
-    ],
-)
-def test_violations(change, words):
-    (found,) = violations({**VALID, **change})
-    assert words in found
+def test_metadata_that_cannot_be_read(tmp_path):
+    for metadata, words in (
+        ("a: [", "while parsing"), ("- a", "should be a dict"), ("model-index: [{results: []}]", "metadata"),
+    ):  # fmt: skip
+        (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n# A card\n")
+        with pytest.raises(HubError, match=f"README.md is not valid: (?s:.*){words}"):
+            validate_card(tmp_path / "README.md")
 
 
 @pytest.mark.parametrize("text", ["", "one line", "  indented\n\n<!-- a comment -->\n| a | b |\n"])

@@ -11,15 +11,17 @@ from transformers import AutoModelForCausalLM
 
 from hf_structprune import PruningConfig, PruningPlan, StructuredPruner
 from hf_structprune.commands import cli
-from hf_structprune.commands.models import DTYPES, ModelArguments
+from hf_structprune.commands.models import ModelArguments
 from hf_structprune.errors import ConfigurationError
+from hf_structprune.hardware import DTYPES
 from hf_structprune.hub import write_card
 from hf_structprune.hub.origin import Origin, origin_of
-from hf_structprune.hub.words import COMMAND_DTYPES, COMMAND_OPTIONS, making_in_python, making_on_the_command_line
+from hf_structprune.hub.words import COMMAND_OPTIONS, making_in_python, making_on_the_command_line
 from hf_structprune.model.loading import load_model, load_tokenizer, plain_options
 
 
 DATA_FREE = PruningConfig(criterion="l2", compensation=False, round_to=1)
+PLAN = PruningPlan(0.2, "llama", "uniform", [], 10, 8, 10, 8, 4, 3, 4.0)
 
 
 @pytest.fixture
@@ -77,7 +79,7 @@ def test_everything_that_says_which_weights_these_are_is_kept_and_nothing_else(t
         "state_dict": {"in_memory": "dict"}, "key_mapping": {"a": "b"}, "own": "base",
     }  # fmt: skip
     assert json.loads(json.dumps(kept)) == kept
-    code = making_in_python("base", DATA_FREE, 0.2, kept)
+    code = making_in_python("base", DATA_FREE, PLAN, kept)
     compile(code, "card", "exec")
     assert "fusion_config=LlamaConfig(...)" in code and "tie_word_embeddings=False" in code
 
@@ -90,16 +92,19 @@ def test_of_a_model_that_others_have_loaded_the_dtype_is_known(tiny_llama, base)
 
 @pytest.mark.parametrize("options", [{"key_mapping": {"a": "b"}}, {"dtype": "float64"}, {"code_revision": "x"}])
 def test_what_the_commands_do_not_know_is_said_in_python_only(options):
-    assert making_on_the_command_line("base", DATA_FREE, 0.2, options) == ""
-    assert next(iter(options)) in making_in_python("base", DATA_FREE, 0.2, options)
+    assert making_on_the_command_line("base", DATA_FREE, PLAN, options) == ""
+    assert next(iter(options)) in making_in_python("base", DATA_FREE, PLAN, options)
 
 
 def test_the_options_of_commands_in_cards_are_options_of_the_commands():
     assert {*COMMAND_OPTIONS} <= {field.name for field in dataclasses.fields(ModelArguments)}
-    assert {*COMMAND_DTYPES} == {*DTYPES.values()}
+    for dtype in DTYPES.values():
+        name = str(dtype).removeprefix("torch.")
+        assert ModelArguments("m", dtype=name).loading_options()["dtype"] == name
+        assert f"--dtype {name}" in making_on_the_command_line("base", DATA_FREE, PLAN, {"dtype": name})
     options = dict.fromkeys(COMMAND_OPTIONS, "x") | {"dtype": "float16", "trust_remote_code": True}
     assert ModelArguments("m", **options).loading_options() == options
-    assert "--variant x" in making_on_the_command_line("base", DATA_FREE, 0.2, options)
+    assert "--variant x" in making_on_the_command_line("base", DATA_FREE, PLAN, options)
 
 
 def test_a_base_model_under_another_name_is_loaded_as_before(base, tmp_path):

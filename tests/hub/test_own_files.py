@@ -8,7 +8,7 @@ from hf_structprune.commands import cli
 from hf_structprune.errors import StructPruneError
 from hf_structprune.evaluation.results import EvaluationResult, Figure
 from hf_structprune.hub import push_folder
-from hf_structprune.hub.checkpoint import check_card, check_own_files
+from hf_structprune.hub.contents import check_card, check_own_files
 
 from .reports import make_quantisation, make_report
 

@@ -20,7 +20,7 @@ from hf_structprune.commands import cli
 from hf_structprune.errors import HubError
 from hf_structprune.evaluation.results import EvaluationResult, Figure
 from hf_structprune.hub import push_folder
-from hf_structprune.hub.push import choose_files
+from hf_structprune.hub.checkpoint import choose_files
 
 
 CHECKPOINT = {

@@ -15,10 +15,10 @@ from hf_structprune.commands.recover import RecoverArguments
 from hf_structprune.errors import CheckpointError, ConfigurationError
 from hf_structprune.evaluation.results import EvaluationResult, Figure
 from hf_structprune.hub import make_card, push_folder, validate_card, write_card
-from hf_structprune.hub.reports import BEGIN_RECOVERY as BEGIN
-from hf_structprune.hub.reports import END_RECOVERY as END
-from hf_structprune.hub.reports import outcome, recover_command
-from hf_structprune.hub.reports import recovery_section as section_of
+from hf_structprune.hub.words import BEGIN_RECOVERY as BEGIN
+from hf_structprune.hub.words import END_RECOVERY as END
+from hf_structprune.hub.words import outcome, recover_command
+from hf_structprune.hub.words import recovery_section as section_of
 from hf_structprune.recovery.configuration import DistillationConfig, RecoveryConfig
 
 from .reports import make_report

@@ -16,7 +16,7 @@ from hf_structprune import CalibrationConfig, PruningConfig, QuantizationConfig,
 from hf_structprune.commands.cli import main
 from hf_structprune.errors import CheckpointError, ConfigurationError, StructPruneError, UnsupportedModelError
 from hf_structprune.evaluation.results import EvaluationResult
-from hf_structprune.hub.reports import read_quantization
+from hf_structprune.hub.words import QUANTIZATION_NAME, read_report
 from hf_structprune.model.loading import load_model
 from hf_structprune.quantization import quantizing
 from hf_structprune.quantization.quantizing import BACKENDS, Source
@@ -134,7 +134,7 @@ def test_weights_shrink_as_the_method_says(method, bits, dense, tmp_path):
     assert result.report["weights"]["bytes"] == (result.folder / "model.safetensors").stat().st_size
     assert result.report["weights"]["parameters"] == sum(p.numel() for p in model.parameters())
     assert result.report["weights"]["bytes_before"] == sum(p.numel() * 4 for p in model.parameters())
-    assert read_quantization(result.folder) == result.report
+    assert read_report(result.folder / QUANTIZATION_NAME) == result.report
     assert result.report["model"] == "dense" and str(tmp_path) not in json.dumps(result.report)
 
 

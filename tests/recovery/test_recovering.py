@@ -17,7 +17,7 @@ pytest.importorskip("peft")
 from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner  # noqa: E402
 from hf_structprune.commands import cli  # noqa: E402
 from hf_structprune.errors import ConfigurationError, StructPruneError, TextError  # noqa: E402
-from hf_structprune.hub.reports import PICTURE_NAME, RECOVERY_NAME  # noqa: E402
+from hf_structprune.hub.words import PICTURE_NAME, RECOVERY_NAME  # noqa: E402
 from hf_structprune.recovery import DistillationConfig, LoraRecoveryCallback, RecoveryConfig, recover
 from hf_structprune.recovery.recovering import _check_folders  # noqa: E402
 
