@@ -16,7 +16,7 @@ from .errors import ConfigurationError, RatioError
 from .files.reading import read_json_object
 from .files.writing import write_text
 from .text.calibration import CalibrationConfig
-from .units import KINDS, DepthKind, StreamKind, WidthKind, kinds_of, level_criteria
+from .units import KINDS, DepthKind, RoutedKind, StreamKind, WidthKind, kinds_of, level_criteria
 from .units.depth import LAYERS
 from .units.heads import GROUPS
 from .units.hidden import HIDDEN
@@ -45,7 +45,7 @@ class _Names:
 Kind = Annotated[str, OneOf(_Names())]
 _Part = Annotated[float, Limits(0, open="least"), Described("a positive number")]
 _RATIOS = ("attention_ratio", "mlp_ratio")
-_CRITERIA = {DepthKind: "depth_criterion", StreamKind: "hidden_criterion"}
+_CRITERIA = {level: level.criterion_option for level in (DepthKind, StreamKind, RoutedKind)}
 
 
 @dataclass
@@ -55,7 +55,8 @@ class PruningConfig:
     Args:
         units (tuple of `str`, *optional*):
             What may be cut. Widths: `"mlp_neurons"`, `"kv_groups"` (a key/value head with its query heads) and
-            `"query_heads"` (the same number in every KV group). Depth: `"layers"` (whole decoder layers),
+            `"query_heads"` (the same number in every KV group); `"experts"` (whole ones, with their rows of the
+            router). Depth: `"layers"` (whole decoder layers),
             `"attention"` and `"mlp"` (one sublayer of a layer). And `"hidden"` (channels of the residual stream).
             Default: the kinds that other options name (`attention_ratio`, `mlp_ratio`, `num_layers`, `keep_first`,
             `hidden_size`, `split`), else `("mlp_neurons",)`.
@@ -90,6 +91,9 @@ class PruningConfig:
             or `"pca"`: the stream is turned into its principal components first (SliceGPT, with one rotation for all
             layers), which is exact for models with RMS norms in front of their readers and a head of its own.
         hidden_size (`int`, *optional*): The hidden size after pruning.
+        expert_criterion (`str`): How experts are ranked: `"reap"` (weight of the router times norm of the output, over
+            the tokens that an expert gets), `"frequency"`, `"router"` (mean probability), `"l2"`, `"taylor"`,
+            `"random"`, or `"loss"` (each time the one goes without which the block's output changes least).
         split (`dict` of `str` to `float`, *optional*): The part of the budget of each kind of unit, for example
             `{"layers": 0.5, "mlp_neurons": 0.5}`; on the command line `layers=0.5 mlp_neurons=0.5`. Without it, and
             with layers or sublayers among several kinds, the split with the least measured cost is taken.
@@ -131,6 +135,7 @@ class PruningConfig:
     keep_first: Count | None = None
     hidden_criterion: Annotated[str, OneOf(level_criteria(StreamKind))] = "activation"
     hidden_size: Count | None = None
+    expert_criterion: Annotated[str, OneOf(level_criteria(RoutedKind))] = "reap"
     split: dict[str, float] | list[str] | None = None
     keep: dict[str, int] | list[str] | None = None
     layers: list[Number] | None = None
@@ -338,14 +343,16 @@ def _share_criteria(config: PruningConfig) -> None:
         return
     known = [name for level in (WidthKind, *_CRITERIA) for name in level_criteria(level)]
     check_choice("criterion", config.criterion, dict.fromkeys(known))
-    widths = config.kinds(kinds_of(WidthKind))
+    widths = _read_by_maps(config)
+    ranks_widths = config.criterion in level_criteria(WidthKind)
     levels = [level for level in _CRITERIA if config.criterion in level_criteria(level)]
+    levels = [level for level in levels if config.kinds(kinds_of(level)) or not ranks_widths]
     options = [_CRITERIA[level] for level in levels]
     alone = [_CRITERIA[level] for level in levels if set(config.units) <= set(kinds_of(level))]
     if alone:
         setattr(config, alone[0], config.criterion)
         config.criterion = "obs"
-    elif options and (config.criterion not in level_criteria(WidthKind) or not widths):
+    elif options and not (ranks_widths and widths):
         raise ConfigurationError(
             f"`criterion` is {config.criterion!r}, which does not rank all of {', '.join(config.units)}; it is a "
             f"value of `{'` and of `'.join(options)}`."
@@ -355,6 +362,11 @@ def _share_criteria(config: PruningConfig) -> None:
             f"`criterion` is {config.criterion!r}, which ranks heads and neurons, but `units` is {config.units}: set "
             "`depth_criterion` for layers and sublayers, `hidden_criterion` for hidden channels."
         )
+
+
+def _read_by_maps(config: PruningConfig) -> tuple[str, ...]:
+    """Kinds of widths that `criterion` ranks."""
+    return tuple(kind for kind in config.kinds(kinds_of(WidthKind)) if KINDS[kind].criterion_option == "criterion")
 
 
 def _by_kind(config: PruningConfig) -> None:
@@ -371,7 +383,7 @@ def _by_kind(config: PruningConfig) -> None:
             )
         for name in chosen:
             setattr(config, option, name)
-    widths = {kind: values.get(kind, "obs") for kind in config.kinds(kinds_of(WidthKind))}
+    widths = {kind: values.get(kind, "obs") for kind in _read_by_maps(config)}
     config.criterion = widths if len(set(widths.values())) > 1 else next(iter(widths.values()), "obs")
 
 

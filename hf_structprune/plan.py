@@ -41,6 +41,7 @@ class Decision:
         before: Units before.
         keep: Units after. For query heads: all heads left in the layer, the loss of whole KV groups included.
         kept: Their numbers in ascending order, once they are chosen.
+        seen: Calibration tokens that each of the `before` units got, where a router sends them different ones.
     """
 
     kind: str
@@ -48,6 +49,7 @@ class Decision:
     before: int
     keep: int
     kept: list[int] | None = None
+    seen: list[int] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -229,7 +231,8 @@ class PruningPlan:
         decisions, weights, neurons_before, neurons_after = [], 0, 0, 0
         for group in structure.groups:
             kind, goes = KINDS[group.kind], is_dropped(dropped, group.layer, group.kind)
-            left = keep.get(group.key, group.whole)
+            whole = group.whole if kind.within else group.size
+            left = keep.get(group.key, whole)
             if kind.activated:
                 neurons_before += group.size
                 neurons_after += 0 if goes else left
@@ -238,7 +241,7 @@ class PruningPlan:
             holders = 1
             if kind.within:  # units that go with whole holders are counted there
                 holders = keep.get((group.layer, kind.within), structure.layers[group.layer].group(kind.within).size)
-            gone = holders * (group.whole - left)
+            gone = holders * (whole - left)
             removed[group.kind] += gone * group.cost
             weights += gone * group.matrix_cost
             if holders * left < group.size:

@@ -125,7 +125,9 @@ class Execution:
         result.model_type = self._model_type
         result.notes += dict.fromkeys(self._notes)
         result.bytes_per_parameter = self._bytes / self._dense.total_parameters
+        seen = {(group.layer, group.kind): group.seen for group in plan.groups}
         for group in result.groups:
+            group.seen = seen.get((group.layer, group.kind))
             group.kept = self._stay[group.layer, group.kind].tolist()
         result.count(self.structure, size_of(self.model))
         return result

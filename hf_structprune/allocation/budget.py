@@ -119,7 +119,7 @@ class Budget:
         """Which option keeps most of what could go: the step of widths, where one unit would be much less."""
         name = "align_to" if self.config.align_to is not None else "round_to"
         value, step = getattr(self.config, name), max(map(self.step, self.groups), default=1)
-        kept = sum(self.step(group) * group.cost for group in self.groups)
+        kept = sum(self.least(group) * group.cost for group in self.groups)
         if value is None or step == 1 or kept < self.removable:
             return ""
         return f"`{name}` is {value!r}, so that each MLP keeps at least {step} neurons: take a smaller one. "
@@ -136,12 +136,18 @@ class Budget:
     def removable(self) -> int:
         """Parameters of everything that may go."""
         heads = (max(removed_by_pair(layer, *o) for o in self.attention_options(layer)) for layer in self.attentions)
-        return sum(heads) + sum((g.size - self.step(g)) * g.cost for g in self.groups)
+        return sum(heads) + sum((g.size - self.least(g)) * g.cost for g in self.groups)
 
     def step(self, group: Group) -> int:
-        """Kept units of a group are multiples of this, and at least this."""
+        """Kept units of a group are multiples of this."""
         whole = self.dense.layers[group.layer].group(group.kind).size
-        return KINDS[group.kind].multiple(whole, self.config.round_to, self.config.align_to)
+        step = KINDS[group.kind].multiple(whole, self.config.round_to, self.config.align_to)
+        return step if KINDS[group.kind].within is not None else math.lcm(step, group.blocks)
+
+    def least(self, group: Group) -> int:
+        """The fewest units that may be kept of a group."""
+        step = self.step(group)
+        return -(-group.least // step) * step
 
     def largest_width(self, group: Group) -> int:
         """The whole width, or the largest that is aligned."""
@@ -151,7 +157,7 @@ class Budget:
     def nearest_width(self, group: Group, wanted: float) -> int:
         """The number of units, of those that a group may keep, that is nearest to this."""
         step = self.step(group)
-        return min(max(round(wanted / step) * step, step), self.largest_width(group))
+        return min(max(round(wanted / step) * step, self.least(group)), self.largest_width(group))
 
     def attention_options(self, layer: LayerStructure) -> list[tuple[int, int]]:
         """Allowed (KV groups, query heads in each) of a layer, those first that keep most."""
@@ -177,7 +183,7 @@ class Budget:
             return self.largest_width(group)
         step = self.step(group)
         smaller = (below - 1) // step * step
-        return smaller if smaller >= step else None
+        return smaller if smaller >= self.least(group) else None
 
 
 def active_layers(config: PruningConfig, num_layers: int) -> list[int]:

@@ -90,6 +90,12 @@ def allocate_stated(budget: Budget) -> Counts:
             raise ConfigurationError(
                 f"`keep` is {keep}, but layer {group.layer} has only {group.size} {KINDS[group.kind].label}."
             )
+        if keep[group.kind] % group.blocks or keep[group.kind] < group.least:
+            each = f", the same number in each of {group.blocks} parts" if group.blocks > 1 else ""
+            raise ConfigurationError(
+                f"`keep` is {keep}, but layer {group.layer} must keep at least {group.least} "
+                f"{KINDS[group.kind].label}{each}."
+            )
     return counts | _smaller(budget.groups, {group.key: keep[group.kind] for group in budget.groups})
 
 
@@ -133,7 +139,7 @@ def _uniform(budget: Budget, target: int) -> Counts:
     share = target / (_size(budget.groups) + sum(heads.values()))
     # Without finer units to close the gap, or where they cannot go so far, heads have to reach the target.
     kinds = _by_coarseness(budget.groups)
-    limits = [sum((g.size - budget.step(g)) * g.cost for g in groups) for groups in kinds]
+    limits = [sum((g.size - budget.least(g)) * g.cost for g in groups) for groups in kinds]
     counts, removed = {}, 0
     for number, layer in enumerate(budget.attentions):
         # Rounding errors of earlier layers are made up for by later ones, unless all layers must be alike.
@@ -192,7 +198,7 @@ def _spread_widths(budget: Budget, groups: list[Group], target: float, share: fl
         width = -int(-group.size * (1 - share) // step) * step  # up: less is removed than asked
         counts[group.key] = width = min(width, budget.largest_width(group))
         removed += (group.size - width) * group.cost
-        lower[group.key] = max((width - 1) // step * step, step)
+        lower[group.key] = max((width - 1) // step * step, budget.least(group))
         saved += (width - lower[group.key]) * group.cost
     mean = saved / len(groups)
     extra = min(max(0, round((target - removed) / mean)), len(groups)) if mean else 0
@@ -232,7 +238,7 @@ def _lowest(budget: Budget, target: int, scores: dict[tuple[int, str], torch.Ten
     for number, group in enumerate(groups):
         score = scores[group.key].double()
         z = (score - score.mean()) / score.std().clamp_min(1e-30)
-        limit = group.size - (1 if KINDS[group.kind].of_heads else budget.step(group))
+        limit = group.size - (1 if KINDS[group.kind].of_heads else budget.least(group))
         # Only the lowest may go; the rest of the group is not offered.
         entries.append(torch.stack([z.sort().values[:limit], torch.full((limit,), number)], dim=1))
     ranked = torch.cat(entries)

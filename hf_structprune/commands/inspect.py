@@ -77,7 +77,7 @@ def _group_data(group: Group) -> dict[str, Any]:
         "num_units": group.size,
         "unit_parameters": group.cost,
         "producers": group.producers,
-        "consumer": group.reader.module,
+        "consumer": group.reader.module if group.reader else group.parent,
     }
 
 
@@ -96,7 +96,8 @@ def _runs(structure: ModelStructure) -> list[list[tuple[int, Group]]]:
 def _row(structure: ModelStructure, run: list[tuple[int, Group]]) -> list[str]:
     (first, group), last = run[0], run[-1][0]
     size = len(run) * group.size * group.cost
-    *producers, reader = [name.rpartition(".")[2] for name in (*group.producers, group.reader.module)]
+    end = group.reader.module if group.reader else group.parent
+    *producers, reader = [name.rpartition(".")[2] for name in (*group.producers, end)]
     return [
         str(first) if first == last else f"{first}-{last}",
         group.kind,

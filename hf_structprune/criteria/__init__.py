@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from ..config import PruningConfig
+from ..units import KINDS, RoutedKind, WidthKind, kinds_of
+from . import experts
 from .base import ByKind, ConsumerCriterion, Criterion, Method, Paper, Scoring, TensorCriterion
 from .inputs import OBS, WIFV, Activation, Wanda
 from .weights import L1, L2, Random, Taylor
@@ -26,6 +28,9 @@ __all__ = [
 
 def make_criterion(config: PruningConfig) -> Criterion:
     """The criterion that a configuration names, or the criteria of several kinds of units as one."""
-    if isinstance(config.criterion, str):
-        return BY_NAME[config.criterion](config)
-    return ByKind(config, {kind: BY_NAME[name](config) for kind, name in config.criterion.items()})
+    kinds = config.kinds(kinds_of(WidthKind))
+    tables = {kind: experts.BY_NAME if isinstance(KINDS[kind], RoutedKind) else BY_NAME for kind in kinds}
+    criteria = {kind: table[config.criterion_of(kind)](config) for kind, table in tables.items()}
+    if len({type(criterion) for criterion in criteria.values()}) > 1:
+        return ByKind(config, criteria)
+    return next(iter(criteria.values())) if criteria else BY_NAME[config.criterion](config)

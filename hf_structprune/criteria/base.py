@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..config import PruningConfig
-from ..model.groups import Group, Slice
+from ..model.groups import Group, Slice, tensor_of
 from ..stats.moments import InputStatistics
 
 
@@ -63,20 +64,20 @@ class Scoring:
     Attributes:
         group: The units to score.
         model: The model; weights are read only.
-        statistics: Moments of the consumer's inputs, for criteria with `needs_inputs`.
+        statistics: For criteria with `needs_inputs`: moments of the reader's inputs, or where tokens are routed.
         salience: For criteria with `needs_gradients`: importance of every row and column, by `(tensor, dim)`.
         drop: How many units will go, where that is known.
     """
 
     group: Group
     model: nn.Module
-    statistics: InputStatistics | None = None
+    statistics: Any = None
     salience: dict[tuple[str, int], torch.Tensor] | None = None
     drop: int | None = None
 
     def weight(self, part: Slice) -> torch.Tensor:
         """The tensor of a slice with the dimension of the units last, in the model's dtype."""
-        return self.model.get_parameter(part.tensor).movedim(part.dim, -1)
+        return tensor_of(self.model, part.tensor).movedim(part.dim, -1)
 
 
 class Criterion:

@@ -17,7 +17,7 @@ class Random(Criterion):
         group = scoring.group
         seed = zlib.crc32(f"{self.config.seed}/{group.layer}/{group.kind}".encode())
         scores = torch.rand(group.size, generator=torch.Generator().manual_seed(seed))
-        return scores.to(scoring.weight(group.reader).device)
+        return scores.to(scoring.weight(group.slices[0]).device)
 
 
 class L1(TensorCriterion):

@@ -191,7 +191,8 @@ def _shapes_after(model: PreTrainedModel, structure: ModelStructure, plan: Pruni
     """Shapes of all parameters that a plan leaves, by the names that they will have."""
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     for (name, dim), gone in entries_gone(structure.groups, _first_units(structure, plan)).items():
-        shapes[name][dim] -= len(gone.unique())
+        if name in shapes:  # and no buffer
+            shapes[name][dim] -= len(gone.unique())
     without = tuple(f"{module}." for sublayer in skipped(structure, plan.dropped) for module in sublayer.modules)
     names = {name: name_after(name, structure, plan.dropped) for name in shapes if not name.startswith(without)}
     return {new: tuple(shapes[old]) for old, new in names.items() if new is not None}

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from .families import Projections
 
 
+# Numbers of the units that stay, by `(layer, kind)`.
+Kept = dict[tuple[int, str], torch.Tensor]
+
+
 @dataclass(frozen=True, eq=False)
 class Slice:
     """The entries of one dimension of one tensor that hold the units of a group.
@@ -44,24 +48,31 @@ class Group:
         layer: Number of the decoder layer.
         size: Number of units.
         slices: Where the units are: what computes them first, what reads them last.
-        reader: The slice of the linear map whose input columns the units are, which is re-fitted.
+        reader: The slice of the linear map whose input columns the units are, which is re-fitted; `None` for units
+            that no one map reads, as experts.
         parent: Full name of the module whose output is the reader's output.
         norms: Full names of norms that span all units.
         blocks: Kept units are spread evenly over so many equal blocks (query heads over their KV groups).
         cost: Parameters that go with one unit.
         matrix_cost: Those of them that multiply tokens: matrices, without biases and norms.
+        least: The fewest units that can be left.
+        key_in_config: Key of the configuration that holds their number, where the kind has not one for all models.
+        counters: Full names of attributes of modules that hold their number.
     """
 
     kind: str
     layer: int
     size: int
     slices: tuple[Slice, ...]
-    reader: Slice
+    reader: Slice | None
     parent: str
     norms: tuple[str, ...] = ()
     blocks: int = 1
     cost: int = 0
     matrix_cost: int = 0
+    least: int = 1
+    key_in_config: str = ""
+    counters: tuple[str, ...] = ()
 
     @property
     def key(self) -> tuple[int, str]:
@@ -266,3 +277,16 @@ def matrix_parameters(module: nn.Module, active_experts: int | None, among: Coll
         if active_experts and stacked and (among is None or id(parameter) in among):
             total += parameter.numel() // parameter.shape[0] * active_experts
     return total
+
+
+def tensor_of(model: nn.Module, name: str) -> torch.Tensor:
+    """The parameter or the buffer of this full name."""
+    module, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(module), leaf)
+
+
+def dropped(group: Group, kept: torch.Tensor) -> torch.Tensor:
+    """Numbers of the units that go."""
+    mask = torch.ones(group.size, dtype=torch.bool)
+    mask[kept.cpu()] = False
+    return mask.nonzero().squeeze(1)

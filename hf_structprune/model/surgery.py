@@ -10,11 +10,8 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from ..units import DepthKind, kinds_of
 from ..units.depth import LAYERS
-from .groups import Group, Sublayer
+from .groups import Group, Kept, Sublayer, dropped, tensor_of
 from .structure import ModelStructure, expert_outputs
-
-
-Kept = dict[tuple[int, str], torch.Tensor]
 
 
 def mask_units(model: nn.Module, structure: ModelStructure, kept: Kept) -> None:
@@ -25,7 +22,8 @@ def mask_units(model: nn.Module, structure: ModelStructure, kept: Kept) -> None:
     """
     with torch.no_grad():
         for (name, dim), gone in entries_gone(structure.groups, kept).items():
-            model.get_parameter(name).index_fill_(dim, gone.to(model.get_parameter(name).device), 0)
+            tensor = tensor_of(model, name)
+            tensor.index_fill_(dim, gone.to(tensor.device), 0)
 
 
 def cut_units(model: nn.Module, structure: ModelStructure, kept: Kept) -> None:
@@ -39,13 +37,19 @@ def cut_units(model: nn.Module, structure: ModelStructure, kept: Kept) -> None:
 
 def cut_groups(model: nn.Module, groups: Iterable[Group], kept: Kept) -> None:
     """`cut_units` for some groups."""
+    groups = list(groups)
     for (name, dim), gone in entries_gone(groups, kept).items():
-        old = model.get_parameter(name)
+        old = tensor_of(model, name)
         stay = torch.ones(old.shape[dim], dtype=torch.bool)
         stay[gone] = False
         new = old.detach().index_select(dim, stay.nonzero().squeeze(1).to(old.device)).contiguous()
         module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, nn.Parameter(new, requires_grad=old.requires_grad))
+        parameter = isinstance(old, nn.Parameter)
+        setattr(model.get_submodule(module), leaf, nn.Parameter(new, old.requires_grad) if parameter else new)
+    for group in groups:
+        for name in group.counters if group.key in kept else ():
+            module, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(module), attribute, len(kept[group.key]))
 
 
 def entries_gone(groups: Iterable[Group], kept: Kept) -> dict[tuple[str, int], torch.Tensor]:
@@ -57,13 +61,6 @@ def entries_gone(groups: Iterable[Group], kept: Kept) -> dict[tuple[str, int], t
             for part in group.slices:
                 result.setdefault((part.tensor, part.dim), []).append(part.index[gone].flatten())
     return {place: torch.cat(entries) for place, entries in result.items()}
-
-
-def dropped(group: Group, kept: torch.Tensor) -> torch.Tensor:
-    """Numbers of the units that go."""
-    mask = torch.ones(group.size, dtype=torch.bool)
-    mask[kept.cpu()] = False
-    return mask.nonzero().squeeze(1)
 
 
 def mask_sublayers(model: nn.Module, structure: ModelStructure, dropped: dict[str, list[int]]) -> None:

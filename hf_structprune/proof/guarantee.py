@@ -23,6 +23,7 @@ from ..config import LAYOUTS, PruningConfig
 from ..errors import CheckpointError, StructPruneError, UnsupportedModelError
 from ..hooks import as_output, others_of
 from ..model.describe import target_of
+from ..model.experts import without_experts
 from ..model.families import PROVEN
 from ..model.hidden_size import hidden_group
 from ..model.modeling_structprune import PerLayerMixin
@@ -212,7 +213,8 @@ class Trial:
         """Half of the units of every group; with equal widths and with widths of each layer, where they can be had."""
         groups = [group for group in self.structure.groups if group.kind == kind]
         kept = {group.key: _half(group.size, group.blocks) for group in groups}
-        counts = {group.key: len(kept[group.key]) // group.blocks for group in groups}
+        parts = {group.key: group.blocks if KINDS[kind].within else 1 for group in groups}
+        counts = {key: len(units) // parts[key] for key, units in kept.items()}
         if all(len(kept[group.key]) == group.size for group in groups):
             raise UnsupportedModelError(f"none of the {kind} of the small model can go")
         expected, errors = None, []
@@ -229,6 +231,10 @@ class Trial:
 
     def _masked(self, kept: Kept) -> torch.Tensor:
         masked = copy.deepcopy(self.model)
+        routed = [group for group in self.structure.groups if group.reader is None and group.key in kept]
+        if routed:
+            with without_experts(masked, routed, kept):
+                return logits(masked, self.tokens)
         mask_units(masked, self.structure, kept)
         for group in self.structure.groups:
             share = len(kept.get(group.key, range(group.size))) / group.size

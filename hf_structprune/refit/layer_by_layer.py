@@ -8,6 +8,8 @@ to bring the hidden states back to those of the dense model.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
@@ -15,14 +17,18 @@ from transformers.utils.logging import tqdm
 from ..config import PruningConfig
 from ..criteria import Criterion, Scoring
 from ..criteria.base import best_units
-from ..model.structure import Group, LayerStructure, ModelStructure, matrix
-from ..model.surgery import Kept, cut_groups, mask_sublayers
+from ..model.experts import Experts
+from ..model.groups import Group, Kept, LayerStructure, matrix
+from ..model.structure import ModelStructure
+from ..model.surgery import cut_groups, mask_sublayers
 from ..plan import PruningPlan
 from ..stats.gradients import Salience
 from ..stats.moments import InputStatistics
+from ..stats.routing import RoutingStatistics, routing_statistics
 from ..stats.stream import LayerStream
 from ..units import KINDS, DepthKind, kinds_of
 from ..units.depth import LAYERS
+from .experts import refit_experts
 from .reader import TokenWeights, by_consumer, consume, kept_columns, refitted, write_columns
 
 
@@ -85,6 +91,7 @@ class _Compression:
         self.outputs: list[States] = []  # of the layer's consumers so far
         self.weights = TokenWeights()
         self.kept: Kept = {}
+        self.cut: set[tuple[int, str]] = set()  # groups that are out already
 
     def run(self, tokens: torch.Tensor | None) -> Kept:
         looks = bool(self.plan.groups) and (self.needs_gram or self.by_inputs)
@@ -104,34 +111,43 @@ class _Compression:
             self._layer(layer, self.correcting and layer.index >= first)
             if self.stream and layer is not layers[-1]:
                 self.stream.advance(layer.index)
-            cut_groups(self.model, layer.groups, self.kept)
+            cut_groups(self.model, [group for group in layer.groups if group.key not in self.cut], self.kept)
         return self.kept
 
     def _layer(self, layer: LayerStructure, all_consumers: bool) -> None:
         planned = self.plan.of_layer(layer.index)
-        consumers = by_consumer(
-            [
-                group
-                for group in layer.groups
-                if (group.kind in planned or all_consumers) and not self.plan.is_dropped(layer.index, group.kind)
-            ]
-        )
+        groups = [
+            group
+            for group in layer.groups
+            if (group.kind in planned or all_consumers) and not self.plan.is_dropped(layer.index, group.kind)
+        ]
+        consumers, routed = by_consumer(groups), [group for group in groups if group.reader is None]
         dense: dict[str, States] = {}
         ahead: States | None = None
         if self.stream is not None:
             self.stream.enter(layer.index)
             self.outputs, self.weights = [], TokenWeights()
         if self.correcting:
-            dense, ahead = self._step_dense(layer, list(consumers))
+            dense, ahead = self._step_dense(layer, [*consumers, *(group.parent for group in routed)])
         mask_sublayers(self.model, self.structure, {kind: [layer.index] for kind in self._lost(layer)})
         for consumer, groups in consumers.items():
             cut = [group for group in groups if group.kind in planned]
             if self.stream is None:
                 self._choose(cut, None)
                 continue
-            if ahead is not None and consumer == list(consumers)[-1]:
+            if ahead is not None and consumer == list(consumers)[-1] and not routed:
                 _add(self.error, ahead)
-            self._consumer(layer, consumer, groups[0].parent, cut, dense.pop(consumer, None))
+            target = dense.pop(consumer, None)
+            if any(groups[0].parent.startswith(f"{group.parent}.") for group in routed):
+                target = None  # its output is a part of what the block of experts puts out, which has a target
+            self._consumer(layer, consumer, groups[0].parent, cut, target)
+        for group in routed:
+            if self.stream is None:
+                self._choose([group] if group.kind in planned else [], None)
+                continue
+            if ahead is not None:
+                _add(self.error, ahead)
+            self._experts(layer, group, group.kind in planned, dense.pop(group.parent, None))
 
     def _lost(self, layer: LayerStructure) -> list[str]:
         """Kinds of the sublayers that go from a layer."""
@@ -192,23 +208,55 @@ class _Compression:
                     lacking = self.error[number] + dense[number].float() - output
                     target = self.config.error_correction * lacking
                 if self.config.token_weighting:
-                    # The hidden states that the output is added to, with what the layer's consumers have added so far.
-                    hidden = sum((outputs[number] for outputs in self.outputs), self.stream.hidden[number]).float()
-                    weights = self.weights(hidden + output if self.stream.additive else hidden)
+                    weights = self.weights(self._state(number, output))
             statistics.update(x, target, weights)
         self._choose(cut, statistics)
         columns = kept_columns(cut, self.kept, width)
         write_columns(module, refitted(module, statistics, columns, self.config), columns)
-        outputs = self.stream.blank(self.stream.hidden[0])
-        for number, output in enumerate(outputs):
-            output.copy_(consume(module, inputs[number], columns))
-            if dense is not None:
-                self.error[number].add_(dense[number]).sub_(output)
-        if self.stream.additive:
-            self.outputs.append(outputs)
-        self.stream.replace(parent, outputs)
+        inside = any(parent.startswith(f"{group.parent}.") for group in layer.groups if group.reader is None)
+        self._pass_on(parent, (consume(module, x, columns) for x in inputs), dense, adds=not inside)
 
-    def _choose(self, groups: list[Group], statistics: InputStatistics | None) -> None:
+    def _experts(self, layer: LayerStructure, group: Group, cut: bool, dense: States | None) -> None:
+        """Chooses the experts that stay, takes the others out at once, and re-fits those that stay."""
+        inputs = self.stream.capture(layer.index, group.parent)
+        experts = Experts(self.model, group)
+        targets = [experts.run(x)[0].float() for x in inputs]
+        outputs = targets
+        if cut:
+            statistics = routing_statistics(self.model, group, self.criterion, inputs)
+            weights = None
+            if self.config.token_weighting:
+                weights = [self.weights(self._state(number, output)) for number, output in enumerate(targets)]
+            for number, target in enumerate(targets) if dense is not None else ():
+                lacking = self.error[number] + dense[number].float() - target
+                target.add_(lacking, alpha=self.config.error_correction)
+            self._choose([group], statistics)
+            self.plan.of_layer(layer.index)[group.kind].seen = statistics.tokens.long().tolist()
+            cut_groups(self.model, [group], self.kept)
+            self.cut.add(group.key)
+            outputs = refit_experts(self.model, group, inputs, targets, weights, self.config)
+        self._pass_on(group.parent, outputs, dense)
+
+    def _state(self, number: int, output: torch.Tensor) -> torch.Tensor:
+        """Hidden states that an output is added to, with what the layer's consumers have added so far, and itself."""
+        hidden = sum((outputs[number] for outputs in self.outputs), self.stream.hidden[number]).float()
+        return hidden + output if self.stream.additive else hidden
+
+    def _pass_on(self, parent: str, outputs: Iterable[torch.Tensor], dense: States | None, adds: bool = True) -> None:
+        """Keeps what a consumer puts out now, and counts what that lacks of the dense model's.
+
+        `adds` says whether it is added to the hidden states as it is, and not a part of what a block of experts adds.
+        """
+        stored = self.stream.blank(self.stream.hidden[0])
+        for number, output in enumerate(outputs):
+            stored[number].copy_(output)
+            if dense is not None:
+                self.error[number].add_(dense[number]).sub_(stored[number])
+        if self.stream.additive and adds:
+            self.outputs.append(stored)
+        self.stream.replace(parent, stored)
+
+    def _choose(self, groups: list[Group], statistics: InputStatistics | RoutingStatistics | None) -> None:
         for group in groups:
             decision = self.plan.of_layer(group.layer)[group.kind]
             if decision.kept is not None:

@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from ..config import PruningConfig
-from ..model.structure import Group, matrix
-from ..model.surgery import Kept, dropped
+from ..model.groups import Group, Kept, dropped, matrix
 from ..stats.moments import InputStatistics, Moments
 from .closed_form import DEFAULT_DAMPING, choose_damping, refit
 
@@ -47,9 +46,9 @@ class TokenWeights:
 
 
 def by_consumer(groups: list[Group]) -> dict[str, list[Group]]:
-    """Groups of one layer by the module that consumes them, KV groups before the query heads in them."""
+    """Groups of one layer by the linear map that reads them, KV groups before the query heads in them."""
     consumers: dict[str, list[Group]] = {}
-    for group in groups:
+    for group in (group for group in groups if group.reader is not None):
         consumers.setdefault(group.reader.module, []).append(group)
     return consumers
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from ..hooks import as_output, hooked, others_of, replaced_forwards
+from ..model.groups import Group
 from ..model.measuring import check_numbers
 from ..model.structure import ModelStructure, decoder_layers
 
@@ -70,7 +71,7 @@ class LayerStream:
             self.hidden = self.hidden or self.blank(state)
             self.hidden[number].copy_(state)
         self.additive = True
-        parents = dict.fromkeys((group.reader.module, group.parent) for group in structure.groups)
+        parents = _outermost(structure.groups)
         for batch in self.batches:
             if len(batch) not in self._arguments:
                 self._record(batch, () if self._arguments else parents)
@@ -117,7 +118,7 @@ class LayerStream:
 
         def after_consumer(name):
             # A copy: some layers add to the output in place.
-            return lambda _, __, output: outputs.update({name: output.clone()})
+            return lambda _, __, output: outputs.update({name: _first(output).clone()})
 
         def after_parent(consumer, parent):
             def compare(_, __, output):
@@ -193,7 +194,7 @@ class LayerStream:
 
         modules = {name: self.model.get_submodule(name) for name in (*inputs_of, *outputs_of)}
         handles = [modules[n].register_forward_pre_hook(lambda _, args, n=n: keep(n, args[0])) for n in inputs_of]
-        handles += [modules[n].register_forward_hook(lambda _, __, out, n=n: keep(n, out)) for n in outputs_of]
+        handles += [modules[n].register_forward_hook(lambda _, __, out, n=n: keep(n, _first(out))) for n in outputs_of]
         with hooked(handles):
             for number, state in enumerate(states):
                 state.copy_(self._run(index, number, state))
@@ -241,6 +242,14 @@ class LayerStream:
         """Logits of a batch when the layers from `index` on run as they are now, at each `every`-th position."""
         hidden = self.outputs(index, number)
         return self.head(hidden[:, ::every], self.batches[number][:, ::every])
+
+
+def _outermost(groups: Iterable[Group]) -> dict[tuple[str, str], None]:
+    """What reads the units of each group, and the module whose output that is; blocks of experts as a whole."""
+    blocks = tuple(dict.fromkeys(f"{group.parent}." for group in groups if group.reader is None))
+    pairs = [(block[:-1], block[:-1]) for block in blocks]
+    pairs += [(g.reader.module, g.parent) for g in groups if g.reader and not g.parent.startswith(blocks)]
+    return dict.fromkeys(pairs)
 
 
 def _first(output: Any) -> torch.Tensor:

@@ -14,11 +14,13 @@ from transformers.utils.logging import tqdm
 from ..config import PruningConfig
 from ..criteria import Criterion, Scoring, make_criterion
 from ..criteria.base import best_units
+from ..model.experts import without_experts
 from ..model.measuring import measures
 from ..model.structure import Group, ModelStructure, matrix
 from ..refit.reader import kept_columns, refitted, write_columns
-from .gradients import Salience, taylor_salience
+from .gradients import Salience, gate_salience, taylor_salience
 from .moments import InputStatistics, is_held_out
+from .routing import routing_statistics
 from .stream import LayerStream
 
 
@@ -59,6 +61,9 @@ def measure_sensitivity(
     sensitivity: Sensitivity = {}
     for layer in tqdm(structure.layers, desc="Sensitivity"):
         for group in (g for g in groups if g.layer == layer.index):
+            if group.reader is None:
+                sensitivity[group.key] = _probe_experts(model, group, criterion, salience, fit, test, dense)
+                continue
             statistics = _statistics(fit, group, gram=True)
             score = criterion.score(Scoring(group, model, statistics, salience))
             costs = [_probe(model, group, score, share, statistics, config, test, dense) for share in PROBES]
@@ -104,6 +109,28 @@ def _probe(
     return max(divergence / tokens, 1e-12) / (drop / group.size) ** 2
 
 
+def _probe_experts(
+    model: nn.Module,
+    group: Group,
+    criterion: Criterion,
+    salience: Salience | None,
+    fit: LayerStream,
+    test: LayerStream,
+    dense: list[torch.Tensor],
+) -> float:
+    """The coefficient of a group of experts: the router is kept from choosing two shares of them."""
+    statistics = routing_statistics(model, group, criterion, fit.capture(group.layer, group.parent))
+    score, costs = criterion.score(Scoring(group, model, statistics, salience)), []
+    tokens = sum(d.shape[0] * d.shape[1] for d in dense)
+    for share in PROBES:
+        keep = group.size - max(1, round(share * group.size))
+        keep = max(keep // group.blocks * group.blocks, group.least)
+        with without_experts(model, [group], {group.key: best_units(score, group, keep)}):
+            divergence = sum(_kl(d, test.finish(group.layer, number, _EVERY)) for number, d in enumerate(dense))
+        costs.append(max(divergence / tokens, 1e-12) / max(1 - keep / group.size, 1 / group.size) ** 2)
+    return (costs[0] * costs[1]) ** 0.5
+
+
 def _kl(dense: torch.Tensor, cut: torch.Tensor) -> float:
     """`KL(dense || cut)` summed over tokens, one sequence at a time to keep float32 logits few."""
     pairs = ((q.float().log_softmax(-1), p.float().log_softmax(-1)) for p, q in zip(dense, cut, strict=True))
@@ -125,6 +152,10 @@ def _score_inputs(
     for layer in tqdm(structure.layers, desc="Scoring"):
         known: dict[str, InputStatistics] = {}
         for group in (g for g in groups if g.layer == layer.index):
+            if group.reader is None:
+                statistics = routing_statistics(model, group, criterion, stream.capture(group.layer, group.parent))
+                scores[group.key] = criterion.score(Scoring(group, model, statistics)).cpu()
+                continue
             if group.reader.module not in known:
                 known = {group.reader.module: _statistics(stream, group, criterion.needs_gram)}
             scoring = Scoring(group, model, known[group.reader.module])
@@ -160,10 +191,11 @@ def survey(
     groups = [group for group in structure.groups if group.kind in config.units]
     known = Survey()
     if criterion.needs_gradients:
-        known.salience = taylor_salience(
-            model, groups, tokens(), config.taylor, batch_size=config.calibration.batch_size,
-            gradient_checkpointing=config.gradient_checkpointing,
-        )  # fmt: skip
+        how = {"batch_size": config.calibration.batch_size, "gradient_checkpointing": config.gradient_checkpointing}
+        asked = [group for group in groups if config.criterion_of(group.kind) == "taylor"]
+        read, routed = ([g for g in asked if (g.reader is None) == without] for without in (False, True))
+        known.salience = taylor_salience(model, read, tokens(), config.taylor, **how) if read else {}
+        known.salience |= gate_salience(model, routed, tokens(), **how) if routed else {}
     if config.allocation == "search":
         known.sensitivity = measure_sensitivity(model, structure, criterion, config, tokens(), groups, known.salience)
     elif config.allocation == "global" and criterion.needs_inputs:

@@ -6,18 +6,30 @@ option by what its class says; CONTRIBUTING.md tells how to add one.
 
 from __future__ import annotations
 
-from .base import DepthKind, Reading, StreamKind, UnitKind, WidthKind
+from .base import DepthKind, Reading, RoutedKind, StreamKind, UnitKind, WidthKind
 from .depth import Attention, Layers, Mlp
+from .experts import RoutedExperts
 from .heads import KVGroups, QueryHeads
 from .hidden import Hidden
 from .neurons import Neurons
 
 
-__all__ = ["KINDS", "DepthKind", "Reading", "StreamKind", "UnitKind", "WidthKind", "kinds_of", "level_criteria"]
+__all__ = [
+    "KINDS",
+    "DepthKind",
+    "Reading",
+    "RoutedKind",
+    "StreamKind",
+    "UnitKind",
+    "WidthKind",
+    "kinds_of",
+    "level_criteria",
+]
 
 # In the order of tables and messages.
 KINDS: dict[str, UnitKind] = {
-    kind.name: kind for kind in (KVGroups(), QueryHeads(), Neurons(), Layers(), Attention(), Mlp(), Hidden())
+    kind.name: kind
+    for kind in (KVGroups(), QueryHeads(), Neurons(), RoutedExperts(), Layers(), Attention(), Mlp(), Hidden())
 }
 
 
@@ -31,5 +43,7 @@ def kinds_of(level: type[UnitKind], *, sublayer: bool | None = None) -> tuple[st
 
 
 def level_criteria(level: type[UnitKind]) -> tuple[str, ...]:
-    """Names of all criteria of the kinds of a level."""
-    return tuple(dict.fromkeys(name for kind in kinds_of(level) for name in KINDS[kind].criteria))
+    """Names of all criteria of the kinds of a level that its option ranks."""
+    kinds = (KINDS[name] for name in kinds_of(level))
+    own = (kind.criteria for kind in kinds if kind.criterion_option == level.criterion_option)
+    return tuple(dict.fromkeys(name for criteria in own for name in criteria))

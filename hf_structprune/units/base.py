@@ -155,6 +155,22 @@ class WidthKind(UnitKind):
         return group, group.size * width, plan.keep(layer.index, self.name, group.size) * width
 
 
+class RoutedKind(WidthKind):
+    """Units among which a router chooses for each token: what reads them is a sum, and no one linear map."""
+
+    criterion_option = "expert_criterion"
+    criteria = ("reap", "frequency", "router", "l2", "taylor", "random", "loss")
+
+    def method(self, criterion):
+        from ..criteria import Method, experts
+
+        found = experts.BY_NAME[criterion]
+        return Method(found.papers, found.needs_inputs or found.needs_gradients)
+
+    def input_width(self, layer, plan):
+        return None
+
+
 class DepthKind(UnitKind):
     """A whole decoder layer, or half of it.
 
@@ -186,6 +202,8 @@ class DepthKind(UnitKind):
 
 class StreamKind(UnitKind):
     """Units that all layers share: channels of the residual stream."""
+
+    criterion_option = "hidden_criterion"
 
     def method(self, criterion):
         from ..criteria.channels import METHODS

@@ -1,0 +1,300 @@
+"""Blocks of experts: where their tensors are, what each expert computes, and which tokens a router sends it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from ..errors import UnsupportedModelError
+from .groups import Group, Kept, LayerStructure, Slice, dropped, tensor_of
+from .probe import changed_dims
+from .target import make_target, plain_values, skeleton
+
+
+# Keys of a configuration that hold the number of experts of a layer, and of those that a token is sent to.
+_NUMBER = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_CHOSEN = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
+# The last matrices of stacked experts, and those of DBRX, which are flat: (experts x neurons, hidden).
+_DOWN, _FLAT_DOWN = "down_proj", "w2"
+NEVER = -1e30  # a router logit with which an expert is never chosen; finite, since some routers divide by it
+
+
+def expert_groups(kind: str, model: PreTrainedModel, layers: list[tuple[LayerStructure, nn.Module]]) -> list[str]:
+    """Adds the group of experts of each layer, as the class itself shows it when it is built with more of them.
+
+    Everything that grows with their number belongs to them: weights, rows and biases of the router, buffers that
+    correct its choice, and the numbers that modules keep of how many there are.
+
+    Args:
+        kind: Name of the kind.
+        model: The model; the meta device will do.
+        layers: What was found in every layer so far, and the layer; get their groups.
+
+    Returns:
+        What is left alone, and why.
+    """
+    values = plain_values(model.config)
+    key = next((key for key in _NUMBER if type(values.get(key)) is int and values[key] > 1), None)
+    if key is None:
+        return []
+    size, blocks = values[key], int(values.get("n_group") or 1)
+    larger = size + blocks
+    now, other = skeleton(model), make_target(model, {**values, key: larger}).skeleton()
+    grown, counts, notes = _tensors(other), _counts(now, other, size, larger), []
+    for structure, layer in layers:
+        found: list[tuple[Slice, torch.Tensor]] = []
+        for name, tensor in _tensors(layer, f"{structure.name}.").items():
+            for dim in changed_dims(tensor.shape, grown[name].shape):
+                width = tensor.shape[dim] // size
+                if (size * width, larger * width) != (tensor.shape[dim], grown[name].shape[dim]):
+                    return [f"{key}: `{name}` does not grow with it in whole experts, left alone"]
+                found.append((Slice(name, dim, torch.arange(size)[:, None] * width + torch.arange(width)), tensor))
+        if not found:
+            continue
+        stacks = {part.module for part, tensor in found if tensor.ndim > 2 or part.index.shape[1] > 1}
+        block = os.path.commonprefix([f"{part.module}." for part, _ in found]).rpartition(".")[0]
+        if len(stacks) != 1 or len(block) <= len(structure.name) or block in stacks:
+            notes.append(
+                f"{key}: the experts in {' and '.join(sorted(stacks)) or block} are not understood, left alone"
+            )
+            continue
+        parameters = [(part, tensor) for part, tensor in found if isinstance(tensor, nn.Parameter)]
+        linear = [tensor for part, tensor in parameters if isinstance(now.get_submodule(part.module), nn.Linear)]
+        structure.groups.append(
+            Group(
+                kind, structure.index, size, tuple(part for part, _ in found), None, block, blocks=blocks,
+                cost=sum(tensor.numel() // size for _, tensor in parameters),
+                matrix_cost=sum(tensor.numel() // size for tensor in linear if tensor.ndim > 1),
+                least=_least(values, blocks), key_in_config=key,
+                counters=tuple(name for name in counts if name.startswith(f"{block}.")),
+            )
+        )  # fmt: skip
+    return list(dict.fromkeys(notes))
+
+
+def _tensors(module: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Parameters and buffers by full name."""
+    found = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {prefix + name: tensor for name, tensor in found.items()}
+
+
+def _counts(now: nn.Module, other: nn.Module, size: int, larger: int) -> list[str]:
+    """Full names of the attributes of modules that hold the number of experts."""
+    return [
+        f"{name}.{attribute}"
+        for (name, module), (_, twin) in zip(now.named_modules(), other.named_modules(), strict=True)
+        for attribute, value in vars(module).items()
+        if type(value) is int and (value, vars(twin).get(attribute)) == (size, larger)
+    ]
+
+
+def _least(values: dict[str, Any], blocks: int) -> int:
+    """The fewest experts among which every token still finds as many as it is sent to.
+
+    Routers that choose groups first (DeepSeek-V3) look at the best two of each and then choose within `topk_group`.
+    """
+    chosen = next((values[key] for key in _CHOSEN if values.get(key)), 1)
+    chosen = max(chosen) if isinstance(chosen, (list, tuple)) else chosen
+    return chosen if blocks == 1 else blocks * max(2, -(-chosen // int(values.get("topk_group") or 1)))
+
+
+@dataclass
+class Routing:
+    """Where a router sends the tokens of a batch.
+
+    Attributes:
+        inputs: What the experts see of each token, shape (tokens, hidden).
+        index: Numbers of its experts, shape (tokens, k).
+        weights: Their weights, shape (tokens, k).
+        logits: What the router's linear map puts out, shape (tokens, experts).
+        scales_inputs: Whether the weights multiply the inputs of experts (Llama 4) and not their outputs.
+    """
+
+    inputs: torch.Tensor
+    index: torch.Tensor
+    weights: torch.Tensor
+    logits: torch.Tensor
+    scales_inputs: bool = False
+
+    def of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Numbers of the tokens that an expert gets, and their weights; shapes (n,) and (n,)."""
+        token, place = (self.index == expert).nonzero(as_tuple=True)
+        return token, self.weights[token, place]
+
+
+class Experts:
+    """The experts of a block, one at a time: `f_e(x) = D_e a_e(x) + b_e`, weighted by the router's `g_e`.
+
+    Args:
+        model: The model.
+        group: The group of its experts.
+    """
+
+    def __init__(self, model: nn.Module, group: Group) -> None:
+        self.block = model.get_submodule(group.parent)
+        stack = _stack(group)
+        self._flat = stack.tensor.endswith(_FLAT_DOWN)
+        self._module = model.get_submodule(stack.module)
+        self._called = model.get_submodule(stack.module.rpartition(".")[0]) if self._flat else self._module
+        self._router = router_of(model, group)
+        self._transposed = self._flat or getattr(self._module, "is_transposed", True)
+
+    def _stacked(self, name: str) -> torch.Tensor:
+        tensor = getattr(self._module, name)
+        return tensor.view(-1, self._module.ffn_hidden_size, self._module.hidden_size) if self._flat else tensor
+
+    @property
+    def number(self) -> int:
+        return len(self._stacked(_FLAT_DOWN if self._flat else _DOWN))
+
+    def inner(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        """`a_e(x)`: what the down projection reads, shape (n, intermediate)."""
+        module = self._module
+        if self._flat:
+            gate, up = (nn.functional.linear(x, self._stacked(name)[expert]) for name in ("w1", "v1"))
+            return module.activation_fn(gate) * up
+        gated = hasattr(module, "gate_up_proj")
+        name = "gate_up_proj" if gated else "up_proj"
+        weight, bias = getattr(module, name)[expert], getattr(module, f"{name}_bias", None)
+        up = nn.functional.linear(x, weight.T if self._transposed else weight, None if bias is None else bias[expert])
+        if not gated:
+            return module.act_fn(up)
+        if hasattr(module, "_apply_gate"):
+            return module._apply_gate(up)
+        gate, up = up.chunk(2, dim=-1)
+        return module.act_fn(gate) * up
+
+    def down(self, expert: int) -> torch.Tensor:
+        """`D_e`, shape (hidden, intermediate), a view."""
+        weight = self._stacked(_FLAT_DOWN if self._flat else _DOWN)[expert]
+        return weight.T if self._transposed else weight
+
+    def features(self, expert: int, routing: Routing) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens of an expert, the features `phi` with `D_e phi` its weighted outputs, and its weights of them."""
+        tokens, weights = routing.of(expert)
+        x, scale = routing.inputs[tokens], weights[:, None].to(routing.inputs.dtype)
+        if routing.scales_inputs:
+            return tokens, self.inner(expert, x * scale), torch.ones_like(weights)
+        return tokens, self.inner(expert, x) * scale, weights
+
+    def outputs(self, expert: int, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens of an expert, and its weighted outputs `g_e f_e(x)` for them in float32."""
+        tokens, phi, weights = self.features(expert, routing)
+        result = nn.functional.linear(phi, self.down(expert)).float()
+        bias = getattr(self._module, f"{_DOWN}_bias", None)
+        return tokens, result if bias is None else result + weights[:, None].float() * bias[expert].float()
+
+    def total(self, routing: Routing) -> torch.Tensor:
+        """What the experts add up to by these formulas, float32, shape (tokens, hidden)."""
+        result = torch.zeros(routing.inputs.shape, device=routing.inputs.device)
+        for expert in range(self.number):
+            result.index_add_(0, *self.outputs(expert, routing))
+        return result
+
+    def masked(self, mask: torch.Tensor) -> torch.utils.hooks.RemovableHandle:
+        """Multiplies the weighted outputs of every expert by an entry of a mask, shape (experts,), until removed."""
+
+        def scale(module, args, kwargs):
+            if len(args) < 3:
+                raise UnsupportedModelError(f"{type(module).__name__} does not get the weights of its experts.")
+            x, index, weights = args
+            return (x, index, weights * mask.to(weights.device, weights.dtype)[index]), kwargs
+
+        return self._called.register_forward_pre_hook(scale, with_kwargs=True)
+
+    def run(self, x: torch.Tensor) -> tuple[torch.Tensor, Routing, torch.Tensor]:
+        """Runs the block on inputs of shape (sequences, length, hidden).
+
+        Returns:
+            Its outputs in the same shape, where the tokens went, and the sum of the experts alone.
+        """
+        seen: dict[str, Any] = {}
+
+        def keep(module, args, kwargs, output):
+            seen["arguments"], seen["sum"] = (*args, *kwargs.values()), output
+
+        logits = _RouterLogits([(self._router, None)])
+        handle = self._called.register_forward_hook(keep, with_kwargs=True)
+        try:
+            with logits:
+                output = self.block(x)
+        finally:
+            handle.remove()
+        output = output[0] if isinstance(output, tuple) else output
+        arguments, flat = seen["arguments"], x.reshape(-1, x.shape[-1])
+        if len(arguments) >= 3:
+            inputs = arguments[0].reshape(-1, arguments[0].shape[-1])
+            routing = Routing(inputs, arguments[1], arguments[2], logits.found)
+            return output.reshape(x.shape), routing, seen["sum"].reshape(inputs.shape)
+        # Every expert sees every token, scaled by its score, which is 0 where it is not chosen.
+        top, index = logits.found.topk(self.block.top_k, dim=-1)
+        routing = Routing(flat, index, top.float().sigmoid().to(x.dtype), logits.found, True)
+        return output.reshape(x.shape), routing, seen["sum"].view(-1, *flat.shape).sum(0)
+
+
+def _stack(group: Group) -> Slice:
+    """Where the last matrices of the experts are."""
+    return next(part for part in group.slices if part.tensor.rpartition(".")[2] in (_DOWN, _FLAT_DOWN))
+
+
+def router_of(model: nn.Module, group: Group) -> torch.Tensor:
+    """The weight of the router's linear map, shape (experts, hidden)."""
+    stack = _stack(group)
+    rows = (tensor_of(model, part.tensor) for part in group.slices if part.module != stack.module and part.dim == 0)
+    return next(tensor for tensor in rows if tensor.ndim == 2)
+
+
+@contextmanager
+def without_experts(model: nn.Module, groups: Iterable[Group], kept: Kept) -> Iterator[None]:
+    """No router chooses the experts that are not kept: the reference that a cut model has to equal.
+
+    Args:
+        model: The model; the tensors that correct a router's choice change while this is open.
+        groups: Groups of experts.
+        kept: Numbers of the experts that stay, by `(layer, kind)`.
+    """
+    routers, corrections = [], []
+    for group in groups:
+        gone, router = dropped(group, kept[group.key]), router_of(model, group)
+        routers.append((router, gone))
+        for part in group.slices:
+            tensor = tensor_of(model, part.tensor)
+            if tensor is not router and part.module != _stack(group).module:
+                corrections.append((tensor, part.dim, gone))
+    with ExitStack() as stack, torch.no_grad():
+        for tensor, dim, gone in corrections:
+            stack.callback(tensor.copy_, tensor.clone())
+            tensor.index_fill_(dim, gone.to(tensor.device), NEVER)
+        stack.enter_context(_RouterLogits(routers))
+        yield
+
+
+class _RouterLogits(TorchFunctionMode):
+    """Keeps what the linear maps of routers put out while it is open, and may rule out some experts.
+
+    Args:
+        routers: Their weights, and the numbers of the experts that are never chosen.
+    """
+
+    def __init__(self, routers: list[tuple[torch.Tensor, torch.Tensor | None]]) -> None:
+        super().__init__()
+        self.routers, self.found = routers, None
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is nn.functional.linear:
+            for own, never in self.routers:
+                weight = args[1] if len(args) > 1 else kwargs["weight"]
+                # The weight itself, or what a router makes of it in another precision.
+                if weight is own or (weight.shape == own.shape and torch.equal(weight, own.to(weight.dtype))):
+                    result = result if never is None else result.index_fill(-1, never.to(result.device), NEVER)
+                    self.found = result.reshape(-1, result.shape[-1])
+        return result

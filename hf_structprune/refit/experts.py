@@ -1,0 +1,101 @@
+"""Experts that stay take over from those that go: their last matrices are re-fitted to what their block put out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..config import PruningConfig
+from ..model.experts import Experts, Routing
+from ..model.groups import Group
+from ..stats.moments import Moments, is_held_out
+from .closed_form import DEFAULT_DAMPING, choose_damping, output_error, refit
+
+
+FEWEST = 64  # tokens with which the last matrix of an expert is re-fitted at all
+
+
+@torch.no_grad()
+def refit_experts(
+    model: nn.Module,
+    group: Group,
+    inputs: list[torch.Tensor],
+    targets: list[torch.Tensor],
+    weights: list[torch.Tensor] | None,
+    config: PruningConfig,
+) -> list[torch.Tensor]:
+    """Re-fits `D_e` of one expert after the other, in place, to what is still lacking of the block's outputs.
+
+    With `phi` the weighted inputs of `D_e` over the tokens that the cut router sends to e, and `r` what the block's
+    output lacks of its target: `D_e' = D_e + E[r phi^T] (E[phi phi^T] + lam I)^-1`, then `r` is less by
+    `(D_e' - D_e) phi`. Experts with most tokens come first. One is left as it is if the re-fit does not lessen the
+    error on held-out sequences, or if it gets fewer than `FEWEST` tokens.
+
+    Args:
+        model: The model, whose experts have been cut.
+        group: The group that they are of.
+        inputs: Inputs of the block, shape (sequences, length, hidden) for each batch.
+        targets: What it is to put out, float32, same shapes; used up.
+        weights: Weights of the tokens, shape (sequences, length) for each batch; `None` for 1.
+        config: Damping, and whether to re-fit at all.
+
+    Returns:
+        What the block puts out afterwards, float32.
+    """
+    experts = Experts(model, group)
+    batches, start = [], 0
+    for x, target in zip(inputs, targets, strict=True):
+        output, routing, _ = experts.run(x)
+        routing.logits = None  # large, and not wanted
+        numbers = torch.arange(start, start + len(x), device=x.device)
+        held_out = is_held_out(numbers).repeat_interleave(x.shape[1])
+        batches.append(_Batch(routing, held_out, output.float(), target.sub_(output)))
+        start += len(x)
+    for batch, weight in zip(batches, weights or (), strict=False):
+        batch.root = weight.flatten().sqrt()[:, None]
+    load = sum(torch.bincount(batch.routing.index.flatten(), minlength=experts.number) for batch in batches)
+    for expert in load.argsort(descending=True, stable=True).tolist():
+        if config.compensation and load[expert] >= FEWEST:
+            _refit_one(experts, expert, batches, config.damping)
+    return [batch.output for batch in batches]
+
+
+@dataclass
+class _Batch:
+    """A batch of tokens: where they go, which are held out, what the block gives and what it lacks."""
+
+    routing: Routing
+    held_out: torch.Tensor
+    output: torch.Tensor
+    lack: torch.Tensor
+    root: torch.Tensor | None = None  # of the weights of the tokens
+
+
+def _refit_one(experts: Experts, expert: int, batches: list[_Batch], damping: float | None) -> None:
+    weight = experts.down(expert)
+    fit, held_out = (Moments.zeros(weight.shape[1], weight.shape[0], weight.device) for _ in range(2))
+    for batch in batches:
+        tokens, phi, _ = experts.features(expert, batch.routing)
+        lack = batch.lack.flatten(0, 1)[tokens]
+        if batch.root is not None:
+            phi, lack = (phi * batch.root[tokens]).to(phi.dtype), lack * batch.root[tokens]
+        for moments, chosen in ((fit, ~batch.held_out[tokens]), (held_out, batch.held_out[tokens])):
+            moments.add(phi[chosen], lack[chosen])
+    everything = torch.arange(weight.shape[1], device=weight.device)
+    if damping is None:
+        damping = choose_damping(weight.float(), fit, held_out, everything) if held_out.tokens else DEFAULT_DAMPING
+    if held_out.tokens:
+        trial = refit(weight, fit.gram, everything, damping, fit.target)
+        if output_error(weight, trial, held_out.gram.double(), everything, held_out.target) >= 0:
+            return
+    both = Moments(fit.lower + held_out.lower, fit.cross + held_out.cross, fit.tokens + held_out.tokens)
+    new = refit(weight, both.gram, everything, damping, both.target).to(weight.dtype)
+    change = (new - weight).float()
+    weight.copy_(new)
+    for batch in batches:
+        tokens, phi, _ = experts.features(expert, batch.routing)
+        step = phi.float() @ change.T
+        batch.output.flatten(0, 1).index_add_(0, tokens, step)
+        batch.lack.flatten(0, 1).index_add_(0, tokens, -step)
