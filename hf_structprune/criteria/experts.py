@@ -93,9 +93,9 @@ class ExpertLoss(ExpertCriterion):
 
     needs_sample = True
     papers = (
-        Paper("lu2024experts", "Not All Experts are Equal: Efficient Expert Pruning and Skipping for Mixture-of-Experts "
-              "Large Language Models", "Lu, Xudong and others", "Annual Meeting of the Association for Computational "
-              "Linguistics", 2024, "2402.14800"),
+        Paper("lu2024experts", "Not All Experts are Equal: Efficient Expert Pruning and Skipping for "
+              "Mixture-of-Experts Large Language Models", "Lu, Xudong and others",
+              "Annual Meeting of the Association for Computational Linguistics", 2024, "2402.14800"),
     )  # fmt: skip
 
     def score(self, scoring: Scoring) -> torch.Tensor:

@@ -269,7 +269,7 @@ def without_experts(model: nn.Module, groups: Iterable[Group], kept: Kept) -> It
             tensor = tensor_of(model, part.tensor)
             if tensor is not router and part.module != _stack(group).module:
                 corrections.append((tensor, part.dim, gone))
-    with ExitStack() as stack, torch.no_grad():
+    with torch.no_grad(), ExitStack() as stack:
         for tensor, dim, gone in corrections:
             stack.callback(tensor.copy_, tensor.clone())
             tensor.index_fill_(dim, gone.to(tensor.device), NEVER)

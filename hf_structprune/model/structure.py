@@ -21,6 +21,7 @@ from .groups import (
     matrix_parameters,
     submodule,
 )  # fmt: skip
+from .reading_modules import family_from_modules
 
 
 if TYPE_CHECKING:
@@ -85,10 +86,12 @@ class ModelStructure:
     def _read(cls, model: PreTrainedModel) -> ModelStructure:
         config = model.config
         family = family_of(config.model_type, getattr(config, "base_model_tp_plan", None))
+        if family is None or submodule(model.base_model, family.layers) is None:
+            family = family_from_modules(model)
         if family is None:
             raise UnsupportedModelError(
-                f"Model type {config.model_type!r} has neither a usable tensor-parallel plan nor an entry in "
-                f"families.py: `{_first_layer_name(model)}` was not understood. Add an entry (see CONTRIBUTING.md)."
+                f"Model type {config.model_type!r}: no list of decoder layers was found "
+                f"(`{_first_layer_name(model)}`). Add an entry to families.py (see CONTRIBUTING.md)."
             )
         active, notes = getattr(config, "num_experts_per_tok", None), list(family.notes)
         found = decoder_layers(model, family)

@@ -88,7 +88,8 @@ def make_target(
     model_class, config_class = model_class or stock_class(model), config_class or type(model.config)
     try:
         config = config_class.from_dict(values)
-        config_class.from_dict(json.loads(config.to_json_string(use_diff=False)))  # what is written can be read
+        written = json.loads(config.to_json_string(use_diff=False))
+        config_class.from_dict(config_class._decode_special_floats(written))  # it can be read, infinity too
     except REFUSALS as error:
         raise CheckpointError(f"{error}" or type(error).__name__) from error
     config._attn_implementation = model.config._attn_implementation

@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import tqdm
 
 from ..hooks import hooked
+from ..model.experts import Experts
 from ..model.measuring import check_numbers, has_plain_head, measuring, positions_at_once
 from ..model.structure import Group, is_linear, matrix
 
@@ -81,6 +82,37 @@ def taylor_salience(
     for (tensor, _), score in salience.items():
         check_numbers(score, f"The gradients of `{tensor}`")
     return {key: score.abs() for key, score in salience.items()}
+
+
+def gate_salience(
+    model: nn.Module, groups: Iterable[Group], tokens: torch.Tensor, *, batch_size: int, gradient_checkpointing: bool
+) -> Salience:
+    """Squared first-order change of the loss when an expert's output goes: `mean over batches of (dL / dm_e)^2`.
+
+    `m_e`, which is 1, multiplies what expert `e` puts out (Molchanov et al., 2019, eq. 8,
+    https://huggingface.co/papers/1906.10771, for a gate in place of a channel).
+
+    Args:
+        groups: Groups of experts.
+        tokens: Token ids, shape (sequences, length).
+
+    Returns:
+        `{(full name of the block, 0): scores}`, float64, shape (experts,).
+    """
+    groups = list(groups)
+    salience: Salience = {(group.parent, 0): torch.zeros(group.size, dtype=torch.float64) for group in groups}
+
+    @contextmanager
+    def masks(share: float):
+        ones = {group.parent: torch.ones(group.size, requires_grad=True) for group in groups}
+        with hooked(Experts(model, group).masked(ones[group.parent]) for group in groups):
+            yield
+        for name, mask in ones.items():
+            if mask.grad is not None:
+                salience[name, 0] += mask.grad.double().square() * share
+
+    _backward_passes(model, tokens, batch_size, gradient_checkpointing, masks)
+    return salience
 
 
 def weight_changes(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from torch import nn
 
 from ..model.experts import Experts, Routing
 from ..model.groups import Group
-from .gradients import Salience, backward_passes
 
 
 _SAMPLE = 1024  # tokens on which whole blocks are run again and again
@@ -65,41 +63,3 @@ def routing_statistics(
     for x in inputs:
         statistics.update(x, statistics.experts.run(x)[1])
     return statistics
-
-
-def gate_salience(
-    model: nn.Module, groups: Iterable[Group], tokens: torch.Tensor, *, batch_size: int, gradient_checkpointing: bool
-) -> Salience:
-    """Squared first-order change of the loss when an expert's output goes: `mean over batches of (dL / dm_e)^2`.
-
-    `m_e`, which is 1, multiplies the weights of expert `e` (Molchanov et al., 2019, eq. 8,
-    https://huggingface.co/papers/1906.10771, for a gate in place of a channel).
-
-    Args:
-        model: A causal language model.
-        groups: Groups of experts.
-        tokens: Token ids, shape (sequences, length).
-        batch_size: Sequences in a backward pass.
-        gradient_checkpointing: Recompute activations in the backward pass.
-
-    Returns:
-        `{(full name of the block, 0): scores}`, shape (experts,).
-    """
-    groups = list(groups)
-    salience: Salience = {}
-
-    @contextmanager
-    def around(batch: torch.Tensor, share: float) -> Iterator[None]:
-        masks = {group.parent: torch.ones(group.size, requires_grad=True) for group in groups}
-        handles = [Experts(model, group).masked(masks[group.parent]) for group in groups]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-        for name, mask in masks.items():
-            score = mask.grad.double().square() * share if mask.grad is not None else torch.zeros(len(mask)).double()
-            salience[name, 0] = salience.get((name, 0), 0) + score
-
-    backward_passes(model, tokens, batch_size, gradient_checkpointing, around)
-    return salience

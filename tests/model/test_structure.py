@@ -131,9 +131,9 @@ def test_tied_embeddings_count_once():
     assert untied.matrix_parameters == tied.matrix_parameters  # the LM head multiplies either way
 
 
-def test_experts_are_left_alone_and_said_so():
+def test_experts_are_whole_and_their_inner_width_is_left_alone():
     structure = ModelStructure.of(families.make_model("mixtral"))
-    assert structure.kinds() == ["kv_groups", "query_heads"]
+    assert structure.kinds() == ["kv_groups", "query_heads", "experts"]
     assert any("experts" in note and "left alone" in note for note in structure.notes)
 
 
