@@ -27,6 +27,9 @@ from .units import KINDS
 from .units.heads import GROUPS, QUERIES
 
 
+ENOUGH_TOKENS = 256  # of calibration text for each expert
+
+
 @dataclass
 class Execution:
     """A model on its way from dense to pruned.
@@ -129,8 +132,22 @@ class Execution:
         for group in result.groups:
             group.seen = seen.get((group.layer, group.kind))
             group.kept = self._stay[group.layer, group.kind].tolist()
+        result.warnings += self._too_few_tokens(result)
         result.count(self.structure, size_of(self.model))
         return result
+
+    def _too_few_tokens(self, plan: PruningPlan) -> list[str]:
+        """What is to be said of units to which a router sent too little of the calibration text."""
+        few = [min(group.seen) for group in plan.groups if group.seen and min(group.seen) < ENOUGH_TOKENS]
+        if not few:
+            return []
+        calibration = self.config.calibration
+        size = calibration.num_samples * calibration.length
+        wanted = f"{size * -(-ENOUGH_TOKENS // min(few)):,}" if min(few) else f"many more than {size:,}"
+        return [
+            f"experts of {len(few)} layers got fewer than {ENOUGH_TOKENS} calibration tokens, the one with fewest "
+            f"{min(few)}, which is little to rank and to re-fit them by: {wanted} tokens of calibration text would do"
+        ]
 
 
 def check_plan(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> None:

@@ -22,15 +22,20 @@ BY_NAME: dict[str, type[Criterion]] = {
 }
 
 __all__ = [
-    "BY_NAME", "ConsumerCriterion", "Criterion", "Method", "Paper", "Scoring", "TensorCriterion", "make_criterion",
+    "BY_NAME", "ConsumerCriterion", "Criterion", "Method", "Paper", "Scoring", "TensorCriterion", "class_of",
+    "make_criterion",
 ]  # fmt: skip
 
 
 def make_criterion(config: PruningConfig) -> Criterion:
     """The criterion that a configuration names, or the criteria of several kinds of units as one."""
     kinds = config.kinds(kinds_of(WidthKind))
-    tables = {kind: experts.BY_NAME if isinstance(KINDS[kind], RoutedKind) else BY_NAME for kind in kinds}
-    criteria = {kind: table[config.criterion_of(kind)](config) for kind, table in tables.items()}
+    criteria = {kind: class_of(kind, config.criterion_of(kind))(config) for kind in kinds}
     if len({type(criterion) for criterion in criteria.values()}) > 1:
         return ByKind(config, criteria)
     return next(iter(criteria.values())) if criteria else BY_NAME[config.criterion](config)
+
+
+def class_of(kind: str, name: str) -> type[Criterion]:
+    """The class of a criterion that ranks units of a kind of widths."""
+    return (experts.BY_NAME if isinstance(KINDS[kind], RoutedKind) else BY_NAME)[name]

@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 
 from ..config import PruningConfig
-from ..criteria import Method, Paper
+from ..criteria import Method, Paper, channels, class_of, depth
 from ..criteria.inputs import SURGEON, WIFV
 from ..errors import CheckpointError, ConfigurationError
 from ..files.places import can_only_be_a_path
@@ -23,7 +23,7 @@ from ..plan import PruningPlan
 from ..quantization.configuration import QuantizationConfig
 from ..recovery.configuration import DistillationConfig, RecoveryConfig
 from ..text.calibration import CalibrationConfig
-from ..units import KINDS, DepthKind, UnitKind, WidthKind, kinds_of
+from ..units import KINDS, DepthKind, StreamKind, UnitKind, WidthKind, kinds_of
 from .origin import IN_MEMORY, is_file
 
 
@@ -70,8 +70,17 @@ LM_EVAL = Paper(
 
 def _methods(config: PruningConfig, plan: PruningPlan) -> list[Method]:
     """Of the criteria that decided something."""
-    kinds = [KINDS[name] for name in config.units]
-    return [kind.method(config.criterion_of(kind.name)) for kind in kinds if _is_ranked(kind, config, plan)]
+    ranked = [name for name in config.units if _is_ranked(KINDS[name], config, plan)]
+    return [_method(name, config.criterion_of(name)) for name in ranked]
+
+
+def _method(kind: str, criterion: str) -> Method:
+    """What a card says of a criterion that ranks units of a kind."""
+    for level, methods in ((DepthKind, depth.METHODS), (StreamKind, channels.METHODS)):
+        if isinstance(KINDS[kind], level):
+            return methods[criterion]
+    found = class_of(kind, criterion)
+    return Method(found.papers, found.needs_inputs or found.needs_gradients)
 
 
 def citations(config: PruningConfig, plan: PruningPlan, tasks: bool = False) -> list[str]:

@@ -42,12 +42,22 @@ def __getattr__(name: str) -> type:
     raise AttributeError(name)
 
 
+_NUMBERS_OF_EXPERTS = {"num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"}
+
+
 class PerLayerMixin:
     """Builds every decoder layer from its own configuration and refuses to load weights that do not fit."""
 
     def __init__(self, config, *args, **kwargs):
-        with _layers_from_their_own_config(type(self)):
-            super().__init__(config, *args, **kwargs)
+        before = config.allow_global_per_layer_attribute_access
+        own = {key for values in (config.to_dict().get("per_layer_config") or {}).values() for key in values}
+        # A model with experts keeps their number of the whole model too, for a loss that balances them.
+        config.allow_global_per_layer_attribute_access = before or bool(own & _NUMBERS_OF_EXPERTS)
+        try:
+            with _layers_from_their_own_config(type(self)):
+                super().__init__(config, *args, **kwargs)
+        finally:
+            config.allow_global_per_layer_attribute_access = before
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
-from .families import AttentionNames, Family, MlpNames
+from .families import Family, Projections
 from .groups import is_linear, matrix
 
 
@@ -47,11 +47,11 @@ def family_from_modules(model: PreTrainedModel) -> Family | None:
             if found is not None and attention is None:
                 inputs, output = found
                 rep = _HEADS_PER_GROUP if hasattr(module, "num_key_value_groups") else None
-                attention = AttentionNames(tuple(dotted + one for one in inputs), dotted + output, attributes=rep)
+                attention = Projections(tuple(dotted + one for one in inputs), dotted + output, attributes=rep)
             found = None if found else next((names for names in _MLPS if _has(module, names)), None)
             if found is not None:
                 inputs, output = found
-                names = MlpNames(tuple(dotted + one for one in inputs), dotted + output)
+                names = Projections(tuple(dotted + one for one in inputs), dotted + output)
                 if names not in mlps:
                     mlps.append(names)
                     widths.append(matrix(getattr(module, output)).shape[1])

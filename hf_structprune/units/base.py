@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from ..criteria.base import Method
     from ..model.families import Family
     from ..model.groups import Group, LayerStructure
 
@@ -76,10 +75,6 @@ class UnitKind:
     def __repr__(self) -> str:
         return self.name
 
-    def method(self, criterion: str) -> Method:
-        """What a model card says of a criterion of this kind."""
-        raise NotImplementedError
-
     def told(self, plan: Any) -> str:
         """What went of this kind in a card; empty for nothing, and for widths, which are many."""
         return ""
@@ -100,12 +95,6 @@ class WidthKind(UnitKind):
     key: str = ""
     part: str = "layer"
     of_heads: bool = False
-
-    def method(self, criterion):
-        from ..criteria import BY_NAME, Method
-
-        found = BY_NAME[criterion]
-        return Method(found.papers, found.needs_inputs or found.needs_gradients)
 
     def find(self, reading: Reading) -> list[str]:
         """Adds the groups of this kind to the layers of a model.
@@ -161,12 +150,6 @@ class RoutedKind(WidthKind):
     criterion_option = "expert_criterion"
     criteria = ("reap", "frequency", "router", "l2", "taylor", "random", "loss")
 
-    def method(self, criterion):
-        from ..criteria import Method, experts
-
-        found = experts.BY_NAME[criterion]
-        return Method(found.papers, found.needs_inputs or found.needs_gradients)
-
     def input_width(self, layer, plan):
         return None
 
@@ -190,11 +173,6 @@ class DepthKind(UnitKind):
         """Names of what may be a sublayer's last linear map."""
         return []
 
-    def method(self, criterion):
-        from ..criteria.depth import METHODS
-
-        return METHODS[criterion]
-
     def told(self, plan):
         layers = ", ".join(map(str, plan.dropped.get(self.name, ())))
         return layers and f"{self.heading} gone, counted from 0: {layers}"
@@ -204,8 +182,3 @@ class StreamKind(UnitKind):
     """Units that all layers share: channels of the residual stream."""
 
     criterion_option = "hidden_criterion"
-
-    def method(self, criterion):
-        from ..criteria.channels import METHODS
-
-        return METHODS[criterion]

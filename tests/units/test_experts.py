@@ -145,13 +145,13 @@ def test_taylor_is_the_gradient_of_a_gate():
     for batch in tokens.split(2):
         for expert in range(groups[1].size):
             losses = []
-            for step in (1e-3, -1e-3):
+            for step in (0.05, -0.05):
                 with torch.no_grad():
                     module.down_proj[expert] *= 1 + step
                     losses.append(float(model(batch, labels=batch).loss))
                     module.down_proj[expert] /= 1 + step
-            expected[expert] += ((losses[0] - losses[1]) / 2e-3) ** 2 / 2
-    torch.testing.assert_close(got[groups[1].parent, 0], expected, rtol=1e-2, atol=1e-9)
+            expected[expert] += ((losses[0] - losses[1]) / 0.1) ** 2 / 2
+    torch.testing.assert_close(got[groups[1].parent, 0], expected, rtol=3e-2, atol=1e-9)
 
 
 @torch.no_grad()
@@ -182,8 +182,12 @@ def test_refit_is_ridge_regression_of_what_is_lacking(name, weighted):
     group = groups_of(model)[-1]
     experts = Experts(model, group)
     inputs = [torch.randn(4, 64, 32, dtype=torch.float64) for _ in range(2)]
-    change = 0.3 * torch.randn(32, 32, dtype=torch.float64)
-    targets = [(experts.run(x)[0] + x @ change).float() for x in inputs]
+    own = [experts.down(expert).clone() for expert in range(group.size)]
+    for expert, down in enumerate(own):
+        experts.down(expert).add_(0.1 * torch.randn_like(down))
+    targets = [experts.run(x)[0].float() for x in inputs]
+    for expert, down in enumerate(own):
+        experts.down(expert).copy_(down)
     weights = [torch.rand(4, 64) + 0.1 for _ in inputs] if weighted else None
     _, routing, _ = experts.run(torch.cat(inputs))
     busiest = int(torch.bincount(routing.index.flatten(), minlength=group.size).argmax())
@@ -203,7 +207,7 @@ def test_refit_is_ridge_regression_of_what_is_lacking(name, weighted):
     for x, output in zip(inputs, outputs, strict=True):
         torch.testing.assert_close(output, experts.run(x)[0].float(), atol=1e-4, rtol=1e-4)
     after = sum(float((t - o).square().sum()) for o, t in zip(outputs, targets, strict=True))
-    assert after < 0.9 * before
+    assert after < 0.5 * before
 
 
 def test_refit_brings_the_model_nearer_to_the_dense_one():
