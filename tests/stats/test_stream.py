@@ -18,7 +18,7 @@ def open_stream(model, structure):
 
 
 def consumers(layer):
-    return list(dict.fromkeys((group.reader.module, group.parent) for group in layer.groups))
+    return list(dict.fromkeys((group.reader.module, group.parent) for group in layer.groups if group.reader))
 
 
 @torch.no_grad()
