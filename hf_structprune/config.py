@@ -29,8 +29,6 @@ TAYLOR_VARIANTS = ("vectorize", "first", "second", "mix")
 AGGREGATIONS = ("sum", "mean", "max", "prod", "first", "last")
 ALLOCATIONS = ("uniform", "global", "search")
 LAYOUTS = ("uniform", "per_layer")
-# Options that say how many units there are to be; those of widths are shares of each layer.
-_AMOUNTS = {kind: KINDS[kind].options for kind in (LAYERS, HIDDEN)}
 _LayerRange = Annotated[tuple[Number, Number], Described("(start, end), 0 <= start < end, end excluded")]
 
 
@@ -186,10 +184,10 @@ class PruningConfig:
         return _given(self, *names)
 
     def is_stated(self, kind: str) -> bool:
-        """Whether the configuration says how many units of a kind stay or go."""
+        """Whether the configuration says how many units of a kind stay or go (not which share of each layer)."""
         if kind in (self.keep or {}):
             return True
-        return bool(_given(self, *_AMOUNTS.get(kind, ())))
+        return not isinstance(KINDS[kind], WidthKind) and bool(_given(self, *KINDS[kind].options))
 
     @property
     def stated_hidden_size(self) -> int | None:
