@@ -10,8 +10,10 @@ import json
 import math
 import tempfile
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -217,17 +219,10 @@ class Trial:
         counts = {key: len(units) // parts[key] for key, units in kept.items()}
         if all(len(kept[group.key]) == group.size for group in groups):
             raise UnsupportedModelError(f"none of the {kind} of the small model can go")
-        expected, errors = None, []
-        for layout in LAYOUTS:
-            try:
-                small = self._cut(kept, counts, layout)
-            except CheckpointError as error:
-                errors.append(error)
-                continue
+        expected = None
+        for small in _possible(partial(self._cut, kept, counts, layout) for layout in LAYOUTS):
             expected = self._masked(kept) if expected is None else expected
             self._check(small, expected)
-        if len(errors) == len(LAYOUTS):
-            raise errors[-1]
 
     def _masked(self, kept: Kept) -> torch.Tensor:
         masked = copy.deepcopy(self.model)
@@ -267,22 +262,14 @@ class Trial:
 
     def _layers(self, kind: str) -> None:
         """A layer of each kind, alone; one that no configuration can be without is refused when the plan is made."""
-        errors: list[CheckpointError] = []
-        layers = self._of_each_kind()
-        for layer in layers:
-            try:
-                try:
-                    small = self._cut({}, {}, "uniform", {kind: [layer.index]})
-                except CheckpointError:
-                    small = self._cut({}, {}, "per_layer", {kind: [layer.index]})
-            except CheckpointError as error:
-                errors.append(error)
-                continue
+
+        def without(layer: LayerStructure) -> tuple[PreTrainedModel, LayerStructure]:
+            return next(_possible(partial(self._cut, {}, {}, one, {kind: [layer.index]}) for one in LAYOUTS)), layer
+
+        for small, layer in _possible(partial(without, layer) for layer in self._of_each_kind()):
             with _passed_over(self.model.get_submodule(layer.name)):
                 expected = logits(self.model, self.tokens)
             self._check(small, expected)
-        if len(errors) == len(layers):
-            raise errors[0]
 
     def _of_each_kind(self) -> list[LayerStructure]:
         modules = [module for _, module in decoder_layers(self.model, self.structure.family)]
@@ -291,22 +278,18 @@ class Trial:
     def _hidden(self, kind: str) -> None:
         group = hidden_group(self.model, self.structure)
         config = PruningConfig(units=(kind,), hidden_size=group.size - 1, compensation=False)
-        errors: list[CheckpointError] = []
         heads = [layer.attention.heads for layer in self.structure.layers if layer.attention]
-        for step in (1, 2, 4, 8, group.size % 8, *heads):  # classes ask for multiples of the heads, experts of 8
-            if not 0 < step < group.size:
-                continue
+
+        def without(step: int) -> tuple[PreTrainedModel, torch.Tensor]:
             kept = torch.randperm(group.size)[step:].sort().values
-            try:
-                small, _ = cut_hidden(self.model, self.structure, group.size - step, config, None, kept)
-            except CheckpointError as error:
-                errors.append(error)
-                continue
-            masked = copy.deepcopy(self.model)
-            mask_channels(masked, group.dims(), kept)
-            self._check(small, logits(masked, self.tokens))
-            return
-        raise errors[0]
+            return cut_hidden(self.model, self.structure, group.size - step, config, None, kept)[0], kept
+
+        # Classes ask for multiples of the heads, experts of 8.
+        steps = [step for step in (1, 2, 4, 8, group.size % 8, *heads) if 0 < step < group.size]
+        small, kept = next(_possible(partial(without, step) for step in steps))
+        masked = copy.deepcopy(self.model)
+        mask_channels(masked, group.dims(), kept)
+        self._check(small, logits(masked, self.tokens))
 
     def _check(self, small: PreTrainedModel, expected: torch.Tensor) -> None:
         """Compares a cut model with the logits that it should have, and its first checkpoint with it."""
@@ -331,6 +314,25 @@ class Trial:
         difference = _difference(got, expected)
         if not difference <= TOLERANCE:
             raise _Differs(f"{what} (by {difference:.2g} of the largest)")
+
+
+def _possible(attempts: Iterable[Callable[[], Any]]) -> Iterator[Any]:
+    """What comes out of those attempts that a checkpoint can hold.
+
+    Raises:
+        CheckpointError: It can hold none.
+    """
+    refused, found = None, False
+    for attempt in attempts:
+        try:
+            result = attempt()
+        except CheckpointError as error:
+            refused = error
+            continue
+        found = True
+        yield result
+    if not found and refused is not None:
+        raise refused
 
 
 def _difference(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -428,8 +430,11 @@ def _as_float64(value):
 @contextmanager
 def apart() -> Iterator[None]:
     """Settings of its own, and the caller's again afterwards: random numbers, default dtype and device, messages."""
-    dtype, verbosity, bars = torch.get_default_dtype(), logging.get_verbosity(), logging.is_progress_bar_enabled()
     with ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        stack.callback(logging.set_verbosity, logging.get_verbosity())
+        if logging.is_progress_bar_enabled():
+            stack.callback(logging.enable_progress_bar)
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
@@ -437,14 +442,8 @@ def apart() -> Iterator[None]:
         stack.enter_context(torch.autocast("cpu", enabled=False))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        try:
-            torch.default_generator.manual_seed(0)  # and not those of other devices
-            torch.set_default_dtype(torch.float64)
-            logging.set_verbosity_error()
-            logging.disable_progress_bar()
-            yield
-        finally:
-            torch.set_default_dtype(dtype)
-            logging.set_verbosity(verbosity)
-            if bars:
-                logging.enable_progress_bar()
+        torch.default_generator.manual_seed(0)  # and not those of other devices
+        torch.set_default_dtype(torch.float64)
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        yield
