@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,9 @@ def only(**options):
     return EvaluationConfig(**{"texts": (), "efficiency": False, "samples": False, "window": 64} | options)
 
 
-def test_everything_at_once(tiny_llama, tiny_tokenizer, texts, folder, tmp_path):
+def test_everything_at_once(tiny_llama, tiny_tokenizer, texts, folder, tmp_path, monkeypatch):
+    quick = partial(evaluator.EfficiencyConfig, length=8, new_tokens=3, warmup=0, repeats=1)
+    monkeypatch.setattr(evaluator, "EfficiencyConfig", quick)
     config = EvaluationConfig(
         texts=texts, window=64, max_windows=2, tasks=["odd", "even"], include_path=folder, limit=4, batch_size=2
     )
@@ -100,6 +103,8 @@ def test_everything_at_once(tiny_llama, tiny_tokenizer, texts, folder, tmp_path)
         "perplexity/one", "perplexity/two", "tasks/odd", "tasks/even", "efficiency", "samples",
     ]  # fmt: skip
     assert (result.settings["limit"], result.settings["tasks"]) == (4, ["odd", "even"])
+    assert result.settings["texts"] == ["one", "two"] and result.settings["include_path"] == Path(folder).name
+    assert str(Path(folder).parent) not in json.dumps(result.to_dict())  # results are published
     assert result.environment["versions"]["torch"] == torch.__version__
 
 
@@ -302,19 +307,3 @@ def test_fingerprint_notices_every_tensor(tiny_llama):
             parameter.mul_(1.001)
         seen.add(model_fingerprint(tiny_llama))
     assert len(seen) == 1 + len(list(tiny_llama.parameters()))
-
-
-def test_results_hold_no_paths(tiny_llama, tiny_tokenizer, folder, texts):
-    config = EvaluationConfig(
-        texts=texts,
-        window=64,
-        max_windows=1,
-        tasks=["odd"],
-        include_path=folder,
-        limit=2,
-        efficiency=False,
-        samples=False,
-    )
-    result = evaluate(tiny_llama, tiny_tokenizer, config, name="m")
-    assert result.settings["texts"] == ["one", "two"] and result.settings["include_path"] == Path(folder).name
-    assert str(Path(folder).parent) not in json.dumps(result.to_dict())

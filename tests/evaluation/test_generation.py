@@ -99,14 +99,14 @@ def test_wrong_samples(model, tiny_tokenizer, prompts, tokens, match):
 
 def test_question_protocol(model, tiny_tokenizer, monkeypatch):
     monkeypatch.setattr(generation, "memory_in_use", lambda devices: 3 * 2**29)
-    result = question_protocol(model, tiny_tokenizer, max_length=120)
+    result = question_protocol(model, tiny_tokenizer, max_length=90)
     assert [answer.question for answer in result.answers] == list(QUESTIONS) and len(QUESTIONS) == 5
     for answer in result.answers:
         assert answer.prompt_tokens == len(answer.question)
-        expected = greedy(model, tiny_tokenizer, answer.question, 120 - len(answer.question))
+        expected = greedy(model, tiny_tokenizer, answer.question, 90 - len(answer.question))
         assert (answer.text, answer.new_tokens) == expected
-        assert answer.total_tokens <= 120 and answer.seconds > 0 and answer.memory == 3 * 2**29
-    assert result.protocol.startswith("5 questions, at most 120 tokens with the prompt, greedy, float32 on cpu")
+        assert answer.total_tokens <= 90 and answer.seconds > 0 and answer.memory == 3 * 2**29
+    assert result.protocol.startswith("5 questions, at most 90 tokens with the prompt, greedy, float32 on cpu")
 
 
 def test_the_first_question_does_not_pay_for_warming_up(model, tiny_tokenizer):

@@ -1,11 +1,14 @@
 """What is in the pictures, and that the files are what they should be."""
 
 import math
+import sys
 
 import pytest
+import torch
 from matplotlib.collections import LineCollection, PathCollection
 
 from hf_structprune import installed
+from hf_structprune.criteria.depth import LayerSimilarities
 from hf_structprune.errors import ConfigurationError, StructPruneError
 from hf_structprune.evaluation import pictures
 from hf_structprune.evaluation.results import EvaluationResult, Figure, Parts
@@ -126,19 +129,15 @@ def test_speed(results):
 
 
 def test_files_are_png_with_the_same_bytes_each_time(plan, results, tmp_path):
-    first, second = (pictures.draw_all(results, tmp_path / name, plan) for name in ("a", "b"))
-    assert [path.name for path in first] == ["widths.png", "quality.png", "speed.png"]
-    for one, other in zip(first, second, strict=True):
-        content = one.read_bytes()
-        assert content.startswith(b"\x89PNG\r\n\x1a\n") and content == other.read_bytes()
-        assert b"Software" not in content and b"tEXt" not in content
-
-
-def test_pyplot_stays_out(plan, tmp_path):
-    import sys
-
+    """And pyplot, which keeps figures, stays out."""
     sys.modules.pop("matplotlib.pyplot", None)
-    pictures.save(pictures.widths_figure(plan), tmp_path / "widths.png")
+    drawn = pictures.draw_all(results, tmp_path, plan)
+    assert [path.name for path in drawn] == ["widths.png", "quality.png", "speed.png"]
+    for path in drawn:
+        content = path.read_bytes()
+        assert content.startswith(b"\x89PNG\r\n\x1a\n") and b"Software" not in content and b"tEXt" not in content
+    pictures.save(pictures.widths_figure(plan), tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes() == drawn[0].read_bytes()
     assert "matplotlib.pyplot" not in sys.modules
 
 
@@ -167,3 +166,30 @@ def test_missing_extra_is_named(plan, monkeypatch):
     monkeypatch.setattr(installed, "find_spec", lambda name: None)
     with pytest.raises(StructPruneError, match=r"hf-structprune\[report\]"):
         pictures.widths_figure(plan)
+
+
+def example(layers):
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.rand(layers + 1, generator=generator, dtype=torch.float64) / layers
+    places = steps.cumsum(0)
+    return LayerSimilarities((places[:, None] - places).abs(), {}, {})
+
+
+@pytest.mark.parametrize("layers", [2, 30])
+def test_every_block_has_its_cell_and_the_best_of_each_size_its_dot(layers):
+    found = example(layers)
+    axis, bar = pictures.distances_figure(found).axes
+    cells = axis.images[0].get_array()
+    assert cells.shape == (layers - 1, layers - 1) and int((~cells.mask).sum()) == layers * (layers - 1) // 2
+    for size in range(1, layers):
+        for start, _, distance in found.blocks(size):
+            assert cells[size - 1, start - 1] == pytest.approx(distance)
+    dots = axis.collections[0].get_offsets()
+    expected = [(found.best_block(size)[0], size) for size in range(1, layers)]
+    assert [tuple(map(int, dot)) for dot in dots] == expected
+    assert axis.get_xlabel() and axis.get_ylabel() and bar.get_ylabel()
+
+
+def test_one_layer_gives_no_picture():
+    with pytest.raises(ConfigurationError, match="one layer"):
+        pictures.distances_figure(example(1))

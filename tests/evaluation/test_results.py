@@ -3,11 +3,16 @@
 import json
 import math
 import os
+from datetime import datetime, timedelta, timezone
 
 import pytest
+import torch
+import transformers
 
+import hf_structprune
+from hf_structprune import installed
 from hf_structprune.errors import ConfigurationError
-from hf_structprune.evaluation.results import RESULTS_NAME, EvaluationResult, Figure
+from hf_structprune.evaluation.results import RESULTS_NAME, EvaluationResult, Figure, describe_environment
 
 
 @pytest.fixture
@@ -107,3 +112,24 @@ def test_what_is_no_json_leaves_the_old_file(result, tmp_path):
     with pytest.raises(ValueError):
         result.save(tmp_path / "r.json")
     assert (tmp_path / "r.json").read_bytes() == before
+
+
+def test_environment():
+    found = describe_environment()
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["transformers"] == transformers.__version__
+    assert found["versions"]["hf_structprune"] == hf_structprune.__version__
+    assert abs(datetime.now(timezone.utc) - datetime.fromisoformat(found["date"])) < timedelta(minutes=1)
+    hardware = found["hardware"]
+    assert (hardware["type"], hardware["threads"]) == ("cpu", torch.get_num_threads())
+    assert hardware["device"] and hardware["device"] == hardware["cpu"]
+    assert hardware["memory"] > 2**28
+    json.dumps(found, allow_nan=False)
+
+
+def test_what_is_not_installed_has_no_version(monkeypatch):
+    def missing(name):
+        raise installed.PackageNotFoundError(name)
+
+    monkeypatch.setattr(installed, "version", missing)
+    assert set(describe_environment()["versions"]) == {"hf_structprune"}
