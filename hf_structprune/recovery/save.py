@@ -28,8 +28,7 @@ from ..hub.words import PICTURE_NAME, RECOVERY_NAME, SCHEMA_VERSION, recovery_se
 from ..installed import need
 from ..model.loading import load_config
 from .measuring import Point, RecoveryCurve, draw_curve
-from .merge import merge_adapter, quantisation_of
-from .weights import is_peft, is_sharded, underneath, without_parallel
+from .weights import is_peft, is_sharded, merge_adapter, quantisation_of, underneath, without_parallel
 
 
 logger = logging.get_logger(__name__)

@@ -1,10 +1,12 @@
-"""The weights of a model in training: what is wrapped around them; the best ones on disk and back."""
+"""The weights of a model in training: what is wrapped around them; the best ones on disk and back; adapters merged."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, ConfigurationError
 from ..files.writing import appearing
+from ..model.rebuild import assemble, has_weights
+from ..model.target import Target
 
 
 BEST_FOLDER, WEIGHTS_NAME = "recovery_best", "weights.safetensors"
@@ -172,3 +177,149 @@ def copy_file(source: Path, path: Path) -> None:
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     named = without_parallel(model).named_parameters()
     return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+
+@torch.no_grad()
+def merge_adapter(model: nn.Module, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A plain model whose weights hold the active adapters of another one, which stays as it is.
+
+    PEFT's `merge_and_unload(safe_merge=True)` on a copy. What it cannot do is done around it: an adapter on one side
+    of tied embeddings unties them (PEFT would change both), weights of bitsandbytes become plain ones (PEFT would
+    quantise the sum again), and the result has neither the forward of TRL nor a trace of quantisation.
+
+    Args:
+        model: A PeftModel, or a plain model; wrappers of training (DDP, `torch.compile`) are looked through.
+        dtype: Of the merging and the result. Default: each weight keeps that of the base model; of a quantised one,
+            the dtype it was loaded in.
+
+    Returns:
+        A new model in eval mode that can be saved, trained and adapted again. A plain model is returned itself, unless
+        TRL has replaced its `forward` or another dtype is asked for: then a new one shares its tensors.
+
+    Raises:
+        CheckpointError: The adapter cannot be put into weights, is broken (NaN), or the weights are not all here.
+    """
+    model = without_parallel(model)
+    base = model.get_base_model() if is_peft(model) else model
+    method = quantisation_of(base)
+    _check(model, base, method)
+    if method is not None:
+        dtype = dtype or getattr(base.config, "dtype", None) or torch.get_default_dtype()
+    if not is_peft(model) and method is None and "forward" not in vars(base) and dtype is None:
+        return base
+    merged = base if not is_peft(model) and method is None else _merged(model, dtype)
+    target = Target(type(base), copy.deepcopy(base.config))
+    if method is not None:
+        del target.config.quantization_config
+    tensors = {
+        name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        for name, tensor in merged.state_dict().items()
+    }
+    tied = getattr(target.skeleton(), "all_tied_weights_keys", None) or {}
+    if all(torch.equal(tensors[name], tensors[source]) for name, source in tied.items()):
+        tensors |= {name: tensors[source] for name, source in tied.items()}
+    else:
+        target.config.tie_word_embeddings = False
+        target.config.get_text_config().tie_word_embeddings = False
+    result = assemble(target, tensors, dict(merged.named_buffers()), base).requires_grad_(True)
+    if dtype is not None:
+        result.config.dtype = dtype
+    if getattr(base, "model_tags", None):
+        result.add_model_tags(list(base.model_tags))
+    return result
+
+
+def _merged(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A copy of a model with its adapters merged by PEFT and its quantised layers plain."""
+    quantised = [module for module in model.modules() if is_quantised(module)]
+    memo: dict[int, Any] = {id(module): dequantised(module, dtype) for module in quantised}
+    for module in model.modules():  # what a layer was made with: tied adapters keep tensors there that have no copy
+        memo |= {id(value): value for name, value in vars(module).items() if name == "kwargs"}
+    result, seen = copy.deepcopy(model, memo), set()
+    for module in result.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:  # tied: an adapter may change one side
+                module._parameters[name] = parameter = nn.Parameter(parameter.clone(), requires_grad=False)
+            seen.add(id(parameter))
+            if dtype is not None and parameter.is_floating_point() and parameter.itemsize < dtype.itemsize:
+                parameter.data = parameter.data.to(dtype)
+    if not is_peft(result):
+        return result
+    from peft.tuners.lora import Linear
+
+    for module in result.modules():  # PEFT has classes of its own around quantised layers
+        if type(module).__module__ == "peft.tuners.lora.bnb":
+            module.__class__ = Linear
+            module.fan_in_fan_out = module.is_target_conv_1d_layer = False
+        elif ".bnb" in type(module).__module__:
+            raise CheckpointError(f"A {type(module).__name__} of PEFT over a quantised layer cannot be merged.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of embeddings that are no longer tied
+            return result.merge_and_unload(safe_merge=True)
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        raise CheckpointError(f"The adapter cannot be merged: {error}") from error
+
+
+def _check(model: nn.Module, base: nn.Module, method: str | None) -> None:
+    config = getattr(model, "active_peft_config", None)
+    if config is not None and config.is_prompt_learning:
+        raise CheckpointError(
+            f"A {config.peft_type.value} adapter is learned input and no weight, so that it cannot be merged: train "
+            "one of LoRA's kind, or save the adapter itself with `model.save_pretrained`."
+        )
+    if not isinstance(base, PreTrainedModel):
+        raise CheckpointError(f"A {type(base).__name__} is no model of Transformers.")
+    if method not in (None, "bitsandbytes"):
+        raise CheckpointError(
+            f"The base model is quantised by {method}, and only bitsandbytes can be undone here. Load the model as it "
+            "was before quantisation, put the adapter on it with `PeftModel.from_pretrained`, and merge that."
+        )
+    if not has_weights(base):
+        raise CheckpointError("Weights of the model are offloaded: load it without `device_map` to merge the adapter.")
+    for name, parameter in base.named_parameters():
+        if hasattr(parameter, "ds_id") or type(parameter).__name__ == "DTensor" or "_flat_param" in name:
+            raise CheckpointError(
+                f"`{name}` is spread over processes (FSDP or ZeRO-3). Save the adapter with `trainer.save_model`, "
+                "load the base model in one process, `PeftModel.from_pretrained(base, FOLDER)`, and merge that."
+            )
+
+
+def quantisation_of(model: nn.Module) -> str | None:
+    """The quantisation method of a model, such as `"bitsandbytes"`; `None` for a plain one."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if config is None:
+        return None
+    method = config.get("quant_method") if isinstance(config, dict) else config.quant_method
+    return str(getattr(method, "value", method))
+
+
+def is_quantised(layer: nn.Module) -> bool:
+    """Whether a module itself holds a weight of bitsandbytes, in 4 or 8 bits."""
+    return type(layer._parameters.get("weight")).__name__ in ("Params4bit", "Int8Params")
+
+
+@torch.no_grad()
+def dequantised(layer: nn.Module, dtype: torch.dtype | None = None) -> nn.Linear:
+    """A plain linear map, in float32 or another dtype, with the numbers that a bitsandbytes one computes with.
+
+    Not by PEFT or Transformers: kernels of some CPUs repack 4-bit weights, which theirs would read wrong.
+
+    Raises:
+        CheckpointError: The weight has not been quantised yet, as before its model was moved to a device.
+    """
+    if type(layer.weight).__name__ == "Params4bit":
+        from ..quantization.four_bit import stored_weight
+
+        values = stored_weight(layer.weight)
+    else:
+        scales = layer.state.SCB if layer.state.SCB is not None else getattr(layer.weight, "SCB", None)
+        if scales is None:
+            raise CheckpointError("An 8-bit weight has no scales: its model was not loaded completely.")
+        values = layer.weight.to(torch.float32) * (scales.to(layer.weight.device).view(-1, 1) / 127)
+    dtype = dtype or torch.float32
+    result = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    result.weight = nn.Parameter(values.to(dtype).view(layer.out_features, layer.in_features))
+    if layer.bias is not None:
+        result.bias = nn.Parameter(layer.bias.detach().to(dtype, copy=True))
+    return result

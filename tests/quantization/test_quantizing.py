@@ -20,7 +20,7 @@ from hf_structprune.hub.words import QUANTIZATION_NAME, read_report
 from hf_structprune.model.loading import load_model
 from hf_structprune.quantization import quantizing
 from hf_structprune.quantization.quantizing import BACKENDS, Source
-from hf_structprune.recovery.merge import dequantised, is_quantised
+from hf_structprune.recovery.weights import dequantised, is_quantised
 
 
 IDS = torch.arange(3, 35)[None]

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import hf_structprune  # noqa: F401, lets the auto class load per-layer checkpoints
 from hf_structprune.errors import CheckpointError
 from hf_structprune.model.structure import ModelStructure
-from hf_structprune.recovery.merge import merge_adapter
+from hf_structprune.recovery.weights import merge_adapter
 
 
 TOKENS = make_tokens(4, 16)

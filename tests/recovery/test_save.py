@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_structprune import PruningConfig, PruningPlan, StructuredPruner
 from hf_structprune.errors import CheckpointError
 from hf_structprune.evaluation.results import EvaluationResult, Figure
-from hf_structprune.recovery.merge import merge_adapter
 from hf_structprune.recovery.save import save_recovered
+from hf_structprune.recovery.weights import merge_adapter
 
 
 REPORT = {

@@ -1,7 +1,7 @@
-"""A teacher that ran once over the data: its most likely next tokens come from memory-mapped files.
+"""A teacher that ran once over the data: its most likely next tokens come from safetensors files.
 
-A folder holds `cache.json` (what the cache was made of, and how many sequences are done), `keys.npy` and `lengths.npy`
-(the sequences), `ids.npy` (int32, `(tokens, k)`) and `log_probs.npy` (float16, `(tokens, k + 1)`, the rest last).
+A folder holds `cache.json`, what it was made of, and parts: `keys` of the sequences
+(sequences, 16), their `lengths` (sequences), `ids` (tokens, k) and `log_probs` (tokens, k + 1), the rest last.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...errors import CheckpointError, ConfigurationError, PlaceError
 from ...evaluation.results import model_fingerprint
 from ...files.places import check_room
-from ...files.writing import write_text
+from ...files.reading import read_json_object
+from ...files.writing import appearing, write_text
 from ...model.measuring import positions_at_once
 from ..configuration import DistillationConfig
 from .losses import TopPredictions, top_predictions
@@ -29,165 +32,108 @@ from .teacher import Lesson, ModelTeacher
 
 
 INDEX_NAME = "cache.json"
-LOG_PROB_TYPE = np.float16
-# Tokens that the teacher reads at once while the cache is made, padding included.
-BATCH_TOKENS = 4096
-_KEY_BYTES = 16
+LOG_PROB_TYPE = torch.float16
+BATCH_TOKENS = 2**12  # that the teacher reads at once while the cache is made, padding included
+PART_TOKENS = 2**16  # in a file, at least; an interrupt loses no more
 
 
 def sequence_key(ids: np.ndarray) -> bytes:
     """The name of a sequence: 16 bytes of a hash of its token ids."""
-    return hashlib.blake2b(np.ascontiguousarray(ids, dtype=np.int32).tobytes(), digest_size=_KEY_BYTES).digest()
-
-
-class PredictionCache:
-    """Predictions of sequences of token ids; of each, of all its tokens but the last one.
-
-    Sequences are added in the order they were announced in; what was added before an interrupt (of the process, not of
-    the power supply) is kept.
-
-    Args:
-        folder: Where it is, or will be.
-        origin: What it must be made of: fingerprint of the `teacher`'s weights, `top_k` and `temperature`.
-        sequences: Tokens with a prediction of each sequence that is needed, by key; a new cache holds them in this
-            order.
-
-    Raises:
-        ConfigurationError: There is a cache of something else, or something that is no cache.
-        CheckpointError: The disk has too little room, or files are missing.
-    """
-
-    def __init__(self, folder: str | os.PathLike, origin: dict[str, Any], sequences: dict[bytes, int]) -> None:
-        self.folder, self.origin = Path(folder), {"schema_version": 1, **origin}
-        if not (self.folder / INDEX_NAME).exists():
-            self._create(sequences)
-        try:
-            index = json.loads((self.folder / INDEX_NAME).read_text(encoding="utf-8"))
-            self.keys = [bytes(key) for key in np.load(self.folder / "keys.npy")]
-            lengths = np.load(self.folder / "lengths.npy")
-            self.done = index["done"]
-            theirs = {name: index[name] for name in self.origin}
-            self._ids = np.load(self.folder / "ids.npy", mmap_mode="r+")
-            self._log_probs = np.load(self.folder / "log_probs.npy", mmap_mode="r+")
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CheckpointError(
-                f"The cache in {folder} cannot be read ({error}): delete it, so that it is made anew."
-            ) from error
-        self._starts = np.concatenate([[0], np.cumsum(lengths)])
-        self._number = {key: number for number, key in enumerate(self.keys)}
-        self._check(theirs, sequences)
-
-    def _create(self, sequences: dict[bytes, int]) -> None:
-        """Files of the final size; the index comes last, so that a folder without one is no cache yet."""
-        folder, known = self.folder, {"keys.npy", "lengths.npy", "ids.npy", "log_probs.npy"}
-        inside = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-        # A process that was killed while it made a cache leaves some of the files.
-        if folder.is_file() or any(n not in known and not n.startswith(f".{INDEX_NAME}.") for n in inside):
-            raise ConfigurationError(f"`cache` is {folder}, which holds something else: give an empty or new folder.")
-        folder.mkdir(parents=True, exist_ok=True)
-        tokens, top_k, item = sum(sequences.values()), self.origin["top_k"], np.dtype(LOG_PROB_TYPE).itemsize
-        try:
-            check_room(folder, tokens * (top_k * (4 + item) + item))
-        except PlaceError as error:
-            raise PlaceError(f"The cache of the teacher: {error} `top_k` is {top_k}; less needs less.") from error
-        keys = np.frombuffer(b"".join(sequences), dtype=np.uint8).reshape(-1, _KEY_BYTES)
-        np.save(folder / "keys.npy", keys)
-        np.save(folder / "lengths.npy", np.fromiter(sequences.values(), np.int64, len(sequences)))
-        for name, dtype, width in (("ids", np.int32, top_k), ("log_probs", LOG_PROB_TYPE, top_k + 1)):
-            np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, (tokens, width)).flush()
-        self._write_index(0, len(sequences))
-
-    def _write_index(self, done: int, total: int) -> None:
-        index = {**self.origin, "sequences": total, "done": done}
-        write_text(self.folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
-
-    def _check(self, theirs: dict[str, Any], sequences: dict[bytes, int]) -> None:
-        for name, value in self.origin.items():
-            if theirs[name] != value:
-                raise ConfigurationError(
-                    f"The cache in {self.folder} was made with {name} {theirs[name]}, and now it is {value}: give "
-                    "another folder as `cache`, or delete this one."
-                )
-        lacking = sum(key not in self._number for key in sequences)
-        if lacking:
-            raise ConfigurationError(
-                f"The cache in {self.folder} was made of other data: {lacking} of {len(sequences)} sequences are not "
-                "in it. Give another folder as `cache`, or delete this one."
-            )
-        if any(key not in sequences for key in self.missing):
-            raise ConfigurationError(
-                f"The cache in {self.folder} is not finished, and the data it was begun with is not that of now: "
-                "begin with all of it, or delete the cache."
-            )
-
-    @property
-    def missing(self) -> list[bytes]:
-        """Keys of the sequences that are still to be added, in order."""
-        return self.keys[self.done :]
-
-    def add(self, predictions: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Adds the next sequences: `(ids (n, k), log-probabilities (n, k + 1))` of each, and says so on disk."""
-        done = self.done
-        for ids, log_probs in predictions:
-            rows = slice(self._starts[done], self._starts[done + 1])
-            self._ids[rows], self._log_probs[rows] = ids, log_probs
-            done += 1
-        self._ids.flush()
-        self._log_probs.flush()
-        self.done = done
-        self._write_index(done, len(self.keys))
-
-    def read(self, key: bytes, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Ids `(n, k)` and log-probabilities `(n, k + 1)` at some positions of a sequence.
-
-        Raises:
-            ConfigurationError: The sequence is not in the cache.
-        """
-        number = self._number.get(key)
-        if number is None or number >= self.done:
-            raise ConfigurationError(
-                f"A sequence is not in the cache {self.folder}: it holds the data that the trainer was made with, so "
-                "give data to evaluate on to the trainer at once."
-            )
-        rows = self._starts[number] + positions
-        return self._ids[rows], self._log_probs[rows]
+    return hashlib.blake2b(np.ascontiguousarray(ids, dtype=np.int32).tobytes(), digest_size=16).digest()
 
 
 class CachedTeacher:
-    """A `Teacher` without a model.
+    """A teacher without a model: predictions of sequences of token ids; of each, of all its tokens but the last one.
 
     Sequences are found by their token ids, so that shuffling, batching and padding do not matter. Examples in a
     padding-free batch count one by one, as the model sees them.
+
+    Args:
+        folder: Where the predictions are, or will be.
+        origin: What they must be made of: fingerprint of the `teacher`'s weights, `top_k` and `temperature`.
+
+    Raises:
+        ConfigurationError: There are those of something else, or something that is no cache.
+        CheckpointError: A file cannot be read.
     """
 
     by_sequence = False
     terms = None
 
-    def __init__(self, cache: PredictionCache) -> None:
-        self.cache = cache
+    def __init__(self, folder: str | os.PathLike, origin: dict[str, Any]) -> None:
+        self.folder, self.origin = Path(folder), {"schema_version": 2, **origin}
+        inside = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
+        if self.folder.is_file() or (inside and INDEX_NAME not in inside):
+            raise ConfigurationError(f"`cache` is {folder}, which holds something else: give an empty or new folder.")
+        if not inside:
+            write_text(self.folder / INDEX_NAME, json.dumps(self.origin, indent=2) + "\n")
+        found = read_json_object(self.folder / INDEX_NAME)
+        for name, value in self.origin.items():
+            if found.get(name) != value:
+                raise ConfigurationError(
+                    f"The cache in {folder} was made with {name} {found.get(name)}, and now it is {value}: give "
+                    "another folder as `cache`, or delete this one."
+                )
+        self._places: dict[bytes, tuple[Any, int]] = {}  # file and first row of every sequence
+        for path in sorted(self.folder.glob("*.safetensors")):
+            self._open(path)
+
+    def _open(self, path: Path) -> None:
+        try:
+            file = safe_open(path, "pt")
+            keys, lengths = file.get_tensor("keys"), file.get_tensor("lengths")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}): delete it, so that it is made anew.") from error
+        for key, start in zip(keys, (lengths.cumsum(0) - lengths).tolist(), strict=True):
+            self._places[key.numpy().tobytes()] = file, start
+
+    def lacks(self, sequences: Iterable[bytes]) -> list[bytes]:
+        """Those of some sequences that are not there."""
+        return [key for key in sequences if key not in self._places]
+
+    def add(self, predictions: dict[bytes, tuple[Tensor, Tensor]]) -> None:
+        """Adds a part: ids `(n, k)` and log-probabilities `(n, k + 1)` of sequences, all at once or not at all."""
+        ids, log_probs = zip(*predictions.values(), strict=True)
+        content = {
+            "keys": torch.from_numpy(np.frombuffer(b"".join(predictions), np.uint8).reshape(-1, 16).copy()),
+            "lengths": torch.tensor([len(one) for one in ids]),
+            "ids": torch.cat(ids).int(), "log_probs": torch.cat(log_probs).to(LOG_PROB_TYPE),
+        }  # fmt: skip
+        path = self.folder / f"{len(self._places):09}.safetensors"
+        with appearing(path) as temporary:
+            save_file(content, temporary)
+        self._open(path)
 
     def to(self, device: torch.device) -> CachedTeacher:
         """Nothing to move."""
         return self
 
     def lesson(self, inputs: Mapping[str, Tensor], positions: Tensor) -> Lesson:
-        """See `Teacher`.
+        """What the teacher predicted at positions `(batch, sequence)` of bool of a batch.
 
         Raises:
             ConfigurationError: A sequence is not in the cache.
         """
-        top_k = self.cache.origin["top_k"]
-        ids, log_probs = [np.empty((0, top_k), np.int32)], [np.empty((0, top_k + 1), np.float32)]
-        wanted = positions.cpu().numpy()
+        top_k, wanted = self.origin["top_k"], positions.cpu()
+        ids, log_probs = [torch.empty(0, top_k, dtype=torch.int32)], [torch.empty(0, top_k + 1)]
         for row, start, tokens in split_batch(inputs):
-            here = np.flatnonzero(wanted[row, start : start + len(tokens)])
-            if len(here):
-                some_ids, some_log_probs = self.cache.read(sequence_key(tokens), here)
-                ids.append(some_ids)
-                log_probs.append(some_log_probs.astype(np.float32))
-        values = torch.from_numpy(np.concatenate(log_probs)).to(positions.device)
-        known = torch.from_numpy(np.concatenate(ids)).to(positions.device).long()
-        return Lesson(TopPredictions(torch.log_softmax(values, -1), known))  # rounded on disk: adds up to 1 again
+            here = wanted[row, start : start + len(tokens)].nonzero()[:, 0]
+            if not len(here):
+                continue
+            file, first = self._places.get(sequence_key(tokens), (None, 0))
+            if file is None:
+                raise ConfigurationError(
+                    f"A sequence is not in the cache {self.folder}: it holds the data that the trainer was made with, "
+                    "so give data to evaluate on to the trainer at once."
+                )
+            rows = slice(first, first + len(tokens) - 1)
+            ids.append(file.get_slice("ids")[rows][here])
+            log_probs.append(file.get_slice("log_probs")[rows][here].float())
+        known, values = torch.cat(ids).long(), torch.cat(log_probs).log_softmax(-1)  # rounded: adds up to 1 again
+        return Lesson(TopPredictions(values.to(positions.device), known.to(positions.device)))
+
+
+AnyTeacher = ModelTeacher | CachedTeacher
 
 
 def split_batch(inputs: Mapping[str, Tensor]) -> Iterator[tuple[int, int, np.ndarray]]:
@@ -196,18 +142,17 @@ def split_batch(inputs: Mapping[str, Tensor]) -> Iterator[tuple[int, int, np.nda
     mask, places = inputs.get("attention_mask"), inputs.get("position_ids")
     lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(-1).tolist()
     for row, length in enumerate(lengths):
-        if places is None or mask is not None:
-            yield row, 0, ids[row, :length]
-            continue
-        starts = np.flatnonzero(places[row].cpu().numpy() == 0)
+        starts = [0]
+        if places is not None and mask is None:
+            starts = np.flatnonzero(places[row].cpu().numpy() == 0).tolist()
         for start, stop in zip(starts, [*starts[1:], length], strict=True):
-            yield row, int(start), ids[row, start:stop]
+            yield row, start, ids[row, start:stop]
 
 
 def cached_teacher(
     teacher: ModelTeacher, datasets: Iterable[Any], config: DistillationConfig, folder: str | os.PathLike
 ) -> CachedTeacher:
-    """Lets a teacher run over the data, or reads what it said before; goes on where an interrupted process stopped.
+    """Lets a teacher run over the data, or reads what it said before; only what is not there yet is asked for.
 
     Args:
         teacher: Asked once for every sequence that the cache lacks.
@@ -216,21 +161,31 @@ def cached_teacher(
         folder: Of the cache.
 
     Raises:
-        ConfigurationError: There is a cache of another teacher, of other settings or other data in the folder.
+        ConfigurationError: There is a cache of another teacher or of other settings in the folder.
         CheckpointError: The disk has too little room.
     """
-    sequences = {sequence_key(ids): ids for dataset in datasets for ids in _sequences_of(dataset) if len(ids) > 1}
-    ordered = dict(sorted(sequences.items(), key=lambda item: (len(item[1]), item[0])))  # little padding
     top_k = min(config.top_k, teacher.model.config.get_text_config().vocab_size)
-    teacher_id = model_fingerprint(teacher.model)
-    origin = {"teacher": teacher_id, "top_k": top_k, "temperature": float(config.temperature)}
-    cache = PredictionCache(folder, origin, {key: len(ids) - 1 for key, ids in ordered.items()})
-    missing = [sequences[key] for key in cache.missing]
+    origin = {"teacher": model_fingerprint(teacher.model), "top_k": top_k, "temperature": float(config.temperature)}
+    sequences = {sequence_key(ids): ids for dataset in datasets for ids in _sequences_of(dataset) if len(ids) > 1}
+    cache = CachedTeacher(folder, origin)
+    missing = sorted(cache.lacks(sequences), key=lambda key: (len(sequences[key]), key))  # little padding
+    try:
+        check_room(folder, sum(len(sequences[key]) - 1 for key in missing) * (6 * top_k + 2))
+    except PlaceError as error:
+        raise PlaceError(f"The cache of the teacher: {error} `top_k` is {top_k}; less needs less.") from error
+    part: dict[bytes, tuple[Tensor, Tensor]] = {}
+    tokens = 1 if teacher.by_sequence else BATCH_TOKENS
     with tqdm(total=len(missing), desc="Teacher", disable=not missing) as progress:
-        for part in _batches(missing, 1 if teacher.by_sequence else BATCH_TOKENS):
-            cache.add(_predict(teacher, part, top_k, config.temperature))
-            progress.update(len(part))
-    return CachedTeacher(cache)
+        while missing:
+            fits = sum(i == 0 or (i + 1) * len(sequences[key]) <= tokens for i, key in enumerate(missing[:tokens]))
+            batch, missing = missing[:fits], missing[fits:]
+            found = _predict(teacher, [sequences[key] for key in batch], top_k, config.temperature)
+            part |= dict(zip(batch, found, strict=True))
+            if not missing or sum(len(ids) for ids, _ in part.values()) >= PART_TOKENS:
+                cache.add(part)
+                part = {}
+            progress.update(len(batch))
+    return cache
 
 
 def _sequences_of(dataset: Any) -> Iterator[np.ndarray]:
@@ -243,22 +198,10 @@ def _sequences_of(dataset: Any) -> Iterator[np.ndarray]:
         yield from np.split(ids, np.cumsum(row["seq_lengths"])[:-1]) if packed else [ids]
 
 
-def _batches(sequences: list[np.ndarray], tokens: int) -> Iterator[list[np.ndarray]]:
-    """Neighbours whose padded batch has at most so many tokens, and at least one each; lengths only rise."""
-    part: list[np.ndarray] = []
-    for ids in sequences:
-        if part and (len(part) + 1) * len(ids) > tokens:
-            yield part
-            part = []
-        part.append(ids)
-    if part:
-        yield part
-
-
 @torch.no_grad()
 def _predict(
     teacher: ModelTeacher, part: list[np.ndarray], top_k: int, temperature: float
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Top predictions of each sequence of a batch, a few positions at a time."""
     lengths = torch.tensor([len(tokens) for tokens in part])
     ids = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(tokens).long() for tokens in part], batch_first=True)
@@ -268,7 +211,5 @@ def _predict(
     known = teacher.lesson(inputs, positions.to(teacher.model.device)).predictions
     rows = known.hidden.split(positions_at_once(known.vocab))
     parts = [top_predictions(known.head.logits(hidden), top_k, temperature) for hidden in rows]
-    counts = (lengths - 1).tolist()
-    columns = (torch.cat([getattr(p, name).cpu() for p in parts]).split(counts) for name in ("ids", "log_probs"))
-    for some_ids, log_probs in zip(*columns, strict=True):
-        yield some_ids.numpy(), log_probs.numpy()
+    columns = (torch.cat([getattr(one, name).cpu() for one in parts]) for name in ("ids", "log_probs"))
+    return zip(*(column.split((lengths - 1).tolist()) for column in columns), strict=True)

@@ -1,27 +1,41 @@
-"""The dense model as a teacher: loaded, checked against the student, asked for predictions, never changed."""
+"""The dense model as a teacher: loaded, checked against the student, asked for predictions, never changed.
+
+Inside the layers a student can follow it too, in hidden states or attention outputs `h` of layers that match:
+
+    term = 1 / (layers * n_followed) sum over layers and followed tokens of ||h_s - h_t||^2 / ||h_t||^2
+
+Such errors are used by TinyBERT (Jiao et al., arXiv:1909.10351) and Minitron (Muralidharan et al., arXiv:2407.14679).
+Here they are relative to the teacher's own norm, because a few tokens have norms hundreds of times larger than the
+others (Sun et al., Massive Activations, arXiv:2402.17762) and would be all that the mean shows.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ...errors import CheckpointError, ConfigurationError
 from ...hardware import DTYPES
+from ...installed import need
+from ...model.families import family_of
 from ...model.loading import load_config, load_model, load_tokenizer
-from ...model.measuring import PROBE_LENGTH, has_plain_head, measuring
+from ...model.measuring import PROBE_LENGTH, measuring
+from ...model.structure import decoder_layers
 from ..configuration import DistillationConfig
-from .layers import LayerTerms, layer_terms, record_outputs
 from .losses import Head, HeadPredictions, LogitTransform, Predictions
 
 
 logger = logging.get_logger(__name__)
+
+KINDS = ("hidden", "attention")
 
 CROSS_TOKENIZER = (
     "A teacher with another tokenizer needs TRL's GOLD trainer: see recipes/scripts/distill_cross_tokenizer.py."
@@ -46,8 +60,6 @@ def find_transform(model: PreTrainedModel) -> LogitTransform | None:
     if weight is not None and weight.is_floating_point() and weight.shape[0] == model.config.vocab_size:
         ids = torch.linspace(0, weight.shape[0] - 1, PROBE_LENGTH).long()[None].to(model.device)
         with measuring(model):
-            if has_plain_head(model, ids):
-                return LogitTransform()
             for transform in _candidates(model.config.get_text_config()):
                 if _agrees(model, ids, transform):
                     return transform
@@ -96,26 +108,15 @@ class Lesson:
     states: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Teacher(Protocol):
-    """What a distillation trainer needs of a teacher."""
-
-    by_sequence: bool
-    """Whether a lesson holds all logits, so that it should be asked for one sequence at a time."""
-    terms: LayerTerms | None
-    """What it shows of its layers."""
-
-    def to(self, device: torch.device) -> Teacher:
-        """Moves it to the device of the student."""
-
-    def lesson(self, inputs: Mapping[str, Tensor], positions: Tensor) -> Lesson:
-        """What it predicts at positions `(batch, sequence)` of bool of a batch."""
-
-
 class ModelTeacher:
     """A model in memory that is asked for each batch.
 
     It is called in evaluation mode and without gradients; its parameters, their `requires_grad` and its modes stay as
-    they are. Only its device may change, see `to`.
+    they are. Only its device may change, see `to`. `cache.CachedTeacher` can take its place.
+
+    Attributes:
+        by_sequence: Whether a lesson holds all logits, so that it should be asked for one sequence at a time.
+        terms: What it shows of its layers.
     """
 
     def __init__(self, model: PreTrainedModel, terms: LayerTerms | None = None) -> None:
@@ -132,7 +133,7 @@ class ModelTeacher:
 
     @torch.no_grad()
     def lesson(self, inputs: Mapping[str, Tensor], positions: Tensor) -> Lesson:
-        """See `Teacher`."""
+        """What it predicts at positions `(batch, sequence)` of bool of a batch."""
         device = self.model.device
         given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items() if k != "labels"}
         given["use_cache"] = False
@@ -198,12 +199,7 @@ def _loading(config: DistillationConfig, device: torch.device) -> dict[str, Any]
         return {}
     if config.teacher_dtype != "int8":
         return {"dtype": DTYPES[config.teacher_dtype]}
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise ConfigurationError(
-            "`teacher_dtype` 'int8' needs bitsandbytes: `pip install bitsandbytes`, or choose 'bf16'."
-        ) from error
+    need("bitsandbytes", extra="qlora")
     return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
 
 
@@ -238,3 +234,148 @@ def _check_tokenizer(own: PreTrainedTokenizerBase, other: PreTrainedTokenizerBas
         f"The tokenizers differ: {token!r} is {theirs.get(token, 'unknown')} in {name} and "
         f"{mine.get(token, 'unknown')} in the student's. {CROSS_TOKENIZER}"
     )
+
+
+@dataclass(frozen=True)
+class LayerTerms:
+    """What is followed inside the layers.
+
+    Attributes:
+        pairs: `(layer of the student, layer of the teacher)`.
+        weights: Weight in the loss by kind, `"hidden"` (outputs of layers) or `"attention"` (of their attention);
+            kinds without one are not followed.
+    """
+
+    pairs: tuple[tuple[int, int], ...]
+    weights: dict[str, float]
+
+    def student_modules(self, model: PreTrainedModel) -> dict[str, nn.Module]:
+        """Modules whose outputs are compared, by the name of their state."""
+        return self._modules(model, [(pair[0], pair[0]) for pair in self.pairs])
+
+    def teacher_modules(self, model: PreTrainedModel) -> dict[str, nn.Module]:
+        """The same in the teacher, under the same names."""
+        return self._modules(model, self.pairs)
+
+    def _modules(self, model: PreTrainedModel, pairs: Iterable[tuple[int, int]]) -> dict[str, nn.Module]:
+        layers, attention = _layers_of(model)
+        return {
+            f"{kind}.{name}": layers[index] if kind == "hidden" else layers[index].get_submodule(attention)
+            for name, index in pairs
+            for kind in self.weights
+        }
+
+    def errors(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Relative squared errors by kind, summed over tokens and averaged over layers.
+
+        Args:
+            student: States `(n, hidden)` of the followed tokens by name.
+            teacher: The same of the teacher.
+        """
+        sums: dict[str, Tensor] = {}
+        for name, state in student.items():
+            kind = name.partition(".")[0]
+            error = relative_error(state, teacher[name]).sum() / len(self.pairs)
+            sums[kind] = sums[kind] + error if kind in sums else error
+        return sums
+
+
+def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """`||h_s - h_t||^2 / ||h_t||^2` of each token `(n, hidden)`, in float32; `(n,)`."""
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    target = teacher.to(student.device, dtype)
+    norm = target.square().sum(-1).clamp(min=torch.finfo(dtype).tiny)
+    return (student.to(dtype) - target).square().sum(-1) / norm
+
+
+def layer_terms(student: PreTrainedModel, teacher: PreTrainedModel, config: DistillationConfig) -> LayerTerms | None:
+    """What the configuration wants to be followed, or `None`.
+
+    Raises:
+        ConfigurationError: The layers cannot be matched, or what they put out has other sizes.
+        UnsupportedModelError: The decoder layers were not found.
+    """
+    weights = {kind: getattr(config, f"{kind}_weight") for kind in KINDS if getattr(config, f"{kind}_weight")}
+    if not weights:
+        return None
+    sizes = [model.config.get_text_config().hidden_size for model in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        raise ConfigurationError(
+            f"The hidden states have {sizes[0]} dimensions in the student and {sizes[1]} in the teacher, so that they "
+            "cannot be compared: set `hidden_weight` and `attention_weight` to 0."
+        )
+    counts = [len(_layers_of(model)[0]) for model in (student, teacher)]
+    pairs = match_layers(*counts, config.layer_map)
+    if "attention" in weights:
+        pairs = _with_attention(pairs, student, teacher)
+    return LayerTerms(pairs, weights)
+
+
+def match_layers(student: int, teacher: int, layer_map: Sequence[int] | None) -> tuple[tuple[int, int], ...]:
+    """Which layer of the teacher each layer of the student follows.
+
+    With a map, what it says; without one, the layer of the same number, or only the last one if layers are missing.
+
+    Args:
+        student: Layers of the student.
+        teacher: Layers of the teacher.
+        layer_map: For each layer of the student, the number of the teacher's, from 0.
+
+    Raises:
+        ConfigurationError: The map has not one entry for each layer, or one that does not exist.
+    """
+    if layer_map is None:
+        return tuple((i, i) for i in range(student)) if student == teacher else ((student - 1, teacher - 1),)
+    if len(layer_map) != student or not all(0 <= layer < teacher for layer in layer_map):
+        raise ConfigurationError(
+            f"`layer_map` is {list(layer_map)}; it needs a number from 0 to {teacher - 1} for each of the {student} "
+            "layers of the student."
+        )
+    return tuple(enumerate(layer_map))
+
+
+@contextmanager
+def record_outputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Fills a dictionary with the outputs of modules, by name, as they run."""
+    outputs: dict[str, Tensor] = {}
+
+    def hook_of(name: str):
+        def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+            outputs[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [module.register_forward_hook(hook_of(name)) for name, module in modules.items()]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _layers_of(model: PreTrainedModel) -> tuple[list[nn.Module], str | None]:
+    """Decoder layers, and where their attention is."""
+    family = family_of(model.config.model_type, getattr(model.config, "base_model_tp_plan", None))
+    if family is None:
+        raise ConfigurationError(
+            f"The layers of model type {model.config.model_type!r} are not known: set `hidden_weight` and "
+            "`attention_weight` to 0."
+        )
+    attention = family.attention.parent if family.attention is not None else None
+    return [layer for _, layer in decoder_layers(model, family)], attention
+
+
+def _with_attention(pairs, student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[tuple[int, int], ...]:
+    """Pairs of layers that both have an attention; some layers may have lost it."""
+    sides = [_layers_of(model) for model in (student, teacher)]
+
+    def has(side: int, index: int) -> bool:
+        layers, path = sides[side]
+        return path is not None and any(name == path for name, _ in layers[index].named_modules())
+
+    kept = tuple((own, other) for own, other in pairs if has(0, own) and has(1, other))
+    if not kept:
+        raise ConfigurationError(
+            f"No attention was found in the matching layers of {type(student).__name__}: set `attention_weight` to 0."
+        )
+    return kept

@@ -21,10 +21,9 @@ from trl import SFTTrainer
 from ...errors import ConfigurationError
 from ...quantization.four_bit import compute_as_stored
 from ..configuration import DistillationConfig
-from .cache import cached_teacher
-from .layers import KINDS, LayerTerms, record_outputs
+from .cache import AnyTeacher, cached_teacher
 from .losses import Head, LogitTransform, Targets, batch_targets, distillation_loss
-from .teacher import ModelTeacher, Teacher, find_transform, head_of
+from .teacher import KINDS, LayerTerms, ModelTeacher, find_transform, head_of, record_outputs
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Request:
         label_weight: `w`.
     """
 
-    teacher: Teacher
+    teacher: AnyTeacher
     targets: Targets
     counts: tuple[Tensor, Tensor]
     temperature: float
@@ -138,7 +137,7 @@ class DistillationSFTTrainer(SFTTrainer):
     # Losses are divided by counts of the whole optimiser step.
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, teacher: Teacher, distillation: DistillationConfig, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, teacher: AnyTeacher, distillation: DistillationConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         compute_as_stored(self.model)
         _check_supported(self, teacher.terms, distillation)
@@ -150,7 +149,7 @@ class DistillationSFTTrainer(SFTTrainer):
         student = student.get_base_model() if hasattr(student, "get_base_model") else student
         add_distillation(student, find_transform(student))
 
-    def _with_cache(self, teacher: Teacher) -> Teacher:
+    def _with_cache(self, teacher: AnyTeacher) -> AnyTeacher:
         """The teacher, or what it says about the data if that is kept on disk; the first process makes the files."""
         if self.distillation.cache is None or not isinstance(teacher, ModelTeacher):
             return teacher

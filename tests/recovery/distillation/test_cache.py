@@ -11,7 +11,7 @@ from tiny_distillation import assert_equal_states, make_llama, make_rows, make_t
 from hf_structprune.errors import CheckpointError, ConfigurationError
 from hf_structprune.recovery.configuration import DistillationConfig
 from hf_structprune.recovery.distillation import cache as cache_module
-from hf_structprune.recovery.distillation.cache import cached_teacher, split_batch
+from hf_structprune.recovery.distillation.cache import cached_teacher, sequence_key, split_batch
 from hf_structprune.recovery.distillation.teacher import ModelTeacher
 
 
@@ -43,7 +43,7 @@ def run(
     return [log["loss"] for log in trainer.state.log_history if "loss" in log], state(trainer.model)
 
 
-@pytest.mark.parametrize("storage", [np.float32, np.float16])
+@pytest.mark.parametrize("storage", [torch.float32, torch.float16])
 def test_the_whole_vocabulary_gives_the_losses_of_the_live_teacher(
     tmp_path, tiny_tokenizer, calls, monkeypatch, storage
 ):
@@ -54,7 +54,7 @@ def test_the_whole_vocabulary_gives_the_losses_of_the_live_teacher(
     assert sum(calls) == len(ROWS)  # once, though it trained for more than an epoch
     again, again_state = run(tmp_path, tiny_tokenizer, tmp_path / "cache")
     assert sum(calls) == len(ROWS)
-    exact = storage == np.float32
+    exact = storage == torch.float32
     assert first == pytest.approx(live, rel=1e-5 if exact else 2e-3)
     assert_equal_states(first_state, live_state, 1e-5 if exact else 2e-3)
     assert again == first
@@ -80,10 +80,9 @@ def test_padding_free_batches_find_their_examples(tmp_path, tiny_tokenizer):
 
 
 def test_an_interrupted_cache_goes_on(tmp_path, monkeypatch, calls):
-    monkeypatch.setattr("hf_structprune.recovery.distillation.cache.BATCH_TOKENS", 16)
+    monkeypatch.setattr(cache_module, "BATCH_TOKENS", 16)
+    monkeypatch.setattr(cache_module, "PART_TOKENS", 1)
     teacher, config = ModelTeacher(make_llama(48, 1)), DistillationConfig(top_k=4)
-    whole = cached_teacher(teacher, [make_rows(ROWS)], config, tmp_path / "whole").cache
-    expected, calls[:] = sum(calls), []
     counted = ModelTeacher.lesson
 
     def interrupted(self, *args):
@@ -93,26 +92,17 @@ def test_an_interrupted_cache_goes_on(tmp_path, monkeypatch, calls):
 
     monkeypatch.setattr(ModelTeacher, "lesson", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        cached_teacher(teacher, [make_rows(ROWS)], config, tmp_path / "part")
-    before = sum(calls)
-    assert 0 < before < expected
-    with pytest.raises(ConfigurationError, match="not finished"):
-        cached_teacher(teacher, [make_rows(ROWS[:1])], config, tmp_path / "part")
+        cached_teacher(teacher, [make_rows(ROWS)], config, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
+    assert len(before) == 2 and 0 < sum(calls) < len(ROWS)
     monkeypatch.setattr(ModelTeacher, "lesson", counted)
-    part = cached_teacher(teacher, [make_rows(ROWS)], config, tmp_path / "part").cache
-    assert sum(calls) == expected
-    assert part.keys == whole.keys and not part.missing
-    for name in ("ids.npy", "log_probs.npy"):
-        assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-
-
-def test_files_without_an_index_are_made_anew(tmp_path):
-    """A process that was killed before the first index leaves files of any content."""
-    folder = tmp_path / "cache"
-    folder.mkdir()
-    (folder / "ids.npy").write_bytes(b"half")
-    cached = cached_teacher(ModelTeacher(make_llama(48, 1)), [make_rows()], DistillationConfig(top_k=4), folder)
-    assert not cached.cache.missing
+    cached = cached_teacher(teacher, [make_rows(ROWS)], config, tmp_path)
+    assert sum(calls) == len(ROWS) and not cached.lacks(
+        sequence_key(np.array(r["input_ids"])) for r in make_rows(ROWS)
+    )
+    assert all(path.read_bytes() == content for path, content in before.items())
+    cached_teacher(teacher, [make_rows((*ROWS, (9, 9)))], config, tmp_path)  # more data: only that is asked for
+    assert sum(calls) == len(ROWS) + 1
 
 
 @pytest.mark.parametrize(
@@ -121,7 +111,6 @@ def test_files_without_an_index_are_made_anew(tmp_path):
         (2, {}, ROWS, "teacher"),
         (1, {"top_k": 5}, ROWS, "top_k 4, and now it is 5"),
         (1, {"temperature": 3.0}, ROWS, "temperature 1.0, and now it is 3.0"),
-        (1, {}, (*ROWS, (9, 9)), "1 of 7 sequences"),
     ],
 )
 def test_another_cache_is_refused(tmp_path, seed, changes, rows, named):
@@ -130,10 +119,10 @@ def test_another_cache_is_refused(tmp_path, seed, changes, rows, named):
         cached_teacher(teacher, [make_rows(rows)], DistillationConfig(**{"top_k": 4} | changes), tmp_path / "cache")
 
     make(1, {}, ROWS)
-    before = (tmp_path / "cache" / "log_probs.npy").read_bytes()
+    before = {path: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
     with pytest.raises(ConfigurationError, match=named):
         make(seed, changes, rows)
-    assert (tmp_path / "cache" / "log_probs.npy").read_bytes() == before
+    assert {path: path.read_bytes() for path in (tmp_path / "cache").iterdir()} == before
     make(1, {}, ROWS[:2])  # a part of the data is fine
 
 
@@ -146,7 +135,8 @@ def test_a_folder_with_something_else_is_refused(tmp_path):
 def test_damaged_files_are_named(tmp_path):
     teacher, config = ModelTeacher(make_llama(48, 1)), DistillationConfig(top_k=4)
     cached_teacher(teacher, [make_rows()], config, tmp_path / "cache")
-    (tmp_path / "cache" / "ids.npy").unlink()
+    [part] = (tmp_path / "cache").glob("*.safetensors")
+    part.write_bytes(part.read_bytes()[:100])
     with pytest.raises(CheckpointError, match="delete it"):
         cached_teacher(teacher, [make_rows()], config, tmp_path / "cache")
 
@@ -182,5 +172,4 @@ def test_split_batch_undoes_padding_and_packing():
 def test_the_index_names_no_paths(tmp_path):
     cached_teacher(ModelTeacher(make_llama(48, 1)), [make_rows()], DistillationConfig(top_k=4), tmp_path / "c")
     index = json.loads((tmp_path / "c" / "cache.json").read_text())
-    assert index["done"] == index["sequences"] == 4
-    assert str(tmp_path) not in json.dumps(index)
+    assert index["top_k"] == 4 and str(tmp_path) not in json.dumps(index)

@@ -8,7 +8,7 @@ from tiny_distillation import make_llama, make_rows, make_trainer
 
 from hf_structprune.errors import ConfigurationError
 from hf_structprune.recovery.configuration import DistillationConfig
-from hf_structprune.recovery.distillation.layers import layer_terms, match_layers, record_outputs, relative_error
+from hf_structprune.recovery.distillation.teacher import layer_terms, match_layers, record_outputs, relative_error
 
 
 def brute_force(student, teacher, rows, pairs, kind):
