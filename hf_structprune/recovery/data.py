@@ -85,7 +85,7 @@ def load_rows(source: Any, *, split: str = "train", max_samples: int | None = No
     for i, count in enumerate(mix_counts(list(map(len, opened)), [share for _, share in sources], max_samples)):
         rows, again = opened[i], names[:i].count(names[i])
         if count < len(rows):
-            logger.warning(f"Of {names[i]} {count:,} of {len(rows):,} rows are taken, drawn at random.")
+            logger.info(f"Of {names[i]} {count:,} of {len(rows):,} rows are taken, drawn at random.")
             rows = rows.shuffle(seed=seed).select(range(count))
         if count:
             result[f"{names[i]} ({again + 1})" if again else names[i]] = rows

@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from .. import hardware
 from ..errors import CheckpointError, ConfigurationError
-from ..hardware import DTYPES, dtype_of
+from ..hardware import DTYPES
 from ..installed import need
 from ..model.loading import load_config, load_model
 from .configuration import RecoveryConfig
@@ -52,7 +52,7 @@ def load_student(model: Any, config: RecoveryConfig, trust_remote_code: bool) ->
     precision = choose_precision(config.precision)
     if config.trained == "qlora":
         return load_quantised(
-            model, bits=config.bits, dtype=DTYPES[precision], gradient_checkpointing=config.gradient_checkpointing,
+            model, config.bits, DTYPES[precision], gradient_checkpointing=config.gradient_checkpointing,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
     frozen = config.trained == "lora" and precision != "fp16"
@@ -64,9 +64,9 @@ def load_student(model: Any, config: RecoveryConfig, trust_remote_code: bool) ->
 
 def load_quantised(
     model_id: str | os.PathLike,
-    *,
     bits: int = 4,
-    dtype: str | torch.dtype = "bfloat16",
+    dtype: torch.dtype = torch.bfloat16,
+    *,
     gradient_checkpointing: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
@@ -84,15 +84,9 @@ def load_quantised(
         kwargs: Given to `from_pretrained`.
 
     Raises:
-        ConfigurationError: `bits` or `dtype` is none of the possible ones.
         StructPruneError: bitsandbytes or PEFT is missing.
         CheckpointError: The checkpoint is quantised already, or lacks weights.
     """
-    compute = dtype_of(dtype)
-    if bits not in (4, 8):
-        raise ConfigurationError(f"`bits` is {bits!r}; it must be 4 or 8.")
-    if compute is None:
-        raise ConfigurationError(f"`dtype` is {dtype!r}; allowed values are {', '.join(DTYPES)}.")
     need("bitsandbytes", "peft", extra="qlora")
     from peft import prepare_model_for_kbit_training
 
@@ -102,10 +96,10 @@ def load_quantised(
     if bits == 4:
         quantisation = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute,
+            bnb_4bit_compute_dtype=dtype,
         )  # fmt: skip
     return prepare_model_for_kbit_training(
-        load_model(model_id, **{**kwargs, "dtype": compute, "quantization_config": quantisation}),
+        load_model(model_id, **{**kwargs, "dtype": dtype, "quantization_config": quantisation}),
         use_gradient_checkpointing=gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
     )

@@ -50,9 +50,9 @@ class Die(TrainerCallback):
         PreTrainedModel.save_pretrained = save_half
 
 
-def killed(folder, kind="lora", step=None):
+def killed(folder, step=None):
     """Trains in another process until that is killed."""
-    assert forked(lambda: build(folder, kind, [Die(step)])[0].train()) == [-signal.SIGKILL]
+    assert forked(lambda: build(folder, callbacks=[Die(step)])[0].train()) == [-signal.SIGKILL]
 
 
 def measured(callback):
@@ -65,13 +65,12 @@ def history(trainer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_killed_in_the_middle_and_resumed(tmp_path, kind):
-    whole, watched = build(tmp_path / "whole", kind)
+def test_killed_in_the_middle_and_resumed(tmp_path):
+    whole, watched = build(tmp_path / "whole")
     whole.train()
-    killed(tmp_path / "killed", kind, 5)
+    killed(tmp_path / "killed", 5)
     assert not (tmp_path / "killed" / "recovered").exists()
-    resumed, callback = build(tmp_path / "killed", kind)
+    resumed, callback = build(tmp_path / "killed")
     resumed.train(resume_from_checkpoint=True)
     assert history(resumed) == pytest.approx(history(whole), abs=1e-5) and len(history(whole)) == 8
     assert measured(callback) == pytest.approx(measured(watched), abs=1e-5) and len(measured(watched)) == 10

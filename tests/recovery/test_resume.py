@@ -24,11 +24,11 @@ from hf_structprune.recovery.recovering import (
 SETTINGS = {"rank": 4}
 
 
-@pytest.fixture(scope="module", params=["lora", "full"])
-def trained(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
     """A checkpoint of a training of two steps."""
-    folder = tmp_path_factory.mktemp(request.param)
-    trainer, callback = build(folder, request.param, max_steps=2)
+    folder = tmp_path_factory.mktemp("trained")
+    trainer, callback = build(folder, max_steps=2)
     callback.merge, callback.settings = False, SETTINGS
     trainer.train()
     return folder / "checkpoint-2"

@@ -90,9 +90,9 @@ def make_trainer(folder, callback=None, model=None, callbacks=(), trainer_class=
 SAVING = {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2, "max_steps": 8}
 
 
-def build(folder, kind="lora", callbacks=(), **options):
+def build(folder, callbacks=(), **options):
     """A training that saves checkpoints and goes through dropout, and its callback."""
-    model = make_lora(dropout=0.2) if kind == "lora" else make_tiny(dropout=0.2)
+    model = make_lora(dropout=0.2)
     callback = make_callback(dense=20.0, merge=True, patience=None, evaluations=8)
     return make_trainer(folder, callback, model=model, callbacks=callbacks, **{**SAVING, **options}), callback
 

@@ -197,44 +197,40 @@ def distillation_loss(
         raise ConfigurationError(
             f"The teacher predicts {teacher.vocab} tokens and the student {vocab}; they must agree."
         )
-    counts = tuple(torch.as_tensor(n, device=hidden.device).clamp(min=1) for n in counts or targets.counts)
-    terms = _Terms(teacher, targets, temperature, ((1.0 - label_weight) * temperature**2, label_weight), counts)
+    counts = [torch.as_tensor(n, device=hidden.device).clamp(min=1) for n in counts or targets.counts]
+    terms = _Terms(teacher, targets, temperature, label_weight, counts)
     plan = head.transform, terms, chunk or positions_at_once(vocab), torch.is_grad_enabled()
-    loss, kl_sum, label_sum = _ChunkedLoss.apply(hidden, head.weight, head.bias, plan)
-    known = {"label_sum": label_sum} if terms.has_labels else {}
-    return {"loss": loss, "kl_sum": kl_sum, **known}
+    loss, sums = _ChunkedLoss.apply(hidden, head.weight, head.bias, plan)
+    return {"loss": loss, "kl_sum": sums[0]} | ({"label_sum": sums[1]} if terms.has_labels else {})
 
 
 @dataclass(frozen=True)
 class _Terms:
-    """What is summed over tokens; the factors of both sums and the counts that they are divided by."""
+    """What is summed over tokens, and the counts that both sums are divided by."""
 
     teacher: Predictions
     targets: Targets
     temperature: float
-    factors: tuple[float, float]
-    counts: tuple[Tensor, Tensor]
+    label_weight: float
+    counts: list[Tensor]
 
     @property
     def has_labels(self) -> bool:
         """Whether the labels' loss is computed, be it only to be logged."""
-        return self.factors[1] > 0.0 or self.temperature == 1.0
+        return self.label_weight > 0.0 or self.temperature == 1.0
 
-    def total(self, kl_sum: Tensor, label_sum: Tensor) -> Tensor:
-        """The loss. A label loss without weight does not count, even if it is infinite."""
-        loss = self.factors[0] * kl_sum / self.counts[0]
-        return loss + self.factors[1] * label_sum / self.counts[1] if self.factors[1] else loss
+    def weighted(self, sums: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+        """The loss of both sums `(2,)`. A label loss without weight does not count, even if it is infinite."""
+        factors = ((1.0 - self.label_weight) * self.temperature**2, self.label_weight)
+        return sum(f * one * scale / n for f, one, n in zip(factors, sums, self.counts, strict=True) if f)
 
-    def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Factors of each token's KL and label loss, and what is taken out: half precision would lose small ones."""
-        follow = self.targets.followed.to(dtype) * self.factors[0] / self.counts[0]
-        answer = (self.targets.labels != IGNORED).to(dtype) * self.factors[1] / self.counts[1]
-        largest = (follow + answer).max() if follow.numel() else follow.new_ones(())
-        unit = largest.clamp(min=torch.finfo(dtype).tiny)
-        return follow / unit, answer / unit, unit
+    @property
+    def scale(self) -> Tensor:
+        """Of gradients while they are computed: half precision would lose the small shares of single tokens."""
+        return min(self.counts)
 
-    def losses(self, logits: Tensor, theirs: Tensor | None, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """KL divergence and label loss (`None` where it is not known) of tokens with some logits, `(n,)` each.
+    def losses(self, logits: Tensor, theirs: Tensor | None, rows: slice) -> tuple[Tensor, Tensor]:
+        """KL divergence and label loss (zero where it is not known) of tokens with some logits, `(n,)` each.
 
         Of a teacher that is known by its `k` most likely tokens, with `K` those tokens and `r` the rest,
         `KL_k = sum_K p log(p / q) + p_r log(p_r / q_r)`, where `q_r` is the sum of the student's other probabilities.
@@ -257,7 +253,7 @@ class _Terms:
             target = _log_softmax(theirs, self.temperature)
             kl = F.kl_div(own, target, log_target=True, reduction="none").sum(-1)
         if not self.has_labels:
-            return kl, None
+            return kl, torch.zeros_like(kl)
         plain = own if self.temperature == 1.0 else _log_softmax(logits, 1.0)
         return kl, F.nll_loss(plain, labels, ignore_index=IGNORED, reduction="none")
 
@@ -272,11 +268,11 @@ class _ChunkedLoss(torch.autograd.Function):
             dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             head = Head(weight, bias, transform).to(dtype)
-            kl_sum, label_sum, gradients = _run(hidden, head, terms, chunk, needs)
+            sums, gradients = _run(hidden, head, terms, chunk, needs)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.save_for_backward(*gradients)
-        ctx.mark_non_differentiable(kl_sum, label_sum)
-        return terms.total(kl_sum, label_sum), kl_sum, label_sum
+        ctx.mark_non_differentiable(sums)
+        return terms.weighted(sums), sums
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -286,9 +282,8 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _run(hidden: Tensor, head: Head, terms: _Terms, chunk: int, needs: tuple[bool, ...]) -> tuple:
-    """Sums of both losses and the gradients of hidden states, weight and bias (`None` where not needed)."""
+    """Sums of both losses, and gradients of hidden states, weight and bias (`None` where not needed)."""
     dtype = _wide(hidden.dtype if head.weight is None else head.weight.dtype)
-    *weights, unit = terms.weights(dtype)
     sums = hidden.new_zeros((2,), dtype=dtype)
     of_hidden, of_weight, of_bias = gradients = [
         torch.zeros(x.shape, dtype=dtype, device=x.device) if need else None
@@ -298,7 +293,7 @@ def _run(hidden: Tensor, head: Head, terms: _Terms, chunk: int, needs: tuple[boo
         part = slice(start, min(start + chunk, hidden.shape[0]))
         states = hidden[part] if head.weight is None else hidden[part].to(head.weight.dtype)
         logits = states.clone() if head.weight is None else head.products(states)
-        sums += _chunk(logits, head.transform, terms, part, weights, any(needs))
+        sums += _chunk(logits, head.transform, terms, part, dtype, any(needs))
         if of_hidden is not None:
             of_hidden[part] = logits if head.weight is None else logits @ head.weight
         if of_weight is not None and of_weight.dtype == logits.dtype:
@@ -308,34 +303,29 @@ def _run(hidden: Tensor, head: Head, terms: _Terms, chunk: int, needs: tuple[boo
         if of_bias is not None:
             of_bias.add_(logits.sum(0, dtype=dtype))
         del logits  # before the next ones are there
-    return *sums.unbind(), tuple(None if x is None else x.mul_(unit) for x in gradients)
+    return sums, tuple(None if x is None else x.div_(terms.scale) for x in gradients)
 
 
 def _chunk(
-    logits: Tensor, transform: LogitTransform, terms: _Terms, part: slice, weights: list[Tensor], with_grad: bool
+    logits: Tensor, transform: LogitTransform, terms: _Terms, part: slice, dtype: torch.dtype, with_grad: bool
 ) -> Tensor:
     """The sums over the tokens of a chunk, `(2,)`; with `with_grad` its products of the head become their gradient."""
-    other, sums = None, logits.new_zeros((2,), dtype=weights[0].dtype)
+    other, sums = None, logits.new_zeros((2,), dtype=dtype)
     if isinstance(terms.teacher, HeadPredictions):
         other = terms.teacher.head.products(terms.teacher.hidden[part])
     step = rows_at_once(logits)
     for start in range(0, logits.shape[0], step):
         rows = slice(part.start + start, min(part.start + start + step, part.stop))
         block = logits[start : start + step]
-        theirs = None
-        if other is not None:
-            theirs = terms.teacher.head.transform(other[start : start + step].to(sums.dtype))
+        theirs = None if other is None else terms.teacher.head.transform(other[start : start + step].to(dtype))
         with torch.set_grad_enabled(with_grad):
-            own = block.detach().to(sums.dtype, copy=True).requires_grad_(with_grad)
+            own = block.detach().to(dtype, copy=True).requires_grad_(with_grad)
             kl, label_loss = terms.losses(transform(own), theirs, rows)
-            total = kl @ weights[0][rows]
-            if terms.factors[1]:
-                total = total + label_loss @ weights[1][rows]
+            both = torch.stack([kl[terms.targets.followed[rows]].sum(), label_loss.sum()])
+            total = terms.weighted(both, terms.scale)
         if with_grad:
             block.copy_(torch.autograd.grad(total, own)[0])
-        sums[0] += kl.detach()[terms.targets.followed[rows]].sum()
-        if label_loss is not None:
-            sums[1] += label_loss.detach().sum()
+        sums += both.detach()
     return sums
 
 

@@ -12,7 +12,7 @@ others (Sun et al., Massive Activations, arXiv:2402.17762) and would be all that
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,7 +137,7 @@ class ModelTeacher:
         device = self.model.device
         given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items() if k != "labels"}
         given["use_cache"] = False
-        taps = self.terms.teacher_modules(self.model) if self.terms else {}
+        taps = self.terms.modules(self.model, 1) if self.terms else {}
         with measuring(self.model), record_outputs(taps) as outputs:
             if self.transform is None:
                 hidden, head = self.model(**given).logits, Head()
@@ -249,19 +249,14 @@ class LayerTerms:
     pairs: tuple[tuple[int, int], ...]
     weights: dict[str, float]
 
-    def student_modules(self, model: PreTrainedModel) -> dict[str, nn.Module]:
-        """Modules whose outputs are compared, by the name of their state."""
-        return self._modules(model, [(pair[0], pair[0]) for pair in self.pairs])
-
-    def teacher_modules(self, model: PreTrainedModel) -> dict[str, nn.Module]:
-        """The same in the teacher, under the same names."""
-        return self._modules(model, self.pairs)
-
-    def _modules(self, model: PreTrainedModel, pairs: Iterable[tuple[int, int]]) -> dict[str, nn.Module]:
+    def modules(self, model: PreTrainedModel, side: int) -> dict[str, nn.Module]:
+        """Modules of the student (side 0) or the teacher (1) whose outputs are compared, by the same names."""
         layers, attention = _layers_of(model)
         return {
-            f"{kind}.{name}": layers[index] if kind == "hidden" else layers[index].get_submodule(attention)
-            for name, index in pairs
+            f"{kind}.{pair[0]}": layers[pair[side]]
+            if kind == "hidden"
+            else layers[pair[side]].get_submodule(attention)
+            for pair in self.pairs
             for kind in self.weights
         }
 

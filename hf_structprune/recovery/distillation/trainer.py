@@ -80,7 +80,7 @@ def _row(value: Any, row: int, shape: torch.Size) -> Any:
 def _losses(model, original, transform, request: Request, inputs: dict, targets: Targets) -> dict[str, Tensor]:
     used, terms = targets.used, request.teacher.terms
     lesson = request.teacher.lesson(inputs, used)
-    with record_outputs(terms.student_modules(model) if terms else {}) as states:
+    with record_outputs(terms.modules(model, 0) if terms else {}) as states:
         outputs = original(**inputs).logits if transform is None else model.base_model(**inputs).last_hidden_state
     if outputs.shape[:2] != used.shape:
         raise ConfigurationError(
