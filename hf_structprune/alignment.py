@@ -34,11 +34,7 @@ _NEAR, _NEAR_SHARE = 0.01, 0.1
 
 
 def check_align_to(value: Any) -> str | int | None:
-    """`align_to` as it is kept: a name of `ALIGNMENTS`, an integer (also given in digits), or `None`.
-
-    Raises:
-        ConfigurationError: It is none of them.
-    """
+    """`align_to` as it is kept: a name of `ALIGNMENTS`, an integer (also given in digits), or `None`."""
     if isinstance(value, str) and value.isdecimal():
         value = int(value)
     if value is None or (type(value) is int and value >= 1) or (isinstance(value, str) and value in ALIGNMENTS):
@@ -54,11 +50,7 @@ def multiple_of(align_to: str | int | None) -> int:
 
 
 def check_step(round_to: int | None, align_to: str | int | None) -> None:
-    """Refuses a `round_to` and an `align_to` of which neither is a multiple of the other.
-
-    Raises:
-        ConfigurationError: Names both.
-    """
+    """Refuses a `round_to` and an `align_to` of which neither is a multiple of the other."""
     multiple = multiple_of(align_to)
     if round_to is not None and max(round_to, multiple) % min(round_to, multiple):
         raise ConfigurationError(
@@ -92,19 +84,12 @@ def dividing_group_sizes(sizes: Iterable[int]) -> list[int]:
 
 
 class Input(NamedTuple):
-    """The number of features that a linear map, or several of the same width, reads.
+    """The number of features that a linear map, or several of the same width, reads."""
 
-    Attributes:
-        name: Name of the map, or `HIDDEN`.
-        size: Its input features.
-        layer: Number of the layer, `None` for all of them.
-        before: Input features before pruning; `None` if that does not matter.
-    """
-
-    name: str
+    name: str  # of the map, or `HIDDEN`
     size: int
-    layer: int | None = None
-    before: int | None = None
+    layer: int | None = None  # `None` for all of them
+    before: int | None = None  # pruning; `None` if that does not matter
 
     def misses(self, multiple: int) -> bool:
         """Whether its size is no multiple of this, although it was one before."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,15 @@ from ..model.loading import as_tokenizer, load_config, load_model, load_tokenize
 
 @dataclass
 class Exported:
-    """A model in another format.
+    """A model in another format: file or folder, its bytes on disk, and what else is worth knowing, as JSON takes it.
 
-    Args:
-        path: The file or folder.
-        size: Bytes on disk.
-        details: What else is worth knowing, as JSON takes it.
-        notes: Sentences for people: what came out otherwise than asked, and why.
+    `notes` are sentences for people: what came out otherwise than asked, and why.
     """
 
     path: Path
     size: int
-    details: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    details: dict[str, Any]
+    notes: list[str]
 
 
 def output_folder(model: str | os.PathLike | PreTrainedModel, output: str | os.PathLike) -> Path:
@@ -58,7 +54,7 @@ def load_source(
         tokenizer: Tokenizer to use instead of the model's own; a model that is loaded already has none of its own.
         with_tokenizer: Whether the format has no use for a model without tokenizer.
         check: Raises an error for configurations that cannot be exported, before weights are read.
-        kwargs: Given to `from_pretrained`: `dtype`, `trust_remote_code`, ...
+        kwargs: Given to `from_pretrained`.
 
     Raises:
         ExportError: The model is quantised, or has no tokenizer.
@@ -93,16 +89,10 @@ EMBEDDINGS = "model.embed_tokens.weight"
 
 @dataclass(frozen=True)
 class Block:
-    """The sizes of one layer of a Llama, or of a model whose tensors have the same names.
-
-    Attributes:
-        kv_heads: KV heads; 0 without attention.
-        group: Query heads of each.
-        width: Neurons of the MLP; 0 without one.
-    """
+    """The sizes of one layer of a Llama, or of a model whose tensors have the same names; 0 of what it lacks."""
 
     kv_heads: int
-    group: int
+    group: int  # query heads of each
     width: int
 
     @property
@@ -133,13 +123,7 @@ def pad_layer(state: State, layer: int, old: Block, new: Block, head_dim: int) -
     """Pads the tensors of one layer in place with heads and neurons of zeros, which add nothing to the logits.
 
     Each KV head keeps its own query heads; those that are added stand behind them, and added KV heads at the end. A
-    sublayer that was not there gets all tensors of its kind.
-
-    Args:
-        state: Tensors by name.
-        layer: Number of the layer.
-        old, new: Its sizes, and those it gets: as many KV heads, query heads of each and neurons, or more.
-        head_dim: Size of a head.
+    sublayer that was not there gets all its tensors. `new` has as many of everything as `old`, or more.
     """
     prefix, embeddings = f"model.layers.{layer}.", state[EMBEDDINGS]
     kv_heads, neurons = torch.arange(old.kv_heads), torch.arange(old.width)

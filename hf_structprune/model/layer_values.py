@@ -48,13 +48,8 @@ def without_layers(
     (`first_k_dense_replace`) are those of the layers that stay; rules such as every fourth layer are dropped where the
     list is there, or become a list (`decoder_sparse_step`).
 
-    Rules that are not known here stay as they are: `check_layers` compares what is built with the dense layers.
-
-    Args:
-        values: Not changed.
-        dropped: Numbers of the layers that go.
-        num_layers: Layers before.
-        count_key: Key of the number of layers; default: the one of `COUNT_KEYS` that is there.
+    Rules that are not known here stay as they are: `check_layers` compares what is built with the dense layers. By
+    default, the key of the number of layers is the one of `COUNT_KEYS` that is there.
 
     Raises:
         CheckpointError: The number of layers is not in the values, or is another one.

@@ -87,13 +87,9 @@ def rebuild(model: PreTrainedModel, target: Target) -> PreTrainedModel:
 def assemble(
     target: Target, state: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor], like: PreTrainedModel
 ) -> PreTrainedModel:
-    """A model of the target's class in eval mode out of tensors; none is copied.
+    """A model of the target's class in eval mode out of tensors (`buffers`, too, where not saved); none is copied.
 
-    Args:
-        target: Class and configuration that build these shapes.
-        state: Every parameter and saved buffer by name.
-        buffers: Buffers by name, also those that are not saved.
-        like: A model that lends its generation configuration, its name and its devices.
+    Another one, `like`, lends its generation configuration, its name and its devices.
     """
     result = target.skeleton()
     result.load_state_dict(state, assign=True, strict=True)
@@ -132,13 +128,8 @@ Ties = frozenset[frozenset[str]]
 def as_shared(model: PreTrainedModel, built: PreTrainedModel) -> PreTrainedModel:
     """A model whose configuration says of its tied weights what its tensors say.
 
-    Args:
-        model: The model; it and its configuration stay as they are.
-        built: What its class builds from its configuration, on the meta device.
-
-    Returns:
-        The model where the configuration is right; else another one with the same tensors in memory, whose embeddings
-        and LM head are tied (one parameter) if they share memory, and two parameters if they do not.
+    That is the model itself, where its configuration is right (which builds `built`, on the meta device); else another
+    one with the same tensors in memory, whose embeddings and LM head are tied (one parameter) if they share memory.
 
     Raises:
         UnsupportedModelError: Weights share memory in a way that no configuration describes.

@@ -98,19 +98,13 @@ class Source:
 
 
 class Backend(ABC):
-    """A method of quantisation, for a model and the settings that are asked for.
+    """A method of quantisation, for a model and the settings that are asked for."""
 
-    Attributes:
-        packages: What has to be installed, by the names that are imported.
-        libraries: Distributions whose versions are reported.
-        extra: The extra of this package that installs them.
-        while_loading: Whether weights are rounded on the device as soon as they are read; else the whole model is
-            loaded on the CPU, and the device gets parts of it.
-    """
-
-    packages: tuple[str, ...] = ()
-    libraries: tuple[str, ...] = ()
-    extra: str = ""
+    packages: tuple[str, ...] = ()  # what has to be installed, by the names that are imported
+    libraries: tuple[str, ...] = ()  # distributions whose versions are reported
+    extra: str = ""  # of this package, that installs them
+    # Whether weights are rounded on the device as soon as they are read; else the CPU holds the whole model, and the
+    # device gets parts of it.
     while_loading: bool = False
 
     def __init__(self, source: Source, config: QuantizationConfig):
@@ -141,11 +135,7 @@ class Backend(ABC):
             ) from error
 
     def check_groups(self, whole_row: bool = True) -> None:
-        """Refuses a group size that some layer's inputs are no multiple of; -1 is a whole row, where that is possible.
-
-        Raises:
-            ConfigurationError: Names the layer, its inputs and the sizes that divide all layers.
-        """
+        """Refuses a group size that some layer's inputs are no multiple of; -1 is a whole row, where there is that."""
         size = self.config.group_size
         for name, (_, columns) in self.source.linears.items():
             if (size == -1 and not whole_row) or (size != -1 and columns % size):
@@ -179,12 +169,7 @@ class Backend(ABC):
         """Quantises the model; gives what writes it into a folder, as the library itself saves it."""
 
     def calibration(self, tokenizer: Any) -> torch.LongTensor:
-        """Token ids of shape `(num_samples, length)` for the methods that look at activations.
-
-        Raises:
-            ConfigurationError: The sequences are longer than the model's context.
-            CalibrationError: The data cannot be used.
-        """
+        """Token ids of shape `(num_samples, length)` for the methods that look at activations."""
         asked, context = self.config.calibration, context_length(self.source.shapes)
         if context is not None and asked.length > context:
             raise ConfigurationError(
@@ -198,8 +183,8 @@ class Backend(ABC):
 class BitsAndBytes(Backend):
     """bitsandbytes: nf4 or fp4 in blocks of 64 weights, or int8 with a scale a row.
 
-    https://huggingface.co/papers/2305.14314. The weights are rounded while they are loaded, and saved as they were
-    rounded: `load_model` keeps bitsandbytes from repacking them on a CPU.
+    https://huggingface.co/papers/2305.14314. The weights are saved as they were rounded: `load_model` keeps
+    bitsandbytes from repacking them on a CPU.
     """
 
     packages = libraries = ("bitsandbytes",)
@@ -238,10 +223,7 @@ class BitsAndBytes(Backend):
 
 
 class TorchAo(Backend):
-    """torchao, weight-only: int8 with a scale a row, or int4 in groups. https://huggingface.co/papers/2507.16099
-
-    The weights are rounded while they are loaded, and written as safetensors of their plain parts.
-    """
+    """torchao, weight-only: int8 with a scale a row, or int4 in groups. https://huggingface.co/papers/2507.16099"""
 
     packages = libraries = ("torchao",)
     extra = "torchao"
@@ -294,11 +276,7 @@ class AutoRound(Backend):
             seqlen=rows.shape[1], nsamples=rows.shape[0], batch_size=config.calibration.batch_size,
         )  # fmt: skip
         rounding.quantize()
-
-        def save(path: Path) -> None:
-            rounding.save_quantized(str(path), format="auto_round", inplace=True)
-
-        return save
+        return lambda path: rounding.save_quantized(str(path), format="auto_round", inplace=True)
 
 
 class Gptq(Backend):
@@ -437,12 +415,7 @@ def backend_of(source: Source, config: QuantizationConfig) -> Backend:
 
 @dataclass(frozen=True)
 class QuantizationResult:
-    """What `quantize` did.
-
-    Attributes:
-        folder: The quantised checkpoint.
-        report: What `quantization.json` in it says: the method, the settings, bytes before and after.
-    """
+    """The quantised checkpoint and what `quantization.json` in it says: method, settings, bytes before and after."""
 
     folder: Path
     report: dict[str, Any]
