@@ -70,22 +70,19 @@ def explain(error: BaseException, repo_id: str) -> str | None:
     if isinstance(error, ValueError) and "README.md" in str(error):
         return f"The Hub refuses the model card: {error}"
     chain = list(causes(error))
+    for kind, words in (
+        (OfflineModeIsEnabled, "HF_HUB_OFFLINE is set, so that nothing can be pushed; unset it and push again."),
+        (LocalTokenNotFoundError, f"There is no token for the Hub; {LOGIN}."),
+        (GatedRepoError, f"{repo_id} is gated: accept its conditions on its page on the Hub with the account of your "
+                         f"token, then try again ({LOGIN})."),
+    ):  # fmt: skip
+        if any(isinstance(cause, kind) for cause in chain):
+            return words
     for cause in chain:
-        if isinstance(cause, OfflineModeIsEnabled):
-            return "HF_HUB_OFFLINE is set, so that nothing can be pushed; unset it and push again."
-        if isinstance(cause, LocalTokenNotFoundError):
-            return f"There is no token for the Hub; {LOGIN}."
-        if isinstance(cause, GatedRepoError):
-            return (
-                f"{repo_id} is gated: accept its conditions on its page on the Hub with the account of your token, "
-                f"then try again ({LOGIN})."
-            )
         if isinstance(cause, HFValidationError):
             return f"{repo_id!r} is not the id of a repository, such as user/name: {cause}"
-    for cause in chain:
         if isinstance(cause, HfHubHTTPError) and getattr(cause, "response", None) is not None:
             return _explain_status(cause, repo_id)
-    for cause in chain:
         if is_network_error(cause):
             return (
                 f"The connection to the Hub was lost while pushing to {repo_id} ({type(cause).__name__}: {cause}). "
@@ -122,7 +119,6 @@ _OBJECTS = (
     "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "adapter_config.json",
 )  # fmt: skip
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _ADAPTER = "adapter_config.json"
 # Endings of files that are no models by themselves, with the way to load them.
 _FILES = {
@@ -140,7 +136,6 @@ def readable(source: str | os.PathLike, part: str = "", subfolder: str | None = 
     Args:
         source: The folder or Hub id that is read.
         part: What is read of it, for example `"config.json"`, if one file or kind of file.
-        subfolder: Where in it the files are.
 
     Raises:
         CheckpointError: There is no such model, it is a file or an adapter, a file of it is damaged, or the library
@@ -166,10 +161,6 @@ def readable(source: str | os.PathLike, part: str = "", subfolder: str | None = 
 
 def refuse_adapter(source: str | os.PathLike, **options: Any) -> None:
     """Refuses a folder or repository that holds an adapter of PEFT: Transformers would load its base model under it.
-
-    Args:
-        source: The folder or Hub id.
-        options: Where in it to look and how: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
         CheckpointError: Says what to do.
@@ -225,7 +216,7 @@ def _damaged_file(folder: Path) -> str | None:
             read_json_object(folder / "tokenizer.json", repeats=True)
     except CheckpointError as error:
         return str(error)
-    if not any((folder / file).exists() for file in _WEIGHTS):
+    if not any((folder / file).exists() for file in ("model.safetensors", "model.safetensors.index.json")):
         return None
-    found = damaged_weights(folder, _WEIGHTS)
+    found = damaged_weights(folder)
     return found and f"{found}."

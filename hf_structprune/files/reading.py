@@ -156,31 +156,19 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def damaged_weights(folder: Path, patterns: Sequence[str]) -> str | None:
-    """What is wrong with the weights in a folder; `None` if they are there and can be read.
-
-    Args:
-        folder: Where they are.
-        patterns: Names that files of weights may have, and of indices (`.index.json`) that name more.
-    """
-    there = those_there(folder, patterns)
-    if not there:
-        return "there are no weights"
-    shards: set[str] = set()
-    for index in (path for path in there if path.name.endswith(".index.json")):
+def damaged_weights(folder: Path) -> str | None:
+    """What is wrong with the weights of a checkpoint; `None` if they are there and can be read."""
+    index, shards = folder / "model.safetensors.index.json", set()
+    there = [path for path in (folder / "model.safetensors", index) if path.exists()]
+    if index in there:
         if damage(index) is not None:
             return damage(index)
         content = json.loads(index.read_text(encoding="utf-8"))
         names = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(names, dict) or not names:
             return f"{index.name} names no files"
-        shards |= {str(name) for name in names.values()}
-    return first_damage([*there, *(folder / name for name in sorted(shards))])
-
-
-def those_there(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """The files of a folder with such names."""
-    return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+        shards = {folder / str(name) for name in names.values()}
+    return first_damage([*there, *sorted(shards)]) if there else "there are no weights"
 
 
 def first_damage(paths: Sequence[Path]) -> str | None:

@@ -36,9 +36,6 @@ def make_metadata(
     """The metadata of a card.
 
     Args:
-        name: Hub id or folder of the model.
-        contents: Its folder.
-        origin: What it was pruned from.
         known: Metadata of the card that this one replaces; what is not made anew here is kept, such as a licence or a
             language set by hand.
         base_first: Take licence and language from the base model even if the replaced card has others.

@@ -95,12 +95,9 @@ class Origin:
 
 
 def origin_of(model: PreTrainedModel, options: Mapping[str, Any] | None = None) -> Origin | None:
-    """Where a model was loaded from; `None` for one that was made in memory.
+    """Where a model was loaded from, with which options; `None` for one that was made in memory.
 
-    Args:
-        model: The model.
-        options: What it was loaded with; the commit behind a `revision` is looked up in the cache. `None` for a model
-            that others have loaded: then only its dtype is known.
+    The commit of a `revision` is looked up in the cache. Of a model that others have loaded only the dtype is known.
     """
     name = model.config._name_or_path
     if not name:

@@ -266,12 +266,7 @@ def read_report(path: Path) -> dict[str, Any] | None:
 
 
 def recovery_section(report: dict[str, Any], *, picture: str | None = PICTURE_NAME) -> str:
-    """The section "Recovery" in Markdown.
-
-    Args:
-        report: The content of `recovery.json`.
-        picture: File with the curve, relative to the card; `None` if there is none.
-    """
+    """The section "Recovery" in Markdown, of the content of `recovery.json` and the file with its curve, if any."""
     text = report.get("text") or {}
     held_out = f"`{text['name']}`" if text.get("name") else ""
     if text.get("windows") and text.get("window"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,7 @@ def plain_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_config(model_id: str | os.PathLike, **kwargs: Any) -> PreTrainedConfig:
-    """The configuration of a model alone, which also tells whether there is such a model.
-
-    Args:
-        model_id: Hub id or folder.
-        kwargs: Options of loading the model; those that are not for the configuration are left out.
+    """The configuration of a model alone, which also tells whether there is one; options of the model will do.
 
     Raises:
         CheckpointError: There is no such model, it is an adapter, or its configuration is damaged.
@@ -63,12 +60,7 @@ def load_config(model_id: str | os.PathLike, **kwargs: Any) -> PreTrainedConfig:
 
 
 def shapes_of(config: PreTrainedConfig, model_id: str, **kwargs: Any) -> PreTrainedModel:
-    """A model of a configuration on the meta device, without weights.
-
-    Args:
-        config: The configuration.
-        model_id: What messages call it.
-        kwargs: Given to `from_config`.
+    """A model of a configuration on the meta device, without weights; `model_id` is what messages call it.
 
     Raises:
         CheckpointError: No model can be made of it.
@@ -99,24 +91,25 @@ def load_model(model_id: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
     options = {"dtype": "auto", **kwargs, "output_loading_info": True}
     with readable(model_id, subfolder=kwargs.get("subfolder")):
         model, info = AutoModelForCausalLM.from_pretrained(model_id, **options)
-    lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-    if lacking:
+    cls = type(model).__name__
+    if lacking := [*info["missing_keys"], *info["mismatched_keys"]]:
+        raise CheckpointError(f"{model_id} lacks weights of a {cls}, which would be random: {_some(lacking)}.")
+    if surplus := info["unexpected_keys"]:
         raise CheckpointError(
-            f"{model_id} lacks weights of a {type(model).__name__}, which would be random: "
-            f"{', '.join(lacking[:5])}{' ...' if len(lacking) > 5 else ''}."
+            f"{model_id} has weights that its configuration does not name, so that a {cls} would lose them: "
+            f"{_some(surplus)}. If they are of no use, load it with `AutoModelForCausalLM` and give the model, or "
+            "save that model and give its folder."
         )
     compute_as_stored(model)
-    surplus = sorted(map(str, info["unexpected_keys"]))
-    if surplus:
-        raise CheckpointError(
-            f"{model_id} has weights that its configuration does not name, so that a {type(model).__name__} would "
-            f"lose them: {', '.join(surplus[:5])}{' ...' if len(surplus) > 5 else ''}. If they are of no use, load it "
-            "with `AutoModelForCausalLM` and give the model, or save that model and give its folder."
-        )
     model = (dense_copy(model) if gguf else model).eval()
     if has_own_head(model):  # which Transformers keeps, even if the configuration says tied
         with_ties(model.config, False)
     return model
+
+
+def _some(names: Iterable[Any]) -> str:
+    names = sorted(map(str, names))
+    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
 
 
 def load_tokenizer(model_id: str | os.PathLike, **kwargs: Any) -> Any:

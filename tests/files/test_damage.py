@@ -27,11 +27,10 @@ def test_a_file_is_whole_or_not(tmp_path, name):
 
 
 def test_weights_in_shards(tmp_path):
-    patterns = ("model.safetensors", "model.safetensors.index.json")
-    assert damaged_weights(tmp_path, patterns) == "there are no weights"
+    assert damaged_weights(tmp_path) == "there are no weights"
     index = tmp_path / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"a": "one.safetensors", "b": "two.safetensors", "c": "one.safetensors"}}')
     save_file({"a": torch.ones(9), "c": torch.ones(1)}, tmp_path / "one.safetensors")
-    assert damaged_weights(tmp_path, patterns) == "two.safetensors is missing"
+    assert damaged_weights(tmp_path) == "two.safetensors is missing"
     save_file({"b": torch.ones(9)}, tmp_path / "two.safetensors")
-    assert damaged_weights(tmp_path, patterns) is None
+    assert damaged_weights(tmp_path) is None
