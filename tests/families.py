@@ -162,6 +162,6 @@ def cut(model, kept, counts, layout, dropped=None):
     structure = ModelStructure.of(model)
     plan = plan_of(model, counts, layout, dropped)
     target = target_of(model, structure, plan)
-    cut_units(model, structure, kept)
+    cut_units(model, structure.groups, kept)
     drop(model, structure, plan.dropped)
     return rebuild(model, target)

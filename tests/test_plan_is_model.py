@@ -60,7 +60,7 @@ def check_plan_is_model(dense, pruner, path):
 def check_units(dense, structure, plan, small):
     """The units that the plan names are those that are there, to the bit."""
     kept = {(group.layer, group.kind): torch.tensor(group.kept) for group in plan.groups}
-    cut_units(dense, structure, kept)
+    cut_units(dense, structure.groups, kept)
     drop(dense, structure, plan.dropped)
     expected, found = dict(dense.named_parameters()), dict(small.named_parameters())
     assert expected.keys() == found.keys()

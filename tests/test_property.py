@@ -84,7 +84,7 @@ def check_values(plan, dense, small, config):
         return
     structure, kept = ModelStructure.of(dense), kept_units(plan)
     bare = copy.deepcopy(dense)
-    cut_units(bare, structure, kept)
+    cut_units(bare, structure.groups, kept)
     drop(bare, structure, plan.dropped)
     refitted = {group.reader.module for group in structure.groups} if config.compensation else set()
     numbers = [n for n in range(plan.num_layers) if n not in plan.dropped.get("layers", ())]

@@ -142,14 +142,9 @@ def _stands_for_others(module: nn.Module) -> str | None:
     return None
 
 
-def stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
-    """The class of a model, or of one whose layers differ in width the class that its layers are of."""
-    bases = type(model).__bases__
-    return bases[1] if bases[0].__name__ == "PerLayerMixin" else type(model)
-
-
 def _check_class(model: PreTrainedModel) -> None:
-    stock, config = stock_class(model), type(model.config)
+    bases, config = type(model).__bases__, type(model.config)
+    stock = bases[1] if bases[0].__name__ == "PerLayerMixin" else type(model)
     known = MODEL_FOR_CAUSAL_LM_MAPPING.get(config, ())
     known = known if isinstance(known, tuple) else (known,)
     names = " or ".join(one.__name__ for one in known)

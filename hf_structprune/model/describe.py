@@ -14,7 +14,7 @@ from ..units import KINDS, WidthKind, kinds_of
 from ..units.depth import LAYERS
 from ..units.heads import GROUPS, counts_of, pairs, shape_after
 from .families import Projections
-from .groups import AttentionShape, LayerStructure
+from .groups import AttentionShape
 from .layer_values import check_layers, layers_left, skip_modules, skips_after, without_layers, write_skips
 from .norms import stream_norms
 from .structure import ModelStructure, decoder_layers
@@ -48,15 +48,11 @@ def _changes(
     model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan, heads: bool = True
 ) -> dict[str, Any]:
     """Configuration values after a plan: the dense ones with what all layers, or each of them, change."""
-    layers = layers_left(structure, plan)
     values = _without_dropped(model, structure, plan)
     for key in ("per_layer_config", "module_overrides", "skip_modules"):
         values.pop(key, None)
-    skips = skips_after(model.config, layers, plan)
-    widths = [
-        {**inherited, **_widths(layer, structure, plan, model.config, heads)}
-        for layer, inherited in zip(layers, _inherited(model.config, structure, layers, skips), strict=True)
-    ]
+    skips = skips_after(model.config, layers_left(structure, plan), plan)
+    widths = _widths(structure, plan, model.config, skips, heads)
     keys = {key for width in widths for key in width}
     if all(len({width[key] for width in widths if key in width}) == 1 for key in keys) and heads:
         values.update({key: next(w[key] for w in widths if key in w) for key in keys})
@@ -84,32 +80,26 @@ def _without_dropped(model: PreTrainedModel, structure: ModelStructure, plan: Pr
     return without_layers(values, dropped, len(structure.layers), key) if dropped else values
 
 
-def _inherited(
-    config: PreTrainedConfig, structure: ModelStructure, layers: list[LayerStructure], skips: list[list[str]]
+def _widths(
+    structure: ModelStructure, plan: PruningPlan, config: PreTrainedConfig, skips: list[list[str]], heads: bool
 ) -> list[dict[str, Any]]:
-    """Values that each layer has of its own already, besides those a plan decides."""
-    result = []
-    for layer, skip in zip(layers, skips, strict=True):
-        own = {"skip", "module_overrides", "head_dim"}
+    """Configuration values of each layer after a plan: what it has of its own already, and what the plan decides.
+
+    Head counts only with `heads`, and where they change or differ between layers.
+    """
+    inherited: list[dict[str, Any]] = []
+    decided: list[dict[str, Any]] = []
+    for layer, skip in zip(layers_left(structure, plan), skips, strict=True):
+        keys, values = {"skip", "module_overrides", "head_dim"}, {}
         for kind in map(KINDS.get, kinds_of(WidthKind)):
             if kind.is_in(layer) or kind.sublayer in skip:
-                own |= set(kind.config_keys(layer, structure.family, config))
-        result.append({k: v for k, v in overrides_of(config, layer.index).items() if k not in own})
-    keys = {key for values in result for key in values}
-    for values in result:
-        values.update({k: config._getattr_without_heterogeneous_validation(k) for k in keys if k not in values})
-    return result
-
-
-def _widths(
-    layer: LayerStructure, structure: ModelStructure, plan: PruningPlan, config: PreTrainedConfig, heads: bool
-) -> dict[str, int]:
-    """Configuration values of one layer after a plan; head counts only where they change or differ between layers."""
-    widths: dict[str, int] = {}
-    for kind in map(KINDS.get, kinds_of(WidthKind)):
-        if kind.is_in(layer) and (heads or not kind.of_heads) and kind.is_written(structure.layers, plan):
-            widths.update(kind.config_values(layer, plan, structure.family, config))
-    return widths
+                keys |= set(kind.config_keys(layer, structure.family, config))
+            if kind.is_in(layer) and (heads or not kind.of_heads) and kind.is_written(structure.layers, plan):
+                values |= kind.config_values(layer, plan, structure.family, config)
+        inherited.append({k: v for k, v in overrides_of(config, layer.index).items() if k not in keys})
+        decided.append(values)
+    usual = {k: config._getattr_without_heterogeneous_validation(k) for values in inherited for k in values}
+    return [{**usual, **own, **values} for own, values in zip(inherited, decided, strict=True)]
 
 
 def _with_overrides(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> Target | None:

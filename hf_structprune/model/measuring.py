@@ -39,7 +39,6 @@ def measuring(model: nn.Module, *, autocast: torch.dtype | None = None) -> Itera
         StructPruneError: The model is half-pruned.
     """
     check_whole(model)
-    modes = [(module, module.training) for module in model.modules()]
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
@@ -47,14 +46,16 @@ def measuring(model: nn.Module, *, autocast: torch.dtype | None = None) -> Itera
         for kind in filter(torch.amp.is_autocast_available, {"cpu", *own}):
             mixed = autocast is not None and kind in own
             stack.enter_context(torch.autocast(kind, dtype=autocast if mixed else None, enabled=mixed))
-        stack.enter_context(_plain_defaults())
+        # New tensors are float32 and on the CPU unless they are told otherwise.
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
         model.eval()
-        try:
-            with as_stored(model):
-                yield
-        finally:
-            for module, training in modes:
-                module.training = training
+        stack.enter_context(as_stored(model))
+        yield
 
 
 def measures(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -66,20 +67,6 @@ def measures(function: Callable[..., Result]) -> Callable[..., Result]:
             return function(model, *args, **kwargs)
 
     return run
-
-
-@contextmanager
-def _plain_defaults() -> Iterator[None]:
-    """New tensors are float32 and on the CPU unless they are told otherwise, as the computations take for granted."""
-    dtype = torch.get_default_dtype()
-    with ExitStack() as stack:
-        if torch.get_default_device().type != "cpu":
-            stack.enter_context(torch.device("cpu"))
-        torch.set_default_dtype(torch.float32)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(dtype)
 
 
 def check_finite(model: nn.Module) -> None:

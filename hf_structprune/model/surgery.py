@@ -26,17 +26,12 @@ def mask_units(model: nn.Module, structure: ModelStructure, kept: Kept) -> None:
             tensor.index_fill_(dim, gone.to(tensor.device), 0)
 
 
-def cut_units(model: nn.Module, structure: ModelStructure, kept: Kept) -> None:
+def cut_units(model: nn.Module, groups: Iterable[Group], kept: Kept) -> None:
     """Takes the units that are not kept out of every tensor of their groups, in place, one tensor at a time.
 
     Afterwards only the tensors are right; head counts and widths in modules and configuration are the business of
     `rebuild.rebuild`. Groups that `kept` does not name, by `(layer, kind)`, stay whole.
     """
-    cut_groups(model, structure.groups, kept)
-
-
-def cut_groups(model: nn.Module, groups: Iterable[Group], kept: Kept) -> None:
-    """`cut_units` for some groups."""
     groups = list(groups)
     for (name, dim), gone in entries_gone(groups, kept).items():
         old = tensor_of(model, name)

@@ -243,7 +243,7 @@ class Trial:
         )
         target = target_of(self.model, self.structure, plan)
         small = copy.deepcopy(self.model)
-        cut_units(small, self.structure, kept)
+        cut_units(small, self.structure.groups, kept)
         drop(small, self.structure, plan.dropped)
         return rebuild(small, target)
 

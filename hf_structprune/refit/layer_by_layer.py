@@ -20,7 +20,7 @@ from ..criteria.base import best_units
 from ..model.experts import Experts
 from ..model.groups import Group, Kept, LayerStructure, matrix
 from ..model.structure import ModelStructure
-from ..model.surgery import cut_groups, mask_sublayers
+from ..model.surgery import cut_units, mask_sublayers
 from ..plan import PruningPlan
 from ..stats.gradients import Salience
 from ..stats.moments import InputStatistics
@@ -111,7 +111,7 @@ class _Compression:
             self._layer(layer, self.correcting and layer.index >= first)
             if self.stream and layer is not layers[-1]:
                 self.stream.advance(layer.index)
-            cut_groups(self.model, [group for group in layer.groups if group.key not in self.cut], self.kept)
+            cut_units(self.model, [group for group in layer.groups if group.key not in self.cut], self.kept)
         return self.kept
 
     def _layer(self, layer: LayerStructure, all_consumers: bool) -> None:
@@ -232,7 +232,7 @@ class _Compression:
                 target.add_(lacking, alpha=self.config.error_correction)
             self._choose([group], statistics)
             self.plan.of_layer(layer.index)[group.kind].seen = statistics.tokens.long().tolist()
-            cut_groups(self.model, [group], self.kept)
+            cut_units(self.model, [group], self.kept)
             self.cut.add(group.key)
             outputs = refit_experts(self.model, group, inputs, targets, weights, self.config)
         self._pass_on(group.parent, outputs, dense)

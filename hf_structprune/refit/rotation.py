@@ -110,37 +110,31 @@ def rotated(model: PreTrainedModel, group: HiddenGroup, rotation: torch.Tensor) 
 
 def _reader_scales(model: PreTrainedModel, group: HiddenGroup, norms: dict[str, NormKind]) -> dict[str, torch.Tensor]:
     """What every reader gets from its norm's weights, shape (H,), by the name of the reader's parameter."""
-    readers = _readers(model, group)
-    by_output = _outputs_read(model, list(norms), readers)
-    for name in [*norms, *readers]:
-        if not any(name == norm or name in read for norm, read in by_output.items() if read):
+    readers: dict[str, list[str]] = {}  # parameters whose last dimension reads channels, by module
+    for name, dim in group.entries:
+        module, parameter = name.rpartition(".")[0], model.get_parameter(name)
+        embeds = isinstance(model.get_submodule(module), torch.nn.Embedding)
+        if dim == parameter.ndim - 1 > 0 and not embeds:
+            readers.setdefault(module, []).append(name)
+    read = _norms_read(model, list(norms), list(readers))
+    for name in (*norms, *readers):
+        if name not in read and name not in read.values():
             raise UnsupportedModelError(
                 f"hidden_criterion='pca' needs every norm of the stream in front of linear maps that read it, and "
                 f"nothing else: `{name}` is not in such a pair. Use 'activation'."
             )
-    scales = {}
-    for norm, read in by_output.items():
-        weight = model.get_submodule(norm).weight.double() + norms[norm].offset
-        scales |= {parameter: weight for name in read for parameter in readers[name]}
-    return scales
+    return {
+        parameter: model.get_submodule(norm).weight.double() + norms[norm].offset
+        for reader, norm in read.items()
+        for parameter in readers[reader]
+    }
 
 
-def _readers(model: PreTrainedModel, group: HiddenGroup) -> dict[str, list[str]]:
-    """Parameters whose last dimension reads channels, by the full name of their module; not the embeddings."""
-    readers: dict[str, list[str]] = {}
-    for name, dim in group.entries:
-        module, parameter = name.rpartition(".")[0], model.get_parameter(name)
-        embeds = isinstance(model.get_submodule(module), torch.nn.Embedding)
-        if parameter.ndim > 1 and dim == parameter.ndim - 1 and not embeds:
-            readers.setdefault(module, []).append(name)
-    return readers
-
-
-def _outputs_read(model: PreTrainedModel, norms: list[str], readers: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Which modules read the output of which norm, found by running two tokens."""
+def _norms_read(model: PreTrainedModel, norms: list[str], readers: list[str]) -> dict[str, str]:
+    """The norm whose output each reader gets, found by running two tokens."""
     outputs: dict[int, str] = {}
     alive: list[torch.Tensor] = []  # so that no other tensor can have the address of one of these
-    read: dict[str, list[str]] = {norm: [] for norm in norms}
+    read: dict[str, str] = {}
 
     def after_norm(name: str, output: torch.Tensor) -> None:
         alive.append(output)
@@ -149,7 +143,7 @@ def _outputs_read(model: PreTrainedModel, norms: list[str], readers: dict[str, l
     def before_reader(name: str, given: torch.Tensor) -> None:
         alive.append(given)
         if given.data_ptr() in outputs:
-            read[outputs[given.data_ptr()]].append(name)
+            read[name] = outputs[given.data_ptr()]
 
     modules = {name: model.get_submodule(name) for name in (*norms, *readers)}
     handles = [modules[n].register_forward_hook(lambda _, __, out, n=n: after_norm(n, out)) for n in norms]

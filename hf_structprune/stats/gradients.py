@@ -17,7 +17,7 @@ from ..model.measuring import check_numbers, has_plain_head, measuring, position
 from ..model.structure import Group, is_linear, matrix
 
 
-Salience = dict[tuple[str, str], torch.Tensor]
+Salience = dict[tuple[str, int], torch.Tensor]
 
 
 class _Probe(torch.autograd.Function):

@@ -40,7 +40,7 @@ def failing(error, after=0):
 
 
 def break_at(monkeypatch, name, error, after=0):
-    module = layer_by_layer if name == "cut_groups" else execution
+    module = layer_by_layer if name == "cut_units" else execution
     monkeypatch.setattr(module, name, failing(error, after)(getattr(module, name)))
 
 
@@ -60,7 +60,7 @@ def check_refused(model, reason, tmp_path):
 @pytest.mark.parametrize(
     "name, error, place",
     [
-        ("llama", KeyboardInterrupt(), "cut_groups"),
+        ("llama", KeyboardInterrupt(), "cut_units"),
         ("gpt2", MemoryError("no memory left"), "drop"),
         ("gemma2", RuntimeError("device lost"), "rebuild"),
         ("qwen3_moe", KeyboardInterrupt(), "rebuild"),
@@ -69,7 +69,7 @@ def check_refused(model, reason, tmp_path):
 def test_an_interrupt_after_the_first_write_marks_the_model(name, error, place, monkeypatch, tmp_path):
     model = families.make_model(name)
     pruner = pruner_of(model)
-    break_at(monkeypatch, place, error, after=int(place == "cut_groups"))
+    break_at(monkeypatch, place, error, after=int(place == "cut_units"))
     with pytest.raises(type(error)):
         pruner.prune(0.05)
     reason = f"half-pruned.*{type(error).__name__}.*load the dense one again"

@@ -117,7 +117,7 @@ def test_unit_parameters_are_what_a_cut_unit_takes_along(name):
     for kind in families.kinds_of(name):
         group = structure.layers[0].group(kind)
         small = copy.deepcopy(model)
-        cut_units(small, structure, {(0, kind): torch.arange(1, group.size)})
+        cut_units(small, structure.groups, {(0, kind): torch.arange(1, group.size)})
         assert families.count(model) - families.count(small) == group.cost
         biases = sum(p.numel() for p in model.parameters() if p.ndim == 1)
         biases -= sum(p.numel() for p in small.parameters() if p.ndim == 1)

@@ -131,8 +131,8 @@ def test_padding_that_loading_makes_zero_is_refused_where_it_is_not_zero_now():
 @pytest.mark.parametrize("name", ["cut_units", "mask_units"])
 def test_surgery_that_takes_other_units_is_found(name, monkeypatch):
     surgery = getattr(proof, name)
-    wrong = lambda model, structure, kept: surgery(  # noqa: E731
-        model, structure, {key: torch.arange(len(units)) for key, units in kept.items()}
+    wrong = lambda model, where, kept: surgery(  # noqa: E731
+        model, where, {key: torch.arange(len(units)) for key, units in kept.items()}
     )
     monkeypatch.setattr(proof, name, wrong)
     model = phi()

@@ -18,7 +18,7 @@ def final_error(name, **options):
         return float((pruned.base_model(tokens)[0] - model.base_model(tokens)[0]).square().mean())
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt_neox", "opt", "falcon"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "falcon"])
 def test_correcting_the_error_of_earlier_cuts_brings_the_model_nearer_to_the_dense_one(name):
     own = final_error(name, error_correction=0.0)
     assert final_error(name, error_correction=1.0) < 0.9 * own
