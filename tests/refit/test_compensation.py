@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from hf_structprune.refit.closed_form import DAMPINGS, choose_damping, obs_scores, output_error, refit
+from hf_structprune import PruningConfig
+from hf_structprune.refit.closed_form import DAMPINGS, DEFAULT_DAMPING, choose_damping, obs_scores, output_error, refit
+from hf_structprune.refit.reader import TokenWeights, damping_for
 from hf_structprune.stats.moments import InputStatistics
 
 
@@ -210,3 +212,19 @@ def test_little_text_gets_more_damping_than_much():
         fit, held_out = moments(inputs.view(64, tokens, 48))
         chosen.append(choose_damping(weight.float(), fit, held_out, torch.arange(40)))
     assert chosen[0] > chosen[1]
+
+
+def test_tokens_count_by_what_the_next_norm_divides_by_relative_to_the_first_batch():
+    weights = TokenWeights()
+    assert weights(torch.ones(1, 3, 4)).tolist() == [[1, 1, 1]]
+    assert weights(2 * torch.ones(1, 2, 4)).tolist() == [[0.25, 0.25]]
+
+
+def test_the_damping_is_the_configured_one_or_suits_what_is_held_out():
+    weight, inputs, _ = problem(0, width=48, samples=64 * 64)
+    kept, few = torch.arange(40), moments(inputs[: 3 * 64].view(3, 64, 48))
+    much = moments(inputs.view(64, 64, 48))
+    chosen = choose_damping(weight.float(), *much, kept)
+    assert damping_for(weight, *much, kept, PruningConfig()) == chosen != DEFAULT_DAMPING
+    assert damping_for(weight, *much, kept, PruningConfig(damping=0.7)) == 0.7
+    assert damping_for(weight, *few, kept, PruningConfig()) == DEFAULT_DAMPING
