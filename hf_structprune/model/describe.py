@@ -98,7 +98,8 @@ def _widths(
                 values |= kind.config_values(layer, plan, structure.family, config)
         inherited.append({k: v for k, v in overrides_of(config, layer.index).items() if k not in keys})
         decided.append(values)
-    usual = {k: config._getattr_without_heterogeneous_validation(k) for values in inherited for k in values}
+    missing = {k for values in inherited for k in values if any(k not in own for own in inherited)}
+    usual = {k: config._getattr_without_heterogeneous_validation(k) for k in missing}
     return [{**usual, **own, **values} for own, values in zip(inherited, decided, strict=True)]
 
 
