@@ -6,7 +6,7 @@ With `--depth` the weights are loaded, and it says how much every layer does and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,21 +33,21 @@ class InspectArguments:
         depth (`bool`): Measure how much each layer, attention and MLP does, and which block of each size does least.
         output_dir (`str`, *optional*): With `--depth`: folder for `layer_distances.csv` and a heat map.
         overwrite (`bool`): Write to the folder even if it is not empty.
+        calibration (`CalibrationConfig`): The text.
     """
 
     depth: bool = False
     output_dir: str | None = None
     overwrite: bool = False
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
 
 def inspect_command(argv: Sequence[str]) -> None:
     """Reads the structure and prints it; or measures the layers."""
     description = "Show what can be cut from MODEL: coupled groups, their units and sizes, and what is left alone."
-    model, command, calibration = parse(
-        argv, "inspect", description, ModelArguments, InspectArguments, CalibrationConfig
-    )
+    model, command = parse(argv, "inspect", description, ModelArguments, InspectArguments)
     if command.depth:
-        _inspect_depth(model, command, calibration)
+        _inspect_depth(model, command)
         return
     if command.output_dir is not None:
         raise ConfigurationError("--output-dir is for the distances of layers: add --depth.")
@@ -108,7 +108,7 @@ def _row(structure: ModelStructure, run: list[tuple[int, Group]]) -> list[str]:
     ]
 
 
-def _inspect_depth(model: ModelArguments, command: InspectArguments, calibration: CalibrationConfig) -> None:
+def _inspect_depth(model: ModelArguments, command: InspectArguments) -> None:
     """Measures and prints; writes a CSV (PruneMe's format, all block sizes) and a heat map if there is a folder."""
     from ..criteria.depth import layer_similarities
     from ..evaluation.pictures import distances_figure, save
@@ -118,9 +118,9 @@ def _inspect_depth(model: ModelArguments, command: InspectArguments, calibration
         need("matplotlib", extra="report")  # before anything is measured
         check_output_dir(command.output_dir, command.overwrite)
     with results_only_on_stdout():
-        pruner = load_pruner(model, PruningConfig(calibration=calibration))
+        pruner = load_pruner(model, PruningConfig(calibration=command.calibration))
         found = layer_similarities(
-            pruner.model, pruner.structure, pruner.calibration_tokens(), batch_size=calibration.batch_size,
+            pruner.model, pruner.structure, pruner.calibration_tokens(), batch_size=command.calibration.batch_size,
             sublayers=any(layer.sublayers for layer in pruner.structure.layers),
         )  # fmt: skip
         files = []

@@ -6,8 +6,7 @@ import json
 import pytest
 
 from hf_structprune import CalibrationConfig, PruningConfig
-from hf_structprune.commands import arguments as arguments_module
-from hf_structprune.commands.arguments import parse
+from hf_structprune.commands.arguments import make_parser, parse
 from hf_structprune.commands.models import ModelArguments
 from hf_structprune.commands.prune import PlanArguments
 from hf_structprune.errors import ConfigurationError
@@ -25,7 +24,7 @@ def test_defaults_are_those_of_the_dataclasses():
 
 
 def test_every_field_of_the_configurations_is_an_option():
-    parser = arguments_module._make_parser("plan", "", [PruningConfig, CalibrationConfig])
+    parser = make_parser("plan", "", PruningConfig)
     known = {action.dest for action in parser._actions}
     fields = [f.name for f in dataclasses.fields(PruningConfig)]
     fields += [f"calibration_{f.name}" for f in dataclasses.fields(CalibrationConfig)]
@@ -34,7 +33,7 @@ def test_every_field_of_the_configurations_is_an_option():
 
 
 def test_every_option_has_a_help_text():
-    parser = arguments_module._make_parser("plan", "", [ModelArguments, PlanArguments, PruningConfig])
+    parser = make_parser("plan", "", ModelArguments, PlanArguments, PruningConfig)
     assert [action.dest for action in parser._actions if not action.help] == []
     parser.format_help()  # `%` in a text would raise
 
@@ -132,7 +131,7 @@ def test_several_positional_arguments_and_another_name(yaml_file):
     assert parse(["c", "--config", yaml_file("results: a")], "compare", "", Several) == [Several(["c"])]
     with pytest.raises(ConfigurationError, match="RESULTS is missing"):
         parse([], "compare", "", Several)
-    parser = arguments_module._make_parser("compare", "", [Several])
+    parser = make_parser("compare", "", Several)
     assert {a.dest: a.help for a in parser._actions}["other"].startswith("Two at once, without types.")
 
 
