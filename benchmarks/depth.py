@@ -29,7 +29,7 @@ from hf_structprune import PruningConfig, PruningPlan, StructuredPruner
 from hf_structprune.allocation.depth import choose_depth
 from hf_structprune.allocation.depth_search import LossSearch
 from hf_structprune.allocation.removal import Amount, Removal, depth_candidates
-from hf_structprune.commands.benchmark import take_turns
+from hf_structprune.commands.measure import take_turns
 from hf_structprune.commands.models import DEMO_MODEL, find_model, find_subject, load_pruner
 from hf_structprune.evaluation import perplexity, read_text
 from hf_structprune.evaluation.efficiency import EfficiencyConfig

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_structprune import CalibrationConfig, QuantizationConfig, StructPruneError, quantize
-from hf_structprune.commands.benchmark import take_turns
+from hf_structprune.commands.measure import take_turns
 from hf_structprune.commands.models import ModelArguments, find_subject, load_for_measuring
 from hf_structprune.data import wikitext2_sample
 from hf_structprune.evaluation import perplexity, read_text

@@ -114,7 +114,7 @@ def test_everything_that_a_command_prints_is_masked(monkeypatch, capsys):
         logging.getLogger("some.library").removeHandler(handler)
         raise ConfigurationError(f"wrong: {TOKEN}")
 
-    monkeypatch.setattr("hf_structprune.commands.inspect.inspect_command", talk)
+    monkeypatch.setattr("hf_structprune.commands.prune.inspect_command", talk)
     assert cli.main(["inspect", "m"]) == 2
     captured = capsys.readouterr()
     assert "hf_a" not in captured.out + captured.err
@@ -125,7 +125,7 @@ def test_the_traceback_of_a_bug_is_masked(monkeypatch, capsys):
     def fail(argv):
         raise RuntimeError(TOKEN)
 
-    monkeypatch.setattr("hf_structprune.commands.inspect.inspect_command", fail)
+    monkeypatch.setattr("hf_structprune.commands.prune.inspect_command", fail)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     with pytest.raises(RuntimeError) as error:
         cli.main(["inspect", "m"])

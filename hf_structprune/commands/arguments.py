@@ -97,7 +97,8 @@ def _add_options(parser: argparse.ArgumentParser, cls: type, prefix: str = "") -
             item = _item_type(kind)
             group.add_argument(
                 *names, dest=name, type=_reader(field.name, item or kind), nargs="+" if item else None,
-                default=default, metavar=field.name.upper(), help=text + (default is not None) * " (default: %(default)s)",
+                default=default, metavar=field.name.upper(),
+                help=text + ("" if default is None else " (default: %(default)s)"),
             )  # fmt: skip
 
 

@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 
 # The module of each command, which has a function `NAME_command`, and what it does.
 COMMANDS = {
-    "inspect": ("inspect", "what can be cut from a model: groups, units, sizes"),
+    "inspect": ("prune", "what can be cut from a model: groups, units, sizes"),
     "plan": ("prune", "what would go at a ratio and what it saves; changes nothing"),
     "prune": ("prune", "prune a model and save the checkpoint"),
-    "recover": ("recover", "train a pruned model to get its quality back"),
-    "quantize": ("convert", "quantise a model: bitsandbytes, torchao, GPTQ, AWQ, auto-round"),
-    "perplexity": ("evaluate", "perplexity of a model on a text"),
-    "evaluate": ("evaluate", "perplexity, tasks, size and speed of a model, beside its dense one"),
-    "compare": ("evaluate", "results of several evaluations in one table"),
-    "benchmark": ("benchmark", "size, memory and speed of a model, beside its dense one"),
-    "export": ("convert", "write a model in the format of another runtime: GGUF for llama.cpp, ONNX"),
-    "card": ("publish", "write the model card of a pruned checkpoint"),
-    "push": ("publish", "push a pruned checkpoint to the Hub"),
+    "recover": ("checkpoints", "train a pruned model to get its quality back"),
+    "quantize": ("checkpoints", "quantise a model: bitsandbytes, torchao, GPTQ, AWQ, auto-round"),
+    "perplexity": ("measure", "perplexity of a model on a text"),
+    "evaluate": ("measure", "perplexity, tasks, size and speed of a model, beside its dense one"),
+    "compare": ("measure", "results of several evaluations in one table"),
+    "benchmark": ("measure", "size, memory and speed of a model, beside its dense one"),
+    "export": ("checkpoints", "write a model in the format of another runtime: GGUF for llama.cpp, ONNX"),
+    "card": ("checkpoints", "write the model card of a pruned checkpoint"),
+    "push": ("checkpoints", "push a pruned checkpoint to the Hub"),
     "run": ("run", "run a recipe: prune, measure both sides, write the card, push"),
-    "demo": ("demo", "prune a small model end to end and show what happened"),
+    "demo": ("run", "prune a small model end to end and show what happened"),
 }
 HELP = """usage: hf-structprune COMMAND [MODEL] [options]
 
@@ -139,15 +139,28 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def check_output_dir(path: str | None, overwrite: bool) -> None:
-    """Refuses to write over something, or where nothing can be written, before any work is done."""
+def check_output(path: str | None, overwrite: bool, *, file: bool = False, folders: bool = False) -> None:
+    """Refuses to write over something, or where nothing can be written, before any work is done.
+
+    Args:
+        path: What `--output-dir` says, or with `file` `--output`.
+        overwrite: Whether what is there may go.
+        file: Whether it is a file.
+        folders: Whether it may be a folder all the same; whether it can be written, its writer says then.
+    """
+    from ..files.places import check_place
     from ..files.writing import check_folder
 
+    option = "--output" if file else "--output-dir"
     if path is None:
-        raise ConfigurationError("--output-dir is missing.")
-    check_folder(path)
-    if Path(path).is_dir() and any(Path(path).iterdir()) and not overwrite:
-        raise ConfigurationError(f"{path} is not empty; choose another --output-dir or say --overwrite.")
+        raise ConfigurationError(f"{option} is missing.")
+    if not folders:
+        check_place(path, file=True) if file else check_folder(path)
+    place = Path(path)
+    if not overwrite and (any(place.iterdir()) if place.is_dir() else place.exists()):
+        raise ConfigurationError(
+            f"{path} {'exists' if file else 'is not empty'}; choose another {option} or say --overwrite."
+        )
 
 
 @contextlib.contextmanager

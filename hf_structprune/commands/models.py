@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 import sys
 import zipfile
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..checks import check_fields
 from ..config import CONFIG_NAME, PruningConfig
 from ..errors import ConfigurationError, StructPruneError
-from ..evaluation.results import STATES, EvaluationResult
+from ..evaluation.results import STATES
 from ..files.writing import write_folder
 from ..hardware import DTYPES, dtype_of
 from ..hub.words import RECOVERY_NAME
@@ -26,11 +25,25 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class ModelArguments:
-    """The model and how to load it.
+class SourceArguments:
+    """A model.
 
     Args:
         model (`str`): Id of a model on the Hub, or a folder.
+        trust_remote_code (`bool`): Run modelling code that comes with the model.
+        json (`bool`): Print one JSON object and nothing else on stdout.
+    """
+
+    model: str
+    trust_remote_code: bool = False
+    json: bool = False
+
+
+@dataclass
+class ModelArguments(SourceArguments):
+    """The model and how to load it.
+
+    Args:
         dtype (`str`): `bf16`, `fp16`, `fp32`, or `auto` for the one it was saved in.
         device (`str`, *optional*): `cpu`, `cuda`, `cuda:1`, `mps`. Default: the CPU.
         device_map (`str`, *optional*): `auto` spreads the layers over what there is, through accelerate.
@@ -39,11 +52,8 @@ class ModelArguments:
         variant (`str`, *optional*): Which of several versions of the weights, for example `fp16` for
             `model.fp16.safetensors`.
         gguf_file (`str`, *optional*): A GGUF file of the repository or folder to read the weights from.
-        trust_remote_code (`bool`): Run modelling code that comes with the model.
-        json (`bool`): Print one JSON object and nothing else on stdout.
     """
 
-    model: str
     dtype: str = "auto"
     device: str | None = None
     device_map: str | None = None
@@ -51,8 +61,6 @@ class ModelArguments:
     subfolder: str | None = None
     variant: str | None = None
     gguf_file: str | None = None
-    trust_remote_code: bool = False
-    json: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -62,7 +70,18 @@ class ModelArguments:
             raise ConfigurationError("`device` and `device_map` are both given; give one of them.")
 
     def loading_options(self) -> dict[str, Any]:
-        """The keyword arguments for `from_pretrained`."""
+        """The keyword arguments for `from_pretrained`.
+
+        Raises:
+            ConfigurationError: The device is not there.
+        """
+        import torch
+
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            text = str(error).splitlines()[0]
+            raise ConfigurationError(f"device {self.device!r} cannot be used: {text}") from error
         names = ("device_map", "revision", "subfolder", "variant", "gguf_file")
         dtype = str(dtype_of(self.dtype) or self.dtype).removeprefix("torch.")
         options = {"dtype": dtype, **{name: getattr(self, name) for name in names}}
@@ -78,7 +97,6 @@ def load_pruner(arguments: ModelArguments, config: PruningConfig | None = None) 
     """
     from ..pruner import StructuredPruner
 
-    check_device(arguments.device)
     pruner = StructuredPruner.from_pretrained(arguments.model, config, **arguments.loading_options())
     if arguments.device is not None:
         pruner.model.to(arguments.device)
@@ -86,14 +104,9 @@ def load_pruner(arguments: ModelArguments, config: PruningConfig | None = None) 
 
 
 def load_for_measuring(arguments: ModelArguments) -> tuple[PreTrainedModel, Any]:
-    """A model as it is, quantised ones too, and its tokenizer.
-
-    Raises:
-        StructPruneError: There is no such model, it cannot be read, it has no tokenizer, or the device is not there.
-    """
+    """A model as it is, quantised ones too, and its tokenizer; errors as those of `load_pruner`."""
     from ..model.loading import load_model, load_tokenizer
 
-    check_device(arguments.device)
     options = arguments.loading_options()
     model, tokenizer = load_model(arguments.model, **options), load_tokenizer(arguments.model, **options)
     if tokenizer is None:
@@ -108,12 +121,11 @@ def load_shapes(arguments: ModelArguments, config: PruningConfig | None = None) 
     from ..model.loading import load_config, refuse_quantised, shapes_of
     from ..pruner import StructuredPruner
 
-    check_device(arguments.device)
-    model_config = load_config(arguments.model, **arguments.loading_options())
+    options = arguments.loading_options()
+    model_config = load_config(arguments.model, **options)
     refuse_quantised(model_config, arguments.model)
-    if arguments.dtype != "auto":
-        dtype = arguments.loading_options()["dtype"]
-    else:  # as `loading.load_model` does it
+    dtype = options["dtype"]
+    if dtype == "auto":  # as `loading.load_model` does it
         dtype = torch.bfloat16 if arguments.gguf_file else model_config.dtype
     model = shapes_of(model_config, arguments.model, dtype=dtype, trust_remote_code=arguments.trust_remote_code)
     return StructuredPruner(model, config)
@@ -127,18 +139,6 @@ def load_to_plan(arguments: ModelArguments, config: PruningConfig, ratio: float 
 def plans_by_shapes(config: PruningConfig, ratio: float | None) -> bool:
     """Whether a plan can be made without the weights: only choices between layers look at them."""
     return config.allocation == "uniform" and not config.chooses_depth(ratio)
-
-
-def check_device(name: str | None) -> None:
-    """Refuses a device that does not exist here."""
-    import torch
-
-    if name is None:
-        return
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigurationError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def check_ratio(ratio: float | None, config: PruningConfig) -> None:
@@ -174,57 +174,27 @@ def find_subject(arguments: ModelArguments, state: str | None = None) -> Subject
     Quantised is what has a quantisation configuration, recovered what comes with a `recovery.json`, and pruned what
     comes with a `pruning_config.json`.
     """
+    from transformers.utils import cached_file
+
     from ..model.loading import load_config
 
     if state is not None and state not in STATES:
         raise ConfigurationError(f"`state` is {state!r}; allowed values are {', '.join(STATES)}.")
     config = load_config(arguments.model, **arguments.loading_options())
-    if state is None:
-        quantised = getattr(config, "quantization_config", None) is not None and arguments.gguf_file is None
-        files = ((RECOVERY_NAME, "recovered"), (CONFIG_NAME, "pruned"))
-        by_file = next((state for name, state in files if _has_file(arguments, name)), "dense")
-        state = "quantised" if quantised else by_file
+    places = {"revision": arguments.revision, "subfolder": arguments.subfolder or ""}
+
+    def has(name: str) -> bool:
+        try:
+            return cached_file(arguments.model, name, **places) is not None
+        except OSError:
+            return False
+
+    if state is None and getattr(config, "quantization_config", None) is not None and arguments.gguf_file is None:
+        state = "quantised"
+    elif state is None:
+        state = "recovered" if has(RECOVERY_NAME) else "pruned" if has(CONFIG_NAME) else "dense"
     record = getattr(config, "hf_structprune", None) or {}
     return Subject(arguments, state, record.get("base_model"))
-
-
-def find_baseline(name: str, arguments: ModelArguments) -> Subject | EvaluationResult:
-    """What `--baseline` means: the JSON of an earlier evaluation, or a model to measure in the same way.
-
-    Args:
-        name: A `.json` file, or the id, folder or `.gguf` file of a model.
-        arguments: The model it is compared with; dtype, device and remote code are taken over.
-    """
-    path = Path(name)
-    if path.suffix == ".json":
-        return EvaluationResult.load(path)
-    changes = {"model": name, "revision": None, "subfolder": None, "gguf_file": None}
-    if path.suffix == ".gguf" and path.is_file():
-        changes |= {"model": str(path.parent), "gguf_file": path.name}
-    return find_subject(dataclasses.replace(arguments, **changes))
-
-
-def baseline_output(output: Path, baseline: Subject | EvaluationResult) -> Path:
-    """Where the results of the baseline go: `results.json` has `results_dense.json` beside it."""
-    return output.with_name(f"{output.stem}_{baseline.state}{output.suffix}")
-
-
-def save_baseline(result: EvaluationResult, path: Path, overwrite: bool) -> None:
-    """Puts results that were given as a file beside those of the model, where the card looks for them."""
-    if path.exists() and not overwrite and EvaluationResult.load(path) != result:
-        raise ConfigurationError(f"{path} holds other results than the baseline given: say --overwrite to replace it.")
-    result.save(path)
-
-
-def _has_file(arguments: ModelArguments, name: str) -> bool:
-    """Whether a folder or a repository of the Hub has a file."""
-    from transformers.utils import cached_file
-
-    places = {"revision": arguments.revision, "subfolder": arguments.subfolder or ""}
-    try:
-        return cached_file(arguments.model, name, **places) is not None
-    except OSError:
-        return False
 
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"

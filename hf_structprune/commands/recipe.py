@@ -6,78 +6,62 @@ import dataclasses
 import os
 import re
 import types
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..checks import Ratio, check_fields, checked
+from ..checks import Ratio, checked, field_types
 from ..config import PruningConfig
 from ..errors import ConfigurationError
+from ..evaluation.evaluator import EvaluationConfig
 from ..files.reading import parse_yaml, read_text
 from ..quantization.configuration import QuantizationConfig
 from ..recovery.configuration import DistillationConfig, RecoveryConfig
-
-
-if TYPE_CHECKING:
-    from ..evaluation.evaluator import EvaluationConfig
+from .checkpoints import PushArguments
+from .models import ModelArguments
 
 
 RECIPE_NAME = "recipe.yaml"
-MODEL_OPTIONS = (
-    "model", "dtype", "device", "device_map", "revision", "subfolder", "variant", "gguf_file", "trust_remote_code",
-)  # fmt: skip
-SECTIONS = ("model", "output_dir", "prune", "recover", "quantize", "evaluate", "push")
-# The options of the section `push` with their types.
-PUSH_OPTIONS = {
-    "repo_id": str | None, "private": bool | None, "revision": str | None, "create_pr": bool,
-    "commit_message": str | None,
-}  # fmt: skip
+# The sections, each with the dataclass that its options are the fields of, and the options beside those.
+SECTIONS = {
+    "model": (ModelArguments, {}),
+    "output_dir": (str, {}),
+    "prune": (PruningConfig, {"preset": str | None, "ratio": Ratio | None}),
+    "recover": (
+        RecoveryConfig,
+        {"dataset": list[str], "split": str, "output_dir": str, "distillation": dict[str, Any] | None},
+    ),
+    "quantize": (QuantizationConfig, {"output_dir": str}),
+    "evaluate": (EvaluationConfig, {"dense_results": str | None}),
+    "push": (PushArguments, {}),
+}
+# Fields of the dataclasses that are about one call of a command.
+NOT_OPTIONS = {"model": ("json",), "push": ("folder", "json")}
 PRESETS = {"llm_pruner": PruningConfig.llm_pruner}
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
 @dataclass
-class RecoverySection:
-    """The section `recover`: the fields of `RecoveryConfig`, those of `DistillationConfig` under `distillation`, and:
+class Step:
+    """A section `recover` or `quantize`: its configuration, and the options beside it.
 
     Attributes:
+        config: How to train, or how to quantise.
+        output_dir: Folder of the checkpoint that it makes.
         dataset: What to train on; several sources are mixed.
         split: Split of data sets that have several.
-        output_dir: Folder of the recovered checkpoint.
-        config: How to train.
         distillation: How to distil.
     """
 
-    dataset: list[str]
-    split: str
+    config: Any
     output_dir: str
-    config: RecoveryConfig
-    distillation: DistillationConfig
-
-    def __post_init__(self) -> None:
-        check_fields(self)
+    dataset: list[str] = dataclasses.field(default_factory=list)
+    split: str = "train"
+    distillation: DistillationConfig | None = None
 
     def __str__(self) -> str:
-        return f"recovered by {self.config.method} on {', '.join(self.dataset)}"
-
-
-@dataclass
-class QuantizationSection:
-    """The section `quantize`: the fields of `QuantizationConfig`, and:
-
-    Attributes:
-        output_dir: Folder of the quantised checkpoint.
-        config: How to quantise.
-    """
-
-    output_dir: str
-    config: QuantizationConfig
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    def __str__(self) -> str:
+        if self.dataset:
+            return f"recovered by {self.config.method} on {', '.join(self.dataset)}"
         return f"quantised to {self.config.bits} bits by {self.config.method}"
 
 
@@ -86,7 +70,7 @@ class Recipe:
     """What `hf-structprune run FILE` does: prune, recover, quantise, measure all sides, write the cards, push.
 
     Attributes:
-        model: Options of loading, with the model's id or folder under `"model"`.
+        model: The model and how it is loaded.
         output_dir: Folder of the checkpoint.
         ratio: Share of all parameters to remove; `None` if the configuration has ratios by kind.
         pruning: How to prune.
@@ -98,12 +82,12 @@ class Recipe:
         text: The file as it was written, variables included.
     """
 
-    model: dict[str, Any]
+    model: ModelArguments
     output_dir: str
     ratio: float | None
     pruning: PruningConfig
-    recovery: RecoverySection | None
-    quantization: QuantizationSection | None
+    recovery: Step | None
+    quantization: Step | None
     evaluation: EvaluationConfig | None
     dense_results: str | None
     push: dict[str, Any]
@@ -126,25 +110,47 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any], text: str = "") -> Recipe:
-        from ..evaluation.evaluator import EvaluationConfig
-
         _check_sections(content)
-        model = content["model"] if isinstance(content["model"], dict) else {"model": content["model"]}
-        _check_options(model, MODEL_OPTIONS, "model")
-        model = {**model, "model": checked("model", model.get("model"), str)}
-        output_dir = checked("output_dir", content["output_dir"], str)
-        ratio, pruning = _pruning(dict(content["prune"]))
-        push = content.get("push") or {}
-        _check_options(push, list(PUSH_OPTIONS), "push")
-        push = {name: checked(name, value, PUSH_OPTIONS[name]) for name, value in push.items()}
-        evaluation, dense_results = _given(content, "evaluate"), None
-        if evaluation is not None:
-            dense_results = checked("dense_results", evaluation.pop("dense_results", None), str | None)
-            evaluation = _build(EvaluationConfig, evaluation, "evaluate")
-        recovery = _recovery(content)
+        if not isinstance(content["model"], dict):
+            content = {**content, "model": {"model": content["model"]}}
+        model = ModelArguments(**{"model": None, **_section(content, "model")[0]})
+        folder = checked("output_dir", content["output_dir"], str)
+        pruning, beside = _section(content, "prune")
+        ratio, preset = beside.get("ratio"), beside.get("preset")
+        if preset is None:
+            pruning = PruningConfig(**pruning)
+        elif preset not in PRESETS:
+            raise ConfigurationError(f"`preset` is {preset!r}; allowed values are {', '.join(PRESETS)}.")
+        elif ratio is None:
+            raise ConfigurationError(f"`preset: {preset}` needs a `ratio`.")
+        else:  # which takes the ratio as its own
+            ratio, pruning = None, PRESETS[preset](ratio, **pruning)
+        recovery = quantization = evaluation = dense_results = None
+        # The checkpoint of a section goes beside the one that it is made of, unless it says where.
+        if content.get("recover"):
+            values, beside = _section(content, "recover")
+            if not beside.get("dataset"):
+                raise ConfigurationError("`recover` needs a `dataset`: a file, a folder or a data set of the Hub.")
+            distillation = beside.pop("distillation", {})
+            _check_options(distillation, DistillationConfig, "recover.distillation")
+            beside = {
+                "output_dir": f"{folder}-recovered",
+                **beside,
+                "distillation": DistillationConfig(**distillation),
+            }
+            recovery = Step(RecoveryConfig(**values), **beside)
+        if content.get("quantize"):
+            values, beside = _section(content, "quantize")
+            source = folder if recovery is None else recovery.output_dir
+            quantization = Step(QuantizationConfig(**values), **{"output_dir": f"{source}-quantised", **beside})
+        if content.get("evaluate") is not None:
+            values, beside = _section(content, "evaluate")
+            evaluation, dense_results = EvaluationConfig(**values), beside.get("dense_results")
+        push = _section(content, "push")[0]
+        types_of_push = field_types(PushArguments)
+        push = {name: checked(name, value, types_of_push[name]) for name, value in push.items()}
         recipe = cls(
-            model, output_dir, ratio, pruning, recovery, _quantization(content, recovery), evaluation, dense_results,
-            push, text,
+            model, folder, ratio, pruning, recovery, quantization, evaluation, dense_results, push, text
         )  # fmt: skip
         paths = [path.absolute() for path in recipe.folders.values()]
         for path in paths:
@@ -182,61 +188,22 @@ def _check_sections(content: Any) -> None:
     for name in ("model", "output_dir", "prune"):
         if not content.get(name):
             raise ConfigurationError(f"The section `{name}` is missing.")
-    for name in SECTIONS[2:]:
+    for name in list(SECTIONS)[2:]:
         if not isinstance(content.get(name), (dict, types.NoneType)):
             raise ConfigurationError(f"`{name}` is {content[name]!r}; it must hold `option: value` lines.")
 
 
-def _pruning(section: dict[str, Any]) -> tuple[float | None, PruningConfig]:
-    """The ratio and the configuration; a preset takes the ratio as its own."""
-    preset, ratio = section.pop("preset", None), checked("ratio", section.pop("ratio", None), Ratio | None)
-    if preset is None:
-        return ratio, _build(PruningConfig, section, "prune")
-    if preset not in PRESETS:
-        raise ConfigurationError(f"`preset` is {preset!r}; allowed values are {', '.join(PRESETS)}.")
-    if ratio is None:
-        raise ConfigurationError(f"`preset: {preset}` needs a `ratio`.")
-    _check_options(section, [field.name for field in dataclasses.fields(PruningConfig)], "prune")
-    return None, PRESETS[preset](ratio, **section)
+def _section(content: dict[str, Any], name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of a section that are not left empty: those of its dataclass, and those beside it, checked."""
+    cls, kinds = SECTIONS[name]
+    given = {option: value for option, value in (content.get(name) or {}).items() if value is not None}
+    beside = {option: checked(option, given.pop(option), kind) for option, kind in kinds.items() if option in given}
+    _check_options(given, cls, name)
+    return given, beside
 
 
-def _given(content: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """The options of a section that are not left empty."""
-    section = content.get(name)
-    return section and {option: value for option, value in section.items() if value is not None}
-
-
-def _recovery(content: dict[str, Any]) -> RecoverySection | None:
-    """The section `recover`, if there is one; the checkpoint goes beside the pruned one unless it says where."""
-    if not content.get("recover"):
-        return None
-    section = _given(content, "recover")
-    dataset, folder = section.pop("dataset", None), section.pop("output_dir", f"{content['output_dir']}-recovered")
-    split = section.pop("split", "train")
-    if not dataset:
-        raise ConfigurationError("`recover` needs a `dataset`: a file, a folder or a data set of the Hub.")
-    distillation = checked("distillation", section.pop("distillation", None), dict[str, Any] | None) or {}
-    distillation = _build(DistillationConfig, distillation, "recover.distillation")
-    config = _build(RecoveryConfig, section, "recover")
-    return RecoverySection(dataset, split, folder, config, distillation)
-
-
-def _quantization(content: dict[str, Any], recovery: RecoverySection | None) -> QuantizationSection | None:
-    """The section `quantize`, if there is one; the checkpoint goes beside the one that it is made of."""
-    if not content.get("quantize"):
-        return None
-    section = _given(content, "quantize")
-    source = content["output_dir"] if recovery is None else recovery.output_dir
-    folder = section.pop("output_dir", f"{source}-quantised")
-    return QuantizationSection(folder, _build(QuantizationConfig, section, "quantize"))
-
-
-def _build(cls: type, values: dict[str, Any], section: str) -> Any:
-    _check_options(values, [field.name for field in dataclasses.fields(cls)], section)
-    return cls(**values)
-
-
-def _check_options(values: dict[str, Any], known: Sequence[str], section: str) -> None:
+def _check_options(values: dict[str, Any], cls: type, section: str) -> None:
+    known = [field.name for field in dataclasses.fields(cls) if field.name not in NOT_OPTIONS.get(section, ())]
     for name in values:
         if name not in known:
             raise ConfigurationError(f"`{name}` is not an option of `{section}`; the options are {', '.join(known)}.")

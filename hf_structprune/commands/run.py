@@ -1,17 +1,19 @@
-"""`hf-structprune run RECIPE`: prunes, recovers, quantises, measures all sides, writes the cards and pushes."""
+"""`hf-structprune run RECIPE`, and `demo`: prunes, recovers, quantises, measures all sides and writes the cards."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..checks import Ratio
 from ..config import CONFIG_NAME, PruningConfig
 from ..errors import ConfigurationError
-from ..evaluation import EfficiencyConfig, EvaluationResult, ResultTable, evaluate
+from ..evaluation import EfficiencyConfig, EvaluationConfig, EvaluationResult, ResultTable, evaluate, generate_samples
 from ..evaluation.pictures import save, widths_figure
 from ..evaluation.results import RESULTS_NAME
 from ..files.places import check_place
@@ -24,12 +26,14 @@ from ..installed import need
 from ..model.describe import target_of
 from ..plan import PruningPlan
 from ..quantization.quantizing import Source, backend_of, quantize
+from ..recovery.data import load_rows
 from ..recovery.recovering import newest_whole, recover, training_folder
 from ..units import DepthKind, kinds_of
 from .arguments import parse
-from .benchmark import take_turns_apart
-from .cli import check_output_dir, console, speaking
+from .cli import check_output, console, speaking
+from .measure import take_turns_apart
 from .models import (
+    DEMO_MODEL,
     ModelArguments,
     Subject,
     check_ratio,
@@ -40,10 +44,14 @@ from .models import (
     load_to_plan,
     plans_by_shapes,
 )
-from .recipe import RECIPE_NAME, QuantizationSection, Recipe, RecoverySection
+from .recipe import RECIPE_NAME, Recipe, Step
 
+
+if TYPE_CHECKING:
+    from ..pruner import StructuredPruner
 
 TURNS = 3
+MAX_WINDOWS = 6  # of the demo
 
 
 @dataclass
@@ -70,23 +78,30 @@ def run_command(argv: Sequence[str]) -> None:
         "Run RECIPE: prune, recover, quantise, measure, write the cards, push. What is done already is not done again."
     )
     (arguments,) = parse(argv, "run", description, RunArguments)
-    recipe = Recipe.load(arguments.recipe)
+    recipe, again = Recipe.load(arguments.recipe), arguments.overwrite
     check_ratio(recipe.ratio, recipe.pruning)
     if arguments.push and not recipe.push.get("repo_id"):
         raise ConfigurationError(f"{arguments.recipe} names no `repo_id` in its section `push`.")
+    # Mistakes show before any work, and what an earlier run has left and this one goes on from is read.
     if recipe.evaluation is not None:
-        dataclasses.replace(recipe.evaluation, efficiency=False).load()  # mistakes show before any work
+        dataclasses.replace(recipe.evaluation, efficiency=False).load()
     if recipe.recovery is not None:
-        check_recovery(recipe.recovery)
-    options = {name: value for name, value in recipe.model.items() if name != "model"}
-    source = dataclasses.replace(find_model(recipe.model["model"]), **options)
+        need("trl", "peft", extra="recover")
+        load_rows(recipe.recovery.dataset, split=recipe.recovery.split, max_samples=1)
+    source = dataclasses.replace(recipe.model, model=find_model(recipe.model.model).model)
     if recipe.quantization is not None:
-        check_quantization(recipe.quantization, recipe, source)
-    _check_earlier(recipe, arguments.overwrite)
-    if arguments.dry_run:
-        _show_plan(recipe, source)
-    else:
+        _check_quantization(recipe, source)
+    for folder in recipe.folders.values():
+        (check_card if again else check_own_files)(folder)
+    if _dense_results(recipe).is_file() and not again:
+        check_file(_dense_results(recipe), EvaluationResult.load)
+    if not arguments.dry_run:
         _Run(recipe, source, arguments).all()
+        return
+    out = console()
+    out.print(load_to_plan(source, recipe.pruning, recipe.ratio).plan(recipe.ratio).table())
+    for step in filter(None, (recipe.recovery, recipe.quantization)):
+        out.print(f"Then {step.output_dir}: {step}")
 
 
 def _dense_results(recipe: Recipe) -> Path:
@@ -94,22 +109,22 @@ def _dense_results(recipe: Recipe) -> Path:
     return Path(recipe.dense_results or f"{os.path.abspath(recipe.output_dir)}-dense.json")
 
 
-def _check_earlier(recipe: Recipe, again: bool) -> None:
-    """Reads what an earlier run has left and this one goes on from, before any work."""
-    for folder in recipe.folders.values():
-        (check_card if again else check_own_files)(folder)
-    dense = _dense_results(recipe)
-    if dense.is_file() and not again:
-        check_file(dense, EvaluationResult.load)
+def _check_quantization(recipe: Recipe, source: ModelArguments) -> None:
+    """Finds out before any work whether the model can be quantised, as far as shapes tell.
 
-
-def _show_plan(recipe: Recipe, source: ModelArguments) -> None:
-    """What would be done."""
-    out = console()
-    out.print(load_to_plan(source, recipe.pruning, recipe.ratio).plan(recipe.ratio).table())
-    for section in (recipe.recovery, recipe.quantization):
-        if section is not None:
-            out.print(f"Then {section.output_dir}: {section}")
+    The shapes are those of the plan if it can be made without weights, else those of the dense model, which are right
+    where layers go and nothing else; what was pruned in fact is looked at before a training that would be in vain.
+    """
+    model = None
+    if plans_by_shapes(recipe.pruning, recipe.ratio):
+        pruner = load_to_plan(source, recipe.pruning, recipe.ratio)
+        plan = pruner.plan(recipe.ratio)
+        if plan.hidden is None:  # the plan is for the model after its residual stream is cut
+            model = target_of(pruner.model, pruner.structure, plan).skeleton()
+    elif not set(recipe.pruning.units) - set(kinds_of(DepthKind)):
+        model = load_shapes(source).model
+    if model is not None:
+        backend_of(Source(source.model, model, source.trust_remote_code), recipe.quantization.config)
 
 
 class _Run:
@@ -122,7 +137,7 @@ class _Run:
         for folder in (recipe.output_dir, *recipe.folders.values()):
             check_folder(folder)
         check_place(_dense_results(self.recipe), file=True)
-        self.base = recipe.model["model"]
+        self.base = recipe.model.model
         self.out = console()
 
     def all(self) -> None:
@@ -160,27 +175,33 @@ class _Run:
             pruner.prune(self.recipe.ratio)
             pruner.save_pretrained(self.folder)
         if not measured:
-            _copy(_dense_results(self.recipe), self.folder / DENSE_RESULTS_NAME)
+            write_text(self.folder / DENSE_RESULTS_NAME, _dense_results(self.recipe).read_text(encoding="utf-8"))
 
-    def _recover(self, section: RecoverySection) -> None:
-        """Trains the pruned checkpoint and measures and describes what came out."""
-        report = None if self.again else read_report(Path(section.output_dir) / RECOVERY_NAME)
-        if not _is_made(report, section.output_dir, section.config.to_public_dict(), "recovered", "recover"):
+    def _recover(self, step: Step) -> None:
+        """Trains the pruned checkpoint; an interrupted training goes on where it stopped."""
+        report = None if self.again else read_report(Path(step.output_dir) / RECOVERY_NAME)
+        if not _is_made(report, step, step.config.to_public_dict(), "recovered", "recover"):
             self.out.print(f"Recovering {self.folder} ...")
+            resume = not self.again and newest_whole(training_folder(step.output_dir))[0] is not None
+            dense = self.source.model
             with speaking():
-                recover_section(section, self.folder, self.source, self.base, self.again)
-        self._finish(Path(section.output_dir), "recovered")
+                recover(
+                    self.folder, step.dataset, step.output_dir, step.config,
+                    split=step.split, dense=dense, teacher=dense, teacher_name=self.base, resume=resume,
+                    distillation=step.distillation, overwrite=self.again,
+                    trust_remote_code=self.source.trust_remote_code,
+                )  # fmt: skip
+        self._finish(Path(step.output_dir), "recovered")
 
-    def _quantise(self, section: QuantizationSection) -> None:
-        """Quantises the last checkpoint and measures and describes what came out."""
+    def _quantise(self, step: Step) -> None:
+        """Quantises the last checkpoint."""
         source = list(self.recipe.folders.values())[-2]
-        report = None if self.again else read_report(Path(section.output_dir) / QUANTIZATION_NAME)
-        settings = public_config(section.config).to_dict()
-        if not _is_made(report, section.output_dir, settings, "quantised", "quantize"):
+        report = None if self.again else read_report(Path(step.output_dir) / QUANTIZATION_NAME)
+        if not _is_made(report, step, public_config(step.config).to_dict(), "quantised", "quantize"):
             self.out.print(f"Quantising {source} ...")
             with speaking():
-                quantise_section(section, self._result(source), self.again)
-        self._finish(Path(section.output_dir), "quantised")
+                quantize(str(source), step.output_dir, step.config, overwrite=self.again)
+        self._finish(Path(step.output_dir), "quantised")
 
     def _finish(self, folder: Path, state: str) -> None:
         """Measures a checkpoint as its users will load it, and describes it."""
@@ -198,7 +219,7 @@ class _Run:
     def _is_pruned(self) -> bool:
         """Whether the folder holds the checkpoint already; refuses something else in it."""
         if self.again or not (self.folder / CONFIG_NAME).exists():
-            check_output_dir(str(self.folder), self.again)
+            check_output(str(self.folder), self.again)
             return False
         plan, config = PruningPlan.load(self.folder), PruningConfig.load(self.folder)
         if config != self.recipe.pruning or plan.ratio_requested != self.recipe.ratio:
@@ -248,65 +269,86 @@ class _Run:
             measured[state] = earlier / RESULTS_NAME
         for state, file in measured.items():
             if file.is_file() and file.parent != folder:
-                _copy(file, folder / f"evaluation_results_{state}.json")
+                write_text(folder / f"evaluation_results_{state}.json", file.read_text(encoding="utf-8"))
         save(widths_figure(PruningPlan.load(folder)), folder / WIDTHS_NAME)
         write_text(folder / RECIPE_NAME, self.recipe.text)
         write_card(folder)
 
 
-def _copy(source: Path, target: Path) -> None:
-    write_text(target, source.read_text(encoding="utf-8"))
-
-
-def check_quantization(section: QuantizationSection, recipe: Recipe, source: ModelArguments) -> None:
-    """Finds out before any work whether the model can be quantised, as far as shapes tell.
-
-    The shapes are those of the plan if it can be made without weights, else those of the dense model, which are right
-    where layers go and nothing else; what was pruned in fact is looked at before a training that would be in vain.
-    """
-    model = None
-    if plans_by_shapes(recipe.pruning, recipe.ratio):
-        pruner = load_to_plan(source, recipe.pruning, recipe.ratio)
-        plan = pruner.plan(recipe.ratio)
-        if plan.hidden is None:  # the plan is for the model after its residual stream is cut
-            model = target_of(pruner.model, pruner.structure, plan).skeleton()
-    elif not set(recipe.pruning.units) - set(kinds_of(DepthKind)):
-        model = load_shapes(source).model
-    if model is not None:
-        backend_of(Source(source.model, model, source.trust_remote_code), section.config)
-
-
-def quantise_section(section: QuantizationSection, source: ModelArguments, again: bool) -> None:
-    """Quantises the checkpoint of the step before."""
-    options = {"overwrite": again, "trust_remote_code": source.trust_remote_code}
-    quantize(source.model, section.output_dir, section.config, **options)
-
-
-def check_recovery(section: RecoverySection) -> None:
-    """Finds out before any work whether the training can be run."""
-    need("trl", "peft", extra="recover")
-    from ..recovery.data import load_rows
-
-    load_rows(section.dataset, split=section.split, max_samples=1)
-
-
-def recover_section(
-    section: RecoverySection, pruned: Path, dense: ModelArguments, dense_name: str, again: bool
-) -> None:
-    """Trains the pruned checkpoint; an interrupted training goes on where it stopped."""
-    resume = not again and newest_whole(training_folder(section.output_dir))[0] is not None
-    recover(
-        pruned, section.dataset, section.output_dir, section.config,
-        split=section.split, dense=dense.model, teacher=dense.model, teacher_name=dense_name,
-        distillation=section.distillation, resume=resume, overwrite=again, trust_remote_code=dense.trust_remote_code,
-    )  # fmt: skip
-
-
-def _is_made(report: dict[str, Any] | None, folder: str, configuration: dict[str, Any], made: str, name: str) -> bool:
+def _is_made(report: dict[str, Any] | None, step: Step, configuration: dict[str, Any], made: str, name: str) -> bool:
     """Whether a folder holds what a section makes, by the report there; refuses what other settings have made."""
     if report is not None and report["configuration"] != configuration:
         raise ConfigurationError(
-            f"{folder} holds a checkpoint that was {made} with other settings; choose another `output_dir` in the "
-            f"section `{name}`, or say --overwrite."
+            f"{step.output_dir} holds a checkpoint that was {made} with other settings; choose another `output_dir` "
+            f"in the section `{name}`, or say --overwrite."
         )
     return report is not None
+
+
+@dataclass
+class DemoArguments:
+    """The demo.
+
+    Args:
+        model (`str`): Id of a model on the Hub, or a folder. Default: SmolLM2-135M-Instruct.
+        ratio (`float`): Share of all parameters to remove: 0.3 removes 30 %.
+        output_dir (`str`): Folder for the checkpoint; an earlier checkpoint of this package is replaced.
+        prompt (`str`): What the model is asked, before and after.
+    """
+
+    model: str = DEMO_MODEL
+    ratio: Ratio = 0.2
+    output_dir: str = "out"
+    prompt: str = "What is the capital of France?"
+
+
+def demo_command(argv: Sequence[str]) -> None:
+    """Runs the demo."""
+    (arguments,) = parse(argv, "demo", "Prune MODEL and show what happened.", DemoArguments)
+    check_ratio(arguments.ratio, PruningConfig())
+    folder = Path(arguments.output_dir)
+    check_output(arguments.output_dir, overwrite=(folder / CONFIG_NAME).exists())
+    out, started = console(), time.monotonic()
+    source = find_model(arguments.model)
+    pruner = load_pruner(source)
+    if source.model != arguments.model:
+        pruner.origin = Origin.of(arguments.model)
+    out.print(f"1/4  Loaded {arguments.model}; measuring the dense model ...")
+    dense = _measure_demo(pruner, arguments.model, "dense", arguments.prompt)
+    out.print(f"2/4  Pruning {arguments.ratio:.0%} of all parameters ...")
+    pruner.prune(arguments.ratio)
+    out.print(pruner.last_plan.table())
+    out.print("3/4  Measuring the pruned model, then the speed of both ...")
+    pruned = _measure_demo(pruner, folder.name, "pruned", arguments.prompt)
+    pruned.base_model = arguments.model
+    pruner.save_pretrained(folder)
+    subjects = [Subject(source, "dense", None), Subject(ModelArguments(str(folder)), "pruned", arguments.model)]
+    for result, timed in zip((dense, pruned), take_turns_apart(subjects, EfficiencyConfig(), 1), strict=True):
+        result.add(*timed.figures.values())
+    dense.save(folder / DENSE_RESULTS_NAME)
+    pruned.save(folder / RESULTS_NAME)
+    save(widths_figure(pruner.last_plan, pruner.model.config.num_hidden_layers), folder / WIDTHS_NAME)
+    write_card(folder)
+    out.print(f"4/4  Saved to {folder}/; the model card is {folder / 'README.md'}")
+    out.print(ResultTable([dense, pruned]).to_rich())
+    texts = [" ".join(result.samples[0]["text"].split()) for result in (dense, pruned)]
+    out.print(f"prompt: {arguments.prompt}\n dense: {texts[0]}\npruned: {texts[1]}\n")
+    out.print(_how_to_load(arguments.output_dir, pruner.last_plan.layout))
+    out.print(f"\nDone in {time.monotonic() - started:.0f} s.")
+
+
+def _measure_demo(pruner: StructuredPruner, name: str, state: str, prompt: str) -> EvaluationResult:
+    """Perplexity on the packaged text, and the greedy answer to the prompt."""
+    config = EvaluationConfig(max_windows=MAX_WINDOWS, efficiency=False, samples=False)
+    result = evaluate(pruner.model, pruner.tokenizer, config, name=name, state=state)
+    result.samples = generate_samples(pruner.model, pruner.tokenizer, prompt, max_new_tokens=40)
+    return result
+
+
+def _how_to_load(folder: str, layout: str) -> str:
+    first = "import hf_structprune  # its layers differ in width\n    " if layout == "per_layer" else ""
+    return (
+        f"Load it like any other model:\n\n    {first}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'    model = AutoModelForCausalLM.from_pretrained("{folder}")\n'
+        f'    tokenizer = AutoTokenizer.from_pretrained("{folder}")'
+    )

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_structprune import StructuredPruner
-from hf_structprune.commands import benchmark, cli, demo
+from hf_structprune.commands import cli, measure, run
 from hf_structprune.commands import models as command_models
 from hf_structprune.evaluation import EfficiencyConfig
 from hf_structprune.evaluation.results import Figure
@@ -185,10 +185,10 @@ def test_errors_are_one_line(folder, argv, parts, capsys):
 
 def test_demo(folder, tmp_path, capsys, monkeypatch):
     def briefly(subjects, config, rounds):  # and not in a process of its own
-        return benchmark.take_turns(subjects, EfficiencyConfig(new_tokens=2, warmup=0, repeats=1), 1)
+        return measure.take_turns(subjects, EfficiencyConfig(new_tokens=2, warmup=0, repeats=1), 1)
 
-    monkeypatch.setattr(demo, "take_turns_apart", briefly)
-    monkeypatch.setattr(benchmark, "_load_time", lambda arguments: Figure("efficiency/load_time", 1.0, "s"))
+    monkeypatch.setattr(run, "take_turns_apart", briefly)
+    monkeypatch.setattr(measure, "time_loading", lambda *_, **__: Figure("efficiency/load_time", 1.0, "s"))
     out = str(tmp_path / "out")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "pruning_config.json").write_text("{}")  # an earlier result of ours, which may be replaced

@@ -8,7 +8,7 @@ from gguf import GGUFReader
 from test_cli import assert_one_error_line
 from vocabularies import byte_level
 
-from hf_structprune.commands import cli, convert
+from hf_structprune.commands import checkpoints, cli
 
 
 @pytest.mark.parametrize(
@@ -45,9 +45,11 @@ def test_every_format_has_a_function_with_known_options():
     import inspect
     from dataclasses import fields
 
-    options = {field.name for field in fields(convert.ExportArguments)}
-    for module, name in convert.FORMATS.values():
-        parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    options = {field.name for field in fields(checkpoints.ExportArguments)}
+    for module, name in checkpoints.FORMATS.values():
+        parameters = inspect.signature(
+            getattr(importlib.import_module(module, "hf_structprune.commands"), name)
+        ).parameters
         assert list(parameters)[:2] == ["model", "output"]
         known = {key for key in parameters if key in options} - {"model", "output"}
         assert all(parameters[key].kind is inspect.Parameter.KEYWORD_ONLY for key in known)

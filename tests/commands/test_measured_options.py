@@ -12,7 +12,7 @@ from few_tasks import few_tasks  # noqa: F401
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_structprune import PruningConfig, StructuredPruner
-from hf_structprune.commands import cli, evaluate
+from hf_structprune.commands import cli, measure
 from hf_structprune.evaluation.results import EvaluationResult, Figure
 
 
@@ -103,16 +103,16 @@ def test_evaluate_a_model_that_is_not_ours(dense, quick, tmp_path, capsys):
 
 
 def test_interrupt_and_go_on(dense, pruned, quick, capsys, monkeypatch):
-    argv, measure = ["evaluate", pruned, "--baseline", dense, *quick], evaluate.evaluate
+    argv, original = ["evaluate", pruned, "--baseline", dense, *quick], measure.evaluate
     measured = []
 
     def interrupted(model, *args, **options):
         if options["state"] == "pruned" and not measured:
             measured.append("interrupt")
             raise KeyboardInterrupt
-        return measure(model, *args, **options)
+        return original(model, *args, **options)
 
-    monkeypatch.setattr(evaluate, "evaluate", interrupted)
+    monkeypatch.setattr(measure, "evaluate", interrupted)
     assert cli.main(argv) == 130
     base = Path(pruned) / "evaluation_results_dense.json"
     before = base.read_bytes()
@@ -160,7 +160,7 @@ def test_no_texts(pruned, capsys):
     ],
 )
 def test_mistakes_show_before_a_model_is_loaded(pruned, argv, part, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_for_measuring", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(measure, "load_for_measuring", lambda *_: pytest.fail("loaded"))
     assert part in fail(capsys, "evaluate", pruned, *argv)
 
 
@@ -205,15 +205,14 @@ BENCHMARK = ["--repeats", "2", "--warmup", "0", "--new-tokens", "4", "--length",
 
 
 def test_benchmark_takes_turns(dense, pruned, tmp_path, capsys, monkeypatch):
-    from hf_structprune.commands import benchmark
-
-    turns, load = [], benchmark.load_for_measuring
+    turns, load = [], measure.load_for_measuring
 
     def noting(arguments):
         turns.append(Path(arguments.model).name)
         return load(arguments)
 
-    monkeypatch.setattr(benchmark, "load_for_measuring", noting)
+    monkeypatch.setattr(measure, "load_for_measuring", noting)
+    monkeypatch.setattr(measure, "time_loading", lambda *_, **__: Figure("efficiency/load_time", 1.0, "s"))
     output = tmp_path / "speed.json"
     argv = ["benchmark", pruned, "--baseline", dense, *BENCHMARK, "--rounds", "2", "--output", str(output)]
     content = json.loads(run(capsys, *argv, "--json"))
@@ -226,7 +225,7 @@ def test_benchmark_takes_turns(dense, pruned, tmp_path, capsys, monkeypatch):
     rows = {row["figure"]: row["cells"]["pruned"] for row in content["rows"]}
     assert all(cell["comparable"] for cell in rows.values())
     assert rows["efficiency/weight_bytes"]["difference"] == -4 * 2 * 3 * 32 * 32
-    assert "speed.json is there" in fail(capsys, *argv)
+    assert "speed.json exists" in fail(capsys, *argv)
     assert turns == ["dense", "pruned"] * 2
 
 
@@ -251,7 +250,7 @@ def test_benchmark_asks_questions_of_both(dense, pruned, tmp_path, capsys):
 
 
 def test_turns_in_a_process_of_their_own_give_the_same_sizes(dense, pruned):
-    from hf_structprune.commands.benchmark import take_turns, take_turns_apart
+    from hf_structprune.commands.measure import take_turns, take_turns_apart
     from hf_structprune.commands.models import ModelArguments, find_subject
     from hf_structprune.evaluation import EfficiencyConfig
 

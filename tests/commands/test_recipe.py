@@ -1,6 +1,5 @@
 """Recipes: reading, variables, mistakes, and the committed ones on shapes."""
 
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -13,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 from hf_structprune import CalibrationConfig, PruningConfig, QuantizationConfig, StructuredPruner
 from hf_structprune.commands import cli
 from hf_structprune.commands.models import ModelArguments
-from hf_structprune.commands.recipe import MODEL_OPTIONS, Recipe, substitute
+from hf_structprune.commands.recipe import Recipe, substitute
 from hf_structprune.errors import ConfigurationError
 from hf_structprune.files.reading import parse_yaml
 from hf_structprune.quantization.quantizing import Source
@@ -39,7 +38,7 @@ def load(tmp_path, text):
 
 def test_minimal_recipe_has_the_default_settings(tmp_path):
     recipe = load(tmp_path, MINIMAL)
-    assert recipe.model == {"model": "some/model"} and recipe.output_dir == "out" and recipe.ratio == 0.2
+    assert recipe.model == ModelArguments("some/model") and recipe.output_dir == "out" and recipe.ratio == 0.2
     assert recipe.pruning == PruningConfig()
     assert recipe.evaluation is None and recipe.push == {} and recipe.text == MINIMAL
 
@@ -52,7 +51,7 @@ def test_every_section_is_read(tmp_path):
         "evaluate: {tasks: [study-a], limit: 7, dense_results: dense.json, include_path: }\n"
         "push: {repo_id: me/smaller, private: true}\n",
     )
-    assert recipe.model == {"model": "some/model", "dtype": "bf16"}
+    assert recipe.model == ModelArguments("some/model", dtype="bf16")
     assert recipe.pruning.criterion == "wanda" and recipe.pruning.calibration.num_samples == 4
     assert recipe.evaluation.limit == 7 and recipe.evaluation.include_path is None
     assert recipe.dense_results == "dense.json"
@@ -144,10 +143,6 @@ def test_merged_sections_may_be_overridden():
 def test_yaml_that_cannot_be_read(text, message):
     with pytest.raises(ConfigurationError, match=message):
         parse_yaml(text, "file")
-
-
-def test_models_of_recipes_have_the_options_of_the_commands():
-    assert {*MODEL_OPTIONS} == {field.name for field in dataclasses.fields(ModelArguments)} - {"json"}
 
 
 def test_missing_file(tmp_path):

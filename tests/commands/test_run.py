@@ -8,9 +8,9 @@ from few_tasks import few_tasks  # noqa: F401
 from transformers import AutoModelForCausalLM
 
 from hf_structprune import PruningConfig, PruningPlan
-from hf_structprune.commands import benchmark, cli, run
+from hf_structprune.commands import cli, measure, run
 from hf_structprune.evaluation import EfficiencyConfig
-from hf_structprune.evaluation.results import EvaluationResult
+from hf_structprune.evaluation.results import EvaluationResult, Figure
 
 
 RECIPE = """
@@ -191,9 +191,10 @@ def test_speed_is_measured_in_turns_and_once(recipe, monkeypatch):
 
     def take_turns(subjects, config, rounds):
         turns.append([subject.state for subject in subjects])
-        return benchmark.take_turns(subjects, EfficiencyConfig(new_tokens=2, warmup=0, repeats=1), 1)
+        return measure.take_turns(subjects, EfficiencyConfig(new_tokens=2, warmup=0, repeats=1), 1)
 
     monkeypatch.setattr(run, "take_turns_apart", take_turns)
+    monkeypatch.setattr(measure, "time_loading", lambda *_, **__: Figure("efficiency/load_time", 1.0, "s"))
     assert cli.main(["run", str(recipe)]) == 0
     out = recipe.parent / "out"
     dense, pruned = (EvaluationResult.load(out / f"evaluation_results{end}.json") for end in ("_dense", ""))

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from hf_structprune import PruningPlan
-from hf_structprune.commands import benchmark, cli, run
+from hf_structprune.commands import cli, measure, run
 from hf_structprune.evaluation import EfficiencyConfig
 from hf_structprune.evaluation.results import EvaluationResult, Figure
 from hf_structprune.quantization.quantizing import Gptq
@@ -76,11 +76,11 @@ def done(monkeypatch):
         return subjects, EfficiencyConfig(new_tokens=2, warmup=0, repeats=1), 1
 
     loading = Figure("efficiency/load_time", 1.0, "s")  # which would be measured in a process for each state
-    monkeypatch.setattr(benchmark, "_load_time", lambda arguments: loading)
-    monkeypatch.setattr(run, "take_turns_apart", benchmark.take_turns)
+    monkeypatch.setattr(measure, "time_loading", lambda *_, **__: loading)
+    monkeypatch.setattr(run, "take_turns_apart", measure.take_turns)
     note(run, "take_turns_apart", lambda subjects, *rest: [subject.state for subject in subjects], briefly)
-    note(run, "recover_section", lambda *args: "recover")
-    note(run, "quantise_section", lambda *args: "quantise")
+    note(run, "recover", lambda *args: "recover")
+    note(run, "quantize", lambda *args: "quantise")
     return steps
 
 

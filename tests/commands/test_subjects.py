@@ -5,7 +5,8 @@ import json
 import pytest
 from transformers import LlamaConfig
 
-from hf_structprune.commands.models import ModelArguments, Subject, find_baseline, find_subject
+from hf_structprune.commands.measure import find_baseline
+from hf_structprune.commands.models import ModelArguments, Subject, find_subject
 from hf_structprune.errors import StructPruneError
 from hf_structprune.evaluation.results import EvaluationResult
 

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from hf_structprune import CalibrationConfig, PruningPlan
 from hf_structprune.commands import cli
 from hf_structprune.commands.arguments import parse
-from hf_structprune.commands.convert import QuantizeArguments
+from hf_structprune.commands.checkpoints import QuantizeArguments
 from hf_structprune.commands.models import ModelArguments, find_subject
 from hf_structprune.errors import CheckpointError, ConfigurationError
 from hf_structprune.evaluation.results import EvaluationResult, Figure

@@ -1,4 +1,4 @@
-"""`hf-structprune evaluate`, `perplexity` and `compare`: measures models and shows them side by side."""
+"""`hf-structprune evaluate`, `benchmark`, `perplexity` and `compare`: measures models and shows them side by side."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,23 +18,17 @@ from rich.table import Table
 from ..checks import Count, OneOf, check_fields
 from ..config import CONFIG_NAME
 from ..errors import ConfigurationError
+from ..evaluation.efficiency import EfficiencyConfig, measure_efficiency, median_figure, time_loading
 from ..evaluation.evaluator import EvaluationConfig, evaluate
-from ..evaluation.results import RESULTS_NAME, STATES, EvaluationResult
+from ..evaluation.generation import question_protocol
+from ..evaluation.results import RESULTS_NAME, STATES, EvaluationResult, Figure, describe_environment
 from ..evaluation.table import ResultTable
 from ..files.places import check_place
 from ..files.writing import write_text
 from ..plan import PLAN_NAME, PruningPlan
 from .arguments import parse
-from .cli import results_only_on_stdout, show
-from .models import (
-    ModelArguments,
-    Subject,
-    baseline_output,
-    find_baseline,
-    find_subject,
-    load_for_measuring,
-    save_baseline,
-)
+from .cli import check_output, results_only_on_stdout, show
+from .models import ModelArguments, Subject, find_subject, load_for_measuring
 
 
 if TYPE_CHECKING:
@@ -40,30 +36,56 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class EvaluateArguments:
-    """Options of `evaluate`.
+class SidesArguments:
+    """What MODEL is compared with.
 
     Args:
         baseline (`str`, *optional*): What MODEL is compared with, usually the dense model: a model to measure in the
-            same way (id, folder or .gguf file), or the JSON of an earlier evaluation.
-        suite (list of `str`, *optional*): Tasks that studies report together, besides `tasks`: `llm-pruner`,
-            `study-a`, `leaderboard`.
-        output (`str`, *optional*): JSON file for the results, saved after each step; an interrupted evaluation goes on
-            from it. The baseline's go beside it, with `_dense` in the name. Default: `evaluation_results.json` in
-            MODEL if that is a folder made by `prune`; else they are only printed.
+            same way (id, folder or .gguf file), or the JSON of an earlier measurement.
+        output (`str`, *optional*): JSON file for the results; the baseline's go beside it, with `_dense` in the name.
         state (`str`, *optional*): `dense`, `pruned`, `recovered` or `quantised`. Default: what the files of MODEL say.
-        base_model (`str`, *optional*): What MODEL was made from. Default: what its files say, or the baseline.
-        pictures (`bool`): Draw pictures (PNG) into a folder `pictures` beside the results.
-        overwrite (`bool`): Measure anew what other settings or another model have left in the output.
+        overwrite (`bool`): Write over results that are there.
     """
 
     baseline: str | None = None
-    suite: list[str] | None = None
     output: str | None = None
     state: str | None = None
+    overwrite: bool = False
+
+
+@dataclass
+class EvaluateArguments(SidesArguments):
+    """Options of `evaluate`.
+
+    Args:
+        output (`str`, *optional*): JSON file for the results, saved after each step; an interrupted evaluation goes on
+            from it. The baseline's go beside it, with `_dense` in the name. Default: `evaluation_results.json` in
+            MODEL if that is a folder made by `prune`; else they are only printed.
+        overwrite (`bool`): Measure anew what other settings or another model have left in the output.
+        suite (list of `str`, *optional*): Tasks that studies report together, besides `tasks`: `llm-pruner`,
+            `study-a`, `leaderboard`.
+        base_model (`str`, *optional*): What MODEL was made from. Default: what its files say, or the baseline.
+        pictures (`bool`): Draw pictures (PNG) into a folder `pictures` beside the results.
+    """
+
+    suite: list[str] | None = None
     base_model: str | None = None
     pictures: bool = False
-    overwrite: bool = False
+
+
+@dataclass
+class BenchmarkArguments(SidesArguments):
+    """Options of `benchmark`.
+
+    Args:
+        rounds (`int`): How often each model is loaded and timed. With a baseline the two take turns, so that what else
+            the machine does meets both.
+        questions (`str`, *optional*): Folder for the answers to five questions, timed: `questions.csv`, and
+            `questions_baseline.csv` for the baseline.
+    """
+
+    rounds: Count = 3
+    questions: str | None = None
 
 
 def evaluate_command(argv: Sequence[str]) -> None:
@@ -85,34 +107,22 @@ def evaluate_command(argv: Sequence[str]) -> None:
     elif command.pictures:
         raise ConfigurationError("--pictures needs --output: they are saved beside the results.")
     with results_only_on_stdout():
-        subject = find_subject(model, command.state)
-        baseline = None if command.baseline is None else find_baseline(command.baseline, model)
+        subject, baseline, beside = _sides(model, command, output)
         plan = PruningPlan.load(folder) if command.pictures and (folder / PLAN_NAME).is_file() else None
         config.load()  # what is wrong with texts and tasks shows before a model is loaded
-        results = _measure(subject, baseline, config, command, output)
+        results = []
+        if isinstance(baseline, Subject):
+            results.append(_evaluate(baseline, config, beside, baseline.base_model, command.overwrite))
+        elif baseline is not None:
+            results.append(baseline)
+            _save_baseline(baseline, beside, command.overwrite)
+        base = command.base_model or subject.base_model or (results[0].model if results else None)
+        results.append(_evaluate(subject, config, output, base, command.overwrite))
         if command.pictures:
             draw_all(results, output.parent / "pictures", plan)
     table = ResultTable(results)
     where = "Not saved: there was no --output." if output is None else f"Saved to {output}"
     show(model.json, {**table.to_dict(), "output": None if output is None else str(output)}, table.to_rich(), where)
-
-
-def _measure(
-    subject: Subject,
-    baseline: Subject | EvaluationResult | None,
-    config: EvaluationConfig,
-    command: EvaluateArguments,
-    output: Path | None,
-) -> list[EvaluationResult]:
-    """The results, those of the baseline first; only one model is in memory at a time."""
-    beside = None if output is None or baseline is None else baseline_output(output, baseline)
-    first = [baseline] if isinstance(baseline, EvaluationResult) else []
-    if first and beside is not None:
-        save_baseline(baseline, beside, command.overwrite)
-    elif isinstance(baseline, Subject):
-        first = [_evaluate(baseline, config, beside, baseline.base_model, command.overwrite)]
-    base = command.base_model or subject.base_model or (first[0].model if first else None)
-    return [*first, _evaluate(subject, config, output, base, command.overwrite)]
 
 
 def _evaluate(
@@ -123,6 +133,127 @@ def _evaluate(
     name = folder.absolute().name if folder.is_dir() else subject.arguments.model  # results are published: no paths
     about = {"name": name, "state": subject.state, "base_model": base_model}
     return evaluate(model, tokenizer, config, **about, output=output, overwrite=overwrite)
+
+
+def _sides(
+    model: ModelArguments, command: SidesArguments, output: Path | None
+) -> tuple[Subject, Subject | EvaluationResult | None, Path | None]:
+    """What is measured, what it is compared with, and where the results of that go: beside those of the model."""
+    subject = find_subject(model, command.state)
+    if command.baseline is None:
+        return subject, None, None
+    baseline = find_baseline(command.baseline, model)
+    beside = None if output is None else output.with_name(f"{output.stem}_{baseline.state}{output.suffix}")
+    return subject, baseline, beside
+
+
+def find_baseline(name: str, arguments: ModelArguments) -> Subject | EvaluationResult:
+    """What `--baseline` means: the JSON of an earlier evaluation, or a model to measure in the same way.
+
+    Args:
+        name: A `.json` file, or the id, folder or `.gguf` file of a model.
+        arguments: The model it is compared with; dtype, device and remote code are taken over.
+    """
+    path = Path(name)
+    if path.suffix == ".json":
+        return EvaluationResult.load(path)
+    changes = {"model": name, "revision": None, "subfolder": None, "gguf_file": None}
+    if path.suffix == ".gguf" and path.is_file():
+        changes |= {"model": str(path.parent), "gguf_file": path.name}
+    return find_subject(dataclasses.replace(arguments, **changes))
+
+
+def _save_baseline(result: EvaluationResult, path: Path | None, overwrite: bool) -> None:
+    """Puts results that were given as a file beside those of the model, where the card looks for them."""
+    if path is None:
+        return
+    if path.exists() and not overwrite and EvaluationResult.load(path) != result:
+        raise ConfigurationError(f"{path} holds other results than the baseline given: say --overwrite to replace it.")
+    result.save(path)
+
+
+def benchmark_command(argv: Sequence[str]) -> None:
+    """Measures, saves and prints."""
+    model, command, config = parse(
+        argv, "benchmark", "Measure size, memory and speed of MODEL.",
+        ModelArguments, BenchmarkArguments, EfficiencyConfig,
+    )  # fmt: skip
+    output = None if command.output is None else Path(command.output)
+    if command.output is not None:
+        check_output(command.output, command.overwrite, file=True)
+    if command.questions is not None:
+        check_place(command.questions)
+    with results_only_on_stdout():
+        subject, baseline, beside = _sides(model, command, output)
+        subjects = [baseline, subject] if isinstance(baseline, Subject) else [subject]
+        if len(subjects) > 1 and beside is not None:
+            check_output(str(beside), command.overwrite, file=True)
+        results = take_turns(subjects, config, command.rounds)
+        if command.questions is not None:
+            _ask(subjects, results, Path(command.questions))
+        if isinstance(baseline, EvaluationResult):
+            results.insert(0, baseline)
+        if output is not None:
+            results[-1].save(output)
+        if len(results) > 1:
+            _save_baseline(results[0], beside, command.overwrite)
+    table = ResultTable(results)
+    saved = [] if output is None else [f"Saved to {output}"]
+    show(model.json, {**table.to_dict(), "output": command.output}, table.to_rich(), *saved)
+
+
+def take_turns_apart(subjects: list[Subject], config: EfficiencyConfig, rounds: int) -> list[EvaluationResult]:
+    """`take_turns` in a process of its own: what earlier work has left in memory is in no figure."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(take_turns, subjects, config, rounds).result()
+
+
+def take_turns(subjects: list[Subject], config: EfficiencyConfig, rounds: int) -> list[EvaluationResult]:
+    """Size, memory and speed of each model, loaded and timed one after the other so many rounds.
+
+    Only one of them is in memory at a time.
+    """
+    figures: list[list[list[Figure]]] = [[] for _ in subjects]
+    results = []
+    for number in range(rounds if config.speed else 1):
+        for subject, found in zip(subjects, figures, strict=True):
+            model, _ = load_for_measuring(subject.arguments)
+            found.append(measure_efficiency(model, config))
+            if number == 0:
+                result = EvaluationResult(subject.arguments.model, subject.state, subject.base_model)
+                result.environment = describe_environment(model.device)
+                result.settings = json.loads(json.dumps({**dataclasses.asdict(config), "rounds": rounds}))
+                results.append(result)
+            del model
+    for subject, result, found in zip(subjects, results, figures, strict=True):
+        result.add(*_pool(found))
+        if config.speed and subject.arguments.device_map is None:
+            options = subject.arguments.loading_options()
+            result.add(time_loading(subject.arguments.model, device=subject.arguments.device or "cpu", **options))
+    return results
+
+
+def _ask(subjects: list[Subject], results: list[EvaluationResult], folder: Path) -> None:
+    """The five-question protocol, with a CSV file for each model; the last one is MODEL."""
+    for subject, result in zip(subjects, results, strict=True):
+        model, tokenizer = load_for_measuring(subject.arguments)
+        asked = question_protocol(model, tokenizer)
+        result.add(*asked.figures())
+        asked.write_csv(folder / ("questions.csv" if subject is subjects[-1] else "questions_baseline.csv"))
+        del model
+
+
+def _pool(rounds: list[list[Figure]]) -> list[Figure]:
+    """Timings of all rounds under one median; what is counted and not timed is the same in each."""
+    pooled = []
+    for figure in rounds[0]:
+        if "values" in figure.details:
+            alike = [next(f for f in found if f.name == figure.name) for found in rounds]
+            values = [value for one in alike for value in one.details["values"]]
+            turns = f"; {len(rounds)} such rounds, the model loaded anew for each" if len(rounds) > 1 else ""
+            figure = median_figure(figure.name, values, figure.unit, figure.protocol + turns)
+        pooled.append(figure)
+    return pooled
 
 
 @dataclass
