@@ -95,7 +95,7 @@ def pruned(twin: torch.nn.Module, kind: str) -> tuple[str, str]:
         units=kind, layout=layout, allocation="uniform", calibration=CalibrationConfig(tokens=tokens), **options
     )
     pruner = StructuredPruner(model, config)
-    small = pruner.prune(None if options else 0.005)
+    small = pruner.prune(None if options else 0.2 if kind == "experts" else 0.005)
     parameters = sum(parameter.numel() for parameter in small.parameters())
     if pruner.last_plan.parameters_after != parameters:
         return WRONG, f"the plan says {pruner.last_plan.parameters_after} parameters, the model has {parameters}"
