@@ -25,13 +25,13 @@ from ..config import LAYOUTS, PruningConfig
 from ..errors import CheckpointError, StructPruneError, UnsupportedModelError
 from ..hooks import as_output, others_of
 from ..model.describe import target_of
-from ..model.experts import without_experts
+from ..model.experts import Experts, without_experts
 from ..model.families import PROVEN
 from ..model.hidden_size import hidden_group
 from ..model.modeling_structprune import PerLayerMixin
 from ..model.norms import NormKind, stream_norms
 from ..model.rebuild import rebuild
-from ..model.structure import LayerStructure, ModelStructure, decoder_layers
+from ..model.structure import Group, LayerStructure, ModelStructure, decoder_layers
 from ..model.surgery import Kept, cut_units, drop, mask_sublayers, mask_units
 from ..model.target import make_target, stock_class
 from ..plan import Dropped, PruningPlan, emptied
@@ -214,15 +214,26 @@ class Trial:
     def _widths(self, kind: str) -> None:
         """Half of the units of every group; with equal widths and with widths of each layer, where they can be had."""
         groups = [group for group in self.structure.groups if group.kind == kind]
-        kept = {group.key: _half(group.size, group.blocks) for group in groups}
+        kept = {group.key: _half(group) for group in groups}
         parts = {group.key: group.blocks if KINDS[kind].within else 1 for group in groups}
         counts = {key: len(units) // parts[key] for key, units in kept.items()}
         if all(len(kept[group.key]) == group.size for group in groups):
             raise UnsupportedModelError(f"none of the {kind} of the small model can go")
+        for group in (group for group in groups if group.reader is None):
+            self._one_by_one(group)
         expected = None
         for small in _possible(partial(self._cut, kept, counts, layout) for layout in LAYOUTS):
             expected = self._masked(kept) if expected is None else expected
             self._check(small, expected)
+
+    def _one_by_one(self, group: Group) -> None:
+        """The experts of a block, computed one at a time, have to add up to what the block makes of them."""
+        experts = Experts(self.model, group)
+        width = experts.down(0).shape[0]
+        with _Float64(), torch.no_grad():
+            _, routing, total = experts.run(torch.randn(_SEQUENCES, _LENGTH, width))
+            got = experts.total(routing)
+        self._compare(got, total, "experts that are computed one by one do not add up to what their block puts out")
 
     def _masked(self, kept: Kept) -> torch.Tensor:
         masked = copy.deepcopy(self.model)
@@ -339,11 +350,11 @@ def _difference(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got - expected).abs().max() / expected.abs().max())
 
 
-def _half(units: int, blocks: int) -> torch.Tensor:
-    """Every other unit of each block, at random; one at least."""
-    size = units // blocks
-    keep = max(1, size // 2)
-    return torch.cat([block * size + torch.randperm(size)[:keep] for block in range(blocks)]).sort().values
+def _half(group: Group) -> torch.Tensor:
+    """Every other unit of each block, at random; as many at least as can be left."""
+    keep = max(1, group.whole // 2, -(-group.least // group.blocks))
+    chosen = [block * group.whole + torch.randperm(group.whole)[:keep] for block in range(group.blocks)]
+    return torch.cat(chosen).sort().values
 
 
 @torch.no_grad()
