@@ -52,7 +52,7 @@ def expert_groups(kind: str, model: PreTrainedModel, layers: list[tuple[LayerStr
     for structure, layer in layers:
         found: list[tuple[Slice, torch.Tensor]] = []
         for name, tensor in _tensors(layer, f"{structure.name}.").items():
-            for dim in changed_dims(tensor.shape, grown[name].shape):
+            for dim in changed_dims(tensor.shape, grown.get(name, tensor).shape):
                 width = tensor.shape[dim] // size
                 if (size * width, larger * width) != (tensor.shape[dim], grown[name].shape[dim]):
                     return [f"{key}: `{name}` does not grow with it in whole experts, left alone"]
