@@ -259,7 +259,7 @@ class PruningPlan:
 
     def count(self, structure: ModelStructure, size: int) -> None:
         """Takes the figures after pruning from the model that came out, of `size` bytes: no forecast any more."""
-        self.bytes_per_parameter_after = size / structure.total_parameters
+        self.bytes_per_parameter_after = size / structure.own_parameters
         self.parameters_after, self.matrix_parameters_after = structure.total_parameters, structure.matrix_parameters
         self.neurons_after = sum(group.size for group in structure.groups if KINDS[group.kind].activated)
 

@@ -104,7 +104,7 @@ class Execution:
         )
         drop(self.model, self.structure, plan.dropped)
         self.model = rebuild(self.model, target)
-        self.structure = ModelStructure.of(self.model, whole=False)
+        self.structure = ModelStructure.of(self.model, whole=False, towers=self.structure.towers)
         for layer, kind in self._stay.keys() - kept.keys():
             holder = (layer, KINDS[kind].within)
             if holder in kept:
@@ -127,7 +127,7 @@ class Execution:
         )  # fmt: skip
         result.model_type = self._model_type
         result.notes += dict.fromkeys(self._notes)
-        result.bytes_per_parameter = self._bytes / self._dense.total_parameters
+        result.bytes_per_parameter = self._bytes / self._dense.own_parameters
         seen = {(group.layer, group.kind): group.seen for group in plan.groups}
         for group in result.groups:
             group.seen = seen.get((group.layer, group.kind))

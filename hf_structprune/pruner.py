@@ -6,13 +6,14 @@ import copy
 import os
 import tempfile
 import weakref
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 from .allocation.depth import DepthChoice
 from .config import PruningConfig
@@ -21,13 +22,22 @@ from .files.places import check_place
 from .hub.checkpoint import push_folder, save_checkpoint, take_over
 from .hub.origin import origin_of, record
 from .model.checks import check_model, check_savable
-from .model.loading import as_tokenizer, load_config, load_model, load_tokenizer, plain_options, refuse_quantised
+from .model.loading import (
+    as_tokenizer,
+    load_config,
+    load_model,
+    load_processor,
+    load_tokenizer,
+    plain_options,
+    refuse_quantised,
+)
 from .model.measuring import check_finite, measuring
 from .model.rebuild import has_weights, interrupted, mark, marked_if_changed
 from .model.structure import ModelStructure
+from .model.towers import Towers, has_towers
 from .plan import PruningPlan
 from .planner import Planner
-from .proof.guarantee import kinds_in, prove
+from .proof.guarantee import kinds_in, prove, prove_decoder
 from .prune import Execution, check_plan
 from .stats.survey import Survey
 from .text.calibration import check_token_ids, load_tokens
@@ -37,9 +47,11 @@ class StructuredPruner:
     """Makes a causal language model smaller: whole heads and neurons go, the rest is re-fitted and stays dense.
 
     Args:
-        model (`PreTrainedModel`): A causal language model, in memory. Planning works on the meta device too.
+        model (`PreTrainedModel`): A causal language model, in memory, or one that sees
+            (`AutoModelForImageTextToText`), whose text decoder is cut. Planning works on the meta device too.
         config (`PruningConfig`, *optional*): What to cut and how. The defaults suit most models.
-        tokenizer (*optional*): Needed to calibrate on text, and saved with the checkpoint; also its folder or Hub id.
+        tokenizer (*optional*): Needed to calibrate on text, and saved with the checkpoint; also its folder or Hub id,
+            or the processor of a model that sees.
 
     Example:
 
@@ -55,10 +67,14 @@ class StructuredPruner:
 
     def __init__(self, model: PreTrainedModel, config: PruningConfig | None = None, tokenizer: Any = None) -> None:
         self.model, self.tokenizer = check_model(model), as_tokenizer(tokenizer)
+        self._processor = self.tokenizer if isinstance(self.tokenizer, ProcessorMixin) else None
+        if self._processor is not None:
+            self.tokenizer = self._processor.tokenizer
         self._given = weakref.ref(model)
         self.config = config or PruningConfig()
         with measuring(self.model):
-            self.structure = ModelStructure.of(self.model)
+            self._towers = Towers(self.model) if has_towers(self.model.config) else None
+            self.structure = ModelStructure.of(self._decoder(), towers=self._towers)
         self.origin = origin_of(model)
         self.last_plan: PruningPlan | None = None
         self.depth_choice: DepthChoice | None = None
@@ -90,9 +106,12 @@ class StructuredPruner:
                 )
             return cls(model_or_id, config, tokenizer)
         kwargs = plain_options(kwargs)
-        refuse_quantised(load_config(model_or_id, **kwargs), str(model_or_id))
-        model = load_model(model_or_id, **kwargs)
-        pruner = cls(model, config, load_tokenizer(model_or_id, **kwargs) if tokenizer is None else tokenizer)
+        model_config = load_config(model_or_id, **kwargs)
+        refuse_quantised(model_config, str(model_or_id))
+        model = load_model(model_or_id, towers=True, **kwargs)
+        if tokenizer is None:
+            tokenizer = (load_processor if has_towers(model_config) else load_tokenizer)(model_or_id, **kwargs)
+        pruner = cls(model, config, tokenizer)
         pruner.origin = origin_of(model, kwargs)
         return pruner
 
@@ -109,8 +128,8 @@ class StructuredPruner:
         """
         ratio = self.config.check_ratio(ratio)
         with measuring(self.model):
-            prove(self.model, self.structure, self.config.units)
-            planner = Planner(self.model, self.structure, self.config, self._tokens)
+            decoder = self._proven(self.config.units)
+            planner = Planner(decoder, self.structure, self.config, self._tokens)
             if planner.looks_first or self.config.chooses_depth(ratio):
                 check_finite(self.model)
             plan = planner.plan(ratio)
@@ -141,25 +160,37 @@ class StructuredPruner:
         check_savable(self.model, configuration=self.config, origin=self.origin and self.origin.options)
         dense = self.model
         with measuring(dense), marked_if_changed(dense, self._given()):
-            prove(dense, self.structure, kinds_in(ratio) if given else self.config.units)
+            decoder = self._proven(kinds_in(ratio) if given else self.config.units)
             check_finite(dense)
             try:
-                self._prune(ratio)
+                self._prune(decoder, ratio)
             except BaseException as error:
                 if self.model is not dense:  # some of several steps are done
                     mark(self.model, interrupted(error))
                 raise
         return self.model
 
-    def _prune(self, ratio: float | PruningPlan | None) -> None:
+    def _decoder(self) -> PreTrainedModel:
+        """What is cut: the model, or the text decoder of one that sees."""
+        return self.model if self._towers is None else self._towers.decoder()
+
+    def _proven(self, kinds: Collection[str]) -> PreTrainedModel:
+        """What is cut, once it is shown that it can be."""
+        decoder = self._decoder()
+        prove(decoder, self.structure, kinds)
+        if self._towers is not None:
+            prove_decoder(decoder, self.structure)
+        return decoder
+
+    def _prune(self, decoder: PreTrainedModel, ratio: float | PruningPlan | None) -> None:
         """Carries out a plan, or as many as there are steps."""
-        run = Execution(self.model, self.structure, self.config, self._tokens)
+        run = Execution(decoder, self.structure, self.config, self._tokens)
         given = isinstance(ratio, PruningPlan)
         if given:
-            check_plan(self.model, self.structure, ratio)
+            check_plan(decoder, self.structure, ratio)
             self._carry_out(run, copy.deepcopy(ratio))
         else:
-            planner = Planner(self.model, self.structure, self.config, self._tokens)
+            planner = Planner(decoder, self.structure, self.config, self._tokens)
             for steps_left in range(self.config.iterative_steps, 0, -1):
                 plan = planner.plan(ratio, steps_left)
                 self._carry_out(run, plan, planner.known)
@@ -172,7 +203,8 @@ class StructuredPruner:
 
     def _carry_out(self, run: Execution, plan: PruningPlan, known: Survey | None = None) -> None:
         run.carry_out(plan, known)
-        self.model, self.structure = run.model, run.structure
+        self.model = run.model if self._towers is None else self._towers.whole(run.model)
+        self.structure = run.structure
 
     def save_pretrained(self, folder: str | os.PathLike, **kwargs: Any) -> None:
         """Writes the pruned model as a checkpoint, all at once or not at all.
@@ -225,7 +257,7 @@ class StructuredPruner:
 
     def _save(self, folder: Path, name: str, **kwargs: Any) -> None:
         about = {"config": self.config, "plan": self.last_plan, "origin": self.origin}
-        save_checkpoint(self.model, self.tokenizer, folder, name, **about, **kwargs)
+        save_checkpoint(self.model, self._processor or self.tokenizer, folder, name, **about, **kwargs)
 
     def calibration_tokens(self) -> torch.Tensor:
         """The token ids that `config.calibration` names, shape (sequences, length), checked against the vocabulary."""

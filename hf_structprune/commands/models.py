@@ -127,7 +127,7 @@ def load_shapes(arguments: ModelArguments, config: PruningConfig | None = None) 
     dtype = options["dtype"]
     if dtype == "auto":  # as `loading.load_model` does it
         dtype = torch.bfloat16 if arguments.gguf_file else model_config.dtype
-    model = shapes_of(model_config, arguments.model, dtype=dtype, trust_remote_code=arguments.trust_remote_code)
+    model = shapes_of(model_config, arguments.model, True, dtype=dtype, trust_remote_code=arguments.trust_remote_code)
     return StructuredPruner(model, config)
 
 

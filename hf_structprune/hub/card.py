@@ -150,6 +150,7 @@ def _about(name: str, contents: Contents, link: str, metadata: dict[str, Any]) -
         "attribution": attribution(metadata, name),
         "libraries": [] if quantization is None else libraries(quantization),
         "per_layer": contents.per_layer,
+        "sees": contents.sees,
         "model_type": contents.model_config.get("model_type"),
         "state": contents.state,
         "recovery": "" if recovery is None else recovery_section(recovery, picture=contents.recovery_picture),

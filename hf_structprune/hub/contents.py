@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from yaml import YAMLError
 
 from ..config import CONFIG_NAME, PruningConfig
@@ -98,6 +99,12 @@ class Contents:
     def per_layer(self) -> bool:
         """Whether the layers differ in width."""
         return "per_layer_config" in self.model_config
+
+    @property
+    def sees(self) -> bool:
+        """Whether it takes images as well."""
+        classes = self.model_config.get("architectures") or []
+        return any(name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values() for name in classes)
 
     @property
     def state(self) -> str:

@@ -51,7 +51,7 @@ def make_metadata(
     fields: dict[str, Any] = {
         **({**kept, **base} if base_first else {**base, **kept}),
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "image-text-to-text" if contents.sees else "text-generation",
         "tags": list(dict.fromkeys([*TAGS, *(["quantized"] if quantised else []), *(known.get("tags") or [])])),
         "datasets": list(dict.fromkeys([*used, *(known.get("datasets") or [])])) or None,
     }

@@ -12,12 +12,13 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from ..errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from .layer_values import description
 from .rebuild import as_shared, check_whole
 from .target import skeleton
+from .towers import has_towers
 
 
 _HOOKS = (
@@ -143,9 +144,9 @@ def _stands_for_others(module: nn.Module) -> str | None:
 
 
 def _check_class(model: PreTrainedModel) -> None:
-    bases, config = type(model).__bases__, type(model.config)
+    bases, config, seeing = type(model).__bases__, type(model.config), has_towers(model.config)
     stock = bases[1] if bases[0].__name__ == "PerLayerMixin" else type(model)
-    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(config, ())
+    known = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if seeing else MODEL_FOR_CAUSAL_LM_MAPPING).get(config, ())
     known = known if isinstance(known, tuple) else (known,)
     names = " or ".join(one.__name__ for one in known)
     if not stock.__module__.startswith("transformers.models."):
@@ -160,12 +161,14 @@ def _check_class(model: PreTrainedModel) -> None:
     if not known:
         raise UnsupportedModelError(
             f"{stock.__name__} is no causal language model, and `AutoModelForCausalLM` loads none from a "
-            f"{config.__name__}, so that the result could not be loaded. A part of a model cannot be pruned alone."
+            f"{config.__name__}, so that the result could not be loaded. A part of a model cannot be pruned alone: "
+            "give the whole model (one that sees as `AutoModelForImageTextToText` loads it)."
         )
     if stock not in known:
         raise UnsupportedModelError(
-            f"{stock.__name__} is no causal language model: give a {names} (`AutoModelForCausalLM.from_pretrained`), "
-            "whose head predicts the next token."
+            f"{stock.__name__} is no causal language model: give a {names} "
+            f"(`{'AutoModelForImageTextToText' if seeing else 'AutoModelForCausalLM'}.from_pretrained`), whose head "
+            "predicts the next token."
         )
 
 

@@ -146,6 +146,8 @@ def _check_depth(model: PreTrainedModel, structure: ModelStructure, plan: Prunin
     """Checks that the layers that are left stay as they were when others are dropped."""
     if not plan.dropped.get(LAYERS):
         return
+    if structure.towers is not None and structure.towers.deep:
+        raise CheckpointError("What is seen enters several layers by their numbers; dropping one is not supported.")
     if getattr(model.config, "num_kv_shared_layers", 0):
         raise CheckpointError("Layers share their keys and values with others; dropping one is not supported.")
     try:
@@ -170,12 +172,14 @@ def check_shapes(model: PreTrainedModel, structure: ModelStructure, plan: Prunin
                 f"{type(target.config).__name__} cannot describe `{name}` of shape {wanted.get(name, 'none')}: it "
                 f"gives {built.get(name, 'none')}."
             )
-    size = sum(p.numel() for p in small.parameters())
+    size = sum(p.numel() for p in small.parameters()) + structure.total_parameters - structure.own_parameters
     if size != plan.parameters_after:
         raise CheckpointError(
             f"The plan leaves {plan.parameters_after:,} parameters, a {type(target.config).__name__} like this has "
             f"{size:,}: what the model shares is not what its configuration says it shares (tie_word_embeddings)."
         )
+    if structure.towers is not None:
+        structure.towers.check(target)
 
 
 def _shapes_after(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> dict[str, tuple[int, ...]]:

@@ -57,6 +57,11 @@ def hidden_group(model: PreTrainedModel, structure: ModelStructure) -> HiddenGro
         UnsupportedModelError: Other widths of the model depend on the hidden size, so that channels cannot be cut
             alone; names the parameter that shows it.
     """
+    if structure.towers is not None:
+        raise UnsupportedModelError(
+            f"The hidden size of this decoder is also that of what stands beside it, which writes into its residual "
+            f"stream, so that its channels cannot be cut. {WAY_OUT}"
+        )
     size = model.config.hidden_size
     # Next smaller ones by multiples that configurations ask for.
     heads = math.lcm(*{layer.attention.heads for layer in structure.layers if layer.attention})

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
 from ..errors import CheckpointError, ConfigurationError, UnsupportedModelError
@@ -16,6 +25,7 @@ from ..library_errors import readable, refuse_adapter
 from ..masking import remember
 from ..quantization.four_bit import compute_as_stored
 from .rebuild import dense_copy, has_own_head, with_ties
+from .towers import has_towers
 
 
 logger = logging.get_logger(__name__)
@@ -59,21 +69,28 @@ def load_config(model_id: str | os.PathLike, **kwargs: Any) -> PreTrainedConfig:
     return config
 
 
-def shapes_of(config: PreTrainedConfig, model_id: str, **kwargs: Any) -> PreTrainedModel:
+def shapes_of(config: PreTrainedConfig, model_id: str, towers: bool = False, **kwargs: Any) -> PreTrainedModel:
     """A model of a configuration on the meta device, without weights; `model_id` is what messages call it.
+
+    With `towers`, one that sees is the whole of it.
 
     Raises:
         CheckpointError: No model can be made of it.
     """
     with readable(model_id, "config.json"), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, **kwargs)
+        return _auto_class(config, towers).from_config(config, **kwargs)
 
 
-def load_model(model_id: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
+def _auto_class(config: PreTrainedConfig, towers: bool) -> type:
+    return AutoModelForImageTextToText if towers and has_towers(config) else AutoModelForCausalLM
+
+
+def load_model(model_id: str | os.PathLike, towers: bool = False, **kwargs: Any) -> PreTrainedModel:
     """A causal language model with all its weights, in eval mode; 4-bit layers of bitsandbytes are right on every CPU.
 
     Args:
         model_id: Hub id or folder.
+        towers: Load a model that sees as well, with `AutoModelForImageTextToText`.
         kwargs: Given to `AutoModelForCausalLM.from_pretrained`; `dtype` is the checkpoint's by default. Weights of a
             `gguf_file` are de-quantised, to bfloat16 by default.
 
@@ -83,14 +100,14 @@ def load_model(model_id: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
         HubError: The model is gated and the token has no access to it.
     """
     kwargs = plain_options(kwargs)
-    load_config(model_id, **kwargs)  # what is wrong with it is found before the weights are read
+    config = load_config(model_id, **kwargs)  # what is wrong with it is found before the weights are read
     gguf = bool(kwargs.get("gguf_file"))
     if gguf:
         # Quantised weights have fewer bits than bfloat16 holds, and the file names no dtype of its own.
         kwargs = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16, **kwargs}
     options = {"dtype": "auto", **kwargs, "output_loading_info": True}
     with readable(model_id, subfolder=kwargs.get("subfolder")):
-        model, info = AutoModelForCausalLM.from_pretrained(model_id, **options)
+        model, info = _auto_class(config, towers).from_pretrained(model_id, **options)
     cls = type(model).__name__
     if lacking := [*info["missing_keys"], *info["mismatched_keys"]]:
         raise CheckpointError(f"{model_id} lacks weights of a {cls}, which would be random: {_some(lacking)}.")
@@ -133,6 +150,16 @@ def load_tokenizer(model_id: str | os.PathLike, **kwargs: Any) -> Any:
             reasons.append(f"{error}")
     logger.warning(f"No tokenizer could be loaded, so that calibration needs token ids: {reasons[0]}")
     return None
+
+
+def load_processor(model_id: str | os.PathLike, **kwargs: Any) -> Any:
+    """The processor of a model that sees; its tokenizer alone, with a warning, where there is no processor."""
+    options = {name: value for name, value in kwargs.items() if name in _TOKENIZER_OPTIONS}
+    try:
+        return AutoProcessor.from_pretrained(model_id, **options)
+    except (OSError, ValueError, ImportError) as error:
+        logger.warning(f"The processor could not be loaded, and will not be saved: {error}")
+    return load_tokenizer(model_id, **kwargs)
 
 
 def _read_tokenizer(source: str | os.PathLike, **options: Any) -> Any:

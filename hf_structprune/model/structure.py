@@ -27,6 +27,8 @@ from .reading_modules import family_from_modules
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .towers import Towers
+
 __all__ = [
     "AttentionShape", "Group", "LayerStructure", "ModelStructure", "Slice", "Sublayer", "decoder_layers", "is_linear",
     "matrix",
@@ -49,8 +51,9 @@ class ModelStructure:
         family: The description the groups were read from.
         layers: The decoder layers in order.
         notes: What is left alone, and why.
-        total_parameters: All distinct parameters of the model, tied ones once.
+        total_parameters: All distinct parameters of the model, tied ones once, with those beside a text decoder.
         matrix_parameters: Weights of all linear maps that a token passes, the LM head included.
+        towers: What stands beside a text decoder that is a part of a larger model; `None` for a model of its own.
     """
 
     family: Family
@@ -58,13 +61,15 @@ class ModelStructure:
     notes: list[str]
     total_parameters: int
     matrix_parameters: int
+    towers: Towers | None = None
 
     @classmethod
-    def of(cls, model: PreTrainedModel, whole: bool = True) -> ModelStructure:
+    def of(cls, model: PreTrainedModel, whole: bool = True, towers: Towers | None = None) -> ModelStructure:
         """Reads the coupled groups of a model; works on the meta device.
 
         Args:
             whole: Whether it is still to be cut; of one that has been, nothing more need be left to cut.
+            towers: What stands beside it, if it is the text decoder of a larger model.
 
         Raises:
             UnsupportedModelError: Neither coupled groups nor sublayers were understood; the message names what was
@@ -80,6 +85,9 @@ class ModelStructure:
             ) from error
         if whole and not any(layer.groups or layer.sublayers for layer in structure.layers):
             raise UnsupportedModelError(f"Nothing of this model can be cut. {'; '.join(structure.notes)}.")
+        if towers is not None:
+            structure.towers, structure.notes = towers, [*structure.notes, towers.note]
+            structure.total_parameters += towers.parameters
         return structure
 
     @classmethod
@@ -105,6 +113,11 @@ class ModelStructure:
         total = sum(p.numel() for p in model.parameters())
         structures = [structure for structure, _ in layers]
         return cls(family, structures, list(dict.fromkeys(notes)), total, matrix_parameters(model, active))
+
+    @property
+    def own_parameters(self) -> int:
+        """Parameters of the text decoder alone."""
+        return self.total_parameters - (self.towers.parameters if self.towers else 0)
 
     @property
     def groups(self) -> list[Group]:

@@ -73,6 +73,34 @@ def prove(model: PreTrainedModel, structure: ModelStructure, kinds: Collection[s
             )
 
 
+def prove_decoder(decoder: PreTrainedModel, structure: ModelStructure) -> None:
+    """Refuses a text decoder that computes something else alone than in the whole model that it is a part of.
+
+    A small random twin of it takes its place; the towers are not run and have no weights.
+
+    Raises:
+        UnsupportedModelError: Says what differs or could not be tried.
+    """
+
+    def attempt() -> None:
+        twin = small_twin(decoder, structure)
+        whole, tokens = structure.towers.whole(twin, empty=True), torch.randint(4, VOCABULARY, (_SEQUENCES, _LENGTH))
+        whole.set_attn_implementation("eager")
+        whole.set_experts_implementation("eager")
+        difference = _difference(logits(whole, tokens), logits(twin, tokens))
+        if not difference <= TOLERANCE:
+            raise _Differs(f"its logits for text differ by {difference:.2g} of the largest from those of the whole")
+
+    key = (*_key(decoder, structure), structure.towers.note)
+    if key not in _verdicts:
+        with apart():
+            _verdicts[key] = _reason(attempt)
+    if _verdicts[key] is not None:
+        raise UnsupportedModelError(
+            f"The text decoder is not cut: as a {type(decoder).__name__} alone, {_verdicts[key]}."
+        )
+
+
 def verdicts(model: PreTrainedModel, structure: ModelStructure, kinds: Collection[str]) -> dict[str, str | None]:
     """Why kinds of units are refused, `None` for those that are proven; arguments as for `prove`."""
     key, trial = _key(model, structure), None
