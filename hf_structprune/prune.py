@@ -13,6 +13,7 @@ from .config import LAYOUTS, PruningConfig
 from .criteria import Criterion, make_criterion
 from .errors import ConfigurationError
 from .model.describe import target_of
+from .model.groups import Group
 from .model.hidden_size import hidden_group, shrunk_target
 from .model.rebuild import rebuild
 from .model.structure import ModelStructure
@@ -174,7 +175,21 @@ def check_plan(model: PreTrainedModel, structure: ModelStructure, plan: PruningP
                 f"The plan is for a {plan.model_type} with {decision.before} {decision.kind} in layer "
                 f"{decision.layer}; this model has {group.size if group else 'none'}."
             )
+        _check_blocks(group, decision)
     _check_decisions(structure, plan)
+
+
+def _check_blocks(group: Group, decision: Decision) -> None:
+    """Refuses a decision that leaves too few units, or not the same number in each block of a group."""
+    if KINDS[group.kind].within is not None:
+        return  # compared with what holds them
+    each = Counter(number // group.whole for number in decision.kept or ())
+    uneven = decision.keep % group.blocks or (decision.kept and len({each[b] for b in range(group.blocks)}) > 1)
+    if uneven or decision.keep < group.least:
+        raise ConfigurationError(
+            f"The plan keeps {decision.kept or decision.keep} of {group.size} {group.kind} of layer {group.layer}; at "
+            f"least {group.least} must stay, the same number in each of {group.blocks} blocks."
+        )
 
 
 def _check_model(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> None:

@@ -238,6 +238,17 @@ def test_groups_of_a_router_lose_the_same_number():
         prune(make_moe("deepseek_v3"), keep={"experts": 5})
 
 
+@pytest.mark.parametrize("kept", [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5], [0, 4]])
+def test_a_plan_that_takes_unevenly_from_groups_is_refused(kept):
+    plan = prune(make_moe("deepseek_v3"), keep={"experts": 6}).last_plan
+    plan.decisions[0].kept, plan.decisions[0].keep = kept, len(kept)
+    model = make_moe("deepseek_v3")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ConfigurationError, match="at least 4 must stay, the same number in each of 2 blocks"):
+        StructuredPruner(model, PruningConfig(units="experts")).prune(plan)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_a_token_finds_as_many_experts_as_it_is_sent_to():
     with pytest.raises(ConfigurationError, match="at least 2"):
         prune(make_moe("qwen3_moe"), keep={"experts": 1})
