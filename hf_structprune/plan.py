@@ -49,7 +49,7 @@ class Decision:
     before: int
     keep: int
     kept: list[int] | None = None
-    seen: list[int] | None = None
+    seen: list[int] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -65,6 +65,7 @@ _CONFIGS = {
 FAMILIES = tuple(_CONFIGS)
 # Their configuration derives the size of a head from the number of heads: a vanilla checkpoint cannot have fewer.
 DERIVED_HEAD_DIM = ("stablelm", "gpt_neox", "opt", "gpt2", "falcon", "falcon_7b")
+MIXTURES = ("mixtral", "qwen3_moe")
 _ONE_TO_ONE = ("gpt_neox", "opt", "gpt2")  # every query head has a KV head of its own
 
 
@@ -96,7 +97,7 @@ def make_model(name, dtype=torch.float32, seed=0, **changes):
     """A model in eval mode whose parameters are all random."""
     torch.manual_seed(seed)
     # The default implementation of experts does not know float64.
-    options = {"experts_implementation": "eager"} if name in ("mixtral", "qwen3_moe") else {}
+    options = {"experts_implementation": "eager"} if name in MIXTURES else {}
     model = AutoModelForCausalLM.from_config(make_config(name, **changes), dtype=dtype, **options)
     return randomise(model, seed).eval()
 
@@ -132,9 +133,8 @@ def random_units(structure, kinds, uniform, seed=0):
     kept, counts = {}, {}
     for layer in structure.layers:
         alive = None
-        for group in sorted(layer.groups, key=lambda g: ("mlp_neurons", "kv_groups", "query_heads").index(g.kind)):
-            if group.kind not in kinds:
-                continue
+        groups = [group for group in layer.groups if group.kind in kinds]
+        for group in sorted(groups, key=lambda g: ("mlp_neurons", "kv_groups", "query_heads").index(g.kind)):
             key, size = (group.layer, group.kind), group.size // group.blocks
             keep = max(1, size // 2 + (0 if uniform or size < 3 else group.layer - 1))
             if not uniform and size < 3 and group.layer == 1:

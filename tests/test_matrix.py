@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_structprune import PruningConfig, PruningPlan, StructuredPruner
 from hf_structprune.errors import UnsupportedModelError
+from hf_structprune.model.experts import without_experts
 from hf_structprune.model.hidden_size import hidden_group
 from hf_structprune.model.structure import ModelStructure, decoder_layers
 from hf_structprune.model.surgery import mask_sublayers, mask_units
@@ -21,7 +22,16 @@ from hf_structprune.units import KINDS, WidthKind, kinds_of
 
 
 TOKENS, PROMPT = families.make_tokens(2, 20), families.make_tokens(1, 8)
-KEEP = {"mlp_neurons": 24, "kv_groups": 1, "query_heads": 2, "layers": 2, "attention": 2, "mlp": 2, "hidden": 24}
+KEEP = {
+    "mlp_neurons": 24,
+    "kv_groups": 1,
+    "query_heads": 2,
+    "experts": 3,
+    "layers": 2,
+    "attention": 2,
+    "mlp": 2,
+    "hidden": 24,
+}
 ONE_TO_ONE = ("gpt_neox", "opt", "gpt2")  # four KV groups, one for each query head
 REORDERED = ("pca",)  # its channels are others than the model's: nothing can be zeroed to compare with
 
@@ -30,6 +40,7 @@ def cases_of(name):
     """Kinds that go from a family, alone where layers stay alike; widths of each layer go together."""
     derived, widths = name in families.DERIVED_HEAD_DIM, families.kinds_of(name)
     uniform = [kind for kind in widths if kind == "mlp_neurons" or not derived]
+    uniform += ["experts"] if name in families.MIXTURES else []
     uniform += ["layers", *(() if derived else ("hidden",))]
     return [*(((kind,), "uniform") for kind in uniform), (widths, "per_layer"), (("attention",), "per_layer"),
             (("mlp",), "per_layer")]  # fmt: skip
@@ -50,7 +61,7 @@ def make_pruner(model, **options):
 
 
 def zeroed(dense, plan):
-    """A copy of the model with zeros in the place of what a plan takes out."""
+    """Logits of the model with zeros in the place of what a plan takes out."""
     model, structure = copy.deepcopy(dense), ModelStructure.of(dense)
     kept = {(group.layer, group.kind): torch.tensor(group.kept) for group in plan.groups}
     mask_units(model, structure, kept)
@@ -61,7 +72,8 @@ def zeroed(dense, plan):
     mask_sublayers(model, structure, plan.dropped)
     if plan.hidden:
         mask_channels(model, hidden_group(dense, structure).dims(), torch.tensor(plan.hidden.kept))
-    return model
+    with without_experts(model, structure.groups, kept):
+        return logits(model, TOKENS)
 
 
 def check_plan(pruner, dense):
@@ -117,7 +129,7 @@ def test_every_kind_on_every_family(name, kinds, layout, criterion, turn, tmp_pa
         check_plan(pruner, dense)
         assert pruner.last_plan.parameters_after == planned.parameters_after
     assert plan.decisions == refitted.last_plan.decisions and set(plan.removed) <= {*kinds, "query_heads"}
-    expected, got = logits(zeroed(dense, plan), TOKENS), logits(cut.model, TOKENS)
+    expected, got = zeroed(dense, plan), logits(cut.model, TOKENS)
     largest = expected.abs().max()
     assert (expected - logits(dense, TOKENS)).abs().max() > 1e-3 * largest  # something did go
     torch.testing.assert_close(got, expected, rtol=0, atol=float(TOLERANCE * largest))
@@ -141,7 +153,7 @@ def test_everything_goes_together(name):
     for group in plan.groups:
         group.kept = kept[group.layer, group.kind].tolist()
     small = make_pruner(copy.deepcopy(model), compensation=False).prune(plan)
-    expected = logits(zeroed(model, plan), TOKENS)
+    expected = zeroed(model, plan)
     torch.testing.assert_close(logits(small, TOKENS), expected, rtol=0, atol=float(TOLERANCE * expected.abs().max()))
     assert plan.parameters_after == families.count(small)
     assert torch.equal(families.greedy(small, PROMPT, True, 4), families.greedy(small, PROMPT, False, 4))
@@ -151,7 +163,7 @@ def test_everything_goes_together(name):
 def test_what_can_be_cut_is_found(name):
     groups = ModelStructure.of(families.make_model(name)).groups
     found = {one.kind for one in groups if one.size > one.blocks or (one.kind == "kv_groups" and one.size > 1)}
-    assert found == set(families.kinds_of(name))
+    assert found == {*families.kinds_of(name), *(("experts",) if name in families.MIXTURES else ())}
 
 
 @pytest.mark.parametrize("name", families.DERIVED_HEAD_DIM)

@@ -71,10 +71,10 @@ LM_EVAL = Paper(
 def _methods(config: PruningConfig, plan: PruningPlan) -> list[Method]:
     """Of the criteria that decided something."""
     ranked = [name for name in config.units if _is_ranked(KINDS[name], config, plan)]
-    return [_method(name, config.criterion_of(name)) for name in ranked]
+    return [method_of(name, config.criterion_of(name)) for name in ranked]
 
 
-def _method(kind: str, criterion: str) -> Method:
+def method_of(kind: str, criterion: str) -> Method:
     """What a card says of a criterion that ranks units of a kind."""
     for level, methods in ((DepthKind, depth.METHODS), (StreamKind, channels.METHODS)):
         if isinstance(KINDS[kind], level):

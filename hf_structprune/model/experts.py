@@ -258,11 +258,11 @@ def without_experts(model: nn.Module, groups: Iterable[Group], kept: Kept) -> It
 
     Args:
         model: The model; the tensors that correct a router's choice change while this is open.
-        groups: Groups of experts.
-        kept: Numbers of the experts that stay, by `(layer, kind)`.
+        groups: Groups of the model; of these, those of experts count.
+        kept: Numbers of the experts that stay, by `(layer, kind)`; groups that are not named stay whole.
     """
     routers, corrections = [], []
-    for group in groups:
+    for group in (group for group in groups if group.reader is None and group.key in kept):
         gone, router = dropped(group, kept[group.key]), router_of(model, group)
         routers.append((router, gone))
         for part in group.slices:

@@ -18,10 +18,12 @@ def mask_units(model: nn.Module, structure: ModelStructure, kept: Kept) -> None:
     """Zeroes what `cut_units` would take out, in place: the reference that a cut model has to equal.
 
     Zeroing what computes the units silences them, zeroing the columns that read them removes what they feed (a
-    silenced neuron may still have an activation other than 0).
+    silenced neuron may still have an activation other than 0). Experts are not masked so, see
+    `experts.without_experts`.
     """
+    groups = [group for group in structure.groups if group.reader is not None]
     with torch.no_grad():
-        for (name, dim), gone in entries_gone(structure.groups, kept).items():
+        for (name, dim), gone in entries_gone(groups, kept).items():
             tensor = tensor_of(model, name)
             tensor.index_fill_(dim, gone.to(tensor.device), 0)
 

@@ -265,16 +265,13 @@ class Trial:
 
     def _masked(self, kept: Kept) -> torch.Tensor:
         masked = copy.deepcopy(self.model)
-        routed = [group for group in self.structure.groups if group.reader is None and group.key in kept]
-        if routed:
-            with without_experts(masked, routed, kept):
-                return logits(masked, self.tokens)
         mask_units(masked, self.structure, kept)
         for group in self.structure.groups:
             share = len(kept.get(group.key, range(group.size))) / group.size
             for norm in group.norms:
                 _over_kept(masked.get_submodule(norm), share)
-        return logits(masked, self.tokens)
+        with without_experts(masked, self.structure.groups, kept):
+            return logits(masked, self.tokens)
 
     def _cut(self, kept: Kept, counts: dict, layout: str, dropped: Dropped | None = None) -> PreTrainedModel:
         plan = PruningPlan.from_counts(

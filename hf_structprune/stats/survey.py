@@ -145,6 +145,7 @@ def _score_inputs(
     config: PruningConfig,
     tokens: torch.Tensor,
     groups: list[Group],
+    salience: Salience | None,
 ) -> Scores:
     """Scores units by what the consumers receive in the model as it is; one forward pass, one layer at a time."""
     stream = LayerStream(model, structure, tokens, config.calibration.batch_size)
@@ -154,11 +155,11 @@ def _score_inputs(
         for group in (g for g in groups if g.layer == layer.index):
             if group.reader is None:
                 statistics = routing_statistics(model, group, criterion, stream.capture(group.layer, group.parent))
-                scores[group.key] = criterion.score(Scoring(group, model, statistics)).cpu()
+                scores[group.key] = criterion.score(Scoring(group, model, statistics, salience)).cpu()
                 continue
             if group.reader.module not in known:
                 known = {group.reader.module: _statistics(stream, group, criterion.needs_gram)}
-            scoring = Scoring(group, model, known[group.reader.module])
+            scoring = Scoring(group, model, known[group.reader.module], salience)
             scores[group.key] = criterion.score(scoring).cpu()
         stream.advance(layer.index)
     return scores
@@ -199,7 +200,7 @@ def survey(
     if config.allocation == "search":
         known.sensitivity = measure_sensitivity(model, structure, criterion, config, tokens(), groups, known.salience)
     elif config.allocation == "global" and criterion.needs_inputs:
-        known.scores = _score_inputs(model, structure, criterion, config, tokens(), groups)
+        known.scores = _score_inputs(model, structure, criterion, config, tokens(), groups, known.salience)
     elif config.allocation == "global":
         scorings = {group.key: Scoring(group, model, salience=known.salience) for group in groups}
         known.scores = {key: criterion.score(scoring).cpu() for key, scoring in scorings.items()}

@@ -18,7 +18,7 @@ from hf_structprune.errors import ConfigurationError, HubError
 from hf_structprune.evaluation.results import EvaluationResult, Figure
 from hf_structprune.hub import make_card, origin, validate_card, write_card
 from hf_structprune.hub.metadata import model_index
-from hf_structprune.hub.words import config_expression
+from hf_structprune.hub.words import config_expression, method_of
 from hf_structprune.units import KINDS
 
 
@@ -405,8 +405,8 @@ def test_citations(folder):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_criterion_can_be_told(kind):
     for name in KINDS[kind].criteria:
-        method = KINDS[kind].method(name)
-        assert bool(method.papers) == (name != "random")
+        method = method_of(kind, name)
+        assert bool(method.papers) == (name not in ("random", "frequency", "router", *(["l2"] * (kind == "experts"))))
         assert method.needs_text == (name not in ("random", "l1", "l2", "magnitude"))
         assert all(re.match(r"@(inproceedings|article){\w+,\n  title = {", paper.bibtex) for paper in method.papers)
 
