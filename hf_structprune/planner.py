@@ -348,9 +348,10 @@ class Planner:
             target_of(self.model, self.structure, whole)
         except CheckpointError as error:  # nor can it have what the model has now
             return f"{error}".rstrip(".")
+        way_out = "" if self.structure.towers else " (layout='per_layer' can cut them)"
         return (
-            f"{type(self.model.config).__name__} derives the size of a head from the number of heads, so that a "
-            "vanilla checkpoint cannot have fewer (layout='per_layer' can cut them)"
+            f"the configuration of {type(self.model).__name__} derives the size of a head from the number of heads, "
+            f"so that a vanilla checkpoint cannot have fewer{way_out}"
         )
 
 

@@ -108,7 +108,7 @@ def load_for_measuring(arguments: ModelArguments) -> tuple[PreTrainedModel, Any]
     from ..model.loading import load_model, load_tokenizer
 
     options = arguments.loading_options()
-    model, tokenizer = load_model(arguments.model, **options), load_tokenizer(arguments.model, **options)
+    model, tokenizer = load_model(arguments.model, True, **options), load_tokenizer(arguments.model, **options)
     if tokenizer is None:
         raise StructPruneError(f"{arguments.model} has no tokenizer, without which nothing can be measured.")
     return (model if arguments.device is None else model.to(arguments.device)), tokenizer

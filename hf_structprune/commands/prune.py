@@ -124,8 +124,10 @@ def _inspect_depth(model: ModelArguments, command: InspectArguments) -> None:
         check_output(command.output_dir, command.overwrite)
     with results_only_on_stdout():
         pruner = load_pruner(model, PruningConfig(calibration=command.calibration))
+        towers = pruner.structure.towers
+        decoder = pruner.model if towers is None else towers.decoder()
         found = layer_similarities(
-            pruner.model, pruner.structure, pruner.calibration_tokens(), batch_size=command.calibration.batch_size,
+            decoder, pruner.structure, pruner.calibration_tokens(), batch_size=command.calibration.batch_size,
             sublayers=any(layer.sublayers for layer in pruner.structure.layers),
         )  # fmt: skip
         files = []

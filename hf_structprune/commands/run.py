@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checks import Ratio
 from ..config import CONFIG_NAME, PruningConfig
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, UnsupportedModelError
 from ..evaluation import EfficiencyConfig, EvaluationConfig, EvaluationResult, ResultTable, evaluate, generate_samples
 from ..evaluation.pictures import save, widths_figure
 from ..evaluation.results import RESULTS_NAME
@@ -24,6 +24,8 @@ from ..hub.origin import Origin, public_config
 from ..hub.words import QUANTIZATION_NAME, RECOVERY_NAME, read_report
 from ..installed import need
 from ..model.describe import target_of
+from ..model.loading import load_config
+from ..model.towers import has_towers
 from ..plan import PruningPlan
 from ..quantization.quantizing import Source, backend_of, quantize
 from ..recovery.data import load_rows
@@ -115,6 +117,8 @@ def _check_quantization(recipe: Recipe, source: ModelArguments) -> None:
     The shapes are those of the plan if it can be made without weights, else those of the dense model, which are right
     where layers go and nothing else; what was pruned in fact is looked at before a training that would be in vain.
     """
+    if has_towers(load_config(source.model, **source.loading_options())):
+        raise UnsupportedModelError(f"{source.model} sees: the section `quantize` is for models of text alone.")
     model = None
     if plans_by_shapes(recipe.pruning, recipe.ratio):
         pruner = load_to_plan(source, recipe.pruning, recipe.ratio)

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from ..errors import CheckpointError, ConfigurationError, UnsupportedModelError
@@ -82,7 +83,19 @@ def shapes_of(config: PreTrainedConfig, model_id: str, towers: bool = False, **k
 
 
 def _auto_class(config: PreTrainedConfig, towers: bool) -> type:
-    return AutoModelForImageTextToText if towers and has_towers(config) else AutoModelForCausalLM
+    if towers and has_towers(config):
+        return AutoModelForImageTextToText
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map"):
+        return AutoModelForCausalLM
+    if has_towers(config):
+        raise UnsupportedModelError(
+            f"A model of type {config.model_type!r} sees: it can be pruned and measured on text, and the rest is left "
+            "to Transformers (`AutoModelForImageTextToText`)."
+        )
+    raise UnsupportedModelError(
+        f"`AutoModelForCausalLM` loads no model of type {config.model_type!r}, which has no head that predicts the "
+        "next token. A part of a model cannot be pruned alone: give the whole model."
+    )
 
 
 def load_model(model_id: str | os.PathLike, towers: bool = False, **kwargs: Any) -> PreTrainedModel:

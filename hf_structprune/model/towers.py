@@ -25,6 +25,7 @@ _AS_TEXT = {
     "qwen3_vl_text": ("qwen3", {}),
     "qwen3_vl_moe_text": ("qwen3_moe", {"norm_topk_prob": True}),
 }
+_DIRECTIONS = {"mrope_section", "mrope_interleaved"}
 # What causal language models do to their logits or masks and larger models do not, or do themselves.
 _NOT_IN_WHOLE = {"logit_scale": 1.0, "final_logit_softcapping": None, "use_bidirectional_attention": None}
 # What a configuration says of where it came from and how it is held, and not of what it builds.
@@ -165,8 +166,13 @@ def _decoder_target(model: PreTrainedModel, text: PreTrainedConfig) -> Target:
     values, config_class = plain_values(text), type(text)
     if text.model_type in _AS_TEXT:
         model_type, more = _AS_TEXT[text.model_type]
-        values, config_class = {**values, "model_type": model_type, **more}, CONFIG_MAPPING[model_type]
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class, None)
+        # A subclass, so that nothing is said of the keys for several directions of positions, which stay.
+        parent, known = CONFIG_MAPPING[model_type], {"ignore_keys_at_rope_validation": _DIRECTIONS}
+        values = {**values, "model_type": model_type, **more}
+        config_class = type(parent.__name__, (parent,), {"__module__": parent.__module__, **known})
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[parent]
+    else:
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class, None)
     if model_class is None or isinstance(model_class, tuple):
         raise UnsupportedModelError(
             f"The text decoder of {type(model).__name__} (model type {text.model_type!r}) has no causal language "

@@ -192,7 +192,20 @@ def test_command_prunes_with_a_refit_and_saves_the_processor(llava, tmp_path, ca
     card = (tmp_path / "small" / "README.md").read_text()
     assert "pipeline_tag: image-text-to-text" in card
     assert 'AutoModelForImageTextToText.from_pretrained("small")' in card
-    assert main(["plan", str(llava), "--ratio", "0.1"]) == 0
+    assert main(["plan", str(llava), "--ratio", "0.1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters_before"] == figures["parameters_before"]
+    assert main(["perplexity", str(tmp_path / "small"), "--window", "64", "--max-windows", "2"]) == 0
+    assert main(["inspect", str(llava), "--depth", *options[:4]]) == 0
+
+
+def test_what_is_for_text_alone_says_so(llava, tmp_path, capsys):
+    assert (
+        main(["quantize", str(llava), "--method", "torchao", "--bits", "8", "--output-dir", str(tmp_path / "q")]) == 2
+    )
+    assert "'llava' sees" in capsys.readouterr().err
+    build_seeing("llava").model.vision_tower.save_pretrained(tmp_path / "tower")
+    with pytest.raises(UnsupportedModelError, match="no model of type 'clip_vision_model'.*give the whole model"):
+        StructuredPruner.from_pretrained(tmp_path / "tower")
 
 
 def test_refit_brings_the_whole_nearer_to_the_dense_one(llava):
