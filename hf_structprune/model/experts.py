@@ -22,8 +22,7 @@ from .target import make_target, plain_values, skeleton
 # Keys of a configuration that hold the number of experts of a layer, and of those that a token is sent to.
 _NUMBER = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _CHOSEN = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
-# The last matrices of stacked experts, and those of DBRX, which are flat: (experts x neurons, hidden).
-_DOWN, _FLAT_DOWN = "down_proj", "w2"
+_DOWN = "down_proj"  # the last matrices of stacked experts
 NEVER = -1e30  # a router logit with which an expert is never chosen; finite, since some routers divide by it
 
 
@@ -140,27 +139,17 @@ class Experts:
 
     def __init__(self, model: nn.Module, group: Group) -> None:
         self.block = model.get_submodule(group.parent)
-        stack = _stack(group)
-        self._flat = stack.tensor.endswith(_FLAT_DOWN)
-        self._module = model.get_submodule(stack.module)
-        self._called = model.get_submodule(stack.module.rpartition(".")[0]) if self._flat else self._module
+        self._module = model.get_submodule(_stack(group).module)
         self._router = router_of(model, group)
-        self._transposed = self._flat or getattr(self._module, "is_transposed", True)
-
-    def _stacked(self, name: str) -> torch.Tensor:
-        tensor = getattr(self._module, name)
-        return tensor.view(-1, self._module.ffn_hidden_size, self._module.hidden_size) if self._flat else tensor
+        self._transposed = getattr(self._module, "is_transposed", True)
 
     @property
     def number(self) -> int:
-        return len(self._stacked(_FLAT_DOWN if self._flat else _DOWN))
+        return len(self._module.down_proj)
 
     def inner(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         """`a_e(x)`: what the down projection reads, shape (n, intermediate)."""
         module = self._module
-        if self._flat:
-            gate, up = (nn.functional.linear(x, self._stacked(name)[expert]) for name in ("w1", "v1"))
-            return module.activation_fn(gate) * up
         gated = hasattr(module, "gate_up_proj")
         name = "gate_up_proj" if gated else "up_proj"
         weight, bias = getattr(module, name)[expert], getattr(module, f"{name}_bias", None)
@@ -174,7 +163,7 @@ class Experts:
 
     def down(self, expert: int) -> torch.Tensor:
         """`D_e`, shape (hidden, intermediate), a view."""
-        weight = self._stacked(_FLAT_DOWN if self._flat else _DOWN)[expert]
+        weight = self._module.down_proj[expert]
         return weight.T if self._transposed else weight
 
     def features(self, expert: int, routing: Routing) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -208,7 +197,7 @@ class Experts:
             x, index, weights = args
             return (x, index, weights * mask.to(weights.device, weights.dtype)[index]), kwargs
 
-        return self._called.register_forward_pre_hook(scale, with_kwargs=True)
+        return self._module.register_forward_pre_hook(scale, with_kwargs=True)
 
     def run(self, x: torch.Tensor) -> tuple[torch.Tensor, Routing, torch.Tensor]:
         """Runs the block on inputs of shape (sequences, length, hidden).
@@ -222,7 +211,7 @@ class Experts:
             seen["arguments"], seen["sum"] = (*args, *kwargs.values()), output
 
         logits = _RouterLogits([(self._router, None)])
-        handle = self._called.register_forward_hook(keep, with_kwargs=True)
+        handle = self._module.register_forward_hook(keep, with_kwargs=True)
         try:
             with logits:
                 output = self.block(x)
@@ -233,16 +222,16 @@ class Experts:
         if len(arguments) >= 3:
             inputs = arguments[0].reshape(-1, arguments[0].shape[-1])
             routing = Routing(inputs, arguments[1], arguments[2], logits.found)
-            return output.reshape(x.shape), routing, seen["sum"].reshape(inputs.shape)
+            return output.reshape(x.shape).contiguous(), routing, seen["sum"].reshape(inputs.shape)
         # Every expert sees every token, scaled by its score, which is 0 where it is not chosen.
         top, index = logits.found.topk(self.block.top_k, dim=-1)
         routing = Routing(flat, index, top.float().sigmoid().to(x.dtype), logits.found, True)
-        return output.reshape(x.shape), routing, seen["sum"].view(-1, *flat.shape).sum(0)
+        return output.reshape(x.shape).contiguous(), routing, seen["sum"].view(-1, *flat.shape).sum(0)
 
 
 def _stack(group: Group) -> Slice:
     """Where the last matrices of the experts are."""
-    return next(part for part in group.slices if part.tensor.rpartition(".")[2] in (_DOWN, _FLAT_DOWN))
+    return next(part for part in group.slices if part.tensor.rpartition(".")[2] == _DOWN)
 
 
 def router_of(model: nn.Module, group: Group) -> torch.Tensor:

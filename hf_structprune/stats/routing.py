@@ -25,7 +25,6 @@ class RoutingStatistics:
 
     Attributes:
         tokens: Tokens that each expert was sent, shape (experts,).
-        gates: Sum of their weights `g_e`, shape (experts,).
         norms: Sum of `g_e ||f_e(x)||` over them, shape (experts,).
         probabilities: Sum over all tokens of the softmax of the router's logits, shape (experts,).
         total: Tokens seen by the block.
@@ -34,16 +33,14 @@ class RoutingStatistics:
 
     def __init__(self, experts: Experts, outputs: bool = True, sample: bool = False) -> None:
         self.experts, self.looks, self.keeps = experts, outputs, sample
-        self.tokens, self.gates, self.norms, self.probabilities = torch.zeros(4, experts.number, dtype=torch.float64)
+        self.tokens, self.norms, self.probabilities = torch.zeros(3, experts.number, dtype=torch.float64)
         self.total, self.inputs = 0, []
 
     def update(self, x: torch.Tensor, routing: Routing) -> None:
         """Adds a batch of inputs of shape (sequences, length, hidden) and where its tokens went."""
         self.total += len(routing.inputs)
         self.probabilities += routing.logits.float().softmax(-1).double().sum(0).cpu()
-        chosen = routing.index.flatten().cpu()
-        self.tokens += torch.bincount(chosen, minlength=len(self.tokens))
-        self.gates.index_add_(0, chosen, routing.weights.flatten().double().cpu())
+        self.tokens += torch.bincount(routing.index.flatten().cpu(), minlength=len(self.tokens))
         for expert in range(self.experts.number) if self.looks else ():
             _, outputs = self.experts.outputs(expert, routing)
             self.norms[expert] += outputs.norm(dim=-1).double().sum().cpu()
