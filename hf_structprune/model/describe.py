@@ -76,7 +76,7 @@ def _changes(
 def _without_dropped(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> dict[str, Any]:
     """Configuration values without the layers that a plan drops; widths and skipped sublayers are those of before."""
     values, dropped = plain_values(model.config), plan.dropped.get(LAYERS, [])
-    key = getattr(model.config, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")
+    key = structure.family.key("layers_key", model.config)
     return without_layers(values, dropped, len(structure.layers), key) if dropped else values
 
 

@@ -5,7 +5,12 @@ Names are relative to the decoder layer. Most models need no entry: their `base_
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -21,16 +26,18 @@ class Projections:
             cannot express a head count of its own, or not one for each layer; empty if the module holds none, `None`
             if not known. Values name properties of `structure.AttentionShape`; `config.` names an attribute of the
             module's configuration.
+        holder: The module that holds these attributes, where it is not the one that holds `output`.
     """
 
     inputs: tuple[str, ...]
     output: str
     fused: str | None = None
     attributes: dict[str, str] | None = None
+    holder: str = ""
 
     @property
     def parent(self) -> str:
-        return self.output.rpartition(".")[0]
+        return self.holder or self.output.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,7 @@ class Family:
         layers: Path of the list of decoder layers below the base model.
         width_key: Configuration key of the MLP width.
         kv_heads_key: Configuration key of the number of KV heads, `None` where there is none.
+        heads_key, layers_key: Those of the numbers of heads and of layers.
         experts: Name of the module that holds experts, in the layers that have some.
         notes: What is left alone, and why.
     """
@@ -54,6 +62,18 @@ class Family:
     kv_heads_key: str | None = "num_key_value_heads"
     experts: str | None = None
     notes: tuple[str, ...] = ()
+    heads_key: str = "num_attention_heads"
+    layers_key: str = "num_hidden_layers"
+
+    def key(self, name: str, config: PreTrainedConfig) -> str:
+        """What this configuration calls the key `heads_key` or `layers_key`."""
+        return getattr(config, "attribute_map", {}).get(getattr(self, name), getattr(self, name))
+
+    def completed(self, other: Family | None) -> Family:
+        """This description with the attention or the MLPs of another one where it has none."""
+        if other is None:
+            return self
+        return replace(self, attention=self.attention or other.attention, mlps=self.mlps or other.mlps)
 
 
 @dataclass(frozen=True)
@@ -86,6 +106,13 @@ NORMS = (
     NormNames(("input_layernorm",), ("pre_feedforward_layernorm",)),
     NormNames(("attention_layernorm",), ("feedforward_layernorm",)),
     NormNames(("input_layernorm", "post_norm1"), ("post_attention_layernorm", "post_norm2")),
+    NormNames(("input_layernorm", "post_attention_layernorm"), ("pre_mlp_layernorm", "post_mlp_layernorm")),
+    NormNames(("input_layernorm",), ("pre_ff_layernorm",)),
+    NormNames(("operator_norm",), ("ffn_norm",)),
+    NormNames(("operator_norm", "post_operator_norm"), ("ffn_norm", "post_ffn_norm")),
+    NormNames(("temporal_pre_norm",), ("channel_pre_norm",)),
+    NormNames(("norm_1",), ("norm_2",)),
+    NormNames(("attn_norm",), ("mlp_norm",)),
     NormNames((), (), ("input_layernorm",)),
     NormNames((), (), ("ln_1",)),
 )  # fmt: skip
@@ -169,10 +196,8 @@ def _from_tp_plan(tp_plan: dict[str, str]) -> Family | None:
         leaves = tuple(name.rpartition(".")[2] for name in inputs)
         if leaves == ("q_proj", "k_proj", "v_proj"):
             attention = Projections(inputs, output, attributes=_REP)
-        elif any(word in parent for word in ("attn", "attention")):
-            notes.append(f"{parent}: projections {', '.join(leaves) or 'unknown'} are not understood, left alone")
-        elif inputs:
+        elif inputs and not any(word in parent for word in ("attn", "attention")):
             mlps.append(Projections(inputs, output))
-    if attention is None and not mlps:
+    if not (attention or mlps or experts):
         return None
     return Family(attention, tuple(mlps), experts=experts, notes=tuple(dict.fromkeys(notes)))

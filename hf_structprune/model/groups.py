@@ -223,7 +223,7 @@ def not_understood(layer: nn.Module, names: Projections, norms: Collection[str] 
     reason = next(
         (f"`{name}` is not a linear map" for name in names.inputs if not is_linear(submodule(layer, name))), None
     )
-    if reason is None and names.parent:
+    if reason is None and names.parent and any(name.startswith(f"{names.parent}.") for name in names.inputs):
         reason = _stranger(layer.get_submodule(names.parent), names, norms)
     return None if reason is None else [f"{names.parent or names.output}: {reason}, left alone"]
 
@@ -232,8 +232,10 @@ def _stranger(module: nn.Module, names: Projections, norms: Collection[str]) -> 
     """Parameters in a module that the description does not account for."""
     if getattr(module, "activation_sparsity", 0):
         return "its activation compares each neuron with the mean of all, so that none can go alone"
-    for name, _ in module.named_parameters(prefix=names.parent):
+    for name, parameter in module.named_parameters(prefix=names.parent):
         owner = name.rpartition(".")[0]
+        if parameter.numel() == 1:  # of an activation
+            continue
         if owner not in {*names.inputs, names.output} and owner.rpartition(".")[2] not in norms:
             return f"parameter `{name}` is not understood"
     return None

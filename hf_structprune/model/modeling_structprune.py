@@ -86,10 +86,16 @@ def _layers_from_their_own_config(model_class: type):
     """While it is open, decoder layers of the model class receive `config.per_layer_config[layer_idx]`."""
     stock = next(base for base in model_class.__mro__ if not issubclass(base, PerLayerMixin) and base is not object)
     module = sys.modules[stock.__module__]
-    layers = [getattr(module, name) for name in stock._no_split_modules or () if hasattr(module, name)]
-    originals = {
-        layer: layer.__init__ for layer in layers if "layer_idx" in inspect.signature(layer.__init__).parameters
-    }
+    names = [name for name in stock._no_split_modules or () if hasattr(module, name)]
+    # Some classes do not say what their layers are.
+    for among in (names, [name for name in vars(module) if name.endswith(("Layer", "Block"))]):
+        originals = {
+            layer: layer.__init__
+            for layer in (getattr(module, name) for name in among)
+            if isinstance(layer, type) and {"config", "layer_idx"} <= inspect.signature(layer).parameters.keys()
+        }
+        if originals:
+            break
     for layer, original in originals.items():
         layer.__init__ = _with_own_config(original)
     try:

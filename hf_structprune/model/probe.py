@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import CheckpointError, UnsupportedModelError
-from .groups import Group, LayerStructure, Slice, costs
+from .groups import AttentionShape, Group, LayerStructure, Slice, costs, submodule
 from .target import Target, make_target, overrides_of, plain_values
 
 
@@ -70,6 +70,111 @@ def grouped(
     return notes
 
 
+def head_groups(
+    kinds: tuple[str, str],
+    keys: tuple[str, str | None],
+    model: PreTrainedModel,
+    parent: str,
+    layers: Sequence[tuple[LayerStructure, nn.Module]],
+) -> list[str]:
+    """Adds the groups of heads of layers whose projections are not plain `q`, `k`, `v` and `o`.
+
+    The class is built with twice the heads, and with twice the query heads alone. What grows holds heads one after
+    the other: projections of latents (MLA), gates, sinks, biases. The one linear map whose input grows reads them.
+
+    Args:
+        kinds: Names of the kinds of KV groups and of query heads.
+        keys: Keys of the configuration that hold the numbers of query heads and of KV heads, if there is one.
+        parent: Name of the attention in a layer.
+        layers: What was found in every layer so far, and the layer; get their groups.
+
+    Returns:
+        What is left alone, and why.
+    """
+    values = plain_values(model.config)
+    if not values.get("head_dim"):  # else some classes derive it from the number of heads
+        values["head_dim"] = getattr(submodule(layers[0][1], parent), "head_dim", None)
+    heads, kv_heads = (values.get(key) if key else None for key in keys)
+    kv_heads = kv_heads or heads
+    if not isinstance(heads, int) or not isinstance(kv_heads, int):
+        return []
+    twice = {keys[0]: 2 * heads, **({keys[1]: 2 * kv_heads} if keys[1] else {})}
+    ways = (twice, {keys[0]: 2 * heads} if heads > kv_heads else twice)
+    try:
+        both, queries = (_shapes(make_target(model, {**values, **new})) for new in ways)
+    except CheckpointError as error:
+        return [f"{keys[0]}: {' '.join(f'{error}'.split())}, left alone"]
+    notes = []
+    for structure, layer in layers:
+        try:
+            _add_heads(kinds, structure, layer, (heads, kv_heads), both, queries)
+        except UnsupportedModelError as error:
+            notes.append(f"{keys[0]}: {error}")
+    return notes
+
+
+def _shapes(target: Target) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in target.skeleton().named_parameters()}
+
+
+def _add_heads(
+    kinds: tuple[str, str],
+    structure: LayerStructure,
+    layer: nn.Module,
+    counts: tuple[int, int],
+    both: dict[str, torch.Size],
+    queries: dict[str, torch.Size],
+) -> None:
+    heads, kv_heads = counts
+    own_names = {name for name, _ in layer.named_parameters(prefix=structure.name)}
+    for name in sorted(own_names ^ {name for name in both if name.startswith(f"{structure.name}.")}):
+        short = name[len(structure.name) + 1 :]
+        raise UnsupportedModelError(f"`{short}` is not there with every number of heads, left alone")
+    parts, norms, readers = [], [], []  # slices by query head or by KV head
+    for name, parameter in layer.named_parameters(prefix=structure.name):
+        for dim in changed_dims(parameter.shape, both[name]):
+            size, own = parameter.shape[dim], queries[name][dim] == 2 * parameter.shape[dim]
+            number, short = heads if own else kv_heads, name[len(structure.name) + 1 :]
+            if both[name][dim] != 2 * size or size % number:
+                raise UnsupportedModelError(f"`{short}` grows from {size} to {both[name][dim]}, left alone")
+            part = Slice(name, dim, torch.arange(size).view(number, -1))
+            owner = layer.get_submodule(part.module[len(structure.name) + 1 :])
+            if isinstance(owner, nn.Linear) and dim == 1:
+                readers.append(part)
+            parts.append(part)
+            if _is_norm(owner):
+                norms.append(part.module)
+    if not parts:
+        return
+    if len(readers) != 1 or len(readers[0].index) != heads:
+        raise UnsupportedModelError(f"{len(readers)} linear maps of a layer read its heads and not one, left alone")
+    if all(len(part.index) == heads for part in parts):
+        kv_heads = heads
+    reader, rep = readers[0], heads // kv_heads
+    parent = reader.module.rpartition(".")[0]
+    stranger = next((part.tensor for part in parts if not part.tensor.startswith(f"{parent}.")), None)
+    if stranger is not None or heads % kv_heads:
+        raise UnsupportedModelError(f"`{stranger or reader.tensor}` grows outside of `{parent}`, left alone")
+    structure.attention = AttentionShape(heads, kv_heads, reader.index.shape[1])
+    wanted = [(kinds[0], kv_heads, 1, [_joined(part, kv_heads) for part in parts])]
+    if rep > 1:
+        wanted.append((kinds[1], heads, kv_heads, [part for part in parts if len(part.index) == heads]))
+    for kind, size, blocks, own in wanted:
+        slices = (*(part for part in own if part.tensor != reader.tensor), _joined(reader, size))
+        spans = tuple(norm for norm in norms if any(part.module == norm for part in own))
+        cost = costs(layer, structure.name, slices)
+        structure.groups.append(Group(kind, structure.index, size, slices, slices[-1], parent, spans, blocks, *cost))
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
+
+
+def _joined(part: Slice, units: int) -> Slice:
+    """The same entries in so many units."""
+    return Slice(part.tensor, part.dim, part.index.reshape(units, -1))
+
+
 def _size_in(config: PreTrainedConfig, layer: int, key: str) -> int | None:
     """The value of a key in a layer, `None` where it is no number of units."""
     size = overrides_of(config, layer).get(key)
@@ -90,12 +195,16 @@ def _add_group(
 ) -> None:
     rows, readers = [], []
     for name, parameter in layer.named_parameters(prefix=structure.name):
-        for dim in changed_dims(parameter.shape, shapes.get(name, parameter.shape)):
+        if name not in shapes:
+            raise UnsupportedModelError(f"parameter `{name}` is not understood, left alone")
+        for dim in changed_dims(parameter.shape, shapes[name]):
             before, after = parameter.shape[dim], shapes[name][dim]
-            blocks = before // size
+            blocks, short = before // size, name[len(structure.name) + 1 :]
             if (blocks * size, blocks * other) != (before, after):
-                raise UnsupportedModelError(f"`{name}` grows from {before} to {after} with it, left alone")
+                raise UnsupportedModelError(f"`{short}` grows from {before} to {after} with it, left alone")
             owner = layer.get_submodule(name[len(structure.name) + 1 :].rpartition(".")[0])
+            if _is_norm(owner):
+                raise UnsupportedModelError(f"`{short}` normalises over all of its units, left alone")
             reads = isinstance(owner, nn.Linear) and parameter.ndim == 2 and dim == 1
             index = torch.arange(size)[:, None]
             parts = [Slice(name, dim, index + block * size) for block in range(blocks)]

@@ -6,13 +6,23 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .families import Family, Projections
-from .groups import is_linear, matrix
+from .groups import is_linear, matrix, submodule
 
 
-# Names of projections beside each other in one module: what computes the units, what reads them.
-_ATTENTIONS = tuple(
-    (("q_proj", "k_proj", "v_proj"), output) for output in ("o_proj", "out_proj", "dense", "c_proj", "output_proj")
-)
+# Names of projections below one module: what computes the units, what reads them, how a fused one is laid out.
+_ATTENTIONS = (
+    *((("q_proj", "k_proj", "v_proj"), output, None)
+      for output in ("o_proj", "out_proj", "dense", "c_proj", "output_proj", "Wo")),
+    *(((q, "kv_b_proj"), "o_proj", None) for q in ("q_b_proj", "q_proj", "q_gate_proj")),
+    (("query", "key", "value"), "output", None),
+    (("Wq", "Wk", "Wv"), "dense", None),
+    (("project_q", "project_k", "project_v"), "attention_out", None),
+    (("qkv_proj",), "o_proj", "concat"),
+    (("c_attn",), "c_proj", "concat"),
+    (("Wqkv",), "out_proj", "concat"),
+    (("q_proj.linear", "k_proj.linear", "v_proj.linear"), "o_proj.linear", None),
+    (("query_key_value",), "dense", "grouped"),
+)  # fmt: skip
 _MLPS = (
     (("gate_proj", "up_proj"), "down_proj"),
     (("gate_up_proj",), "down_proj"),
@@ -23,8 +33,29 @@ _MLPS = (
     (("c_fc",), "c_proj"),
     (("dense_h_to_4h",), "dense_4h_to_h"),
     (("input_linear",), "output_linear"),
+    (("Wi",), "Wo"),
+    (("w_in.w_0", "w_in.w_1"), "w_out"),
+    (("ffn.0",), "ffn.2"),
+    (("intermediate.dense",), "output.dense"),
 )
-_HEADS_PER_GROUP = {"num_key_value_groups": "rep"}
+# BERT and its like: the projections of the attention are in two modules.
+_SPLIT = Projections(
+    ("attention.self.query", "attention.self.key", "attention.self.value"), "attention.output.dense",
+    holder="attention.self",
+)  # fmt: skip
+# What attributes of attention modules hold, by their names; see `Projections.attributes`.
+_COUNTS = {
+    "num_heads": "heads", "num_attention_heads": "heads", "n_head": "heads", "n_heads": "heads",
+    "num_key_value_heads": "kv_heads", "num_kv_heads": "kv_heads", "num_key_value_groups": "rep",
+    "all_head_size": "query_width", "split_size": "query_width", "embed_dim": "query_width",
+    "hidden_size": "query_width",
+}  # fmt: skip
+_WIDTH_KEYS = (
+    "decoder_ffn_dim", "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "intermediate_size_mlp", "d_ff",
+    "shared_intermediate_size", "dff", "dim_ff",
+)  # fmt: skip
+_KV_KEYS = ("num_key_value_heads", "num_kv_heads")
+_DECODER = {"layers_key": "decoder_layers", "heads_key": "decoder_attention_heads"}
 
 
 def family_from_modules(model: PreTrainedModel) -> Family | None:
@@ -32,8 +63,11 @@ def family_from_modules(model: PreTrainedModel) -> Family | None:
 
     What is read is a guess by names and shapes until `proof` has shown that cutting equals zeroing.
     """
-    base, number = model.base_model, model.config.get_text_config().num_hidden_layers
-    lists = ((name, module) for name, module in base.named_modules() if isinstance(module, nn.ModuleList))
+    base, values = model.base_model, model.config.to_dict()
+    keys = {name: key for name, key in _DECODER.items() if key in values}
+    text = model.config.get_text_config()
+    number = values.get(keys.get("layers_key"), getattr(text, "num_hidden_layers", None))
+    lists = [(name, module) for name, module in base.named_modules() if isinstance(module, nn.ModuleList)]
     path, layers = next(((name, module) for name, module in lists if len(module) == number), (None, None))
     if path is None:
         return None
@@ -43,37 +77,41 @@ def family_from_modules(model: PreTrainedModel) -> Family | None:
             dotted = f"{name}." if name else ""
             if "experts" in name.split("."):
                 continue
-            found = next((names for names in _ATTENTIONS if _has(module, names)), None)
-            if found is not None and attention is None:
-                inputs, output = found
-                rep = _HEADS_PER_GROUP if hasattr(module, "num_key_value_groups") else None
-                attention = Projections(tuple(dotted + one for one in inputs), dotted + output, attributes=rep)
-            found = None if found else next((names for names in _MLPS if _has(module, names)), None)
-            if found is not None:
-                inputs, output = found
+            found = _attention(layer, dotted, module)
+            attention = attention or found
+            pair = next((names for names in _MLPS if _has(module, *names)), None)
+            if pair is not None:
+                inputs, output = pair
                 names = Projections(tuple(dotted + one for one in inputs), dotted + output)
                 if names not in mlps:
                     mlps.append(names)
-                    widths.append(matrix(getattr(module, output)).shape[1])
-    values = model.config.to_dict()
-    keys = [key for key in _WIDTH_KEYS if values.get(key) in widths[:1]]
-    return Family(
-        attention, tuple(mlps), path, keys[0] if keys else "intermediate_size",
-        next((key for key in _KV_KEYS if key in values), None), _block_of_experts(layers),
-    )  # fmt: skip
+                    widths.append(matrix(module.get_submodule(output)).shape[1])
+    width = next((key for key in _WIDTH_KEYS if values.get(key) in widths[:1]), "intermediate_size")
+    kv = next((key for key in _KV_KEYS if key in values), None)
+    return Family(attention, tuple(mlps), path, width, kv, _block_of_experts(layers), **keys)
 
 
-_WIDTH_KEYS = (
-    "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "intermediate_size_mlp", "d_ff",
-    "shared_intermediate_size",
-)  # fmt: skip
-_KV_KEYS = ("num_key_value_heads", "num_kv_heads")
+def _attention(layer: nn.Module, prefix: str, module: nn.Module) -> Projections | None:
+    """The projections of a module, if it is an attention."""
+    if not prefix and _has(layer, _SPLIT.inputs, _SPLIT.output):
+        counts = counts_in(layer.get_submodule(_SPLIT.holder))
+        return Projections(_SPLIT.inputs, _SPLIT.output, None, counts, _SPLIT.holder)
+    for inputs, output, fused in _ATTENTIONS:
+        if _has(module, inputs, output):
+            holder = prefix.removesuffix(".") if "." in output else ""
+            inputs = tuple(prefix + one for one in inputs)
+            return Projections(inputs, prefix + output, fused, counts_in(module), holder)
+    return None
 
 
-def _has(module: nn.Module, names: tuple[tuple[str, ...], str]) -> bool:
-    """Whether a module holds linear maps of these names."""
-    inputs, output = names
-    return all(is_linear(getattr(module, name, None)) for name in (*inputs, output))
+def counts_in(module: nn.Module) -> dict[str, str]:
+    """What the attributes of an attention module hold that follow the numbers of its heads."""
+    return {name: meaning for name, meaning in _COUNTS.items() if isinstance(vars(module).get(name), int)}
+
+
+def _has(module: nn.Module, inputs: tuple[str, ...], output: str) -> bool:
+    """Whether linear maps of these names are below a module."""
+    return all(is_linear(submodule(module, name)) for name in (*inputs, output))
 
 
 def _block_of_experts(layers: nn.ModuleList) -> str | None:

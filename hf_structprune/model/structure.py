@@ -83,7 +83,7 @@ class ModelStructure:
                 f"The structure of {type(model).__name__} (model type {model.config.model_type!r}) cannot be read: "
                 f"{reason.rstrip('.')}. It is built in a way that is not understood."
             ) from error
-        if whole and not any(layer.groups or layer.sublayers for layer in structure.layers):
+        if whole and len(structure.layers) < 2 and not any(one.groups or one.sublayers for one in structure.layers):
             raise UnsupportedModelError(f"Nothing of this model can be cut. {'; '.join(structure.notes)}.")
         if towers is not None:
             structure.towers, structure.notes = towers, [*structure.notes, towers.note]
@@ -96,6 +96,8 @@ class ModelStructure:
         family = family_of(config.model_type, getattr(config, "base_model_tp_plan", None))
         if family is None or submodule(model.base_model, family.layers) is None:
             family = family_from_modules(model)
+        elif family.attention is None or not (family.mlps or family.experts):
+            family = family.completed(family_from_modules(model))
         if family is None:
             raise UnsupportedModelError(
                 f"Model type {config.model_type!r}: no list of decoder layers was found "

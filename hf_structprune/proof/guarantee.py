@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from ..config import LAYOUTS, PruningConfig
@@ -339,7 +339,9 @@ class Trial:
     def _reload(self, small: PreTrainedModel) -> None:
         with tempfile.TemporaryDirectory() as folder:
             small.save_pretrained(folder)
-            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+            text_alone = type(small.config) not in MODEL_FOR_CAUSAL_LM_MAPPING  # of a class that sees, too
+            auto = type(small) if text_alone else AutoModelForCausalLM
+            loaded = auto.from_pretrained(folder, dtype=torch.float64)
         state = loaded.state_dict()
         for name, tensor in small.state_dict().items():
             # Some classes keep some weights in float32.

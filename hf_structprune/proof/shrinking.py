@@ -149,7 +149,7 @@ def _with_few_layers(
     kept = representatives(values, layers)
     if len(kept) == len(layers):
         return values, everything
-    key = getattr(model.config, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")
+    key = structure.family.key("layers_key", model.config)
     key = key if values.get(key) == len(layers) else None
     try:
         fewer = without_layers(values, set(everything) - set(kept), len(layers), key)

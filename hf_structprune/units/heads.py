@@ -33,22 +33,40 @@ class KVGroups(WidthKind):
         return len(shapes) > 1 or any({GROUPS, QUERIES} & plan.of_layer(layer.index).keys() for layer in layers)
 
     def find(self, reading: Reading) -> list[str]:
-        names, notes = reading.family.attention, []
-        for structure, layer in reading.layers if names is not None else ():
-            notes += _find_heads(reading.config, names, structure, layer)
-        return notes
+        from ..model.families import PROVEN
+        from ..model.probe import head_groups
+
+        family, config = reading.family, reading.config
+        if family.attention is None:
+            return ["attention: its projections are not understood, left alone"]
+        bound = _bound(family.attention, config)
+        if bound is not None:
+            return [bound]
+        reasons = {}
+        for structure, layer in reading.layers:
+            found = _find_heads(config, family.attention, structure, layer)
+            if structure.attention is None:
+                reasons[structure.index] = found
+        probed = config.model_type not in PROVEN  # of those the tests cover what is read above
+        rest = [(structure, layer) for structure, layer in reading.layers if probed and reasons.get(structure.index)]
+        keys = (family.key("heads_key", config), family.kv_heads_key)
+        notes = head_groups((GROUPS, QUERIES), keys, reading.model, family.attention.parent, rest) if rest else []
+        for structure, _ in rest:
+            if structure.attention is not None:
+                del reasons[structure.index]
+        return [note for reason in reasons.values() for note in reason] + notes
 
     def config_keys(self, layer, family, config):
         """Numbers of query heads and of KV heads, where there is one."""
-        heads = getattr(config, "attribute_map", {}).get("num_attention_heads", "num_attention_heads")
-        return (heads, *filter(None, [family.kv_heads_key]))
+        return (family.key("heads_key", config), *filter(None, [family.kv_heads_key]))
 
     def config_values(self, layer, plan, family, config):
         if layer.attention is None or plan.is_dropped(layer.index, self.name):
             return {}
         shape = shape_after(layer, plan)
         values = dict(zip(self.config_keys(layer, family, config), (shape.heads, shape.kv_heads), strict=False))
-        if not isinstance(getattr(type(config), "head_dim", None), property):
+        derived = isinstance(getattr(type(config), "head_dim", None), property)
+        if not derived and (getattr(config, "head_dim", None) or shape.head_dim) == shape.head_dim:
             values["head_dim"] = shape.head_dim
         return values
 
@@ -123,25 +141,30 @@ def shape_after(layer: LayerStructure, plan: Decided) -> AttentionShape | None:
     return AttentionShape(heads, kv_heads, before.head_dim)
 
 
+def _bound(names: Projections, config: PreTrainedConfig) -> str | None:
+    """What binds a head to its number or to other layers, so that none can go."""
+    if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
+        return f"{names.parent}: ALiBi slopes are bound to the numbers of the heads, left alone"
+    if getattr(config, "num_kv_shared_layers", 0):
+        return f"{names.parent}: layers share their keys and values, left alone"
+    return None
+
+
 def _find_heads(
     config: PreTrainedConfig, names: Projections, structure: LayerStructure, layer: nn.Module
 ) -> list[str]:
     from ..model.groups import make_group, not_understood, submodule
 
-    reason = not_understood(layer, names, ("q_norm", "k_norm"))
+    reason = not_understood(layer, names, ("q_norm", "k_norm", "q_layernorm", "k_layernorm"))
     if reason is not None:
         return reason
-    if getattr(config, "alibi", False):
-        return [f"{names.parent}: ALiBi slopes are bound to the numbers of the heads, left alone"]
-    if getattr(config, "num_kv_shared_layers", 0):
-        return [f"{names.parent}: layers share their keys and values, left alone"]
     shape = _attention_shape(names, layer, config)
     if shape is None:
         return [f"{names.parent}: the shapes of its projections do not agree, left alone"]
     inputs = names.inputs if len(names.inputs) == 3 else names.inputs * 3
     q, k, v, o = _indices(shape, names.fused)
     norms = {}  # norms that span all heads
-    for norm, index in (("q_norm", o), ("k_norm", k)):
+    for norm, index in (("q_norm", o), ("k_norm", k), ("q_layernorm", o), ("k_layernorm", k)):
         weight = getattr(submodule(layer, f"{names.parent}.{norm}"), "weight", None)
         if weight is not None and weight.numel() == index.numel() != shape.head_dim:
             norms[f"{names.parent}.{norm}"] = index
@@ -157,7 +180,7 @@ def _find_heads(
     group = make_group(GROUPS, structure, layer, names, shape.kv_heads, rows, by_group(o), spans)
     structure.groups.append(group)
     if shape.rep > 1:
-        spans = [(name, index) for name, index in norms.items() if name.endswith("q_norm")]
+        spans = [(name, index) for name, index in norms.items() if not name.endswith(("k_norm", "k_layernorm"))]
         heads = make_group(QUERIES, structure, layer, names, shape.heads, [(inputs[0], q)], o, spans, shape.kv_heads)
         structure.groups.append(heads)
     return []
@@ -167,11 +190,14 @@ def _attention_shape(names: Projections, layer: nn.Module, config: PreTrainedCon
     from ..model.groups import AttentionShape, matrix
 
     module = layer.get_submodule(names.parent)
-    head_dim = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
-    head_dim = head_dim or getattr(config, "head_dim", None)
+    columns = matrix(layer.get_submodule(names.output)).shape[1]
+    found = (getattr(module, name, None) for name in ("head_dim", "head_size", "attention_head_size"))
+    head_dim = next(filter(None, found), None) or getattr(config, "head_dim", None)
+    if not head_dim:
+        heads = next((getattr(module, name) for name, one in (names.attributes or {}).items() if one == "heads"), 0)
+        head_dim = columns // heads if heads else 0
     if not head_dim:
         return None
-    columns = matrix(layer.get_submodule(names.output)).shape[1]
     rows = [matrix(layer.get_submodule(name)).shape[0] for name in names.inputs]
     kv_rows = rows[1] if len(rows) == 3 else (rows[0] - columns) // 2
     heads, kv_heads = columns // head_dim, kv_rows // head_dim

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from ..model.groups import LayerStructure
 
 
+_OWN_KEY = "its width has a configuration key of its own"
+
+
 class Neurons(WidthKind):
     """A neuron of an MLP: a row of `gate` and `up`, a column of `down`."""
 
@@ -26,11 +29,28 @@ class Neurons(WidthKind):
     part = "MLP"
 
     def find(self, reading: Reading) -> list[str]:
-        notes = []
+        from ..model.families import PROVEN
+        from ..model.probe import grouped
+
+        probed = reading.config.model_type not in PROVEN  # of those the tests cover what is read here
+        reasons, rest = {}, []
         for structure, layer in reading.layers:
-            for names in reading.family.mlps:
-                notes += self._in_layer(structure, layer, names)
-        return notes
+            found = [note for names in reading.family.mlps for note in self._in_layer(structure, layer, names)]
+            reasons[structure.index] = found
+            coupled = any(getattr(module, "activation_sparsity", 0) for module in layer.modules())
+            if (
+                probed
+                and found
+                and not structure.group(self.name)
+                and not coupled
+                and not any(_OWN_KEY in one for one in found)
+            ):
+                rest.append((structure, layer))
+        notes = grouped(self.name, reading.family.width_key, reading.model, rest)
+        for structure, _ in rest:
+            if structure.group(self.name):
+                reasons[structure.index] = []
+        return [note for found in reasons.values() for note in found] + notes
 
     def _in_layer(self, structure: LayerStructure, layer: nn.Module, names: Projections) -> list[str]:
         import torch
@@ -42,7 +62,7 @@ class Neurons(WidthKind):
             return reason
         width = matrix(layer.get_submodule(names.output)).shape[1]
         if structure.group(self.name) is not None or "shared" in names.parent:
-            return [f"{names.parent}: its width has a configuration key of its own, left alone"]
+            return [f"{names.parent}: {_OWN_KEY}, left alone"]
         index = torch.arange(width)[:, None]
         producers = []
         for name in names.inputs:

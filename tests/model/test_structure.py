@@ -143,21 +143,27 @@ def test_dense_layers_of_a_mixture_are_found():
     assert any("experts" in note for note in structure.notes)
 
 
-def test_a_model_whose_layers_have_no_known_parts_is_refused():
-    config = transformers.MambaConfig(vocab_size=16, hidden_size=8, num_hidden_layers=2, state_size=2)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_of_a_model_whose_layers_have_no_known_parts_whole_layers_can_go(layers):
+    config = transformers.MambaConfig(vocab_size=16, hidden_size=8, num_hidden_layers=layers, state_size=2)
+    model = AutoModelForCausalLM.from_config(config)
+    if layers > 1:
+        structure = ModelStructure.of(model)
+        assert len(structure.layers) == layers and not structure.groups
+        return
     with pytest.raises(UnsupportedModelError, match=r"Nothing of this model can be cut.*norms of the layers \(norm\)"):
-        ModelStructure.of(AutoModelForCausalLM.from_config(config))
+        ModelStructure.of(model)
 
 
 def test_projections_are_found_by_name_where_nothing_describes_the_type():
     config = transformers.BloomConfig(vocab_size=16, hidden_size=8, n_layer=2, n_head=2)
     structure = ModelStructure.of(AutoModelForCausalLM.from_config(config))
     assert structure.kinds() == ["mlp_neurons"] and structure.layers[1].groups[0].size == 32
-    assert any("self_attention.query_key_value" in note for note in structure.notes)
+    assert any("self_attention: ALiBi" in note for note in structure.notes)
 
 
-def _with_strangers(name, scale):
-    model = families.make_model(name)
+def _with_strangers(name, scale, **changes):
+    model = families.make_model(name, **changes)
     for layer in model.model.layers:
         layer.self_attn.sinks = torch.nn.Parameter(torch.zeros(families.HEADS))
         layer.mlp.sinks = torch.nn.Parameter(torch.zeros(families.HEADS))
@@ -177,7 +183,7 @@ def test_attention_with_an_unknown_parameter_is_left_alone_and_the_parameter_nam
 
 def test_a_model_of_which_nothing_is_understood_is_refused_with_the_reasons():
     with pytest.raises(UnsupportedModelError, match=r"`self_attn\.sinks` is not understood"):
-        ModelStructure.of(_with_strangers("mistral", scale=True))
+        ModelStructure.of(_with_strangers("mistral", scale=True, num_hidden_layers=1))
 
 
 @pytest.mark.parametrize("units", ["mlp_neurons", "kv_groups"])
@@ -210,10 +216,45 @@ def test_what_crashes_the_reading_is_a_refusal_that_names_the_type():
         ModelStructure.of(model)
 
 
-def test_attention_with_sinks_for_its_heads_is_left_alone_with_a_note():
+def test_sinks_go_with_their_heads():
     config = transformers.GptOssConfig(**HAND, num_local_experts=2, num_experts_per_tok=1, head_dim=2)
-    structure = ModelStructure.of(AutoModelForCausalLM.from_config(config))
-    assert structure.kinds() == ["experts"] and any("self_attn.sinks" in note for note in structure.notes)
+    layer = ModelStructure.of(AutoModelForCausalLM.from_config(config)).layers[0]
+    sinks = {
+        kind: next(part.index.tolist() for part in layer.group(kind).slices if part.tensor.endswith("sinks"))
+        for kind in ("kv_groups", "query_heads")
+    }
+    assert sinks == {"kv_groups": [[0, 1], [2, 3]], "query_heads": [[0], [1], [2], [3]]}
+
+
+def test_heads_of_latent_attention_by_hand():
+    sizes = dict(q_lora_rank=4, kv_lora_rank=4, qk_rope_head_dim=2, qk_nope_head_dim=1, v_head_dim=2)
+    values = {**HAND, **sizes, "num_key_value_heads": 4}
+    group = first_layer("YoutuConfig", **values).group("kv_groups")
+    assert parts(group) == {
+        ("self_attn.q_b_proj", "rows"): [[[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]],
+        ("self_attn.kv_b_proj", "rows"): [[[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]],
+        ("self_attn.o_proj", "columns"): [[[0, 1], [2, 3], [4, 5], [6, 7]]],
+    }
+
+
+def test_a_query_projection_that_holds_a_gate_is_cut_in_whole_heads():
+    values = dict(**HAND, head_dim=2, layer_types=["full_attention"] * 2)
+    found = parts(first_layer("Qwen3_5TextConfig", **values).group("query_heads"))
+    assert found["self_attn.q_proj", "rows"] == [[[4 * head + i for i in range(4)] for head in range(4)]]
+
+
+def test_the_projections_of_a_bert_are_found_in_their_modules():
+    config = transformers.BertConfig(vocab_size=16, hidden_size=8, num_hidden_layers=2, num_attention_heads=4)
+    layer = ModelStructure.of(AutoModelForCausalLM.from_config(config)).layers[0]
+    assert layer.group("kv_groups").reader.module.endswith("attention.output.dense")
+    assert layer.group("mlp_neurons").reader.module.endswith("layer.0.output.dense")
+
+
+def test_the_keys_of_a_decoder_are_those_that_say_so():
+    values = dict(d_model=8, encoder_layers=1, decoder_layers=2, decoder_ffn_dim=6, decoder_attention_heads=2)
+    structure = ModelStructure.of(AutoModelForCausalLM.from_config(transformers.BartConfig(vocab_size=16, **values)))
+    assert (structure.family.width_key, structure.family.layers_key) == ("decoder_ffn_dim", "decoder_layers")
+    assert structure.layers[1].group("mlp_neurons").size == 6
 
 
 def test_attention_with_unknown_norms_is_left_alone_with_a_note():

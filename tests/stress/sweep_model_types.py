@@ -27,10 +27,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
+from hf_structprune.commands.models_table import build
 from hf_structprune.errors import StructPruneError
 from hf_structprune.model.structure import ModelStructure
 from hf_structprune.proof import guarantee as proof
@@ -52,8 +53,7 @@ def sweep(model_type: str, results: multiprocessing.Queue) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type]())
+        model = build(model_type)
     except Exception as error:
         results.put(("", NOT_BUILT, f"{type(error).__name__}: {error}"))
         return

@@ -20,7 +20,7 @@ from hf_structprune.stats.gradients import gate_salience
 from hf_structprune.stats.routing import routing_statistics
 
 
-LEFT_ALONE = {"jetmoe": "are not understood, left alone", "dbrx": "Nothing of this model can be cut"}
+LEFT_ALONE = {"jetmoe": "are not understood, left alone", "dbrx": "norms of the layers (norm_attn_norm)"}
 FAMILIES = [name for name in CONFIGS if name not in LEFT_ALONE]
 IDS = make_tokens(2, 12)
 
@@ -77,8 +77,8 @@ def test_experts_one_by_one_add_up_to_the_block(name):
 
 @pytest.mark.parametrize("name", LEFT_ALONE)
 def test_what_is_not_understood_is_left_alone(name):
-    with pytest.raises(UnsupportedModelError, match=LEFT_ALONE[name]):
-        ModelStructure.of(make_moe(name))
+    structure = ModelStructure.of(make_moe(name))
+    assert "experts" not in structure.kinds() and any(LEFT_ALONE[name] in note for note in structure.notes)
 
 
 @pytest.mark.parametrize("backend", ["grouped_mm", "batched_mm"])
