@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from hf_structprune import PruningConfig, PruningPlan, StructuredPruner
 from hf_structprune.criteria import Scoring
 from hf_structprune.criteria.experts import BY_NAME
-from hf_structprune.errors import ConfigurationError, RatioError, UnsupportedModelError
+from hf_structprune.errors import ConfigurationError, RatioError
 from hf_structprune.model.experts import Experts, without_experts
 from hf_structprune.model.structure import ModelStructure
 from hf_structprune.proof.guarantee import logits
