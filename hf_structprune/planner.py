@@ -19,7 +19,8 @@ from .allocation.widths import allocate, allocate_stated, next_counts
 from .config import PruningConfig
 from .errors import CheckpointError, ConfigurationError, RatioError, UnsupportedModelError
 from .model.describe import approximations, expressible_heads, target_of, warnings_of
-from .model.hidden_size import HiddenGroup, hidden_group, shrunk_target
+from .model.groups import Group
+from .model.hidden_size import hidden_group, shrunk_target
 from .model.rebuild import has_weights
 from .model.structure import ModelStructure
 from .plan import Decision, Dropped, PruningPlan, normalised, removed_by
@@ -135,7 +136,7 @@ class Planner:
                 refused = refused or error
         raise refused
 
-    def _hidden_sizes(self, group: HiddenGroup, ratio: float) -> list[int]:
+    def _hidden_sizes(self, group: Group, ratio: float) -> list[int]:
         """Hidden sizes, the one first that is nearest to the ratio.
 
         They are multiples of what is configured, else of a power of two, at most 1/16 of the size and 128.

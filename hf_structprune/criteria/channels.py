@@ -11,8 +11,8 @@ from transformers.utils.logging import tqdm
 from ..config import PruningConfig
 from ..errors import ConfigurationError
 from ..hooks import hooked
-from ..model.hidden_size import HiddenGroup
-from ..model.norms import stream_norms
+from ..model.groups import Group
+from ..model.hidden_size import stream_norms
 from ..stats.gradients import on_device, weight_changes
 from .base import ICLR, Method, Paper
 from .inputs import Activation
@@ -20,7 +20,7 @@ from .weights import Taylor
 
 
 def channel_importance(
-    model: PreTrainedModel, group: HiddenGroup, config: PruningConfig, tokens: torch.Tensor | None
+    model: PreTrainedModel, group: Group, config: PruningConfig, tokens: torch.Tensor | None
 ) -> torch.Tensor:
     """Importance of every channel by `config.hidden_criterion`; higher is more important.
 
@@ -39,20 +39,20 @@ def channel_importance(
 
 
 @torch.no_grad()
-def magnitude(model: PreTrainedModel, group: HiddenGroup, *_) -> torch.Tensor:
+def magnitude(model: PreTrainedModel, group: Group, *_) -> torch.Tensor:
     """`sum w^2` over the slices of a channel, each tensor divided by the mean of its channels.
 
     LLM-Pruner (https://huggingface.co/papers/2305.11627) sums the tensors as they are; the embeddings, with a row for
     each token of the vocabulary, then outweigh all layers together.
     """
     total = torch.zeros(group.size, dtype=torch.float64)
-    for name, dim in group.entries:
+    for name, dim in group.dims().items():
         scores = _over_channels(model.get_parameter(name).float().square(), dim)
         total += (scores / scores.mean().clamp_min(1e-30)).cpu()
     return total
 
 
-def taylor(model: PreTrainedModel, group: HiddenGroup, config: PruningConfig, tokens: torch.Tensor) -> torch.Tensor:
+def taylor(model: PreTrainedModel, group: Group, config: PruningConfig, tokens: torch.Tensor) -> torch.Tensor:
     """`sum |w g|` over the slices of a channel in all tensors (LLM-Pruner, https://huggingface.co/papers/2305.11627).
 
     `g` is the gradient of the mean next-token loss; several batches are averaged after the absolute value. A gradient
@@ -69,9 +69,7 @@ def taylor(model: PreTrainedModel, group: HiddenGroup, config: PruningConfig, to
 
 
 @torch.no_grad()
-def activation(
-    model: PreTrainedModel, group: HiddenGroup, config: PruningConfig, tokens: torch.Tensor
-) -> torch.Tensor:
+def activation(model: PreTrainedModel, group: Group, config: PruningConfig, tokens: torch.Tensor) -> torch.Tensor:
     """What the norms of the stream give: mean over a sequence of `|x|`, L2 over sequences, summed over the norms.
 
     Minitron (Muralidharan et al., 2024, https://huggingface.co/papers/2407.14679, eq. 2).

@@ -10,16 +10,20 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..alignment import HIDDEN, Input, findings, unreached
 from ..errors import CheckpointError
 from ..plan import PruningPlan
-from ..units import KINDS, WidthKind, kinds_of
+from ..units import KINDS, DepthKind, WidthKind, kinds_of
 from ..units.depth import LAYERS
 from ..units.heads import GROUPS, counts_of, pairs, shape_after
+from ..units.neurons import NEURONS
 from .families import Projections
-from .groups import AttentionShape
-from .layer_values import check_layers, layers_left, skip_modules, skips_after, without_layers, write_skips
-from .norms import stream_norms
+from .groups import AttentionShape, LayerStructure
+from .hidden_size import stream_norms
+from .layer_values import check_layers, without_layers
 from .structure import ModelStructure, decoder_layers
 from .surgery import Kept, entries_gone, name_after, skipped
-from .target import Target, as_mistral, make_target, overrides_of, plain_values, skeleton
+from .target import Target, as_mistral, make_target, plain_values, skeleton
+
+
+_EXPERT_WIDTH = "moe_intermediate_size"  # of experts, where it has a key of its own
 
 
 def target_of(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> Target:
@@ -44,32 +48,61 @@ def target_of(model: PreTrainedModel, structure: ModelStructure, plan: PruningPl
     raise CheckpointError(f"No {type(model.config).__name__} describes the pruned model: {errors[0]}") from errors[0]
 
 
-def _changes(
+def _values(
     model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan, heads: bool = True
 ) -> dict[str, Any]:
-    """Configuration values after a plan: the dense ones with what all layers, or each of them, change."""
+    """Configuration values after a plan: the dense ones with what all layers, or each of them, change.
+
+    Where layers lack a sublayer, the width of the MLP is named for every layer and not for the model. Whoever builds
+    the layers from the model's values alone, as stock classes do, is then refused by the configuration and does not
+    build whole layers with random weights where some are skipped.
+
+    Args:
+        heads: Whether numbers of heads are written, where they change or differ between layers.
+    """
+    config, family = model.config, structure.family
     values = _without_dropped(model, structure, plan)
-    for key in ("per_layer_config", "module_overrides", "skip_modules"):
+    before = {int(index): own for index, own in (values.pop("per_layer_config", None) or {}).items()}
+    for key in ("module_overrides", "skip_modules"):
         values.pop(key, None)
-    skips = skips_after(model.config, layers_left(structure, plan), plan)
-    widths = _widths(structure, plan, model.config, skips, heads)
-    keys = {key for width in widths for key in width}
-    if all(len({width[key] for width in widths if key in width}) == 1 for key in keys) and heads:
-        values.update({key: next(w[key] for w in widths if key in w) for key in keys})
-        widths = [{} for _ in widths]
+    usual = {key: values[key] for own in before.values() for key in own if key in values}
+    layers, skips = [], []
+    for index, layer in enumerate(_layers_left(structure, plan)):
+        own = before.get(index, {})
+        gone = {kind for kind in kinds_of(DepthKind, sublayer=True) if layer.index in plan.dropped.get(kind, ())}
+        skips.append(sorted({*own.get("skip", ()), *gone}))
+        decided, widths = {"skip", "module_overrides"}, {}
+        for kind in map(KINDS.get, kinds_of(WidthKind)):
+            if kind.is_in(layer) or kind.sublayer in skips[-1]:
+                decided |= set(kind.config_keys(layer, family, config))
+            if kind.is_in(layer) and (heads or not kind.of_heads) and kind.is_written(structure.layers, plan):
+                widths |= kind.config_values(layer, plan, family, config)
+        layers.append({key: value for key, value in (usual | own).items() if key not in decided} | widths)
+    keys = {key for own in layers for key in own}
+    if heads and all(len({own[key] for own in layers if key in own}) == 1 for key in keys):
+        for own in layers:
+            values |= own
+        layers = [{} for _ in layers]
     elif plan.layout == "uniform":
         raise CheckpointError(
             "The uniform layout needs the same widths in all layers, but the layers of this model differ already. "
             "Use layout='per_layer'."
         )
-    for width in widths:  # one size of heads for the whole model
-        values.update({"head_dim": width.pop("head_dim")} if "head_dim" in width else {})
+    for own in layers:  # one size of heads for the whole model
+        values |= {"head_dim": own.pop("head_dim")} if "head_dim" in own else {}
     if any(skips):
         if plan.layout == "uniform":
             raise CheckpointError("Layers that lack a sublayer are not alike. Use layout='per_layer'.")
-        write_skips(values, widths, skips, skip_modules(model.config, structure, plan), structure.family.width_key)
-    if any(widths):
-        values["per_layer_config"] = {str(i): width for i, width in enumerate(widths) if width}
+        for key in (key for key in {family.width_key, _EXPERT_WIDTH} if key in values):
+            for own, skip in zip(layers, skips, strict=True):
+                own.setdefault(key, values[key])
+                own |= {key: 1} if KINDS[NEURONS].sublayer in skip else {}  # of a module that is not kept
+            values[key] = 0
+        for own, skip in zip(layers, skips, strict=True):
+            own |= {"skip": skip} if skip else {}
+        values["skip_modules"] = _skip_modules(config, structure, plan)
+    if any(layers):
+        values["per_layer_config"] = {str(index): own for index, own in enumerate(layers) if own}
     return values
 
 
@@ -80,27 +113,22 @@ def _without_dropped(model: PreTrainedModel, structure: ModelStructure, plan: Pr
     return without_layers(values, dropped, len(structure.layers), key) if dropped else values
 
 
-def _widths(
-    structure: ModelStructure, plan: PruningPlan, config: PreTrainedConfig, skips: list[list[str]], heads: bool
-) -> list[dict[str, Any]]:
-    """Configuration values of each layer after a plan: what it has of its own already, and what the plan decides.
+def _layers_left(structure: ModelStructure, plan: PruningPlan) -> list[LayerStructure]:
+    return [layer for layer in structure.layers if not plan.is_dropped(layer.index, LAYERS)]
 
-    Head counts only with `heads`, and where they change or differ between layers.
-    """
-    inherited: list[dict[str, Any]] = []
-    decided: list[dict[str, Any]] = []
-    for layer, skip in zip(layers_left(structure, plan), skips, strict=True):
-        keys, values = {"skip", "module_overrides", "head_dim"}, {}
-        for kind in map(KINDS.get, kinds_of(WidthKind)):
-            if kind.is_in(layer) or kind.sublayer in skip:
-                keys |= set(kind.config_keys(layer, structure.family, config))
-            if kind.is_in(layer) and (heads or not kind.of_heads) and kind.is_written(structure.layers, plan):
-                values |= kind.config_values(layer, plan, structure.family, config)
-        inherited.append({k: v for k, v in overrides_of(config, layer.index).items() if k not in keys})
-        decided.append(values)
-    missing = {k for values in inherited for k in values if any(k not in own for own in inherited)}
-    usual = {k: config._getattr_without_heterogeneous_validation(k) for k in missing}
-    return [{**usual, **own, **values} for own, values in zip(inherited, decided, strict=True)]
+
+def _skip_modules(config: PreTrainedConfig, structure: ModelStructure, plan: PruningPlan) -> dict[str, list[str]]:
+    """Names below the layer of the modules that are gone with a sublayer, the one that gives its output last."""
+    result = {kind: list(names) for kind, names in (getattr(config, "skip_modules", None) or {}).items()}
+    path = structure.layers[0].name.rpartition(".")[0]
+    for sublayer in skipped(structure, plan.dropped):
+        names = [name[len(path) + 1 :].partition(".")[2] for name in sublayer.modules]
+        if result.setdefault(sublayer.kind, names) != names:
+            raise CheckpointError(
+                f"`{sublayer.module}`: the modules of this {sublayer.kind} are {names}, those of other layers "
+                f"{result[sublayer.kind]}; one configuration cannot name both."
+            )
+    return result
 
 
 def _with_overrides(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> Target | None:
@@ -111,9 +139,9 @@ def _with_overrides(model: PreTrainedModel, structure: ModelStructure, plan: Pru
     names = structure.family.attention
     if plan.layout != "per_layer" or names is None or names.attributes is None:
         return None
-    values = _changes(model, structure, plan, heads=False)
+    values = _values(model, structure, plan, heads=False)
     per_layer = values.setdefault("per_layer_config", {})
-    for index, layer in enumerate(layers_left(structure, plan)):
+    for index, layer in enumerate(_layers_left(structure, plan)):
         before, shape = layer.attention, shape_after(layer, plan)
         heads = model.config.hidden_size // before.head_dim if before else 0  # as the class builds them
         if (
@@ -127,8 +155,8 @@ def _with_overrides(model: PreTrainedModel, structure: ModelStructure, plan: Pru
 
 # Ways to write a configuration, the plainest first.
 _WRITERS = (
-    lambda model, structure, plan: make_target(model, _changes(model, structure, plan)),
-    lambda model, structure, plan: as_mistral(model, _changes(model, structure, plan)),
+    lambda model, structure, plan: make_target(model, _values(model, structure, plan)),
+    lambda model, structure, plan: as_mistral(model, _values(model, structure, plan)),
     _with_overrides,
 )
 
@@ -155,7 +183,7 @@ def _check_depth(model: PreTrainedModel, structure: ModelStructure, plan: Prunin
     except CheckpointError as error:
         raise CheckpointError(f"No {type(model.config).__name__} is without these layers: {error}") from error
     dense, cut = ([layer for _, layer in decoder_layers(m, structure.family)] for m in (skeleton(model), shallow))
-    check_layers(dense, cut, [layer.index for layer in layers_left(structure, plan)])
+    check_layers(dense, cut, [layer.index for layer in _layers_left(structure, plan)])
 
 
 def check_shapes(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan, target: Target) -> None:

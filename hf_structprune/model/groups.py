@@ -45,7 +45,7 @@ class Group:
 
     Attributes:
         kind: Name of the kind of unit.
-        layer: Number of the decoder layer.
+        layer: Number of the decoder layer; -1 for the residual stream, which is of all of them.
         size: Number of units.
         slices: Where the units are: what computes them first, what reads them last.
         reader: The slice of the linear map whose input columns the units are, which is re-fitted; `None` for units
@@ -78,6 +78,10 @@ class Group:
     def key(self) -> tuple[int, str]:
         """Names the group in a model."""
         return self.layer, self.kind
+
+    def dims(self) -> dict[str, int]:
+        """The dimension that holds the units, by tensor."""
+        return {part.tensor: part.dim for part in self.slices}
 
     @property
     def whole(self) -> int:

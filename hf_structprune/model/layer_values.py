@@ -1,4 +1,4 @@
-"""What a configuration says layer by layer: after layers are gone, and where layers lack a sublayer."""
+"""What a configuration says of layers when some are gone, and whether those that stay are built as they were."""
 
 from __future__ import annotations
 
@@ -8,13 +8,6 @@ from typing import Any
 from torch import nn
 
 from ..errors import CheckpointError
-from ..plan import PruningPlan
-from ..units import KINDS, DepthKind, kinds_of
-from ..units.depth import LAYERS
-from ..units.neurons import NEURONS
-from .groups import LayerStructure
-from .structure import ModelStructure
-from .target import overrides_of
 
 
 COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -131,67 +124,3 @@ def _is_simple(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return all(_is_simple(entry) for entry in value)
     return isinstance(value, _SIMPLE)
-
-
-# The width of experts, where it has a key of its own.
-_EXPERT_WIDTH = "moe_intermediate_size"
-
-
-def layers_left(structure: ModelStructure, plan: PruningPlan) -> list[LayerStructure]:
-    """The layers that a plan leaves, in order."""
-    return [layer for layer in structure.layers if not plan.is_dropped(layer.index, LAYERS)]
-
-
-def skips_after(config, layers: list[LayerStructure], plan: PruningPlan) -> list[list[str]]:
-    """The sublayers that each layer lacks after a plan, those it lacked before included."""
-    result = []
-    for layer in layers:
-        gone = {kind for kind in kinds_of(DepthKind, sublayer=True) if layer.index in plan.dropped.get(kind, ())}
-        result.append(sorted({*overrides_of(config, layer.index).get("skip", ()), *gone}))
-    return result
-
-
-def write_skips(
-    values: dict[str, Any],
-    widths: list[dict[str, Any]],
-    skips: list[list[str]],
-    modules: dict[str, list[str]],
-    width_key: str,
-) -> None:
-    """Writes the sublayers that each layer lacks into configuration values, in place.
-
-    The width of the MLP is named for every layer (in `widths`) and not for the model. Whoever builds the layers from
-    the model's values alone, as stock classes do, is then refused by the configuration and does not build whole layers
-    with random weights where some are skipped. `modules` are those of each sublayer, see `skip_modules`.
-    """
-    for key in [key for key in (width_key, _EXPERT_WIDTH) if key in values]:
-        for width, skip in zip(widths, skips, strict=True):
-            width.setdefault(key, values[key])
-            if KINDS[NEURONS].sublayer in skip:
-                width[key] = 1  # of a module that is not kept
-        values[key] = 0
-    for width, skip in zip(widths, skips, strict=True):
-        width.update({"skip": skip} if skip else {})
-    values["skip_modules"] = modules
-
-
-def skip_modules(config, structure: ModelStructure, plan: PruningPlan) -> dict[str, list[str]]:
-    """Names below the layer of the modules that are gone with a sublayer, the one that gives its output last.
-
-    Raises:
-        CheckpointError: They differ between layers.
-    """
-    result = {kind: list(names) for kind, names in (getattr(config, "skip_modules", None) or {}).items()}
-    for kind in kinds_of(DepthKind, sublayer=True):
-        for number in plan.dropped.get(kind, ()):
-            layer = structure.layers[number]
-            sublayer = layer.sublayer(kind)
-            if sublayer is None:
-                raise CheckpointError(f"`{layer.name}` has no {kind} that could be skipped alone.")
-            names = [name.removeprefix(f"{layer.name}.") for name in sublayer.modules]
-            if result.setdefault(kind, names) != names:
-                raise CheckpointError(
-                    f"`{layer.name}`: the modules of its {kind} are {names}, those of other layers {result[kind]}; "
-                    "one configuration cannot name both."
-                )
-    return result

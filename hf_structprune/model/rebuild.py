@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NoReturn
@@ -77,11 +77,7 @@ def _versions(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def rebuild(model: PreTrainedModel, target: Target) -> PreTrainedModel:
     """A model of the target's class in eval mode with the cut tensors of another one, which is of no use any more."""
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    result = assemble(target, model.state_dict(), dict(model.named_buffers()), model)
-    for name, parameter in result.named_parameters():
-        parameter.requires_grad_(flags.get(name, True))
-    return result
+    return assemble(target, model.state_dict(), dict(model.named_buffers()), model)
 
 
 def assemble(
@@ -89,11 +85,15 @@ def assemble(
 ) -> PreTrainedModel:
     """A model of the target's class in eval mode out of tensors (`buffers`, too, where not saved); none is copied.
 
-    Another one, `like`, lends its generation configuration, its name and its devices.
+    Another one, `like`, lends its generation configuration, its name, its devices, and which parameters are trained.
     """
-    result = target.skeleton()
+    result, named = target.skeleton(), dict(like.named_parameters())
+    named |= {name: tensor for name, tensor in state.items() if isinstance(tensor, nn.Parameter)}
+    trained = {name: parameter.requires_grad for name, parameter in named.items()}
     result.load_state_dict(state, assign=True, strict=True)
     result.tie_weights()
+    for name, parameter in result.named_parameters():
+        parameter.requires_grad_(trained.get(name, True))
     for name, buffer in list(result.named_buffers()):
         if buffer.device.type == "meta" and name in buffers:
             parent, _, leaf = name.rpartition(".")
@@ -134,8 +134,8 @@ def as_shared(model: PreTrainedModel, built: PreTrainedModel) -> PreTrainedModel
     Raises:
         UnsupportedModelError: Weights share memory in a way that no configuration describes.
     """
-    ties, described = shared(model), _same_objects(built)
-    if ties == _same_objects(model) == described:
+    ties, described = shared(model), _ties(built, id)
+    if ties == _ties(model, id) == described:
         return model
     if not has_weights(model) and hasattr(model, "hf_device_map"):
         raise UnsupportedModelError(
@@ -144,7 +144,7 @@ def as_shared(model: PreTrainedModel, built: PreTrainedModel) -> PreTrainedModel
         )
     for tied in (True, False):
         target = Target(type(model), with_ties(copy.deepcopy(model.config), tied))
-        if _same_objects(target.skeleton()) == ties:
+        if _ties(target.skeleton(), id) == ties:
             return rebuild(model, target)
     group = min(sorted(group) for group in ties - described or described - ties)
     names = " and ".join(f"`{name}`" for name in group[:3])
@@ -178,37 +178,28 @@ def shared(model: nn.Module) -> Ties:
     Raises:
         UnsupportedModelError: Two overlap without being the same.
     """
-    places = _grouped(model, _place)
-    ranges = sorted((str(place[0]), *place[1:3], min(names)) for place, names in places.items() if len(place) > 1)
-    for (device, _, end, name), (other_device, begin, _, other) in pairwise(ranges):
-        if device == other_device and begin < end:
+    places = sorted((_place(parameter), name) for name, parameter in model.named_parameters(remove_duplicate=False))
+    for (place, name), (behind, other) in pairwise(places):
+        if place != behind and place[0] == behind[0] and behind[1] < place[2]:
             raise UnsupportedModelError(
                 f"`{name}` and `{other}` overlap in memory, so that a change of one changes the other. Give each "
                 "its own (`parameter.data = parameter.data.clone()`)."
             )
-    return _several(places.values())
+    return _ties(model, _place)
 
 
-def _place(parameter: nn.Parameter) -> tuple:
-    """Device, first and last byte and strides; without any memory the parameter itself."""
+def _place(parameter: nn.Parameter) -> tuple[str, int, int, tuple[int, ...]]:
+    """Device, first byte, the one behind the last, and strides; without any memory the parameter itself."""
     if parameter.device.type == "meta" or not parameter.numel():
-        return (id(parameter),)
+        return "", id(parameter), id(parameter), ()
     last = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
     begin = parameter.data_ptr()
-    return parameter.device, begin, begin + (last + 1) * parameter.element_size(), parameter.stride()
+    return str(parameter.device), begin, begin + (last + 1) * parameter.element_size(), parameter.stride()
 
 
-def _same_objects(model: nn.Module) -> Ties:
-    """Names of the parameters that are one and the same."""
-    return _several(_grouped(model, id).values())
-
-
-def _grouped(model: nn.Module, key: Callable[[nn.Parameter], Any]) -> dict[Any, set[str]]:
+def _ties(model: nn.Module, key: Callable[[nn.Parameter], Any]) -> Ties:
+    """Names of the parameters that have the same key."""
     groups: dict[Any, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(key(parameter), set()).add(name)
-    return groups
-
-
-def _several(groups: Iterable[set[str]]) -> Ties:
-    return frozenset(frozenset(group) for group in groups if len(group) > 1)
+    return frozenset(frozenset(group) for group in groups.values() if len(group) > 1)

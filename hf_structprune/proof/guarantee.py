@@ -27,9 +27,8 @@ from ..hooks import as_output, others_of
 from ..model.describe import target_of
 from ..model.experts import Experts, without_experts
 from ..model.families import PROVEN
-from ..model.hidden_size import hidden_group
+from ..model.hidden_size import NormKind, hidden_group, stream_norms
 from ..model.modeling_structprune import PerLayerMixin
-from ..model.norms import NormKind, stream_norms
 from ..model.rebuild import rebuild
 from ..model.structure import Group, LayerStructure, ModelStructure, decoder_layers
 from ..model.surgery import Kept, cut_units, drop, mask_sublayers, mask_units

@@ -13,9 +13,8 @@ from ..config import PruningConfig
 from ..criteria.channels import channel_importance
 from ..errors import ConfigurationError
 from ..hooks import hooked
-from ..model.groups import is_linear, matrix
-from ..model.hidden_size import HiddenGroup, cut_channels, final_norm, hidden_group, shrunk_target
-from ..model.norms import row_scales, scale_, stream_norms
+from ..model.groups import Group, is_linear, matrix
+from ..model.hidden_size import cut_channels, final_norm, hidden_group, norm_kind, row_scales, scale_, shrunk_target
 from ..model.structure import ModelStructure
 from ..stats.moments import InputStatistics, Moments
 from ..stats.stream import LayerStream, first_input
@@ -89,7 +88,7 @@ def refit_channels(
     dense: PreTrainedModel,
     small: PreTrainedModel,
     structure: ModelStructure,
-    group: HiddenGroup,
+    group: Group,
     kept: torch.Tensor,
     config: PruningConfig,
     tokens: torch.Tensor,
@@ -229,8 +228,7 @@ class _Refit:
             self._fit(head.weight, large.weight, statistics)
             return
         name = final_norm(self.dense, self.group)
-        kind = stream_norms(self.dense, {f"{name}.weight"})[name]
-        norm = self.small.get_submodule(name)
+        kind, norm = norm_kind(self.dense.get_submodule(name)), self.small.get_submodule(name)
         moments = statistics.moments
         damping = DEFAULT_DAMPING if self.config.damping is None else self.config.damping
         factors = norm_factors(large.weight, self.kept, moments.gram, moments.target, damping)

@@ -15,14 +15,14 @@ from transformers.utils.logging import tqdm
 from ..config import PruningConfig
 from ..errors import ConfigurationError, UnsupportedModelError
 from ..hooks import hooked
-from ..model.hidden_size import HiddenGroup
-from ..model.norms import NormKind, stream_norms
+from ..model.groups import Group
+from ..model.hidden_size import NormKind, stream_norms
 from ..model.rebuild import assemble
 from ..model.target import Target
 from ..stats.gradients import on_device
 
 
-def _check_rotatable(model: PreTrainedModel, group: HiddenGroup) -> None:
+def _check_rotatable(model: PreTrainedModel, group: Group) -> None:
     """Refuses models whose LM head is tied, or with a norm of the stream that subtracts the mean."""
     head, vocabulary = model.get_output_embeddings(), len(model.get_input_embeddings().weight)
     if head is None or head.weight is model.get_input_embeddings().weight:
@@ -40,7 +40,7 @@ def _check_rotatable(model: PreTrainedModel, group: HiddenGroup) -> None:
 
 
 def in_components(
-    model: PreTrainedModel, group: HiddenGroup, config: PruningConfig, tokens: torch.Tensor | None
+    model: PreTrainedModel, group: Group, config: PruningConfig, tokens: torch.Tensor | None
 ) -> PreTrainedModel:
     """The same function with its stream in the basis of its principal components, see `rotated`.
 
@@ -56,7 +56,7 @@ def in_components(
 
 @torch.no_grad()
 def principal_components(
-    model: PreTrainedModel, group: HiddenGroup, config: PruningConfig, tokens: torch.Tensor
+    model: PreTrainedModel, group: Group, config: PruningConfig, tokens: torch.Tensor
 ) -> torch.Tensor:
     """Eigenvectors of the second moment of what the norms of the stream receive, the largest first.
 
@@ -80,7 +80,7 @@ def principal_components(
 
 
 @torch.no_grad()
-def rotated(model: PreTrainedModel, group: HiddenGroup, rotation: torch.Tensor) -> PreTrainedModel:
+def rotated(model: PreTrainedModel, group: Group, rotation: torch.Tensor) -> PreTrainedModel:
     """The same function with its stream `x` written as `Q^T x`: exact, but for rounding.
 
     The weights of every norm go into the matrices that read it, after which the norm commutes with `Q`; then readers,
@@ -95,7 +95,7 @@ def rotated(model: PreTrainedModel, group: HiddenGroup, rotation: torch.Tensor) 
     norms = stream_norms(model, set(group.dims()))
     scales = _reader_scales(model, group, norms)
     state = dict(model.state_dict())
-    for name, dim in group.entries:
+    for name, dim in group.dims().items():
         owner = name.rpartition(".")[0]
         if owner in norms:
             state[name] = torch.full_like(state[name], 1 - norms[owner].offset)
@@ -108,10 +108,10 @@ def rotated(model: PreTrainedModel, group: HiddenGroup, rotation: torch.Tensor) 
     return assemble(target, state, dict(model.named_buffers()), model)
 
 
-def _reader_scales(model: PreTrainedModel, group: HiddenGroup, norms: dict[str, NormKind]) -> dict[str, torch.Tensor]:
+def _reader_scales(model: PreTrainedModel, group: Group, norms: dict[str, NormKind]) -> dict[str, torch.Tensor]:
     """What every reader gets from its norm's weights, shape (H,), by the name of the reader's parameter."""
     readers: dict[str, list[str]] = {}  # parameters whose last dimension reads channels, by module
-    for name, dim in group.entries:
+    for name, dim in group.dims().items():
         module, parameter = name.rpartition(".")[0], model.get_parameter(name)
         embeds = isinstance(model.get_submodule(module), torch.nn.Embedding)
         if dim == parameter.ndim - 1 > 0 and not embeds:

@@ -22,7 +22,7 @@ def scores(model, criterion, tokens=TOKENS, batch_size=4, **options):
 
 def slices(model, values):
     """Sums over the channels of every tensor of the group; `values` by the name of the parameter."""
-    for name, dim in hidden_group(model, ModelStructure.of(model)).entries:
+    for name, dim in hidden_group(model, ModelStructure.of(model)).dims().items():
         yield torch.stack([values[name].select(dim, i).double().sum() for i in range(families.HIDDEN)])
 
 

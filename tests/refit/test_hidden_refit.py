@@ -32,7 +32,7 @@ def with_doubled_channels(name, dtype=torch.float64, **changes):
     """A model whose second half of channels always repeats the first: what is lost can be told from what stays."""
     model = families.make_model(name, dtype, **changes)
     group = hidden_group(model, ModelStructure.of(model))
-    for parameter_name, dim in group.entries:
+    for parameter_name, dim in group.dims().items():
         parameter = model.get_parameter(parameter_name)
         writes = any(word in parameter_name for word in ("embed", "o_proj", "down_proj", "c_proj"))
         if writes and "lm_head" not in parameter_name:

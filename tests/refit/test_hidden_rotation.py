@@ -73,7 +73,8 @@ def test_a_stream_in_fewer_dimensions_is_cut_without_loss(tmp_path):
     group = group_of(model)
     generator = torch.Generator().manual_seed(0)
     basis = torch.linalg.qr(torch.randn(group.size, 24, dtype=torch.float64, generator=generator)).Q
-    for name, dim in group.entries:  # everything that writes stays in 24 dimensions, none of them along a channel
+    # Everything that writes stays in 24 dimensions, none of them along a channel.
+    for name, dim in group.dims().items():
         if any(word in name for word in ("embed", "o_proj", "down_proj")):
             parameter = model.get_parameter(name)
             parameter.copy_((parameter.movedim(dim, -1) @ basis @ basis.T).movedim(-1, dim))

@@ -10,8 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_structprune import PruningConfig
 from hf_structprune.errors import CheckpointError, ConfigurationError, UnsupportedModelError
-from hf_structprune.model.hidden_size import hidden_group, shrunk_target
-from hf_structprune.model.norms import norm_kind, stream_norms
+from hf_structprune.model.hidden_size import hidden_group, norm_kind, shrunk_target, stream_norms
 from hf_structprune.model.structure import ModelStructure
 from hf_structprune.refit.channels import cut_hidden
 
@@ -63,7 +62,7 @@ def zeroed(model, group):
     gone = torch.ones(families.HIDDEN, dtype=torch.bool)
     gone[KEPT] = False
     norms = {f"{name}.weight" for name in stream_norms(model, set(group.dims()))}
-    for name, dim in group.entries:
+    for name, dim in group.dims().items():
         if name not in norms:
             model.get_parameter(name).movedim(dim, 0)[gone] = 0
     exact_norms(model, KEPT)
