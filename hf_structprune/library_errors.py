@@ -21,7 +21,7 @@ from .errors import CheckpointError, HubError, StructPruneError
 from .files.places import can_only_be_a_path
 from .files.reading import damaged_weights, read_json_object
 from .files.writing import settle
-from .masking import is_masked, remember
+from .masking import causes, is_masked, remember
 
 
 # The base class of the errors of the client's HTTP library, which is another one in other versions of the client.
@@ -33,16 +33,6 @@ def is_network_error(error: BaseException) -> bool:
     """Whether an error comes from the connection and not from what was asked."""
     known = isinstance(error, (ConnectionError, TimeoutError, _HTTP_ERROR))
     return known and not isinstance(error, HfHubHTTPError)
-
-
-def causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and everything it was raised from."""
-    seen: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in seen:
-        yield current
-        seen.append(current)
-        current = current.__cause__ or current.__context__
 
 
 @contextmanager

@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 
 MASK = "[secret]"
-_SHORTEST = 8  # a shorter value would be found within words that are none
 _PATTERNS = (
     (re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}"), MASK),
     (re.compile(r"(?i)(authorization['\"]?\s*[:=]\s*['\"]?(?:\w+\s+)?)[^\s'\",;]{8,}"), rf"\1{MASK}"),
@@ -42,14 +42,16 @@ def masked(text: str) -> str:
 
 def is_masked(error: BaseException) -> bool:
     """Whether an error and all that it came from can be shown as they are."""
+    return all(masked(said) == said for said in (f"{cause!r} {cause}" for cause in causes(error)))
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and everything it was raised from."""
     seen: list[BaseException] = []
     while error is not None and error not in seen:
+        yield error
         seen.append(error)
-        said = f"{error!r} {error}"
-        if masked(said) != said:
-            return False
         error = error.__cause__ or error.__context__
-    return True
 
 
 class MaskedStream:
@@ -59,12 +61,10 @@ class MaskedStream:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Writes a text without its secrets."""
         self._stream.write(masked(text))
         return len(text)
 
     def writelines(self, lines: Any) -> None:
-        """Writes several texts without their secrets."""
         self._stream.writelines(map(masked, lines))
 
     def __getattr__(self, name: str) -> Any:
@@ -73,12 +73,9 @@ class MaskedStream:
 
 def _secrets() -> set[str]:
     """Values that are known to be secret here: given as arguments, in the environment, stored by `hf auth login`."""
-    found = {value for name, value in os.environ.items() if _SECRET_NAME.search(name.upper()) and _is_secret(value)}
+    named = (value for name, value in os.environ.items() if _SECRET_NAME.search(name.upper()))
+    # A secret, and not a switch, a number or a file.
+    found = {value for value in named if len(value) >= 8 and not value.isdecimal() and not os.path.exists(value)}
     hub = sys.modules.get("huggingface_hub")  # what was not imported has sent no token
     token = getattr(hub, "get_token", lambda: None)()
     return found | _given | ({token} if token else set())
-
-
-def _is_secret(value: str) -> bool:
-    """Whether the value of a variable with a secret's name is one: not a switch, a number or a file."""
-    return len(value) >= _SHORTEST and not value.isdecimal() and not os.path.exists(value)

@@ -36,13 +36,13 @@ def without_layers(
 ) -> dict[str, Any]:
     """New values of a configuration, as from `config.to_dict()`, without some layers.
 
-    The number of layers falls; lists with an entry for each layer (`layer_types`, `no_rope_layers`, ...) lose those of
-    the dropped ones; numbers of layers (`mlp_only_layers`, the keys of `per_layer_config`) and counts of first layers
-    (`first_k_dense_replace`) are those of the layers that stay; rules such as every fourth layer are dropped where the
-    list is there, or become a list (`decoder_sparse_step`).
+    Lists with an entry for each layer (`layer_types`, ...) lose those of the dropped ones; numbers of layers
+    (`mlp_only_layers`, the keys of `per_layer_config`) and counts of first layers (`first_k_dense_replace`) are those
+    of the layers that stay; rules such as every fourth layer are dropped where a list says the same, or become one.
+    Rules that are not known here stay as they are: `check_layers` compares what is built with the dense layers.
 
-    Rules that are not known here stay as they are: `check_layers` compares what is built with the dense layers. By
-    default, the key of the number of layers is the one of `COUNT_KEYS` that is there.
+    Args:
+        count_key: Key of the number of layers; by default the one of `COUNT_KEYS` that holds it.
 
     Raises:
         CheckpointError: The number of layers is not in the values, or is another one.
@@ -77,7 +77,6 @@ def _explicit(values: dict[str, Any], num_layers: int) -> dict[str, Any]:
     return values
 
 
-_SIMPLE = (int, float, bool, str, type(None))
 # What may differ: the number of the layer itself, and modes of the module.
 _OWN_NUMBER = ("layer_idx", "training", "gradient_checkpointing")
 
@@ -85,9 +84,7 @@ _OWN_NUMBER = ("layer_idx", "training", "gradient_checkpointing")
 def check_layers(dense: Sequence[nn.Module], cut: Sequence[nn.Module], kept: Sequence[int]) -> None:
     """Compares each layer of a shallower model with the dense one it comes from, whose number is in `kept`.
 
-    Classes of all submodules, shapes of parameters and buffers, and simple attributes (a sliding window, a number of
-    experts, whether positions are rotated) have to be equal. This finds rules of a configuration that count layers and
-    that `without_layers` does not know.
+    They have to be equal in their `description`, or the configuration has a rule that `without_layers` does not know.
 
     Raises:
         CheckpointError: Names the layer and the attribute that would differ.
@@ -107,7 +104,7 @@ def check_layers(dense: Sequence[nn.Module], cut: Sequence[nn.Module], kept: Seq
 
 
 def description(layer: nn.Module) -> dict[str, Any]:
-    """Classes, shapes and simple attributes of a layer and everything in it, by name."""
+    """Classes, shapes and simple attributes (a sliding window, a number of experts) of everything in it, by name."""
     result: dict[str, Any] = {}
     for path, module in layer.named_modules():
         prefix = f"{path}." if path else ""
@@ -121,6 +118,5 @@ def description(layer: nn.Module) -> dict[str, Any]:
 
 
 def _is_simple(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(_is_simple(entry) for entry in value)
-    return isinstance(value, _SIMPLE)
+    is_list = isinstance(value, (tuple, list))
+    return all(map(_is_simple, value)) if is_list else isinstance(value, (int, float, bool, str, type(None)))

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    GgufConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import logging
 
 from ..errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from ..library_errors import readable, refuse_adapter
 from ..masking import remember
 from ..quantization.four_bit import compute_as_stored
-from .rebuild import dense_copy, has_own_head, with_ties
+from .rebuild import rebuild, with_ties
+from .target import Target
 from .towers import has_towers
 
 
@@ -38,29 +30,31 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 
 
 def plain_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of loading under the names that Transformers has now: `dtype` for `torch_dtype`.
-
-    Beside a `dtype`, also one that this package gives, Transformers does not look at `torch_dtype`.
+    """Options of loading with `dtype` for `torch_dtype`, which Transformers does not look at beside a `dtype`.
 
     Raises:
         ConfigurationError: Both are given.
     """
-    if options.get("torch_dtype") is None:
-        return {name: value for name, value in options.items() if name != "torch_dtype"}
-    if options.get("dtype") is not None:
+    options = dict(options)
+    old = options.pop("torch_dtype", None)
+    if old is not None and options.get("dtype") is not None:
         raise ConfigurationError("`dtype` and `torch_dtype`, its old name, are both given; give `dtype`.")
-    return {"dtype" if name == "torch_dtype" else name: value for name, value in options.items() if name != "dtype"}
+    return options if old is None else {**options, "dtype": old}
 
 
 def load_config(model_id: str | os.PathLike, **kwargs: Any) -> PreTrainedConfig:
-    """The configuration of a model alone, which also tells whether there is one; options of the model will do.
+    """The configuration of a model, alone.
+
+    Args:
+        model_id: Hub id or folder.
+        kwargs: Options of loading the model; those for weights alone are left out.
 
     Raises:
         CheckpointError: There is no such model, it is an adapter, or its configuration is damaged.
         HubError: The model is gated and the token has no access to it.
     """
     remember(kwargs.get("token"))
-    options = {name: value for name, value in kwargs.items() if name in _TOKENIZER_OPTIONS}
+    options = _for_tokenizer(kwargs)
     refuse_adapter(model_id, **{name: options[name] for name in _WHERE if name in options})
     with readable(model_id, "config.json", kwargs.get("subfolder")):
         config = AutoConfig.from_pretrained(model_id, **options)
@@ -72,8 +66,6 @@ def load_config(model_id: str | os.PathLike, **kwargs: Any) -> PreTrainedConfig:
 
 def shapes_of(config: PreTrainedConfig, model_id: str, towers: bool = False, **kwargs: Any) -> PreTrainedModel:
     """A model of a configuration on the meta device, without weights; `model_id` is what messages call it.
-
-    With `towers`, one that sees is the whole of it.
 
     Raises:
         CheckpointError: No model can be made of it.
@@ -103,7 +95,7 @@ def load_model(model_id: str | os.PathLike, towers: bool = False, **kwargs: Any)
 
     Args:
         model_id: Hub id or folder.
-        towers: Load a model that sees as well, with `AutoModelForImageTextToText`.
+        towers: Take a model that sees as well, with `AutoModelForImageTextToText`.
         kwargs: Given to `AutoModelForCausalLM.from_pretrained`; `dtype` is the checkpoint's by default. Weights of a
             `gguf_file` are de-quantised, to bfloat16 by default.
 
@@ -122,24 +114,28 @@ def load_model(model_id: str | os.PathLike, towers: bool = False, **kwargs: Any)
     with readable(model_id, subfolder=kwargs.get("subfolder")):
         model, info = _auto_class(config, towers).from_pretrained(model_id, **options)
     cls = type(model).__name__
-    if lacking := [*info["missing_keys"], *info["mismatched_keys"]]:
-        raise CheckpointError(f"{model_id} lacks weights of a {cls}, which would be random: {_some(lacking)}.")
-    if surplus := info["unexpected_keys"]:
+    lacking, surplus = [*info["missing_keys"], *info["mismatched_keys"]], info["unexpected_keys"]
+    names = sorted(map(str, lacking or surplus))
+    names = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
+    if lacking:
+        raise CheckpointError(f"{model_id} lacks weights of a {cls}, which would be random: {names}.")
+    if surplus:
         raise CheckpointError(
-            f"{model_id} has weights that its configuration does not name, so that a {cls} would lose them: "
-            f"{_some(surplus)}. If they are of no use, load it with `AutoModelForCausalLM` and give the model, or "
-            "save that model and give its folder."
+            f"{model_id} has weights that its configuration does not name, so that a {cls} would lose them: {names}. "
+            "If they are of no use, load it with `AutoModelForCausalLM` and give the model, or save that model and "
+            "give its folder."
         )
     compute_as_stored(model)
-    model = (dense_copy(model) if gguf else model).eval()
-    if has_own_head(model):  # which Transformers keeps, even if the configuration says tied
-        with_ties(model.config, False)
-    return model
-
-
-def _some(names: Iterable[Any]) -> str:
-    names = sorted(map(str, names))
-    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
+    if gguf:  # as a plain model: Transformers would not save this one
+        config = copy.deepcopy(model.config)
+        config.__dict__.pop("quantization_config", None)
+        config.dtype = next(model.parameters()).dtype
+        model = rebuild(model, Target(type(model), config)).to(config.dtype)
+    weights = [getattr(m, "weight", None) for m in (model.get_input_embeddings(), model.get_output_embeddings())]
+    there = all(weight is not None and weight.device.type != "meta" for weight in weights)
+    if there and weights[0].data_ptr() != weights[1].data_ptr():
+        with_ties(model.config, False)  # Transformers keeps a head of its own, even if the configuration says tied
+    return model.eval()
 
 
 def load_tokenizer(model_id: str | os.PathLike, **kwargs: Any) -> Any:
@@ -150,14 +146,13 @@ def load_tokenizer(model_id: str | os.PathLike, **kwargs: Any) -> Any:
     Raises:
         CheckpointError: There is one in the folder, and it is damaged.
     """
-    options = {name: value for name, value in kwargs.items() if name in _TOKENIZER_OPTIONS}
-    places = [options] + ([{**options, "subfolder": ""}] if options.get("subfolder") else [])
+    options = _for_tokenizer(kwargs)
     reasons = []
-    for place in places:
+    for subfolder in dict.fromkeys((options.get("subfolder") or "", "")):
         try:
-            return _read_tokenizer(model_id, **place)
+            return _read_tokenizer(model_id, **{**options, "subfolder": subfolder})
         except CheckpointError as error:
-            if _tokenizer_file(model_id, place.get("subfolder")) is not None:
+            if _tokenizer_file(model_id, subfolder) is not None:
                 load_config(model_id, **kwargs)  # which the tokenizer's class is read from
                 raise
             reasons.append(f"{error}")
@@ -167,23 +162,25 @@ def load_tokenizer(model_id: str | os.PathLike, **kwargs: Any) -> Any:
 
 def load_processor(model_id: str | os.PathLike, **kwargs: Any) -> Any:
     """The processor of a model that sees; its tokenizer alone, with a warning, where there is no processor."""
-    options = {name: value for name, value in kwargs.items() if name in _TOKENIZER_OPTIONS}
     try:
-        return AutoProcessor.from_pretrained(model_id, **options)
+        return AutoProcessor.from_pretrained(model_id, **_for_tokenizer(kwargs))
     except (OSError, ValueError, ImportError) as error:
         logger.warning(f"The processor could not be loaded, and will not be saved: {error}")
     return load_tokenizer(model_id, **kwargs)
 
 
-def _read_tokenizer(source: str | os.PathLike, **options: Any) -> Any:
-    subfolder = options.get("subfolder")
-    with readable(source, _tokenizer_file(source, subfolder) or "its tokenizer", subfolder):
-        return AutoTokenizer.from_pretrained(source, **options)
+def _for_tokenizer(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name in _TOKENIZER_OPTIONS}
 
 
-def _tokenizer_file(folder: str | os.PathLike, subfolder: str | None = None) -> str | None:
+def _read_tokenizer(model_id: str | os.PathLike, subfolder: str = "", **options: Any) -> Any:
+    with readable(model_id, _tokenizer_file(model_id, subfolder) or "its tokenizer", subfolder):
+        return AutoTokenizer.from_pretrained(model_id, subfolder=subfolder, **options)
+
+
+def _tokenizer_file(folder: str | os.PathLike, subfolder: str) -> str | None:
     """The first file of a tokenizer that is in a folder."""
-    return next((name for name in _TOKENIZER_FILES if Path(folder, subfolder or "", name).exists()), None)
+    return next((name for name in _TOKENIZER_FILES if Path(folder, subfolder, name).exists()), None)
 
 
 def as_tokenizer(tokenizer: Any) -> Any:

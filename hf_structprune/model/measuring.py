@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,8 +15,6 @@ from ..errors import UnsupportedModelError
 from ..quantization.four_bit import as_stored
 from .rebuild import check_whole
 
-
-Result = TypeVar("Result")
 
 # Float32 logits that exist at once when the head is applied in chunks: 64 MiB.
 MAX_LOGITS = 2**24
@@ -30,10 +28,7 @@ def measuring(model: nn.Module, *, autocast: torch.dtype | None = None) -> Itera
 
     Every module is in evaluation mode (no dropout), nothing asks for gradients (`torch.enable_grad` inside does), and
     what the caller has switched on is off: `torch.autocast`, `torch.inference_mode`, another default dtype or device.
-    In evaluation mode, and only there, bitsandbytes repacks 4-bit weights in place on some CPUs: see `four_bit`.
-
-    Args:
-        autocast: Compute in this dtype with autocast, as training with mixed precision does.
+    With `autocast`, the model computes in this dtype as training with mixed precision does.
 
     Raises:
         StructPruneError: The model is half-pruned.
@@ -54,15 +49,15 @@ def measuring(model: nn.Module, *, autocast: torch.dtype | None = None) -> Itera
         for module in model.modules():
             stack.callback(setattr, module, "training", module.training)
         model.eval()
-        stack.enter_context(as_stored(model))
+        stack.enter_context(as_stored(model))  # else bitsandbytes may repack 4-bit weights in place in this mode
         yield
 
 
-def measures(function: Callable[..., Result]) -> Callable[..., Result]:
+def measures(function: Callable[..., Any]) -> Callable[..., Any]:
     """Runs a function, whose first argument is a model, while that is `measuring`."""
 
     @wraps(function)
-    def run(model: nn.Module, *args: Any, **kwargs: Any) -> Result:
+    def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with measuring(model):
             return function(model, *args, **kwargs)
 
@@ -103,8 +98,7 @@ def context_length(model: Any) -> int | None:
 def has_plain_head(model: PreTrainedModel, ids: torch.LongTensor) -> bool:
     """Whether the model's logits are those of its output embedding, bit for bit, on a few tokens.
 
-    Some families scale or cap their logits afterwards (Gemma 2, Granite, Cohere). Trying it covers families that
-    nobody has listed, and a wrong "no" only costs memory.
+    Some families scale or cap their logits afterwards (Gemma 2, Granite, Cohere); a wrong "no" only costs memory.
     """
     ids = ids[:, :PROBE_LENGTH]
     head, base = model.get_output_embeddings(), getattr(model, "base_model", model)

@@ -15,8 +15,7 @@ def load_per_layer_checkpoints() -> None:
     """Makes the causal language model classes that the auto class picks per-layer ones where the configuration is.
 
     Transformers reads `per_layer_config` but does not build it yet, so this wraps the one function in which the auto
-    classes look a model class up, now or as soon as Transformers is imported. Configurations without it, and all other
-    auto classes, are not touched.
+    classes look a model class up, now or as soon as Transformers is imported.
     """
     if _FACTORY in sys.modules:
         _wrap(sys.modules[_FACTORY])

@@ -113,15 +113,6 @@ def has_weights(model: PreTrainedModel) -> bool:
     return all(parameter.device.type != "meta" for parameter in model.parameters())
 
 
-def dense_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A clean model with the weights of one that came out of a GGUF file, which Transformers would not save."""
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config.dtype = next(model.parameters()).dtype
-    return rebuild(model, Target(type(model), config)).to(config.dtype)
-
-
 Ties = frozenset[frozenset[str]]
 
 
@@ -162,14 +153,6 @@ def with_ties(config: PreTrainedConfig, tied: bool) -> PreTrainedConfig:
     """The configuration, changed to say whether embeddings and LM head are tied."""
     config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = tied
     return config
-
-
-def has_own_head(model: PreTrainedModel) -> bool:
-    """Whether the LM head is another tensor in memory than the embeddings."""
-    weights = [getattr(m, "weight", None) for m in (model.get_input_embeddings(), model.get_output_embeddings())]
-    if any(weight is None or weight.device.type == "meta" for weight in weights):
-        return False
-    return weights[0].data_ptr() != weights[1].data_ptr()
 
 
 def shared(model: nn.Module) -> Ties:

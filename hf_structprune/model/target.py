@@ -46,17 +46,13 @@ def skeleton(model: PreTrainedModel) -> PreTrainedModel:
 
 def plain_values(config: PreTrainedConfig) -> dict[str, Any]:
     """Values of a configuration without what only says where it came from."""
-    values = config.to_dict()
-    for key in ("auto_map", "architectures"):
-        values.pop(key, None)
-    return values
+    return {key: value for key, value in config.to_dict().items() if key not in ("auto_map", "architectures")}
 
 
 def overrides_of(config: PreTrainedConfig, layer: int) -> dict[str, Any]:
     """What a configuration says of one layer alone."""
-    if not config.is_heterogeneous:
-        return {}
-    return dict(config._heterogeneity_spec.per_layer_overrides.get(layer, {}))
+    overrides = config._heterogeneity_spec.per_layer_overrides if config.is_heterogeneous else {}
+    return dict(overrides.get(layer, {}))
 
 
 def stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
@@ -99,9 +95,9 @@ def make_target(
 
 
 def as_mistral(model: PreTrainedModel, values: dict[str, Any]) -> Target | None:
-    """The same as a Mistral without sliding window, which takes head counts that `LlamaConfig` refuses.
+    """A Llama without biases as a Mistral without sliding window, which computes the same and takes any head count.
 
-    It has the same weights and the same logits as a Llama without biases; `None` for other models.
+    `None` for other models.
     """
     config = model.config
     if type(config) is not LlamaConfig or config.attention_bias or config.mlp_bias:

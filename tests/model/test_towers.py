@@ -120,6 +120,16 @@ def test_layers_go_by_a_plan_that_was_made_without_weights():
     )
 
 
+def test_what_is_not_trained_stays_so():
+    model = build_seeing("llava")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("q_proj" in name)
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    small = pruned(model, **NEURONS).model
+    for one in (model, small):
+        assert {name: parameter.requires_grad for name, parameter in one.named_parameters()} == flags
+
+
 def test_experts_go():
     model = build_seeing("qwen3_vl_moe")
     small = pruned(model, units="experts", keep={"experts": 2}, expert_criterion="l2").model
