@@ -54,7 +54,7 @@ class PruningConfig:
         units (tuple of `str`, *optional*):
             What may be cut. Widths: `"mlp_neurons"`, `"kv_groups"` (a key/value head with its query heads) and
             `"query_heads"` (the same number in every KV group); `"experts"` (whole ones, with their rows of the
-            router). Depth: `"layers"` (whole decoder layers),
+            router) and `"expert_neurons"` (equally many of every expert). Depth: `"layers"` (whole decoder layers),
             `"attention"` and `"mlp"` (one sublayer of a layer). And `"hidden"` (channels of the residual stream).
             Default: the kinds that other options name (`attention_ratio`, `mlp_ratio`, `num_layers`, `keep_first`,
             `hidden_size`, `split`), else `("mlp_neurons",)`.
@@ -485,6 +485,16 @@ def _check_amounts(config: PruningConfig) -> None:
 
 def _check_together(config: PruningConfig) -> None:
     """What kinds of units, cut together, ask of other options."""
+    for kind in config.kinds(kinds_of(WidthKind)):
+        if (criterion := config.criterion_of(kind)) not in KINDS[kind].criteria:
+            raise ConfigurationError(
+                f"{criterion!r} does not rank {KINDS[kind].label}; these do: {', '.join(KINDS[kind].criteria)}."
+            )
+    inside = [kind for kind in config.units if KINDS[kind].within_experts]
+    if inside and config.kinds(kinds_of(RoutedKind)):
+        raise ConfigurationError(
+            f"`units` names '{inside[0]}' beside whole experts: cut the one first, and the other from the result."
+        )
     sublayers = config.kinds(kinds_of(DepthKind, sublayer=True))
     if sublayers and config.layout == "uniform":
         raise ConfigurationError(

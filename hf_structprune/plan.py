@@ -243,7 +243,7 @@ class PruningPlan:
                 holders = keep.get((group.layer, kind.within), structure.layers[group.layer].group(kind.within).size)
             gone = holders * (whole - left)
             removed[group.kind] += gone * group.cost
-            weights += gone * group.matrix_cost
+            weights += round(gone * group.matrix_cost)
             if holders * left < group.size:
                 decisions.append(Decision(group.kind, group.layer, group.size, holders * left))
         for kind, part in _parts(dropped, structure):

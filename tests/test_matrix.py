@@ -27,6 +27,7 @@ KEEP = {
     "kv_groups": 1,
     "query_heads": 2,
     "experts": 3,
+    "expert_neurons": 8,
     "layers": 2,
     "attention": 2,
     "mlp": 2,
@@ -40,7 +41,7 @@ def cases_of(name):
     """Kinds that go from a family, alone where layers stay alike; widths of each layer go together."""
     derived, widths = name in families.DERIVED_HEAD_DIM, families.kinds_of(name)
     uniform = [kind for kind in widths if kind == "mlp_neurons" or not derived]
-    uniform += ["experts"] if name in families.MIXTURES else []
+    uniform += ["experts", "expert_neurons"] if name in families.MIXTURES else []
     uniform += ["layers", *(() if derived else ("hidden",))]
     return [*(((kind,), "uniform") for kind in uniform), (widths, "per_layer"), (("attention",), "per_layer"),
             (("mlp",), "per_layer")]  # fmt: skip
@@ -163,7 +164,7 @@ def test_everything_goes_together(name):
 def test_what_can_be_cut_is_found(name):
     groups = ModelStructure.of(families.make_model(name)).groups
     found = {one.kind for one in groups if one.size > one.blocks or (one.kind == "kv_groups" and one.size > 1)}
-    assert found == {*families.kinds_of(name), *(("experts",) if name in families.MIXTURES else ())}
+    assert found == {*families.kinds_of(name), *(("experts", "expert_neurons") if name in families.MIXTURES else ())}
 
 
 @pytest.mark.parametrize("name", families.DERIVED_HEAD_DIM)

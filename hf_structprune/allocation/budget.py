@@ -140,9 +140,8 @@ class Budget:
 
     def step(self, group: Group) -> int:
         """Kept units of a group are multiples of this."""
-        whole = self.dense.layers[group.layer].group(group.kind).size
-        step = KINDS[group.kind].multiple(whole, self.config.round_to, self.config.align_to)
-        return step if KINDS[group.kind].within is not None else math.lcm(step, group.blocks)
+        whole = self.dense.layers[group.layer].group(group.kind).whole
+        return KINDS[group.kind].multiple(whole, self.config.round_to, self.config.align_to) * group.blocks
 
     def least(self, group: Group) -> int:
         """The fewest units that may be kept of a group."""
@@ -151,7 +150,7 @@ class Budget:
 
     def largest_width(self, group: Group) -> int:
         """The whole width, or the largest that is aligned."""
-        multiple = self._multiple if KINDS[group.kind].aligns else 1
+        multiple = self._multiple * group.blocks if KINDS[group.kind].aligns else 1
         return group.size // multiple * multiple
 
     def nearest_width(self, group: Group, wanted: float) -> int:

@@ -85,18 +85,24 @@ def allocate_stated(budget: Budget) -> Counts:
                 f"it has {shape.heads} in {shape.kv_heads}, and what can be kept is (groups x heads in each): {can}."
             )
         counts |= counts_of(layer, kv_heads, heads // kv_heads)
+    wanted = {group.key: keep[group.kind] * (group.blocks if group.in_experts else 1) for group in budget.groups}
     for group in budget.groups:
-        if keep[group.kind] > group.size:
+        if wanted[group.key] > group.size:
+            most = f"{group.whole} in each expert" if group.in_experts else group.size
             raise ConfigurationError(
-                f"`keep` is {keep}, but layer {group.layer} has only {group.size} {KINDS[group.kind].label}."
+                f"`keep` is {keep}, but layer {group.layer} has only {most} {KINDS[group.kind].label}."
             )
-        if keep[group.kind] % group.blocks or keep[group.kind] < group.least:
+        if (step := KINDS[group.kind].step) > 1 and keep[group.kind] % step:
+            raise ConfigurationError(
+                f"`keep` is {keep}, but {KINDS[group.kind].label} can only be a multiple of {step} in each."
+            )
+        if wanted[group.key] % group.blocks or wanted[group.key] < group.least:
             each = f", the same number in each of {group.blocks} parts" if group.blocks > 1 else ""
             raise ConfigurationError(
                 f"`keep` is {keep}, but layer {group.layer} must keep at least {group.least} "
                 f"{KINDS[group.kind].label}{each}."
             )
-    return counts | _smaller(budget.groups, {group.key: keep[group.kind] for group in budget.groups})
+    return counts | _smaller(budget.groups, wanted)
 
 
 def _by_kind(budget: Budget) -> Counts:

@@ -31,6 +31,8 @@ def make_criterion(config: PruningConfig) -> Criterion:
     """The criterion that a configuration names, or the criteria of several kinds of units as one."""
     kinds = config.kinds(kinds_of(WidthKind))
     criteria = {kind: class_of(kind, config.criterion_of(kind))(config) for kind in kinds}
+    for kind in (kind for kind in criteria if KINDS[kind].within_experts):
+        criteria[kind] = experts.InExperts(config, criteria[kind])
     if len({type(criterion) for criterion in criteria.values()}) > 1:
         return ByKind(config, criteria)
     return next(iter(criteria.values())) if criteria else BY_NAME[config.criterion](config)

@@ -67,6 +67,7 @@ class Scoring:
         statistics: For criteria with `needs_inputs`: moments of the reader's inputs, or where tokens are routed.
         salience: For criteria with `needs_gradients`: importance of every row and column, by `(tensor, dim)`.
         drop: How many units will go, where that is known.
+        expert: Of stacked experts, the one whose matrices are looked at.
     """
 
     group: Group
@@ -74,10 +75,12 @@ class Scoring:
     statistics: Any = None
     salience: dict[tuple[str, int], torch.Tensor] | None = None
     drop: int | None = None
+    expert: int | None = None
 
     def weight(self, part: Slice) -> torch.Tensor:
         """The tensor of a slice with the dimension of the units last, in the model's dtype."""
-        return tensor_of(self.model, part.tensor).movedim(part.dim, -1)
+        tensor = tensor_of(self.model, part.tensor)
+        return (tensor if self.expert is None else tensor[self.expert]).movedim(part.dim, -1)
 
 
 class Criterion:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from ..model.experts import without_experts
+from ..config import PruningConfig
+from ..model.experts import Experts, without_experts
 from ..model.groups import tensor_of
 from .base import Criterion, Paper, Scoring
-from .weights import Random
+from .weights import L2, Random
 
 
 class ExpertCriterion(Criterion):
@@ -117,6 +118,31 @@ class ExpertLoss(ExpertCriterion):
         with without_experts(scoring.model, [group], {group.key: torch.tensor(kept)}):
             now = [statistics.experts.run(x)[0] for x in statistics.inputs]
         return sum(float((a.float() - b.float()).square().sum()) for a, b in zip(now, dense, strict=True))
+
+
+class InExperts(Criterion):
+    """A criterion of neurons, applied to those of each expert by themselves; `scoring.statistics` is `ExpertInputs`.
+
+    Neurons of an expert that got no token are ranked by their weights, as `L2` does.
+    """
+
+    def __init__(self, config: PruningConfig, criterion: Criterion) -> None:
+        super().__init__(config)
+        self.criterion = criterion
+        self.needs_inputs, self.needs_gram = criterion.needs_inputs, criterion.needs_gram
+        self.papers = criterion.papers
+
+    def score(self, scoring: Scoring) -> torch.Tensor:
+        experts, scores = Experts(scoring.model, scoring.group), []
+        for expert in experts.parts:
+            group, criterion = experts.neurons(expert), self.criterion
+            inputs = scoring.statistics.of(expert) if scoring.statistics else None
+            if inputs is not None and not inputs.tokens:
+                inputs, criterion = None, L2(self.config)
+            drop = scoring.drop and scoring.drop * group.blocks // scoring.group.blocks
+            own = Scoring(group, scoring.model, inputs, None, drop, None if expert == experts.number else expert)
+            scores.append(criterion.score(own).double().cpu())
+        return torch.cat(scores)
 
 
 BY_NAME: dict[str, type[Criterion]] = {

@@ -213,9 +213,9 @@ def check_shapes(model: PreTrainedModel, structure: ModelStructure, plan: Prunin
 def _shapes_after(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> dict[str, tuple[int, ...]]:
     """Shapes of all parameters that a plan leaves, by the names that they will have."""
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-    for (name, dim), gone in entries_gone(structure.groups, _first_units(structure, plan)).items():
+    for (name, dim, stacked), gone in entries_gone(structure.groups, _first_units(structure, plan)).items():
         if name in shapes:  # and no buffer
-            shapes[name][dim] -= len(gone.unique())
+            shapes[name][dim] -= len(gone.unique()) // (shapes[name][0] if stacked else 1)
     without = tuple(f"{module}." for sublayer in skipped(structure, plan.dropped) for module in sublayer.modules)
     names = {name: name_after(name, structure, plan.dropped) for name in shapes if not name.startswith(without)}
     return {new: tuple(shapes[old]) for old, new in names.items() if new is not None}
@@ -231,6 +231,8 @@ def _first_units(structure: ModelStructure, plan: PruningPlan) -> Kept:
             if KINDS[group.kind].within is not None:
                 blocks = shape_after(structure.layers[group.layer], plan).kv_heads
                 numbers = numbers.view(group.blocks, -1)[:blocks, : keep // blocks].flatten()
+            elif group.in_experts:
+                numbers = numbers.view(group.blocks, -1)[:, : keep // group.blocks].flatten()
             kept[group.key] = numbers[:keep]
     return kept
 

@@ -13,7 +13,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from ..errors import UnsupportedModelError
+from ..errors import CheckpointError, UnsupportedModelError
+from ..hooks import hooked
 from .groups import Group, Kept, LayerStructure, Slice, dropped, tensor_of
 from .probe import changed_dims
 from .target import make_target, plain_values, skeleton
@@ -22,6 +23,8 @@ from .target import make_target, plain_values, skeleton
 # Keys of a configuration that hold the number of experts of a layer, and of those that a token is sent to.
 _NUMBER = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _CHOSEN = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
+_WIDTH = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")  # of each expert
+_STEP = 8  # by which that width is changed to see what follows
 _DOWN = "down_proj"  # the last matrices of stacked experts
 NEVER = -1e30  # a router logit with which an expert is never chosen; finite, since some routers divide by it
 
@@ -74,9 +77,117 @@ def expert_groups(kind: str, model: PreTrainedModel, layers: list[tuple[LayerStr
                 matrix_cost=sum(tensor.numel() // size for tensor in linear if tensor.ndim > 1),
                 least=_least(values, blocks), key_in_config=key,
                 counters=tuple(name for name in counts if name.startswith(f"{block}.")),
+                router=next((p.tensor for p, t in parameters if t.ndim == 2 and p.module not in stacks), ""),
             )
         )  # fmt: skip
     return list(dict.fromkeys(notes))
+
+
+def expert_neuron_groups(
+    kind: str, whole: str, model: PreTrainedModel, layers: list[tuple[LayerStructure, nn.Module]]
+) -> list[str]:
+    """Adds the group of the neurons inside the experts of each layer, as the key of their width shows them.
+
+    Every expert keeps as many, each its own. A shared expert that the same key sizes, `s` times as wide, counts as
+    `s` experts more. Unit `e * width + j` is neuron `j` of expert `e`.
+
+    Args:
+        kind: Name of the kind.
+        whole: Name of the kind of whole experts, whose groups have been found.
+        model: The model; the meta device will do.
+        layers: What was found in every layer so far, and the layer; get their groups.
+
+    Returns:
+        What is left alone, and why.
+    """
+    values, notes = plain_values(model.config), []
+    routed = [(structure, layer) for structure, layer in layers if structure.group(whole) is not None]
+    stacks = [_stack(structure.group(whole)).tensor for structure, _ in routed]
+    for key in (key for key in _WIDTH if type(values.get(key)) is int and values[key] > 1 and stacks):
+        try:
+            grown = _tensors(make_target(model, {**values, key: values[key] + _STEP}).skeleton())
+        except CheckpointError as error:
+            notes.append(f"{key}: {error}".rstrip(".") + ", left alone")
+            continue
+        if all(grown[name].shape == tensor_of(model, name).shape for name in stacks):
+            continue
+        for structure, layer in routed:
+            experts = structure.group(whole)
+            own = _tensors(layer, f"{structure.name}.")
+            linear = {
+                f"{structure.name}.{name}" for name, part in layer.named_modules() if isinstance(part, nn.Linear)
+            }
+            try:
+                found = _following(experts, own, grown, linear, values[key])
+            except UnsupportedModelError as error:
+                notes.append(f"{key}: {error}")
+                continue
+            active = getattr(model.config, "num_experts_per_tok", None) or 0
+            turns = not getattr(model.get_submodule(_stack(experts).module), "is_concatenated", True)
+            structure.groups.append(_neurons_in(kind, experts, own, found, values[key], turns, active, key))
+        return list(dict.fromkeys(notes))
+    return [*notes, *(f"{stack}: no key of the configuration is its width, left alone" for stack in stacks[:1])]
+
+
+# A tensor that follows the width of experts: its name, the dimension, and how many times the width that is.
+_Following = tuple[str, int, int]
+
+
+def _following(
+    experts: Group, own: dict[str, torch.Tensor], grown: dict[str, torch.Tensor], linear: set[str], size: int
+) -> list[_Following]:
+    """What follows the width of the experts of a block: their stacks, and the linear maps of a shared one.
+
+    Raises:
+        UnsupportedModelError: Something else does too.
+    """
+    found, stack = [], _stack(experts)
+    for name, tensor in own.items():
+        for dim in changed_dims(tensor.shape, grown[name].shape):
+            times, module = tensor.shape[dim] // size, name.rpartition(".")[0]
+            fits = (times * size, times * (size + _STEP)) == (tensor.shape[dim], grown[name].shape[dim])
+            known = module == stack.module or module in linear
+            if not fits or not known or not name.startswith(f"{experts.parent}."):
+                raise UnsupportedModelError(f"`{name}` follows the width of experts and is not understood, left alone")
+            found.append((name, dim, times))
+    shared = {times for name, _, times in found if name.rpartition(".")[0] != stack.module}
+    if len(shared) > 1 or not any(name == stack.tensor and times == 1 for name, _, times in found):
+        raise UnsupportedModelError(f"`{stack.module}` is not understood, left alone")
+    return found
+
+
+def _neurons_in(
+    kind: str,
+    experts: Group,
+    own: dict[str, torch.Tensor],
+    found: list[_Following],
+    size: int,
+    by_turns: bool,
+    active: int,
+    key: str,
+) -> Group:
+    """The neurons of experts as a group; `by_turns`: rows of gate and up alternate; a token sees `active` experts."""
+    number, stack, j = experts.size, _stack(experts).module, torch.arange(size)
+    in_stack = {name: name.rpartition(".")[0] == stack for name, _, _ in found}
+    blocks = number + max((times for name, _, times in found if not in_stack[name]), default=0)
+    slices, total, active_total = [], 0, 0.0
+    for name, dim, times in found:
+        index = torch.full((blocks * size, times if in_stack[name] else 1), -1)
+        if in_stack[name]:
+            rows = j[:, None] * times + torch.arange(times) if by_turns else j[:, None] + torch.arange(times) * size
+            index[: number * size] = (torch.arange(number)[:, None, None] * (times * size) + rows).flatten(0, 1)
+        else:
+            index[number * size :, 0] = torch.arange(times * size)
+        slices.append(Slice(name, dim, index, in_stack[name]))
+        total += own[name].numel()
+        share = active / number * (own[name].ndim == 3) if in_stack[name] else 1
+        active_total += own[name].numel() * share
+    units = blocks * size
+    return Group(
+        kind, experts.layer, units, tuple(slices), None, experts.parent, blocks=blocks, cost=total // units,
+        matrix_cost=active_total / units, least=blocks, key_in_config=key, router=experts.router,
+        in_experts=True,
+    )  # fmt: skip
 
 
 def _tensors(module: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -134,18 +245,43 @@ class Experts:
 
     Args:
         model: The model.
-        group: The group of its experts.
+        group: The group of its experts, or of the neurons in them.
+
+    Attributes:
+        parts: The experts, and behind them the one that all tokens share if its neurons are in the group too.
     """
 
     def __init__(self, model: nn.Module, group: Group) -> None:
-        self.block = model.get_submodule(group.parent)
+        self._model, self._group, self.block = model, group, model.get_submodule(group.parent)
         self._module = model.get_submodule(_stack(group).module)
-        self._router = router_of(model, group)
+        self._router = tensor_of(model, group.router)
         self._transposed = getattr(self._module, "is_transposed", True)
+        shared = next((part.module for part in group.slices if group.in_experts and not part.stacked), None)
+        self._shared = shared and model.get_submodule(shared.rpartition(".")[0])
+        self._reader = next((part for part in group.slices if not part.stacked and part.dim == 1), None)
+        self.parts = range(self.number + bool(shared))
 
     @property
     def number(self) -> int:
         return len(self._module.down_proj)
+
+    def units(self, expert: int) -> slice:
+        """Which units of a group of neurons are in an expert; in the shared one all that are left."""
+        width = self._group.whole
+        return slice(expert * width, None if expert == self.number else (expert + 1) * width)
+
+    def neurons(self, expert: int) -> Group:
+        """The neurons of one expert as a group; its slices are of the expert's own matrices."""
+        group, units, shared = self._group, self.units(expert), expert == self.number
+        slices = []
+        for part in (part for part in group.slices if part.stacked != shared):
+            first = 0 if shared else expert * tensor_of(self._model, part.tensor).shape[part.dim]
+            slices.append(Slice(part.tensor, part.dim - part.stacked, part.index[units] - first))
+        readers = (self._reader.tensor if shared else _stack(group).tensor,)
+        reader = next(part for part in slices if part.tensor in readers)
+        blocks, size = group.blocks - self.number if shared else 1, len(reader.index)
+        kind = f"{group.kind} of expert {expert}"  # of which nothing but random numbers depend
+        return Group(kind, group.layer, size, tuple(slices), reader, group.parent, blocks=blocks)
 
     def inner(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         """`a_e(x)`: what the down projection reads, shape (n, intermediate)."""
@@ -163,16 +299,29 @@ class Experts:
 
     def down(self, expert: int) -> torch.Tensor:
         """`D_e`, shape (hidden, intermediate), a view."""
+        if expert == self.number:
+            return tensor_of(self._model, self._reader.tensor)
         weight = self._module.down_proj[expert]
         return weight.T if self._transposed else weight
 
     def features(self, expert: int, routing: Routing) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Tokens of an expert, the features `phi` with `D_e phi` its weighted outputs, and its weights of them."""
+        if expert == self.number:
+            everything = torch.arange(len(routing.inputs), device=routing.inputs.device)
+            return everything, self._shared_inner(routing.inputs), torch.ones_like(everything, dtype=torch.float32)
         tokens, weights = routing.of(expert)
         x, scale = routing.inputs[tokens], weights[:, None].to(routing.inputs.dtype)
         if routing.scales_inputs:
             return tokens, self.inner(expert, x * scale), torch.ones_like(weights)
         return tokens, self.inner(expert, x) * scale, weights
+
+    def _shared_inner(self, x: torch.Tensor) -> torch.Tensor:
+        """What the last matrix of the shared expert reads, shape (tokens, width)."""
+        seen: list[torch.Tensor] = []
+        module = self._model.get_submodule(self._reader.module)
+        with hooked([module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))]):
+            self._shared(x)
+        return seen[0]
 
     def outputs(self, expert: int, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens of an expert, and its weighted outputs `g_e f_e(x)` for them in float32."""
@@ -234,25 +383,25 @@ def _stack(group: Group) -> Slice:
     return next(part for part in group.slices if part.tensor.rpartition(".")[2] == _DOWN)
 
 
-def router_of(model: nn.Module, group: Group) -> torch.Tensor:
-    """The weight of the router's linear map, shape (experts, hidden)."""
-    stack = _stack(group)
-    rows = (tensor_of(model, part.tensor) for part in group.slices if part.module != stack.module and part.dim == 0)
-    return next(tensor for tensor in rows if tensor.ndim == 2)
-
-
 @contextmanager
 def without_experts(model: nn.Module, groups: Iterable[Group], kept: Kept) -> Iterator[None]:
     """No router chooses the experts that are not kept: the reference that a cut model has to equal.
 
+    Of neurons in experts, those that are not kept are not read.
+
     Args:
-        model: The model; the tensors that correct a router's choice change while this is open.
-        groups: Groups of the model; of these, those of experts count.
-        kept: Numbers of the experts that stay, by `(layer, kind)`; groups that are not named stay whole.
+        model: The model; the tensors that correct a router's choice, or read neurons, change while this is open.
+        groups: Groups of the model; of these, those of experts and of neurons in them count.
+        kept: Numbers of the units that stay, by `(layer, kind)`; groups that are not named stay whole.
     """
-    routers, corrections = [], []
+    routers, corrections, readers = [], [], []
     for group in (group for group in groups if group.reader is None and group.key in kept):
-        gone, router = dropped(group, kept[group.key]), router_of(model, group)
+        gone, router = dropped(group, kept[group.key]), tensor_of(model, group.router)
+        if group.in_experts:
+            experts = Experts(model, group)
+            stay = torch.ones(group.size, dtype=torch.bool).index_fill_(0, gone, False)
+            readers += [(experts.down(expert), stay[experts.units(expert)]) for expert in experts.parts]
+            continue
         routers.append((router, gone))
         for part in group.slices:
             tensor = tensor_of(model, part.tensor)
@@ -262,6 +411,9 @@ def without_experts(model: nn.Module, groups: Iterable[Group], kept: Kept) -> It
         for tensor, dim, gone in corrections:
             stack.callback(tensor.copy_, tensor.clone())
             tensor.index_fill_(dim, gone.to(tensor.device), NEVER)
+        for down, stay in readers:
+            stack.callback(down.copy_, down.clone())
+            down[:, ~stay.to(down.device)] = 0
         stack.enter_context(_RouterLogits(routers))
         yield
 

@@ -185,7 +185,6 @@ def _from_tp_plan(tp_plan: dict[str, str]) -> Family | None:
             continue
         if "experts" in name.split("."):
             experts = name.partition(".experts")[0]
-            notes.append(f"{experts}.experts: the inner width of experts is left alone")
         elif style.startswith("colwise"):
             producers.setdefault(parent, []).append(name)
         elif style.startswith("rowwise"):

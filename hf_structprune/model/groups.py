@@ -26,12 +26,15 @@ class Slice:
     Attributes:
         tensor: Full name of the parameter.
         dim: Its dimension.
-        index: Shape `(units, width)`: the entries that belong to each unit.
+        index: Shape `(units, width)`: the entries that belong to each unit; -1 for none.
+        stacked: Whether entries are counted over the first dimension too, as those of neurons of stacked experts:
+            entry `j` of expert `e` is `e * tensor.shape[dim] + j`.
     """
 
     tensor: str
     dim: int
     index: torch.Tensor
+    stacked: bool = False
 
     @property
     def module(self) -> str:
@@ -54,10 +57,13 @@ class Group:
         norms: Full names of norms that span all units.
         blocks: Kept units are spread evenly over so many equal blocks (query heads over their KV groups).
         cost: Parameters that go with one unit.
-        matrix_cost: Those of them that multiply tokens: matrices, without biases and norms.
+        matrix_cost: Those of them that multiply each token: matrices, without biases and norms; of neurons of experts,
+            of which a token sees some, the mean.
         least: The fewest units that can be left.
         key_in_config: Key of the configuration that holds their number, where the kind has not one for all models.
         counters: Full names of attributes of modules that hold their number.
+        router: Full name of the weight of the router's linear map, shape (experts, hidden), for what is in experts.
+        in_experts: Whether the units are parts of experts, each of which keeps its own, and not whole experts.
     """
 
     kind: str
@@ -69,10 +75,12 @@ class Group:
     norms: tuple[str, ...] = ()
     blocks: int = 1
     cost: int = 0
-    matrix_cost: int = 0
+    matrix_cost: float = 0
     least: int = 1
     key_in_config: str = ""
     counters: tuple[str, ...] = ()
+    router: str = ""
+    in_experts: bool = False
 
     @property
     def key(self) -> tuple[int, str]:

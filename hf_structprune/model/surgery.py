@@ -18,12 +18,12 @@ def mask_units(model: nn.Module, structure: ModelStructure, kept: Kept) -> None:
     """Zeroes what `cut_units` would take out, in place: the reference that a cut model has to equal.
 
     Zeroing what computes the units silences them, zeroing the columns that read them removes what they feed (a
-    silenced neuron may still have an activation other than 0). Experts are not masked so, see
+    silenced neuron may still have an activation other than 0). Experts and what is in them are not masked so, see
     `experts.without_experts`.
     """
     groups = [group for group in structure.groups if group.reader is not None]
     with torch.no_grad():
-        for (name, dim), gone in entries_gone(groups, kept).items():
+        for (name, dim, _), gone in entries_gone(groups, kept).items():
             tensor = tensor_of(model, name)
             tensor.index_fill_(dim, gone.to(tensor.device), 0)
 
@@ -35,11 +35,12 @@ def cut_units(model: nn.Module, groups: Iterable[Group], kept: Kept) -> None:
     `rebuild.rebuild`. Groups that `kept` does not name, by `(layer, kind)`, stay whole.
     """
     groups = list(groups)
-    for (name, dim), gone in entries_gone(groups, kept).items():
+    for (name, dim, stacked), gone in entries_gone(groups, kept).items():
         old = tensor_of(model, name)
-        stay = torch.ones(old.shape[dim], dtype=torch.bool)
-        stay[gone] = False
-        new = old.detach().index_select(dim, stay.nonzero().squeeze(1).to(old.device)).contiguous()
+        if stacked:
+            new = _cut_stack(old.detach(), dim, gone)
+        else:
+            new = old.detach().index_select(dim, _others(gone, old.shape[dim]).to(old.device)).contiguous()
         module, _, leaf = name.rpartition(".")
         parameter = isinstance(old, nn.Parameter)
         setattr(model.get_submodule(module), leaf, nn.Parameter(new, old.requires_grad) if parameter else new)
@@ -49,14 +50,29 @@ def cut_units(model: nn.Module, groups: Iterable[Group], kept: Kept) -> None:
             setattr(model.get_submodule(module), attribute, len(kept[group.key]))
 
 
-def entries_gone(groups: Iterable[Group], kept: Kept) -> dict[tuple[str, int], torch.Tensor]:
-    """The entries that go, by tensor and dimension."""
-    result: dict[tuple[str, int], list[torch.Tensor]] = {}
+def _cut_stack(stack: torch.Tensor, dim: int, gone: torch.Tensor) -> torch.Tensor:
+    """Takes entries out of the matrices of a stack, other ones of each but equally many."""
+    rows = stack.movedim(dim, 1)
+    stay = _others(gone, rows.shape[0] * rows.shape[1]).to(stack.device)
+    kept = rows.flatten(0, 1)[stay].view(len(rows), -1, *rows.shape[2:])
+    return kept.movedim(1, dim).contiguous()
+
+
+def _others(gone: torch.Tensor, total: int) -> torch.Tensor:
+    stay = torch.ones(total, dtype=torch.bool)
+    stay[gone] = False
+    return stay.nonzero().squeeze(1)
+
+
+def entries_gone(groups: Iterable[Group], kept: Kept) -> dict[tuple[str, int, bool], torch.Tensor]:
+    """The entries that go, by tensor, dimension, and whether they are counted over a stack of matrices."""
+    result: dict[tuple[str, int, bool], list[torch.Tensor]] = {}
     for group in groups:
         if group.key in kept:
             gone = dropped(group, kept[group.key])
             for part in group.slices:
-                result.setdefault((part.tensor, part.dim), []).append(part.index[gone].flatten())
+                entries = part.index[gone].flatten()
+                result.setdefault((part.tensor, part.dim, part.stacked), []).append(entries[entries >= 0])
     return {place: torch.cat(entries) for place, entries in result.items()}
 
 

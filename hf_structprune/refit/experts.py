@@ -1,4 +1,4 @@
-"""Experts that stay take over from those that go: their last matrices are re-fitted to what their block put out."""
+"""Experts, and neurons in them, take over from those that go: last matrices are re-fitted to the block's output."""
 
 from __future__ import annotations
 
@@ -25,21 +25,24 @@ def refit_experts(
     targets: list[torch.Tensor],
     weights: list[torch.Tensor] | None,
     config: PruningConfig,
+    kept: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """Re-fits `D_e` of one expert after the other, in place, to what is still lacking of the block's outputs.
 
     With `phi` the weighted inputs of `D_e` over the tokens that the cut router sends to e, and `r` what the block's
     output lacks of its target: `D_e' = D_e + E[r phi^T] (E[phi phi^T] + lam I)^-1`, then `r` is less by
     `(D_e' - D_e) phi`. Experts with most tokens come first. One is left as it is if the re-fit does not lessen the
-    error on held-out sequences, or if it gets fewer than `FEWEST` tokens.
+    error on held-out sequences, or if it gets fewer than `FEWEST` tokens. Columns of neurons that go are set to 0, and
+    the others are re-fitted as those of one linear map, see `closed_form.refit`.
 
     Args:
-        model: The model, whose experts have been cut.
+        model: The model, of which whole experts have been cut already.
         group: The group that they are of.
         inputs: Inputs of the block, shape (sequences, length, hidden) for each batch.
         targets: What it is to put out, float32, same shapes; used up.
         weights: Weights of the tokens, shape (sequences, length) for each batch; `None` for 1.
         config: Damping, and whether to re-fit at all.
+        kept: Numbers of the neurons that stay, if the group is one of neurons.
 
     Returns:
         What the block puts out afterwards, float32.
@@ -55,10 +58,18 @@ def refit_experts(
         start += len(x)
     for batch, weight in zip(batches, weights or (), strict=False):
         batch.root = weight.flatten().sqrt()[:, None]
-    load = sum(torch.bincount(batch.routing.index.flatten(), minlength=experts.number) for batch in batches)
+    load = sum(torch.bincount(batch.routing.index.flatten(), minlength=experts.number) for batch in batches).cpu()
+    load = torch.cat([load, torch.tensor([sum(len(batch.held_out) for batch in batches)])])[: len(experts.parts)]
+    stay = torch.ones(group.size, dtype=torch.bool)
+    if kept is not None:
+        stay = stay.logical_not_().index_fill_(0, kept.cpu(), True)
     for expert in load.argsort(descending=True, stable=True).tolist():
-        if config.compensation and load[expert] >= FEWEST:
-            _refit_one(experts, expert, batches, config.damping)
+        columns = None if kept is None else stay[experts.units(expert)].nonzero().squeeze(1)
+        enough = config.compensation and load[expert] >= FEWEST
+        if enough or kept is not None:
+            _refit_one(experts, expert, batches, config.damping, columns, enough)
+    if kept is not None:
+        return [experts.run(x)[0].float() for x in inputs]
     return [batch.output for batch in batches]
 
 
@@ -73,7 +84,41 @@ class _Batch:
     root: torch.Tensor | None = None  # of the weights of the tokens
 
 
-def _refit_one(experts: Experts, expert: int, batches: list[_Batch], damping: float | None) -> None:
+def _refit_one(
+    experts: Experts,
+    expert: int,
+    batches: list[_Batch],
+    damping: float | None,
+    columns: torch.Tensor | None,
+    enough: bool,
+) -> None:
+    """Re-fits `D_e` on columns that stay (`None` for all) if there are `enough` tokens, and zeroes the others."""
+    weight = experts.down(expert)
+    columns = torch.arange(weight.shape[1]) if columns is None else columns
+    columns = columns.to(weight.device)
+    best = weight[:, columns].clone()
+    if enough:
+        best = _fitted(experts, expert, batches, damping, columns, best)
+    new = torch.zeros_like(weight)
+    new[:, columns] = best
+    change = (new - weight).float()
+    weight.copy_(new)
+    for batch in batches:
+        tokens, phi, _ = experts.features(expert, batch.routing)
+        step = phi.float() @ change.T
+        batch.output.flatten(0, 1).index_add_(0, tokens, step)
+        batch.lack.flatten(0, 1).index_add_(0, tokens, -step)
+
+
+def _fitted(
+    experts: Experts,
+    expert: int,
+    batches: list[_Batch],
+    damping: float | None,
+    columns: torch.Tensor,
+    cut: torch.Tensor,
+) -> torch.Tensor:
+    """The re-fitted columns of `D_e`, or `cut` if those give the larger error on held-out sequences."""
     weight = experts.down(expert)
     fit, held_out = (Moments.zeros(weight.shape[1], weight.shape[0], weight.device) for _ in range(2))
     for batch in batches:
@@ -83,19 +128,13 @@ def _refit_one(experts: Experts, expert: int, batches: list[_Batch], damping: fl
             phi, lack = (phi * batch.root[tokens]).to(phi.dtype), lack * batch.root[tokens]
         for moments, chosen in ((fit, ~batch.held_out[tokens]), (held_out, batch.held_out[tokens])):
             moments.add(phi[chosen], lack[chosen])
-    everything = torch.arange(weight.shape[1], device=weight.device)
     if damping is None:
-        damping = choose_damping(weight.float(), fit, held_out, everything) if held_out.tokens else DEFAULT_DAMPING
+        damping = choose_damping(weight.float(), fit, held_out, columns) if held_out.tokens else DEFAULT_DAMPING
     if held_out.tokens:
-        trial = refit(weight, fit.gram, everything, damping, fit.target)
-        if output_error(weight, trial, held_out.gram.double(), everything, held_out.target) >= 0:
-            return
+        trial = refit(weight, fit.gram, columns, damping, fit.target)
+        gram = held_out.gram.double()
+        errors = [output_error(weight, one, gram, columns, held_out.target) for one in (trial, cut)]
+        if errors[0] >= errors[1]:
+            return cut
     both = Moments(fit.lower + held_out.lower, fit.cross + held_out.cross, fit.tokens + held_out.tokens)
-    new = refit(weight, both.gram, everything, damping, both.target).to(weight.dtype)
-    change = (new - weight).float()
-    weight.copy_(new)
-    for batch in batches:
-        tokens, phi, _ = experts.features(expert, batch.routing)
-        step = phi.float() @ change.T
-        batch.output.flatten(0, 1).index_add_(0, tokens, step)
-        batch.lack.flatten(0, 1).index_add_(0, tokens, -step)
+    return refit(weight, both.gram, columns, damping, both.target).to(weight.dtype)

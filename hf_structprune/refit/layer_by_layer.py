@@ -24,7 +24,7 @@ from ..model.surgery import cut_units, mask_sublayers
 from ..plan import PruningPlan
 from ..stats.gradients import Salience
 from ..stats.moments import InputStatistics
-from ..stats.routing import RoutingStatistics, routing_statistics
+from ..stats.routing import ExpertInputs, RoutingStatistics, routing_statistics
 from ..stats.stream import LayerStream
 from ..units import KINDS, DepthKind, kinds_of
 from ..units.depth import LAYERS
@@ -121,7 +121,8 @@ class _Compression:
             for group in layer.groups
             if (group.kind in planned or all_consumers) and not self.plan.is_dropped(layer.index, group.kind)
         ]
-        consumers, routed = by_consumer(groups), [group for group in groups if group.reader is None]
+        blocks = {g.parent: g for g in sorted(groups, key=lambda g: g.kind in planned) if g.reader is None}
+        consumers, routed = by_consumer(groups), list(blocks.values())  # of each block what is cut, if anything is
         dense: dict[str, States] = {}
         ahead: States | None = None
         if self.stream is not None:
@@ -217,24 +218,26 @@ class _Compression:
         self._pass_on(parent, (consume(module, x, columns) for x in inputs), dense, adds=not inside)
 
     def _experts(self, layer: LayerStructure, group: Group, cut: bool, dense: States | None) -> None:
-        """Chooses the experts that stay, takes the others out at once, and re-fits those that stay."""
+        """Chooses the experts (or what is in them) that stay, and re-fits those; whole ones go at once."""
         inputs = self.stream.capture(layer.index, group.parent)
         experts = Experts(self.model, group)
         targets = [experts.run(x)[0].float() for x in inputs]
         outputs = targets
         if cut:
-            statistics = routing_statistics(self.model, group, self.criterion, inputs)
             weights = None
             if self.config.token_weighting:
                 weights = [self.weights(self._state(number, output)) for number, output in enumerate(targets)]
             for number, target in enumerate(targets) if dense is not None else ():
                 lacking = self.error[number] + dense[number].float() - target
                 target.add_(lacking, alpha=self.config.error_correction)
+            statistics = routing_statistics(self.model, group, self.criterion, inputs, weights)
             self._choose([group], statistics)
             self.plan.of_layer(layer.index)[group.kind].seen = statistics.tokens.long().tolist()
-            cut_units(self.model, [group], self.kept)
-            self.cut.add(group.key)
-            outputs = refit_experts(self.model, group, inputs, targets, weights, self.config)
+            if not group.in_experts:
+                cut_units(self.model, [group], self.kept)
+                self.cut.add(group.key)
+            kept = self.kept[group.key] if group.in_experts else None
+            outputs = refit_experts(self.model, group, inputs, targets, weights, self.config, kept)
         self._pass_on(group.parent, outputs, dense)
 
     def _state(self, number: int, output: torch.Tensor) -> torch.Tensor:
@@ -256,7 +259,9 @@ class _Compression:
             self.outputs.append(stored)
         self.stream.replace(parent, stored)
 
-    def _choose(self, groups: list[Group], statistics: InputStatistics | RoutingStatistics | None) -> None:
+    def _choose(
+        self, groups: list[Group], statistics: InputStatistics | RoutingStatistics | ExpertInputs | None
+    ) -> None:
         for group in groups:
             decision = self.plan.of_layer(group.layer)[group.kind]
             if decision.kept is not None:

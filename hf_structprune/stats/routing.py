@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from ..model.experts import Experts, Routing
 from ..model.groups import Group
+from .moments import InputStatistics
 
 
 _SAMPLE = 1024  # tokens on which whole blocks are run again and again
@@ -49,12 +51,52 @@ class RoutingStatistics:
                 self.inputs.append(sequence[None].clone())
 
 
+class ExpertInputs:
+    """Moments of what the last matrix of each expert of a block reads; one expert's are in memory at a time.
+
+    Args:
+        experts: The experts of the block.
+        gram: Whether second moments are wanted.
+        inputs: Inputs of the block, shape (sequences, length, hidden) for each batch.
+        weights: Weights of the tokens in second moments, shape (sequences, length) for each batch; `None` for 1.
+
+    Attributes:
+        tokens: Tokens that each expert got, a shared one all, shape (experts,).
+    """
+
+    def __init__(
+        self, experts: Experts, gram: bool, inputs: Iterable[torch.Tensor], weights: list[torch.Tensor] | None
+    ) -> None:
+        self._experts, self._gram, self._weights = experts, gram, weights
+        self._routings = [replace(experts.run(x)[1], logits=None) for x in inputs]
+        routed = sum(torch.bincount(one.index.flatten(), minlength=experts.number) for one in self._routings).cpu()
+        everything = torch.tensor([sum(len(one.inputs) for one in self._routings)])
+        self.tokens = torch.cat([routed, everything])[: len(experts.parts)]
+
+    def of(self, expert: int) -> InputStatistics:
+        """The moments of one expert; every batch counts as a sequence."""
+        down = self._experts.down(expert)
+        statistics = InputStatistics(down.shape[1], self._gram, device=down.device)
+        for number, routing in enumerate(self._routings):
+            tokens, phi, _ = self._experts.features(expert, routing)
+            weights = None if self._weights is None else self._weights[number].flatten()[tokens][None]
+            if len(tokens):
+                statistics.update(phi[None], weights=weights)
+        return statistics
+
+
 @torch.no_grad()
 def routing_statistics(
-    model: nn.Module, group: Group, criterion: Any, inputs: Iterable[torch.Tensor]
-) -> RoutingStatistics:
+    model: nn.Module,
+    group: Group,
+    criterion: Any,
+    inputs: Iterable[torch.Tensor],
+    weights: list[torch.Tensor] | None = None,
+) -> RoutingStatistics | ExpertInputs:
     """What the experts of a group do with inputs of their block, as far as a criterion asks for it."""
     own = getattr(criterion, "criteria", {}).get(group.kind, criterion)
+    if group.in_experts:
+        return ExpertInputs(Experts(model, group), own.needs_gram, inputs, weights)
     needs = (getattr(own, need, False) for need in ("needs_outputs", "needs_sample"))
     statistics = RoutingStatistics(Experts(model, group), *needs)
     for x in inputs:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .base import DepthKind, Reading, RoutedKind, StreamKind, UnitKind, WidthKind
 from .depth import Attention, Layers, Mlp
-from .experts import RoutedExperts
+from .experts import ExpertNeurons, RoutedExperts, SharedNeurons
 from .heads import KVGroups, QueryHeads
 from .hidden import Hidden
 from .neurons import Neurons
@@ -29,8 +29,11 @@ __all__ = [
 # In the order of tables and messages.
 KINDS: dict[str, UnitKind] = {
     kind.name: kind
-    for kind in (KVGroups(), QueryHeads(), Neurons(), RoutedExperts(), Layers(), Attention(), Mlp(), Hidden())
-}
+    for kind in (
+        KVGroups(), QueryHeads(), Neurons(), RoutedExperts(), ExpertNeurons(), SharedNeurons(), Layers(), Attention(),
+        Mlp(), Hidden(),
+    )
+}  # fmt: skip
 
 
 def kinds_of(level: type[UnitKind], *, sublayer: bool | None = None) -> tuple[str, ...]:

@@ -59,6 +59,7 @@ class UnitKind:
         sublayer: Which half of a decoder layer holds the units, `"attention"` or `"mlp"`; `None` for neither.
         within: Name of the kind of unit that each of these is a part of.
         aligns: Whether `align_to` wants multiples of their number, as of the inputs of a linear map.
+        within_experts: Whether they are parts of experts, of which each keeps its own; `keep` says how many in each.
         activated: Whether every unit is multiplied once for each token, as neurons are; counted among the MACs.
     """
 
@@ -71,6 +72,7 @@ class UnitKind:
     within: str | None = None
     activated: bool = False
     aligns: bool = False
+    within_experts: bool = False
 
     def __repr__(self) -> str:
         return self.name
@@ -87,12 +89,14 @@ class WidthKind(UnitKind):
 
     Attributes:
         key: Key of the configuration that holds the number of units of a layer.
+        step: Kept units are multiples of it, whatever is asked for.
         part: What holds the units, in messages.
         of_heads: Whether the number decides the shape of attention heads, which not every configuration can express.
     """
 
     criteria = ("random", "l1", "l2", "taylor", "wanda", "wifv", "activation", "obs")
     key: str = ""
+    step: int = 1
     part: str = "layer"
     of_heads: bool = False
 

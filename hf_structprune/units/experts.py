@@ -1,21 +1,17 @@
-"""Experts: whole ones, each with its row of the router."""
+"""Experts: whole ones, each with its row of the router, and the neurons inside them."""
 
 from __future__ import annotations
 
-from .base import RoutedKind
+import math
+
+from .base import RoutedKind, WidthKind
+from .neurons import Neurons
 
 
-class RoutedExperts(RoutedKind):
-    """An expert of a mixture of experts with its row of the router; experts that all tokens share stay."""
+class _InBlocks(WidthKind):
+    """Units of blocks of experts, whose key in the configuration depends on the model."""
 
-    name, label = "experts", "experts"
     sublayer = "mlp"
-    part = "block of experts"
-
-    def find(self, reading):
-        from ..model.experts import expert_groups
-
-        return expert_groups(self.name, reading.model, reading.layers)
 
     def config_keys(self, layer, family, config):
         group = layer.group(self.name)
@@ -25,7 +21,76 @@ class RoutedExperts(RoutedKind):
         group = layer.group(self.name)
         if group is None or plan.is_dropped(layer.index, self.name):
             return {}
-        return {group.key_in_config: plan.keep(layer.index, self.name, group.size)}
+        each = group.blocks if group.in_experts else 1
+        return {group.key_in_config: plan.keep(layer.index, self.name, group.size) // each}
+
+    def input_width(self, layer, plan):
+        return None
+
+
+class RoutedExperts(_InBlocks, RoutedKind):
+    """An expert of a mixture of experts with its row of the router; experts that all tokens share stay."""
+
+    name, label = "experts", "experts"
+    part = "block of experts"
+
+    def find(self, reading):
+        from ..model.experts import expert_groups
+
+        return expert_groups(self.name, reading.model, reading.layers)
+
+
+class ExpertNeurons(_InBlocks):
+    """A neuron of an expert: rows of its `gate` and `up`, a column of its `down`; all experts keep as many."""
+
+    name, label = "expert_neurons", "neurons of experts"
+    criteria = ("random", "l1", "l2", "wanda", "wifv", "obs")
+    part = "experts"
+    aligns = within_experts = True
+    # Experts are multiplied in groups, whose rows have to be multiples of 16 bytes.
+    step = 8
+
+    def find(self, reading):
+        from ..model.experts import expert_neuron_groups
+
+        return expert_neuron_groups(self.name, EXPERTS, reading.model, reading.layers)
+
+    def multiple(self, whole, round_to, align_to):
+        return math.lcm(Neurons.multiple(self, whole, round_to, align_to), self.step)
+
+
+class SharedNeurons(_InBlocks):
+    """A neuron of the expert that all tokens share, where its width has a key of its own."""
+
+    name, label = "shared_neurons", "neurons of shared experts"
+    part = "shared expert"
+    aligns = True
+
+    def find(self, reading):
+        from ..model.probe import grouped
+
+        return [
+            note
+            for key in self._keys(reading.config)
+            for note in grouped(self.name, key, reading.model, reading.layers)
+        ]
+
+    def config_keys(self, layer, family, config):
+        return self._keys(config)
+
+    def config_values(self, layer, plan, family, config):
+        group = layer.group(self.name)
+        if group is None or plan.is_dropped(layer.index, self.name):
+            return {}
+        return {self._keys(config)[0]: plan.keep(layer.index, self.name, group.size)}
+
+    input_width = WidthKind.input_width
+    multiple = Neurons.multiple
+
+    @staticmethod
+    def _keys(config) -> tuple[str, ...]:
+        names = ("shared_expert_intermediate_size", "shared_intermediate_size", "moe_shared_expert_intermediate_size")
+        return tuple(name for name in names if getattr(config, name, None))[:1]
 
 
 EXPERTS = RoutedExperts.name

@@ -61,7 +61,9 @@ class Neurons(WidthKind):
         if reason is not None:
             return reason
         width = matrix(layer.get_submodule(names.output)).shape[1]
-        if structure.group(self.name) is not None or "shared" in names.parent:
+        if "shared" in names.parent:
+            return []  # of a kind of its own, see `experts`
+        if structure.group(self.name) is not None:
             return [f"{names.parent}: {_OWN_KEY}, left alone"]
         index = torch.arange(width)[:, None]
         producers = []

@@ -9,56 +9,77 @@ from moe_families import CONFIGS, make_moe
 from transformers import AutoModelForCausalLM
 
 from hf_structprune import PruningConfig, PruningPlan, StructuredPruner
-from hf_structprune.criteria import Scoring
+from hf_structprune.criteria import Scoring, make_criterion
 from hf_structprune.criteria.experts import BY_NAME
 from hf_structprune.errors import ConfigurationError, RatioError
 from hf_structprune.model.experts import Experts, without_experts
 from hf_structprune.model.structure import ModelStructure
+from hf_structprune.model.surgery import mask_units
 from hf_structprune.proof.guarantee import logits
+from hf_structprune.refit.closed_form import obs_scores, refit
 from hf_structprune.refit.experts import refit_experts
 from hf_structprune.stats.gradients import gate_salience
 from hf_structprune.stats.routing import routing_statistics
+from hf_structprune.units import KINDS as KINDS_BY_NAME
 
 
 LEFT_ALONE = {"jetmoe": "are not understood, left alone", "dbrx": "norms of the layers (norm_attn_norm)"}
 FAMILIES = [name for name in CONFIGS if name not in LEFT_ALONE]
+SHARED = ["qwen2_moe", "granitemoeshared", "granitemoehybrid", "qwen3_next", "qwen3_5_moe_text", "nemotron_h"]
+KINDS = [*((name, kind) for name in FAMILIES for kind in ("experts", "expert_neurons"))]
+KINDS += [(name, "shared_neurons") for name in SHARED]
 IDS = make_tokens(2, 12)
 
 
-def groups_of(model):
-    return [group for group in ModelStructure.of(model).groups if group.kind == "experts"]
+def groups_of(model, kind="experts"):
+    return [group for group in ModelStructure.of(model).groups if group.kind == kind]
 
 
-def prune(model, **options):
+def keep_of(model, kind):
+    """One expert less, or 8 neurons of each; and what that is in a group."""
+    group = groups_of(model, kind)[-1]
+    keep = group.size - group.blocks if kind == "experts" else 8
+    return {kind: keep}, keep * (group.blocks if group.in_experts else 1)
+
+
+def prune(model, kind="experts", **options):
     calibration = {"tokens": make_tokens(16, 16), "batch_size": 4}
-    pruner = StructuredPruner(model, PruningConfig(calibration=calibration, units="experts", **options))
+    pruner = StructuredPruner(model, PruningConfig(calibration=calibration, units=kind, **options))
     pruner.prune(options.get("ratio"))
     return pruner
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_cut_is_as_if_no_router_chose_them(name, tmp_path):
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_cut_is_as_if_they_were_not_there(name, kind):
     model = make_moe(name, torch.float64)
-    dense, group = copy.deepcopy(model), groups_of(model)[-1]
-    pruner = prune(model, keep={"experts": group.size - group.blocks}, compensation=False)
-    kept = {(one.layer, one.kind): torch.tensor(one.kept) for one in pruner.last_plan.groups}
-    assert all(len(units) == group.size - group.blocks for units in kept.values()) and kept
-    before = logits(dense, IDS)
-    with without_experts(dense, groups_of(dense), kept):
-        expected = logits(dense, IDS)
+    dense, (keep, number) = copy.deepcopy(model), keep_of(model, kind)
+    pruner = prune(model, kind, keep=keep, compensation=False)
+    plan, after = pruner.last_plan, ModelStructure.of(pruner.model)
+    kept = {(one.layer, one.kind): torch.tensor(one.kept) for one in plan.groups}
+    assert all(len(units) == number for units in kept.values()) and kept
+    planned = StructuredPruner(dense, PruningConfig(units=kind, keep=keep)).plan()
+    assert planned.matrix_parameters_after == after.matrix_parameters == plan.matrix_parameters_after
+    assert planned.parameters_after == after.total_parameters
+    before, masked = logits(dense, IDS), copy.deepcopy(dense)
+    mask_units(masked, ModelStructure.of(masked), kept)
+    with without_experts(masked, ModelStructure.of(masked).groups, kept):
+        expected = logits(masked, IDS)
+    with without_experts(dense, ModelStructure.of(dense).groups, kept):
+        pass
     assert (expected - before).abs().max() > 1e-5
     torch.testing.assert_close(logits(pruner.model, IDS), expected, atol=1e-9, rtol=0)
     torch.testing.assert_close(logits(dense, IDS), before, atol=0, rtol=0)  # the reference left nothing behind
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_refitted_checkpoints_load_and_generate(name, tmp_path):
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_refitted_checkpoints_load_and_generate(name, kind, tmp_path):
     model = make_moe(name)
-    group = groups_of(model)[-1]
-    pruner = prune(model, keep={"experts": group.size - group.blocks})
+    group, (keep, _) = groups_of(model, kind)[-1], keep_of(model, kind)
+    pruner = prune(model, kind, keep=keep)
     pruner.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager")
-    assert getattr(again.config, group.key_in_config) == group.size - group.blocks
+    assert keep[kind] in [getattr(again.config, key) for key in KINDS_BY_NAME[kind].config_keys(
+        ModelStructure.of(again).layers[group.layer], None, again.config)]  # fmt: skip
     with torch.no_grad():
         assert torch.equal(again(IDS).logits, pruner.model(IDS).logits)
     new = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)
@@ -256,13 +277,79 @@ def test_a_token_finds_as_many_experts_as_it_is_sent_to():
         StructuredPruner(make_moe("qwen3_moe"), PruningConfig(units="experts")).plan(0.9)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "dots1"])
+@pytest.mark.parametrize("criterion", ["obs", "wanda", "l2"])
+def test_neurons_of_each_expert_are_ranked_as_those_of_an_mlp(name, criterion):
+    """Against the formulas over the tokens of each expert alone, matrices taken out of the stack by hand."""
+    model = make_moe(name, torch.float64)
+    group, x = groups_of(model, "expert_neurons")[-1], torch.randn(4, 32, 32, dtype=torch.float64)
+    experts, config = Experts(model, group), PruningConfig(units="expert_neurons", criterion=criterion, damping=0.01)
+    made = make_criterion(config)
+    got = made.score(Scoring(group, model, routing_statistics(model, group, made, [x[:2], x[2:]])))
+    module, _routing = model.get_submodule(group.parent).experts, experts.run(x)[1]
+    width = group.whole
+    for expert in range(len(module.down_proj)):
+        _, phi, _ = experts.features(expert, _routing)
+        down, up = module.down_proj[expert], module.gate_up_proj[expert]
+        if name == "gpt_oss":  # transposed, gate and up by turns
+            down, up = down.T, torch.cat([up.T[::2], up.T[1::2]])
+        if criterion == "wanda":
+            wanted = down.abs().sum(0) * phi.square().sum(0).sqrt()
+        elif criterion == "l2":
+            wanted = down.square().sum(0) + up.square().sum(1).view(2, width).sum(0)
+        else:
+            gram = phi.T @ phi / len(phi)
+            wanted = obs_scores(down, gram, torch.arange(width)[:, None], 0.01)
+        torch.testing.assert_close(got[expert * width : (expert + 1) * width], wanted.double(), rtol=1e-4, atol=1e-9)
+
+
+@torch.no_grad()
+def test_neurons_that_stay_take_over_from_those_that_go():
+    """The first expert to be re-fitted, against normal equations; and a better block than by cutting alone."""
+    model = make_moe("qwen3_moe", torch.float64)
+    group = groups_of(model, "expert_neurons")[-1]
+    experts, x = Experts(model, group), torch.randn(16, 64, 6, dtype=torch.float64) @ torch.randn(6, 32).double()
+    dense, own = experts.run(x)[0], experts._module.down_proj.clone()
+    routing = experts.run(x)[1]
+    busiest = int(torch.bincount(routing.index.flatten()).argmax())
+    _, phi, _ = experts.features(busiest, routing)
+    columns = torch.arange(0, group.whole, 2)
+    kept = (torch.arange(4)[:, None] * group.whole + columns).flatten()
+    gram, errors = phi.T @ phi / len(phi), []
+    wanted = refit(experts.down(busiest), gram, columns, 0.01)
+    for compensation in (False, True):
+        config = PruningConfig(damping=0.01, compensation=compensation)
+        outputs = refit_experts(model, group, [x], [dense.float()], None, config, kept)
+        assert not experts._module.down_proj[:, :, 1::2].any()
+        if compensation:
+            torch.testing.assert_close(experts.down(busiest)[:, columns], wanted, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(outputs[0], experts.run(x)[0].float())
+        errors.append(float((outputs[0] - dense).square().sum()))
+        experts._module.down_proj.copy_(own)
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_neurons_of_experts_are_asked_for_by_their_number_in_each():
+    with pytest.raises(ConfigurationError, match="has only 16 in each expert neurons of experts"):
+        prune(make_moe("qwen3_moe"), "expert_neurons", keep={"expert_neurons": 17})
+    with pytest.raises(ConfigurationError, match="'taylor' does not rank neurons of experts; these do: random"):
+        PruningConfig(units="expert_neurons", criterion="taylor")
+    with pytest.raises(ConfigurationError, match="'expert_neurons' beside whole experts: cut the one first"):
+        PruningConfig(units=("experts", "expert_neurons"))
+    model = make_moe("qwen3_moe")
+    plan = StructuredPruner(model, PruningConfig(units="expert_neurons", align_to=8)).plan(0.2)
+    assert {one.keep for one in plan.groups} == {4 * 8}
+
+
 @pytest.mark.parametrize("allocation", ["global", "search"])
-def test_layers_may_differ(allocation, tmp_path):
+@pytest.mark.parametrize("kind", ["experts", "expert_neurons"])
+def test_layers_may_differ(kind, allocation, tmp_path):
     model = make_moe("qwen3_moe", num_experts=8)
     pruner = StructuredPruner(
         model,
         PruningConfig(
-            units=("experts", "kv_groups"), allocation=allocation, layout="per_layer",
+            units=(kind, "kv_groups"), allocation=allocation, layout="per_layer",
             calibration={"tokens": make_tokens(16, 16), "batch_size": 4},
         ),
     )  # fmt: skip
