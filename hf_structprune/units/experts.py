@@ -90,7 +90,8 @@ class SharedNeurons(_InBlocks):
     @staticmethod
     def _keys(config) -> tuple[str, ...]:
         names = ("shared_expert_intermediate_size", "shared_intermediate_size", "moe_shared_expert_intermediate_size")
-        return tuple(name for name in names if getattr(config, name, None))[:1]
+        values = config.to_dict()
+        return tuple(name for name in names if values.get(name) is not None)[:1]
 
 
 EXPERTS = RoutedExperts.name

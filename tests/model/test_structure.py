@@ -131,16 +131,15 @@ def test_tied_embeddings_count_once():
     assert untied.matrix_parameters == tied.matrix_parameters  # the LM head multiplies either way
 
 
-def test_experts_are_whole_and_their_inner_width_is_left_alone():
+def test_experts_are_found_whole_and_inside():
     structure = ModelStructure.of(families.make_model("mixtral"))
-    assert structure.kinds() == ["kv_groups", "query_heads", "experts"]
-    assert any("experts" in note and "left alone" in note for note in structure.notes)
+    assert structure.kinds() == ["kv_groups", "query_heads", "experts", "expert_neurons"] and not structure.notes
 
 
 def test_dense_layers_of_a_mixture_are_found():
     structure = ModelStructure.of(families.make_model("qwen3_moe"))
     assert [layer.group("mlp_neurons") is not None for layer in structure.layers] == [True, False, False]
-    assert any("experts" in note for note in structure.notes)
+    assert [layer.group("expert_neurons") is not None for layer in structure.layers] == [False, True, True]
 
 
 @pytest.mark.parametrize("layers", [1, 2])

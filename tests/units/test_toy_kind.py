@@ -18,7 +18,7 @@ from hf_structprune.units import KINDS, WidthKind
 class SharedExpertNeurons(WidthKind):
     """A neuron of the expert that all tokens share."""
 
-    name, label = "shared_neurons", "shared expert's neurons"
+    name, label = "toy_neurons", "shared expert's neurons"
     key, part = "shared_expert_intermediate_size", "shared expert"
     sublayer, activated = "mlp", True
 
@@ -93,7 +93,7 @@ def test_it_is_an_option_a_row_and_json(toy, model, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.config.shared_expert_intermediate_size == 24 and again.config.num_key_value_heads == 1
     assert torch.equal(logits(again), logits(pruner.model))
-    assert "shared_neurons" in (tmp_path / "README.md").read_text()
+    assert "toy_neurons" in (tmp_path / "README.md").read_text()
 
 
 def test_it_shares_a_budget_with_others_and_may_differ_between_layers(toy, model):
@@ -111,5 +111,5 @@ def test_units_that_no_one_map_reads_are_left_alone(toy, model, monkeypatch):
 
 
 def test_without_it_there_is_none():
-    with pytest.raises(ConfigurationError, match="shared_neurons"):
-        PruningConfig(units="shared_neurons")
+    with pytest.raises(ConfigurationError, match="toy_neurons"):
+        PruningConfig(units="toy_neurons")
