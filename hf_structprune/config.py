@@ -92,6 +92,7 @@ class PruningConfig:
         expert_criterion (`str`): How experts are ranked: `"reap"` (weight of the router times norm of the output, over
             the tokens that an expert gets), `"frequency"`, `"router"` (mean probability), `"l2"`, `"taylor"`,
             `"random"`, or `"loss"` (each time the one goes without which the block's output changes least).
+        merge_experts (`bool`): Average every expert that goes into the nearest that stays, instead of dropping it.
         split (`dict` of `str` to `float`, *optional*): The part of the budget of each kind of unit, for example
             `{"layers": 0.5, "mlp_neurons": 0.5}`; on the command line `layers=0.5 mlp_neurons=0.5`. Without it, and
             with layers or sublayers among several kinds, the split with the least measured cost is taken.
@@ -134,6 +135,7 @@ class PruningConfig:
     hidden_criterion: Annotated[str, OneOf(level_criteria(StreamKind))] = "activation"
     hidden_size: Count | None = None
     expert_criterion: Annotated[str, OneOf(level_criteria(RoutedKind))] = "reap"
+    merge_experts: bool = False
     split: dict[str, float] | list[str] | None = None
     keep: dict[str, int] | list[str] | None = None
     layers: list[Number] | None = None
@@ -490,6 +492,8 @@ def _check_together(config: PruningConfig) -> None:
             raise ConfigurationError(
                 f"{criterion!r} does not rank {KINDS[kind].label}; these do: {', '.join(KINDS[kind].criteria)}."
             )
+    if config.merge_experts and not config.kinds(kinds_of(RoutedKind)):
+        raise ConfigurationError(f"`merge_experts` is given, but `units` is {config.units}: no whole experts go.")
     inside = [kind for kind in config.units if KINDS[kind].within_experts]
     if inside and config.kinds(kinds_of(RoutedKind)):
         raise ConfigurationError(

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from .config import LAYOUTS, PruningConfig
 from .criteria import Criterion, make_criterion
-from .errors import ConfigurationError
+from .errors import ConfigurationError, UnsupportedModelError
 from .model.describe import target_of
 from .model.groups import Group
 from .model.hidden_size import hidden_group, shrunk_target
@@ -80,6 +80,8 @@ class Execution:
             What comes out; `None` if the hidden size is cut first.
         """
         shell, structure = self.model, self.structure
+        if self.config.merge_experts:
+            _check_merging(structure, plan)
         if plan.hidden is not None:
             shell = shrunk_target(self.model, self.structure, plan.hidden.keep).skeleton()
             structure = ModelStructure.of(shell)
@@ -98,7 +100,11 @@ class Execution:
 
     def _cut(self, plan: PruningPlan, target: Target, criterion: Criterion, known: Survey) -> None:
         """Cuts layers, heads and neurons."""
-        looks = self.config.compensation or (criterion.needs_inputs and not plan.chosen and known.scores is None)
+        looks = (
+            self.config.compensation
+            or self.config.merge_experts
+            or (criterion.needs_inputs and not plan.chosen and known.scores is None)
+        )
         tokens = self.tokens() if looks and (plan.groups or (plan.dropped and corrects(self.config))) else None
         kept = compress(
             self.model, self.structure, plan, criterion, self.config, tokens, known.scores, known.salience, self._notes
@@ -149,6 +155,17 @@ class Execution:
             f"experts of {len(few)} layers got fewer than {ENOUGH_TOKENS} calibration tokens, the one with fewest "
             f"{min(few)}, which is little to rank and to re-fit them by: {wanted} tokens of calibration text would do"
         ]
+
+
+def _check_merging(structure: ModelStructure, plan: PruningPlan) -> None:
+    """Refuses to merge experts whose neurons are not known."""
+    for layer in structure.layers:
+        routed = any(group.reader is None and group.kind in plan.of_layer(layer.index) for group in layer.groups)
+        if routed and not any(group.in_experts for group in layer.groups):
+            raise UnsupportedModelError(
+                f"The experts of layer {layer.index} cannot be merged, since it is not known what their neurons are: "
+                f"{'; '.join(structure.notes)}. Set merge_experts=False."
+            )
 
 
 def check_plan(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> None:

@@ -29,6 +29,7 @@ from ..stats.stream import LayerStream
 from ..units import KINDS, DepthKind, kinds_of
 from ..units.depth import LAYERS
 from .experts import refit_experts
+from .merging import merge_experts
 from .reader import TokenWeights, by_consumer, consume, kept_columns, refitted, write_columns
 
 
@@ -94,7 +95,7 @@ class _Compression:
         self.cut: set[tuple[int, str]] = set()  # groups that are out already
 
     def run(self, tokens: torch.Tensor | None) -> Kept:
-        looks = bool(self.plan.groups) and (self.needs_gram or self.by_inputs)
+        looks = bool(self.plan.groups) and (self.needs_gram or self.by_inputs or self.config.merge_experts)
         correcting = bool(self.plan.groups or self.plan.dropped) and corrects(self.config)
         if looks or correcting:
             stream = LayerStream(self.model, self.structure, tokens, self.config.calibration.batch_size)
@@ -234,6 +235,9 @@ class _Compression:
             self._choose([group], statistics)
             self.plan.of_layer(layer.index)[group.kind].seen = statistics.tokens.long().tolist()
             if not group.in_experts:
+                if self.config.merge_experts:
+                    neurons = next(one for one in layer.groups if one.in_experts)
+                    merge_experts(self.model, group, neurons, self.kept[group.key], inputs)
                 cut_units(self.model, [group], self.kept)
                 self.cut.add(group.key)
             kept = self.kept[group.key] if group.in_experts else None

@@ -13,11 +13,13 @@ from hf_structprune.criteria import Scoring, make_criterion
 from hf_structprune.criteria.experts import BY_NAME
 from hf_structprune.errors import ConfigurationError, RatioError
 from hf_structprune.model.experts import Experts, without_experts
+from hf_structprune.model.groups import tensor_of
 from hf_structprune.model.structure import ModelStructure
 from hf_structprune.model.surgery import mask_units
 from hf_structprune.proof.guarantee import logits
 from hf_structprune.refit.closed_form import obs_scores, refit
 from hf_structprune.refit.experts import refit_experts
+from hf_structprune.refit.merging import merge_experts, paired
 from hf_structprune.stats.gradients import gate_salience
 from hf_structprune.stats.routing import routing_statistics
 from hf_structprune.units import KINDS as KINDS_BY_NAME
@@ -369,3 +371,53 @@ def test_a_large_shape_is_planned_without_weights():
         model = transformers.Qwen3MoeForCausalLM(config)
     plan = StructuredPruner(model, PruningConfig(units="experts")).plan(0.25)
     assert plan.ratio == pytest.approx(0.25, abs=0.004) and {one.keep for one in plan.groups} == {95}
+
+
+def test_neurons_are_paired_whatever_their_order():
+    generator = torch.Generator().manual_seed(0)
+    rows, order = torch.randn(12, 5, generator=generator), torch.randperm(12, generator=generator)
+    assert torch.equal(order[paired(rows @ rows[order].T)], torch.arange(12))
+    assert sorted(paired(torch.randn(9, 9, generator=generator)).tolist()) == list(range(9))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "dots1"])
+def test_an_expert_merged_with_its_own_copy_changes_nothing(name):
+    """Two experts that are the same but for the order of their neurons, half the tokens each."""
+    model = make_moe(name, torch.float64)
+    group, neurons = groups_of(model)[-1], groups_of(model, "expert_neurons")[-1]
+    experts, order = Experts(model, group), torch.randperm(neurons.whole)
+    for part in (part for part in neurons.slices if part.stacked):
+        stack, index = tensor_of(model, part.tensor), part.index[: neurons.whole]
+        rows = stack[0].movedim(part.dim - 1, 0).clone()
+        stack[1].movedim(part.dim - 1, 0)[index.flatten()] = rows[index[order].flatten()]
+    if name == "gpt_oss":
+        experts._module.down_proj_bias[1] = experts._module.down_proj_bias[0]
+    x, own = torch.randn(4, 16, 32, dtype=torch.float64), experts.inner(0, torch.eye(32).double())
+    torch.testing.assert_close(experts.inner(1, torch.eye(32).double()), own[:, order])
+    before = [experts._module.down_proj[expert].clone() for expert in range(4)]
+    merge_experts(model, group, neurons, torch.tensor([0, 2, 3]), [x])
+    for expert in (0, 2, 3):
+        torch.testing.assert_close(experts._module.down_proj[expert], before[expert], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(experts.inner(0, torch.eye(32).double()), own, atol=1e-6, rtol=1e-6)
+
+
+def test_merged_experts_are_the_mean_of_those_nearest_weighted_by_their_tokens():
+    model = make_moe("mixtral", torch.float64)
+    dense, group = copy.deepcopy(model), groups_of(model)[0]
+    pruner = prune(model, keep={"experts": 3}, compensation=False, merge_experts=True, layers=[0], layout="per_layer")
+    kept = pruner.last_plan.groups[0].kept
+    gone = next(number for number in range(4) if number not in kept)
+    seen = pruner.last_plan.groups[0].seen
+    old, new = (m.get_submodule(group.parent).experts for m in (dense, pruner.model))
+    changed = [i for i, e in enumerate(kept) if not torch.equal(new.down_proj[i], old.down_proj[e])]
+    assert len(changed) == 1
+    survivor = kept[changed[0]]
+    weights = torch.tensor([seen[survivor], seen[gone]]).double() / (seen[survivor] + seen[gone])
+    total = weights[0] * old.down_proj[survivor].sum(1) + weights[1] * old.down_proj[gone].sum(1)
+    torch.testing.assert_close(new.down_proj[changed[0]].sum(1), total, atol=1e-5, rtol=1e-5)  # in whatever order
+
+
+def test_merging_is_refused_where_nothing_is_merged():
+    with pytest.raises(ConfigurationError, match="`merge_experts` is given.*no whole experts go"):
+        PruningConfig(units="mlp_neurons", merge_experts=True)
