@@ -15,9 +15,9 @@ import json
 import math
 from pathlib import Path
 
-from hf_structprune.evaluation.comparison import compare_figures
 from hf_structprune.evaluation.pictures import COLOURS, GREY, legend_below, make_panels, save, set_title
 from hf_structprune.evaluation.results import EvaluationResult, Figure
+from hf_structprune.evaluation.table import compare_figures
 
 
 TASKS = {

@@ -11,15 +11,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..errors import ConfigurationError
 
-
-if TYPE_CHECKING:
-    from .results import Figure
 
 MAX_PARTS = 256  # more are merged with their neighbours, so that files of results stay small
 _DIGITS = 9  # significant ones of each sum
@@ -60,9 +57,7 @@ class Parts:
             raise ConfigurationError("Finite sums, and for each a count, are what parts of a figure are.")
 
     @classmethod
-    def of(
-        cls, key: str, sums: Sequence[float], counts: Sequence[int] | None = None, form: str = "mean"
-    ) -> Parts | None:
+    def of(cls, key: str, sums: Sequence, counts: Sequence[int] | None = None, form: str = "mean") -> Parts | None:
         """The parts as they are stored: rounded to nine digits, and merged with neighbours where there are many.
 
         Counts are 1 each if not given. `None` if there are no parts, or a sum is not finite.
@@ -71,7 +66,7 @@ class Parts:
         counts = np.ones(len(sums), dtype=int) if counts is None else np.asarray(counts, dtype=int)
         if sums.ndim != 1 or not counts.sum() > 0 or not np.isfinite(sums).all():
             return None
-        if len(sums) > MAX_PARTS and not _are_hits(sums, counts, form):
+        if len(sums) > MAX_PARTS and not cls(key, tuple(sums), tuple(counts), form).are_hits:
             starts = np.arange(MAX_PARTS) * len(sums) // MAX_PARTS
             sums, counts = np.add.reduceat(sums, starts), np.add.reduceat(counts, starts)
         return cls(key, tuple(float(f"{value:.{_DIGITS}g}") for value in sums), tuple(counts.tolist()), form)
@@ -79,7 +74,7 @@ class Parts:
     @property
     def are_hits(self) -> bool:
         """Whether every part is one answer, right or wrong."""
-        return _are_hits(np.array(self.sums), np.array(self.counts), self.form)
+        return self.form == "mean" and {*self.counts} == {1} and {*self.sums} <= {0, 1}
 
     @property
     def mean(self) -> float:
@@ -121,10 +116,6 @@ class Parts:
             raise ConfigurationError(f"The parts of a figure are incomplete or of another kind: {error}.") from error
 
 
-def _are_hits(sums: np.ndarray, counts: np.ndarray, form: str) -> bool:
-    return form == "mean" and bool((counts == 1).all() and np.isin(sums, (0, 1)).all())
-
-
 def fingerprint(pieces: Iterable[bytes | str]) -> str:
     """16 hexadecimal digits that say what was measured, in order."""
     digest = hashlib.sha256()
@@ -152,25 +143,6 @@ class Comparison:
     high: float | None = None
     p_value: float | None = None
     why: str = ""
-
-
-def compare_figures(figure: Figure, base: Figure) -> Comparison | None:
-    """Compares by pairs where both were measured on the same windows or documents, else by the standard errors.
-
-    Unpaired, `|d| > 2 sqrt(s^2 + s_base^2)` is called a difference: right if each had been measured on a sample of its
-    own, and blind to most differences if not.
-
-    Returns:
-        `None` where they have no pairs and one has no standard error.
-    """
-    parts = (base.parts, figure.parts)
-    if None not in parts and parts[0].pairs_with(parts[1]):
-        return compare_parts(*parts)
-    if figure.stderr is None or base.stderr is None:
-        return None
-    missing = "the results do not hold the single windows or documents of both sides"
-    why = missing if None in parts else "the windows or documents are not the same on both sides"
-    return Comparison("unpaired", abs(figure.value - base.value) > 2 * math.hypot(figure.stderr, base.stderr), why=why)
 
 
 def compare_parts(base: Parts, other: Parts) -> Comparison:
@@ -209,11 +181,9 @@ def mcnemar(base: Sequence[float], other: Sequence[float]) -> float:
 
 
 def ratio_and_stderr(sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`sum(sums) / sum(counts)` along the last axis and its standard error over the `n` parts (delta method).
+    """`sum(sums) / sum(counts)` and its standard error over the `n` parts (delta method), NaN where there is one.
 
-    Args:
-        sums: Of shape `(..., n)`. The error of one part alone is NaN.
-        counts: Of the same shape.
+    Both are of shape `(..., n)`.
     """
     n, total = sums.shape[-1], counts.sum(-1)
     mean = sums.sum(-1) / total
@@ -221,14 +191,14 @@ def ratio_and_stderr(sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, 
     return mean, np.sqrt((n / (n - 1) if n > 1 else math.nan) * squares) / total
 
 
-def bootstrap_factor(differences: np.ndarray, counts: np.ndarray, seed: int = 0) -> float:
+def bootstrap_factor(differences: np.ndarray, counts: np.ndarray) -> float:
     """How many standard errors the 95 % interval reaches to either side, by resampling the parts.
 
     The 95 % quantile of `|D* - D| / s*` over resamples. A resample without spread says nothing and counts as infinite.
     The same parts always give the same answer.
     """
     n = len(differences)
-    chosen = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
+    chosen = np.random.default_rng(0).integers(0, n, (RESAMPLES, n))
     mean, _ = ratio_and_stderr(differences, counts)
     means, errors = ratio_and_stderr(differences[chosen], counts[chosen])
     distances = np.full(RESAMPLES, math.inf)

@@ -101,7 +101,7 @@ class EvaluationResult:
         check_fields(self)
 
     def add(self, *figures: Figure) -> None:
-        """Adds figures; one that is there already is replaced."""
+        """Adds figures or replaces those of the same names."""
         self.figures.update((figure.name, figure) for figure in figures)
 
     def value(self, name: str) -> float | None:
@@ -115,11 +115,7 @@ class EvaluationResult:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> EvaluationResult:
-        """Reads what `to_dict` made.
-
-        Raises:
-            ConfigurationError: It is of another version, or something else altogether.
-        """
+        """Reads what `to_dict` made; raises a `ConfigurationError` if it is of another version or something else."""
         values = dict(content) if isinstance(content, dict) else {}
         version = values.pop("schema_version", None)
         if version != SCHEMA_VERSION:
@@ -158,29 +154,23 @@ def csv_text(rows: Sequence[dict[str, Any]]) -> str:
 def describe_environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     """What a reader has to know to judge and to repeat a measurement on a device.
 
-    Returns:
-        `date` (UTC, ISO 8601), `python`, `platform`, `versions` (by package; those that are not installed are left
-        out) and `hardware`: `device` (name of the CPU or GPU), `type` (`"cpu"`, `"cuda"`, ...), `threads` (of torch),
-        `cpu`, `memory` and, for a GPU, `device_memory` in bytes.
+    These are `date` (UTC, ISO 8601), `python`, `platform`, `versions` (of packages that are installed) and `hardware`:
+    `device` (name of the CPU or GPU), `type` (`"cpu"`, `"cuda"`, ...), `threads` (of torch), `cpu`, `memory` and, of a
+    GPU, `device_memory` in bytes.
     """
     device, cpu = torch.device(device), _cpu_name()
     names = {"cpu": cpu, "cuda": device_name(device)}
     hardware = {
-        "device": names.get(device.type, f"{device.type} of {cpu}"),
-        "type": device.type,
-        "threads": torch.get_num_threads(),
-        "cpu": cpu,
-        "memory": psutil.virtual_memory().total,
-    }
+        "device": names.get(device.type, f"{device.type} of {cpu}"), "type": device.type,
+        "threads": torch.get_num_threads(), "cpu": cpu, "memory": psutil.virtual_memory().total,
+    }  # fmt: skip
     if device.type == "cuda":
         hardware["device_memory"] = torch.cuda.get_device_properties(device).total_memory
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": versions("accelerate", "datasets", "lm_eval"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "python": platform.python_version(),
+        "platform": platform.platform(), "versions": versions("accelerate", "datasets", "lm_eval"),
         "hardware": hardware,
-    }
+    }  # fmt: skip
 
 
 def _cpu_name() -> str:

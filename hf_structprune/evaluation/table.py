@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ConfigurationError
-from .comparison import Comparison, compare_figures
+from .comparison import Comparison, compare_parts
 from .results import EvaluationResult, Figure, csv_text
 
 
@@ -34,11 +34,9 @@ _CONDITIONS = (
 # Metrics of tasks that are shares of questions, shown in per cent.
 _SHARES = ("acc", "exact_match", "f1", "em", "pass@")
 _LABELS = {
-    "macs": "MACs",
-    "macs_with_attention": "MACs with attention",
-    "weight_bytes": "weights",
+    "macs": "MACs", "macs_with_attention": "MACs with attention", "weight_bytes": "weights",
     "kv_cache_bytes_per_token": "KV cache per token",
-}
+}  # fmt: skip
 _ARROWS = {True: " ↑", False: " ↓", None: ""}
 
 
@@ -66,11 +64,9 @@ class Cell:
         return None if self.comparison is None else self.comparison.differs
 
     def to_dict(self) -> dict[str, Any]:
-        judged = {} if self.comparison is None else vars(self.comparison)
         names = ("value", "stderr", "difference", "ratio", "significant", "comparable")
-        return {key: getattr(self, key) for key in names} | {
-            key: judged.get(key) for key in ("test", "low", "high", "p_value")
-        }
+        judged = {key: getattr(self.comparison, key, None) for key in ("test", "low", "high", "p_value")}
+        return {**{key: getattr(self, key) for key in names}, **judged}
 
 
 @dataclass(frozen=True)
@@ -99,16 +95,16 @@ class ResultTable:
             raise ConfigurationError("There are no results to put into a table; give at least one.")
         self.results, self.labels = tuple(results), _labels(results)
         self._rows: list[Row] = []
-        names = dict.fromkeys(name for result in results for name in result.figures)
         others = defaultdict(list)  # figures by whose they are, whom they are not compared with, and why
+        names = dict.fromkeys(name for result in results for name in result.figures)
         for name in sorted(names, key=_family):  # a stable sort: within a family as measured
             first, cells = next(number for number, result in enumerate(results) if name in result.figures), []
-            for number, (label, result) in enumerate(zip(self.labels, results, strict=True)):
+            for number, result in enumerate(results):
                 why = _other_conditions(name, result, results[first]) if name in result.figures else None
                 base = results[0].figures.get(name) if number and why is None else None
                 cells.append(_cell(result.figures.get(name), base, why is None))
                 if why is not None:
-                    others[label, self.labels[first], why].append(name)
+                    others[self.labels[number], self.labels[first], why].append(name)
             self._rows.append(Row(name, results[first].figures[name], tuple(cells)))
         self.notes = [
             f"{MARK} {label}: {', '.join(found)} measured under other conditions than {first}, not compared: {why}."
@@ -142,12 +138,14 @@ class ResultTable:
 
     def to_csv(self) -> str:
         """One line for each figure, unrounded; empty cells for what was not measured or not compared."""
-        lines = [{"figure": row.name, "unit": row.figure.unit} for row in self._rows]
-        for line, row in zip(lines, self._rows, strict=True):
-            for number, (label, cell) in enumerate(zip(self.labels, row.cells, strict=True)):
+        lines = []
+        for row in self._rows:
+            line = {"figure": row.name, "unit": row.figure.unit}
+            for label, cell in zip(self.labels, row.cells, strict=True):
                 for column, value in (cell or Cell(math.nan)).to_dict().items():
-                    if number or column in ("value", "stderr"):
+                    if label != self.labels[0] or column in ("value", "stderr"):
                         line[label if column == "value" else f"{label} {column}"] = None if cell is None else value
+            lines.append(line)
         return csv_text(lines or [{"figure": "", "unit": ""}])
 
     def to_dict(self) -> dict[str, Any]:
@@ -158,9 +156,11 @@ class ResultTable:
         ]
         rows = []
         for row in self._rows:
-            figure = {"figure": row.name, "unit": row.figure.unit, "higher_is_better": row.figure.higher_is_better}
             cells = [cell and {key: _finite(value) for key, value in cell.to_dict().items()} for cell in row.cells]
-            rows.append({**figure, "cells": dict(zip(self.labels, cells, strict=True))})
+            rows.append({
+                "figure": row.name, "unit": row.figure.unit, "higher_is_better": row.figure.higher_is_better,
+                "cells": dict(zip(self.labels, cells, strict=True)),
+            })  # fmt: skip
         return {"baseline": self.labels[0], "results": results, "rows": rows, "notes": list(self.notes)}
 
     def _columns(self) -> list[str]:
@@ -192,21 +192,18 @@ class ResultTable:
                 "Differences are judged pair by pair on the same windows and documents, each at the 5 % level"
                 f"{tests and f' ({tests})'}: * differs, ≈ may be chance{few}."
             )
-        for why in dict.fromkeys(comparison.why for comparison in found if comparison.test == "unpaired"):
-            lines.append(
-                f"{UNPAIRED_MARK} compared unpaired, because {why}: * differs by more than two standard errors of "
-                "both together, ≈ by less, which may still be more than chance."
-            )
+        lines += [
+            f"{UNPAIRED_MARK} compared unpaired, because {why}: * differs by more than two standard errors of both "
+            "together, ≈ by less, which may still be more than chance."
+            for why in dict.fromkeys(comparison.why for comparison in found if comparison.test == "unpaired")
+        ]
         return [*lines, *self.notes]
 
 
 def _labels(results: Sequence[EvaluationResult]) -> list[str]:
     """The states; with the last part of the model's name where several share a state, numbered where that repeats."""
     states = Counter(result.state for result in results)
-    labels = [
-        result.state if states[result.state] == 1 else f"{result.state} {Path(result.model).name or result.model}"
-        for result in results
-    ]
+    labels = [r.state if states[r.state] == 1 else f"{r.state} {Path(r.model).name or r.model}" for r in results]
     return [
         label if labels.count(label) == 1 else f"{label} ({labels[: number + 1].count(label)})"
         for number, label in enumerate(labels)
@@ -227,6 +224,25 @@ def _cell(figure: Figure | None, base: Figure | None, comparable: bool) -> Cell 
     return Cell(figure.value, figure.stderr, figure.value - base.value, ratio, True, compare_figures(figure, base))
 
 
+def compare_figures(figure: Figure, base: Figure) -> Comparison | None:
+    """Compares by pairs where both were measured on the same windows or documents, else by the standard errors.
+
+    Unpaired, `|d| > 2 sqrt(s^2 + s_base^2)` is called a difference: right if each had been measured on a sample of its
+    own, and blind to most differences if not.
+
+    Returns:
+        `None` where they have no pairs and one has no standard error.
+    """
+    parts = (base.parts, figure.parts)
+    if None not in parts and parts[0].pairs_with(parts[1]):
+        return compare_parts(*parts)
+    if figure.stderr is None or base.stderr is None:
+        return None
+    missing = "the results do not hold the single windows or documents of both sides"
+    why = missing if None in parts else "the windows or documents are not the same on both sides"
+    return Comparison("unpaired", abs(figure.value - base.value) > 2 * math.hypot(figure.stderr, base.stderr), why=why)
+
+
 def _other_conditions(name: str, result: EvaluationResult, reference: EvaluationResult) -> str | None:
     """`"limit is 100 instead of 200"`: why a figure is not compared with the reference's; `None` where it may be."""
     mine, other = _conditions_of(name, result), _conditions_of(name, reference)
@@ -237,13 +253,12 @@ def _other_conditions(name: str, result: EvaluationResult, reference: Evaluation
 
 
 def _conditions_of(name: str, result: EvaluationResult) -> dict[str, Any]:
-    figure = result.figures[name]
-    conditions = {"protocol": figure.protocol}
-    conditions |= {key: figure.details[key] for key in _CONDITIONS if key in figure.details}
+    figure, conditions = result.figures[name], {}
     if figure.unit in ("s", "tokens/s"):  # which depend on the machine
         hardware = result.environment.get("hardware", {})
-        conditions |= {key: hardware.get(key) for key in ("device", "threads")}
-    return conditions
+        conditions = {key: hardware.get(key) for key in ("device", "threads")}
+    details = {key: figure.details[key] for key in _CONDITIONS if key in figure.details}
+    return {"protocol": figure.protocol, **details, **conditions}
 
 
 def _said(conditions: dict[str, Any], key: str) -> str:
@@ -254,7 +269,7 @@ def _change(cell: Cell, scale: Scale) -> str:
     """`"-4.10 pp (0.93x) *"`."""
     ratio = "" if cell.ratio is None or not math.isfinite(cell.ratio) else f" ({cell.ratio:,.2f}x)"
     mark = "" if cell.comparison is None else _JUDGED[cell.significant]
-    unpaired = f" {UNPAIRED_MARK}" if cell.comparison is not None and cell.comparison.test == "unpaired" else ""
+    unpaired = f" {UNPAIRED_MARK}" if getattr(cell.comparison, "test", None) == "unpaired" else ""
     return scale.difference(cell.difference) + ratio + mark + unpaired
 
 
@@ -266,11 +281,7 @@ def _escape(text: str) -> str:
     return text.replace("|", "\\|").replace("*", "\\*")
 
 
-# ------------------------------------------------------------------------------------------- names and numbers
-
-
-@dataclass(frozen=True)
-class Scale:
+class Scale(NamedTuple):
     """The factor, the format and the unit of one row, and the unit of differences, so that its cells read alike."""
 
     factor: float = 1.0
@@ -292,36 +303,35 @@ class Scale:
 
 
 # By what a figure is: from which value on (of the largest in the row) which scale.
-_SCALES: dict[str, tuple[tuple[float, Scale], ...]] = {
+_SCALES = {
     "share": ((0, Scale(100.0, ",.2f", " %", " pp")),),
     "parameters": ((1e6, Scale(1e-6, ",.1f", " M")), (0, Scale(1.0, ",.0f"))),
     "perplexity": ((1e6, Scale(1.0, ".2e")), (0, Scale())),  # of models that are broken
     "MAC": ((1e8, Scale(1e-9, ",.2f", " G")), (0, Scale(1e-6, ",.2f", " M"))),
     "s": ((1, Scale(1.0, ",.2f", " s")), (0, Scale(1e3, ",.1f", " ms"))),
     "tokens/s": ((0, Scale(1.0, ",.1f", " tokens/s")),),
-}
-_SCALES["B"] = (
-    (1e9, Scale(1e-9, ",.2f", " GB")), (1e6, Scale(1e-6, ",.1f", " MB")), (1e3, Scale(1e-3, ",.1f", " kB")),
-    (0, Scale(1.0, ",.0f", " B")),
-)  # fmt: skip
+    "B": (
+        (1e9, Scale(1e-9, ",.2f", " GB")), (1e6, Scale(1e-6, ",.1f", " MB")), (1e3, Scale(1e-3, ",.1f", " kB")),
+        (0, Scale(1.0, ",.0f", " B")),
+    ),
+}  # fmt: skip
 
 
 def label_of(figure: Figure) -> str:
     """The name of a figure in a table: `"boolq, acc ↑"`, `"perplexity, wikitext2 ↓"`, `"time to first token ↓"`."""
     family, *rest = figure.name.split("/")
     if family == "efficiency":
-        name = "/".join(rest)
-        text = _LABELS.get(name, name.replace("_", " "))
-    else:
-        text = ", ".join(rest if family == "tasks" else [family.replace("_", " "), *rest])
-    return text + _ARROWS[figure.higher_is_better]
+        rest = [_LABELS.get("/".join(rest), "/".join(rest).replace("_", " "))]
+    elif family != "tasks":
+        rest = [family.replace("_", " "), *rest]
+    return ", ".join(rest) + _ARROWS[figure.higher_is_better]
 
 
 def scale_of(figure: Figure, values: Iterable[float]) -> Scale:
     """The scale that suits all values of one row, by what the figure is and by the largest of them."""
     largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
-    kind, metric = figure.unit, figure.name.rpartition("/")[2]
-    if figure.name.startswith("tasks/") and metric.startswith(_SHARES):
+    kind = figure.unit
+    if figure.name.startswith("tasks/") and figure.name.rpartition("/")[2].startswith(_SHARES):
         kind = "share"
     elif figure.name == "efficiency/parameters":
         kind = "parameters"

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from hf_structprune.evaluation import comparison as paired
-from hf_structprune.evaluation.comparison import compare_figures, compare_parts, mcnemar
+from hf_structprune.evaluation.comparison import compare_parts, mcnemar
 from hf_structprune.evaluation.results import EvaluationResult, Figure, Parts
-from hf_structprune.evaluation.table import ResultTable
+from hf_structprune.evaluation.table import ResultTable, compare_figures
 
 
 def windows(sums, count=2047, key="k"):
