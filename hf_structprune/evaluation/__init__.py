@@ -19,27 +19,8 @@ from .tasks import SUITES, check_tasks, expand, run_tasks
 
 
 __all__ = [
-    "PROTOCOLS",
-    "SUITES",
-    "EfficiencyConfig",
-    "EvaluationConfig",
-    "EvaluationResult",
-    "EvaluationText",
-    "Figure",
-    "PerplexityProtocol",
-    "PerplexityResult",
-    "QuestionResult",
-    "ResultTable",
-    "check_tasks",
-    "evaluate",
-    "expand",
-    "generate_samples",
-    "load_text",
-    "measure_efficiency",
-    "measure_perplexity",
-    "perplexity",
-    "question_protocol",
-    "read_text",
-    "run_tasks",
-    "time_loading",
-]
+    "PROTOCOLS", "SUITES", "EfficiencyConfig", "EvaluationConfig", "EvaluationResult", "EvaluationText", "Figure",
+    "PerplexityProtocol", "PerplexityResult", "QuestionResult", "ResultTable", "check_tasks", "evaluate", "expand",
+    "generate_samples", "load_text", "measure_efficiency", "measure_perplexity", "perplexity", "question_protocol",
+    "read_text", "run_tasks", "time_loading",
+]  # fmt: skip

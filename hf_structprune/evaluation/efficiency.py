@@ -11,10 +11,11 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from transformers.utils import logging
 
 from ..checks import Count, Limits, Number, check_fields, checked
@@ -88,11 +89,9 @@ def measure_efficiency(model: PreTrainedModel, config: EfficiencyConfig | None =
     - `prefill_throughput`: prompt tokens a second in a forward pass that fills the cache.
     - `decode_throughput`: new tokens a second after the first, all sequences together.
 
-    A figure that cannot be known is left out, with a warning: `macs` for a model whose structure is not understood,
-    `macs_with_attention` for quantised kernels.
-
-    Raises:
-        ConfigurationError: Prompt and new tokens are longer than the model's context.
+    What cannot be known is left out with a warning: `macs` if the model's structure is not understood,
+    `macs_with_attention` of quantised kernels. Raises a `ConfigurationError` if prompt and new tokens are longer than
+    the model's context.
     """
     config = config or EfficiencyConfig()
     context = context_length(model)
@@ -124,31 +123,29 @@ def _size_figures(model: PreTrainedModel, config: EfficiencyConfig, ids: torch.L
     run = f"one forward pass of {config.batch_size} x {config.length} tokens"
     counted = {"batch_size": config.batch_size, "length": config.length}
     try:
-        macs = count_macs(shapes, config.batch_size, config.length)
-        protocol = f"{run}: weights of linear maps and one for each MLP neuron, without attention products"
-        figures.append(_smaller("macs", macs, "MAC", protocol, **counted))
+        macs = count_macs(shapes, **counted)
+        how = f"{run}: weights of linear maps and one for each MLP neuron, without attention products"
+        figures.append(_smaller("macs", macs, "MAC", how, **counted))
     except UnsupportedModelError as error:
         logger.warning(f"efficiency/macs is left out: {error}")
     if quantised:
         logger.warning("efficiency/macs_with_attention is left out: torch does not count quantised kernels.")
     else:
-        protocol = f"{run}: all matrix products, attention over the full square (torch's FlopCounterMode / 2)"
+        how = f"{run}: all matrix products, attention over the full square (torch's FlopCounterMode / 2)"
         macs = count_macs_with_attention(model, ids)
-        figures.append(_smaller("macs_with_attention", macs, "MAC", protocol, **counted))
+        figures.append(_smaller("macs_with_attention", macs, "MAC", how, **counted))
     if growth := cache_growth(model):
         layers, windows = map(list, zip(*growth, strict=True))
-        figures.append(_smaller(
-            "kv_cache_bytes_per_token", sum(layers), "B", "growth of the model's own cache from one token to two, "
-            "one sequence", without_windows=sum(size for size, window in growth if window is None),
-            layers=layers, sliding_windows=windows,
-        ))  # fmt: skip
+        how = "growth of the model's own cache from one token to two, one sequence"
+        rest = sum(size for size, window in growth if window is None)
+        details = {"without_windows": rest, "layers": layers, "sliding_windows": windows}
+        figures.append(_smaller("kv_cache_bytes_per_token", sum(layers), "B", how, **details))
     else:
         logger.warning("efficiency/kv_cache_bytes_per_token is left out: the model has no cache of keys and values.")
     return figures
 
 
 def _speed_figures(model: PreTrainedModel, config: EfficiencyConfig, ids: torch.LongTensor) -> list[Figure]:
-    tokens, decoded = config.batch_size * config.length, config.batch_size * (config.new_tokens - 1)
     runs, silent = range(config.warmup + config.repeats), not logging.is_progress_bar_enabled()
     with measuring(model):
         times = [
@@ -159,11 +156,12 @@ def _speed_figures(model: PreTrainedModel, config: EfficiencyConfig, ids: torch.
             time_generation(model, ids, config.new_tokens)
     what = f"batch {config.batch_size}, prompt of {config.length} tokens, {config.new_tokens} new ones, {where(model)}"
     protocol = f"{what}; median of {config.repeats} runs after {config.warmup} to warm up"
-    prefill, first, decode = zip(*times[config.warmup :], strict=True)
+    prefill, first, decode = np.transpose(times[config.warmup :])
+    decoded = config.batch_size * (config.new_tokens - 1)
     figures = [
-        median_figure("efficiency/time_to_first_token", list(first), "s", protocol),
-        median_figure("efficiency/prefill_throughput", [tokens / time for time in prefill], "tokens/s", protocol),
-        median_figure("efficiency/decode_throughput", [decoded / time for time in decode], "tokens/s", protocol),
+        median_figure("efficiency/time_to_first_token", first, "s", protocol),
+        median_figure("efficiency/prefill_throughput", ids.numel() / prefill, "tokens/s", protocol),
+        median_figure("efficiency/decode_throughput", decoded / decode, "tokens/s", protocol),
     ]
     if peak.value is None:
         return figures
@@ -179,10 +177,8 @@ def count_macs(model: PreTrainedModel, batch_size: int = 1, length: int = 64) ->
 
     The convention of LLM-Pruner's tables, and of `PruningPlan.macs`: one multiply-accumulate for each weight that a
     token passes and one for each activated MLP neuron; products between activations (attention) are not counted. Of
-    experts, those count that a token is sent to. Works on the meta device.
-
-    Raises:
-        UnsupportedModelError: The structure of the model is not understood.
+    experts, those count that a token is sent to. Works on the meta device; raises an `UnsupportedModelError` if the
+    structure of the model is not understood.
     """
     structure = ModelStructure.of(model)
     plan = PruningPlan.from_counts(structure, {}, model_type=model.config.model_type, layout="per_layer")
@@ -199,26 +195,20 @@ def count_macs_with_attention(model: PreTrainedModel, ids: torch.LongTensor) -> 
     """
     # Fused attention of the CPU is unknown to the counter; the plain kind consists of products that it knows.
     plain = sdpa_kernel(SDPBackend.MATH)
-    # So are products of rows with the matrix of their expert.
+    # So are products of rows, shape `(n, k)`, with the matrix of their expert: one of `(groups, k, m)`.
     names = (("aten", "_grouped_mm"), ("transformers", "grouped_mm_fallback"))
     grouped = filter(None, (getattr(getattr(torch.ops, space), name, None) for space, name in names))
-    counter = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(grouped, _grouped_flops))
+    mapping = dict.fromkeys(grouped, lambda rows, weights, *_, **__: 2 * rows[0] * rows[1] * weights[-1])
+    counter = FlopCounterMode(display=False, custom_mapping=mapping)
     own = model.config._attn_implementation
-    kernels_from_elsewhere = own not in ("eager", "sdpa")
-    try:
-        if kernels_from_elsewhere:
+    with ExitStack() as stack:
+        if own not in ("eager", "sdpa"):  # kernels from elsewhere
+            stack.callback(model.set_attn_implementation, own)
             model.set_attn_implementation("sdpa")
-        with measuring(model), plain, counter:
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    finally:
-        if kernels_from_elsewhere:
-            model.set_attn_implementation(own)
+        for context in (measuring(model), plain, counter):
+            stack.enter_context(context)
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     return counter.get_total_flops() // 2
-
-
-def _grouped_flops(rows: torch.Size, weights: torch.Size, *args: Any, **kwargs: Any) -> int:
-    """Each of the rows, shape `(n, k)`, times one of the matrices, shape `(groups, k, m)`."""
-    return 2 * rows[0] * rows[1] * weights[-1]
 
 
 # ---------------------------------------------------------------------------------------------------- memory
@@ -229,9 +219,10 @@ def weight_bytes(model: nn.Module) -> dict[str, int]:
 
     Quantised weights count as they are stored, with their scales and zero points.
     """
-    tensors = {(t.device, t.data_ptr(), t.nbytes): t for t in _saved_tensors(model.state_dict().values())}
     total: Counter[str] = Counter()
-    for tensor in tensors.values():
+    for tensor in {
+        (t.device, t.data_ptr(), t.nbytes): t for t in _saved_tensors(model.state_dict().values())
+    }.values():
         total[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
     return dict(total)
 
@@ -243,12 +234,6 @@ def _saved_tensors(values: Iterable[object]) -> Iterator[torch.Tensor]:
             yield from _saved_tensors(getattr(value, name) for name in value.__tensor_flatten__()[0])
         elif isinstance(value, torch.Tensor):
             yield value
-
-
-def read_weights(model: nn.Module) -> None:
-    """Reads a byte of every page of the weights: files mapped into memory are read only when they are used."""
-    for tensor in _saved_tensors(model.state_dict().values()):
-        tensor.contiguous().view(-1).view(torch.uint8)[::_PAGE].sum()
 
 
 @torch.no_grad()
@@ -274,23 +259,18 @@ def cache_growth(model: PreTrainedModel) -> list[tuple[int, int | None]]:
     return growth if any(size for size, _ in second) else []
 
 
-@dataclass
-class PeakMemory:
-    """Bytes at the peak of a block of code, those before included (`None`: unknown), bytes before it, and how read."""
-
-    value: int | None = None
-    before: int | None = None
-    method: str = ""
-
-
 @contextmanager
-def peak_memory(devices: set[torch.device]) -> Iterator[PeakMemory]:
-    """Measures the peak of the CUDA allocator over the CUDA devices, or else of the process's resident memory."""
+def peak_memory(devices: set[torch.device]) -> Iterator[SimpleNamespace]:
+    """Measures the peak of the CUDA allocator over the CUDA devices, or else of the process's resident memory.
+
+    Gives an object with, afterwards, `value`: bytes at the peak of the block, those before it included (`None`:
+    unknown), `before`: bytes before it, and `method`: how they were read.
+    """
     cuda, reset = cuda_devices(devices), False
     for device in cuda:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-    peak = PeakMemory(before=memory_in_use(devices))
+    peak = SimpleNamespace(value=None, before=memory_in_use(devices), method="")
     if not cuda:
         with suppress(OSError):  # Linux: the kernel forgets the peak so far
             _CLEAR.write_text("5")
@@ -344,16 +324,19 @@ def time_prefill(model: PreTrainedModel, ids: torch.LongTensor) -> float:
 
 
 def time_generation(model: PreTrainedModel, ids: torch.LongTensor, new_tokens: int) -> tuple[float, float]:
-    """Times `model.generate`, greedy, for exactly `new_tokens` tokens after `ids`, shape `(batch, length)`.
+    """Seconds of a greedy `model.generate` to the first of exactly `new_tokens` tokens, and from there to the last.
 
-    Returns:
-        Seconds from the call to the first new token, and from there to the last.
-
-    Raises:
-        EvaluationError: The model's own `generate` made another number of tokens.
+    `ids` are of shape `(batch, length)`. Raises an `EvaluationError` if the model's own `generate` made another number
+    of tokens.
     """
-    devices = devices_of(model)
-    clock = _TokenClock(devices, new_tokens)
+    devices, times = devices_of(model), []
+
+    def clock(input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
+        if len(times) in (0, new_tokens - 1):
+            synchronize(devices)
+        times.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)  # stops nothing
+
     settings = GenerationConfig(
         max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, num_beams=1, use_cache=True
     )
@@ -368,33 +351,17 @@ def time_generation(model: PreTrainedModel, ids: torch.LongTensor, new_tokens: i
         )  # fmt: skip
     finally:
         model.generation_config = own
-    if clock.tokens != new_tokens:
-        raise EvaluationError(f"{type(model).__name__} generated {clock.tokens} tokens instead of {new_tokens}.")
-    return clock.first - start, clock.last - clock.first
+    if len(times) != new_tokens:
+        raise EvaluationError(f"{type(model).__name__} generated {len(times)} tokens instead of {new_tokens}.")
+    return times[0] - start, times[-1] - times[0]
 
 
-class _TokenClock(StoppingCriteria):
-    """Notes when the first and the last token are there; stops nothing."""
-
-    def __init__(self, devices: set[torch.device], new_tokens: int) -> None:
-        self.devices, self.new_tokens = devices, new_tokens
-        self.tokens, self.first, self.last = 0, 0.0, 0.0
-
-    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
-        self.tokens += 1
-        if self.tokens in (1, self.new_tokens):
-            synchronize(self.devices)
-            self.first, self.last = self.first or time.perf_counter(), time.perf_counter()
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-
-def median_figure(name: str, values: list[float], unit: str, protocol: str, **details: Any) -> Figure:
+def median_figure(name: str, values: Sequence[float], unit: str, protocol: str, **details: Any) -> Figure:
     """The median of repeated measurements, with their spread in the details (`iqr`: third minus first quartile)."""
-    quartiles = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
-    spread = {"min": min(values), "max": max(values), "iqr": quartiles[2] - quartiles[0], "values": values}
-    return Figure(
-        name, quartiles[1], unit, higher_is_better=unit != "s", protocol=protocol, details={**spread, **details}
-    )
+    low, median, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+    values = [float(value) for value in values]
+    details = {"min": min(values), "max": max(values), "iqr": high - low, "values": values, **details}
+    return Figure(name, median, unit, higher_is_better=unit != "s", protocol=protocol, details=details)
 
 
 def time_loading(
@@ -426,8 +393,10 @@ def time_loading(
         reason = [f"the process ended with status {process.returncode}", *process.stderr.strip().splitlines()][-1]
         raise EvaluationError(f"{model} could not be loaded: {reason}")
     seconds = json.loads(process.stdout.splitlines()[-1])
-    how = f"from_pretrained onto {device} in a fresh process, all weights read"
-    protocol = f"{how}; files in the system's cache, median of {repeats}"
+    protocol = (
+        f"from_pretrained onto {device} in a fresh process, all weights read; files in the system's cache, median"
+    )
+    protocol += f" of {repeats}"
     return median_figure("efficiency/load_time", seconds, "s", protocol, device=device, dtype=dtype)
 
 
@@ -436,7 +405,9 @@ def _load(model: str, dtype: str, device: str, repeats: int, kwargs: dict[str, A
     for _ in range(repeats + 1):
         start = time.perf_counter()
         loaded = load_model(model, dtype=dtype, **kwargs).to(device)
-        read_weights(loaded)
+        # Files mapped into memory are read only when they are used: here a byte of every page.
+        for tensor in _saved_tensors(loaded.state_dict().values()):
+            tensor.contiguous().view(-1).view(torch.uint8)[::_PAGE].sum()
         synchronize(devices_of(loaded))
         seconds.append(time.perf_counter() - start)
         del loaded

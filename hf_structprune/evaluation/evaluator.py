@@ -86,10 +86,7 @@ class EvaluationConfig:
         return dataclasses.asdict(self)
 
     def load(self) -> tuple[list[EvaluationText], list[str]]:
-        """Loads the texts and makes sure that the tasks can be run, without a model.
-
-        Returns:
-            The texts, and the names of the tasks with suites taken apart.
+        """The texts, and the names of the tasks with suites taken apart, all of which can be run; without a model.
 
         Raises:
             StructPruneError: A text cannot be read, two have the same name, or a task or its data is missing.
@@ -104,16 +101,10 @@ class EvaluationConfig:
 
 
 def evaluate(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    config: EvaluationConfig | None = None,
-    *,
-    name: str,
-    state: str = "dense",
-    base_model: str | None = None,
-    output: str | os.PathLike | None = None,
+    model: PreTrainedModel, tokenizer: Any, config: EvaluationConfig | None = None, *, name: str,
+    state: str = "dense", base_model: str | None = None, output: str | os.PathLike | None = None,
     overwrite: bool = False,
-) -> EvaluationResult:
+) -> EvaluationResult:  # fmt: skip
     """Measures perplexity on each text, each task, efficiency and sample texts, in this order.
 
     Everything that can be checked is checked before the first step: texts, tasks with their data, the output. With
@@ -173,16 +164,13 @@ def _steps(
 
     def measure(text: EvaluationText) -> list[Figure]:
         window = config.window or find_protocol(config.protocol).window_for(model)
-        return measure_perplexity(
-            model, tokenizer, text, config.protocol, window=window, stride=config.stride, bos=config.bos,
-            max_windows=config.max_windows, batch_size=config.batch_size,
-        ).figures(text.name)  # fmt: skip
+        options = {name: getattr(config, name) for name in ("stride", "bos", "max_windows", "batch_size")}
+        result = measure_perplexity(model, tokenizer, text, config.protocol, window=window, **options)
+        return result.figures(text.name)
 
     def run(task: str) -> list[Figure]:
-        return run_tasks(
-            model, tokenizer, [task], num_fewshot=config.num_fewshot, limit=config.limit,
-            include_path=config.include_path, batch_size=config.batch_size, seed=config.seed,
-        )  # fmt: skip
+        names = ("num_fewshot", "limit", "include_path", "batch_size", "seed")
+        return run_tasks(model, tokenizer, [task], **{name: getattr(config, name) for name in names})
 
     steps: dict[str, Callable[[], list]] = {f"perplexity/{text.name}": partial(measure, text) for text in texts}
     steps |= {f"tasks/{task}": partial(run, task) for task in tasks}
@@ -197,14 +185,12 @@ def _continue(
     earlier: EvaluationResult, fresh: EvaluationResult, steps: set[str], output: str | os.PathLike
 ) -> EvaluationResult:
     """What an earlier run has left, if it was one of the same settings on the same model."""
-    pairs = {
-        key: (fresh.settings.get(key), earlier.settings.get(key)) for key in {**fresh.settings, **earlier.settings}
-    }
-    done = pairs.pop(COMPLETED)[1] or []
-    if steps - set(done):  # what is added must come from the same place
-        for key in ("versions", "hardware"):
-            pairs[key] = _without_memory(fresh.environment[key]), _without_memory(earlier.environment.get(key))
-    differing = [key for key, (mine, theirs) in pairs.items() if mine != theirs]
+    mine, theirs = dict(fresh.settings), dict(earlier.settings)
+    mine.pop(COMPLETED)
+    if steps - set(theirs.pop(COMPLETED, None) or []):  # what is added must come from the same place
+        for settings, environment in ((mine, fresh.environment), (theirs, earlier.environment)):
+            settings |= {key: _without_memory(environment.get(key)) for key in ("versions", "hardware")}
+    differing = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
     if differing:
         raise ConfigurationError(
             f"{output} holds an evaluation with other settings or of another model ({', '.join(differing)}): give "

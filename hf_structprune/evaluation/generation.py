@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
@@ -35,14 +35,12 @@ QUESTIONS = (
     "What is the difference between supervised and unsupervised machine learning?",
     "How can I save money on groceries without eating worse?",
 )
-# Tokens that are generated before the first question, so that it does not pay for setting things up.
-_WARMUP_TOKENS = 8
+_WARMUP_TOKENS = 8  # generated before the first question, so that it does not pay for setting things up
 # Of the numbers in a row of the questions' table.
 _DIGITS = {"prompt_tokens": 1, "total_tokens": 1, "seconds": 4, "tokens_per_second": 2, "memory_gib": 2}
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """One answer to a question: its text, tokens of both, time of the generation, and bytes in use right after it."""
 
     question: str
@@ -53,13 +51,9 @@ class Answer:
     memory: int
 
     @property
-    def total_tokens(self) -> int:
-        return self.prompt_tokens + self.new_tokens
-
-    @property
     def tokens_per_second(self) -> float:
         """Tokens of question and answer over the time of the generation."""
-        return self.total_tokens / self.seconds
+        return (self.prompt_tokens + self.new_tokens) / self.seconds
 
 
 @dataclass(frozen=True)
@@ -74,7 +68,7 @@ class QuestionResult:
         rows = [
             {
                 "question": a.question, "prompt_tokens": a.prompt_tokens,
-                "total_tokens": a.total_tokens, "seconds": a.seconds,
+                "total_tokens": a.prompt_tokens + a.new_tokens, "seconds": a.seconds,
                 "tokens_per_second": a.tokens_per_second, "memory_gib": a.memory / 2**30, "answer": a.text,
             }
             for a in self.answers
@@ -88,11 +82,11 @@ class QuestionResult:
         speeds, memory = [a.tokens_per_second for a in self.answers], [a.memory for a in self.answers]
         counted, after = f"{self.protocol}; prompt tokens counted", f"{self.protocol}; memory in use after each answer"
         return [
-            Figure(
-                "efficiency/question_throughput", fmean(speeds), "tokens/s", None, True, counted, {"values": speeds}
-            ),
-            Figure("efficiency/question_memory", fmean(memory), "B", None, False, after, {"values": memory}),
-        ]
+            Figure(f"efficiency/question_{name}", fmean(values), unit, None, up, protocol, {"values": values})
+            for name, values, unit, up, protocol in (
+                ("throughput", speeds, "tokens/s", True, counted), ("memory", memory, "B", False, after)
+            )
+        ]  # fmt: skip
 
     def write_csv(self, path: str | os.PathLike) -> None:
         """Writes `rows()` as CSV."""
@@ -100,14 +94,9 @@ class QuestionResult:
 
 
 def generate_samples(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    prompts: str | Sequence[str] | None = None,
-    *,
-    max_new_tokens: int = 64,
-    seed: int = 0,
-    **options: Any,
-) -> list[dict[str, Any]]:
+    model: PreTrainedModel, tokenizer: Any, prompts: str | Sequence[str] | None = None, *, max_new_tokens: int = 64,
+    seed: int = 0, **options: Any,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Lets a model continue prompts, or answer them if its tokenizer has a chat template; it gets its modes back.
 
     Args:
@@ -126,15 +115,12 @@ def generate_samples(
     """
     max_new_tokens = checked("max_new_tokens", max_new_tokens, Count)
     prompts = PROMPTS if prompts is None else [prompts] if isinstance(prompts, str) else prompts
-    samples = []
     with measuring(model):
-        for prompt in tqdm(prompts, desc="Samples", disable=not logging.is_progress_bar_enabled()):
-            inputs = _encode(model, tokenizer, prompt)
-            answer = _answer(model, tokenizer, prompt, inputs, max_new_tokens, seed, **options)
-            samples.append(
-                {"prompt": prompt, "text": answer.text, "tokens": answer.new_tokens, "seconds": answer.seconds}
-            )
-    return samples
+        answers = [
+            _answer(model, tokenizer, prompt, _encode(model, tokenizer, prompt), max_new_tokens, seed, **options)
+            for prompt in tqdm(prompts, desc="Samples", disable=not logging.is_progress_bar_enabled())
+        ]
+    return [{"prompt": a.question, "text": a.text, "tokens": a.new_tokens, "seconds": a.seconds} for a in answers]
 
 
 def question_protocol(
@@ -173,10 +159,8 @@ def question_protocol(
 def _encode(model: PreTrainedModel, tokenizer: Any, prompt: str) -> dict[str, torch.Tensor]:
     """Token ids and mask of a prompt, as a user's message if the tokenizer has a chat template."""
     if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
+        messages, options = [{"role": "user", "content": prompt}], {"return_dict": True, "return_tensors": "pt"}
+        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     if inputs["input_ids"].shape[1] == 0:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -13,6 +12,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -24,7 +24,7 @@ from ..model.loading import as_tokenizer
 from ..model.measuring import context_length, has_plain_head, measuring, positions_at_once
 from ..text.reading import FILES, is_local, read_lines, read_rows
 from ..text.tokenising import tokenise
-from .comparison import Parts, fingerprint, ratio_and_stderr
+from .comparison import FORMS, Parts, fingerprint, ratio_and_stderr
 from .results import Figure
 
 
@@ -85,11 +85,10 @@ def load_text(
     | `"c4"` | the first 1,100 documents of C4's English validation split (`allenai/c4`), joined with a space |
     | a `.txt` file | rows as in WikiText-2, see `read_text` |
     | a `.jsonl` or `.json` file | the texts under the key `column` |
-    | a folder | a data set made by `datasets.save_to_disk`, or a folder of data files |
+    | a folder | a data set made by `datasets.save_to_disk`, or a folder of data files; `"./ptb"` if named as above |
     | an id | a data set of the Hub |
 
-    Rows are joined with two line breaks, none left out, unless the table says something else. A folder that has the
-    name of a named text is read as `"./ptb"`.
+    Rows are joined with two line breaks, none left out, unless the table says something else.
 
     Args:
         spec: What to load.
@@ -111,7 +110,7 @@ def load_text(
     if spec == SAMPLE:
         return EvaluationText(SAMPLE, read_text(wikitext2_sample()), "leading articles of WikiText-2 raw, test split")
     if not named and path.suffix in FILES:
-        return EvaluationText(path.stem, _join(read_rows(spec, column=column or "text"), spec), path.name)
+        return EvaluationText(path.stem, _join(list(read_rows(spec, column=column or "text")), spec), path.name)
     chosen, hint = [value for value in options.values() if value is not None], ""
     if named and split not in (None, *named.splits):
         raise ConfigurationError(
@@ -135,7 +134,7 @@ def load_text(
     name = "-".join([name, *chosen]).replace("/", "-")  # so that two parts of one data set are two texts
     taken = None if named.documents is None else f"first {named.documents:,} rows"
     source = ", ".join(part for part in (source, named.config_name, f"{split} split", taken) if part)
-    return EvaluationText(name, _join(rows[: named.documents], spec, named.separator), source)
+    return EvaluationText(name, _join(list(rows[: named.documents]), spec, named.separator), source)
 
 
 def read_text(path: str | os.PathLike, column: str = "text") -> str:
@@ -146,14 +145,13 @@ def read_text(path: str | os.PathLike, column: str = "text") -> str:
     are joined with two line breaks: the text that `"\\n\\n".join(dataset["text"])` gives for the dataset of the Hub.
 
     Raises:
-        TextError: There is no such file or no such column, or the file is not UTF-8 text.
+        TextError: There is no such file or column, or it is not UTF-8 text.
     """
     rows = read_rows(path, column=column) if Path(path).suffix in FILES else read_lines(path)
     return "\n\n".join(rows)
 
 
 def _join(rows: Any, spec: str, separator: str = "\n\n") -> str:
-    rows = list(rows)
     for number, row in enumerate(rows):
         if not isinstance(row, str):
             raise TextError(f"Row {number} of {spec} is a {type(row).__name__}, not a text: choose another column.")
@@ -213,7 +211,7 @@ class PerplexityProtocol:
         return min(self.window, context_length(model) or self.window)
 
     def in_words(self, *, windows: int, found: int, window: int, starts_with_bos: bool) -> str:
-        """What was done, for tables and cards: in `windows` of the `found` windows of the text, of a true size."""
+        """What was done, for tables and cards: in `windows` of the `found` windows of the text."""
         s, to_the_end = "s" if windows > 1 else "", " up to the end of the text" if self.keep_tail else ""
         words = f"{windows} non-overlapping window{s} of {window} tokens, {window - 1} predictions in each"
         if self.stride < self.content or self.keep_tail:
@@ -262,31 +260,58 @@ def cut_windows(
 
     Args:
         length, window, stride: In tokens; the stride is 1 to `window`.
-        keep_tail: Add a window that ends with the last token, if there are tokens behind the last full window; it is
-            of full size too (as in lm-eval's rolling windows), or as long as the text if that is shorter.
+        keep_tail: If there are tokens behind the last full window, add one that ends with the last token; it is of
+            full size too (as in lm-eval's rolling windows), or as long as the text if that is shorter.
         score_first: The first token of a window counts too: something will be put before it.
     """
     starts = list(range(0, length - window + 1, stride))
     if keep_tail and length > 0 and (not starts or starts[-1] + window < length):
         starts.append(max(0, length - window))
-    size = min(window, length)
-    windows, done = [], 0
-    for start in starts:
-        scored = max(done, start + (0 if score_first else 1))
-        done = start + size
-        if scored < done:
-            windows.append(Window(start, scored, done))
-    return windows
+    stops = [start + min(window, length) for start in starts]
+    scored = [max(done, start + (not score_first)) for done, start in zip([0, *stops], starts, strict=False)]
+    return [Window(*window) for window in zip(starts, scored, stops, strict=True) if window[1] < window[2]]
 
 
-def spread(windows: list[Window], count: int | None) -> list[Window]:
-    """`count` of the windows, evenly spaced: those numbered `floor(i n / count)` of `n`. `None` keeps all."""
-    if count is None or count >= len(windows):
-        return windows
-    return [windows[i * len(windows) // count] for i in range(count)]
+def prepare(
+    tokenizer: Any, text: EvaluationText, protocol: PerplexityProtocol, max_windows: int | None
+) -> tuple[EncodedText, list[Window], torch.LongTensor, str]:
+    """Tokenises a text and cuts it into windows: of `n` those numbered `floor(i n / max_windows)`, or all.
+
+    Returns:
+        All tokens of the text, the windows, the tokens that go through the model, of shape `(windows, window)`, and
+        what was done, in words.
+
+    Raises:
+        ConfigurationError: The text has fewer tokens than a window, or the tokenizer has no BOS token.
+    """
+    encoded, content = encode(tokenizer, text.text, protocol.bos, protocol.bos_everywhere), protocol.content
+    found = cut_windows(
+        len(encoded.ids), content, min(protocol.stride, content), keep_tail=protocol.keep_tail,
+        score_first=protocol.adds_bos_everywhere,
+    )  # fmt: skip
+    if not found:
+        raise ConfigurationError(
+            f"`window` is {protocol.window}, but the text {text.name!r} has only {len(encoded.ids)} tokens: give more "
+            "text or a smaller `window`."
+        )
+    count, ids = min(max_windows or len(found), len(found)), torch.tensor(encoded.ids)
+    windows = [found[i * len(found) // count] for i in range(count)]
+    ids = torch.stack([ids[window.start : window.stop] for window in windows])
+    ids = F.pad(ids, (1, 0), value=encoded.bos) if protocol.adds_bos_everywhere else ids
+    words = protocol.in_words(
+        windows=count, found=len(found), window=ids.shape[1], starts_with_bos=encoded.bos is not None
+    )
+    return encoded, windows, ids, words
 
 
 # ---------------------------------------------------------------------------------------------------- figures
+
+
+# What the mean of each is over, and its form (`comparison.FORMS`).
+_KINDS = {
+    "perplexity": ("tokens", "exp"), "word_perplexity": ("words", "exp"), "byte_perplexity": ("bytes", "exp"),
+    "bits_per_byte": ("bytes", "bits"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -295,10 +320,9 @@ class PerplexityResult:
 
     With the summed negative log-likelihood `S` of the tokens that count, in nats, and their number `T`, words `W` and
     bytes `B`: perplexity `exp(S / T)`, word perplexity `exp(S / W)`, byte perplexity `exp(S / B)`, bits per byte
-    `S / B / ln 2`, as lm-eval defines them for `wikitext`. Words and bytes are those of the same tokens, see
-    `encode`; so the figures are right for a part of the text too, and without a BOS token the first token of
-    the text is neither in `S` nor in `B`. They are missing (`None`) if the tokenizer does not tell the parts of the
-    text.
+    `S / B / ln 2`, as lm-eval defines them for `wikitext`. Words and bytes are those of the same tokens, see `encode`:
+    without a BOS token the first token of the text is neither in `S` nor in `B`. They are `None` if the tokenizer does
+    not tell the parts of the text.
 
     Standard errors are those of a ratio of sums over windows, linearised (delta method; Cochran, Sampling Techniques,
     1977, section 6.4), with the windows taken as independent: for `m = S / T`, `e_k = S_k - m T_k` and `n` windows,
@@ -308,8 +332,7 @@ class PerplexityResult:
         perplexity, word_perplexity, byte_perplexity, bits_per_byte: The figures, each with its standard error.
         nll: Mean negative log-likelihood of a token, in nats.
         tokens, words, bytes: How many were predicted.
-        windows: Number of windows that were run.
-        window: Tokens in a window.
+        windows, window: Number of windows that were run, and tokens in each.
         protocol: The same in words, for tables and cards.
         source: Where the text comes from, in words.
         parts: The windows that each figure was added up from, by the first word of the figure's name.
@@ -334,37 +357,28 @@ class PerplexityResult:
     parts: dict[str, Parts | None] = field(default_factory=dict)
 
     def figures(self, name: str) -> list[Figure]:
-        """The figures `perplexity/<name>`, `word_perplexity/<name>`, `byte_perplexity/<name>`, `bits_per_byte/<name>`.
-
-        Those that there are, for a text of that name; lower is better in all of them.
-        """
+        """Those there are, less is better: `perplexity/<name>`, and with `word_`, `byte_`, `bits_per_byte/<name>`."""
         details = {key: getattr(self, key) for key in ("source", "tokens", "words", "bytes", "windows", "window")}
         return [
             Figure(
-                f"{kind}/{name}", value, "bit/B" if kind == "bits_per_byte" else "",
+                f"{kind}/{name}", getattr(self, kind), "bit/B" if kind == "bits_per_byte" else "",
                 self.stderr if kind == "perplexity" else getattr(self, f"{kind}_stderr"), False, self.protocol,
                 dict(details), self.parts.get(kind),
             )
-            for kind in ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
-            if (value := getattr(self, kind)) is not None
+            for kind in _KINDS if getattr(self, kind) is not None
         ]  # fmt: skip
 
 
 def perplexity(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    text: str | list[str] | None = None,
-    *,
-    window: int = 2048,
-    max_windows: int | None = None,
-    batch_size: int = 1,
-) -> PerplexityResult:
+    model: PreTrainedModel, tokenizer: Any, text: str | list[str] | None = None, *, window: int = 2048,
+    max_windows: int | None = None, batch_size: int = 1,
+) -> PerplexityResult:  # fmt: skip
     """Perplexity of a causal language model, as papers on compression report it for WikiText-2.
 
     The text is tokenised once, as the tokenizer does by default, and cut into non-overlapping windows; an incomplete
     one at the end is dropped. Every token of a window but the first is predicted from those before it in the window:
     `exp(-1 / (n (w - 1)) sum_windows sum_{t=2..w} log p(x_t | x_1 .. x_{t-1}))` for `n` windows of `w` tokens. This
-    is the protocol `"paper"` of `measure_perplexity`.
+    is the protocol `"paper"` of `measure_perplexity`, which explains the other arguments and the errors.
 
     Args:
         model: The model, on the device it is to run on.
@@ -372,10 +386,6 @@ def perplexity(
         text: The text (not a path, see `load_text`); a list is joined with two line breaks. Default: a packaged
             sample, the leading articles of the WikiText-2 test split. It compares models with each other; numbers
             of papers are on the whole split.
-        window, max_windows, batch_size: As in `measure_perplexity`.
-
-    Raises:
-        ConfigurationError: The window is longer than the text or the model's context, or a number is impossible.
     """
     text = load_text("sample").text if text is None else text
     given = EvaluationText("text", text if isinstance(text, str) else "\n\n".join(text), "")
@@ -383,17 +393,10 @@ def perplexity(
 
 
 def measure_perplexity(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    text: EvaluationText,
-    protocol: str = "paper",
-    *,
-    window: int | None = None,
-    stride: int | None = None,
-    bos: bool | None = None,
-    max_windows: int | None = None,
+    model: PreTrainedModel, tokenizer: Any, text: EvaluationText, protocol: str = "paper", *,
+    window: int | None = None, stride: int | None = None, bos: bool | None = None, max_windows: int | None = None,
     batch_size: int = 1,
-) -> PerplexityResult:
+) -> PerplexityResult:  # fmt: skip
     """Perplexity by one of the `PROTOCOLS`.
 
     | protocol | window | stride | what counts | BOS if asked for |
@@ -406,8 +409,7 @@ def measure_perplexity(
     for `i = 0 .. n - 1`, from 0; a token counts in the same window as it does without.
 
     Logits are computed in the model's dtype and the likelihood in float32, for a part of the positions at a time;
-    where the model does more to its logits than apply the head, for one window at a time. The model is in eval mode
-    meanwhile and gets its modes back.
+    where the model does more to its logits than apply the head, for one window at a time.
 
     Args:
         model: The model, on the device it is to run on.
@@ -433,53 +435,24 @@ def measure_perplexity(
         raise ConfigurationError(
             f"`window` is {chosen.window}, but the model's context is {context} tokens: lower `window`."
         )
-    encoded = encode(tokenizer, text.text, chosen.bos, chosen.bos_everywhere)
-    found = cut_windows(
-        len(encoded.ids), chosen.content, min(chosen.stride, chosen.content), keep_tail=chosen.keep_tail,
-        score_first=chosen.adds_bos_everywhere,
-    )  # fmt: skip
-    if not found:
-        raise ConfigurationError(
-            f"`window` is {chosen.window}, but the text has only {len(encoded.ids)} tokens: give more text."
-        )
-    windows, ids = spread(found, max_windows), torch.tensor(encoded.ids)
-    ids = torch.stack([ids[window.start : window.stop] for window in windows])
-    if chosen.adds_bos_everywhere:
-        ids = F.pad(ids, (1, 0), value=encoded.bos)
-    counts = [window.stop - window.scored for window in windows]
-    losses = window_losses(model, ids, counts, batch_size)
-    words = chosen.in_words(
-        windows=len(windows), found=len(found), window=ids.shape[1], starts_with_bos=encoded.bos is not None
-    )
-    key = fingerprint([ids.numpy().tobytes(), *map(str, counts)])
-    return _result(key, losses, windows, encoded, window=ids.shape[1], protocol=words, source=text.source)
-
-
-def _result(key: str, losses: np.ndarray, windows: list[Window], encoded: EncodedText, **how: Any) -> PerplexityResult:
-    """The figures from the summed losses of the windows, and how they were measured."""
+    encoded, windows, ids, words = prepare(tokenizer, text, chosen, max_windows)
     starts, stops = [window.scored for window in windows], [window.stop for window in windows]
-    values: dict[str, Any] = {"windows": len(windows), "parts": {}, **how}
-
-    def add(name: str, form: str, value: float, stderr: float, stderr_name: str | None = None) -> None:
-        values[name], values["parts"][name] = float(value), Parts.of(key, losses, counts, form)
-        values[stderr_name or f"{name}_stderr"] = float(stderr) if np.isfinite(stderr) else None
-
-    for unit, upto in (("token", np.arange(len(encoded.ids) + 1)), ("word", encoded.words), ("byte", encoded.bytes)):
-        counts = None if upto is None else upto[stops] - upto[starts]
-        if counts is None or not counts.any():
+    counts = np.subtract(stops, starts).tolist()
+    losses = window_losses(model, ids, counts, batch_size)
+    key = fingerprint([ids.numpy().tobytes(), *map(str, counts)])
+    values = {"windows": len(windows), "window": ids.shape[1], "protocol": words, "source": text.source, "parts": {}}
+    totals = {"tokens": np.arange(len(encoded.ids) + 1), "words": encoded.words, "bytes": encoded.bytes}
+    for kind, (unit, form) in _KINDS.items():
+        if totals[unit] is None or not (counts := totals[unit][stops] - totals[unit][starts]).any():
             continue
         with np.errstate(over="ignore", invalid="ignore"):  # infinite losses have no error
             mean, stderr = ratio_and_stderr(losses, counts)
-            figure = np.exp(mean), np.exp(mean) * stderr
-        values[f"{unit}s"] = int(counts.sum())
-        if unit == "token":
-            values["nll"] = float(mean)
-            add("perplexity", "exp", *figure, "stderr")
-        else:
-            add(f"{unit}_perplexity", "exp", *figure)
-        if unit == "byte":
-            add("bits_per_byte", "bits", mean / math.log(2), stderr / math.log(2))
-    return PerplexityResult(**values)
+            value = FORMS[form](mean)
+            stderr = float(stderr * value if form == "exp" else FORMS[form](stderr))
+        values |= {unit: int(counts.sum()), kind: float(value)}
+        values["stderr" if unit == "tokens" else f"{kind}_stderr"] = stderr if math.isfinite(stderr) else None
+        values["parts"][kind] = Parts.of(key, losses, counts, form)
+    return PerplexityResult(nll=float(losses.sum() / values["tokens"]), **values)
 
 
 class EncodedText(NamedTuple):
@@ -545,56 +518,42 @@ def _count(text: str, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def window_losses(
-    model: PreTrainedModel,
-    ids: torch.LongTensor,
-    counts: list[int],
-    batch_size: int,
+    model: PreTrainedModel, ids: torch.LongTensor, counts: list[int], batch_size: int,
     autocast: torch.dtype | None = None,
-) -> np.ndarray:
-    """Summed negative log-likelihood of the last tokens of each window, in nats.
+) -> np.ndarray:  # fmt: skip
+    """Summed negative log-likelihood of the last `counts` tokens of each window, in nats, of shape `(windows,)`.
 
     Args:
-        model: The model, on the device it is to run on; it is in eval mode meanwhile and gets its modes back.
+        model: The model, on the device it is to run on.
         ids: Token ids of shape `(windows, window)`.
         counts: How many tokens of each window count, at most `window - 1`.
         batch_size: Windows that go through the model at once.
         autocast: Compute in this dtype, see `measuring`.
-
-    Returns:
-        The sums, of shape `(windows,)`, in float64.
     """
     ids, sums = ids.to(model.device), []
     with measuring(model, autocast=autocast):
-        score = _plain_losses if has_plain_head(model, ids[:1]) else _own_losses
-        batches = list(zip(ids.split(batch_size), torch.tensor(counts).split(batch_size), strict=True))
+        plain = has_plain_head(model, ids[:1])
+        size = batch_size if plain else 1  # all logits of a window exist at once
+        batches = list(zip(ids.split(size), torch.tensor(counts).split(size), strict=True))
         for rows, last in tqdm(batches, desc="Perplexity", disable=not logging.is_progress_bar_enabled()):
-            sums += [part.sum().item() for part in score(model, rows, last).split(last.tolist())]
+            sums += [part.sum().item() for part in _losses(model, rows, last, plain).split(last.tolist())]
     return np.array(sums)
 
 
-def _plain_losses(model: PreTrainedModel, ids: torch.LongTensor, counts: torch.LongTensor) -> torch.Tensor:
-    """Losses of the tokens that count, one window after the other, with the head applied to chunks of them."""
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    scored = torch.arange(ids.shape[1]) >= ids.shape[1] - counts[:, None]
-    rows, columns = (index.to(hidden.device) for index in scored.nonzero(as_tuple=True))
-    head = model.get_output_embeddings()
-    return _token_losses(hidden[rows, columns - 1], ids.to(hidden.device)[rows, columns], head, head.weight.shape[0])
-
-
-def _own_losses(model: PreTrainedModel, ids: torch.LongTensor, counts: torch.LongTensor) -> torch.Tensor:
-    """The same from the model's own logits, one window at a time."""
-    losses = []
-    for row, count in zip(ids, counts.tolist(), strict=True):
-        logits = model(input_ids=row[None], use_cache=False).logits[0, -count - 1 : -1]
-        losses.append(_token_losses(logits, row[-count:], lambda part: part, logits.shape[-1]))
-    return torch.cat(losses)
-
-
-def _token_losses(values: torch.Tensor, targets: torch.LongTensor, head: Callable, vocab: int) -> torch.Tensor:
-    """Losses of the targets by the logits `head(values)`, a part of the positions at a time."""
-    losses, chunk = [], positions_at_once(vocab)
-    for part, target in zip(values.split(chunk), targets.split(chunk), strict=True):
-        logits = head(part).float()
-        loss = F.cross_entropy(logits, target.to(logits.device), reduction="none")
+def _losses(model: PreTrainedModel, ids: torch.LongTensor, counts: torch.LongTensor, plain: bool) -> torch.Tensor:
+    """Losses of the tokens that count, one window after the other; a plain head is applied to some at a time."""
+    if plain:
+        values, head = (
+            model.base_model(input_ids=ids, use_cache=False).last_hidden_state,
+            model.get_output_embeddings(),
+        )
+    else:
+        values, head = model(input_ids=ids, use_cache=False).logits, nn.Identity()
+    places = (torch.arange(ids.shape[1]) >= ids.shape[1] - counts[:, None]).nonzero().to(values.device)
+    losses, ids = [], ids.to(values.device)
+    for part in places.split(positions_at_once(head.weight.shape[0] if plain else values.shape[-1])):
+        rows, columns = part.unbind(1)
+        logits = head(values[rows, columns - 1]).float()
+        loss = F.cross_entropy(logits, ids[rows, columns].to(logits.device), reduction="none")
         losses.append(loss.cpu().double())  # not every accelerator knows float64
     return torch.cat(losses)

@@ -55,26 +55,7 @@ def widths_figure(plan: PruningPlan, num_layers: int | None = None) -> Figure:
     """
     cut = {group.layer for group in plan.groups} | {layer for layers in plan.dropped.values() for layer in layers}
     layers = range(max(num_layers or 0, plan.num_layers, 1 + max(cut, default=0)))
-    panels = _panels(plan, layers)
-    if not panels:
-        raise ConfigurationError("The plan cuts nothing, so there are no widths to draw.")
-    figure, axes = make_panels(len(panels), height=1.9)
-    for axis, (label, before, kept), colour in zip(axes, panels, COLOURS, strict=False):
-        axis.bar(layers, before, width=0.8, color=FAINT)
-        axis.bar(layers, kept, width=0.8, color=colour)
-        axis.set_ylabel(label)
-        axis.set_xlim(-0.6, len(layers) - 0.4)
-        axis.set_ylim(0, 1.05 * max(before))
-        whole_numbers(axis.yaxis)
-    whole_numbers(axes[-1].xaxis)
-    axes[-1].set_xlabel("layer")
-    set_title(axes[0], f"Kept width of each layer (grey: cut), {100 * plan.ratio:.1f} % of all parameters gone")
-    return figure
-
-
-def _panels(plan: PruningPlan, layers: range) -> list[tuple[str, list[int], list[int]]]:
-    """Labels, and units of each layer before and after; of dropped layers none are left."""
-    panels = []
+    panels = []  # labels, and units of each layer before and after; of dropped layers none are left
     for kind in kinds_of(WidthKind):
         groups = {group.layer: group for group in plan.groups if group.kind == kind}
         if groups:
@@ -82,15 +63,23 @@ def _panels(plan: PruningPlan, layers: range) -> list[tuple[str, list[int], list
             before = [groups[layer].before if layer in groups else whole for layer in layers]
             left = [groups[layer].keep if layer in groups else whole for layer in layers]
             kept = [0 if plan.is_dropped(layer, kind) else n for layer, n in zip(layers, left, strict=True)]
-            panels.append((KINDS[kind].label, before, kept))
+            panels.append((kind, before, kept))
     for kind in kinds_of(DepthKind, sublayer=True) if plan.dropped else ():
-        kept = [int(not plan.is_dropped(layer, kind)) for layer in layers]
-        panels.append((KINDS[kind].label, [1 for _ in layers], kept))
+        panels.append((kind, [1] * len(layers), [int(not plan.is_dropped(layer, kind)) for layer in layers]))
     if plan.hidden is not None:
-        panels.append(
-            (KINDS[plan.hidden.kind].label, [plan.hidden.before for _ in layers], [plan.hidden.keep for _ in layers])
-        )
-    return panels
+        panels.append((plan.hidden.kind, [plan.hidden.before] * len(layers), [plan.hidden.keep] * len(layers)))
+    if not panels:
+        raise ConfigurationError("The plan cuts nothing, so there are no widths to draw.")
+    figure, axes = make_panels(len(panels), height=1.9)
+    for axis, (kind, before, kept), colour in zip(axes, panels, COLOURS, strict=False):
+        axis.bar(layers, before, width=0.8, color=FAINT)
+        axis.bar(layers, kept, width=0.8, color=colour)
+        axis.set(ylabel=KINDS[kind].label, xlim=(-0.6, len(layers) - 0.4), ylim=(0, 1.05 * max(before)))
+        whole_numbers(axis.yaxis)
+    whole_numbers(axes[-1].xaxis)
+    axes[-1].set_xlabel("layer")
+    set_title(axes[0], f"Kept width of each layer (grey: cut), {100 * plan.ratio:.1f} % of all parameters gone")
+    return figure
 
 
 def quality_figure(
@@ -120,12 +109,10 @@ def quality_figure(
         quality = next((name for name in names if len(measured(name)) >= 2), None)
     if quality is None:
         raise ConfigurationError(f"No perplexity and no task was measured on two of the results together with {size}.")
-    points = []
-    for point in measured(quality):
-        if point[3].comparable:
-            points.append(point)
-        else:
-            logger.warning(f"{point[0]} is not in the picture: {quality} was measured under other conditions.")
+    for label, *_, cell in measured(quality):
+        if not cell.comparable:
+            logger.warning(f"{label} is not in the picture: {quality} was measured under other conditions.")
+    points = [point for point in measured(quality) if point[3].comparable]
     if len(points) < 2:
         raise ConfigurationError(
             f"{len(points)} of the results have both {size} and {quality}, measured alike; a picture needs two."
@@ -134,26 +121,23 @@ def quality_figure(
     across, up = scale_of(rows[size].figure, widths), scale_of(rows[quality].figure, heights)
     figure, (axis,) = make_panels(1, height=3.6)
     bars, what_bars_are = _bars([point[3] for point in points])
-    for number, (label, state, width, height) in enumerate(points):
-        x, y = width.value * across.factor, height.value * up.factor
-        if bars[number] is not None:
-            reach = [[length * up.factor] for length in bars[number]]
+    for number, ((label, state, width, height), bar) in enumerate(zip(points, bars, strict=True)):
+        x, y, dense = width.value * across.factor, height.value * up.factor, state == "dense"
+        if bar is not None:
+            reach = [[length * up.factor] for length in bar]
             axis.errorbar(x, y, reach, color=GREY, linewidth=1, capsize=3, zorder=1)
-        dense = state == "dense"
         marker, area, colour = ("*", 220, INK) if dense else ("o", 60, COLOURS[number % len(COLOURS)])
         axis.scatter([x], [y], s=area, marker=marker, color=colour, zorder=3, label=label)
         if dense:
             axis.axhline(y, color=GREY, linewidth=1, linestyle="--", zorder=0)
-        side = 1 if 2 * width.value <= min(widths) + max(widths) else -1
-        axis.annotate(
-            label, (x, y), (9 * side, 5), textcoords="offset points", fontsize=8, color=INK,
-            ha="left" if side > 0 else "right",
-        )  # fmt: skip
+        side, align = (1, "left") if 2 * width.value <= min(widths) + max(widths) else (-1, "right")
+        axis.annotate(label, (x, y), (9 * side, 5), textcoords="offset points", fontsize=8, color=INK, ha=align)
     if "perplexity" in quality and max(heights) > 10 * min(heights):
         axis.set_yscale("log")
     axis.margins(0.15, 0.2)
-    axis.set_xlabel(f"{label_of(rows[size].figure)[:-2]}{_in_brackets(across.unit)}")
-    axis.set_ylabel(f"{label_of(rows[quality].figure)}{_in_brackets(up.unit)}")
+    names = label_of(rows[size].figure)[:-2], label_of(rows[quality].figure)
+    in_brackets = [scale.unit and f" ({scale.unit.strip()})" for scale in (across, up)]
+    axis.set(xlabel=names[0] + in_brackets[0], ylabel=names[1] + in_brackets[1])
     set_title(axis, f"Quality against size{what_bars_are and ', bars: '}{what_bars_are}")
     return figure
 
@@ -186,25 +170,20 @@ def speed_figure(results: Sequence[EvaluationResult]) -> Figure:
 
 
 def distances_figure(similarities: LayerSimilarities) -> Figure:
-    """One row for each block size, one column for each first layer; the best block of every size is marked.
-
-    Args:
-        similarities: Of a model with at least two layers.
-    """
+    """One row for each block size, one column for each first layer; the best block of every size is marked."""
     last = similarities.num_layers - 1
     if last < 1:
         raise ConfigurationError("A model with one layer has no block that could go: nothing to draw.")
-    values = [[float("nan")] * last for _ in range(last)]
+    values = [[math.nan] * last for _ in range(last)]
     for size in range(1, last + 1):
         for start, _, distance in similarities.blocks(size):
             values[size - 1][start - 1] = distance
+    best = [similarities.best_block(size) for size in range(1, last + 1)]
     figure, (axis,) = make_panels(1, height=5.6)
     axis.grid(False)
-    image = axis.imshow(
-        values, origin="lower", aspect="auto", extent=(0.5, last + 0.5, 0.5, last + 0.5), cmap="viridis",
-        interpolation="nearest",
-    )  # fmt: skip
-    best = [similarities.best_block(size) for size in range(1, last + 1)]
+    extent = (0.5, last + 0.5, 0.5, last + 0.5)
+    look = {"origin": "lower", "aspect": "auto", "cmap": "viridis", "interpolation": "nearest"}
+    image = axis.imshow(values, extent=extent, **look)
     axis.scatter(
         [start for start, _, _ in best], [end - start for start, end, _ in best],
         s=min(60.0, 900.0 / last), marker="o", color=CARD, edgecolors=INK, linewidths=0.6, zorder=3,
@@ -213,8 +192,7 @@ def distances_figure(similarities: LayerSimilarities) -> Figure:
     bar.set_label("angular distance (0: same direction)", color=INK, fontsize=9)
     bar.ax.tick_params(colors=INK, labelsize=8)
     bar.outline.set_visible(False)
-    axis.set_xlabel("first layer of the block")
-    axis.set_ylabel("layers in the block")
+    axis.set(xlabel="first layer of the block", ylabel="layers in the block")
     whole_numbers(axis.xaxis)
     whole_numbers(axis.yaxis)
     set_title(axis, "How much each block of layers changes the last token (dots: least for each size)")
@@ -224,13 +202,9 @@ def distances_figure(similarities: LayerSimilarities) -> Figure:
 def draw_all(
     results: Sequence[EvaluationResult], folder: str | os.PathLike, plan: PruningPlan | None = None
 ) -> list[Path]:
-    """Draws what results (the dense model first) and plan have the figures for, and gives the files.
+    """Draws `widths.png`, `quality.png` and `speed.png`, as far as plan and results (the dense model first) allow.
 
-    These are `widths.png`, `quality.png` and `speed.png`.
-
-    Raises:
-        ConfigurationError: There is nothing to draw.
-        StructPruneError: Matplotlib is not installed.
+    Gives the files; raises a `ConfigurationError` if there is nothing to draw.
     """
     need("matplotlib", extra="report")
     drawn, missing = [], []
@@ -262,19 +236,11 @@ def _bars(cells: Sequence[Cell]) -> tuple[list[tuple[float, float] | None], str]
     return reach, "two standard errors of each model alone" if any(reach) else ""
 
 
-def _in_brackets(unit: str) -> str:
-    return f" ({unit.strip()})" if unit else ""
-
-
 # --------------------------------------------------------------------------- what all pictures share
 
 
 def make_panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
-    """A light card with `count` panels of `height` inches that share the horizontal axis; pyplot is not involved.
-
-    Raises:
-        StructPruneError: Matplotlib is not installed.
-    """
+    """A light card with `count` panels of `height` inches that share the horizontal axis; pyplot is not involved."""
     need("matplotlib", extra="report")
     from matplotlib import rc_context
     from matplotlib.figure import Figure

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -68,16 +68,10 @@ def check_tasks(tasks: str | Sequence[str], include_path: str | os.PathLike | No
 
 
 def run_tasks(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    tasks: str | Sequence[str],
-    *,
-    num_fewshot: int | None = None,
-    limit: int | float | None = None,
-    include_path: str | os.PathLike | None = None,
-    batch_size: int = 8,
+    model: PreTrainedModel, tokenizer: Any, tasks: str | Sequence[str], *, num_fewshot: int | None = None,
+    limit: int | float | None = None, include_path: str | os.PathLike | None = None, batch_size: int = 8,
     seed: int = 42,
-) -> list[Figure]:
+) -> list[Figure]:  # fmt: skip
     """Runs lm-eval tasks on a model in memory, on the device it is on; it gets its modes back.
 
     Sets the seeds of Python, NumPy and torch. Nothing is taken from lm-eval's caches of requests and answers.
@@ -128,19 +122,13 @@ def run_tasks(
 
 
 def task_manager(include_path: str | os.PathLike | None = None) -> TaskManager:
-    """lm-eval's index of all tasks, with those of a folder of YAML files; made once, again when a file has changed.
-
-    Raises:
-        ConfigurationError: There is no such folder.
-        StructPruneError: lm-eval is not installed.
-    """
+    """lm-eval's index of all tasks, with those of a folder of YAML files; made once, again when a file has changed."""
     need("lm_eval", extra="eval")
-    if include_path is None:
-        return _task_manager(None, ())
-    folder = Path(include_path).expanduser().resolve()
-    if not folder.is_dir():
+    folder = None if include_path is None else Path(include_path).expanduser().resolve()
+    if folder is not None and not folder.is_dir():
         raise ConfigurationError(f"`include_path` is {str(include_path)!r}, which is no folder of task YAML files.")
-    return _task_manager(folder, tuple((p, p.stat().st_mtime_ns) for p in sorted(folder.rglob("*.yaml"))))
+    files = sorted(folder.rglob("*.yaml")) if folder is not None else []
+    return _task_manager(folder, tuple((file, file.stat().st_mtime_ns) for file in files))
 
 
 @lru_cache(maxsize=2)
@@ -152,11 +140,7 @@ def _task_manager(folder: Path | None, files: tuple) -> TaskManager:
 
 
 def find_names(tasks: str | Sequence[str], manager: TaskManager) -> list[str]:
-    """Names of tasks, groups and tags; suites and patterns such as `mmlu_*` are replaced by what they stand for.
-
-    Raises:
-        ConfigurationError: There is no name, or one is unknown; the message has the nearest ones.
-    """
+    """Names of tasks, groups and tags; suites and patterns such as `mmlu_*` are replaced by what they stand for."""
     found: dict[str, None] = {}
     for name in expand(tasks):
         matches = manager.match_tasks([name])
@@ -184,7 +168,7 @@ def _load(tasks: str | Sequence[str], include_path: str | os.PathLike | None) ->
     """Names, each with its tasks and groups and their data sets; see `check_tasks` for the errors."""
     manager = task_manager(include_path)
     loaded = [(name, _load_one(name, manager)) for name in find_names(tasks, manager)]
-    for name, task in ((name, task) for _, parts in loaded for name, task in parts["tasks"].items()):
+    for name, task in (item for _, parts in loaded for item in parts["tasks"].items()):
         if getattr(task, "MULTIMODAL", False):
             raise ConfigurationError(f"Task {name!r} needs images or sound; a language model of text cannot do it.")
         if getattr(task, "UNSAFE_CODE", False):
@@ -201,14 +185,13 @@ def _load_one(name: str, manager: TaskManager) -> TaskDict:
     is_own = own is not None and (own in above or not above)
     folders = [*((above or [own])[:2] if is_own else []), start]
     try:
-        for folder in folders:
+        for folder in folders[:-1]:
             os.chdir(folder)
-            try:
-                with _quiet():
-                    return manager.load([name])
-            except FileNotFoundError:
-                if folder is start:
-                    raise
+            with _quiet(), suppress(FileNotFoundError):
+                return manager.load([name])
+        os.chdir(start)
+        with _quiet():
+            return manager.load([name])
     except Exception as error:  # whatever the code of a task raises; network, cache, scripts, missing packages
         raise EvaluationError(
             f"Task {name!r} cannot be loaded: {type(error).__name__}: {error}. Data sets of the Hub need a network "
@@ -222,15 +205,14 @@ def _load_one(name: str, manager: TaskManager) -> TaskDict:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """lm-eval without its log and prints, and without progress bars where those of Transformers are off."""
-    logger = logging.getLogger("lm_eval")
+    logger, shown = logging.getLogger("lm_eval"), is_progress_bar_enabled()
     level = logger.level
-    with ExitStack() as stack:
-        stack.callback(logger.setLevel, level)
-        logger.setLevel(logging.ERROR)
-        stack.enter_context(redirect_stdout(io.StringIO()))
-        if not is_progress_bar_enabled():  # lm-eval has no option that reaches all of them
-            stack.enter_context(redirect_stderr(io.StringIO()))
-        yield
+    logger.setLevel(logging.ERROR)
+    try:  # lm-eval has no option that reaches all of its bars
+        with redirect_stdout(io.StringIO()), nullcontext() if shown else redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 # ---------------------------------------------------------------------------------------- results to figures
@@ -255,17 +237,14 @@ def _figures_of(name: str, results: dict[str, Any]) -> list[Figure]:
     figures = []
     for key, value in values.items():
         metric, comma, filtered = key.partition(",")
-        if not comma or metric.endswith("_stderr") or (value := _number(value)) is None:
+        value = _number(value)
+        if not comma or metric.endswith("_stderr") or value is None:
             continue
-        figures.append(
-            Figure(
-                f"tasks/{name}/{metric if filtered == 'none' else key}", value,
-                stderr=_number(values.get(f"{metric}_stderr,{filtered}")),
-                higher_is_better=results["higher_is_better"].get(name, {}).get(metric),
-                protocol=protocol, details={**details, "filter": filtered},
-                parts=_parts(name, metric, filtered, value, results),
-            )
-        )  # fmt: skip
+        better = results["higher_is_better"].get(name, {}).get(metric)
+        stderr = _number(values.get(f"{metric}_stderr,{filtered}"))
+        label, parts = metric if filtered == "none" else key, _parts(name, metric, filtered, value, results)
+        how = {**details, "filter": filtered}
+        figures.append(Figure(f"tasks/{name}/{label}", value, "", stderr, better, protocol, how, parts))
     return figures
 
 

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from ..checks import Count, Limits, checked
 from ..errors import CheckpointError, ConfigurationError
 from ..evaluation.evaluator import TEXTS
-from ..evaluation.perplexity import PROTOCOLS, EvaluationText, cut_windows, encode, load_text, spread, window_losses
+from ..evaluation.perplexity import PROTOCOLS, EvaluationText, load_text, prepare, window_losses
 from ..evaluation.pictures import COLOURS, GREY, INK, make_panels, save, set_title, whole_numbers
 from ..evaluation.results import EvaluationResult
 from ..hardware import cuda_devices, release_memory
@@ -71,22 +71,11 @@ class HeldOutText:
         max_windows = checked("max_windows", max_windows, Count | None)
         self.text = load_text(text) if isinstance(text, str) else text
         self.tokenizer, self.window = tokenizer, window
-        encoded = encode(tokenizer, self.text.text, None, True)
-        found = cut_windows(len(encoded.ids), window, window)
-        if not found:
-            raise ConfigurationError(
-                f"`window` is {window}, but the text {self.text.name!r} has only {len(encoded.ids)} tokens: give more "
-                "text or a smaller `window`."
-            )
-        ids = torch.tensor(encoded.ids)
-        self.ids = torch.stack([ids[window.start : window.stop] for window in spread(found, max_windows)])
+        protocol = PROTOCOLS["paper"].change(window=window)
+        _, _, self.ids, self.protocol = prepare(tokenizer, self.text, protocol, max_windows)
         self.tokens = self.ids.shape[0] * (self.ids.shape[1] - 1)  # that are predicted
-        self.fingerprint = hashlib.sha256(self.text.text.encode()).hexdigest()[
-            :16
-        ]  # as in `EvaluationResult.settings`
-        self.protocol = PROTOCOLS["paper"].change(window=window).in_words(
-            windows=len(self.ids), found=len(found), window=window, starts_with_bos=encoded.bos is not None
-        )  # fmt: skip
+        # As in `EvaluationResult.settings`.
+        self.fingerprint = hashlib.sha256(self.text.text.encode()).hexdigest()[:16]
 
     def describe(self) -> dict[str, Any]:
         """What is measured on: two equal descriptions mean that values can be compared."""

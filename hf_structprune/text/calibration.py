@@ -17,7 +17,7 @@ import numpy as np
 from ..checks import Count, Limits, Number, check_fields, check_keys
 from ..data import calibration_sample
 from ..errors import CalibrationError, ConfigurationError, TextError
-from .reading import LongLine, read_rows
+from .reading import read_rows
 from .tokenising import token_ids
 
 
@@ -100,17 +100,16 @@ def load_tokens(config: CalibrationConfig, tokenizer: Any) -> torch.LongTensor:
 
     Documents are joined by the tokenizer's end-of-sequence token, or by two line breaks if the model is a chat model
     (has a chat template), where that token ends a turn; lines of one running text (a `.txt` file, or rows as WikiText
-    has them) by two line breaks. The result is cut into sequences, and one is drawn in each of
-    `num_samples` equal stretches of it. A beginning-of-sequence token stands only where the tokenizer puts one by
-    default, at the start of a document.
+    has them) by two line breaks. The result is cut into sequences, and one is drawn in each of `num_samples` equal
+    stretches of it. A beginning-of-sequence token stands only where the tokenizer puts one by default, at the start of
+    a document.
 
     Args:
         config: What to read and how much of it.
         tokenizer: A `transformers` tokenizer; may be `None` when `config.tokens` is given.
 
     Returns:
-        Tensor of shape `(config.num_samples, config.length)`. With several datasets, sequence `i` comes from
-        dataset `i % len(datasets)`.
+        Ids of shape `(num_samples, length)`. With several datasets, sequence `i` is of dataset `i % len(datasets)`.
 
     Raises:
         CalibrationError: The data cannot be found or read, is not text, or is too little.
@@ -165,8 +164,7 @@ def _sources(config: CalibrationConfig) -> list[tuple[str, Sequence[Any]]]:
         raise CalibrationError(
             f"`num_samples` is {config.num_samples}, but there are {len(datasets)} datasets to take a sequence of."
         )
-    longest = 4 * config.num_samples * config.length * CHARACTERS_PER_TOKEN  # bytes
-    options = {"name": config.name, "split": config.split, "column": config.column, "longest": longest}
+    options = {"name": config.name, "split": config.split, "column": config.column}
     return [(str(dataset), read_rows(str(dataset), **options)) for dataset in datasets]
 
 
@@ -194,9 +192,9 @@ def _is_running_text(rows: Sequence[Any]) -> bool:
     """Whether rows are lines of one text, as those of WikiText: some are blank, all others end in a line break."""
     blank = set()
     for row in islice(rows, PEEK_ROWS):
-        if not isinstance(row, LongLine) and not (isinstance(row, str) and (row.endswith("\n") or not row.strip())):
+        if not isinstance(row, str) or (row.strip() and not row.endswith("\n")):
             return False
-        blank.add(isinstance(row, str) and not row.strip())
+        blank.add(not row.strip())
     return len(blank) == 2
 
 
@@ -215,7 +213,7 @@ def _draw(rows: Sequence[Any], parts: int, characters: int, rng: random.Random) 
             if total * runs >= wanted * (part + 1):
                 break
             row = rows[index]
-            if isinstance(row, (str, LongLine)) and len(row) > wanted:
+            if isinstance(row, str) and len(row) > wanted:
                 run += [(index, _stretch(row, number, parts, characters, rng)) for number in range(parts)]
                 total += wanted
             else:
@@ -225,7 +223,7 @@ def _draw(rows: Sequence[Any], parts: int, characters: int, rng: random.Random) 
     return drawn
 
 
-def _stretch(row: str | LongLine, number: int, parts: int, wanted: int, rng: random.Random) -> str:
+def _stretch(row: str, number: int, parts: int, wanted: int, rng: random.Random) -> str:
     """`wanted` characters of one of `parts` equal parts of a row; it begins with a word, if there is one soon."""
     low, high = number * len(row) // parts, (number + 1) * len(row) // parts
     start = low + rng.randrange(max(1, high - low - wanted + 1))
@@ -234,31 +232,24 @@ def _stretch(row: str | LongLine, number: int, parts: int, wanted: int, rng: ran
 
 
 def _as_text(where: str, row: Any, config: CalibrationConfig, tokenizer: Any) -> str:
+    """A row that is text, or chat messages (a text is one of the user) as the tokenizer's template renders them."""
     if isinstance(row, str) and (not config.chat_template or not row.strip()):
         return row
-    if config.chat_template:
-        messages = [{"role": "user", "content": row}] if isinstance(row, str) else row
-        if _is_chat(messages):
-            return _render(messages, where, tokenizer)
-    kinds = "a text or a list of {role, content} messages" if config.chat_template else "a text"
-    hint = " Set `chat_template=True` to render chat messages." if _is_chat(row) else ""
-    raise CalibrationError(f"{where} is a {type(row).__name__}, not {kinds}.{hint}")
-
-
-def _is_chat(row: Any) -> bool:
-    return (
-        isinstance(row, list) and bool(row) and all(isinstance(m, dict) and {"role", "content"} <= {*m} for m in row)
+    chat = [{"role": "user", "content": row}] if isinstance(row, str) else row
+    is_chat = (
+        isinstance(chat, list) and chat and all(isinstance(m, dict) and {"role", "content"} <= {*m} for m in chat)
     )
-
-
-def _render(messages: list[dict[str, Any]], where: str, tokenizer: Any) -> str:
+    if not (config.chat_template and is_chat):
+        kinds = "a text or a list of {role, content} messages" if config.chat_template else "a text"
+        hint = " Set `chat_template=True` to render chat messages." if is_chat else ""
+        raise CalibrationError(f"{where} is a {type(row).__name__}, not {kinds}.{hint}")
     if not getattr(tokenizer, "chat_template", None):
         raise CalibrationError(
             "`chat_template` is True, but the tokenizer has no chat template: use an instruction-tuned model's "
             "tokenizer, set `tokenizer.chat_template`, or set `chat_template=False`."
         )
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        return tokenizer.apply_chat_template(chat, tokenize=False)
     except Exception as error:  # a template is a program of the model's author and fails as it likes
         raise CalibrationError(f"{where} cannot be rendered by the chat template: {error}") from error
 

@@ -1,6 +1,6 @@
 """Rows of text from files, folders of data sets and the Hub: the one reader for calibration and evaluation.
 
-Files of any size are read as their rows are asked for: `Lines` holds only where the lines begin.
+Files are read as their rows are asked for: `Lines` holds only where the lines begin.
 """
 
 from __future__ import annotations
@@ -26,13 +26,7 @@ _BREAK = re.compile(rb"\r\n|\r|\n")
 
 
 def read_rows(
-    source: str | os.PathLike,
-    *,
-    name: str | None = None,
-    split: str = "train",
-    column: str = "text",
-    longest: int | None = None,
-    **loading: Any,
+    source: str | os.PathLike, *, name: str | None = None, split: str = "train", column: str = "text", **loading: Any
 ) -> Sequence[Any]:
     """Rows of one source of text, read only when they are asked for (a `.json` file that is one list is read whole).
 
@@ -42,7 +36,6 @@ def read_rows(
         name: Configuration of a data set.
         split: Split of a data set.
         column: Column of a data set, key in the objects of a JSON file.
-        longest: Lines of a `.txt` file with more bytes are given as a `LongLine`. Default: none.
         loading: More arguments of `datasets.load_dataset` for a data set of the Hub, for example `revision`.
 
     Raises:
@@ -54,8 +47,7 @@ def read_rows(
         _check_column(str(source), column, loaded.column_names)
         return loaded[column]
     if path.suffix == ".txt":
-        lines = Lines(path, longest)
-        return _Rows(lambda number: _text_row(lines[number]), range(len(lines)))
+        return read_lines(path)
     objects = _objects(path, column)
 
     def value(number: int) -> Any:
@@ -69,11 +61,7 @@ def read_rows(
 def read_table(source: str | os.PathLike, *, name: str | None = None, split: str = "train", **loading: Any) -> Any:
     """All columns of a source as a `datasets.Dataset`; a `.txt` file is one row, the whole text under `text`.
 
-    Args:
-        source, name, split, loading: As in `read_rows`.
-
-    Raises:
-        TextError: There is no such source or split, or it cannot be read.
+    Arguments and errors are those of `read_rows`.
     """
     path = _file(source)
     if path is None:
@@ -114,16 +102,13 @@ def is_local(source: str) -> bool:
     return False
 
 
-def read_lines(path: str | os.PathLike) -> list[str]:
+def read_lines(path: str | os.PathLike) -> Sequence[str]:
     """Rows of a text file as WikiText-2 has them: `""` for a blank line, else the line with its line break.
 
     Language-model papers join these rows with two line breaks and tokenise the result once.
     """
-    return [_text_row(line) for line in Lines(Path(path).expanduser())]
-
-
-def _text_row(line: str | LongLine) -> str | LongLine:
-    return line if isinstance(line, LongLine) else line + "\n" if line.strip() else ""
+    lines = Lines(Path(path).expanduser())
+    return _Rows(lambda number: lines[number] + "\n" if lines[number].strip() else "", range(len(lines)))
 
 
 class _Rows(Sequence[Any]):
@@ -140,32 +125,14 @@ class _Rows(Sequence[Any]):
         return [self._read(number) for number in found] if isinstance(index, slice) else self._read(found)
 
 
-class LongLine:
-    """A line that is not read whole: slices of it are, in bytes and without the characters that they cut through."""
-
-    def __init__(self, content: mmap.mmap, start: int, end: int) -> None:
-        self._content, self._start, self._end = content, start, end
-
-    def __len__(self) -> int:
-        return self._end - self._start
-
-    def __getitem__(self, part: slice) -> str:
-        start, end, _ = part.indices(len(self))
-        return self._content[self._start + start : self._start + end].decode("utf-8", errors="ignore")
-
-
 class Lines(_Rows):
     """Lines of a UTF-8 text file without their line breaks, which are those of Python's text files.
-
-    Args:
-        path: The file.
-        longest: Lines of more bytes are given as `LongLine`. Default: none.
 
     Raises:
         TextError: There is no such file, or it is not UTF-8 text.
     """
 
-    def __init__(self, path: Path, longest: int | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         if not path.is_file():
             raise TextError(f"There is no file {path}.")
         try:
@@ -173,23 +140,19 @@ class Lines(_Rows):
                 for _ in codecs.iterdecode(iter(partial(file.read, _BLOCK), b""), "utf-8"):
                     pass
                 # What is empty cannot be mapped.
-                self._content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if file.tell() else b""
+                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if file.tell() else b""
         except UnicodeDecodeError as error:
             raise TextError(f"{path} is not UTF-8 text: {error}.") from error
         except OSError as error:
             raise TextError(f"{path} cannot be read: {error.strerror}.") from error
-        self._places = array("q", [0])  # where lines begin, and where the last one ends
-        self._places.extend(found.end() for found in _BREAK.finditer(self._content))
-        if self._places[-1] < len(self._content):
-            self._places.append(len(self._content))
-        self._longest = longest
-        super().__init__(self._line, range(len(self._places) - 1))
-
-    def _line(self, number: int) -> str | LongLine:
-        start, end = self._places[number], self._places[number + 1]
-        if self._longest is not None and end - start > self._longest:
-            return LongLine(self._content, start, end)
-        return self._content[start:end].decode("utf-8").rstrip("\r\n")
+        places = array("q", [0])  # where lines begin, and where the last one ends
+        places.extend(found.end() for found in _BREAK.finditer(content))
+        if places[-1] < len(content):
+            places.append(len(content))
+        super().__init__(
+            lambda number: content[places[number] : places[number + 1]].decode("utf-8").rstrip("\r\n"),
+            range(len(places) - 1),
+        )
 
 
 def _objects(path: Path, column: str = "text") -> Sequence[tuple[str, dict[str, Any]]]:
@@ -208,11 +171,7 @@ def _objects(path: Path, column: str = "text") -> Sequence[tuple[str, dict[str, 
 
 
 def _file(source: str | os.PathLike) -> Path | None:
-    """The path of a source that is a file of text; `None` for a folder or an id.
-
-    Raises:
-        TextError: It is a file of another kind.
-    """
+    """The path of a source that is a file of text; `None` for a folder or an id."""
     path = Path(source).expanduser()
     if path.suffix in FILES:
         return path

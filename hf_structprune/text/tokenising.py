@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,22 +14,14 @@ PIECE = 1 << 16
 OVERLAP = 1 << 11
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """Tokens of a part of a text.
-
-    Args:
-        ids: Token ids.
-        ends: For each, the character of the text at which it ends (excluded); `None` if the tokenizer does not tell.
-    """
+class Tokens(NamedTuple):
+    """Ids of a part of a text, and the character at which each ends (excluded), if the tokenizer tells."""
 
     ids: np.ndarray
     ends: np.ndarray | None
 
 
-def tokenise(
-    tokenizer: Any, text: str, *, add_special_tokens: bool = True, piece: int = PIECE, overlap: int = OVERLAP
-) -> Iterator[Tokens]:
+def tokenise(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> Iterator[Tokens]:
     """The tokens that a tokenizer makes of a text at once, one part after the other.
 
     Neighbouring pieces overlap. Both say which tokens there are in the overlap, and where these end; only if they say
@@ -40,23 +31,16 @@ def tokenise(
     of the overlap (512 characters), from both sides, to the same wrong tokens.
 
     Tokenizers that do not tell where tokens end (those not of the library `tokenizers`) take the text whole.
-
-    Args:
-        tokenizer: A `transformers` tokenizer.
-        text: The text.
-        add_special_tokens: What it puts at the beginning and the end of a text by default.
-        piece: Characters tokenised at once.
-        overlap: Characters that neighbouring pieces have in common; at most half of a piece.
     """
     if not getattr(tokenizer, "is_fast", False):
         options = {"add_special_tokens": add_special_tokens, "return_offsets_mapping": False, "verbose": False}
         yield Tokens(np.asarray(tokenizer(text, **options)["input_ids"], dtype=np.int64), None)
         return
     # `tokens` are those of the text from `start` to `stop`; those from `begin` on are still to be given.
-    start, stop, begin, size = 0, piece, 0, piece
+    start, stop, begin, size = 0, PIECE, 0, PIECE
     tokens = _encode(tokenizer, text, start, stop, add_special_tokens)
     while stop < len(text):
-        first, last = stop - overlap, stop + size
+        first, last = stop - OVERLAP, stop + size
         further = _encode(tokenizer, text, first, last, add_special_tokens)
         cut = _agreed(tokens, further, first, stop)
         if cut is None:
@@ -64,7 +48,7 @@ def tokenise(
             tokens = _encode(tokenizer, text, start, stop, add_special_tokens)
             continue
         yield Tokens(tokens.ids[begin : cut[0]], tokens.ends[begin : cut[0]])
-        start, stop, begin, size, tokens = first, last, cut[1], piece, further
+        start, stop, begin, size, tokens = first, last, cut[1], PIECE, further
     yield Tokens(tokens.ids[begin:], tokens.ends[begin:])
 
 
@@ -79,8 +63,7 @@ def _encode(tokenizer: Any, text: str, start: int, stop: int, add_special_tokens
         text[start:stop], add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False
     )
     ends = np.fromiter((end for _, end in found["offset_mapping"]), np.int64, len(found["input_ids"]))
-    # Special tokens are nowhere: they end at 0.
-    ends = np.maximum.accumulate(ends) if len(ends) else ends
+    ends = np.maximum.accumulate(ends) if len(ends) else ends  # special tokens are nowhere: they end at 0
     return Tokens(np.asarray(found["input_ids"], dtype=np.int64), ends + start)
 
 

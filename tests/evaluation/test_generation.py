@@ -105,7 +105,7 @@ def test_question_protocol(model, tiny_tokenizer, monkeypatch):
         assert answer.prompt_tokens == len(answer.question)
         expected = greedy(model, tiny_tokenizer, answer.question, 90 - len(answer.question))
         assert (answer.text, answer.new_tokens) == expected
-        assert answer.total_tokens <= 90 and answer.seconds > 0 and answer.memory == 3 * 2**29
+        assert answer.prompt_tokens + answer.new_tokens <= 90 and answer.seconds > 0 and answer.memory == 3 * 2**29
     assert result.protocol.startswith("5 questions, at most 90 tokens with the prompt, greedy, float32 on cpu")
 
 

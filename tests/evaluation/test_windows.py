@@ -1,6 +1,7 @@
 import pytest
+import torch
 
-from hf_structprune.evaluation.perplexity import Window, cut_windows, spread
+from hf_structprune.evaluation.perplexity import EvaluationText, PerplexityProtocol, cut_windows, prepare
 
 
 def triples(windows):
@@ -50,9 +51,13 @@ def test_no_token_counts_twice_and_none_is_forgotten(keep_tail, score_first):
                     assert not keep_tail or end == length
 
 
-@pytest.mark.parametrize(
-    ("count", "chosen"), [(None, [0, 1, 2, 3, 4]), (9, [0, 1, 2, 3, 4]), (5, [0, 1, 2, 3, 4]), (2, [0, 2]), (1, [0])]
-)
-def test_spread(count, chosen):
-    windows = [Window(i, i, i + 1) for i in range(5)]
-    assert spread(windows, count) == [windows[i] for i in chosen]
+@pytest.mark.parametrize(("count", "chosen"), [(None, [0, 1, 2, 3, 4]), (9, [0, 1, 2, 3, 4]), (2, [0, 2]), (1, [0])])
+def test_windows_are_evenly_spaced(count, chosen, tiny_tokenizer):
+    text = EvaluationText("x", "some text " * 9, "")
+    encoded, windows, ids, words = prepare(tiny_tokenizer, text, PerplexityProtocol(window=8, stride=8), None)
+    count_all, tokens = len(windows), torch.tensor(encoded.ids)
+    assert count_all >= 5 and f"{count_all} non-overlapping windows of 8" in words
+    text = EvaluationText("x", tiny_tokenizer.decode(encoded.ids[:41]), "")
+    encoded, windows, ids, _ = prepare(tiny_tokenizer, text, PerplexityProtocol(window=8, stride=8), count)
+    assert [window.start for window in windows] == [8 * i for i in chosen]
+    assert torch.equal(ids, tokens[:40].view(5, 8)[chosen])

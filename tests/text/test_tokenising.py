@@ -8,6 +8,7 @@ import vocabularies
 from tiny_tokenizers import build_tokenizer
 
 from hf_structprune.data import wikitext2_sample
+from hf_structprune.text import tokenising
 from hf_structprune.text.tokenising import token_ids, tokenise
 
 
@@ -39,31 +40,39 @@ class Counting:
         return self.tokenizer(text, **options)
 
 
+def in_pieces(monkeypatch, piece, overlap):
+    monkeypatch.setattr(tokenising, "PIECE", piece)
+    monkeypatch.setattr(tokenising, "OVERLAP", overlap)
+
+
 @pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_pieces_have_the_tokens_of_the_whole(name, text, special):
+def test_pieces_have_the_tokens_of_the_whole(name, text, special, monkeypatch):
     tokenizer, text = TOKENIZERS[name], TEXTS[text]
     whole = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
     ends = list(itertools.accumulate((end for _, end in whole["offset_mapping"]), max))
     for piece, overlap in ((1 << 16, 1 << 11), (1500, 400), (300, 120)):
-        parts = list(tokenise(tokenizer, text, add_special_tokens=special, piece=piece, overlap=overlap))
+        in_pieces(monkeypatch, piece, overlap)
+        parts = list(tokenise(tokenizer, text, add_special_tokens=special))
         assert np.concatenate([part.ids for part in parts]).tolist() == whole["input_ids"]
         assert np.concatenate([part.ends for part in parts]).tolist() == ends
 
 
-def test_only_a_piece_is_tokenised_at_once():
+def test_only_a_piece_is_tokenised_at_once(monkeypatch):
+    in_pieces(monkeypatch, 1500, 400)
     tokenizer = Counting(TOKENIZERS["smollm"])
-    parts = list(tokenise(tokenizer, WIKI, piece=1500, overlap=400))
+    parts = list(tokenise(tokenizer, WIKI))
     assert len(parts) > 10 and max(tokenizer.sizes) <= 2 * 1500 + 400
     assert np.concatenate([part.ids for part in parts]).tolist() == TOKENIZERS["smollm"](WIKI)["input_ids"]
     assert sum(tokenizer.sizes) < 1.5 * len(WIKI)
 
 
-def test_where_pieces_disagree_they_are_joined():
+def test_where_pieces_disagree_they_are_joined(monkeypatch):
     """Of a run of one letter the merges depend on where it begins: it is not cut."""
     tokenizer, text = Counting(TOKENIZERS["smollm"]), "the" * 1001
-    ids = np.concatenate([part.ids for part in tokenise(tokenizer, text, piece=300, overlap=120)])
+    in_pieces(monkeypatch, 300, 120)
+    ids = np.concatenate([part.ids for part in tokenise(tokenizer, text)])
     assert ids.tolist() == tokenizer.tokenizer(text)["input_ids"]
 
 
@@ -72,7 +81,7 @@ def test_tokenizers_that_do_not_tell_take_the_text_whole():
         def __call__(self, text, add_special_tokens, **_):
             return {"input_ids": [int(add_special_tokens), len(text)]}
 
-    (tokens,) = tokenise(Slow(), "abcde", piece=2)
+    (tokens,) = tokenise(Slow(), "abcde")
     assert tokens.ids.tolist() == [1, 5] and tokens.ends is None
     assert token_ids(Slow(), "abc", add_special_tokens=False).tolist() == [0, 3]
 
