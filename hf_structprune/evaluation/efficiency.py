@@ -25,7 +25,6 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from transformers.utils import logging
 
@@ -146,11 +145,10 @@ def _size_figures(model: PreTrainedModel, config: EfficiencyConfig, ids: torch.L
 
 
 def _speed_figures(model: PreTrainedModel, config: EfficiencyConfig, ids: torch.LongTensor) -> list[Figure]:
-    runs, silent = range(config.warmup + config.repeats), not logging.is_progress_bar_enabled()
     with measuring(model):
         times = [
             (time_prefill(model, ids), *time_generation(model, ids, config.new_tokens))
-            for _ in tqdm(runs, desc="Speed", disable=silent)
+            for _ in logging.tqdm(range(config.warmup + config.repeats), desc="Speed")
         ]
         with peak_memory(devices_of(model)) as peak:
             time_generation(model, ids, config.new_tokens)
@@ -240,9 +238,8 @@ def _saved_tensors(values: Iterable[object]) -> Iterator[torch.Tensor]:
 def cache_growth(model: PreTrainedModel) -> list[tuple[int, int | None]]:
     """Bytes that one more token of one sequence adds to the model's own cache, from one token to two.
 
-    Returns:
-        For each layer its bytes, and the length of its sliding window (it stops growing when that is full), `None`
-        where it attends to everything. Empty if the model has no cache with keys and values.
+    For each layer its bytes, and the length of its sliding window (it stops growing when that is full), `None` where
+    it attends to everything; nothing if the model has no cache with keys and values.
     """
 
     def held(tokens: int) -> list[tuple[int, int | None]]:
@@ -371,16 +368,13 @@ def time_loading(
 
     The process loads it once without counting: that imports the code of the model and brings the files into the
     system's cache. What is counted is building, reading all weights (Transformers maps files into memory and leaves
-    reading to the first use) and moving to the device.
+    reading to the first use) and moving to the device. Raises an `EvaluationError` that says why it did not load.
 
     Args:
         model: Folder, or id of a model that is in the cache.
         dtype, device: What it is loaded in and moved to; `"auto"` is the checkpoint's.
         repeats: Loads that count; the figure is their median.
         kwargs: Further options of `from_pretrained` that JSON can hold, for example `gguf_file`.
-
-    Raises:
-        EvaluationError: It could not be loaded; says why.
     """
     repeats = checked("repeats", repeats, Count)
     options = {"model": os.fspath(model), "dtype": dtype, "device": device, "repeats": repeats, "kwargs": kwargs}

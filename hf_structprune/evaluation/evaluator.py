@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -142,8 +141,7 @@ def evaluate(
     if output is not None and Path(output).exists() and not overwrite:
         result = _continue(EvaluationResult.load(output), result, set(steps), output)
     completed = result.settings[COMPLETED]
-    left = [step for step in steps if step not in completed]
-    bar = tqdm(left, desc="Evaluation", unit="step", disable=not logging.is_progress_bar_enabled())
+    bar = logging.tqdm([step for step in steps if step not in completed], desc="Evaluation", unit="step")
     for step in bar:
         bar.set_postfix_str(step)
         measured = steps[step]()

@@ -10,7 +10,6 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -89,7 +88,7 @@ class QuestionResult:
         ]  # fmt: skip
 
     def write_csv(self, path: str | os.PathLike) -> None:
-        """Writes `rows()` as CSV."""
+        """`rows()` as a file."""
         write_text(path, csv_text(self.rows()))
 
 
@@ -100,8 +99,7 @@ def generate_samples(
     """Lets a model continue prompts, or answer them if its tokenizer has a chat template; it gets its modes back.
 
     Args:
-        model: The model, on the device it is to run on.
-        tokenizer: Its tokenizer.
+        model, tokenizer: The model, on the device it is to run on, and its tokenizer.
         prompts: One or several. Default: `PROMPTS`.
         max_new_tokens: Tokens at most.
         seed: Seed for each prompt, for sampling; the state of torch's generators is as before afterwards.
@@ -118,7 +116,7 @@ def generate_samples(
     with measuring(model):
         answers = [
             _answer(model, tokenizer, prompt, _encode(model, tokenizer, prompt), max_new_tokens, seed, **options)
-            for prompt in tqdm(prompts, desc="Samples", disable=not logging.is_progress_bar_enabled())
+            for prompt in logging.tqdm(prompts, desc="Samples")
         ]
     return [{"prompt": a.question, "text": a.text, "tokens": a.new_tokens, "seconds": a.seconds} for a in answers]
 
@@ -149,9 +147,8 @@ def question_protocol(
         raise ConfigurationError(f"`max_length` is {max_length}, and {longest!r} alone has {max_length - min(room)}.")
     with measuring(model):
         _answer(model, tokenizer, questions[0], encoded[0], min(_WARMUP_TOKENS, room[0]))
-        runs = zip(questions, encoded, room, strict=True)
-        shown = tqdm(runs, "Questions", len(questions), disable=not logging.is_progress_bar_enabled())
-        answers = [_answer(model, tokenizer, *run) for run in shown]
+        runs = logging.tqdm(list(zip(questions, encoded, room, strict=True)), desc="Questions")
+        answers = [_answer(model, tokenizer, *run) for run in runs]
     protocol = f"{len(questions)} questions, at most {max_length} tokens with the prompt, greedy, {where(model)}"
     return QuestionResult(answers, protocol)
 

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -101,40 +100,47 @@ def load_text(
         TextError: There is no such text, split or column, the Hub cannot be reached, or there is nothing in it.
     """
     options = {"config_name": config_name, "split": split, "column": column}
-    named, path = TEXTS.get(spec), Path(spec)
-    if spec == SAMPLE or named or path.suffix in FILES:
-        allowed = "split" if named else "column" if path.suffix in (".json", ".jsonl") else None
+    named, path = TEXTS.get(spec), wikitext2_sample() if spec == SAMPLE else Path(spec)
+    is_file, hint = not named and path.suffix in FILES, ""
+    if named or is_file:
+        allowed = "split" if named else "column" if path.suffix != ".txt" else None
         for option, value in options.items():
             if value is not None and option != allowed:
                 raise ConfigurationError(f"`{option}` is {value!r}, but the text {spec!r} has none to choose.")
-    if spec == SAMPLE:
-        return EvaluationText(SAMPLE, read_text(wikitext2_sample()), "leading articles of WikiText-2 raw, test split")
-    if not named and path.suffix in FILES:
-        return EvaluationText(path.stem, _join(list(read_rows(spec, column=column or "text")), spec), path.name)
-    chosen, hint = [value for value in options.values() if value is not None], ""
     if named and split not in (None, *named.splits):
         raise ConfigurationError(
             f"`split` is {split!r}, but the text {spec!r} is made of {', '.join(map(repr, named.splits))}; for other "
             f"parts give the data set's id, {named.dataset!r}."
         )
-    if named:
-        name, source, hint = spec, named.dataset, f"The text {spec!r} needs a data set of the Hub. "
-        chosen = [split] if split not in (None, named.splits[0]) else []
+    if is_file:
+        rows, separator = list(read_rows(path, column=column or "text")), "\n\n"
+        name, source = path.stem, path.name
+        if spec == SAMPLE:
+            name, source = SAMPLE, "leading articles of WikiText-2 raw, test split"
     else:
-        named, local = NamedText(spec, ("test",), config_name, column or "text"), is_local(spec)
-        source = path.expanduser().resolve().name if local else spec  # the whole path is nobody's business
-        name = source.rpartition("/")[2]
-        if not local and "/" not in spec:
-            hint = f"Texts that have a name here are {', '.join((SAMPLE, *TEXTS))}. "
-    split = split or named.splits[0]
-    try:
-        rows = read_rows(named.dataset, name=named.config_name, split=split, column=named.column, **named.loading)
-    except TextError as error:
-        raise TextError(f"{hint}{error}") from error
-    name = "-".join([name, *chosen]).replace("/", "-")  # so that two parts of one data set are two texts
-    taken = None if named.documents is None else f"first {named.documents:,} rows"
-    source = ", ".join(part for part in (source, named.config_name, f"{split} split", taken) if part)
-    return EvaluationText(name, _join(list(rows[: named.documents]), spec, named.separator), source)
+        if named:
+            name, source, hint = spec, named.dataset, f"The text {spec!r} needs a data set of the Hub. "
+            chosen = [split] if split not in (None, named.splits[0]) else []
+        else:
+            named, local = NamedText(spec, ("test",), config_name, column or "text"), is_local(spec)
+            source = path.expanduser().resolve().name if local else spec  # the whole path is nobody's business
+            name, chosen = source.rpartition("/")[2], [value for value in options.values() if value is not None]
+            if not local and "/" not in spec:
+                hint = f"Texts that have a name here are {', '.join((SAMPLE, *TEXTS))}. "
+        split, separator = split or named.splits[0], named.separator
+        try:
+            rows = read_rows(named.dataset, name=named.config_name, split=split, column=named.column, **named.loading)
+        except TextError as error:
+            raise TextError(f"{hint}{error}") from error
+        rows, name = list(rows[: named.documents]), "-".join([name, *chosen]).replace("/", "-")
+        taken = None if named.documents is None else f"first {named.documents:,} rows"
+        source = ", ".join(part for part in (source, named.config_name, f"{split} split", taken) if part)
+    for number, row in enumerate(rows):
+        if not isinstance(row, str):
+            raise TextError(f"Row {number} of {spec} is a {type(row).__name__}, not a text: choose another column.")
+    if not any(row.strip() for row in rows):
+        raise TextError(f"There is no text in {spec}: it has no rows, or all of them are empty.")
+    return EvaluationText(name, separator.join(rows), source)
 
 
 def read_text(path: str | os.PathLike, column: str = "text") -> str:
@@ -149,15 +155,6 @@ def read_text(path: str | os.PathLike, column: str = "text") -> str:
     """
     rows = read_rows(path, column=column) if Path(path).suffix in FILES else read_lines(path)
     return "\n\n".join(rows)
-
-
-def _join(rows: Any, spec: str, separator: str = "\n\n") -> str:
-    for number, row in enumerate(rows):
-        if not isinstance(row, str):
-            raise TextError(f"Row {number} of {spec} is a {type(row).__name__}, not a text: choose another column.")
-    if not any(row.strip() for row in rows):
-        raise TextError(f"There is no text in {spec}: it has no rows, or all of them are empty.")
-    return separator.join(rows)
 
 
 # -------------------------------------------------------------------------------------------------- protocols
@@ -258,11 +255,9 @@ def cut_windows(
     it could be predicted from. So of non-overlapping windows (`stride = window`) all tokens but the first count; of
     overlapping ones those that were not in the window before, each with at least `window - stride` of context.
 
-    Args:
-        length, window, stride: In tokens; the stride is 1 to `window`.
-        keep_tail: If there are tokens behind the last full window, add one that ends with the last token; it is of
-            full size too (as in lm-eval's rolling windows), or as long as the text if that is shorter.
-        score_first: The first token of a window counts too: something will be put before it.
+    With `keep_tail`, what is behind the last full window gets one that ends with the last token, of full size too (as
+    in lm-eval's rolling windows) or as long as the text if that is shorter. With `score_first`, the first token of a
+    window counts too: something will be put before it.
     """
     starts = list(range(0, length - window + 1, stride))
     if keep_tail and length > 0 and (not starts or starts[-1] + window < length):
@@ -277,12 +272,8 @@ def prepare(
 ) -> tuple[EncodedText, list[Window], torch.LongTensor, str]:
     """Tokenises a text and cuts it into windows: of `n` those numbered `floor(i n / max_windows)`, or all.
 
-    Returns:
-        All tokens of the text, the windows, the tokens that go through the model, of shape `(windows, window)`, and
-        what was done, in words.
-
-    Raises:
-        ConfigurationError: The text has fewer tokens than a window, or the tokenizer has no BOS token.
+    Gives all tokens of the text, the windows, the tokens that go through the model, of shape `(windows, window)`, and
+    what was done, in words.
     """
     encoded, content = encode(tokenizer, text.text, protocol.bos, protocol.bos_everywhere), protocol.content
     found = cut_windows(
@@ -456,14 +447,11 @@ def measure_perplexity(
 
 
 class EncodedText(NamedTuple):
-    """Tokens of a text.
+    """Tokens of a text: ids, words and bytes up to and with each, and the id of the BOS token.
 
-    Attributes:
-        ids: Token ids.
-        words: Words up to and with each token, of shape `(len(ids) + 1,)`: `words[j] - words[i]` words belong to the
-            tokens `i` to `j` (excluded). `None` if the tokenizer does not say which part of the text a token is.
-        bytes: The same for UTF-8 bytes.
-        bos: Id of the BOS token the text begins with, or that is to stand before every window; `None` without.
+    `words` and `bytes` are of shape `(len(ids) + 1,)`: `words[j] - words[i]` words belong to the tokens `i` to `j`
+    (excluded); they are `None` if the tokenizer does not say which part of the text a token is. `bos` is `None` if the
+    text begins with none and none is to stand before every window.
     """
 
     ids: list[int]
@@ -473,21 +461,14 @@ class EncodedText(NamedTuple):
 
 
 def encode(tokenizer: Any, text: str, bos: bool | None, everywhere: bool) -> EncodedText:
-    """Tokenises a text once.
+    """Tokenises a text once, with special tokens as the tokenizer adds them (`bos` is `None`), or without.
+
+    With `bos`, a BOS token comes first; if `everywhere`, that is left to the caller, who puts it before every window.
 
     Words and bytes are those of the text itself, and their total is that of lm-eval's `wikitext` task:
     `len(re.split(r"\\s+", text))` and `len(text.encode())`. Each belongs to one token: a character to the first token
     that reaches its end, one that no token covers to the token behind it (at the end of the text: before it), a word
     to the token with its last character.
-
-    Args:
-        tokenizer: A `transformers` tokenizer, or the folder or Hub id of one.
-        text: The text.
-        bos: `None`: special tokens as the tokenizer adds them; `True`: a BOS token and no others; `False`: none.
-        everywhere: With `bos=True`: leave the BOS token to the caller, who puts it before every window.
-
-    Raises:
-        ConfigurationError: A BOS token is asked for and the tokenizer has none.
     """
     tokenizer = as_tokenizer(tokenizer)
     known = tokenizer.bos_token_id
@@ -523,19 +504,15 @@ def window_losses(
 ) -> np.ndarray:  # fmt: skip
     """Summed negative log-likelihood of the last `counts` tokens of each window, in nats, of shape `(windows,)`.
 
-    Args:
-        model: The model, on the device it is to run on.
-        ids: Token ids of shape `(windows, window)`.
-        counts: How many tokens of each window count, at most `window - 1`.
-        batch_size: Windows that go through the model at once.
-        autocast: Compute in this dtype, see `measuring`.
+    `ids` are of shape `(windows, window)`, and at most `window - 1` tokens of each count. Of `autocast` see
+    `measuring`.
     """
     ids, sums = ids.to(model.device), []
     with measuring(model, autocast=autocast):
         plain = has_plain_head(model, ids[:1])
         size = batch_size if plain else 1  # all logits of a window exist at once
         batches = list(zip(ids.split(size), torch.tensor(counts).split(size), strict=True))
-        for rows, last in tqdm(batches, desc="Perplexity", disable=not logging.is_progress_bar_enabled()):
+        for rows, last in logging.tqdm(batches, desc="Perplexity"):
             sums += [part.sum().item() for part in _losses(model, rows, last, plain).split(last.tolist())]
     return np.array(sums)
 

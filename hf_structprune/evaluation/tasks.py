@@ -51,14 +51,11 @@ def expand(names: str | Sequence[str]) -> list[str]:
 
 
 def check_tasks(tasks: str | Sequence[str], include_path: str | os.PathLike | None = None) -> list[str]:
-    """Checks that tasks can be run, data sets included, before a model is loaded or anything is measured.
+    """The names of what `run_tasks` would run, after checking that it can be, before a model is loaded.
 
     Args:
         tasks: Names of suites, tasks, groups or tags; `*` matches any letters.
         include_path: Folder of YAML files that describe further tasks.
-
-    Returns:
-        What `run_tasks` would run: suites and patterns replaced by names that lm-eval knows.
 
     Raises:
         ConfigurationError: A name is unknown (the message has the nearest ones), or cannot be run on text.
@@ -270,7 +267,7 @@ def _parts(name: str, metric: str, filtered: str, value: float, results: dict[st
 def _leaves(name: str, results: dict[str, Any]) -> list[str]:
     """The tasks of a group, those of its groups too; a task itself."""
     members = results.get("group_subtasks", {}).get(name)
-    return [name] if not members else [leaf for member in members for leaf in _leaves(member, results)]
+    return [leaf for member in members for leaf in _leaves(member, results)] if members else [name]
 
 
 def _number(value: Any) -> float | None:
