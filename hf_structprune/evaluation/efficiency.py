@@ -167,9 +167,6 @@ def _speed_figures(model: PreTrainedModel, config: EfficiencyConfig, ids: torch.
     return [_smaller("peak_memory", peak.value, "B", how, before=peak.before), *figures]
 
 
-# ------------------------------------------------------------------------------------ multiply-accumulates
-
-
 def count_macs(model: PreTrainedModel, batch_size: int = 1, length: int = 64) -> int:
     """`batch_size * length * (weights of all linear maps, LM head included + MLP neurons)`, from true shapes.
 
@@ -207,9 +204,6 @@ def count_macs_with_attention(model: PreTrainedModel, ids: torch.LongTensor) -> 
             stack.enter_context(context)
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     return counter.get_total_flops() // 2
-
-
-# ---------------------------------------------------------------------------------------------------- memory
 
 
 def weight_bytes(model: nn.Module) -> dict[str, int]:
@@ -291,9 +285,6 @@ def memory_in_use(devices: set[torch.device]) -> int:
     """Bytes that the CUDA allocator has given out on the CUDA devices, or else the resident memory of the process."""
     cuda = cuda_devices(devices)
     return sum(map(torch.cuda.memory_allocated, cuda)) if cuda else psutil.Process().memory_info().rss
-
-
-# ----------------------------------------------------------------------------------------------------- speed
 
 
 def devices_of(model: PreTrainedModel) -> set[torch.device]:

@@ -85,11 +85,7 @@ class EvaluationConfig:
         return dataclasses.asdict(self)
 
     def load(self) -> tuple[list[EvaluationText], list[str]]:
-        """The texts, and the names of the tasks with suites taken apart, all of which can be run; without a model.
-
-        Raises:
-            StructPruneError: A text cannot be read, two have the same name, or a task or its data is missing.
-        """
+        """The texts, and the names of the tasks with suites taken apart; raises if one of them cannot be used."""
         texts = [load_text(spec) for spec in self.texts]
         (name, count), *_ = Counter(text.name for text in texts).most_common(1) or [("", 1)]
         if count > 1:
@@ -111,8 +107,7 @@ def evaluate(
     interrupted one stopped, and measures nothing again.
 
     Args:
-        model: The model, on the device it is to run on.
-        tokenizer: Its tokenizer, or where it is.
+        model, tokenizer: The model, on the device it is to run on, and its tokenizer or where that is.
         config: What to measure. Default: the packaged text, efficiency and samples.
         name: Hub id or folder, for tables and cards.
         state: `"dense"`, `"pruned"`, `"recovered"` or `"quantised"`.
@@ -121,8 +116,7 @@ def evaluate(
         overwrite: Start anew where `output` is of other settings, of another model or not ours at all.
 
     Raises:
-        ConfigurationError: `output` holds something else, or cannot be written.
-        StructPruneError: A text or a task cannot be used.
+        StructPruneError: A text or a task cannot be used, or `output` holds something else or cannot be written.
     """
     config, tokenizer = config or EvaluationConfig(), as_tokenizer(tokenizer)
     if output is not None:

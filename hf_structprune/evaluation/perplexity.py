@@ -27,8 +27,6 @@ from .comparison import FORMS, Parts, fingerprint, ratio_and_stderr
 from .results import Figure
 
 
-# ------------------------------------------------------------------------------------------------------ texts
-
 SAMPLE = "sample"
 
 
@@ -90,7 +88,7 @@ def load_text(
     Rows are joined with two line breaks, none left out, unless the table says something else.
 
     Args:
-        spec: What to load.
+        spec: As in the table.
         config_name: Configuration of a data set, for example `"wikitext-103-raw-v1"`.
         split: `"validation[:1000]"` takes the first 1,000 rows. Default: `"test"`, or the usual one of a named text.
         column: Column of a data set or key in a JSON file. Default: `"text"`.
@@ -144,20 +142,14 @@ def load_text(
 
 
 def read_text(path: str | os.PathLike, column: str = "text") -> str:
-    """Reads a text to evaluate on.
+    """Reads a text to evaluate on; raises a `TextError` if there is no such file or column, or it is not UTF-8.
 
     A `.jsonl` or `.json` file gives its texts (key `column`) joined with two line breaks. Any other file is read by
     the row protocol of WikiText-2: a blank line is an empty row, any other line a row with its line break, and rows
     are joined with two line breaks: the text that `"\\n\\n".join(dataset["text"])` gives for the dataset of the Hub.
-
-    Raises:
-        TextError: There is no such file or column, or it is not UTF-8 text.
     """
     rows = read_rows(path, column=column) if Path(path).suffix in FILES else read_lines(path)
     return "\n\n".join(rows)
-
-
-# -------------------------------------------------------------------------------------------------- protocols
 
 
 @dataclass(frozen=True)
@@ -295,9 +287,6 @@ def prepare(
     return encoded, windows, ids, words
 
 
-# ---------------------------------------------------------------------------------------------------- figures
-
-
 # What the mean of each is over, and its form (`comparison.FORMS`).
 _KINDS = {
     "perplexity": ("tokens", "exp"), "word_perplexity": ("words", "exp"), "byte_perplexity": ("bytes", "exp"),
@@ -310,10 +299,9 @@ class PerplexityResult:
     """A perplexity and how it was measured.
 
     With the summed negative log-likelihood `S` of the tokens that count, in nats, and their number `T`, words `W` and
-    bytes `B`: perplexity `exp(S / T)`, word perplexity `exp(S / W)`, byte perplexity `exp(S / B)`, bits per byte
-    `S / B / ln 2`, as lm-eval defines them for `wikitext`. Words and bytes are those of the same tokens, see `encode`:
-    without a BOS token the first token of the text is neither in `S` nor in `B`. They are `None` if the tokenizer does
-    not tell the parts of the text.
+    bytes `B` (see `encode`; `None` if the tokenizer does not tell where a token is): perplexity `exp(S / T)`, word
+    perplexity `exp(S / W)`, byte perplexity `exp(S / B)`, bits per byte `S / B / ln 2`, as lm-eval defines them for
+    `wikitext`. Without a BOS token the first token of the text is neither in `S` nor in `B`.
 
     Standard errors are those of a ratio of sums over windows, linearised (delta method; Cochran, Sampling Techniques,
     1977, section 6.4), with the windows taken as independent: for `m = S / T`, `e_k = S_k - m T_k` and `n` windows,
@@ -371,12 +359,8 @@ def perplexity(
     `exp(-1 / (n (w - 1)) sum_windows sum_{t=2..w} log p(x_t | x_1 .. x_{t-1}))` for `n` windows of `w` tokens. This
     is the protocol `"paper"` of `measure_perplexity`, which explains the other arguments and the errors.
 
-    Args:
-        model: The model, on the device it is to run on.
-        tokenizer: Its tokenizer.
-        text: The text (not a path, see `load_text`); a list is joined with two line breaks. Default: a packaged
-            sample, the leading articles of the WikiText-2 test split. It compares models with each other; numbers
-            of papers are on the whole split.
+    The text is no path, see `load_text`; a list is joined with two line breaks. Default: a packaged sample, leading
+    articles of the WikiText-2 test split, which compares models with each other; papers measure the whole split.
     """
     text = load_text("sample").text if text is None else text
     given = EvaluationText("text", text if isinstance(text, str) else "\n\n".join(text), "")
@@ -403,8 +387,7 @@ def measure_perplexity(
     where the model does more to its logits than apply the head, for one window at a time.
 
     Args:
-        model: The model, on the device it is to run on.
-        tokenizer: Its tokenizer.
+        model, tokenizer: The model, on the device it is to run on, and its tokenizer.
         text: What to measure on, see `load_text`.
         protocol: One of the table.
         window: At most the model's context. Default: the protocol's, even if that is too long for the model;

@@ -236,9 +236,6 @@ def _bars(cells: Sequence[Cell]) -> tuple[list[tuple[float, float] | None], str]
     return reach, "two standard errors of each model alone" if any(reach) else ""
 
 
-# --------------------------------------------------------------------------- what all pictures share
-
-
 def make_panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
     """A light card with `count` panels of `height` inches that share the horizontal axis; pyplot is not involved."""
     need("matplotlib", extra="report")

@@ -46,8 +46,8 @@ class Cell:
 
     Attributes:
         value, stderr: The number, and its standard error where it has one.
-        difference, ratio: To that of the baseline; `None` for the baseline itself, where it was not measured, where
-            both were measured under different conditions, and where a ratio would be to 0.
+        difference, ratio: To that of the baseline; `None` without one measured under the same conditions, and where a
+            ratio would be to 0.
         comparable: Whether it was measured under the conditions of the first result that has this figure.
         comparison: Whether the difference is more than chance, see `compare_figures`.
     """
@@ -82,12 +82,9 @@ class ResultTable:
     """Several results side by side; the first is the baseline that the others are compared with.
 
     Attributes:
-        results: The results: dense, pruned, recovered, quantised, those of other tools.
+        results: The results: dense, pruned, recovered, quantised, those of other tools; at least one.
         labels: A heading for each: its state, with the name of the model where states repeat.
         notes: What was measured under different conditions, and is therefore not compared.
-
-    Raises:
-        ConfigurationError: There is no result.
     """
 
     def __init__(self, results: Sequence[EvaluationResult]) -> None:
@@ -229,9 +226,6 @@ def compare_figures(figure: Figure, base: Figure) -> Comparison | None:
 
     Unpaired, `|d| > 2 sqrt(s^2 + s_base^2)` is called a difference: right if each had been measured on a sample of its
     own, and blind to most differences if not.
-
-    Returns:
-        `None` where they have no pairs and one has no standard error.
     """
     parts = (base.parts, figure.parts)
     if None not in parts and parts[0].pairs_with(parts[1]):

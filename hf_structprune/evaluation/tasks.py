@@ -53,13 +53,7 @@ def expand(names: str | Sequence[str]) -> list[str]:
 def check_tasks(tasks: str | Sequence[str], include_path: str | os.PathLike | None = None) -> list[str]:
     """The names of what `run_tasks` would run, after checking that it can be, before a model is loaded.
 
-    Args:
-        tasks: Names of suites, tasks, groups or tags; `*` matches any letters.
-        include_path: Folder of YAML files that describe further tasks.
-
-    Raises:
-        ConfigurationError: A name is unknown (the message has the nearest ones), or cannot be run on text.
-        EvaluationError: lm-eval or a data set is missing; says which task needs which.
+    Arguments and errors are those of `run_tasks`; what an unknown name may have meant is in the message.
     """
     return [name for name, _ in _load(tasks, include_path)]
 
@@ -74,8 +68,7 @@ def run_tasks(
     Sets the seeds of Python, NumPy and torch. Nothing is taken from lm-eval's caches of requests and answers.
 
     Args:
-        model: The model; layers may differ in width.
-        tokenizer: Its tokenizer, which is not changed.
+        model, tokenizer: They are not changed.
         tasks: Names of suites (`SUITES`), tasks, groups or tags; `*` matches any letters.
         num_fewshot: Examples in the prompt. Default: as the task says, mostly 0. Tasks at 0 that say so stay there.
         limit: Documents of each task, the leading ones; below 1 a share of them. Default: all.
@@ -113,9 +106,6 @@ def run_tasks(
             results = evaluate(lm=lm, task_dict=parts, limit=limit)
             figures |= {figure.name: figure for name in results["results"] for figure in _figures_of(name, results)}
     return list(figures.values())
-
-
-# --------------------------------------------------------------------------------- names and data of tasks
 
 
 def task_manager(include_path: str | os.PathLike | None = None) -> TaskManager:
@@ -210,9 +200,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-# ---------------------------------------------------------------------------------------- results to figures
 
 
 def _figures_of(name: str, results: dict[str, Any]) -> list[Figure]:

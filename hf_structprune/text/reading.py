@@ -1,6 +1,6 @@
 """Rows of text from files, folders of data sets and the Hub: the one reader for calibration and evaluation.
 
-Files are read as their rows are asked for: `Lines` holds only where the lines begin.
+Files are read as their rows are asked for: only where the lines begin is held.
 """
 
 from __future__ import annotations
@@ -67,17 +67,13 @@ def read_table(source: str | os.PathLike, *, name: str | None = None, split: str
     if path is None:
         return _load(str(source), name, split, loading)
     if path.suffix == ".txt":
-        Lines(path)  # says what is wrong with it
+        lines_of(path)  # says what is wrong with it
         return as_table([{"text": path.read_text(encoding="utf-8")}], path.name)
     return as_table([row for _, row in _objects(path)], path.name)
 
 
 def as_table(rows: Sequence[Any], name: str) -> Any:
-    """Objects as a `datasets.Dataset` with every key that one of them has; where it is missing, there is `None`.
-
-    Raises:
-        TextError: A row is not an object, or the values of one key are of different kinds.
-    """
+    """Objects as a `datasets.Dataset` with every key that one of them has; where it is missing, there is `None`."""
     import datasets
     import pyarrow
 
@@ -89,11 +85,7 @@ def as_table(rows: Sequence[Any], name: str) -> Any:
 
 
 def is_local(source: str) -> bool:
-    """Whether a source is a file or folder rather than the id of a data set of the Hub.
-
-    Raises:
-        TextError: It can only be a path, and there is nothing there.
-    """
+    """Whether a source is a file or folder rather than the id of a data set of the Hub; raises if it is neither."""
     path = Path(source).expanduser()
     if path.exists() or path.suffix in FILES:
         return True
@@ -107,8 +99,13 @@ def read_lines(path: str | os.PathLike) -> Sequence[str]:
 
     Language-model papers join these rows with two line breaks and tokenise the result once.
     """
-    lines = Lines(Path(path).expanduser())
-    return _Rows(lambda number: lines[number] + "\n" if lines[number].strip() else "", range(len(lines)))
+    lines = lines_of(Path(path).expanduser())
+
+    def row(number: int) -> str:
+        line = lines[number]
+        return line + "\n" if line.strip() else ""
+
+    return _Rows(row, range(len(lines)))
 
 
 class _Rows(Sequence[Any]):
@@ -125,39 +122,34 @@ class _Rows(Sequence[Any]):
         return [self._read(number) for number in found] if isinstance(index, slice) else self._read(found)
 
 
-class Lines(_Rows):
-    """Lines of a UTF-8 text file without their line breaks, which are those of Python's text files.
+def lines_of(path: Path) -> Sequence[str]:
+    """Lines of a UTF-8 text file without their line breaks, which are those of Python's text files."""
+    if not path.is_file():
+        raise TextError(f"There is no file {path}.")
+    try:
+        with path.open("rb") as file:
+            for _ in codecs.iterdecode(iter(partial(file.read, _BLOCK), b""), "utf-8"):
+                pass
+            # What is empty cannot be mapped.
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if file.tell() else b""
+    except UnicodeDecodeError as error:
+        raise TextError(f"{path} is not UTF-8 text: {error}.") from error
+    except OSError as error:
+        raise TextError(f"{path} cannot be read: {error.strerror}.") from error
+    starts = array("q", [0])
+    starts.extend(found.end() for found in _BREAK.finditer(content))
+    if starts[-1] < len(content):
+        starts.append(len(content))
 
-    Raises:
-        TextError: There is no such file, or it is not UTF-8 text.
-    """
+    def line(number: int) -> str:
+        return content[starts[number] : starts[number + 1]].decode("utf-8").rstrip("\r\n")
 
-    def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise TextError(f"There is no file {path}.")
-        try:
-            with path.open("rb") as file:
-                for _ in codecs.iterdecode(iter(partial(file.read, _BLOCK), b""), "utf-8"):
-                    pass
-                # What is empty cannot be mapped.
-                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if file.tell() else b""
-        except UnicodeDecodeError as error:
-            raise TextError(f"{path} is not UTF-8 text: {error}.") from error
-        except OSError as error:
-            raise TextError(f"{path} cannot be read: {error.strerror}.") from error
-        places = array("q", [0])  # where lines begin, and where the last one ends
-        places.extend(found.end() for found in _BREAK.finditer(content))
-        if places[-1] < len(content):
-            places.append(len(content))
-        super().__init__(
-            lambda number: content[places[number] : places[number + 1]].decode("utf-8").rstrip("\r\n"),
-            range(len(places) - 1),
-        )
+    return _Rows(line, range(len(starts) - 1))
 
 
 def _objects(path: Path, column: str = "text") -> Sequence[tuple[str, dict[str, Any]]]:
     """The objects of a JSON file, one a line or all in one list, each with the words for where it is."""
-    lines = Lines(path)
+    lines = lines_of(path)
     filled = array("q", (number for number, line in enumerate(lines) if line.strip()))
     if path.suffix == ".json" and filled and lines[filled[0]].lstrip().startswith("["):
         rows = enumerate(read_json(path, TextError, repeats=True))

@@ -8,7 +8,7 @@ import pytest
 
 from hf_structprune.errors import CalibrationError, StructPruneError, TextError
 from hf_structprune.text import reading
-from hf_structprune.text.reading import Lines, read_lines, read_rows, read_table
+from hf_structprune.text.reading import lines_of, read_lines, read_rows, read_table
 
 
 def expected(path):
@@ -26,7 +26,7 @@ def test_lines_are_those_of_a_text_file(tmp_path, monkeypatch, seed):
     )
     path = tmp_path / "a.txt"
     path.write_bytes((text + rng.choice(["", "\n", "\r", "end"])).encode())
-    found, wanted = Lines(path), expected(path)
+    found, wanted = lines_of(path), expected(path)
     assert len(found) == len(wanted) and list(found) == wanted
     assert found[3:9] == wanted[3:9] and found[-1] == wanted[-1]
     order = list(range(len(wanted)))
@@ -38,9 +38,9 @@ def test_lines_are_those_of_a_text_file(tmp_path, monkeypatch, seed):
 def test_short_files(tmp_path, content):
     path = tmp_path / "a.txt"
     path.write_bytes(content)
-    assert list(Lines(path)) == expected(path)
+    assert list(lines_of(path)) == expected(path)
     with pytest.raises(IndexError):
-        Lines(path)[len(expected(path))]
+        lines_of(path)[len(expected(path))]
 
 
 def test_what_is_no_text(tmp_path, monkeypatch):
@@ -48,9 +48,9 @@ def test_what_is_no_text(tmp_path, monkeypatch):
     for content in (b"\xff\xfe", b"fine\nthen \xff\n", "é".encode()[:1]):
         (tmp_path / "a.txt").write_bytes(content)
         with pytest.raises(TextError, match="a.txt is not UTF-8"):
-            Lines(tmp_path / "a.txt")
+            lines_of(tmp_path / "a.txt")
     with pytest.raises(TextError, match="There is no file"):
-        Lines(tmp_path / "none.txt")
+        lines_of(tmp_path / "none.txt")
 
 
 def test_the_file_is_not_held(tmp_path):
@@ -61,7 +61,7 @@ def test_the_file_is_not_held(tmp_path):
     size = path.stat().st_size
     tracemalloc.start()
     try:
-        found = Lines(path)
+        found = lines_of(path)
         assert found[12_345].startswith("line 12345 ") and sum(1 for _ in found) == 20_000
         peak = tracemalloc.get_traced_memory()[1]
     finally:
