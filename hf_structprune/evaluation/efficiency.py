@@ -40,7 +40,6 @@ from .results import Figure
 
 logger = logging.get_logger(__name__)
 
-_PAGE = 4096
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -212,9 +211,8 @@ def weight_bytes(model: nn.Module) -> dict[str, int]:
     Quantised weights count as they are stored, with their scales and zero points.
     """
     total: Counter[str] = Counter()
-    for tensor in {
-        (t.device, t.data_ptr(), t.nbytes): t for t in _saved_tensors(model.state_dict().values())
-    }.values():
+    tensors = {(t.device, t.data_ptr(), t.nbytes): t for t in _saved_tensors(model.state_dict().values())}
+    for tensor in tensors.values():
         total[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
     return dict(total)
 
@@ -378,10 +376,8 @@ def time_loading(
         reason = [f"the process ended with status {process.returncode}", *process.stderr.strip().splitlines()][-1]
         raise EvaluationError(f"{model} could not be loaded: {reason}")
     seconds = json.loads(process.stdout.splitlines()[-1])
-    protocol = (
-        f"from_pretrained onto {device} in a fresh process, all weights read; files in the system's cache, median"
-    )
-    protocol += f" of {repeats}"
+    how = f"from_pretrained onto {device} in a fresh process, all weights read"
+    protocol = f"{how}; files in the system's cache, median of {repeats}"
     return median_figure("efficiency/load_time", seconds, "s", protocol, device=device, dtype=dtype)
 
 
@@ -392,7 +388,7 @@ def _load(model: str, dtype: str, device: str, repeats: int, kwargs: dict[str, A
         loaded = load_model(model, dtype=dtype, **kwargs).to(device)
         # Files mapped into memory are read only when they are used: here a byte of every page.
         for tensor in _saved_tensors(loaded.state_dict().values()):
-            tensor.contiguous().view(-1).view(torch.uint8)[::_PAGE].sum()
+            tensor.contiguous().view(-1).view(torch.uint8)[::4096].sum()
         synchronize(devices_of(loaded))
         seconds.append(time.perf_counter() - start)
         del loaded

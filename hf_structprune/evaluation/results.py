@@ -134,7 +134,7 @@ class EvaluationResult:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> EvaluationResult:
-        """Reads a JSON file, or the `evaluation_results.json` of a checkpoint folder."""
+        """Reads a JSON file, or the one of a checkpoint folder."""
         path = Path(path)
         path = path / RESULTS_NAME if path.is_dir() else path
         if not path.exists():
@@ -158,7 +158,10 @@ def describe_environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     `device` (name of the CPU or GPU), `type` (`"cpu"`, `"cuda"`, ...), `threads` (of torch), `cpu`, `memory` and, of a
     GPU, `device_memory` in bytes.
     """
-    device, cpu = torch.device(device), _cpu_name()
+    device, info = torch.device(device), Path("/proc/cpuinfo")  # Linux tells the name on the chip in a file only
+    text = info.read_text(encoding="utf-8", errors="replace") if info.exists() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    cpu = found[1].strip() if found else platform.processor() or platform.machine()
     names = {"cpu": cpu, "cuda": device_name(device)}
     hardware = {
         "device": names.get(device.type, f"{device.type} of {cpu}"), "type": device.type,
@@ -171,14 +174,6 @@ def describe_environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "platform": platform.platform(), "versions": versions("accelerate", "datasets", "lm_eval"),
         "hardware": hardware,
     }  # fmt: skip
-
-
-def _cpu_name() -> str:
-    """The name on the chip; Linux tells it in a file only."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text(encoding="utf-8", errors="replace") if info.exists() else ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 @torch.no_grad()

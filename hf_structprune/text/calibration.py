@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 CHARACTERS_PER_TOKEN = 64
 # Rows looked at to tell lines of one text from documents.
 PEEK_ROWS = 1000
-# No text has more tokens: a character has four bytes at most, and few are written out by a tokenizer; a row gets some
-# special tokens or a separator.
+# No text has more tokens: a character has four bytes at most; a row gets some special tokens or a separator.
 _TOKENS_PER_CHARACTER, _SEPARATORS = 8, 16
 _FIRST_WORD = re.compile(r"^\S{0,1000}\s")
 
@@ -96,20 +95,15 @@ class CalibrationConfig:
 
 
 def load_tokens(config: CalibrationConfig, tokenizer: Any) -> torch.LongTensor:
-    """Token ids to calibrate on: full sequences, no padding, the same ones for the same config and data.
+    """Token ids to calibrate on, of shape `(num_samples, length)`: the same ones for the same config and data.
 
     Documents are joined by the tokenizer's end-of-sequence token, or by two line breaks if the model is a chat model
     (has a chat template), where that token ends a turn; lines of one running text (a `.txt` file, or rows as WikiText
-    has them) by two line breaks. The result is cut into sequences, and one is drawn in each of `num_samples` equal
-    stretches of it. A beginning-of-sequence token stands only where the tokenizer puts one by default, at the start of
-    a document.
+    has them) by two line breaks. The result is cut into full sequences without padding, and one is drawn in each of
+    `num_samples` equal stretches of it; with several datasets, sequence `i` is of dataset `i % len(datasets)`. A
+    beginning-of-sequence token stands only where the tokenizer puts one by default, at the start of a document.
 
-    Args:
-        config: What to read and how much of it.
-        tokenizer: A `transformers` tokenizer; may be `None` when `config.tokens` is given.
-
-    Returns:
-        Ids of shape `(num_samples, length)`. With several datasets, sequence `i` is of dataset `i % len(datasets)`.
+    The tokenizer may be `None` when `config.tokens` is given.
 
     Raises:
         CalibrationError: The data cannot be found or read, is not text, or is too little.
@@ -125,19 +119,19 @@ def load_tokens(config: CalibrationConfig, tokenizer: Any) -> torch.LongTensor:
         )
     if tokenizer is None:
         raise CalibrationError("Calibration text needs a tokenizer and there is none: give one, or give `tokens`.")
+    found = []
     try:
         sources = _sources(config)
-        counts = [len(range(i, config.num_samples, len(sources))) for i in range(len(sources))]
-        found = [
-            _source_tokens(*source, count, config, tokenizer) for source, count in zip(sources, counts, strict=True)
-        ]
+        for i, (name, rows) in enumerate(sources):
+            count = len(range(i, config.num_samples, len(sources)))
+            found.append(torch.from_numpy(_source_tokens(name, rows, count, config, tokenizer)))
     except CalibrationError:
         raise
     except TextError as error:  # also from the middle of a file
         raise CalibrationError(str(error)) from error
     tokens = torch.empty(config.num_samples, config.length, dtype=torch.long)
     for i, sequences in enumerate(found):
-        tokens[i :: len(found)] = torch.from_numpy(sequences)
+        tokens[i :: len(found)] = sequences
     return tokens
 
 
@@ -203,7 +197,7 @@ def _draw(rows: Sequence[Any], parts: int, characters: int, rng: random.Random) 
 
     A run begins at a random row of its part and goes round; what a part has too little of, the next ones may take. The
     runs have `parts * characters` characters in all. A row with more than that is not taken whole, but `characters` of
-    it from a random place in each of `parts` equal stretches.
+    it from a random place in each of `parts` equal stretches, beginning with a word if there is one soon.
     """
     drawn, total, wanted, runs = [], 0, parts * characters, min(parts, len(rows))
     for part in range(runs):
@@ -213,22 +207,18 @@ def _draw(rows: Sequence[Any], parts: int, characters: int, rng: random.Random) 
             if total * runs >= wanted * (part + 1):
                 break
             row = rows[index]
-            if isinstance(row, str) and len(row) > wanted:
-                run += [(index, _stretch(row, number, parts, characters, rng)) for number in range(parts)]
-                total += wanted
-            else:
+            if not isinstance(row, str) or len(row) <= wanted:
                 run.append((index, row))
                 total += len(str(row))
+                continue
+            total += wanted
+            for number in range(parts):
+                first, end = number * len(row) // parts, (number + 1) * len(row) // parts
+                begin = first + rng.randrange(max(1, end - first - characters + 1))
+                text = row[begin : min(begin + characters, end)]
+                run.append((index, _FIRST_WORD.sub("", text, count=1) if begin else text))
         drawn += sorted(run, key=itemgetter(0))
     return drawn
-
-
-def _stretch(row: str, number: int, parts: int, wanted: int, rng: random.Random) -> str:
-    """`wanted` characters of one of `parts` equal parts of a row; it begins with a word, if there is one soon."""
-    low, high = number * len(row) // parts, (number + 1) * len(row) // parts
-    start = low + rng.randrange(max(1, high - low - wanted + 1))
-    text = row[start : min(start + wanted, high)]
-    return text if start == 0 else _FIRST_WORD.sub("", text, count=1)
 
 
 def _as_text(where: str, row: Any, config: CalibrationConfig, tokenizer: Any) -> str:
