@@ -230,22 +230,16 @@ def find_protocol(name: str) -> PerplexityProtocol:
     return PROTOCOLS[name]
 
 
-class Window(NamedTuple):
-    """Tokens `start` to `stop` (excluded) go through the model; those from `scored` on count."""
-
-    start: int
-    scored: int
-    stop: int
-
-
 def cut_windows(
     length: int, window: int, stride: int, *, keep_tail: bool = False, score_first: bool = False
-) -> list[Window]:
+) -> np.ndarray:
     """Cuts `length` tokens into windows of one size, at `0, stride, 2 stride, ...`; each token counts at most once.
 
-    A token counts in the first window that holds it, unless it is the first token of that window: nothing says what
-    it could be predicted from. So of non-overlapping windows (`stride = window`) all tokens but the first count; of
-    overlapping ones those that were not in the window before, each with at least `window - stride` of context.
+    Gives rows `(start, scored, stop)`: tokens `start` to `stop` (excluded) go through the model, and those from
+    `scored` on count. A token counts in the first window that holds it, unless it is the first token of that window:
+    nothing says what it could be predicted from. So of non-overlapping windows (`stride = window`) all tokens but the
+    first count; of overlapping ones those that were not in the window before, each with at least `window - stride` of
+    context.
 
     With `keep_tail`, what is behind the last full window gets one that ends with the last token, of full size too (as
     in lm-eval's rolling windows) or as long as the text if that is shorter. With `score_first`, the first token of a
@@ -254,14 +248,15 @@ def cut_windows(
     starts = list(range(0, length - window + 1, stride))
     if keep_tail and length > 0 and (not starts or starts[-1] + window < length):
         starts.append(max(0, length - window))
-    stops = [start + min(window, length) for start in starts]
-    scored = [max(done, start + (not score_first)) for done, start in zip([0, *stops], starts, strict=False)]
-    return [Window(*window) for window in zip(starts, scored, stops, strict=True) if window[1] < window[2]]
+    starts = np.array(starts, dtype=int)
+    stops = starts + min(window, length)
+    scored = np.maximum(starts + (not score_first), np.append(0, stops)[:-1])
+    return np.stack([starts, scored, stops], axis=1)[scored < stops]
 
 
 def prepare(
     tokenizer: Any, text: EvaluationText, protocol: PerplexityProtocol, max_windows: int | None
-) -> tuple[EncodedText, list[Window], torch.LongTensor, str]:
+) -> tuple[EncodedText, np.ndarray, torch.LongTensor, str]:
     """Tokenises a text and cuts it into windows: of `n` those numbered `floor(i n / max_windows)`, or all.
 
     Gives all tokens of the text, the windows, the tokens that go through the model, of shape `(windows, window)`, and
@@ -272,14 +267,14 @@ def prepare(
         len(encoded.ids), content, min(protocol.stride, content), keep_tail=protocol.keep_tail,
         score_first=protocol.adds_bos_everywhere,
     )  # fmt: skip
-    if not found:
+    if not len(found):
         raise ConfigurationError(
             f"`window` is {protocol.window}, but the text {text.name!r} has only {len(encoded.ids)} tokens: give more "
             "text or a smaller `window`."
         )
     count, ids = min(max_windows or len(found), len(found)), torch.tensor(encoded.ids)
-    windows = [found[i * len(found) // count] for i in range(count)]
-    ids = torch.stack([ids[window.start : window.stop] for window in windows])
+    windows = found[np.arange(count) * len(found) // count]
+    ids = torch.stack([ids[start:stop] for start, _, stop in windows])
     ids = F.pad(ids, (1, 0), value=encoded.bos) if protocol.adds_bos_everywhere else ids
     words = protocol.in_words(
         windows=count, found=len(found), window=ids.shape[1], starts_with_bos=encoded.bos is not None
@@ -410,8 +405,8 @@ def measure_perplexity(
             f"`window` is {chosen.window}, but the model's context is {context} tokens: lower `window`."
         )
     encoded, windows, ids, words = prepare(tokenizer, text, chosen, max_windows)
-    starts, stops = [window.scored for window in windows], [window.stop for window in windows]
-    counts = np.subtract(stops, starts).tolist()
+    _, starts, stops = windows.T
+    counts = (stops - starts).tolist()
     losses = window_losses(model, ids, counts, batch_size)
     key = fingerprint([ids.numpy().tobytes(), *map(str, counts)])
     values = {"windows": len(windows), "window": ids.shape[1], "protocol": words, "source": text.source, "parts": {}}

@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -130,8 +131,9 @@ class ResultTable:
         """As GitHub and the Hub show it, with the notes below."""
         columns = self._columns()
         lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *map(self._texts, self._rows)]
-        text = "".join("| " + " | ".join(_escape(cell) for cell in line) + " |\n" for line in lines)
-        return text + "".join(f"\n{_escape(note)}\n" for note in self._legend())
+        text = "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+        notes = ["\n" + note.replace("|", "\\|") + "\n" for note in self._legend()]
+        return (text + "".join(notes)).replace("*", "\\*")
 
     def to_csv(self) -> str:
         """One line for each figure, unrounded; empty cells for what was not measured or not compared."""
@@ -153,11 +155,13 @@ class ResultTable:
         ]
         rows = []
         for row in self._rows:
-            cells = [cell and {key: _finite(value) for key, value in cell.to_dict().items()} for cell in row.cells]
-            rows.append({
-                "figure": row.name, "unit": row.figure.unit, "higher_is_better": row.figure.higher_is_better,
-                "cells": dict(zip(self.labels, cells, strict=True)),
-            })  # fmt: skip
+            cells = [
+                cell
+                and {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in cell.to_dict().items()}
+                for cell in row.cells
+            ]
+            figure = {"figure": row.name, "unit": row.figure.unit, "higher_is_better": row.figure.higher_is_better}
+            rows.append({**figure, "cells": dict(zip(self.labels, cells, strict=True))})
         return {"baseline": self.labels[0], "results": results, "rows": rows, "notes": list(self.notes)}
 
     def _columns(self) -> list[str]:
@@ -261,18 +265,10 @@ def _said(conditions: dict[str, Any], key: str) -> str:
 
 def _change(cell: Cell, scale: Scale) -> str:
     """`"-4.10 pp (0.93x) *"`."""
-    ratio = "" if cell.ratio is None or not math.isfinite(cell.ratio) else f" ({cell.ratio:,.2f}x)"
+    ratio = "" if cell.ratio is None or not isfinite(cell.ratio) else f" ({cell.ratio:,.2f}x)"
     mark = "" if cell.comparison is None else _JUDGED[cell.significant]
     unpaired = f" {UNPAIRED_MARK}" if getattr(cell.comparison, "test", None) == "unpaired" else ""
     return scale.difference(cell.difference) + ratio + mark + unpaired
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|").replace("*", "\\*")
 
 
 class Scale(NamedTuple):
@@ -323,7 +319,7 @@ def label_of(figure: Figure) -> str:
 
 def scale_of(figure: Figure, values: Iterable[float]) -> Scale:
     """The scale that suits all values of one row, by what the figure is and by the largest of them."""
-    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+    largest = max((abs(value) for value in values if isfinite(value)), default=0.0)
     kind = figure.unit
     if figure.name.startswith("tasks/") and figure.name.rpartition("/")[2].startswith(_SHARES):
         kind = "share"
