@@ -269,8 +269,8 @@ def prepare(
     )  # fmt: skip
     if not len(found):
         raise ConfigurationError(
-            f"`window` is {protocol.window}, but the text {text.name!r} has only {len(encoded.ids)} tokens: give more "
-            "text or a smaller `window`."
+            f"`window` is {protocol.window}, but the text has only {len(encoded.ids)} tokens: give more text or a smaller "
+            "`window`."
         )
     count, ids = min(max_windows or len(found), len(found)), torch.tensor(encoded.ids)
     windows = found[np.arange(count) * len(found) // count]
@@ -498,10 +498,8 @@ def window_losses(
 def _losses(model: PreTrainedModel, ids: torch.LongTensor, counts: torch.LongTensor, plain: bool) -> torch.Tensor:
     """Losses of the tokens that count, one window after the other; a plain head is applied to some at a time."""
     if plain:
-        values, head = (
-            model.base_model(input_ids=ids, use_cache=False).last_hidden_state,
-            model.get_output_embeddings(),
-        )
+        values = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        head = model.get_output_embeddings()
     else:
         values, head = model(input_ids=ids, use_cache=False).logits, nn.Identity()
     places = (torch.arange(ids.shape[1]) >= ids.shape[1] - counts[:, None]).nonzero().to(values.device)
