@@ -230,27 +230,25 @@ def find_protocol(name: str) -> PerplexityProtocol:
     return PROTOCOLS[name]
 
 
-def cut_windows(
-    length: int, window: int, stride: int, *, keep_tail: bool = False, score_first: bool = False
-) -> np.ndarray:
+def cut_windows(length: int, protocol: PerplexityProtocol) -> np.ndarray:
     """Cuts `length` tokens into windows of one size, at `0, stride, 2 stride, ...`; each token counts at most once.
 
     Gives rows `(start, scored, stop)`: tokens `start` to `stop` (excluded) go through the model, and those from
-    `scored` on count. A token counts in the first window that holds it, unless it is the first token of that window:
-    nothing says what it could be predicted from. So of non-overlapping windows (`stride = window`) all tokens but the
-    first count; of overlapping ones those that were not in the window before, each with at least `window - stride` of
-    context.
+    `scored` on count. A token counts in the first window that holds it, unless it is the first token of that window
+    without a BOS token before it: nothing says what it could be predicted from. So of non-overlapping windows all
+    tokens but the first count; of overlapping ones those that were not in the window before, each with at least
+    `window - stride` of context.
 
     With `keep_tail`, what is behind the last full window gets one that ends with the last token, of full size too (as
-    in lm-eval's rolling windows) or as long as the text if that is shorter. With `score_first`, the first token of a
-    window counts too: something will be put before it.
+    in lm-eval's rolling windows) or as long as the text if that is shorter.
     """
-    starts = list(range(0, length - window + 1, stride))
-    if keep_tail and length > 0 and (not starts or starts[-1] + window < length):
-        starts.append(max(0, length - window))
+    content, bos = protocol.content, protocol.adds_bos_everywhere
+    starts = list(range(0, length - content + 1, min(protocol.stride, content)))
+    if protocol.keep_tail and length > 0 and (not starts or starts[-1] + content < length):
+        starts.append(max(0, length - content))
     starts = np.array(starts, dtype=int)
-    stops = starts + min(window, length)
-    scored = np.maximum(starts + (not score_first), np.append(0, stops)[:-1])
+    stops = starts + min(content, length)
+    scored = np.maximum(starts + (not bos), np.append(0, stops)[:-1])
     return np.stack([starts, scored, stops], axis=1)[scored < stops]
 
 
@@ -262,15 +260,11 @@ def prepare(
     Gives all tokens of the text, the windows, the tokens that go through the model, of shape `(windows, window)`, and
     what was done, in words.
     """
-    encoded, content = encode(tokenizer, text.text, protocol.bos, protocol.bos_everywhere), protocol.content
-    found = cut_windows(
-        len(encoded.ids), content, min(protocol.stride, content), keep_tail=protocol.keep_tail,
-        score_first=protocol.adds_bos_everywhere,
-    )  # fmt: skip
+    encoded = encode(tokenizer, text.text, protocol.bos, protocol.bos_everywhere)
+    found = cut_windows(len(encoded.ids), protocol)
     if not len(found):
         raise ConfigurationError(
-            f"`window` is {protocol.window}, but the text has only {len(encoded.ids)} tokens: give more text or a smaller "
-            "`window`."
+            f"`window` is {protocol.window}, but the text has only {len(encoded.ids)} tokens: give more, or lower it."
         )
     count, ids = min(max_windows or len(found), len(found)), torch.tensor(encoded.ids)
     windows = found[np.arange(count) * len(found) // count]

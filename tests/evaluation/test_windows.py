@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from hf_structprune.evaluation.perplexity import EvaluationText, PerplexityProtocol, cut_windows, prepare
+from hf_structprune.evaluation.perplexity import EvaluationText, PerplexityProtocol, prepare
+from hf_structprune.evaluation.perplexity import cut_windows as cut_by_protocol
+
+
+def cut_windows(length, window, stride, *, keep_tail=False, score_first=False):
+    """With `score_first`, a BOS token comes on top of the `window` tokens of the text."""
+    bos = True if score_first else None
+    return cut_by_protocol(length, PerplexityProtocol(window + score_first, stride, keep_tail, bos))
 
 
 def triples(windows):
