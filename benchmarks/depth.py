@@ -33,7 +33,7 @@ from hf_structprune.commands.measure import take_turns
 from hf_structprune.commands.models import DEMO_MODEL, find_model, find_subject, load_pruner
 from hf_structprune.evaluation import perplexity, read_text
 from hf_structprune.evaluation.efficiency import EfficiencyConfig
-from hf_structprune.evaluation.pictures import COLOURS, GREY, legend_below, make_panels, save, set_title
+from hf_structprune.evaluation.pictures import COLOURS, GREY, legend_below, make_panels, save
 from hf_structprune.evaluation.results import EvaluationResult
 from hf_structprune.stats.losses import TextLoss
 from hf_structprune.units import DepthKind, kinds_of
@@ -217,7 +217,8 @@ def picture(options: argparse.Namespace) -> None:
     content = stored()
     rows = content["rows"]
     text = next(iter(rows["dense"]["perplexity"]))
-    figure, (quality_axis, speed_axis) = make_panels(2, height=3.2)
+    title = "SmolLM2-135M-Instruct without training: what depth and width cost and bring"
+    figure, (quality_axis, speed_axis) = make_panels(2, 3.2, title)
     with_refit = [label for label in SERIES if "no re-fit" not in label]
     for label, chosen in SERIES.items():
         colour = COLOURS[with_refit.index(label.removesuffix(", no re-fit"))]
@@ -237,7 +238,6 @@ def picture(options: argparse.Namespace) -> None:
     speed_axis.axhline(1.0, color=GREY, linewidth=0.8)
     speed_axis.set_ylabel("speed of decoding, dense = 1")
     speed_axis.set_xlabel("share of all parameters that is gone, %")
-    set_title(quality_axis, "SmolLM2-135M-Instruct without training: what depth and width cost and bring")
     legend_below(quality_axis)
     save(figure, RESULTS.with_suffix(".png"))
 

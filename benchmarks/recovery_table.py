@@ -15,7 +15,7 @@ import json
 import math
 from pathlib import Path
 
-from hf_structprune.evaluation.pictures import COLOURS, GREY, legend_below, make_panels, save, set_title
+from hf_structprune.evaluation.pictures import COLOURS, GREY, legend_below, make_panels, save
 from hf_structprune.evaluation.results import EvaluationResult, Figure
 from hf_structprune.evaluation.table import compare_figures
 
@@ -84,7 +84,7 @@ def table(reports: list[dict], columns: list[list[EvaluationResult]]) -> str:
 
 def draw(reports: list[dict], path: Path) -> None:
     """The share that is back against the tokens trained on."""
-    figure, (axis,) = make_panels(1, height=3.4)
+    figure, (axis,) = make_panels(1, 3.4, "Recovery, measured on text that was not trained on")
     for report, colour in zip(reports, COLOURS, strict=False):
         curve, training = report["curve"], report["training"]
         lost = curve["pruned"] - curve["dense"]
@@ -98,7 +98,6 @@ def draw(reports: list[dict], path: Path) -> None:
     axis.axhline(0, color=GREY, linewidth=1)
     axis.set_xlabel("thousand tokens trained on")
     axis.set_ylabel("% of the lost log-perplexity back")
-    set_title(axis, "Recovery, measured on text that was not trained on")
     legend_below(axis)
     save(figure, path)
 

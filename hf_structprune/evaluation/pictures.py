@@ -70,7 +70,8 @@ def widths_figure(plan: PruningPlan, num_layers: int | None = None) -> Figure:
         panels.append((plan.hidden.kind, [plan.hidden.before] * len(layers), [plan.hidden.keep] * len(layers)))
     if not panels:
         raise ConfigurationError("The plan cuts nothing, so there are no widths to draw.")
-    figure, axes = make_panels(len(panels), height=1.9)
+    title = f"Kept width of each layer (grey: cut), {100 * plan.ratio:.1f} % of all parameters gone"
+    figure, axes = make_panels(len(panels), 1.9, title)
     for axis, (kind, before, kept), colour in zip(axes, panels, COLOURS, strict=False):
         axis.bar(layers, before, width=0.8, color=FAINT)
         axis.bar(layers, kept, width=0.8, color=colour)
@@ -78,7 +79,6 @@ def widths_figure(plan: PruningPlan, num_layers: int | None = None) -> Figure:
         whole_numbers(axis.yaxis)
     whole_numbers(axes[-1].xaxis)
     axes[-1].set_xlabel("layer")
-    set_title(axes[0], f"Kept width of each layer (grey: cut), {100 * plan.ratio:.1f} % of all parameters gone")
     return figure
 
 
@@ -119,8 +119,8 @@ def quality_figure(
         )
     widths, heights = ([point[i].value for point in points] for i in (2, 3))
     across, up = scale_of(rows[size].figure, widths), scale_of(rows[quality].figure, heights)
-    figure, (axis,) = make_panels(1, height=3.6)
     bars, what_bars_are = _bars([point[3] for point in points])
+    figure, (axis,) = make_panels(1, 3.6, f"Quality against size{what_bars_are and ', bars: '}{what_bars_are}")
     for number, ((label, state, width, height), bar) in enumerate(zip(points, bars, strict=True)):
         x, y, dense = width.value * across.factor, height.value * up.factor, state == "dense"
         if bar is not None:
@@ -138,7 +138,6 @@ def quality_figure(
     names = label_of(rows[size].figure)[:-2], label_of(rows[quality].figure)
     in_brackets = [scale.unit and f" ({scale.unit.strip()})" for scale in (across, up)]
     axis.set(xlabel=names[0] + in_brackets[0], ylabel=names[1] + in_brackets[1])
-    set_title(axis, f"Quality against size{what_bars_are and ', bars: '}{what_bars_are}")
     return figure
 
 
@@ -150,7 +149,8 @@ def speed_figure(results: Sequence[EvaluationResult]) -> Figure:
     found = [row for row in found if any(cell is not None and cell.ratio is not None for cell in row.cells[1:])]
     if not found:
         raise ConfigurationError("No speed or memory was measured alike on the first model and on another.")
-    figure, (axis,) = make_panels(1, height=3.6)
+    title = f"Speed and memory relative to {table.labels[0]} (↑ more is better, ↓ less)"
+    figure, (axis,) = make_panels(1, 3.6, title)
     width = 0.8 / (len(results) - 1)
     for number in range(1, len(results)):
         ratios = [getattr(row.cells[number], "ratio", None) for row in found]
@@ -165,7 +165,6 @@ def speed_figure(results: Sequence[EvaluationResult]) -> Figure:
     axis.set_ylabel(f"times {table.labels[0]}")
     axis.margins(y=0.15)
     legend_below(axis)
-    set_title(axis, f"Speed and memory relative to {table.labels[0]} (↑ more is better, ↓ less)")
     return figure
 
 
@@ -179,7 +178,8 @@ def distances_figure(similarities: LayerSimilarities) -> Figure:
         for start, _, distance in similarities.blocks(size):
             values[size - 1][start - 1] = distance
     best = [similarities.best_block(size) for size in range(1, last + 1)]
-    figure, (axis,) = make_panels(1, height=5.6)
+    title = "How much each block of layers changes the last token (dots: least for each size)"
+    figure, (axis,) = make_panels(1, 5.6, title)
     axis.grid(False)
     extent = (0.5, last + 0.5, 0.5, last + 0.5)
     look = {"origin": "lower", "aspect": "auto", "cmap": "viridis", "interpolation": "nearest"}
@@ -195,7 +195,6 @@ def distances_figure(similarities: LayerSimilarities) -> Figure:
     axis.set(xlabel="first layer of the block", ylabel="layers in the block")
     whole_numbers(axis.xaxis)
     whole_numbers(axis.yaxis)
-    set_title(axis, "How much each block of layers changes the last token (dots: least for each size)")
     return figure
 
 
@@ -236,7 +235,7 @@ def _bars(cells: Sequence[Cell]) -> tuple[list[tuple[float, float] | None], str]
     return reach, "two standard errors of each model alone" if any(reach) else ""
 
 
-def make_panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
+def make_panels(count: int, height: float, title: str) -> tuple[Figure, list[Axes]]:
     """A light card with `count` panels of `height` inches that share the horizontal axis; pyplot is not involved."""
     need("matplotlib", extra="report")
     from matplotlib import rc_context
@@ -244,12 +243,9 @@ def make_panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
 
     with rc_context(_STYLE):
         figure = Figure(figsize=(8.0, 0.9 + count * height), layout="constrained")
-        return figure, list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
-
-
-def set_title(axis: Axes, text: str) -> None:
-    """A title at the left edge."""
-    axis.set_title(text, loc="left", fontsize=10, fontweight="bold", color=INK)
+        axes = list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
+    axes[0].set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
+    return figure, axes
 
 
 def legend_below(axis: Axes) -> None:

@@ -22,7 +22,7 @@ from ..checks import Count, Limits, checked
 from ..errors import CheckpointError, ConfigurationError
 from ..evaluation.evaluator import TEXTS
 from ..evaluation.perplexity import PROTOCOLS, EvaluationText, load_text, prepare, window_losses
-from ..evaluation.pictures import COLOURS, GREY, INK, make_panels, save, set_title, whole_numbers
+from ..evaluation.pictures import COLOURS, GREY, INK, make_panels, save, whole_numbers
 from ..evaluation.results import EvaluationResult
 from ..hardware import cuda_devices, release_memory
 from ..model.loading import load_model, load_tokenizer
@@ -337,7 +337,7 @@ def curve_figure(curve: RecoveryCurve, best_step: int | None = None) -> Figure:
         curve: The measurements.
         best_step: The step whose weights were kept. Default: the best.
     """
-    figure, (axis,) = make_panels(1, height=3.6)
+    figure, (axis,) = make_panels(1, 3.6, "Recovery: quality that comes back with training")
     points = curve.all_points
     axis.plot(
         [p.step for p in points], [p.log_perplexity for p in points],
@@ -367,7 +367,6 @@ def curve_figure(curve: RecoveryCurve, best_step: int | None = None) -> Figure:
         second.set_ylabel("% back", color=INK, fontsize=9)
         second.tick_params(colors=INK, labelsize=8)
         second.spines["right"].set_color(GREY)
-    set_title(axis, "Recovery: quality that comes back with training")
     return figure
 
 
