@@ -7,9 +7,8 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from ..model.loading import as_tokenizer
 from .efficiency import EfficiencyConfig, measure_efficiency
 from .generation import generate_samples
 from .perplexity import EvaluationText, find_protocol, load_text, measure_perplexity
-from .results import EvaluationResult, Figure, describe_environment, model_fingerprint
+from .results import EvaluationResult, describe_environment, model_fingerprint
 from .tasks import check_tasks, run_tasks
 
 
@@ -131,14 +130,15 @@ def evaluate(
         MODEL: model_fingerprint(model),
         COMPLETED: [],
     }
-    steps = _steps(model, tokenizer, config, texts, tasks)
+    steps = [f"perplexity/{text.name}" for text in texts] + [f"tasks/{task}" for task in tasks]
+    steps += [step for step in ("efficiency", "samples") if getattr(config, step)]
     if output is not None and Path(output).exists() and not overwrite:
         result = _continue(EvaluationResult.load(output), result, set(steps), output)
     completed = result.settings[COMPLETED]
     bar = logging.tqdm([step for step in steps if step not in completed], desc="Evaluation", unit="step")
     for step in bar:
         bar.set_postfix_str(step)
-        measured = steps[step]()
+        measured = _measure(step, model, tokenizer, config, texts)
         if step == "samples":
             result.samples = measured
         else:
@@ -149,28 +149,22 @@ def evaluate(
     return result
 
 
-def _steps(
-    model: PreTrainedModel, tokenizer: Any, config: EvaluationConfig, texts: list[EvaluationText], tasks: list[str]
-) -> dict[str, Callable[[], list]]:
-    """What is to be done, by names that stay the same between runs; gives figures, the last one sample texts."""
-
-    def measure(text: EvaluationText) -> list[Figure]:
+def _measure(
+    step: str, model: PreTrainedModel, tokenizer: Any, config: EvaluationConfig, texts: list[EvaluationText]
+) -> list:
+    """The figures of a step, or sample texts."""
+    kind, _, name = step.partition("/")
+    if kind == "perplexity":
+        text = next(text for text in texts if text.name == name)
         window = config.window or find_protocol(config.protocol).window_for(model)
         options = {name: getattr(config, name) for name in ("stride", "bos", "max_windows", "batch_size")}
-        result = measure_perplexity(model, tokenizer, text, config.protocol, window=window, **options)
-        return result.figures(text.name)
-
-    def run(task: str) -> list[Figure]:
+        return measure_perplexity(model, tokenizer, text, config.protocol, window=window, **options).figures(name)
+    if kind == "tasks":
         names = ("num_fewshot", "limit", "include_path", "batch_size", "seed")
-        return run_tasks(model, tokenizer, [task], **{name: getattr(config, name) for name in names})
-
-    steps: dict[str, Callable[[], list]] = {f"perplexity/{text.name}": partial(measure, text) for text in texts}
-    steps |= {f"tasks/{task}": partial(run, task) for task in tasks}
-    if config.efficiency:
-        steps["efficiency"] = partial(measure_efficiency, model, EfficiencyConfig(seed=config.seed))
-    if config.samples:
-        steps["samples"] = partial(generate_samples, model, tokenizer, seed=config.seed)
-    return steps
+        return run_tasks(model, tokenizer, [name], **{name: getattr(config, name) for name in names})
+    if kind == "efficiency":
+        return measure_efficiency(model, EfficiencyConfig(seed=config.seed))
+    return generate_samples(model, tokenizer, seed=config.seed)
 
 
 def _continue(
