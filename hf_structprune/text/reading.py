@@ -48,14 +48,7 @@ def read_rows(
         return loaded[column]
     if path.suffix == ".txt":
         return read_lines(path)
-    objects = _objects(path, column)
-
-    def value(number: int) -> Any:
-        where, row = objects[number]
-        _check_column(where, column, list(row))
-        return row[column]
-
-    return _Rows(value, range(len(objects)))
+    return _objects(path, column)
 
 
 def read_table(source: str | os.PathLike, *, name: str | None = None, split: str = "train", **loading: Any) -> Any:
@@ -69,7 +62,7 @@ def read_table(source: str | os.PathLike, *, name: str | None = None, split: str
     if path.suffix == ".txt":
         lines_of(path)  # says what is wrong with it
         return as_table([{"text": path.read_text(encoding="utf-8")}], path.name)
-    return as_table([row for _, row in _objects(path)], path.name)
+    return as_table(list(_objects(path)), path.name)
 
 
 def as_table(rows: Sequence[Any], name: str) -> Any:
@@ -147,19 +140,23 @@ def lines_of(path: Path) -> Sequence[str]:
     return _Rows(line, range(len(starts) - 1))
 
 
-def _objects(path: Path, column: str = "text") -> Sequence[tuple[str, dict[str, Any]]]:
-    """The objects of a JSON file, one a line or all in one list, each with the words for where it is."""
+def _objects(path: Path, column: str | None = None) -> Sequence[Any]:
+    """The objects of a JSON file, one a line or all in one list; with `column`, what they have there."""
     lines = lines_of(path)
     filled = array("q", (number for number, line in enumerate(lines) if line.strip()))
-    if path.suffix == ".json" and filled and lines[filled[0]].lstrip().startswith("["):
-        rows = enumerate(read_json(path, TextError, repeats=True))
-        return [(f"Item {number} of {path}", _object(row, f"Item {number} of {path}", column)) for number, row in rows]
+    is_list = path.suffix == ".json" and filled and lines[filled[0]].lstrip().startswith("[")
+    items = read_json(path, TextError, repeats=True) if is_list else ()
 
-    def read(number: int) -> tuple[str, dict[str, Any]]:
-        where = f"Line {number + 1} of {path}"
-        return where, _object(parse_json(lines[number], where, TextError, repeats=True), where, column)
+    def read(number: int) -> Any:
+        where = f"Item {number} of {path}" if is_list else f"Line {number + 1} of {path}"
+        row = items[number] if is_list else parse_json(lines[number], where, TextError, repeats=True)
+        row = _object(row, where, column or "text")
+        if column is None:
+            return row
+        _check_column(where, column, list(row))
+        return row[column]
 
-    return _Rows(read, filled)
+    return _Rows(read, range(len(items)) if is_list else filled)
 
 
 def _file(source: str | os.PathLike) -> Path | None:
