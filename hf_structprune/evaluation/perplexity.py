@@ -21,8 +21,7 @@ from ..data import wikitext2_sample
 from ..errors import ConfigurationError, TextError
 from ..model.loading import as_tokenizer
 from ..model.measuring import context_length, has_plain_head, measuring, positions_at_once
-from ..text.reading import FILES, is_local, read_lines, read_rows
-from ..text.tokenising import tokenise
+from ..text.reading import FILES, is_local, read_lines, read_rows, tokenise
 from .comparison import FORMS, Parts, fingerprint, ratio_and_stderr
 from .results import Figure
 

@@ -17,8 +17,7 @@ import numpy as np
 from ..checks import Count, Limits, Number, check_fields, check_keys
 from ..data import calibration_sample
 from ..errors import CalibrationError, ConfigurationError, TextError
-from .reading import read_rows
-from .tokenising import token_ids
+from .reading import read_rows, token_ids
 
 
 if TYPE_CHECKING:

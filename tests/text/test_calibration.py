@@ -8,7 +8,7 @@ import torch
 from hf_structprune.config import CalibrationConfig
 from hf_structprune.data import calibration_sample, wikitext2_sample
 from hf_structprune.errors import CalibrationError
-from hf_structprune.text import calibration, tokenising
+from hf_structprune.text import calibration, reading
 from hf_structprune.text.calibration import check_token_ids, load_tokens
 from hf_structprune.text.reading import read_lines
 
@@ -167,8 +167,8 @@ def test_texts_are_tokenised_in_pieces(tmp_path, tiny_tokenizer, monkeypatch, ro
     texts = list(read_lines(wikitext2_sample())) if rows == "running" else text.split(" \n = ")
     expected = load(tiny_tokenizer, texts=texts, num_samples=1000, length=64)
 
-    monkeypatch.setattr(tokenising, "PIECE", 2000)
-    monkeypatch.setattr(tokenising, "OVERLAP", 400)
+    monkeypatch.setattr(reading, "PIECE", 2000)
+    monkeypatch.setattr(reading, "OVERLAP", 400)
     tokenizer = Counting(tiny_tokenizer)
     assert torch.equal(load(tokenizer, texts=texts, num_samples=1000, length=64), expected)
     assert tokenizer.most <= 2 * 2000 + 400 and tokenizer.all < 1.4 * len(text)

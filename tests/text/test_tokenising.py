@@ -8,8 +8,8 @@ import vocabularies
 from tiny_tokenizers import build_tokenizer
 
 from hf_structprune.data import wikitext2_sample
-from hf_structprune.text import tokenising
-from hf_structprune.text.tokenising import token_ids, tokenise
+from hf_structprune.text import reading
+from hf_structprune.text.reading import token_ids, tokenise
 
 
 TOKENIZERS = {
@@ -41,8 +41,8 @@ class Counting:
 
 
 def in_pieces(monkeypatch, piece, overlap):
-    monkeypatch.setattr(tokenising, "PIECE", piece)
-    monkeypatch.setattr(tokenising, "OVERLAP", overlap)
+    monkeypatch.setattr(reading, "PIECE", piece)
+    monkeypatch.setattr(reading, "OVERLAP", overlap)
 
 
 @pytest.mark.parametrize("special", [True, False])
