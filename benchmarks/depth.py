@@ -26,8 +26,7 @@ import transformers
 from matplotlib.axes import Axes
 
 from hf_structprune import PruningConfig, PruningPlan, StructuredPruner
-from hf_structprune.allocation.depth import choose_depth
-from hf_structprune.allocation.depth_search import LossSearch
+from hf_structprune.allocation.depth import LossSearch, choose_depth
 from hf_structprune.allocation.removal import Amount, Removal, depth_candidates
 from hf_structprune.commands.measure import take_turns
 from hf_structprune.commands.models import DEMO_MODEL, find_model, find_subject, load_pruner

@@ -56,7 +56,7 @@ class Limits:
 class OneOf:
     """The only values that are allowed."""
 
-    allowed: tuple[Any, ...]
+    allowed: Collection[Any]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,15 +33,7 @@ LAYOUTS = ("uniform", "per_layer")
 _LayerRange = Annotated[tuple[Number, Number], Described("(start, end), 0 <= start < end, end excluded")]
 
 
-@dataclass(frozen=True)
-class _Names:
-    """Names of all kinds there are, in order."""
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(KINDS)
-
-
-Kind = Annotated[str, OneOf(_Names())]
+Kind = Annotated[str, OneOf(KINDS)]
 _Part = Annotated[float, Limits(0, open="least"), Described("a positive number")]
 _RATIOS = ("attention_ratio", "mlp_ratio")
 _CRITERIA = {level: level.criterion_option for level in (DepthKind, StreamKind, RoutedKind)}
@@ -67,11 +60,11 @@ class PruningConfig:
             `"first"` (first producer) or `"last"` (the consumer).
         compensation (`bool`): Re-fit the consumers of what is cut on the calibration text.
         error_correction (`float`): The share of the error that earlier cuts have left in the hidden states which every
-            re-fit tries to undo on top of its own layer's, 0 to 1; 0 re-fits the cut consumers to their own outputs
-            only. Needs compensation and a model whose layers simply add up; other models are re-fitted without it.
+            re-fit tries to undo on top of its own layer's, 0 to 1. Needs compensation and a model whose layers simply
+            add up; other models are re-fitted without it.
         token_weighting (`bool`): Weigh every calibration token in the re-fit (and in `"obs"`) by the inverse square
-            of its hidden state's norm: the norm that follows divides by it, so that an error of a large hidden state
-            matters less. Without it a few tokens with massive activations rule the fit.
+            of its hidden state's norm, by which the norm that follows divides. Without it a few tokens with massive
+            activations rule the fit.
         damping (`float`, *optional*): Ridge of the re-fit, as a multiple of the mean of `diag(E[x x^T])`. `None`
             chooses it for each layer on held-out calibration text.
         allocation (`str`): `"uniform"` cuts the same share of every group of a kind, `"global"` compares the
@@ -153,17 +146,27 @@ class PruningConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        self.split, self.keep = _parse_split(self.split), _parse_keep(self.keep)
-        self.criterion = _parse_criterion(self.criterion)
-        self.units = _complete_units(self)
+        self.split = _by_unit("split", self.split, _Part, "{'layers': 0.5, 'mlp_neurons': 0.5}")
+        self.keep = _by_unit("keep", self.keep, Count, "{'layers': 24, 'mlp_neurons': 1024}")
+        self.align_to = check_align_to(self.align_to)
+        if self.split is not None and abs(sum(self.split.values()) - 1) > 1e-6:
+            total = sum(self.split.values())
+            raise ConfigurationError(f"`split` is {self.split!r}; its parts must add up to 1, not {total:g}.")
+        if isinstance(self.criterion, list) and len(self.criterion) == 1 and "=" not in self.criterion[0]:
+            self.criterion = self.criterion[0]
+        if not isinstance(self.criterion, str):
+            self.criterion = _by_unit("criterion", self.criterion, None, "{'layers': 'angular', 'mlp_neurons': 'obs'}")
+        if self.units is None:  # what other options name
+            by_option = [name for name in KINDS if _given(self, *KINDS[name].options)]
+            by_criterion = self.criterion if isinstance(self.criterion, dict) else {}
+            self.units = (*by_option, *(self.split or {}), *(self.keep or {}), *by_criterion) or (NEURONS,)
+        self.units = tuple(dict.fromkeys(self.units))
         if not self.units:
             raise ConfigurationError(f"`units` is empty; name at least one of {', '.join(KINDS)}.")
         _share_criteria(self)
-        _check_alignment(self)
-        _check_layers(self)
-        _check_named(self)
-        _check_amounts(self)
-        _check_together(self)
+        check_step(self.round_to, self.align_to)
+        for contradiction in (*_in_layers(self), *_in_amounts(self), *_between_kinds(self)):
+            raise ConfigurationError(contradiction)
 
     def kinds(self, among: tuple[str, ...]) -> tuple[str, ...]:
         """The units of this configuration that are among these."""
@@ -276,58 +279,22 @@ class PruningConfig:
         return cls.from_dict(read_json_object(path, ConfigurationError))
 
 
-def _parse_pairs(name: str, values: Any, example: str) -> dict[str, Any] | None:
+def _by_unit(name: str, values: Any, each: Any, example: str) -> dict[str, Any] | None:
     """A dictionary by kind of unit; `["layers=0.5", "mlp_neurons=0.5"]` is what the command line gives.
 
     Raises:
-        ConfigurationError: It is of another form, or names a kind twice.
+        ConfigurationError: It is of another form, names a kind twice, or a value is not like `each`.
     """
     if values is None:
         return None
     if isinstance(values, (list, tuple)) and all(isinstance(part, str) and part.count("=") == 1 for part in values):
-        kinds = [part.partition("=")[0] for part in values]
-        for kind in kinds:
-            if kinds.count(kind) > 1:
-                raise ConfigurationError(f"`{name}` names '{kind}' {kinds.count(kind)} times: {', '.join(values)}.")
+        for kind, times in Counter(part.partition("=")[0] for part in values).items():
+            if times > 1:
+                raise ConfigurationError(f"`{name}` names '{kind}' {times} times: {', '.join(values)}.")
         values = dict(part.split("=") for part in values)
     if not isinstance(values, dict) or not values:
         raise ConfigurationError(f"`{name}` is {values!r}; it must be like {example}.")
-    return values
-
-
-def _parse_split(split: Any) -> dict[str, float] | None:
-    """`split` as a dictionary of positive parts with sum 1."""
-    split = _parse_pairs("split", split, "{'layers': 0.5, 'mlp_neurons': 0.5}")
-    if split is None:
-        return None
-    parts = {kind: float(part) for kind, part in checked("split", split, dict[Kind, _Part]).items()}
-    if abs(sum(parts.values()) - 1) > 1e-6:
-        raise ConfigurationError(f"`split` is {split!r}; its parts must add up to 1, not {sum(parts.values()):g}.")
-    return parts
-
-
-def _parse_keep(keep: Any) -> dict[str, int] | None:
-    keep = _parse_pairs("keep", keep, "{'layers': 24, 'mlp_neurons': 1024}")
-    return None if keep is None else checked("keep", keep, dict[Kind, Count])
-
-
-def _parse_criterion(criterion: Any) -> str | dict[str, str]:
-    """`criterion` as one name or names by kind; the command line gives a list, of one name too."""
-    if isinstance(criterion, list) and len(criterion) == 1 and "=" not in criterion[0]:
-        return criterion[0]
-    if isinstance(criterion, str):
-        return criterion
-    return _parse_pairs("criterion", criterion, "{'layers': 'angular', 'mlp_neurons': 'obs'}")
-
-
-def _complete_units(config: PruningConfig) -> tuple[str, ...]:
-    """`units` as a tuple; where none are given, those that other options name, else MLP neurons."""
-    if config.units is not None:
-        return tuple(dict.fromkeys(config.units))
-    by_option = [name for name in KINDS if _given(config, *KINDS[name].options)]
-    by_criterion = config.criterion if isinstance(config.criterion, dict) else {}
-    named = [*by_option, *(config.split or {}), *(config.keep or {}), *by_criterion]
-    return tuple(dict.fromkeys(named)) or (NEURONS,)
+    return values if each is None else checked(name, values, dict[Kind, each])
 
 
 def _share_criteria(config: PruningConfig) -> None:
@@ -338,53 +305,45 @@ def _share_criteria(config: PruningConfig) -> None:
     Raises:
         ConfigurationError: It is a criterion of what is not cut, or could be meant for two kinds of units.
     """
-    if isinstance(config.criterion, dict):
-        _by_kind(config)
+    name, widths = config.criterion, config.kinds(kinds_of(WidthKind))
+    widths = [kind for kind in widths if KINDS[kind].criterion_option == "criterion"]
+    if isinstance(name, dict):
+        for contradiction in _not_cut("criterion", name, config):
+            raise ConfigurationError(contradiction)
+        for kind, one in name.items():
+            check_choice(f"criterion of {kind}", one, KINDS[kind].criteria)
+        for level, option in _CRITERIA.items():
+            chosen = {name[kind] for kind in kinds_of(level) if kind in name}
+            if len(chosen) > 1:
+                raise ConfigurationError(
+                    f"`criterion` is {name!r}: {', '.join(kinds_of(level))} are compared with each other and need "
+                    f"one criterion, not {' and '.join(sorted(chosen))}."
+                )
+            for one in chosen:
+                setattr(config, option, one)
+        by_kind = {kind: name.get(kind, "obs") for kind in widths}
+        config.criterion = by_kind if len(set(by_kind.values())) > 1 else next(iter(by_kind.values()), "obs")
         return
-    known = [name for level in (WidthKind, *_CRITERIA) for name in level_criteria(level)]
-    check_choice("criterion", config.criterion, dict.fromkeys(known))
-    widths = _read_by_maps(config)
-    ranks_widths = config.criterion in level_criteria(WidthKind)
-    levels = [level for level in _CRITERIA if config.criterion in level_criteria(level)]
+    check_choice(
+        "criterion", name, dict.fromkeys(n for level in (WidthKind, *_CRITERIA) for n in level_criteria(level))
+    )
+    ranks_widths = name in level_criteria(WidthKind)
+    levels = [level for level in _CRITERIA if name in level_criteria(level)]
     levels = [level for level in levels if config.kinds(kinds_of(level)) or not ranks_widths]
-    options = [_CRITERIA[level] for level in levels]
     alone = [_CRITERIA[level] for level in levels if set(config.units) <= set(kinds_of(level))]
     if alone:
-        setattr(config, alone[0], config.criterion)
+        setattr(config, alone[0], name)
         config.criterion = "obs"
-    elif options and not (ranks_widths and widths):
+    elif levels and not (ranks_widths and widths):
         raise ConfigurationError(
-            f"`criterion` is {config.criterion!r}, which does not rank all of {', '.join(config.units)}; it is a "
-            f"value of `{'` and of `'.join(options)}`."
+            f"`criterion` is {name!r}, which does not rank all of {', '.join(config.units)}; it is a "
+            f"value of `{'` and of `'.join(_CRITERIA[level] for level in levels)}`."
         )
-    elif config.criterion != "obs" and not widths:
+    elif name != "obs" and not widths:
         raise ConfigurationError(
-            f"`criterion` is {config.criterion!r}, which ranks heads and neurons, but `units` is {config.units}: set "
+            f"`criterion` is {name!r}, which ranks heads and neurons, but `units` is {config.units}: set "
             "`depth_criterion` for layers and sublayers, `hidden_criterion` for hidden channels."
         )
-
-
-def _read_by_maps(config: PruningConfig) -> tuple[str, ...]:
-    """Kinds of widths that `criterion` ranks."""
-    return tuple(kind for kind in config.kinds(kinds_of(WidthKind)) if KINDS[kind].criterion_option == "criterion")
-
-
-def _by_kind(config: PruningConfig) -> None:
-    values = config.criterion
-    _check_units("criterion", values, config)
-    for kind, name in values.items():
-        check_choice(f"criterion of {kind}", name, KINDS[kind].criteria)
-    for level, option in _CRITERIA.items():
-        chosen = {values[kind] for kind in kinds_of(level) if kind in values}
-        if len(chosen) > 1:
-            raise ConfigurationError(
-                f"`criterion` is {values!r}: {', '.join(kinds_of(level))} are compared with each other and need one "
-                f"criterion, not {' and '.join(sorted(chosen))}."
-            )
-        for name in chosen:
-            setattr(config, option, name)
-    widths = {kind: values.get(kind, "obs") for kind in _read_by_maps(config)}
-    config.criterion = widths if len(set(widths.values())) > 1 else next(iter(widths.values()), "obs")
 
 
 def _given(config: PruningConfig, *options: str) -> list[str]:
@@ -392,23 +351,16 @@ def _given(config: PruningConfig, *options: str) -> list[str]:
     return [option for option in options if getattr(config, option) is not None]
 
 
-def _only_one(config: PruningConfig, *options: str) -> None:
-    """Refuses two options that say the same."""
-    given = _given(config, *options)
-    if len(given) > 1:
-        raise ConfigurationError(f"`{given[0]}` and `{given[1]}` are both given; give one of them.")
+def _not_cut(option: str, kinds: Iterable[str] | None, config: PruningConfig) -> Iterator[str]:
+    return (
+        f"`{option}` names '{kind}', but `units` is {config.units}."
+        for kind in kinds or ()
+        if kind not in config.units
+    )  # fmt: skip
 
 
-def _check_units(option: str, kinds: Iterable[str] | None, config: PruningConfig) -> None:
-    """Refuses an option that names a kind which is not cut."""
-    for kind in kinds or ():
-        if kind not in config.units:
-            raise ConfigurationError(f"`{option}` names '{kind}', but `units` is {config.units}.")
-
-
-def _check_alignment(config: PruningConfig) -> None:
-    config.align_to = check_align_to(config.align_to)
-    check_step(config.round_to, config.align_to)
+def _in_layers(config: PruningConfig) -> Iterator[str]:
+    """What the options that choose layers say against each other, and widths against `align_to`."""
     multiple = multiple_of(config.align_to)
     sizes = {"hidden_size": config.stated_hidden_size}
     sizes |= {f"keep of {kind}": n for kind, n in (config.keep or {}).items() if KINDS[kind].aligns}
@@ -416,105 +368,78 @@ def _check_alignment(config: PruningConfig) -> None:
         if size is not None and size % multiple:
             lower = size // multiple * multiple
             nearest = " or ".join(str(size) for size in (lower, lower + multiple) if size)
-            raise ConfigurationError(
+            yield (
                 f"`{name}` is {size}, which is not a multiple of {multiple} (`align_to` is {config.align_to!r}); "
                 f"the nearest that is: {nearest}."
             )
-
-
-def _check_layers(config: PruningConfig) -> None:
-    """The options that choose layers."""
-    _only_one(config, "layers", "layer_range")
     if config.layer_range is not None and config.layer_range[0] >= config.layer_range[1]:
-        raise ConfigurationError(
-            f"`layer_range` is {config.layer_range!r}; it must be (start, end), 0 <= start < end, end excluded."
-        )
+        yield f"`layer_range` is {config.layer_range!r}; it must be (start, end), 0 <= start < end, end excluded."
     if config.layout == "per_layer":
         return
     chosen = [n for n in ("layers", "layer_range", "protect_first", "protect_last") if getattr(config, n)]
     if chosen and config.kinds(kinds_of(WidthKind)):
-        raise ConfigurationError(
-            f"`{chosen[0]}` leaves some layers whole, so that widths differ between layers: set layout='per_layer'."
-        )
+        yield f"`{chosen[0]}` leaves some layers whole, so that widths differ between layers: set layout='per_layer'."
     if config.allocation != "uniform":
-        raise ConfigurationError(
-            f"allocation={config.allocation!r} gives every layer a width of its own: set layout='per_layer'."
-        )
+        yield f"allocation={config.allocation!r} gives every layer a width of its own: set layout='per_layer'."
+    for sublayer in config.kinds(kinds_of(DepthKind, sublayer=True)):
+        yield f"`units` names '{sublayer}': layers that lack a sublayer are not alike. Set layout='per_layer'."
 
 
-def _check_named(config: PruningConfig) -> None:
+def _in_amounts(config: PruningConfig) -> Iterator[str]:
     """Options that say how much of a kind goes need that kind, and no other option that says it too."""
     if config.attention_ratio is not None and not any(
         KINDS[kind].of_heads for kind in config.kinds(kinds_of(WidthKind))
     ):
-        raise ConfigurationError(f"`attention_ratio` is given, but `units` is {config.units}: no heads in it.")
+        yield f"`attention_ratio` is given, but `units` is {config.units}: no heads in it."
     for name, kind in KINDS.items():
         for option in _given(config, *kind.options):
             if name not in config.units and name != GROUPS:
-                raise ConfigurationError(f"`{option}` is given, but `units` is {config.units}: no '{name}' in it.")
-            if name in (config.keep or {}):
-                _only_one(config, "keep", option)
-        _only_one(config, *kind.options)
-    _check_units("keep", config.keep, config)
-    for ratio in _RATIOS:
-        _only_one(config, "keep", ratio)
-    stated = _given(config, *KINDS[LAYERS].options)
-    if stated and config.kinds(kinds_of(DepthKind, sublayer=True)):
-        raise ConfigurationError(
-            f"`{stated[0]}` is given, but sublayers are to go as well: use `split` for both, or `keep`."
-        )
+                yield f"`{option}` is given, but `units` is {config.units}: no '{name}' in it."
+    stating = [option for kind in config.keep or () for option in KINDS[kind].options]
+    sizes = [*KINDS[LAYERS].options, *KINDS[HIDDEN].options]
+    exclusive = [("layers", "layer_range"), *(kind.options for kind in KINDS.values())]
+    exclusive += [("keep", option) for option in (*stating, *_RATIOS)]
+    exclusive += [("split", option) for option in (*sizes, "keep", *_RATIOS)]
+    for options in exclusive:
+        if len(given := _given(config, *options)) > 1:
+            yield f"`{given[0]}` and `{given[1]}` are both given; give one of them."
+    yield from _not_cut("keep", config.keep, config)
+    yield from _not_cut("split", config.split, config)
 
 
-def _check_amounts(config: PruningConfig) -> None:
-    """A split says how much of every kind goes, and nothing else does."""
-    if config.split is None:
-        return
-    for option in (*KINDS[LAYERS].options, *KINDS[HIDDEN].options, "keep"):
-        _only_one(config, "split", option)
-    _check_units("split", config.split, config)
-    lacking = sorted(set(config.units) - set(config.split))
-    if lacking:
-        raise ConfigurationError(f"`split` does not say how much of the budget {', '.join(lacking)} gets.")
-    for kind in config.split:
-        if KINDS[kind].within in config.split:
-            raise ConfigurationError(
+def _between_kinds(config: PruningConfig) -> Iterator[str]:
+    """What kinds of units, cut together, ask of other options."""
+    split, layers = config.split or {}, _given(config, *KINDS[LAYERS].options)
+    if layers and config.kinds(kinds_of(DepthKind, sublayer=True)):
+        yield f"`{layers[0]}` is given, but sublayers are to go as well: use `split` for both, or `keep`."
+    lacking = sorted(set(config.units) - set(split))
+    if split and lacking:
+        yield f"`split` does not say how much of the budget {', '.join(lacking)} gets."
+    for kind in split:
+        if KINDS[kind].within in split:
+            yield (
                 f"`split` names '{KINDS[kind].within}' and '{kind}', which hold parts of the same matrices: give one "
                 "of them."
             )
-    for ratio in _RATIOS:
-        _only_one(config, "split", ratio)
-
-
-def _check_together(config: PruningConfig) -> None:
-    """What kinds of units, cut together, ask of other options."""
     for kind in config.kinds(kinds_of(WidthKind)):
         if (criterion := config.criterion_of(kind)) not in KINDS[kind].criteria:
-            raise ConfigurationError(
-                f"{criterion!r} does not rank {KINDS[kind].label}; these do: {', '.join(KINDS[kind].criteria)}."
-            )
+            yield f"{criterion!r} does not rank {KINDS[kind].label}; these do: {', '.join(KINDS[kind].criteria)}."
     if config.merge_experts and not config.kinds(kinds_of(RoutedKind)):
-        raise ConfigurationError(f"`merge_experts` is given, but `units` is {config.units}: no whole experts go.")
+        yield f"`merge_experts` is given, but `units` is {config.units}: no whole experts go."
     inside = [kind for kind in config.units if KINDS[kind].within_experts]
     if inside and config.kinds(kinds_of(RoutedKind)):
-        raise ConfigurationError(
-            f"`units` names '{inside[0]}' beside whole experts: cut the one first, and the other from the result."
-        )
-    sublayers = config.kinds(kinds_of(DepthKind, sublayer=True))
-    if sublayers and config.layout == "uniform":
-        raise ConfigurationError(
-            f"`units` names '{sublayers[0]}': layers that lack a sublayer are not alike. Set layout='per_layer'."
-        )
-    if HIDDEN in config.units and len(config.units) > 1 and config.split is None and not config.is_stated(HIDDEN):
-        raise ConfigurationError(
+        yield f"`units` names '{inside[0]}' beside whole experts: cut the one first, and the other from the result."
+    if HIDDEN in config.units and len(config.units) > 1 and not split and not config.is_stated(HIDDEN):
+        yield (
             "`units` names 'hidden' beside others, whose costs are not compared: give `hidden_size`, or a `split` "
             "such as {'hidden': 0.5, 'mlp_neurons': 0.5}."
         )
     if set(config.units) <= set(kinds_of(WidthKind)):
         return
     if config.by_kind:
-        raise ConfigurationError("`attention_ratio` and `mlp_ratio` are for heads and neurons alone; use `split`.")
+        yield "`attention_ratio` and `mlp_ratio` are for heads and neurons alone; use `split`."
     if config.iterative_steps > 1:
-        raise ConfigurationError(
+        yield (
             "`iterative_steps` is for heads and neurons alone: prune layers or the hidden size first, then the "
             "result in steps. 'greedy' measures again after every layer as it is."
         )

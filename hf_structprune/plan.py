@@ -147,14 +147,13 @@ class PruningPlan:
 
     Attributes:
         ratio_requested: The share of parameters that was asked for; `None` if ratios by kind were asked for.
-        model_type: `config.model_type` of the model it was made for.
-        layout: `"uniform"` or `"per_layer"`.
+        model_type, layout: `config.model_type` of the model it was made for; `"uniform"` or `"per_layer"`.
         decisions: What stays of every kind of unit that is cut; of others all stays.
         parameters_before, parameters_after: All distinct parameters of the model.
         matrix_parameters_before, matrix_parameters_after: Weights that multiply each token.
         neurons_before, neurons_after: MLP neurons a token passes, all layers together.
-        bytes_per_parameter: Mean size of a parameter in memory.
-        bytes_per_parameter_after: The same after pruning, once that is done; `None` for as before.
+        bytes_per_parameter, bytes_per_parameter_after: Mean size of a parameter in memory; after pruning once that is
+            done, `None` for as before.
         notes: What is left alone, and why.
         num_layers: Decoder layers before.
         removed: Parameters that go, by kind of unit.
@@ -218,8 +217,6 @@ class PruningPlan:
             structure: Coupled groups of the model.
             keep: Units to keep for `(layer, kind)`; groups that are not named stay whole. For query heads this is
                 the number in **each surviving KV group**.
-            model_type, layout, ratio_requested, bytes_per_parameter: As in the plan.
-            dropped: Layers and sublayers that go, by kind.
             hidden: The decision for the residual stream; `structure` is then that of the model after it.
             dense: Structure before the residual stream was cut; default `structure`.
 
@@ -322,11 +319,10 @@ class PruningPlan:
         if version not in (1, 2):
             raise ConfigurationError(f"The plan has version {version!r}; this package reads versions 1 and 2.")
         try:
-            values = _from_version_1(values) if version == 1 else values
+            decisions = _from_version_1(values) if version == 1 else [Decision(**one) for one in values["decisions"]]
             # What has a default is newer than the first plans that were written.
-            fields = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values or _required(f)}
-            fields["decisions"] = [Decision(**decision) for decision in fields["decisions"]]
-            return cls(**fields)
+            fields = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}
+            return cls(**{**fields, "decisions": decisions})
         except (KeyError, TypeError, AttributeError) as error:
             raise ConfigurationError(f"The plan is incomplete or of another kind: {error}.") from error
 
@@ -358,12 +354,10 @@ class PruningPlan:
         for kind in kinds_of(WidthKind):
             for layers, before, after in _runs(group for group in self.groups if group.kind == kind):
                 table.add_row(layers, KINDS[kind].label, f"{before:,}", f"{after:,}")
-        for decision in self.decisions:
-            if decision.kind in kinds_of(DepthKind):
-                layers, name = " ".join(map(str, decision.gone)), f"{KINDS[decision.kind].label}, gone"
-                table.add_row(layers, name, f"{decision.before}", f"{decision.keep}")
-            elif decision.layer is None:
-                table.add_row("all", KINDS[decision.kind].label, f"{decision.before:,}", f"{decision.keep:,}")
+        for one in (decision for decision in self.decisions if decision.layer is None):
+            depth, label = one.kind in kinds_of(DepthKind), KINDS[one.kind].label
+            layers, name = (" ".join(map(str, one.gone)), f"{label}, gone") if depth else ("all", label)
+            table.add_row(layers, name, f"{one.before:,}", f"{one.keep:,}")
         if len(self.removed) > 1:
             table.add_section()
             for kind, count in sorted(self.removed.items(), key=lambda item: -item[1]):
@@ -381,19 +375,12 @@ class PruningPlan:
         return table
 
 
-def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
-    """A plan of version 1, which kept units of layers, dropped layers and the hidden size apart."""
-    groups = [
-        Decision(one["kind"], one["layer"], one["num_units"], one["keep"], one.get("kept")) for one in values["groups"]
-    ]
+def _from_version_1(values: dict[str, Any]) -> list[Decision]:
+    """The decisions of version 1, which kept units of layers, dropped layers and the hidden size apart."""
+    groups = [Decision(g["kind"], g["layer"], g["num_units"], g["keep"], g.get("kept")) for g in values["groups"]]
     hidden = values.get("hidden")
     hidden = hidden and Decision(HIDDEN, None, hidden["before"], hidden["keep"], hidden.get("kept"))
-    decisions = decisions_of(groups, values.get("dropped"), hidden, values.get("num_layers", 0))
-    return {**values, "decisions": [dataclasses.asdict(decision) for decision in decisions]}
-
-
-def _required(field: dataclasses.Field) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    return decisions_of(groups, values.get("dropped"), hidden, values.get("num_layers", 0))
 
 
 def _runs(groups: Iterable[Decision]) -> list[tuple[str, int, int]]:

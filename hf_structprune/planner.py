@@ -12,10 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from .alignment import far_off, multiple_of, step_of
-from .allocation.budget import Budget, Counts
 from .allocation.depth import DepthChoice, choose_depth
 from .allocation.removal import Unit, as_dropped
-from .allocation.widths import allocate, allocate_stated, next_counts
+from .allocation.widths import Budget, Counts, allocate, allocate_stated, next_counts
 from .config import PruningConfig
 from .errors import CheckpointError, ConfigurationError, RatioError, UnsupportedModelError
 from .model.describe import approximations, expressible_heads, target_of, warnings_of
@@ -38,9 +37,7 @@ class Planner:
     """Plans for one model, which may be cut in several steps.
 
     Attributes:
-        model: The model as it is now; on the meta device too where nothing has to be measured.
-        structure: Its coupled groups.
-        config: What may be cut and how.
+        model, structure: As they are now; on the meta device too where nothing has to be measured.
         tokens: Loads the calibration tokens; called only where they are needed.
         known: What was found out about the model for the last plan; `None` where nothing had to be.
         depth: How layers and sublayers were chosen by the last plan; `None` where nothing was measured.
@@ -65,11 +62,7 @@ class Planner:
         return self.config.allocation != "uniform" and bool(self.config.kinds(kinds_of(WidthKind)))
 
     def plan(self, ratio: float | None, steps_left: int = 1) -> PruningPlan:
-        """A plan for the model as it is.
-
-        Args:
-            ratio: Share of all parameters to remove; `None` where the configuration says how much goes.
-            steps_left: Plan only so far that as many equal steps, this one included, reach what is asked.
+        """A plan for the model as it is; `steps_left` equal steps, this one included, are to reach what is asked.
 
         Raises:
             RatioError: More than can be cut; says how much can.
@@ -97,11 +90,7 @@ class Planner:
         return plan
 
     def _left(self, budget: int | None, gone: int, *options: str) -> int | None:
-        """What is left of a budget.
-
-        Raises:
-            RatioError: One of these options, which say how much goes, takes more than there is.
-        """
+        """What is left of a budget; refuses that one of these options, which say how much goes, takes more."""
         if budget is None:
             return None
         for option in options:
@@ -137,10 +126,7 @@ class Planner:
         raise refused
 
     def _hidden_sizes(self, group: Group, ratio: float) -> list[int]:
-        """Hidden sizes, the one first that is nearest to the ratio.
-
-        They are multiples of what is configured, else of a power of two, at most 1/16 of the size and 128.
-        """
+        """Hidden sizes, nearest to the ratio first: multiples as configured, else of 2^n, at most 1/16 and 128."""
         config = self.config
         parameters = (config.split or {HIDDEN: 1.0})[HIDDEN] * ratio * self.structure.total_parameters
         default = min(128, 2 ** int(math.log2(max(1, group.size // 16))))
@@ -229,12 +215,9 @@ class Planner:
         """As much depth as makes the measured cost of the whole cut least, heads and neurons taking the rest.
 
         The cost of the first `k` removals is the rise of the loss that was measured with all of them gone; that of
-        widths is the sum of `a * share^2` over the groups (see `survey.measure_sensitivity`). Both are nats per token:
-        the divergence from the dense model is the rise of the loss on text as the dense model would write it. They are
-        added, as if they did not depend on each other.
-
-        Raises:
-            RatioError: The budget cannot be reached, however many of them go.
+        widths is the sum of `a * share^2` over the groups (see `survey.measure_sensitivity`). Both are nats per token
+        (the divergence is the rise of the loss on text as the dense model would write it), and are added, as if they
+        did not depend on each other.
         """
         if self.config.depth_criterion not in ("exchange", "greedy", "perplexity"):
             raise ConfigurationError(
@@ -245,33 +228,33 @@ class Planner:
         if any(KINDS[kind].within for kind in self.config.units):
             raise ConfigurationError("The cost of query heads is not measured: use `split`, or units 'kv_groups'.")
         sensitivity = self.known and self.known.sensitivity
-        if sensitivity is None:
-            sensitivity = sensitivities(self.model, self.structure, self.config, self.tokens)
+        sensitivity = sensitivity or sensitivities(self.model, self.structure, self.config, self.tokens)
         sizes = {group.key: group.size for group in self._narrow.groups}
 
-        def cost(rise: float, order: list[Unit]) -> float:
-            dropped = as_dropped(order, self._narrow)
-            target = max(0, left - removed_by(dropped, self._narrow))
-            try:
-                counts = self._allocate(self.config, None, dropped, target, sensitivity)
-            except RatioError:
-                return float("inf")  # the widths that are left cannot take the rest
-            return rise + sum(sensitivity[key] * (1 - keep / sizes[key]) ** 2 for key, keep in counts.items())
-
         def costs(order: list[Unit], losses: list[float], baseline: float) -> list[float]:
-            """The cost of the whole cut with none, one, two ... of the removals."""
-            rises = [0.0, *(loss - baseline for loss in losses)]
-            return [cost(rise, order[:number]) for number, rise in enumerate(rises)]
+            """The cost of the whole cut with none, one ... of the removals; infinite if widths cannot do the rest."""
+            found = []
+            for number, rise in enumerate([0.0, *(loss - baseline for loss in losses)]):
+                dropped = as_dropped(order[:number], self._narrow)
+                target = max(0, left - removed_by(dropped, self._narrow))
+                try:
+                    counts = self._allocate(self.config, None, dropped, target, sensitivity)
+                except RatioError:
+                    found.append(math.inf)
+                    continue
+                widths = sum(sensitivity[key] * (1 - keep / sizes[key]) ** 2 for key, keep in counts.items())
+                found.append(rise + widths)
+            return found
 
         def levelled_off(*measured: Any) -> bool:
             """Whether the last removals did not make the whole cut cheaper, so that more will hardly do."""
             found = costs(*measured)
-            return min(found) < float("inf") and len(found) - 1 - found.index(min(found)) >= _PATIENCE
+            return min(found) < math.inf and len(found) - 1 - found.index(min(found)) >= _PATIENCE
 
         self._choose(kinds, {}, parameters=left, most=True, until=levelled_off)
         order = self.depth.order
         found = costs(order, self.depth.losses, self.depth.baseline)
-        if min(found) == float("inf"):
+        if min(found) == math.inf:
             raise RatioError(
                 f"So much cannot be removed: heads and neurons cannot take what is left of it after any of 0 to "
                 f"{len(order)} removals of layers or sublayers. Ask for less, or allow more `units` or layers."
@@ -307,16 +290,11 @@ class Planner:
         return counts | self._allocate(alone[finest], ratio, dropped, left)
 
     def _allocate(
-        self,
-        config: PruningConfig,
-        ratio: float | None,
-        dropped: Dropped,
-        target: int | None,
+        self, config: PruningConfig, ratio: float | None, dropped: Dropped, target: int | None,
         sensitivity: dict[tuple[int, str], float] | None = None,
-    ) -> Counts:
-        known = self.known or Survey()
-        sensitivity = sensitivity or known.sensitivity
-        return allocate(self._budget(config, dropped), ratio, target, known.scores, sensitivity)
+    ) -> Counts:  # fmt: skip
+        known, budget = self.known or Survey(), self._budget(config, dropped)
+        return allocate(budget, ratio, target, known.scores, sensitivity or known.sensitivity)
 
     def _budget(self, config: PruningConfig, dropped: Dropped) -> Budget:
         return Budget(self._narrow, config, self._head_counts, dropped, self._dense)
@@ -330,30 +308,27 @@ class Planner:
 
     def _expressible_heads(self) -> set[tuple[int, int]] | None:
         """Head counts that a checkpoint can have; `None` where no heads are cut."""
-        config = self.config
+        config, structure = self.config, self.structure
         widths = config.kinds(kinds_of(WidthKind))
         if not any(KINDS[kind].of_heads for kind in widths):
             return None
-        found = expressible_heads(self.model, self.structure, config.layout)
-        if not found and any(layer.attention for layer in self.structure.layers):
-            note = f"heads are left alone: {self._why_no_heads()}"
-            if all(KINDS[kind].of_heads for kind in widths) or config.split is not None:
-                raise UnsupportedModelError(f"`units` is {config.units}, but {note}.")
-            self.structure.notes = list(dict.fromkeys([*self.structure.notes, note]))
-        return found
-
-    def _why_no_heads(self) -> str:
-        """The reason why no checkpoint can have fewer heads."""
-        whole = PruningPlan.from_counts(self.structure, {}, model_type="", layout=self.config.layout)
-        try:
-            target_of(self.model, self.structure, whole)
-        except CheckpointError as error:  # nor can it have what the model has now
-            return f"{error}".rstrip(".")
-        way_out = "" if self.structure.towers else " (layout='per_layer' can cut them)"
-        return (
+        found = expressible_heads(self.model, structure, config.layout)
+        if found or not any(layer.attention for layer in structure.layers):
+            return found
+        why = (
             f"the configuration of {type(self.model).__name__} derives the size of a head from the number of heads, "
-            f"so that a vanilla checkpoint cannot have fewer{way_out}"
-        )
+            "so that a vanilla checkpoint cannot have fewer"
+        ) + ("" if structure.towers else " (layout='per_layer' can cut them)")
+        try:
+            target_of(
+                self.model, structure, PruningPlan.from_counts(structure, {}, model_type="", layout=config.layout)
+            )
+        except CheckpointError as error:  # nor can it have what the model has now
+            why = f"{error}".rstrip(".")
+        if all(KINDS[kind].of_heads for kind in widths) or config.split is not None:
+            raise UnsupportedModelError(f"`units` is {config.units}, but heads are left alone: {why}.")
+        structure.notes = list(dict.fromkeys([*structure.notes, f"heads are left alone: {why}"]))
+        return found
 
 
 def describe(
@@ -362,10 +337,8 @@ def describe(
     """The plan of decisions that have been made, with what is to be said about it.
 
     Args:
-        model: The model, for its type and the size of its parameters.
+        model: For its type and the size of its parameters.
         structure: What the decisions refer to: after the hidden size was cut, before anything else.
-        counts: Units to keep.
-        config: What widths were to be multiples of.
         decided: The rest, for `PruningPlan.from_counts`.
     """
     plan = PruningPlan.from_counts(

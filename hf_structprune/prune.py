@@ -10,10 +10,10 @@ import torch
 from transformers import PreTrainedModel
 
 from .config import LAYOUTS, PruningConfig
-from .criteria import Criterion, make_criterion
+from .criteria import make_criterion
 from .errors import ConfigurationError, UnsupportedModelError
 from .model.describe import target_of
-from .model.groups import Group
+from .model.groups import Group, LayerStructure
 from .model.hidden_size import hidden_group, shrunk_target
 from .model.rebuild import rebuild
 from .model.structure import ModelStructure
@@ -22,7 +22,7 @@ from .model.target import Target
 from .plan import Decision, PruningPlan, normalised
 from .planner import describe, size_of
 from .refit.channels import cut_hidden
-from .refit.layer_by_layer import compress, corrects
+from .refit.layer_by_layer import compress
 from .stats.survey import Survey, survey
 from .units import KINDS
 from .units.heads import GROUPS, QUERIES
@@ -33,14 +33,7 @@ ENOUGH_TOKENS = 256  # of calibration text for each expert
 
 @dataclass
 class Execution:
-    """A model on its way from dense to pruned.
-
-    Attributes:
-        model: The model as it is now.
-        structure: Its coupled groups.
-        config: How to cut.
-        tokens: Loads the calibration tokens; called only where they are needed.
-    """
+    """A model on its way from dense to pruned, with its coupled groups; `tokens` loads the calibration tokens."""
 
     model: PreTrainedModel
     structure: ModelStructure
@@ -56,29 +49,19 @@ class Execution:
         self._stay: Kept = {group.key: torch.arange(group.size) for group in self.structure.groups}
 
     def carry_out(self, plan: PruningPlan, known: Survey | None = None) -> None:
-        """Cuts the model as planned.
-
-        Args:
-            plan: What goes; units that it does not name are chosen.
-            known: What was found out about the model already.
-        """
+        """Cuts the model as planned; units that the plan does not name are chosen, by what is `known` already."""
         self._plan, target = plan, self._prove(plan)
-        criterion = make_criterion(self.config)
-        if known is None and criterion.needs_gradients and not plan.chosen:
+        if known is None and make_criterion(self.config).needs_gradients and not plan.chosen:
             known = survey(self.model, self.structure, self.config, self.tokens)
         if plan.hidden is not None:
             self._cut_hidden(plan.hidden)
         if target is None and (plan.groups or plan.dropped):
             target = target_of(self.model, self.structure, plan)
         if target is not None:
-            self._cut(plan, target, criterion, known or Survey())
+            self._cut(plan, target, known or Survey())
 
     def _prove(self, plan: PruningPlan) -> Target | None:
-        """Builds everything that will come out, without weights; raises what would be raised in the middle.
-
-        Returns:
-            What comes out; `None` if the hidden size is cut first.
-        """
+        """Builds what will come out, without weights, and raises early; `None` if the hidden size is cut first."""
         shell, structure = self.model, self.structure
         if self.config.merge_experts:
             _check_merging(structure, plan)
@@ -98,17 +81,9 @@ class Execution:
         decision.kept = None if kept is None else kept.tolist()
         self.structure = self._narrow = ModelStructure.of(self.model)
 
-    def _cut(self, plan: PruningPlan, target: Target, criterion: Criterion, known: Survey) -> None:
+    def _cut(self, plan: PruningPlan, target: Target, known: Survey) -> None:
         """Cuts layers, heads and neurons."""
-        looks = (
-            self.config.compensation
-            or self.config.merge_experts
-            or (criterion.needs_inputs and not plan.chosen and known.scores is None)
-        )
-        tokens = self.tokens() if looks and (plan.groups or (plan.dropped and corrects(self.config))) else None
-        kept = compress(
-            self.model, self.structure, plan, criterion, self.config, tokens, known.scores, known.salience, self._notes
-        )
+        kept = compress(self.model, self.structure, plan, self.config, self.tokens, known, self._notes)
         drop(self.model, self.structure, plan.dropped)
         self.model = rebuild(self.model, target)
         self.structure = ModelStructure.of(self.model, whole=False, towers=self.structure.towers)
@@ -148,8 +123,7 @@ class Execution:
         few = [min(group.seen) for group in plan.groups if group.seen and min(group.seen) < ENOUGH_TOKENS]
         if not few:
             return []
-        calibration = self.config.calibration
-        size = calibration.num_samples * calibration.length
+        size = self.config.calibration.num_samples * self.config.calibration.length
         wanted = f"{size * -(-ENOUGH_TOKENS // min(few)):,}" if min(few) else f"many more than {size:,}"
         return [
             f"experts of {len(few)} layers got fewer than {ENOUGH_TOKENS} calibration tokens, the one with fewest "
@@ -180,42 +154,31 @@ def check_plan(model: PreTrainedModel, structure: ModelStructure, plan: PruningP
     """
     if plan.hidden is not None and plan.hidden.before != (size := hidden_group(model, structure).size):
         raise ConfigurationError(f"The plan is for a hidden size of {plan.hidden.before}; this model has {size}.")
-    _check_model(model, structure, plan)
-    if plan.layout not in LAYOUTS:
-        raise ConfigurationError(f"The plan has the layout {plan.layout!r}; there are {', '.join(LAYOUTS)}.")
-    normalised(plan.dropped, structure)
-    groups = {group.key: group for group in structure.groups}
-    for decision in plan.groups:
-        group = groups.get((decision.layer, decision.kind))
-        if group is None or group.size != decision.before:
-            raise ConfigurationError(
-                f"The plan is for a {plan.model_type} with {decision.before} {decision.kind} in layer "
-                f"{decision.layer}; this model has {group.size if group else 'none'}."
-            )
-        _check_blocks(group, decision)
-    _check_decisions(structure, plan)
-
-
-def _check_blocks(group: Group, decision: Decision) -> None:
-    """Refuses a decision that leaves too few units, or not the same number in each block of a group."""
-    if KINDS[group.kind].within is not None:
-        return  # compared with what holds them
-    each = Counter(number // group.whole for number in decision.kept or ())
-    uneven = decision.keep % group.blocks or (decision.kept and len({each[b] for b in range(group.blocks)}) > 1)
-    if uneven or decision.keep < group.least:
-        raise ConfigurationError(
-            f"The plan keeps {decision.kept or decision.keep} of {group.size} {group.kind} of layer {group.layer}; at "
-            f"least {group.least} must stay, the same number in each of {group.blocks} blocks."
-        )
-
-
-def _check_model(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> None:
-    """Compares what the plan records of the model it was made for."""
     this = PruningPlan.from_counts(structure, {}, model_type=model.config.model_type, layout=plan.layout)
     names = ["model_type", "parameters_before", "matrix_parameters_before", "neurons_before"]
     names += ["num_layers"] if plan.num_layers else []
     if any(getattr(plan, name) != getattr(this, name) for name in names):
         raise ConfigurationError(f"The plan is for {_in_words(plan)}; this is {_in_words(this)}.")
+    if plan.layout not in LAYOUTS:
+        raise ConfigurationError(f"The plan has the layout {plan.layout!r}; there are {', '.join(LAYOUTS)}.")
+    normalised(plan.dropped, structure)
+    groups = {group.key: group for group in structure.groups}
+    times = Counter((decision.layer, decision.kind) for decision in plan.groups)
+    for decision in plan.groups:
+        layer, kind, group = decision.layer, decision.kind, groups.get((decision.layer, decision.kind))
+        if group is None or group.size != decision.before:
+            raise ConfigurationError(
+                f"The plan is for a {plan.model_type} with {decision.before} {kind} in layer "
+                f"{layer}; this model has {group.size if group else 'none'}."
+            )
+        if times[group.key] > 1:
+            raise ConfigurationError(f"The plan decides about {kind} of layer {layer} {times[group.key]} times.")
+        if plan.is_dropped(layer, kind):
+            raise ConfigurationError(f"The plan drops the {kind} of layer {layer} and keeps some of them.")
+        if KINDS[kind].within is None:  # others are compared with what holds them
+            _check_blocks(group, decision)
+    for layer in structure.layers:
+        _check_heads(layer, plan.of_layer(layer.index))
 
 
 def _in_words(plan: PruningPlan) -> str:
@@ -226,31 +189,34 @@ def _in_words(plan: PruningPlan) -> str:
     )
 
 
-def _check_decisions(structure: ModelStructure, plan: PruningPlan) -> None:
-    """Refuses decisions that contradict each other, as one edits them into a file."""
-    times = Counter((decision.layer, decision.kind) for decision in plan.groups)
-    for (layer, kind), number in times.items():
-        if number > 1:
-            raise ConfigurationError(f"The plan decides about {kind} of layer {layer} {number} times.")
-        if plan.is_dropped(layer, kind):
-            raise ConfigurationError(f"The plan drops the {kind} of layer {layer} and keeps some of them.")
-    for layer in structure.layers:
-        decisions = plan.of_layer(layer.index)
-        heads, groups = decisions.get(QUERIES), decisions.get(GROUPS)
-        if heads is None:
-            continue
-        number = groups.keep if groups else layer.attention.kv_heads
-        if heads.keep % number or heads.keep // number > layer.attention.rep:
-            raise ConfigurationError(
-                f"The plan keeps {heads.keep} query heads in {number} KV groups of layer {layer.index}; every group "
-                f"must keep the same number, at most {layer.attention.rep}."
-            )
-        if heads.kept is None:
-            continue
-        alive = Counter(head // layer.attention.rep for head in heads.kept)
-        named = sorted(alive) if groups is None or groups.kept is None else groups.kept
-        if set(alive.values()) != {heads.keep // number} or sorted(alive) != named or len(alive) != number:
-            raise ConfigurationError(
-                f"The plan keeps the query heads {heads.kept} of layer {layer.index}; every KV group that stays must "
-                f"keep {heads.keep // number}, the others none."
-            )
+def _check_blocks(group: Group, decision: Decision) -> None:
+    """Refuses a decision that leaves too few units, or not the same number in each block of a group."""
+    each = Counter(number // group.whole for number in decision.kept or ())
+    uneven = decision.keep % group.blocks or (decision.kept and len({each[b] for b in range(group.blocks)}) > 1)
+    if uneven or decision.keep < group.least:
+        raise ConfigurationError(
+            f"The plan keeps {decision.kept or decision.keep} of {group.size} {group.kind} of layer {group.layer}; at "
+            f"least {group.least} must stay, the same number in each of {group.blocks} blocks."
+        )
+
+
+def _check_heads(layer: LayerStructure, decisions: dict[str, Decision]) -> None:
+    """Refuses query heads that are not evenly in the KV groups that stay."""
+    heads, groups = decisions.get(QUERIES), decisions.get(GROUPS)
+    if heads is None:
+        return
+    number = groups.keep if groups else layer.attention.kv_heads
+    if heads.keep % number or heads.keep // number > layer.attention.rep:
+        raise ConfigurationError(
+            f"The plan keeps {heads.keep} query heads in {number} KV groups of layer {layer.index}; every group "
+            f"must keep the same number, at most {layer.attention.rep}."
+        )
+    if heads.kept is None:
+        return
+    alive = Counter(head // layer.attention.rep for head in heads.kept)
+    named = sorted(alive) if groups is None or groups.kept is None else groups.kept
+    if set(alive.values()) != {heads.keep // number} or sorted(alive) != named or len(alive) != number:
+        raise ConfigurationError(
+            f"The plan keeps the query heads {heads.kept} of layer {layer.index}; every KV group that stays must "
+            f"keep {heads.keep // number}, the others none."
+        )

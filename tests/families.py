@@ -6,7 +6,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from hf_structprune import CalibrationConfig
+from hf_structprune import CalibrationConfig, PruningConfig
 from hf_structprune.model.describe import target_of
 from hf_structprune.model.structure import ModelStructure
 from hf_structprune.plan import PruningPlan
@@ -104,6 +104,11 @@ def make_model(name, dtype=torch.float32, seed=0, **changes):
 
 def make_tokens(sequences=16, length=16, seed=0, vocab=VOCAB):
     return torch.randint(3, vocab, (sequences, length), generator=torch.Generator().manual_seed(seed))
+
+
+def in_batches(batch_size=8, **options):
+    """A configuration whose text goes through the model in batches of this size."""
+    return PruningConfig(calibration=CalibrationConfig(batch_size=batch_size), **options)
 
 
 def calibration(sequences=16, length=16, batch_size=4, seed=0):

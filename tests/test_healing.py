@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from hf_structprune import PruningConfig
-from hf_structprune.criteria import make_criterion
 from hf_structprune.model.structure import ModelStructure
 from hf_structprune.model.surgery import drop
 from hf_structprune.plan import PruningPlan
 from hf_structprune.refit.layer_by_layer import compress
+from hf_structprune.stats.survey import Survey
 
 
 ADDITIVE = ["llama", "qwen3", "phi3", "smollm3", "cohere2", "gpt_neox", "opt", "gpt2", "falcon_7b"]
@@ -22,7 +22,7 @@ def heal(model, dropped, tokens, **options):
     structure = ModelStructure.of(model)
     config = PruningConfig(**{"units": ("layers", "attention", "mlp"), "layout": "per_layer", **options})
     plan = PruningPlan.from_counts(structure, {}, model_type="any", layout="per_layer", dropped=dropped)
-    compress(model, structure, plan, make_criterion(config), config, tokens)
+    compress(model, structure, plan, config, lambda: tokens, Survey(), [])
     return structure, plan
 
 
@@ -111,7 +111,7 @@ def test_layers_and_widths_in_one_pass():
     counts = {(0, "mlp_neurons"): 36, (2, "mlp_neurons"): 36}
     plan = PruningPlan.from_counts(structure, counts, model_type="llama", layout="uniform", dropped={"layers": [1]})
     config = PruningConfig(units=("layers", "mlp_neurons"))
-    kept = compress(model, structure, plan, make_criterion(config), config, tokens)
+    kept = compress(model, structure, plan, config, lambda: tokens, Survey(), [])
     assert {key: len(units) for key, units in kept.items()} == counts
     for number in (0, 2):
         assert model.model.layers[number].mlp.down_proj.weight.shape[1] == 36

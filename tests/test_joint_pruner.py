@@ -8,9 +8,8 @@ import torch
 from test_depth_pruner import check, make_pruner
 
 from hf_structprune import CalibrationConfig, PruningConfig
-from hf_structprune.allocation.budget import Budget
 from hf_structprune.allocation.depth import choose_depth
-from hf_structprune.allocation.widths import allocate
+from hf_structprune.allocation.widths import Budget, allocate
 from hf_structprune.errors import ConfigurationError, RatioError, UnsupportedModelError
 from hf_structprune.model.hidden_size import hidden_group
 from hf_structprune.model.structure import ModelStructure

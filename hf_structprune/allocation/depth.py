@@ -1,4 +1,4 @@
-"""`choose_depth`: which layers and sublayers go."""
+"""`choose_depth`: which layers and sublayers go, by scores or by measured losses, greedily and then by exchanges."""
 
 from __future__ import annotations
 
@@ -19,8 +19,14 @@ from ..plan import Dropped
 from ..stats.losses import TextLoss
 from ..units import DepthKind, level_criteria
 from ..units.depth import LAYERS
-from .depth_search import LossSearch, Stop, per_parameter
-from .removal import Amount, Removal, Unit, depth_candidates
+from .removal import Amount, Removal, Unit, as_dropped, depth_candidates
+
+
+# Candidates that are measured together in later rounds: the states in front of them are computed once for all of them.
+AT_ONCE = 6
+
+# Asked after each removal: what went in order, the loss after each, the loss before any.
+Stop = Callable[[list[Unit], list[float], float], bool]
 
 
 @dataclass
@@ -32,10 +38,8 @@ class DepthChoice:
         order: What goes, in the order it was chosen; a layer as its sublayers where those may go alone and parameters
             count.
         scores: Importance of every candidate, lower goes first. With candidates of one kind the criterion's own
-            value (for `"perplexity"`, `"greedy"` and `"exchange"` the loss without the candidate); with several kinds
-            that value, or the rise of the loss, per million parameters. `"greedy"` and `"exchange"`: of the last round
-            in which the candidate was measured. A block chosen by `"angular"` goes as a whole, the scores are those of
-            its single layers.
+            value (a loss: that without the candidate, when it was last measured); with several kinds that value, or
+            the rise of the loss, per million parameters. For a block chosen by `"angular"`, those of single layers.
         losses: Loss of the calibration text after each removal, and then after each return of what was too much and
             each exchange; measured by `"greedy"` and `"exchange"`, and by `"perplexity"` with `most`.
         baseline: Loss before any; with the criteria that measure losses.
@@ -71,9 +75,6 @@ def choose_depth(
     large for the rest of the budget is passed over for what is smaller.
 
     Args:
-        model, structure: In eval mode, and its layers and sublayers.
-        config: `depth_criterion`, the layers that may be cut, and the calibration settings.
-        kinds: Kinds of depth.
         count: Number of removals.
         parameters: Instead of `count`: remove so many parameters, as nearly as another unit more or less can bring it.
         tokens: Loads the calibration tokens; called only where they are needed.
@@ -89,113 +90,241 @@ def choose_depth(
     removal = Removal(structure, before=without or {})
     candidates = [unit for unit in depth_candidates(structure, config, kinds) if removal.can(unit)]
     text = cache(lambda: TextLoss(model, structure, tokens(), config.calibration.batch_size))
-    search = LossSearch(text, candidates, Amount(count, parameters, most), removal)
-    chooser = _Chooser(model, config, tuple(kinds), tokens, search)
+    amount = Amount(count, parameters, most)
+    chooser = _Chooser(
+        text, candidates, amount, removal, model=model, config=config, kinds=tuple(kinds), tokens=tokens
+    )
     if config.depth_criterion == "angular" and chooser.kinds == (LAYERS,):
         chooser.take_block()
     elif config.depth_criterion in ("greedy", "exchange"):
         chooser.take_by_search(until)
     else:
         chooser.take_by_score()
-    return DepthChoice(removal.dropped(), removal.units, search.scores, search.losses, search.baseline)
+    dropped = as_dropped(removal.units, structure)
+    return DepthChoice(dropped, removal.units, chooser.scores, chooser.losses, chooser.baseline)
 
 
 @dataclass
-class _Chooser:
-    """One run of `choose_depth`."""
+class LossSearch:
+    """Removals that are chosen by the loss of a text.
+
+    Attributes:
+        text: Makes what measures the losses; called only if something is to be measured.
+        candidates, amount: What may go, and how much is to go.
+        removal: What has gone; is changed.
+        baseline, losses, scores: As in `DepthChoice`.
+    """
+
+    text: Callable[[], TextLoss]
+    candidates: list[Unit]
+    amount: Amount
+    removal: Removal
+    baseline: float | None = None
+    losses: list[float] = field(default_factory=list)
+    scores: dict[Unit, float] = field(default_factory=dict)
+
+    @property
+    def per_parameter(self) -> bool:
+        """Whether candidates of several kinds compete, so that scores are compared per parameter."""
+        return len({kind for _, kind in self.candidates}) > 1
+
+    def scored(self, losses: dict[Unit, float], base: float) -> dict[Unit, float]:
+        """The losses without each candidate, or, where kinds compete, their rise over `base` per million parameters.
+
+        An MLP is larger than an attention, a layer than either: by the rise alone the smallest would always go first
+        and a given number of parameters would cost more than it has to.
+        """
+        if not self.per_parameter:
+            return dict(losses)
+        gone, now = self.removal, self.removal.parameters()
+        return {unit: 1e6 * (loss - base) / (gone.parameters([unit]) - now) for unit, loss in losses.items()}
+
+    def wanted(self) -> list[Unit]:
+        """Candidates that can go and lead nearer to the amount."""
+        return [u for u in self.candidates if self.removal.can(u) and self.amount.wants(self.removal, u)]
+
+    def remove(self, until: Stop | None = None) -> None:
+        """Removes candidates one at a time, each time the one with the least score on top of those that went.
+
+        Where little is lacking, only candidates that are small enough to lead nearer to the amount are measured;
+        `until` stops before the amount is reached.
+        """
+        rises: dict[Unit, float] = {}
+        while left := self.wanted():
+            losses, base = self._cheapest(left, rises)
+            self.baseline = base if self.baseline is None else self.baseline
+            scores = self.scored(losses, base)
+            self.scores |= scores
+            best = min((unit for unit in left if unit in losses), key=scores.__getitem__)
+            self.removal.units.append(best)
+            self.losses.append(losses[best])
+            if until is not None and until(self.removal.units, self.losses, self.baseline):
+                return
+
+    def _cheapest(self, left: list[Unit], rises: dict[Unit, float]) -> tuple[dict[Unit, float], float]:
+        """The losses of as many candidates as it takes to be sure of the cheapest, and the loss without any of them.
+
+        Removing more makes the next removal dearer, as a rule. So a candidate whose rise was larger, when it was last
+        measured, than the least rise found now is not measured again (lazy greedy: Minoux, 1978, "Accelerated greedy
+        algorithms for maximizing submodular set functions"). `rises` when they were last measured are brought up to
+        date.
+        """
+        losses: dict[Unit, float] = {}
+        waiting = sorted(left, key=lambda unit: rises.get(unit, float("-inf")))
+        while True:
+            size = max(sum(unit not in rises for unit in waiting), AT_ONCE)
+            batch, waiting = waiting[:size], waiting[size:]
+            more, base = self.text().scan(self.removal, batch, f"Greedy removal {len(self.removal.units) + 1}")
+            losses |= more
+            level = 0 if self.per_parameter else base
+            rises |= {unit: score - level for unit, score in self.scored(more, base).items()}
+            if not waiting or min(rises[unit] for unit in losses) <= rises[waiting[0]]:
+                return losses, base
+
+    def put_back_excess(self) -> None:
+        """Puts units back as long as that leads nearer to the amount: an attention where greedy ended with a layer."""
+        while back := self.amount.returns(self.removal):
+            self.losses.append(self._return_best(self.removal, back, self.losses[-1], "Putting back what is too much"))
+
+    def exchange(self) -> None:
+        """Improves the choice without leading it farther away from the amount.
+
+        What is cheap to remove depends on what else has gone: greedy takes single layers from all over the model,
+        although a run of neighbours may be cheaper together. So the unit that is cheapest to remove on top goes, those
+        whose return helps most come back until the amount is what it was, and that is kept if the loss is lower; until
+        it is not (a floating search, Pudil, Novovicova and Kittler, 1994, "Floating search methods in feature
+        selection"). For a layer an attention and an MLP of other layers can come back. All candidates are measured:
+        that they get dearer, which greedy relies on, is what fails here.
+        """
+        removal, number = self.removal, 1
+        while removal.units and (left := [unit for unit in self.candidates if removal.can(unit)]):
+            description = f"Exchange {number}"
+            measured, base = self.text().scan(removal, left, f"{description}, taking one")
+            scores = self.scored(measured, base)
+            self.scores |= scores
+            for taken in sorted(left, key=scores.__getitem__):
+                more = removal.also(taken)
+                loss = self._balance(more, measured[taken], f"{description}, putting back")
+                if loss is not None:
+                    break
+            if loss is None or not loss < base:
+                return
+            removal.units[:] = more.units if self.amount.count is not None else more.in_parts(self.candidates)
+            self.losses.append(loss)
+            number += 1
+
+    def _balance(self, more: Removal, loss: float, description: str) -> float | None:
+        """Puts back all but the last unit until the amount is as near as now; its loss, `None` if that fails."""
+        farthest, excess = self.amount.distance(self.removal), self.amount.excess
+
+        def fits(unit: Unit) -> bool:
+            rest = more.without(unit)
+            return -farthest[0] <= excess(rest) < excess(more) and rest.parameters() < more.parameters()
+
+        while self.amount.distance(more) > farthest:
+            back = [unit for unit in more.units[:-1] if fits(unit)]
+            if not back:
+                return None
+            loss = self._return_best(more, back, loss, description)
+        return loss
+
+    def _return_best(self, removal: Removal, back: list[Unit], loss: float, description: str) -> float:
+        """Puts back the unit whose return lowers the loss most (per parameter); returns the loss then."""
+        found, gone = self.text().put_back(removal, back, description), removal.parameters()
+
+        def score(unit: Unit) -> float:
+            return (found[unit] - loss) / (gone - removal.without(unit).parameters() if self.per_parameter else 1)
+
+        best = min(back, key=score)
+        removal.units.remove(best)
+        return found[best]
+
+
+@dataclass(kw_only=True)
+class _Chooser(LossSearch):
+    """One run of `choose_depth`, whose arguments it has too."""
 
     model: PreTrainedModel
     config: PruningConfig
     kinds: tuple[str, ...]
     tokens: Callable[[], torch.Tensor]
-    search: LossSearch
-
-    def __post_init__(self) -> None:
-        self.structure = self.search.removal.structure
-        self.candidates, self.amount, self.removal = self.search.candidates, self.search.amount, self.search.removal
 
     def take_block(self) -> None:
         """The contiguous block with the least angular distance between its ends."""
-        allowed = [layer for layer, _ in self.candidates]
+        allowed, amount, structure = [layer for layer, _ in self.candidates], self.amount, self.removal.structure
         self._check_block(allowed)
-        if not (self.amount.count or self.amount.parameters):
+        if not (amount.count or amount.parameters):
             return
-        found, best = self._similarities(), []
-        for size in [self.amount.count] if self.amount.count else range(1, len(self.structure.layers)):
-            if self.amount.parameters and not found.blocks(size, allowed):
+        found = self._similarities()
+        for size in [amount.count] if amount.count else range(1, len(structure.layers)):
+            if amount.parameters and not found.blocks(size, allowed):
                 break
             start, end, _ = found.best_block(size, allowed)
-            block = [(layer, LAYERS) for layer in range(start, end)]
-            if self.amount.count or self.amount.nearer(self.removal.parameters(block), self.removal.parameters(best)):
-                best = block
-        self.removal.units += best
-        self.search.scores = {unit: found.distances[unit] for unit in self.candidates}
+            block = Removal(structure, [(layer, LAYERS) for layer in range(start, end)], self.removal.before)
+            if amount.count or amount.nearer(block, self.removal):
+                self.removal.units[:] = block.units
+        self.scores = {unit: found.distances[unit] for unit in self.candidates}
 
     def take_by_search(self, until: Stop | None) -> None:
         """The units whose removal costs the text least, measured again after each."""
         self._check()
-        search = self.search
-        search.remove(until)
+        self.remove(until)
         self._in_parts()
         self._check_reached()
-        if not search.losses or until is not None or self.amount.most:
+        if not self.losses or until is not None or self.amount.most:
             return
         self._improve()
         while self._could_be_nearer():  # exchanges have put units of other sizes into their place
-            search.remove()
+            self.remove()
             self._in_parts()
             self._improve()
 
     def _improve(self) -> None:
-        self.search.put_back_excess()
+        self.put_back_excess()
         if self.config.depth_criterion == "exchange":
-            self.search.exchange()
+            self.exchange()
 
     def take_by_score(self) -> None:
         """The units with the least scores, which are computed once."""
         self._check()
         if not self._could_be_nearer():
             return
-        self.search.scores = scores = self._scores()
+        removal, amount = self.removal, self.amount
+        self.scores = scores = self._scores()
         while self._could_be_nearer():
             for unit in sorted(scores, key=scores.get):
-                if self.removal.can(unit) and self.amount.wants(self.removal, unit):
-                    self.removal.units.append(unit)
+                if removal.can(unit) and amount.wants(removal, unit):
+                    removal.units.append(unit)
             self._in_parts()
-            while back := self.amount.returns(self.removal):
-                self.removal.units.remove(max(back, key=scores.__getitem__))
+            while back := amount.returns(removal):
+                removal.units.remove(max(back, key=scores.__getitem__))
         self._check_reached()
-        if self.search.baseline is not None and self.amount.most:
-            units = self.removal.units
-            prefixes = [Removal(self.structure, units[:n], self.removal.before) for n in range(1, len(units) + 1)]
-            self.search.losses = [self.search.text().of(prefix.gone()) for prefix in prefixes]
+        if self.baseline is not None and amount.most:
+            prefixes = [removal.units[:n] for n in range(1, len(removal.units) + 1)]
+            gone = [Removal(removal.structure, units, removal.before).gone() for units in prefixes]
+            self.losses = list(map(self.text().of, gone))
 
     def _scores(self) -> dict[Unit, float]:
         """Scores of the candidates by a one-shot criterion."""
-        criterion, calibration = self.config.depth_criterion, self.config.calibration
+        criterion, structure = self.config.depth_criterion, self.removal.structure
         if criterion == "perplexity":
-            losses, base = self.search.text().scan(self.removal, self.candidates, "Perplexity without each")
-            self.search.baseline = base
-            return self.search.scored(losses, base)
+            losses, self.baseline = self.text().scan(self.removal, self.candidates, "Perplexity without each")
+            return self.scored(losses, self.baseline)
         if criterion == "magnitude":
-            scores = magnitude_scores(self.model, self.structure, self.candidates)
+            scores = magnitude_scores(self.model, structure, self.candidates)
         elif criterion == "taylor":
-            scores = taylor_scores(
-                self.model, self.structure, self.candidates, self.tokens(), batch_size=calibration.batch_size,
-                gradient_checkpointing=self.config.gradient_checkpointing,
-            )  # fmt: skip
+            scores = taylor_scores(self.model, structure, self.candidates, self.tokens(), self.config)
         else:
             found = self._similarities()
             values = found.distances if criterion == "angular" else found.influences
             scores = {unit: values[unit] for unit in self.candidates}
-        if per_parameter(self.candidates):
+        if self.per_parameter:
             scores = {unit: 1e6 * score / self.removal.parameters([unit]) for unit, score in scores.items()}
         return scores
 
     def _could_be_nearer(self) -> bool:
         """Whether one unit more, or one less, leads nearer to the amount."""
-        wanted = (unit for unit in self.candidates if self.removal.can(unit))
-        return any(self.amount.wants(self.removal, unit) for unit in wanted) or bool(self.amount.returns(self.removal))
+        return bool(self.wanted() or self.amount.returns(self.removal))
 
     def _in_parts(self) -> None:
         """Layers as their sublayers from now on, one of which can come back where the parameters are what counts."""
@@ -204,18 +333,19 @@ class _Chooser:
 
     def _similarities(self) -> LayerSimilarities:
         size, sublayers = self.config.calibration.batch_size, self.kinds != (LAYERS,)
-        return layer_similarities(self.model, self.structure, self.tokens(), batch_size=size, sublayers=sublayers)
+        structure = self.removal.structure
+        return layer_similarities(self.model, structure, self.tokens(), batch_size=size, sublayers=sublayers)
 
     def _check(self) -> None:
         """Refuses what cannot be reached, before anything is measured."""
 
         def largest_first(unit: Unit) -> tuple:
             """Sublayers before their layer, so that as many as possible can go; the smallest layer stays."""
-            layer, kind = self.structure.layers[unit[0]], unit[1]
+            layer, kind = self.removal.structure.layers[unit[0]], unit[1]
             size = layer.parameters if kind == LAYERS else layer.sublayer(kind).parameters
             return -layer.parameters, unit[0], kind == LAYERS, -size
 
-        largest = Removal(self.structure, before=self.removal.before)
+        largest = Removal(self.removal.structure, before=self.removal.before)
         for unit in sorted(self.candidates, key=largest_first):
             if largest.can(unit):
                 largest.units.append(unit)
@@ -238,11 +368,11 @@ class _Chooser:
             self._refuse_beyond(len(self.removal.units), self.removal.parameters(), " in the order of their scores")
 
     def _refuse_beyond(self, count: int, parameters: int, why: str = ": at least one layer must stay") -> None:
-        kinds, total = ", ".join(self.kinds), self.structure.total_parameters
-        if self.amount.count is not None and self.amount.count > count:
-            raise RatioError(f"{self.amount.count} of {kinds} are to go, but at most {count} can{why}.")
-        if self.amount.parameters is not None and not self.amount.most and self.amount.parameters > parameters:
+        amount, kinds, total = self.amount, ", ".join(self.kinds), self.removal.structure.total_parameters
+        if amount.count is not None and amount.count > count:
+            raise RatioError(f"{amount.count} of {kinds} are to go, but at most {count} can{why}.")
+        if amount.parameters is not None and not amount.most and amount.parameters > parameters:
             raise RatioError(
-                f"{self.amount.parameters:,} parameters ({self.amount.parameters / total:.2%} of the model) are to go "
+                f"{amount.parameters:,} parameters ({amount.parameters / total:.2%} of the model) are to go "
                 f"as {kinds}, but at most {parameters:,} ({parameters / total:.2%}) can{why}."
             )

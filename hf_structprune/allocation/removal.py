@@ -12,7 +12,7 @@ from ..model.structure import ModelStructure
 from ..plan import Dropped, emptied, normalised, removed_by
 from ..units import DepthKind, kinds_of
 from ..units.depth import LAYERS
-from .budget import active_layers
+from .widths import active_layers
 
 
 Unit = tuple[int, str]  # number of the layer; "layers" (the whole layer), "attention" or "mlp"
@@ -50,13 +50,7 @@ def as_dropped(units: Iterable[Unit], structure: ModelStructure) -> Dropped:
 
 @dataclass
 class Removal:
-    """What has gone so far.
-
-    Attributes:
-        structure: Of the dense model.
-        units: In the order they went.
-        before: What was gone at the beginning, in the form of a plan's `dropped`; not among `units`.
-    """
+    """What has gone so far: `units`, in their order, from what is left of the dense model without those `before`."""
 
     structure: ModelStructure
     units: list[Unit] = field(default_factory=list)
@@ -92,24 +86,18 @@ class Removal:
             parts += sublayers if kind == LAYERS and whole and single.issuperset(sublayers) else [(layer, kind)]
         return list(dict.fromkeys(parts))
 
+    def also(self, unit: Unit) -> Removal:
+        """The same and one unit more."""
+        return Removal(self.structure, [*self.units, unit], self.before)
+
     def without(self, unit: Unit) -> Removal:
         """The same but for one unit, which is back."""
         return Removal(self.structure, [one for one in self.units if one != unit], self.before)
 
-    def dropped(self) -> Dropped:
-        """The units in the form of a plan's `dropped`."""
-        return as_dropped(self.units, self.structure)
-
 
 @dataclass(frozen=True)
 class Amount:
-    """How much is to go: exactly one of `count` and `parameters`.
-
-    Attributes:
-        count: Number of removals.
-        parameters: Parameters to remove, as near as whole units allow.
-        most: `parameters` is never exceeded, and it is no error if fewer can go.
-    """
+    """How much is to go: so many removals, or parameters, as near as whole units allow; with `most` never more."""
 
     count: Number | None = None
     parameters: Number | None = None
@@ -120,18 +108,6 @@ class Amount:
             raise ConfigurationError("Give either `count` or `parameters`: how many units go, or how much they hold.")
         check_fields(self)
 
-    def wants(self, removal: Removal, unit: Unit) -> bool:
-        """Whether this unit is to go on top of what has gone; of two amounts equally far away the smaller is taken."""
-        if self.count is not None:
-            return len(removal.units) < self.count
-        return self.nearer(removal.parameters([unit]), removal.parameters())
-
-    def returns(self, removal: Removal) -> list[Unit]:
-        """The units whose return leads nearer to the amount."""
-        now, gone = self.distance(removal), removal.parameters()
-        rests = {unit: removal.without(unit) for unit in removal.units}
-        return [unit for unit, rest in rests.items() if self.distance(rest) < now and rest.parameters() < gone]
-
     def excess(self, removal: Removal) -> int:
         """Units, or parameters, that are gone beyond the amount; negative if some are lacking."""
         return len(removal.units) - self.count if self.count is not None else removal.parameters() - self.parameters
@@ -141,8 +117,16 @@ class Amount:
         excess = self.excess(removal)
         return abs(excess), excess
 
-    def nearer(self, more: int, fewer: int) -> bool:
-        """Whether removing `more` parameters comes nearer to the wanted amount than `fewer`."""
-        if self.most:
-            return more <= self.parameters
-        return abs(more - self.parameters) < abs(fewer - self.parameters)
+    def nearer(self, more: Removal, fewer: Removal) -> bool:
+        """Whether what is more comes nearer to the amount; with `most`, whether it is not too much."""
+        return self.excess(more) <= 0 if self.most else self.distance(more) < self.distance(fewer)
+
+    def wants(self, removal: Removal, unit: Unit) -> bool:
+        """Whether this unit is to go on top of what has gone."""
+        return self.nearer(removal.also(unit), removal)
+
+    def returns(self, removal: Removal) -> list[Unit]:
+        """The units whose return leads nearer to the amount."""
+        now, gone = self.distance(removal), removal.parameters()
+        rests = {unit: removal.without(unit) for unit in removal.units}
+        return [unit for unit, rest in rests.items() if self.distance(rest) < now and rest.parameters() < gone]

@@ -1,4 +1,4 @@
-"""How many heads and neurons stay in each layer: one function for each way to give a budget out."""
+"""How many heads and neurons stay in each layer: the budget, and one function for each way to give it out."""
 
 from __future__ import annotations
 
@@ -8,32 +8,207 @@ from collections.abc import Iterable
 
 import torch
 
-from ..errors import ConfigurationError
+from ..alignment import multiple_of
+from ..config import PruningConfig
+from ..errors import ConfigurationError, RatioError, UnsupportedModelError
 from ..model.groups import Group, LayerStructure
+from ..model.structure import ModelStructure
+from ..plan import Dropped, is_dropped
 from ..units import KINDS, WidthKind, kinds_of
-from ..units.heads import GROUPS, QUERIES, counts_of, pair_of, removed_by_pair
+from ..units.depth import LAYERS
+from ..units.heads import GROUPS, QUERIES, counts_of, pair_of, pairs, removed_by_pair
 from ..units.neurons import NEURONS
-from .budget import Budget, Counts, spread
 
 
+Counts = dict[tuple[int, str], int]
 _CAP = 2 / 3  # of a group; beyond it the quadratic model of the cost is too kind
 
 
+class Budget:
+    """The groups that may be cut under a configuration.
+
+    Args:
+        head_counts: Pairs of (KV groups, query heads in each) that a checkpoint can express; `None` allows all.
+        dropped: Layers and sublayers that go as a whole, so that nothing of them is left to cut.
+        dense: The model before earlier steps, which ratios and rounding refer to; default `structure`.
+    """
+
+    def __init__(
+        self,
+        structure: ModelStructure,
+        config: PruningConfig,
+        head_counts: set[tuple[int, int]] | None = None,
+        dropped: Dropped | None = None,
+        dense: ModelStructure | None = None,
+    ) -> None:
+        self.structure, self.config, self.head_counts = structure, config, head_counts
+        self.dropped, self.dense = dropped or {}, dense or structure
+        self._multiple, self._wanted = multiple_of(config.align_to), config.kinds(kinds_of(WidthKind))
+        active = active_layers(config, len(structure.layers))
+        self.layers = [structure.layers[i] for i in active if i not in self.dropped.get(LAYERS, ())]
+        self.attentions = [
+            layer
+            for layer in self.layers
+            if layer.attention and not is_dropped(self.dropped, layer.index, GROUPS) and self._expressible(layer)[1:]
+        ]
+        self.groups = [
+            group
+            for layer in self.layers
+            for group in layer.groups
+            if group.kind in self._wanted and not KINDS[group.kind].of_heads
+            and not is_dropped(self.dropped, layer.index, group.kind)
+        ]  # fmt: skip
+        available = set(structure.kinds())
+        if not available & set(self._wanted):
+            raise UnsupportedModelError(
+                f"`units` is {config.units}, but the layers that may be cut have {sorted(available) or 'none'}. "
+                f"{'; '.join(structure.notes)}"
+            )
+        if config.align_to is not None:
+            self._check_alignment()
+
+    def _check_alignment(self) -> None:
+        """Refuses an alignment that nothing which can be kept has; says what can."""
+        wanted = f"`align_to` is {self.config.align_to!r}, a multiple of {self._multiple}"
+        for group in self.groups:
+            if self.step(group) > group.size:
+                raise ConfigurationError(
+                    f"{wanted}, but the {KINDS[group.kind].part} of layer {group.layer} is only {group.size} wide: "
+                    "take a smaller one."
+                )
+        for layer in self.attentions:
+            if not self.attention_options(layer):
+                size = layer.attention.head_dim
+                counts = sorted({kv * rep for kv, rep in self._expressible(layer)})
+                widths = ", ".join(f"{count} x {size} = {count * size}" for count in counts)
+                raise ConfigurationError(
+                    f"{wanted}, but no number of heads that layer {layer.index} can keep has such a width: {widths}. "
+                    "Take an `align_to` that divides one of these, or cut other `units`."
+                )
+
+    def target(self, ratio: float | None, parameters: int | None = None) -> int:
+        """What is still to go for a share of all parameters, or for so many; checks that so many can go."""
+        total, most = self.dense.total_parameters, self.removable
+        target = (ratio * total if parameters is None else parameters) - self.gone
+        where = f"units {', '.join(self._wanted)} in {len(self.layers)} of {len(self.structure.layers)} layers"
+        if target > most and parameters is None:
+            # Rounded down, so that the ratio that is named can be asked for.
+            largest = math.floor((self.gone + most) / total * 10_000) / 10_000
+            raise RatioError(
+                f"The ratio {ratio:.2%} cannot be reached: {where} allow at most {largest:.2%} of all "
+                f"parameters. {self._held_back}Ask for less, or allow more `units` or layers."
+            )
+        if target > most:
+            raise RatioError(
+                f"{target:,} parameters are left to be taken from heads and neurons, but {where} allow at most "
+                f"{most:,}. {self._held_back}Ask for less, let more of the others go, or allow more `units` or layers."
+            )
+        return round(target)
+
+    @property
+    def _held_back(self) -> str:
+        """Which option keeps most of what could go: the step of widths, where one unit would be much less."""
+        name = "align_to" if self.config.align_to is not None else "round_to"
+        value, step = getattr(self.config, name), max(map(self.step, self.groups), default=1)
+        kept = sum(self.least(group) * group.cost for group in self.groups)
+        if value is None or step == 1 or kept < self.removable:
+            return ""
+        return f"`{name}` is {value!r}, so that each MLP keeps at least {step} neurons: take a smaller one. "
+
+    @property
+    def gone(self) -> int:
+        """Parameters that earlier steps have taken from what may be cut."""
+        dense = self.dense.layers
+        heads = ((dense[layer.index], layer.attention) for layer in self.attentions)
+        widths = ((dense[g.layer].group(g.kind).size - g.size) * g.cost for g in self.groups)
+        return sum(removed_by_pair(layer, left.kv_heads, left.rep) for layer, left in heads) + sum(widths)
+
+    @property
+    def removable(self) -> int:
+        """Parameters of everything that may go."""
+        heads = (max(removed_by_pair(layer, *o) for o in self.attention_options(layer)) for layer in self.attentions)
+        return sum(heads) + sum((g.size - self.least(g)) * g.cost for g in self.groups)
+
+    def step(self, group: Group) -> int:
+        """Kept units of a group are multiples of this."""
+        whole = self.dense.layers[group.layer].group(group.kind).whole
+        return KINDS[group.kind].multiple(whole, self.config.round_to, self.config.align_to) * group.blocks
+
+    def least(self, group: Group) -> int:
+        """The fewest units that may be kept of a group."""
+        step = self.step(group)
+        return -(-group.least // step) * step
+
+    def largest_width(self, group: Group) -> int:
+        """The whole width, or the largest that is aligned."""
+        multiple = self._multiple * group.blocks if KINDS[group.kind].aligns else 1
+        return group.size // multiple * multiple
+
+    def nearest_width(self, group: Group, wanted: float) -> int:
+        """The number of units, of those that a group may keep, that is nearest to this."""
+        step = self.step(group)
+        return min(max(round(wanted / step) * step, self.least(group)), self.largest_width(group))
+
+    def attention_options(self, layer: LayerStructure) -> list[tuple[int, int]]:
+        """Allowed (KV groups, query heads in each) of a layer, those first that keep most."""
+        size = layer.attention.head_dim if layer.attention else 0
+        return [(kv, rep) for kv, rep in self._expressible(layer) if kv * rep * size % self._multiple == 0]
+
+    def _expressible(self, layer: LayerStructure) -> list[tuple[int, int]]:
+        """Pairs that a checkpoint can have, the whole layer first."""
+        options = pairs(layer, self.config.units)
+        return [o for o in options if o == options[0] or self.head_counts is None or o in self.head_counts]
+
+    @property
+    def ranked(self) -> list[Group]:
+        """Groups whose units are ranked against those of other groups: all but query heads."""
+        return self.groups + [layer.group(GROUPS) for layer in self.attentions]
+
+    def next_count(self, group: Group, below: int) -> int | None:
+        """The largest number of units less than this that a ranked group may keep, `None` if there is none."""
+        if KINDS[group.kind].of_heads:
+            options = self.attention_options(self.structure.layers[group.layer])
+            return max((kv for kv, _ in options if kv < below), default=None)
+        if below > self.largest_width(group):
+            return self.largest_width(group)
+        step = self.step(group)
+        smaller = (below - 1) // step * step
+        return smaller if smaller >= self.least(group) else None
+
+
+def active_layers(config: PruningConfig, num_layers: int) -> list[int]:
+    """Numbers of the layers that may be cut."""
+    chosen = range(num_layers) if config.layers is None else config.layers
+    chosen = set(chosen if config.layer_range is None else range(*config.layer_range))
+    too_high = sorted(layer for layer in chosen if layer >= num_layers)
+    if too_high:
+        raise ConfigurationError(
+            f"Layer {too_high[0]} is asked for, but the model has layers 0 to {num_layers - 1} "
+            "(the end of `layer_range` is excluded)."
+        )
+    chosen &= set(range(config.protect_first, num_layers - config.protect_last))
+    if not chosen:
+        raise ConfigurationError("No layer is left to cut: check `layers`, `layer_range` and the protected layers.")
+    return sorted(chosen)
+
+
+def spread(total: int, parts: int) -> list[int]:
+    """Splits a whole number evenly: `spread(5, 3) == [1, 2, 2]`, larger shares interleaved."""
+    return [(i + 1) * total // parts - i * total // parts for i in range(parts)]
+
+
 def allocate(
-    budget: Budget,
-    ratio: float | None,
-    target: int | None = None,
+    budget: Budget, ratio: float | None, target: int | None = None,
     scores: dict[tuple[int, str], torch.Tensor] | None = None,
     sensitivity: dict[tuple[int, str], float] | None = None,
-) -> Counts:
+) -> Counts:  # fmt: skip
     """Units to keep for every group that is cut, by the allocation that the configuration names.
 
     Args:
-        budget: The groups that may be cut.
         ratio: Share of all parameters to remove; `None` with ratios by kind.
         target: Parameters to remove from heads and neurons, instead of a ratio.
-        scores: Importance of every unit by `(layer, kind)`; for the global allocation.
-        sensitivity: Cost of cutting each group by `(layer, kind)`, see `survey.measure_sensitivity`; for the search.
+        scores: Importance of every unit; for the global allocation.
+        sensitivity: Cost of cutting each group, see `survey.measure_sensitivity`; for the search.
 
     Returns:
         `{(layer, kind): units to keep}`; for query heads the number in each KV group.
@@ -42,11 +217,11 @@ def allocate(
         RatioError: More was asked than can go; names the largest possible ratio.
     """
     config = budget.config
-    if config.by_kind or config.allocation == "uniform":
-        budget = budget.from_dense()  # what is measured on the way changes nothing here
+    if config.by_kind or config.allocation == "uniform":  # what is measured on the way changes nothing here
+        budget = Budget(budget.dense, config, budget.head_counts, budget.dropped)
     if config.by_kind:
         return _by_kind(budget)
-    target = budget.target(ratio) if target is None else budget.check(target)
+    target = budget.target(ratio, target)
     if target == 0 and not budget.gone:
         return {}
     if config.allocation == "uniform":
@@ -138,13 +313,13 @@ def _by_kind(budget: Budget) -> Counts:
 def _uniform(budget: Budget, target: int) -> Counts:
     """Cuts every kind by the same share; heads are rounded to whole ones and finer units close what is missing.
 
-    In the uniform layout all layers get the same counts. In the per-layer layout neighbouring layers may differ by
-    one rounding step, so that the target is met to within one unit.
+    In the per-layer layout layers may differ by one rounding step, so that the target is met to within one unit.
     """
     heads = {layer.index: layer.attention.kv_heads * layer.group(GROUPS).cost for layer in budget.attentions}
     share = target / (_size(budget.groups) + sum(heads.values()))
     # Without finer units to close the gap, or where they cannot go so far, heads have to reach the target.
-    kinds = _by_coarseness(budget.groups)
+    kinds = [[g for g in budget.groups if g.kind == kind] for kind in dict.fromkeys(g.kind for g in budget.groups)]
+    kinds.sort(key=lambda groups: -groups[0].cost)  # the largest units first
     limits = [sum((g.size - budget.least(g)) * g.cost for g in groups) for groups in kinds]
     counts, removed = {}, 0
     for number, layer in enumerate(budget.attentions):
@@ -171,33 +346,21 @@ def _size(groups: list[Group]) -> int:
     return sum(group.size * group.cost for group in groups)
 
 
-def _by_coarseness(groups: list[Group]) -> list[list[Group]]:
-    """Groups by kind, those of the largest units first."""
-    kinds: dict[str, list[Group]] = {}
-    for group in groups:
-        kinds.setdefault(group.kind, []).append(group)
-    return sorted(kinds.values(), key=lambda members: -members[0].cost)
-
-
 def _nearest_pair(layer: LayerStructure, options: Iterable[tuple[int, int]], wanted: float) -> tuple[int, int]:
     """The (KV groups, query heads in each) that remove as near as possible to so many parameters."""
     return min(options, key=lambda o: (abs(removed_by_pair(layer, *o) - wanted), -o[0]))
 
 
 def _widths(budget: Budget, groups: list[Group], target: float) -> Counts:
-    """Units to keep in groups of one kind; those that stay whole are left out."""
+    """Units to keep in groups of one kind; those that stay whole are left out.
+
+    In the per-layer layout they differ by at most one step, and just enough are the smaller one.
+    """
     if target <= 0 and all(budget.largest_width(group) == group.size for group in groups):
         return {}
     share = target / _size(groups)
-    if budget.config.layout == "per_layer":
-        counts = _spread_widths(budget, groups, target, share)
-    else:
-        counts = {group.key: budget.nearest_width(group, group.size * (1 - share)) for group in groups}
-    return _smaller(groups, counts)
-
-
-def _spread_widths(budget: Budget, groups: list[Group], target: float, share: float) -> Counts:
-    """Widths that differ by at most one step, of which just enough are the smaller one."""
+    if budget.config.layout == "uniform":
+        return _smaller(groups, {g.key: budget.nearest_width(g, g.size * (1 - share)) for g in groups})
     counts, removed, lower, saved = {}, 0, {}, 0
     for group in groups:
         step = budget.step(group)
@@ -211,15 +374,14 @@ def _spread_widths(budget: Budget, groups: list[Group], target: float, share: fl
     for key, one_more in zip(lower, spread(extra, len(groups)), strict=True):
         if one_more:
             counts[key] = lower[key]
-    return counts
+    return _smaller(groups, counts)
 
 
 def _global(budget: Budget, target: int, scores: dict[tuple[int, str], torch.Tensor]) -> Counts:
     """Removes the units with the lowest standardised scores of the whole model until the target is met.
 
     Scores are standardised within each group, `(s - mean) / std`, as FLAP's AL-AM does (An et al., 2023,
-    https://huggingface.co/papers/2312.11983); a unit costs the parameters that go with it. Widths are then rounded,
-    carrying the rounding error from layer to layer so that the total stays.
+    https://huggingface.co/papers/2312.11983). Widths are then rounded, carrying the error from layer to layer.
     """
     removed = _lowest(budget, target, scores)
     counts: Counts = {}
@@ -302,11 +464,6 @@ def next_counts(budget: Budget, goal: Counts, steps_left: int) -> Counts:
     No group gets more units than it has or fewer than its goal, so that steps only tighten and the last one can
     reach the goal whatever the rounding of those before. Neurons are rounded up to whole steps, heads to the nearest
     number that a checkpoint can have.
-
-    Args:
-        budget: The groups as they are now.
-        goal: Units to keep in the end; groups that are not named stay as they are.
-        steps_left: The next step included.
     """
     if steps_left == 1:
         return goal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,45 +14,21 @@ from ..model.groups import Group, Slice, tensor_of
 from ..stats.moments import InputStatistics
 
 
-NEURIPS = "Advances in Neural Information Processing Systems"
-ICLR = "International Conference on Learning Representations"
-
-
 @dataclass(frozen=True)
 class Paper:
-    """Where something is from, for model cards.
-
-    Attributes:
-        key, title, authors, venue, year: As in BibTeX; what has no venue is software.
-        where: Its number at https://huggingface.co/papers, or an address.
-    """
+    """Where something is from, for model cards: the key of an entry of `data/papers.bib`."""
 
     key: str
-    title: str
-    authors: str
-    venue: str | None
-    year: int
-    where: str | None = None
 
     @property
     def bibtex(self) -> str:
-        """Its entry."""
-        known = {None: ("misc", ""), "arXiv preprint": ("article", "journal")}
-        kind, place = known.get(self.venue, ("inproceedings", "booktitle"))
-        url = f"https://huggingface.co/papers/{self.where}" if self.where and "/" not in self.where else self.where
-        fields = {"title": self.title, "author": self.authors, place: self.venue, "year": self.year, "url": url}
-        lines = "".join(f",\n  {name} = {{{value}}}" for name, value in fields.items() if value is not None)
-        return f"@{kind}{{{self.key}{lines}\n}}"
+        entries = (Path(__file__).parents[1] / "data" / "papers.bib").read_text(encoding="utf-8").split("\n\n")
+        return next(entry.strip() for entry in entries if f"{{{self.key}," in entry)
 
 
 @dataclass(frozen=True)
 class Method:
-    """What a model card says of a criterion.
-
-    Attributes:
-        papers: What it is from.
-        needs_text: Whether it looks at calibration text.
-    """
+    """What a model card says of a criterion: what it is from, and whether it looks at calibration text."""
 
     papers: tuple[Paper, ...] = ()
     needs_text: bool = True
@@ -62,8 +39,7 @@ class Scoring:
     """Everything a criterion may look at.
 
     Attributes:
-        group: The units to score.
-        model: The model; weights are read only.
+        group, model: The units to score, and the model, whose weights are read only.
         statistics: For criteria with `needs_inputs`: moments of the reader's inputs, or where tokens are routed.
         salience: For criteria with `needs_gradients`: importance of every row and column, by `(tensor, dim)`.
         drop: How many units will go, where that is known.
@@ -87,8 +63,7 @@ class Criterion:
     """Base class. Higher scores are more important.
 
     Attributes:
-        needs_inputs: Looks at the inputs of the consumer.
-        needs_gram: Looks at their second moments.
+        needs_inputs, needs_gram: Looks at the inputs of the consumer, and at their second moments.
         needs_gradients: Looks at gradients of the loss.
         papers: What it is from; model cards cite them.
     """
@@ -154,9 +129,7 @@ def join(channels: list[torch.Tensor], aggregation: str) -> torch.Tensor:
     LLM-Pruner does; with grouped-query attention (a KV group is wider in `q` and `o` than in `k` and `v`) each tensor
     is summed over the channels of a unit first.
 
-    Args:
-        channels: One tensor of shape (units, width) for each matrix, producers first, the consumer last.
-        aggregation: `"sum"`, `"mean"`, `"max"`, `"prod"`, `"first"` or `"last"`.
+    `channels` are one tensor of shape (units, width) for each matrix, producers first, the consumer last.
     """
     if len({c.shape[1] for c in channels}) > 1:
         channels = [c.sum(1, keepdim=True) for c in channels]
@@ -171,8 +144,7 @@ def best_units(
 ) -> torch.Tensor:
     """Numbers of the `keep` units with the highest scores, ascending; equal scores keep the lower number.
 
-    Of each block of the group (query heads: of each KV group) equally many stay; default for `alive_blocks`, those of
-    which units may stay, is all.
+    Of each of `alive_blocks` of the group (query heads: KV groups; default all) equally many stay, of others none.
     """
     scores = scores.detach().cpu().double().view(group.blocks, -1)
     blocks = torch.arange(group.blocks) if alive_blocks is None else alive_blocks.cpu()

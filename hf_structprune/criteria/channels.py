@@ -6,15 +6,13 @@ from collections.abc import Callable
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils.logging import tqdm
 
 from ..config import PruningConfig
 from ..errors import ConfigurationError
-from ..hooks import hooked
 from ..model.groups import Group
 from ..model.hidden_size import stream_norms
-from ..stats.gradients import on_device, weight_changes
-from .base import ICLR, Method, Paper
+from ..stats.gradients import run_hooked, weight_changes
+from .base import Method, Paper
 from .inputs import Activation
 from .weights import Taylor
 
@@ -22,10 +20,7 @@ from .weights import Taylor
 def channel_importance(
     model: PreTrainedModel, group: Group, config: PruningConfig, tokens: torch.Tensor | None
 ) -> torch.Tensor:
-    """Importance of every channel by `config.hidden_criterion`; higher is more important.
-
-    Returns:
-        Shape (H,), float64, on the CPU.
+    """Importance of every channel by `config.hidden_criterion`, shape (H,), float64, on the CPU.
 
     Raises:
         ConfigurationError: The criterion needs tokens and there are none, or it is not known.
@@ -55,8 +50,7 @@ def magnitude(model: PreTrainedModel, group: Group, *_) -> torch.Tensor:
 def taylor(model: PreTrainedModel, group: Group, config: PruningConfig, tokens: torch.Tensor) -> torch.Tensor:
     """`sum |w g|` over the slices of a channel in all tensors (LLM-Pruner, https://huggingface.co/papers/2305.11627).
 
-    `g` is the gradient of the mean next-token loss; several batches are averaged after the absolute value. A gradient
-    is reduced and freed as soon as it is complete, so that there are never more than a few.
+    `g` is the gradient of the mean next-token loss; several batches are averaged after the absolute value.
     """
     dims, total = group.dims(), torch.zeros(group.size, dtype=torch.float64)
 
@@ -64,7 +58,7 @@ def taylor(model: PreTrainedModel, group: Group, config: PruningConfig, tokens: 
         total.add_(_over_channels(change, dims[name]).cpu(), alpha=share)
 
     weights = {name: model.get_parameter(name) for name in dims}
-    weight_changes(model, weights, tokens, add, config.calibration.batch_size, config.gradient_checkpointing)
+    weight_changes(model, weights, tokens, config, add)
     return total
 
 
@@ -83,9 +77,7 @@ def activation(model: PreTrainedModel, group: Group, config: PruningConfig, toke
         return add
 
     names = stream_norms(model, set(group.dims()))
-    with hooked(model.get_submodule(name).register_forward_hook(add_to(name)) for name in names):
-        for batch in tqdm(tokens.split(config.calibration.batch_size), desc="Channels"):
-            model.base_model(input_ids=on_device(model, batch), use_cache=False)
+    run_hooked(model, tokens, config, (model.get_submodule(n).register_forward_hook(add_to(n)) for n in names))
     return sum(square.sqrt().cpu().double() for square in squares.values())
 
 
@@ -94,12 +86,8 @@ METHODS = {
     "magnitude": Method(Taylor.papers, needs_text=False),
     "taylor": Method(Taylor.papers),
     "activation": Method(Activation.papers),
-    "pca": Method((
-        Paper("ashkboos2024slicegpt", "{SliceGPT}: Compress Large Language Models by Deleting Rows and Columns",
-              "Ashkboos, Saleh and Croci, Maximilian L. and do Nascimento, Marcelo Gennari and others", ICLR, 2024,
-              "2401.15024"),
-    )),
-}  # fmt: skip
+    "pca": Method((Paper("ashkboos2024slicegpt"),)),
+}
 
 
 def _over_channels(values: torch.Tensor, dim: int) -> torch.Tensor:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from ..allocation.removal import Unit
+from ..config import PruningConfig
 from ..errors import ConfigurationError, RatioError
 from ..files.writing import write_text
 from ..hooks import Silencer
@@ -29,25 +30,20 @@ from ..stats.gradients import weight_changes
 from ..stats.stream import LayerStream
 from ..units import DepthKind, kinds_of
 from ..units.depth import LAYERS
-from .base import ICLR, Method, Paper
+from .base import Method, Paper
 
 
 @measures
 def layer_similarities(
-    model: PreTrainedModel,
-    structure: ModelStructure,
-    tokens: torch.Tensor,
-    *,
-    batch_size: int = 8,
-    sublayers: bool = False,
-) -> LayerSimilarities:
+    model: PreTrainedModel, structure: ModelStructure, tokens: torch.Tensor, *,
+    batch_size: int = 8, sublayers: bool = False,
+) -> LayerSimilarities:  # fmt: skip
     """Compares the residual stream at all positions, in one pass over the text; the model is left as it is.
 
     Position `i` is what enters layer `i`; position `L` is what leaves the last layer, before the final norm.
 
     * Angular distance `arccos(cos(h_i, h_j)) / pi` of the last token of each sequence, averaged over the sequences,
-      for every pair of positions (Gromov et al. 2024, arXiv 2403.17887, eq. 8). Only the states of last tokens are
-      kept: (L + 1) x sequences x hidden.
+      for every pair of positions (Gromov et al. 2024, arXiv 2403.17887, eq. 8).
     * Block influence `1 - mean cos(h_i, h_(i+1))` over all tokens (ShortGPT, Men et al. 2024, arXiv 2403.03853).
 
     A sublayer is measured in the same way between the stream before and after it. In between a layer's attention and
@@ -57,12 +53,15 @@ def layer_similarities(
 
     Args:
         tokens: Token ids, shape (sequences, length), without padding.
-        batch_size: Sequences that go through the model at once.
         sublayers: Measure attentions and MLPs too.
     """
     stream = LayerStream(model, structure, tokens, batch_size)
     silencer = Silencer(model, structure, tokens[:1, :2]) if sublayers else None
-    positions = [_last(stream.hidden)]
+
+    def last_tokens() -> torch.Tensor:
+        return torch.cat([state[:, -1] for state in stream.hidden]).cpu()
+
+    positions = [last_tokens()]
     cosines: dict[Unit, float] = defaultdict(float)  # summed over all tokens
     angles: dict[Unit, float] = defaultdict(float)  # of the last tokens, summed over the sequences
     for layer in tqdm(structure.layers, desc="Distances"):
@@ -78,7 +77,7 @@ def layer_similarities(
                 last = cosine_similarity(a[:, -1].double(), b[:, -1].double(), dim=-1)
                 angles[layer.index, kind] += float(angular_distance(last).sum())
             before.copy_(after)
-        positions.append(_last(stream.hidden))
+        positions.append(last_tokens())
     return LayerSimilarities(
         _mean_distances(positions),
         {unit: total / len(tokens) for unit, total in angles.items()},
@@ -94,12 +93,9 @@ def angular_distance(cosines: torch.Tensor) -> torch.Tensor:
 def _around_sublayers(
     stream: LayerStream, silencer: Silencer, layer: LayerStructure, number: int, after: torch.Tensor
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """The stream before and after each sublayer of a layer, for one batch.
-
-    Where the structure knows only the attention, the layer with it is compared with the layer without it.
-    """
+    """The stream before and after each sublayer of a layer, for one batch."""
     attention, mlp = map(layer.sublayer, kinds_of(DepthKind, sublayer=True))
-    known = mlp or attention
+    known = mlp or attention  # with the attention alone, the layer with it is compared with the layer without it
     if known is None:
         return {}
     with silencer.silenced([known]):
@@ -108,11 +104,6 @@ def _around_sublayers(
     if mlp is not None and attention is not None:
         ends[attention.kind] = stream.hidden[number], without
     return ends
-
-
-def _last(states: list[torch.Tensor]) -> torch.Tensor:
-    """The states of the last token of every sequence, on the CPU, shape (sequences, hidden)."""
-    return torch.cat([state[:, -1] for state in states]).cpu()
 
 
 def _mean_distances(positions: list[torch.Tensor]) -> torch.Tensor:
@@ -149,10 +140,7 @@ class LayerSimilarities:
     def blocks(self, size: int, allowed: Collection[int] | None = None) -> list[Block]:
         """All blocks of `size` neighbouring layers as `(start, end, distance)`; the layers `start` to `end - 1` go.
 
-        Layer 0 is in none of them, as in PruneMe.
-
-        Args:
-            allowed: Only blocks of these layers. Default: all.
+        Layer 0 is in none of them, as in PruneMe; `allowed` are the layers that may be, default all others.
         """
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ConfigurationError(f"The block size is {size!r}; it must be a whole number, 1 or more.")
@@ -164,11 +152,7 @@ class LayerSimilarities:
         ]
 
     def best_block(self, size: int, allowed: Collection[int] | None = None) -> Block:
-        """The block with the least distance, the lowest of equal ones; arguments as for `blocks`.
-
-        Raises:
-            RatioError: There is no such block; says how long the longest is.
-        """
+        """The block with the least distance, the lowest of equal ones; a `RatioError` says if there is none."""
         blocks = self.blocks(size, allowed)
         if not blocks:
             longest = max((n for n in range(1, size) if self.blocks(n, allowed)), default=0)
@@ -182,11 +166,8 @@ class LayerSimilarities:
         """Writes the distances of blocks as PruneMe does: `block_start,block_end,average_distance`.
 
         PruneMe reads the last position from Transformers' `hidden_states`, where it stands behind the final norm;
-        here it is in front of it, as in the paper. Only rows that end behind the last layer differ by that.
-
-        Args:
-            path: The file; PruneMe's is called `layer_distances.csv`.
-            size: Only blocks of so many layers, as in PruneMe's file. Default: every size, the smallest first.
+        here it is in front of it, as in the paper. Only rows that end behind the last layer differ by that. `size`:
+        only blocks of so many layers, as in PruneMe's file.
         """
         text = io.StringIO(newline="")
         writer = csv.writer(text)
@@ -226,14 +207,12 @@ def taylor_scores(
     structure: ModelStructure,
     units: Iterable[Unit],
     tokens: torch.Tensor,
-    *,
-    batch_size: int = 8,
-    gradient_checkpointing: bool = False,
+    config: PruningConfig,
 ) -> dict[Unit, float]:
     """`sum |w g|` over the linear weights of each unit (Shortened-LLM, arXiv 2402.02834, Taylor).
 
     `g` is the gradient of a batch's mean next-token loss, and the sums of all batches are averaged, as in
-    `gradients.taylor_salience`. Each gradient is reduced to one number as soon as the backward pass has it.
+    `gradients.taylor_salience`.
     """
     members = {unit: unit_matrices(model, structure, unit) for unit in units}
     weights = {name: weight for of_unit in members.values() for name, weight in of_unit.items()}
@@ -242,39 +221,20 @@ def taylor_scores(
     def add(name: str, change: torch.Tensor, share: float) -> None:
         totals[name] += share * change.sum(dtype=torch.float64).cpu()
 
-    weight_changes(model, weights, tokens, add, batch_size, gradient_checkpointing)
+    weight_changes(model, weights, tokens, config, add)
     for name, total in totals.items():
         check_numbers(total, f"The gradients of `{name}`")
     return {unit: float(sum(totals[name] for name in names)) for unit, names in members.items()}
 
 
-_SHORTENED_LLM = Paper(
-    "kim2024shortened",
-    "Shortened {LLaMA}: Depth Pruning for Large Language Models with Comparison of Retraining Methods",
-    "Kim, Bo-Kyeong and Kim, Geonmin and Kim, Tae-Ho and Castells, Thibault and others", "arXiv preprint", 2024,
-    "2402.02834",
-)  # fmt: skip
-_SLEB = Paper(
-    "song2024sleb",
-    "{SLEB}: Streamlining {LLMs} through Redundancy Verification and Elimination of Transformer Blocks",
-    "Song, Jiwon and Oh, Kyungseok and Kim, Taesu and Kim, Hyungjun and others",
-    "International Conference on Machine Learning", 2024, "2402.09025",
-)  # fmt: skip
+_SHORTENED_LLM = Paper("kim2024shortened")
+_SLEB = Paper("song2024sleb")
 METHODS = {
-    "angular": Method((
-        Paper("gromov2025unreasonable", "The Unreasonable Ineffectiveness of the Deeper Layers",
-              "Gromov, Andrey and Tirumala, Kushal and Shapourian, Hassan and Glorioso, Paolo and others", ICLR, 2025,
-              "2403.17887"),
-    )),
-    "block_influence": Method((
-        Paper("men2024shortgpt",
-              "{ShortGPT}: Layers in Large Language Models are More Redundant Than You Expect",
-              "Men, Xin and Xu, Mingyu and Zhang, Qingyu and Wang, Bingning and Lin, Hongyu and others",
-              "arXiv preprint", 2024, "2403.03853"),
-    )),
+    "angular": Method((Paper("gromov2025unreasonable"),)),
+    "block_influence": Method((Paper("men2024shortgpt"),)),
     "perplexity": Method((_SHORTENED_LLM,)),
     "taylor": Method((_SHORTENED_LLM,)),
     "magnitude": Method((_SHORTENED_LLM,), needs_text=False),
     "greedy": Method((_SLEB,)),
     "exchange": Method((_SLEB,)),
-}  # fmt: skip
+}

@@ -32,10 +32,7 @@ class Reap(ExpertCriterion):
     """
 
     needs_outputs = True
-    papers = (
-        Paper("lasby2025reap", "{REAP} the Experts: Why Pruning Prevails for One-Shot {MoE} Compression",
-              "Lasby, Mike and others", "arXiv preprint", 2025, "2510.13999"),
-    )  # fmt: skip
+    papers = (Paper("lasby2025reap"),)
 
     def score(self, scoring: Scoring) -> torch.Tensor:
         return scoring.statistics.norms / scoring.statistics.tokens.clamp_min(1)
@@ -75,11 +72,7 @@ class ExpertTaylor(ExpertCriterion):
 
     needs_inputs = False
     needs_gradients = True
-    papers = (
-        Paper("molchanov2019importance", "Importance Estimation for Neural Network Pruning",
-              "Molchanov, Pavlo and Mallya, Arun and Tyree, Stephen and Frosio, Iuri and Kautz, Jan",
-              "Conference on Computer Vision and Pattern Recognition", 2019, "1906.10771"),
-    )  # fmt: skip
+    papers = (Paper("molchanov2019importance"),)
 
     def score(self, scoring: Scoring) -> torch.Tensor:
         return scoring.salience[scoring.group.parent, 0]
@@ -93,11 +86,7 @@ class ExpertLoss(ExpertCriterion):
     """
 
     needs_sample = True
-    papers = (
-        Paper("lu2024experts", "Not All Experts are Equal: Efficient Expert Pruning and Skipping for "
-              "Mixture-of-Experts Large Language Models", "Lu, Xudong and others",
-              "Annual Meeting of the Association for Computational Linguistics", 2024, "2402.14800"),
-    )  # fmt: skip
+    papers = (Paper("lu2024experts"),)
 
     def score(self, scoring: Scoring) -> torch.Tensor:
         group, experts, inputs = scoring.group, scoring.statistics.experts, scoring.statistics.inputs

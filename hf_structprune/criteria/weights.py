@@ -7,7 +7,7 @@ import zlib
 import torch
 
 from ..model.groups import Slice
-from .base import ICLR, NEURIPS, Criterion, Paper, Scoring, TensorCriterion
+from .base import Criterion, Paper, Scoring, TensorCriterion
 
 
 class Random(Criterion):
@@ -25,11 +25,7 @@ class L1(TensorCriterion):
     https://huggingface.co/papers/1608.08710)."""
 
     power = 1
-    papers = (
-        Paper("li2017pruning", "Pruning Filters for Efficient {ConvNets}",
-              "Li, Hao and Kadav, Asim and Durdanovic, Igor and Samet, Hanan and Graf, Hans Peter", ICLR, 2017,
-              "1608.08710"),
-    )  # fmt: skip
+    papers = (Paper("li2017pruning"),)
 
     def part_score(self, scoring: Scoring, part: Slice) -> torch.Tensor:
         weight = scoring.weight(part).float()
@@ -51,10 +47,7 @@ class Taylor(TensorCriterion):
     rows and columns are reduced in the backward pass, see `gradients.py`.
     """
 
-    papers = (
-        Paper("ma2023llmpruner", "{LLM-Pruner}: On the Structural Pruning of Large Language Models",
-              "Ma, Xinyin and Fang, Gongfan and Wang, Xinchao", NEURIPS, 2023, "2305.11627"),
-    )  # fmt: skip
+    papers = (Paper("ma2023llmpruner"),)
     needs_gradients = True
 
     def part_score(self, scoring: Scoring, part: Slice) -> torch.Tensor:

@@ -61,11 +61,7 @@ def _is_ranked(kind: UnitKind, config: PruningConfig, plan: PruningPlan) -> bool
     return not isinstance(kind, DepthKind) or config.chooses_depth(plan.ratio_requested)
 
 
-LM_EVAL = Paper(
-    "eval-harness", "The Language Model Evaluation Harness",
-    "Gao, Leo and Tow, Jonathan and Abbasi, Baber and Biderman, Stella and others", None, 2024,
-    "https://github.com/EleutherAI/lm-evaluation-harness",
-)  # fmt: skip
+LM_EVAL = Paper("eval-harness")
 
 
 def _methods(config: PruningConfig, plan: PruningPlan) -> list[Method]:

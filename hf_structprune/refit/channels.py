@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from ..config import PruningConfig
 from ..criteria.channels import channel_importance
 from ..errors import ConfigurationError
 from ..hooks import hooked
-from ..model.groups import Group, is_linear, matrix
+from ..model.groups import is_linear, matrix
 from ..model.hidden_size import cut_channels, final_norm, hidden_group, norm_kind, row_scales, scale_, shrunk_target
 from ..model.structure import ModelStructure
 from ..stats.moments import InputStatistics, Moments
@@ -24,6 +25,7 @@ from .rotation import in_components
 
 
 _ROWS = 8192  # of a matrix that are re-fitted at once
+States = list[torch.Tensor]  # one tensor of shape (sequences, length, d) for each batch
 
 
 def cut_hidden(
@@ -38,10 +40,7 @@ def cut_hidden(
 
     Args:
         keep: Channels that stay, less than the hidden size.
-        config: `hidden_criterion`, `compensation`, `damping`, `error_correction`, `token_weighting` and the batch
-            size of the calibration.
-        tokens: Calibration tokens, shape (sequences, length). `None` will do for `"magnitude"` (or `kept`) without
-            compensation.
+        tokens: Shape (sequences, length). `None` will do for `"magnitude"` (or `kept`) without compensation.
         kept: Numbers of the channels that stay, where they are known; nothing is ranked then.
 
     Returns:
@@ -55,9 +54,7 @@ def cut_hidden(
     """
     size = model.config.hidden_size
     if keep == size:
-        raise ConfigurationError(
-            f"The hidden size after pruning is {keep}, which is the model's own; give a smaller one."
-        )
+        raise ConfigurationError(f"The hidden size after pruning is {keep}, the model's own; give a smaller one.")
     if config.compensation and tokens is None:
         raise ConfigurationError("Re-fitting needs calibration tokens: give them, or set compensation=False.")
     group = hidden_group(model, structure)
@@ -67,32 +64,18 @@ def cut_hidden(
         model, kept = in_components(model, group, config, tokens), torch.arange(keep)
     elif kept is None:
         kept = channel_importance(model, group, config, tokens).topk(keep).indices
-    kept = _checked(kept, keep, size)
-    small = cut_channels(model, group, kept, target)
-    if config.compensation:
-        refit_channels(model, small, structure, group, kept, config, tokens)
-    return small, None if turned else kept
-
-
-def _checked(kept: torch.Tensor, keep: int, size: int) -> torch.Tensor:
     kept = torch.as_tensor(kept).cpu().long().sort().values
     if len(kept) != keep or len(kept.unique()) != keep or kept[0] < 0 or kept[-1] >= size:
         raise ConfigurationError(
             f"`kept` has {len(kept)} channels; it must name {keep} different ones of 0 to {size - 1}."
         )
-    return kept
+    small = cut_channels(model, group, kept, target)
+    if config.compensation:
+        _Refit(model, small, structure, group, kept, config, tokens).run()
+    return small, None if turned else kept
 
 
-@torch.no_grad()
-def refit_channels(
-    dense: PreTrainedModel,
-    small: PreTrainedModel,
-    structure: ModelStructure,
-    group: Group,
-    kept: torch.Tensor,
-    config: PruningConfig,
-    tokens: torch.Tensor,
-) -> None:
+class _Refit:
     """Re-fits what reads and writes the residual stream of `small`, in place; `structure` is the dense model's.
 
     Both models carry the calibration text, layer by layer; the statistics of one layer are in memory at a time.
@@ -105,25 +88,23 @@ def refit_channels(
     * The LM head like a reader; a tied one stays, and the weights of the final norm are fitted instead, see
       `norm_factors`.
     """
-    refit = _Refit(dense, small, structure, group, kept, config, tokens)
-    for layer in tqdm(structure.layers, desc="Re-fitting"):
-        refit.before.enter(layer.index)
-        refit.after.enter(layer.index)
-        refit.layer(layer.index, layer.name)
-        refit.after.advance(layer.index)
-    refit.head()
-
-
-class _Refit:
-    """The state of one run of `refit_channels`."""
 
     def __init__(self, dense, small, structure, group, kept, config, tokens) -> None:
         self.dense, self.small, self.kept, self.config = dense, small, kept, config
-        self.dims, self.group = group.dims(), group
+        self.structure, self.dims, self.group = structure, group.dims(), group
         size = config.calibration.batch_size
         self.before, self.after = (LayerStream(model, structure, tokens, size) for model in (dense, small))
         self.row_scales = row_scales(dense, small)
         self.weights = TokenWeights()
+
+    @torch.no_grad()
+    def run(self) -> None:
+        for layer in tqdm(self.structure.layers, desc="Re-fitting"):
+            self.before.enter(layer.index)
+            self.after.enter(layer.index)
+            self.layer(layer.index, layer.name)
+            self.after.advance(layer.index)
+        self.head()
 
     def layer(self, index: int, name: str) -> None:
         stages = self._stages(index, name)
@@ -141,34 +122,24 @@ class _Refit:
                 self._writer(index, names[0], [part[..., kept] for part in there], states, error)
 
     def _stages(self, index: int, layer: str) -> list[tuple[list[str], bool]]:
-        """What reads and writes the stream in a layer, in the order in which it runs; found by running one batch.
+        """Readers of the same input, or one writer, and whether it writes, in the order in which a batch runs them.
 
-        Returns:
-            Full names of readers of the same input, or of one writer, and whether it writes. Stacked experts are
-            readers; as writers they are left alone, because each sees other tokens.
+        Stacked experts are readers; as writers they are left alone, because each sees other tokens.
         """
-        seen: list[tuple[tuple[int, ...], torch.Tensor, list[str]]] = []
-
-        def enter(name: str, writes: bool, args: tuple) -> None:
-            # The tensor is kept, so that no other one can have its address.
-            place = () if writes else (args[0].data_ptr(), args[0].numel())
-            if seen and not writes and seen[-1][0] == place:
-                seen[-1][2].append(name)
-            else:
-                seen.append((place, args[0], [name]))
-
+        seen: list[tuple[str, str, torch.Tensor]] = []  # tensors are kept, so that no other one can have the address
         handles = []
         for name, module in self.dense.get_submodule(layer).named_modules(prefix=layer):
             own = [(self.dims.get(f"{name}.{leaf}"), p.ndim) for leaf, p in module.named_parameters(recurse=False)]
             places = [dim == ndim - 1 for dim, ndim in own if dim is not None and ndim > 1]
             if any(places) or (places and is_linear(module)):
-                enter_here = partial(enter, name, not any(places))
-                handles.append(module.register_forward_pre_hook(lambda _, args, enter=enter_here: enter(args)))
+                who = (name, "" if any(places) else name)
+                handles.append(module.register_forward_pre_hook(lambda _, args, who=who: seen.append((*who, args[0]))))
         with hooked(handles):
             self.before.outputs(index, 0, last=index)
-        return [(names, not place) for place, _, names in seen]
+        stages = groupby(seen, key=lambda one: (one[1], one[2].data_ptr(), one[2].numel()))
+        return [([name for name, _, _ in run], bool(writer)) for (writer, *_), run in stages]
 
-    def _readers(self, index: int, names: list[str], dense: list[torch.Tensor]) -> None:
+    def _readers(self, index: int, names: list[str], dense: States) -> None:
         statistics = self._statistics(dense, self.after.capture(index, names[0]))
         for name in names:
             for leaf, parameter in self.small.get_submodule(name).named_parameters(recurse=False):
@@ -178,7 +149,7 @@ class _Refit:
                         wanted = wanted * self.row_scales[name].to(wanted.device)[:, None]
                     self._fit(parameter, wanted, statistics)
 
-    def _statistics(self, dense: list[torch.Tensor], inputs: list[torch.Tensor]) -> InputStatistics:
+    def _statistics(self, dense: States, inputs: States) -> InputStatistics:
         """Moments of `n'` (H') with the target `n - n'` (H): the outputs of all readers lack `W` times that."""
         kept = self.kept.to(inputs[0].device)
         statistics = InputStatistics(len(kept), True, dense[0].shape[-1], inputs[0].device)
@@ -199,9 +170,7 @@ class _Refit:
             moments = _of_rows(statistics.moments, large[rows])
             small[rows] = refit(small[rows], moments.gram, columns, damping, moments.target).to(small.dtype)
 
-    def _writer(
-        self, index: int, name: str, dense: list[torch.Tensor], states: list[torch.Tensor], error: list[torch.Tensor]
-    ) -> None:
+    def _writer(self, index: int, name: str, dense: States, states: States, error: States) -> None:
         module, inputs = self.small.get_submodule(name), self.after.capture(index, name)
         weight, additive = matrix(module), self.after.additive
         statistics = InputStatistics(weight.shape[1], True, len(weight), inputs[0].device)
@@ -227,9 +196,8 @@ class _Refit:
         if head.weight is not self.small.get_input_embeddings().weight:
             self._fit(head.weight, large.weight, statistics)
             return
-        name = final_norm(self.dense, self.group)
+        name, moments = final_norm(self.dense, self.group), statistics.moments
         kind, norm = norm_kind(self.dense.get_submodule(name)), self.small.get_submodule(name)
-        moments = statistics.moments
         damping = DEFAULT_DAMPING if self.config.damping is None else self.config.damping
         factors = norm_factors(large.weight, self.kept, moments.gram, moments.target, damping)
         scale_(norm.weight, kind, factors.to(norm.weight))
@@ -240,21 +208,12 @@ class _Refit:
 def norm_factors(
     head: torch.Tensor, kept: torch.Tensor, gram: torch.Tensor, target: torch.Tensor, damping: float
 ) -> torch.Tensor:
-    """Factors `s` of the final norm's weights that bring the logits closest to the dense model's.
+    """Factors `s` (H', float64) of the final norm's weights that bring the logits closest to the dense model's.
 
-    Minimises `E ||E~ (n - s n')||^2` over `s`, where `E~` are the rows of the LM head less their mean (which no
-    probability depends on) and `n'` has zeros in the channels that went: `(M_KK o C + lam I) (s - 1) = diag(M_K. T)`
-    with `M = E~^T E~`, `C = E[n' n'^T]` and `T = E[(n - n') n'^T]`.
-
-    Args:
-        head: `E`, shape (vocabulary, H).
-        kept: Numbers of the kept channels, shape (H',).
-        gram: `C`, shape (H', H').
-        target: `T`, shape (H, H').
-        damping: `lam` as a multiple of the mean of the diagonal; `s` shrinks towards 1.
-
-    Returns:
-        `s`, shape (H',), float64.
+    Minimises `E ||E~ (n - s n')||^2` over `s`, where `E~` are the rows of the LM head `E` (vocabulary, H) less their
+    mean (which no probability depends on) and `n'` has zeros in the channels that went:
+    `(M_KK o C + lam I) (s - 1) = diag(M_K. T)` with `M = E~^T E~`, `gram` `C = E[n' n'^T]` and `target`
+    `T = E[(n - n') n'^T]` (H, H'). `lam` is the damping as a multiple of the mean of the diagonal.
     """
     kept = kept.to(head.device)
     mean = head.float().mean(0, keepdim=True)

@@ -6,6 +6,8 @@ Notation: consumer `W` (out x d), second moment of its inputs `C = E[x x^T]` (d 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from ..stats.moments import Moments
@@ -23,13 +25,9 @@ def ridge(gram: torch.Tensor, damping: float) -> float:
 
 
 def refit(
-    weight: torch.Tensor,
-    gram: torch.Tensor,
-    kept: torch.Tensor,
-    damping: float,
-    target: torch.Tensor | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> torch.Tensor:
+    weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, damping: float,
+    target: torch.Tensor | None = None, dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:  # fmt: skip
     """Weights of the kept columns that best reproduce the consumer's outputs without the pruned inputs.
 
     `W' = W_K + (W_P C_PK + T_K) (C_KK + lam I)^-1`: ridge regression of `W x + t` on `x_K` that shrinks towards the
@@ -42,9 +40,6 @@ def refit(
         kept: Numbers of the kept columns, ascending.
         damping: `lam / mean(diag C)`.
         target: `T = E[t x^T]`, shape (out, d): what the output should change by.
-
-    Returns:
-        `W'`, shape (out, len(kept)).
     """
     weight, gram = weight.to(dtype), gram.to(dtype)
     pruned = _others(kept, weight.shape[1])
@@ -57,12 +52,9 @@ def refit(
 
 
 def output_error(
-    weight: torch.Tensor,
-    refitted: torch.Tensor,
-    gram: torch.Tensor,
-    kept: torch.Tensor,
+    weight: torch.Tensor, refitted: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor,
     target: torch.Tensor | None = None,
-) -> float:
+) -> float:  # fmt: skip
     """`E ||W x + t - W' x_K||^2 - E ||t||^2` for inputs with second moment `gram` and `target = E[t x^T]`."""
     difference = weight.to(gram.dtype).clone()
     difference[:, kept] -= refitted.to(gram.dtype)
@@ -78,17 +70,15 @@ def choose_damping(weight: torch.Tensor, fit: Moments, held_out: Moments, kept: 
     The error falls and then rises with the damping, so that the search goes downhill from the middle of `DAMPINGS`.
     float32 is enough to compare; the re-fit itself is done in float64.
     """
-    errors: dict[int, float] = {}
     gram, held_out_gram = fit.gram, held_out.gram
 
+    @cache
     def error(place: int) -> float:
-        if place not in errors:
-            try:
-                refitted = refit(weight, gram, kept, DAMPINGS[place], fit.target, torch.float32)
-            except torch.linalg.LinAlgError:
-                refitted = refit(weight, gram, kept, DAMPINGS[place], fit.target)
-            errors[place] = output_error(weight, refitted, held_out_gram, kept, held_out.target)
-        return errors[place]
+        try:
+            refitted = refit(weight, gram, kept, DAMPINGS[place], fit.target, torch.float32)
+        except torch.linalg.LinAlgError:
+            refitted = refit(weight, gram, kept, DAMPINGS[place], fit.target)
+        return output_error(weight, refitted, held_out_gram, kept, held_out.target)
 
     place = len(DAMPINGS) // 2
     for step in (-1, 1):
@@ -98,23 +88,17 @@ def choose_damping(weight: torch.Tensor, fit: Moments, held_out: Moments, kept: 
 
 
 def obs_scores(
-    weight: torch.Tensor,
-    gram: torch.Tensor,
-    index: torch.Tensor,
-    damping: float = SELECTION_DAMPING,
-    drop: int | None = None,
-    blocks: int = 1,
-) -> torch.Tensor:
+    weight: torch.Tensor, gram: torch.Tensor, index: torch.Tensor, damping: float = SELECTION_DAMPING,
+    drop: int | None = None, blocks: int = 1,
+) -> torch.Tensor:  # fmt: skip
     """Greedy Optimal Brain Surgeon: the rise of the output error when a unit goes and the rest is re-fitted.
 
     `s_g = tr(W_g (H^-1_gg)^-1 W_g^T)` with `H = C + lam I`; the units with the least score go (single columns in 16
     chunks, wider units one by one), then `W` and `H^-1` are updated as if they had never been there.
 
     Args:
-        weight: `W`, shape (out, d).
-        gram: `C`, shape (d, d).
+        weight, gram, damping: As in `refit`.
         index: Columns of each unit, shape (units, width).
-        damping: `lam / mean(diag C)`.
         drop: Units to remove before stopping; `None` removes all but one, which orders all units.
         blocks: Units go evenly from so many equal blocks.
 

@@ -8,24 +8,24 @@ to bring the hidden states back to those of the dense model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from ..config import PruningConfig
-from ..criteria import Criterion, Scoring
+from ..criteria import Scoring, make_criterion
 from ..criteria.base import best_units
 from ..model.experts import Experts
 from ..model.groups import Group, Kept, LayerStructure, matrix
 from ..model.structure import ModelStructure
 from ..model.surgery import cut_units, mask_sublayers
 from ..plan import PruningPlan
-from ..stats.gradients import Salience
 from ..stats.moments import InputStatistics
 from ..stats.routing import ExpertInputs, RoutingStatistics, routing_statistics
 from ..stats.stream import LayerStream
+from ..stats.survey import Survey
 from ..units import KINDS, DepthKind, kinds_of
 from ..units.depth import LAYERS
 from .experts import refit_experts
@@ -33,60 +33,39 @@ from .merging import merge_experts
 from .reader import TokenWeights, by_consumer, consume, kept_columns, refitted, write_columns
 
 
-Scores = dict[tuple[int, str], torch.Tensor]
 States = list[torch.Tensor]  # one tensor of shape (sequences, length, d) for each batch
 
 
 @torch.no_grad()
 def compress(
-    model: PreTrainedModel,
-    structure: ModelStructure,
-    plan: PruningPlan,
-    criterion: Criterion,
-    config: PruningConfig,
-    tokens: torch.Tensor | None = None,
-    scores: Scores | None = None,
-    salience: Salience | None = None,
-    notes: list[str] | None = None,
-) -> Kept:
+    model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan, config: PruningConfig,
+    tokens: Callable[[], torch.Tensor], known: Survey, notes: list[str],
+) -> Kept:  # fmt: skip
     """Chooses the units that stay, re-fits what reads them and cuts the others out, in place.
 
     Afterwards the tensors are right; head counts and widths in modules and configuration are the business of
     `rebuild.rebuild`, and what is dropped is still there.
 
     Args:
-        plan: How many units stay; units that it names are taken as they are.
-        criterion: Ranks the units that the plan does not name.
-        tokens: Calibration tokens, where inputs are looked at.
-        scores: Scores that are known already, by `(layer, kind)`.
-        salience: Reduced gradients, for gradient criteria.
+        plan: How many units stay; units that it names are taken as they are, others are ranked.
+        tokens: Loads the calibration tokens; called only where inputs are looked at.
+        known: Scores and gradients that are known already.
         notes: What was asked for and could not be done is added here.
-
-    Returns:
-        The units that stay, by `(layer, kind)`.
     """
-    compression = _Compression(model, structure, plan, criterion, config, scores or {}, salience)
-    kept = compression.run(tokens)
-    if compression.uncorrected and notes is not None:
-        notes.append(
-            "error correction: the layers of this model do not simply add up, so that re-fits look at their own "
-            "outputs only"
-        )
-    return kept
+    return _Compression(model, structure, plan, config, known).run(tokens, notes)
 
 
 class _Compression:
     """The state of one run of `compress`."""
 
-    def __init__(self, model, structure, plan, criterion, config, scores, salience) -> None:
-        self.model, self.structure, self.plan = model, structure, plan
-        self.criterion, self.config, self.scores, self.salience = criterion, config, scores, salience
-        self.by_inputs = criterion.needs_inputs and not plan.chosen and not scores
-        self.needs_gram = config.compensation or (self.by_inputs and criterion.needs_gram)
+    def __init__(self, model, structure, plan, config, known) -> None:
+        self.model, self.structure, self.plan, self.config = model, structure, plan, config
+        self.criterion, self.scores, self.salience = make_criterion(config), known.scores or {}, known.salience
+        self.by_inputs = self.criterion.needs_inputs and not plan.chosen and not self.scores
+        self.needs_gram = config.compensation or (self.by_inputs and self.criterion.needs_gram)
         self.gone = plan.dropped.get(LAYERS, [])
         self.stream: LayerStream | None = None
         self.correcting = False
-        self.uncorrected = False  # though it was asked for
         self.dense: States = []  # the hidden states of the dense model
         self.error: States = []  # what the hidden states lack of those, float32
         self.outputs: list[States] = []  # of the layer's consumers so far
@@ -94,14 +73,19 @@ class _Compression:
         self.kept: Kept = {}
         self.cut: set[tuple[int, str]] = set()  # groups that are out already
 
-    def run(self, tokens: torch.Tensor | None) -> Kept:
+    def run(self, tokens: Callable[[], torch.Tensor], notes: list[str]) -> Kept:
         looks = bool(self.plan.groups) and (self.needs_gram or self.by_inputs or self.config.merge_experts)
-        correcting = bool(self.plan.groups or self.plan.dropped) and corrects(self.config)
+        correcting = self.config.compensation and self.config.error_correction > 0
+        correcting = correcting and bool(self.plan.groups or self.plan.dropped)
         if looks or correcting:
-            stream = LayerStream(self.model, self.structure, tokens, self.config.calibration.batch_size)
+            stream = LayerStream(self.model, self.structure, tokens(), self.config.calibration.batch_size)
             self.correcting = correcting and stream.additive
-            self.uncorrected = correcting and not self.correcting
             self.stream = stream if looks or self.correcting else None
+            if correcting and not stream.additive:
+                notes.append(
+                    "error correction: the layers of this model do not simply add up, so that re-fits look at their "
+                    "own outputs only"
+                )
         first, last = _reach(self.plan)
         if self.correcting:
             self.dense = self.stream.copy(self.stream.hidden)
@@ -139,10 +123,7 @@ class _Compression:
                 continue
             if ahead is not None and consumer == list(consumers)[-1] and not routed:
                 _add(self.error, ahead)
-            target = dense.pop(consumer, None)
-            if any(groups[0].parent.startswith(f"{group.parent}.") for group in routed):
-                target = None  # its output is a part of what the block of experts puts out, which has a target
-            self._consumer(layer, consumer, groups[0].parent, cut, target)
+            self._consumer(layer, consumer, groups[0].parent, cut, dense.pop(consumer, None))
         for group in routed:
             if self.stream is None:
                 self._choose([group] if group.kind in planned else [], None)
@@ -153,21 +134,18 @@ class _Compression:
 
     def _lost(self, layer: LayerStructure) -> list[str]:
         """Kinds of the sublayers that go from a layer."""
-        kinds = kinds_of(DepthKind, sublayer=True)
-        return [kind for kind in kinds if layer.index in self.plan.dropped.get(kind, ())]
+        return [k for k in kinds_of(DepthKind, sublayer=True) if layer.index in self.plan.dropped.get(k, ())]
 
     def _step_dense(self, layer: LayerStructure, consumers: list[str]) -> tuple[dict[str, States], States | None]:
         """Carries the dense hidden states through a layer and the dropped ones behind it.
 
-        `self.error` becomes what the hidden states that enter the layer lack, the dropped layers before the first
-        included, and what the sublayers would add that the layer loses.
+        `self.error` becomes what the hidden states that enter the layer lack, and what its lost sublayers would add.
 
         Returns:
             Outputs of the layer's consumers in the dense model, and what the dropped layers behind it add, which the
             layer's last consumer is to anticipate; `None` if none are dropped there.
         """
-        stream = self.stream
-        lost = [layer.sublayer(kind).consumer for kind in self._lost(layer)]
+        stream, lost = self.stream, [layer.sublayer(kind).consumer for kind in self._lost(layer)]
         lost = [consumer for consumer in lost if consumer]
         self.dense = stream.placed(layer.index, self.dense)
         self.error = self._difference(self.dense, stream.hidden)
@@ -197,10 +175,11 @@ class _Compression:
         self, layer: LayerStructure, consumer: str, parent: str, cut: list[Group], dense: States | None
     ) -> None:
         """Captures the inputs of a consumer, chooses what stays of them and re-fits it."""
-        module = self.model.get_submodule(consumer)
-        width = matrix(module).shape[1]
-        inputs = self.stream.capture(layer.index, consumer)
-        size = dense[0].shape[-1] if dense is not None else 0
+        # What is inside a block of experts puts out a part of what the block does, which has a target of its own.
+        inside = any(parent.startswith(f"{group.parent}.") for group in layer.groups if group.reader is None)
+        dense = None if inside else dense
+        module, inputs = self.model.get_submodule(consumer), self.stream.capture(layer.index, consumer)
+        width, size = matrix(module).shape[1], 0 if dense is None else dense[0].shape[-1]
         statistics = InputStatistics(width, self.needs_gram, size, inputs[0].device)
         for number, x in enumerate(inputs):
             target = weights = None
@@ -215,7 +194,6 @@ class _Compression:
         self._choose(cut, statistics)
         columns = kept_columns(cut, self.kept, width)
         write_columns(module, refitted(module, statistics, columns, self.config), columns)
-        inside = any(parent.startswith(f"{group.parent}.") for group in layer.groups if group.reader is None)
         self._pass_on(parent, (consume(module, x, columns) for x in inputs), dense, adds=not inside)
 
     def _experts(self, layer: LayerStructure, group: Group, cut: bool, dense: States | None) -> None:
@@ -250,10 +228,7 @@ class _Compression:
         return hidden + output if self.stream.additive else hidden
 
     def _pass_on(self, parent: str, outputs: Iterable[torch.Tensor], dense: States | None, adds: bool = True) -> None:
-        """Keeps what a consumer puts out now, and counts what that lacks of the dense model's.
-
-        `adds` says whether it is added to the hidden states as it is, and not a part of what a block of experts adds.
-        """
+        """Keeps what a consumer puts out now, and counts what that lacks; `adds`: to the hidden states as it is."""
         stored = self.stream.blank(self.stream.hidden[0])
         for number, output in enumerate(outputs):
             stored[number].copy_(output)
@@ -268,25 +243,18 @@ class _Compression:
     ) -> None:
         for group in groups:
             decision = self.plan.of_layer(group.layer)[group.kind]
+            # Query heads stay only in KV groups that do; where all of these stay, there is nothing to rank.
+            blocks, score = self.kept.get((group.layer, KINDS[group.kind].within)), self.scores.get(group.key)
             if decision.kept is not None:
                 self.kept[group.key] = torch.tensor(decision.kept)
-                continue
-            # Query heads stay only in KV groups that do; where all of these stay, there is nothing to rank.
-            blocks = self.kept.get((group.layer, KINDS[group.kind].within))
-            if blocks is not None and decision.keep == len(blocks) * group.whole:
+            elif blocks is not None and decision.keep == len(blocks) * group.whole:
                 units = torch.arange(group.size).view(group.blocks, group.whole)
                 self.kept[group.key] = units[blocks.cpu()].flatten()
-                continue
-            score = self.scores.get(group.key)
-            if score is None:
-                drop = group.size - decision.keep
-                score = self.criterion.score(Scoring(group, self.model, statistics, self.salience, drop))
-            self.kept[group.key] = best_units(score, group, decision.keep, blocks)
-
-
-def corrects(config: PruningConfig) -> bool:
-    """Whether re-fits also try to undo what earlier cuts have left in the hidden states."""
-    return config.compensation and config.error_correction > 0
+            else:
+                if score is None:
+                    drop = group.size - decision.keep
+                    score = self.criterion.score(Scoring(group, self.model, statistics, self.salience, drop))
+                self.kept[group.key] = best_units(score, group, decision.keep, blocks)
 
 
 def _reach(plan: PruningPlan) -> tuple[int, int]:

@@ -10,7 +10,6 @@ import copy
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils.logging import tqdm
 
 from ..config import PruningConfig
 from ..errors import ConfigurationError, UnsupportedModelError
@@ -19,11 +18,18 @@ from ..model.groups import Group
 from ..model.hidden_size import NormKind, stream_norms
 from ..model.rebuild import assemble
 from ..model.target import Target
-from ..stats.gradients import on_device
+from ..stats.gradients import on_device, run_hooked
 
 
-def _check_rotatable(model: PreTrainedModel, group: Group) -> None:
-    """Refuses models whose LM head is tied, or with a norm of the stream that subtracts the mean."""
+def in_components(
+    model: PreTrainedModel, group: Group, config: PruningConfig, tokens: torch.Tensor | None
+) -> PreTrainedModel:
+    """The same function with its stream in the basis of its principal components, see `rotated`.
+
+    Raises:
+        ConfigurationError: There are no tokens.
+        UnsupportedModelError: The LM head is tied, a norm of the stream subtracts the mean, or see `rotated`.
+    """
     head, vocabulary = model.get_output_embeddings(), len(model.get_input_embeddings().weight)
     if head is None or head.weight is model.get_input_embeddings().weight:
         raise UnsupportedModelError(
@@ -37,18 +43,6 @@ def _check_rotatable(model: PreTrainedModel, group: Group) -> None:
                 f"hidden_criterion='pca' needs RMS norms: `{name}` subtracts the mean over the channels, which "
                 "depends on their basis. Use 'activation'."
             )
-
-
-def in_components(
-    model: PreTrainedModel, group: Group, config: PruningConfig, tokens: torch.Tensor | None
-) -> PreTrainedModel:
-    """The same function with its stream in the basis of its principal components, see `rotated`.
-
-    Raises:
-        ConfigurationError: There are no tokens.
-        UnsupportedModelError: The stream of this model cannot be turned.
-    """
-    _check_rotatable(model, group)
     if tokens is None:
         raise ConfigurationError("The hidden criterion 'pca' looks at calibration text, and there is none.")
     return rotated(model, group, principal_components(model, group, config, tokens))
@@ -58,12 +52,9 @@ def in_components(
 def principal_components(
     model: PreTrainedModel, group: Group, config: PruningConfig, tokens: torch.Tensor
 ) -> torch.Tensor:
-    """Eigenvectors of the second moment of what the norms of the stream receive, the largest first.
+    """Eigenvectors `Q` (H, H), float64, of the second moment of what the norms of the stream receive, largest first.
 
     Every token counts by its direction only (`x / rms(x)`), as the norms see it, and all norms count alike.
-
-    Returns:
-        `Q`, orthogonal, shape (H, H), float64.
     """
     gram = torch.zeros(group.size, group.size, dtype=torch.float64)
 
@@ -73,9 +64,7 @@ def principal_components(
         gram.add_((x.T @ x).double().cpu())
 
     norms = stream_norms(model, set(group.dims()))
-    with hooked(model.get_submodule(name).register_forward_pre_hook(add) for name in norms):
-        for batch in tqdm(tokens.split(config.calibration.batch_size), desc="Channels"):
-            model.base_model(input_ids=on_device(model, batch), use_cache=False)
+    run_hooked(model, tokens, config, (model.get_submodule(name).register_forward_pre_hook(add) for name in norms))
     return torch.linalg.eigh(gram).eigenvectors.flip(1)
 
 
@@ -84,9 +73,8 @@ def rotated(model: PreTrainedModel, group: Group, rotation: torch.Tensor) -> Pre
     """The same function with its stream `x` written as `Q^T x`: exact, but for rounding.
 
     The weights of every norm go into the matrices that read it, after which the norm commutes with `Q`; then readers,
-    writers, embeddings and head are multiplied by `Q` along their channels.
-
-    The model has RMS norms and an untied head, and stays as it is.
+    writers, embeddings and head are multiplied by `Q` along their channels. The model, which has RMS norms and an
+    untied head, stays as it is.
 
     Raises:
         UnsupportedModelError: Not all norms and readers belong together one to one (norms behind the writers, as in
@@ -112,9 +100,9 @@ def _reader_scales(model: PreTrainedModel, group: Group, norms: dict[str, NormKi
     """What every reader gets from its norm's weights, shape (H,), by the name of the reader's parameter."""
     readers: dict[str, list[str]] = {}  # parameters whose last dimension reads channels, by module
     for name, dim in group.dims().items():
-        module, parameter = name.rpartition(".")[0], model.get_parameter(name)
+        module = name.rpartition(".")[0]
         embeds = isinstance(model.get_submodule(module), torch.nn.Embedding)
-        if dim == parameter.ndim - 1 > 0 and not embeds:
+        if dim == model.get_parameter(name).ndim - 1 > 0 and not embeds:
             readers.setdefault(module, []).append(name)
     read = _norms_read(model, list(norms), list(readers))
     for name in (*norms, *readers):
@@ -132,22 +120,11 @@ def _reader_scales(model: PreTrainedModel, group: Group, norms: dict[str, NormKi
 
 def _norms_read(model: PreTrainedModel, norms: list[str], readers: list[str]) -> dict[str, str]:
     """The norm whose output each reader gets, found by running two tokens."""
-    outputs: dict[int, str] = {}
-    alive: list[torch.Tensor] = []  # so that no other tensor can have the address of one of these
-    read: dict[str, str] = {}
-
-    def after_norm(name: str, output: torch.Tensor) -> None:
-        alive.append(output)
-        outputs[output.data_ptr()] = name
-
-    def before_reader(name: str, given: torch.Tensor) -> None:
-        alive.append(given)
-        if given.data_ptr() in outputs:
-            read[name] = outputs[given.data_ptr()]
-
+    given: list[tuple[str, torch.Tensor]] = []  # all of them, so that no other tensor can have the same address
     modules = {name: model.get_submodule(name) for name in (*norms, *readers)}
-    handles = [modules[n].register_forward_hook(lambda _, __, out, n=n: after_norm(n, out)) for n in norms]
-    handles += [modules[n].register_forward_pre_hook(lambda _, args, n=n: before_reader(n, args[0])) for n in readers]
+    handles = [modules[n].register_forward_hook(lambda _, __, out, n=n: given.append((n, out))) for n in norms]
+    handles += [modules[n].register_forward_pre_hook(lambda _, x, n=n: given.append((n, x[0]))) for n in readers]
     with hooked(handles):
         model(input_ids=on_device(model, torch.tensor([[0, 1]])), use_cache=False)
-    return read
+    normed = {tensor.data_ptr(): name for name, tensor in given if name in norms}
+    return {name: normed[x.data_ptr()] for name, x in given if name not in norms and x.data_ptr() in normed}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import tqdm
 
+from ..config import PruningConfig
 from ..hooks import hooked
 from ..model.experts import Experts
 from ..model.measuring import check_numbers, has_plain_head, measuring, positions_at_once
@@ -21,14 +23,11 @@ Salience = dict[tuple[str, int], torch.Tensor]
 
 
 class _Probe(torch.autograd.Function):
-    """Passes the output of a linear map through and, in the backward pass, reports its input and output gradient.
-
-    The input is kept with `save_for_backward`, so that gradient checkpointing can drop and recompute it.
-    """
+    """Passes the output of a linear map through and, in the backward pass, reports its input and output gradient."""
 
     @staticmethod
     def forward(ctx, output, inputs, report):
-        ctx.save_for_backward(inputs)
+        ctx.save_for_backward(inputs)  # which gradient checkpointing can drop and recompute
         ctx.report = report
         return output.clone()  # not a view: some layers add to it in place
 
@@ -39,15 +38,9 @@ class _Probe(torch.autograd.Function):
 
 
 def taylor_salience(
-    model: nn.Module,
-    groups: Iterable[Group],
-    tokens: torch.Tensor,
-    variant: str,
-    *,
-    batch_size: int = 8,
-    gradient_checkpointing: bool = False,
+    model: nn.Module, groups: Iterable[Group], tokens: torch.Tensor, config: PruningConfig
 ) -> Salience:
-    """Importance of the rows and columns of the matrices of coupled groups.
+    """Importance of the rows and columns of the matrices of coupled groups, by the variant `config.taylor`.
 
     For a batch with mean loss gradient `g` and per-sequence gradients `g_j` (`F = mean_j g_j^2`): `first` sums
     `|w g|` over the row or column, `second` `w^2 F`, `mix` `|w g - w^2 F / 2|`, `vectorize` is `|sum(w g)|`. Several
@@ -64,42 +57,36 @@ def taylor_salience(
         module, length = model.get_submodule(name), tokens.shape[1]
         linear = matrix(module).float()
         inputs, gradient = inputs.reshape(-1, length, inputs.shape[-1]), gradient.reshape(-1, length, linear.shape[0])
-        change = _change(linear, inputs, gradient, variant)
+        change = _change(linear, inputs, gradient, config.taylor)
         for axis in (0, 1):  # rows, columns
             key = (f"{name}.weight", int(axis != (matrix(module) is not module.weight)))
             if key in wanted:
                 reduced = change.sum(1 - axis) * share
                 salience[key] = salience[key] + reduced if key in salience else reduced
 
-    def probes(share: float) -> AbstractContextManager[None]:
-        def probe(name: str) -> Callable:
-            return lambda _, args, output: _Probe.apply(output, args[0], partial(report, name, share))
+    def probe(name: str, share: float) -> RemovableHandle:
+        return model.get_submodule(name).register_forward_hook(
+            lambda _, args, output: _Probe.apply(output, args[0], partial(report, name, share))
+        )
 
-        names = {part.module for part in slices}
-        return hooked(model.get_submodule(name).register_forward_hook(probe(name)) for name in names)
+    def probes(share: float) -> AbstractContextManager:
+        return hooked(probe(name, share) for name in {part.module for part in slices})
 
-    _backward_passes(model, tokens, batch_size, gradient_checkpointing, probes)
+    _backward_passes(model, tokens, config, probes)
     for (tensor, _), score in salience.items():
         check_numbers(score, f"The gradients of `{tensor}`")
     return {key: score.abs() for key, score in salience.items()}
 
 
-def gate_salience(
-    model: nn.Module, groups: Iterable[Group], tokens: torch.Tensor, *, batch_size: int, gradient_checkpointing: bool
-) -> Salience:
+def gate_salience(model: nn.Module, groups: list[Group], tokens: torch.Tensor, config: PruningConfig) -> Salience:
     """Squared first-order change of the loss when an expert's output goes: `mean over batches of (dL / dm_e)^2`.
 
     `m_e`, which is 1, multiplies what expert `e` puts out (Molchanov et al., 2019, eq. 8,
     https://huggingface.co/papers/1906.10771, for a gate in place of a channel).
 
-    Args:
-        groups: Groups of experts.
-        tokens: Token ids, shape (sequences, length).
-
     Returns:
         `{(full name of the block, 0): scores}`, float64, shape (experts,).
     """
-    groups = list(groups)
     salience: Salience = {(group.parent, 0): torch.zeros(group.size, dtype=torch.float64) for group in groups}
 
     @contextmanager
@@ -111,18 +98,14 @@ def gate_salience(
             if mask.grad is not None:
                 salience[name, 0] += mask.grad.double().square() * share
 
-    _backward_passes(model, tokens, batch_size, gradient_checkpointing, masks)
+    _backward_passes(model, tokens, config, masks)
     return salience
 
 
 def weight_changes(
-    model: nn.Module,
-    weights: dict[str, nn.Parameter],
-    tokens: torch.Tensor,
+    model: nn.Module, weights: dict[str, nn.Parameter], tokens: torch.Tensor, config: PruningConfig,
     reduce: Callable[[str, torch.Tensor, float], None],
-    batch_size: int,
-    gradient_checkpointing: bool,
-) -> None:
+) -> None:  # fmt: skip
     """Hands on `|w g|` of whole weights, each as soon as its gradient `g` is complete, which is then freed.
 
     `reduce` gets a name, `|w g|` in float32, `g` being of a batch's mean loss, and the batch's share of all sequences.
@@ -151,25 +134,20 @@ def weight_changes(
                 weight.requires_grad_(False)
                 weight.grad = gradient
 
-    _backward_passes(model, tokens, batch_size, gradient_checkpointing, reduced)
+    _backward_passes(model, tokens, config, reduced)
 
 
 def _backward_passes(
-    model: nn.Module,
-    tokens: torch.Tensor,
-    batch_size: int,
-    gradient_checkpointing: bool,
-    around: Callable[[float], AbstractContextManager[None]],
+    model: nn.Module, tokens: torch.Tensor, config: PruningConfig, around: Callable[[float], AbstractContextManager]
 ) -> None:
-    """Backward pass of the mean next-token loss of each batch; the model is left as it was.
+    """Backward pass of the mean next-token loss of each batch, in what `around` opens, given its share of sequences.
 
-    No parameter asks for a gradient: what is wanted of a pass is taken by what `around` opens, given the batch's share
-    of all sequences.
+    No parameter asks for a gradient, unless `around` lets it; the model is left as it was.
     """
     with measuring(model):
         plain = has_plain_head(model, on_device(model, tokens[:1]))
-        with _frozen(model, gradient_checkpointing):
-            for batch in tqdm(tokens.split(batch_size), desc="Gradients"):
+        with _frozen(model, config.gradient_checkpointing):
+            for batch in tqdm(tokens.split(config.calibration.batch_size), desc="Gradients"):
                 with around(len(batch) / len(tokens)):
                     _backward(model, on_device(model, batch), plain)
 
@@ -194,11 +172,19 @@ def on_device(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     return batch.to(model.get_input_embeddings().weight.device)
 
 
-def _backward(model: nn.Module, batch: torch.Tensor, plain: bool) -> None:
-    """Backward pass of the mean next-token loss of a batch.
+def run_hooked(
+    model: nn.Module, tokens: torch.Tensor, config: PruningConfig, hooks: Iterable[RemovableHandle]
+) -> None:
+    """Runs the model without its head on the text while hooks look at its channels."""
+    with hooked(hooks):
+        for batch in tqdm(tokens.split(config.calibration.batch_size), desc="Channels"):
+            model.base_model(input_ids=on_device(model, batch), use_cache=False)
 
-    With a plain head the loss is taken a few positions at a time: float32 logits of a whole batch and their gradient
-    would need more memory than everything else.
+
+def _backward(model: nn.Module, batch: torch.Tensor, plain: bool) -> None:
+    """Backward pass of the mean next-token loss of a batch, with a plain head a few positions at a time.
+
+    Float32 logits of a whole batch and their gradient would need more memory than everything else.
     """
     if not plain:
         model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
@@ -225,30 +211,25 @@ def _backward(model: nn.Module, batch: torch.Tensor, plain: bool) -> None:
 @contextmanager
 def _frozen(model: nn.Module, gradient_checkpointing: bool):
     """No parameter asks for a gradient; the embeddings' output starts the graph."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    was_checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     # Layers checkpoint in training mode only; what is inside them stays in eval mode, without dropout.
     layers = [m for m in model.modules() if gradient_checkpointing and isinstance(m, GradientCheckpointingLayer)]
-    dropouts = [(layer, layer.dropout) for layer in layers if isinstance(getattr(layer, "dropout", None), float)]
-    if gradient_checkpointing and not was_checkpointing:
-        _checkpointing(model, "enable")({"use_reentrant": False})
-    starts = model.get_input_embeddings().register_forward_hook(lambda m, a, output: output.requires_grad_(True))
-    try:
+    with ExitStack() as stack:
+        for parameter in model.parameters():
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
         model.requires_grad_(False)
+        if gradient_checkpointing and not any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+            stack.callback(model.disable_input_require_grads)
+            stack.callback(_checkpointing(model, "disable"))
+            _checkpointing(model, "enable")({"use_reentrant": False})
         for layer in layers:
             layer.training = True
-        for layer, _ in dropouts:
-            layer.dropout = 0.0
-        with starts, torch.enable_grad():
-            yield
-    finally:
-        for layer, dropout in dropouts:
-            layer.dropout = dropout
-        if gradient_checkpointing and not was_checkpointing:
-            _checkpointing(model, "disable")()
-            model.disable_input_require_grads()
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+            if isinstance(getattr(layer, "dropout", None), float):
+                stack.callback(setattr, layer, "dropout", layer.dropout)
+                layer.dropout = 0.0
+        embeddings = model.get_input_embeddings()
+        stack.enter_context(embeddings.register_forward_hook(lambda _, __, output: output.requires_grad_(True)))
+        stack.enter_context(torch.enable_grad())
+        yield
 
 
 def _checkpointing(model: nn.Module, verb: str):

@@ -18,9 +18,8 @@ from ..units.depth import LAYERS
 from .stream import LayerStream
 
 
-# Sequences of the calibration text that are used: every candidate costs half a forward pass on average, and greedy
-# measures all again after each removal. All are compared on the same tokens, so that how hard the text is falls out;
-# at the default length 16 sequences are 4096 tokens, three times what Shortened-LLM ranks blocks on (10 x 128).
+# Sequences of the calibration text that are used: every candidate costs half a forward pass on average. At the default
+# length these are 4096 tokens, three times what Shortened-LLM ranks blocks on (10 x 128).
 SEQUENCES = 16
 # Neighbouring sequences are joined up to so many tokens: which layers can go depends on how much has been read. Of two
 # sets of 4 layers of SmolLM2-135M, one was 10 % better in perplexity on sequences of 256 tokens, and 1 % better on the
@@ -50,9 +49,7 @@ class TextLoss:
     Of the tokens the first `SEQUENCES` are used, see `joined`; the model, in eval mode, is left as it is.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, structure: ModelStructure, tokens: torch.Tensor, batch_size: int = 8
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, structure: ModelStructure, tokens: torch.Tensor, batch_size: int = 8):
         windows = joined(tokens[:SEQUENCES], context_length(model))
         batch_size = max(1, batch_size * tokens.shape[1] // windows.shape[1])
         self.structure = structure
@@ -68,10 +65,7 @@ class TextLoss:
         return self._loss(0, gone)
 
     def scan(self, removal: Removal, candidates: list[Unit], description: str) -> tuple[dict[Unit, float], float]:
-        """The losses when one candidate goes on top of what has gone, and the loss when none does.
-
-        `description` is that of the progress bar.
-        """
+        """The losses when one candidate goes on top of what has gone, and the loss when none does."""
         gone = removal.gone()
         losses = self._each(gone, {unit: removal.gone([unit]) for unit in candidates}, description)
         return losses, self._loss(max(layer for layer, _ in candidates), gone)

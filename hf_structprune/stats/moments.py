@@ -21,26 +21,19 @@ class InputStatistics:
 
     Args:
         width: Number of input features `d`.
-        gram: Whether to accumulate the second moments `C = E[x x^T]` (d x d), once for fitting and once for the
-            held-out sequences.
+        gram: Whether to accumulate the second moments `C = E[x x^T]` (d x d).
         targets: Number of features of a target `t`, if `E[t x^T]` is wanted too; 0 otherwise.
-        device: Where the statistics live.
 
     Attributes:
-        tokens: Tokens seen.
-        total: Sum of `x`, shape (d,).
-        squares: Sum of `x^2`, shape (d,).
+        total, squares: Sums of `x` and of `x^2`, shape (d,).
         activity: Sum over sequences of `(mean over tokens of |x|)^2`, shape (d,).
         fit, held_out: Second moments over the two parts of the sequences; `None` without `gram`.
     """
 
     def __init__(self, width: int, gram: bool, targets: int = 0, device: torch.device | str = "cpu") -> None:
         self.width, self.tokens, self.sequences = width, 0, 0
-        self.total = torch.zeros(width, device=device)
-        self.squares = torch.zeros(width, device=device)
-        self.activity = torch.zeros(width, device=device)
-        self.fit = Moments.zeros(width, targets, device) if gram else None
-        self.held_out = Moments.zeros(width, targets, device) if gram else None
+        self.total, self.squares, self.activity = (torch.zeros(width, device=device) for _ in range(3))
+        self.fit, self.held_out = (Moments.zeros(width, targets, device) if gram else None for _ in range(2))
 
     def update(
         self, inputs: torch.Tensor, targets: torch.Tensor | None = None, weights: torch.Tensor | None = None
@@ -75,9 +68,9 @@ class InputStatistics:
     @property
     def moments(self) -> Moments:
         """Second moments over all tokens."""
-        both = (self.fit, self.held_out)
-        cross = None if self.fit.cross is None else self.fit.cross + self.held_out.cross
-        return Moments(self.fit.lower + self.held_out.lower, cross, sum(part.tokens for part in both))
+        fit, held_out = self.fit, self.held_out
+        cross = None if fit.cross is None else fit.cross + held_out.cross
+        return Moments(fit.lower + held_out.lower, cross, fit.tokens + held_out.tokens)
 
     @property
     def gram(self) -> torch.Tensor:
@@ -120,14 +113,13 @@ class Moments:
 def add_gram(lower: torch.Tensor, x: torch.Tensor) -> None:
     """Adds `x^T x` to the lower triangle of a float32 matrix; entries above the diagonal are left undefined.
 
-    bfloat16 products are exact in float32, but the result of a bfloat16 matmul is rounded to 8 bits, which the
-    inversion of the Gram matrix amplifies. So on the CPU the rest is computed too: `hi = x^T x` and
-    `lo = x^T x - hi`, both bfloat16 with float32 accumulation inside; `hi + lo` has 16 bits at half the cost of a
-    float32 matmul. CUDA gives float32 outputs itself.
+    A bfloat16 matmul rounds its result to 8 bits, which the inversion of the Gram matrix amplifies. So on the CPU the
+    rest is computed too: `hi = x^T x` and `lo = x^T x - hi`, both bfloat16 with float32 accumulation inside; `hi + lo`
+    has 16 bits at half the cost of a float32 matmul. CUDA gives float32 outputs itself.
     """
     for start in range(0, x.shape[1], _BLOCK):
-        rows, columns = x[:, start : start + _BLOCK], x[:, : start + _BLOCK]
-        lower[start : start + _BLOCK, : start + _BLOCK] += _product(rows, columns)
+        end = start + _BLOCK
+        lower[start:end, :end] += _product(x[:, start:end], x[:, :end])
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -40,18 +40,16 @@ class LayerStream:
     """Runs calibration batches through one layer after the other, so that each sees what the layers before left.
 
     What a layer gets besides hidden states (masks, position embeddings) is recorded in one full forward pass for each
-    shape of batch; it does not depend on the hidden states. The inputs of a consumer are captured by stopping the
-    layer right there. After a consumer was changed, its output is computed from the captured inputs and the module
-    around it is not run again, so that a layer costs one forward pass in all.
+    shape of batch. The inputs of a consumer are captured by stopping the layer right there. After a consumer was
+    changed, its output is computed from these and the module around it is not run again, so that a layer costs one
+    forward pass in all.
 
     Attributes:
         hidden: What enters the next layer, one tensor of shape (sequences, length, H) for each batch.
         additive: Whether every layer's output is its input plus the outputs of its consumers, and nothing else.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, structure: ModelStructure, tokens: torch.Tensor, batch_size: int
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, structure: ModelStructure, tokens: torch.Tensor, batch_size: int):
         self.model = model
         self.layers = [layer for _, layer in decoder_layers(model, structure.family)]
         self.batches = tokens.split(batch_size)
@@ -96,10 +94,7 @@ class LayerStream:
         self.model.base_model(input_ids=batch.to(device), use_cache=False)
 
     def _record(self, batch: torch.Tensor, parents: Iterable[tuple[str, str]]) -> None:
-        """One full forward pass that records the arguments of every layer and how modules add up.
-
-        `parents` are names of consumers, each with that of the module whose output should be the consumer's.
-        """
+        """Records the arguments of every layer, and which consumers' outputs are those of the modules around them."""
         arguments: list[tuple[tuple, dict[str, Any]]] = []
         outputs: dict[str, torch.Tensor] = {}
         entered: list[torch.Tensor] = []
@@ -116,25 +111,20 @@ class LayerStream:
                 self.additive &= _is_sum(_first(output), [entered[-1], *outputs.values()])
                 outputs.clear()
 
-        def after_consumer(name):
-            # A copy: some layers add to the output in place.
+        def after_consumer(name):  # a copy: some layers add to the output in place
             return lambda _, __, output: outputs.update({name: _first(output).clone()})
 
-        def after_parent(consumer, parent):
-            def compare(_, __, output):
-                first, expected = _first(output), outputs[consumer]
-                if first.numel() == expected.numel() and torch.equal(first.view_as(expected), expected):
-                    self._replayable[parent] = others_of(output)
+        def after_parent(consumer, parent, output):
+            first, expected = _first(output), outputs[consumer]
+            if first.numel() == expected.numel() and torch.equal(first.view_as(expected), expected):
+                self._replayable[parent] = others_of(output)
 
-            return compare
-
-        handles = []
-        for layer in self.layers:
-            handles.append(layer.register_forward_pre_hook(before_layer, with_kwargs=True))
-            handles.append(layer.register_forward_hook(after_layer))
-        for consumer, parent in parents:
-            handles.append(self.model.get_submodule(consumer).register_forward_hook(after_consumer(consumer)))
-            handles.append(self.model.get_submodule(parent).register_forward_hook(after_parent(consumer, parent)))
+        handles = [layer.register_forward_pre_hook(before_layer, with_kwargs=True) for layer in self.layers]
+        handles += [layer.register_forward_hook(after_layer) for layer in self.layers]
+        for names in parents:
+            consumer, parent = map(self.model.get_submodule, names)
+            handles.append(consumer.register_forward_hook(after_consumer(names[0])))
+            handles.append(parent.register_forward_hook(lambda _, __, out, names=names: after_parent(*names, out)))
         with hooked(handles):
             self._forward(batch)
         self._arguments[len(batch)] = arguments
@@ -173,11 +163,7 @@ class LayerStream:
 
     @torch.no_grad()
     def carry(
-        self,
-        index: int,
-        states: list[torch.Tensor],
-        inputs_of: Iterable[str] = (),
-        outputs_of: Iterable[str] = (),
+        self, index: int, states: list[torch.Tensor], inputs_of: Iterable[str] = (), outputs_of: Iterable[str] = ()
     ) -> dict[str, list[torch.Tensor]]:
         """Replaces hidden states by what layer `index` makes of them.
 
@@ -216,10 +202,7 @@ class LayerStream:
 
     @torch.no_grad()
     def outputs(self, index: int, number: int, last: int | None = None, skip: Collection[int] = ()) -> torch.Tensor:
-        """What the layers from `index` to `last` make of the current hidden states of batch `number`, which stay.
-
-        Layers whose numbers are in `skip` are passed over, as if they were not there.
-        """
+        """What the layers from `index` to `last`, but for those in `skip`, make of the hidden states, which stay."""
         hidden = self.hidden[number]
         for later in range(index, len(self.layers) if last is None else last + 1):
             if later not in skip:
@@ -230,8 +213,7 @@ class LayerStream:
     def head(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Logits of hidden states that leave the last layer, for the token ids at the same positions.
 
-        What comes after it (norm, head, scaling) is the model's own business: the model is run with layers that
-        return what is known already.
+        What comes after it (norm, head, scaling) is the model's own business: it is run with layers that return them.
         """
         value = as_output(hidden, self._layer_extras)
         with replaced_forwards((layer, lambda *args, **kwargs: value) for layer in self.layers):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,12 +17,13 @@ from ..config import PruningConfig
 from ..criteria import Criterion, Scoring, make_criterion
 from ..criteria.base import best_units
 from ..model.experts import without_experts
+from ..model.groups import Kept
 from ..model.measuring import measures
 from ..model.structure import Group, ModelStructure, matrix
 from ..refit.reader import kept_columns, refitted, write_columns
 from .gradients import Salience, gate_salience, taylor_salience
 from .moments import InputStatistics, is_held_out
-from .routing import routing_statistics
+from .routing import RoutingStatistics, routing_statistics
 from .stream import LayerStream
 
 
@@ -61,20 +64,27 @@ def measure_sensitivity(
     sensitivity: Sensitivity = {}
     for layer in tqdm(structure.layers, desc="Sensitivity"):
         for group in (g for g in groups if g.layer == layer.index):
-            if group.reader is None:
-                sensitivity[group.key] = _probe_experts(model, group, criterion, salience, fit, test, dense)
-                continue
-            statistics = _statistics(fit, group, gram=True)
-            score = criterion.score(Scoring(group, model, statistics, salience))
-            costs = [_probe(model, group, score, share, statistics, config, test, dense) for share in PROBES]
+            statistics = _statistics(fit, group, criterion, gram=True)
+            score, costs = criterion.score(Scoring(group, model, statistics, salience)), []
+            for share in PROBES:
+                keep = group.size - max(1, round(share * group.size))
+                keep = max(keep // group.blocks * group.blocks, group.least)
+                with _cut(model, group, {group.key: best_units(score, group, keep)}, statistics, config):
+                    divergence = sum(_kl(d, test.finish(group.layer, n, _EVERY)) for n, d in enumerate(dense))
+                per_token = divergence / sum(d.shape[0] * d.shape[1] for d in dense)
+                costs.append(max(per_token, 1e-12) / (max(group.size - keep, 1) / group.size) ** 2)
             sensitivity[group.key] = (costs[0] * costs[1]) ** 0.5
         fit.advance(layer.index)
         test.advance(layer.index)
     return sensitivity
 
 
-def _statistics(stream: LayerStream, group: Group, gram: bool) -> InputStatistics:
-    """Moments of what the reader of a group gets."""
+def _statistics(
+    stream: LayerStream, group: Group, criterion: Criterion, gram: bool
+) -> InputStatistics | RoutingStatistics:
+    """Moments of what the reader of a group gets, or what is done with what a block of experts gets."""
+    if group.reader is None:
+        return routing_statistics(stream.model, group, criterion, stream.capture(group.layer, group.parent))
     inputs = stream.capture(group.layer, group.reader.module)
     statistics = InputStatistics(inputs[0].shape[-1], gram, device=inputs[0].device)
     for batch in inputs:
@@ -82,53 +92,22 @@ def _statistics(stream: LayerStream, group: Group, gram: bool) -> InputStatistic
     return statistics
 
 
-def _probe(
-    model: nn.Module,
-    group: Group,
-    score: torch.Tensor,
-    share: float,
-    statistics: InputStatistics,
-    config: PruningConfig,
-    test: LayerStream,
-    dense: list[torch.Tensor],
-) -> float:
-    """`KL / share^2` with this share of a group cut; the weights are put back."""
-    drop = min(max(1, round(share * group.size)), group.size - 1)
-    if drop == 0:
-        return 1e-12
+@contextmanager
+def _cut(model: nn.Module, group: Group, kept: Kept, statistics: InputStatistics, config: PruningConfig):
+    """One group is cut as long as this is open: its reader re-fitted, or its router kept from choosing the others."""
+    if group.reader is None:
+        with without_experts(model, [group], kept):
+            yield
+        return
     module = model.get_submodule(group.reader.module)
     original = module.weight  # stays as it is: what is tried is written to a copy
-    columns = kept_columns([group], {group.key: best_units(score, group, group.size - drop)}, matrix(module).shape[1])
+    columns = kept_columns([group], kept, matrix(module).shape[1])
     try:
         module.weight = nn.Parameter(original.detach().clone(), requires_grad=False)
         write_columns(module, refitted(module, statistics, columns, config), columns)
-        divergence = sum(_kl(d, test.finish(group.layer, number, _EVERY)) for number, d in enumerate(dense))
+        yield
     finally:
         module.weight = original
-    tokens = sum(d.shape[0] * d.shape[1] for d in dense)
-    return max(divergence / tokens, 1e-12) / (drop / group.size) ** 2
-
-
-def _probe_experts(
-    model: nn.Module,
-    group: Group,
-    criterion: Criterion,
-    salience: Salience | None,
-    fit: LayerStream,
-    test: LayerStream,
-    dense: list[torch.Tensor],
-) -> float:
-    """The coefficient of a group of experts: the router is kept from choosing two shares of them."""
-    statistics = routing_statistics(model, group, criterion, fit.capture(group.layer, group.parent))
-    score, costs = criterion.score(Scoring(group, model, statistics, salience)), []
-    tokens = sum(d.shape[0] * d.shape[1] for d in dense)
-    for share in PROBES:
-        keep = group.size - max(1, round(share * group.size))
-        keep = max(keep // group.blocks * group.blocks, group.least)
-        with without_experts(model, [group], {group.key: best_units(score, group, keep)}):
-            divergence = sum(_kl(d, test.finish(group.layer, number, _EVERY)) for number, d in enumerate(dense))
-        costs.append(max(divergence / tokens, 1e-12) / max(1 - keep / group.size, 1 / group.size) ** 2)
-    return (costs[0] * costs[1]) ** 0.5
 
 
 def _kl(dense: torch.Tensor, cut: torch.Tensor) -> float:
@@ -139,28 +118,21 @@ def _kl(dense: torch.Tensor, cut: torch.Tensor) -> float:
 
 @torch.no_grad()
 def _score_inputs(
-    model: PreTrainedModel,
     structure: ModelStructure,
     criterion: Criterion,
-    config: PruningConfig,
-    tokens: torch.Tensor,
+    stream: LayerStream,
     groups: list[Group],
     salience: Salience | None,
 ) -> Scores:
     """Scores units by what the consumers receive in the model as it is; one forward pass, one layer at a time."""
-    stream = LayerStream(model, structure, tokens, config.calibration.batch_size)
     scores: Scores = {}
     for layer in tqdm(structure.layers, desc="Scoring"):
-        known: dict[str, InputStatistics] = {}
+        known: dict[Any, InputStatistics | RoutingStatistics] = {}
         for group in (g for g in groups if g.layer == layer.index):
-            if group.reader is None:
-                statistics = routing_statistics(model, group, criterion, stream.capture(group.layer, group.parent))
-                scores[group.key] = criterion.score(Scoring(group, model, statistics, salience)).cpu()
-                continue
-            if group.reader.module not in known:
-                known = {group.reader.module: _statistics(stream, group, criterion.needs_gram)}
-            scoring = Scoring(group, model, known[group.reader.module], salience)
-            scores[group.key] = criterion.score(scoring).cpu()
+            source = group.key if group.reader is None else group.reader.module
+            if source not in known:
+                known = {source: _statistics(stream, group, criterion, criterion.needs_gram)}
+            scores[group.key] = criterion.score(Scoring(group, stream.model, known[source], salience)).cpu()
         stream.advance(layer.index)
     return scores
 
@@ -192,15 +164,15 @@ def survey(
     groups = [group for group in structure.groups if group.kind in config.units]
     known = Survey()
     if criterion.needs_gradients:
-        how = {"batch_size": config.calibration.batch_size, "gradient_checkpointing": config.gradient_checkpointing}
         asked = [group for group in groups if config.criterion_of(group.kind) == "taylor"]
         read, routed = ([g for g in asked if (g.reader is None) == without] for without in (False, True))
-        known.salience = taylor_salience(model, read, tokens(), config.taylor, **how) if read else {}
-        known.salience |= gate_salience(model, routed, tokens(), **how) if routed else {}
+        known.salience = taylor_salience(model, read, tokens(), config) if read else {}
+        known.salience |= gate_salience(model, routed, tokens(), config) if routed else {}
     if config.allocation == "search":
         known.sensitivity = measure_sensitivity(model, structure, criterion, config, tokens(), groups, known.salience)
     elif config.allocation == "global" and criterion.needs_inputs:
-        known.scores = _score_inputs(model, structure, criterion, config, tokens(), groups, known.salience)
+        stream = LayerStream(model, structure, tokens(), config.calibration.batch_size)
+        known.scores = _score_inputs(structure, criterion, stream, groups, known.salience)
     elif config.allocation == "global":
         scorings = {group.key: Scoring(group, model, salience=known.salience) for group in groups}
         known.scores = {key: criterion.score(scoring).cpu() for key, scoring in scorings.items()}

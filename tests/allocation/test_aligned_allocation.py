@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from hf_structprune import PruningConfig, StructuredPruner
-from hf_structprune.allocation.budget import Budget
-from hf_structprune.allocation.widths import allocate
+from hf_structprune.allocation.widths import Budget, allocate
 from hf_structprune.errors import ConfigurationError, RatioError
 from hf_structprune.model.structure import ModelStructure
 from hf_structprune.plan import PruningPlan

@@ -8,8 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_structprune import PruningConfig
-from hf_structprune.allocation.budget import Budget, active_layers, spread
-from hf_structprune.allocation.widths import allocate
+from hf_structprune.allocation.widths import Budget, active_layers, allocate, spread
 from hf_structprune.errors import ConfigurationError, RatioError
 from hf_structprune.model.structure import ModelStructure
 from hf_structprune.plan import PruningPlan

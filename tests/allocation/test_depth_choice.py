@@ -1,13 +1,14 @@
 """The choice: orders, budgets, protection, ties and what is refused."""
 
+from types import SimpleNamespace
+
 import families
 import pytest
 import torch
 
 from hf_structprune import PruningConfig
-from hf_structprune.allocation.depth import choose_depth
-from hf_structprune.allocation.depth_search import LossSearch
-from hf_structprune.allocation.removal import Amount, Removal, depth_candidates
+from hf_structprune.allocation.depth import LossSearch, choose_depth
+from hf_structprune.allocation.removal import Amount, Removal, as_dropped, depth_candidates
 from hf_structprune.criteria.depth import layer_similarities, magnitude_scores, taylor_scores
 from hf_structprune.errors import ConfigurationError, RatioError, UnsupportedModelError
 from hf_structprune.model.structure import ModelStructure
@@ -50,7 +51,7 @@ def test_one_shot_criteria_take_the_least_scores(criterion):
     assert choice.dropped == {"layers": sorted(layer for layer, _ in choice.order)}
     expected = {
         "block_influence": lambda: layer_similarities(model, structure, TOKENS, batch_size=2).influences,
-        "taylor": lambda: taylor_scores(model, structure, units, TOKENS, batch_size=2),
+        "taylor": lambda: taylor_scores(model, structure, units, TOKENS, families.in_batches(batch_size=2)),
         "magnitude": lambda: magnitude_scores(model, structure, units),
     }
     if criterion in expected:
@@ -249,9 +250,12 @@ def test_a_layer_that_lacks_a_sublayer_is_no_candidate_for_it():
 
 
 def test_nearest_amounts():
-    amount = Amount(parameters=10)
-    assert amount.nearer(12, 7) and not amount.nearer(13, 7) and not amount.nearer(14, 7)
-    assert not Amount(parameters=10, most=True).nearer(11, 0)
+    amount, (least, *more) = (
+        Amount(parameters=10),
+        [SimpleNamespace(parameters=lambda n=n: n) for n in (7, 12, 13, 14)],
+    )
+    assert [amount.nearer(one, least) for one in more] == [True, False, False]
+    assert not Amount(parameters=10, most=True).nearer(more[0], SimpleNamespace(parameters=lambda: 0))
 
 
 def test_what_comes_back_leads_nearer():
@@ -303,7 +307,7 @@ def test_greedy_passes_over_what_is_too_large_for_the_rest():
     rises = {unit: 1.0 if unit[1] == "layers" else 0.1 for unit in units}
     LossSearch(lambda: Table(rises), units, Amount(count=8), removal).remove()
     assert removal.units[:7] == [*((i, "attention") for i in range(6)), (0, "layers")]
-    assert removal.dropped() == {"layers": [0, 1], "attention": [2, 3, 4, 5]}
+    assert as_dropped(removal.units, structure) == {"layers": [0, 1], "attention": [2, 3, 4, 5]}
 
 
 @pytest.mark.parametrize("criterion", ["exchange", "perplexity"])

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from hf_structprune import PruningConfig
-from hf_structprune.allocation.depth import choose_depth
-from hf_structprune.allocation.depth_search import LossSearch
-from hf_structprune.allocation.removal import Amount, Removal
+from hf_structprune.allocation.depth import LossSearch, choose_depth
+from hf_structprune.allocation.removal import Amount, Removal, as_dropped
 from hf_structprune.model.structure import ModelStructure
 from hf_structprune.stats.losses import TextLoss
 
@@ -198,7 +197,8 @@ def test_what_is_too_much_comes_back(model):
     search = LossSearch(lambda: text, units, amount, removal, losses=[loss(model, [3, 5])])
     search.put_back_excess()
     assert removal.units == expected and removal.parameters() == 2 * layer - attention
-    assert len(removal.dropped()["layers"]) == len(removal.dropped()["mlp"]) == 1
+    gone = as_dropped(removal.units, structure)
+    assert len(gone["layers"]) == len(gone["mlp"]) == 1
     assert search.losses[1:] == pytest.approx(values)
 
 

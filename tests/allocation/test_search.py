@@ -3,8 +3,7 @@ import itertools
 import families
 import torch
 
-from hf_structprune.allocation.budget import Budget
-from hf_structprune.allocation.widths import allocate
+from hf_structprune.allocation.widths import Budget, allocate
 from hf_structprune.config import PruningConfig
 from hf_structprune.model.structure import ModelStructure
 from hf_structprune.plan import PruningPlan

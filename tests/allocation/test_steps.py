@@ -6,8 +6,7 @@ import families
 import pytest
 
 from hf_structprune import PruningConfig, StructuredPruner
-from hf_structprune.allocation.budget import Budget
-from hf_structprune.allocation.widths import next_counts
+from hf_structprune.allocation.widths import Budget, next_counts
 from hf_structprune.errors import StructPruneError
 from hf_structprune.model.structure import ModelStructure
 

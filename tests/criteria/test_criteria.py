@@ -199,7 +199,7 @@ def naive_taylor(weight, g, fisher, variant):
 def test_taylor_equals_full_gradients(name, variant):
     model = families.make_model(name)
     structure = ModelStructure.of(model)
-    got = taylor_salience(model, structure.groups, TOKENS, variant, batch_size=len(TOKENS))
+    got = taylor_salience(model, structure.groups, TOKENS, families.in_batches(taylor=variant, batch_size=len(TOKENS)))
     full = gradient(model, TOKENS)
     singles = [gradient(model, sequence[None]) for sequence in TOKENS]
     assert got.keys() == {(part.tensor, part.dim) for g in structure.groups for part in matrices(model, g)}
@@ -214,15 +214,19 @@ def test_taylor_equals_full_gradients(name, variant):
 @pytest.mark.parametrize("variant", ["second", "vectorize"])
 def test_taylor_of_several_batches_is_that_of_one_where_the_order_of_sums_allows(model, structure, variant):
     one, several = (
-        taylor_salience(model, structure.groups, TOKENS, variant, batch_size=size) for size in (6, 4)
+        taylor_salience(model, structure.groups, TOKENS, families.in_batches(taylor=variant, batch_size=size))
+        for size in (6, 4)
     )  # the last batch is smaller
     for key in one:
         torch.testing.assert_close(several[key], one[key], rtol=1e-3, atol=1e-5 * float(one[key].max()))
 
 
 def test_taylor_first_averages_batches_by_their_size(model, structure):
-    got = taylor_salience(model, structure.groups, TOKENS, "first", batch_size=4)
-    parts = [taylor_salience(model, structure.groups, t, "first", batch_size=4) for t in TOKENS.split(4)]
+    got = taylor_salience(model, structure.groups, TOKENS, families.in_batches(taylor="first", batch_size=4))
+    parts = [
+        taylor_salience(model, structure.groups, t, families.in_batches(taylor="first", batch_size=4))
+        for t in TOKENS.split(4)
+    ]
     for key in got:
         torch.testing.assert_close(got[key], parts[0][key] * 4 / 6 + parts[1][key] * 2 / 6)
 
@@ -232,7 +236,10 @@ def test_gradient_checkpointing_gives_the_same_salience(name):
     model = families.make_model(name)
     groups = ModelStructure.of(model).groups
     plain, checkpointed = (
-        taylor_salience(model, groups, TOKENS, "mix", batch_size=3, gradient_checkpointing=on) for on in (False, True)
+        taylor_salience(
+            model, groups, TOKENS, families.in_batches(taylor="mix", batch_size=3, gradient_checkpointing=on)
+        )
+        for on in (False, True)
     )
     assert plain.keys() == checkpointed.keys()
     assert all(torch.equal(plain[key], checkpointed[key]) for key in plain)
@@ -243,7 +250,12 @@ def test_gradient_checkpointing_gives_the_same_salience(name):
 def test_gradient_checkpointing_that_was_on_stays_on(model):
     model = copy.deepcopy(model)
     model.gradient_checkpointing_enable()
-    taylor_salience(model, ModelStructure.of(model).groups, TOKENS, "first", gradient_checkpointing=True)
+    taylor_salience(
+        model,
+        ModelStructure.of(model).groups,
+        TOKENS,
+        families.in_batches(taylor="first", gradient_checkpointing=True),
+    )
     assert model.is_gradient_checkpointing
 
 
@@ -251,9 +263,11 @@ def test_dropout_is_off_while_gradients_are_taken():
     plain = families.make_model("gpt2", resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0)
     dropping = families.make_model("gpt2", resid_pdrop=0.5, attn_pdrop=0.5, embd_pdrop=0.5)
     groups = ModelStructure.of(plain).groups
-    expected = taylor_salience(plain, groups, TOKENS, "first")
+    expected = taylor_salience(plain, groups, TOKENS, families.in_batches(taylor="first"))
     for checkpointing in (False, True):
-        got = taylor_salience(dropping, groups, TOKENS, "first", gradient_checkpointing=checkpointing)
+        got = taylor_salience(
+            dropping, groups, TOKENS, families.in_batches(taylor="first", gradient_checkpointing=checkpointing)
+        )
         assert all(torch.equal(got[key], expected[key]) for key in expected)
 
 
@@ -264,7 +278,9 @@ def test_no_gradient_is_kept_and_flags_come_back(model, structure, checkpointing
     model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-    taylor_salience(model, structure.groups, TOKENS, "mix", gradient_checkpointing=checkpointing)
+    taylor_salience(
+        model, structure.groups, TOKENS, families.in_batches(taylor="mix", gradient_checkpointing=checkpointing)
+    )
     assert all(p.grad is None for p in model.parameters())
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == hooks
@@ -272,7 +288,7 @@ def test_no_gradient_is_kept_and_flags_come_back(model, structure, checkpointing
 
 def test_a_training_model_stays_one(model, structure):
     model = copy.deepcopy(model).train()
-    taylor_salience(model, structure.groups, TOKENS, "first")
+    taylor_salience(model, structure.groups, TOKENS, families.in_batches(taylor="first"))
     assert all(module.training for module in model.modules())
 
 

@@ -63,22 +63,24 @@ def test_taylor_is_the_first_order_change_of_the_loss(name):
     model = families.make_model(name)
     structure = ModelStructure.of(model)
     expected = autograd(copy.deepcopy(model), structure, 4)
-    found = taylor_scores(model, structure, UNITS, TOKENS, batch_size=4)
+    found = taylor_scores(model, structure, UNITS, TOKENS, families.in_batches(batch_size=4))
     assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_gradient_checkpointing_gives_the_same_scores():
     model = families.make_model("llama")
     structure = ModelStructure.of(model)
-    plain = taylor_scores(model, structure, UNITS, TOKENS)
-    assert taylor_scores(model, structure, UNITS, TOKENS, gradient_checkpointing=True) == pytest.approx(plain)
+    plain = taylor_scores(model, structure, UNITS, TOKENS, families.in_batches())
+    assert taylor_scores(
+        model, structure, UNITS, TOKENS, families.in_batches(gradient_checkpointing=True)
+    ) == pytest.approx(plain)
 
 
 def test_bfloat16_scores_are_close_to_those_in_float32():
     model = families.make_model("llama", torch.bfloat16)
     structure = ModelStructure.of(model)
-    found = taylor_scores(model, structure, UNITS, TOKENS)
-    expected = taylor_scores(model.float(), structure, UNITS, TOKENS)
+    found = taylor_scores(model, structure, UNITS, TOKENS, families.in_batches())
+    expected = taylor_scores(model.float(), structure, UNITS, TOKENS, families.in_batches())
     assert found == pytest.approx(expected, rel=0.05)
 
 
@@ -90,8 +92,8 @@ def test_the_model_and_its_own_gradients_are_left_as_they_were():
     other.requires_grad_(False)
     model.train()
     state = copy.deepcopy(model.state_dict())
-    first = taylor_scores(model, structure, UNITS, TOKENS)
-    assert taylor_scores(model, structure, UNITS, TOKENS) == first
+    first = taylor_scores(model, structure, UNITS, TOKENS, families.in_batches())
+    assert taylor_scores(model, structure, UNITS, TOKENS, families.in_batches()) == first
     assert torch.equal(weight.grad, torch.full_like(weight, 3.0)) and weight.requires_grad
     assert not other.requires_grad and model.training
     assert all(p.grad is None for p in model.parameters() if p is not weight)
@@ -108,7 +110,7 @@ def test_no_more_than_a_few_gradients_exist_at_once(monkeypatch):
         layer.register_full_backward_hook(lambda *_: alive.append(sum(p.grad is not None for p in model.parameters())))
         for layer in model.model.layers
     ]
-    taylor_scores(model, structure, units, TOKENS, batch_size=3)
+    taylor_scores(model, structure, units, TOKENS, families.in_batches(batch_size=3))
     for handle in handles:
         handle.remove()
     assert len(alive) == 12 and max(alive) <= 1

@@ -9,7 +9,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from hf_structprune import PruningConfig
-from hf_structprune.allocation.budget import Budget
+from hf_structprune.allocation.widths import Budget
 from hf_structprune.errors import UnsupportedModelError
 from hf_structprune.model.structure import ModelStructure
 from hf_structprune.model.surgery import cut_units

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from families import make_tokens
+from families import in_batches, make_tokens
 from moe_families import CONFIGS, make_moe
 from transformers import AutoModelForCausalLM
 
@@ -162,7 +162,7 @@ def test_l2_is_the_norm_of_all_its_matrices():
 def test_taylor_is_the_gradient_of_a_gate():
     model = make_moe("qwen3_moe", torch.float64)
     groups, tokens = groups_of(model), make_tokens(4, 8)
-    got = gate_salience(model, groups, tokens, batch_size=2, gradient_checkpointing=False)
+    got = gate_salience(model, groups, tokens, in_batches(2))
     module = model.get_submodule(groups[1].parent).experts
     expected = torch.zeros(groups[1].size, dtype=torch.float64)
     for batch in tokens.split(2):
