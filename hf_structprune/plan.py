@@ -199,18 +199,10 @@ class PruningPlan:
 
     @classmethod
     def from_counts(
-        cls,
-        structure: ModelStructure,
-        keep: dict[tuple[int, str], int],
-        *,
-        model_type: str,
-        layout: str,
-        ratio_requested: float | None = None,
-        bytes_per_parameter: float = 2.0,
-        dropped: Dropped | None = None,
-        hidden: Decision | None = None,
-        dense: ModelStructure | None = None,
-    ) -> PruningPlan:
+        cls, structure: ModelStructure, keep: dict[tuple[int, str], int], *, model_type: str, layout: str,
+        ratio_requested: float | None = None, bytes_per_parameter: float = 2.0, dropped: Dropped | None = None,
+        hidden: Decision | None = None, dense: ModelStructure | None = None,
+    ) -> PruningPlan:  # fmt: skip
         """Makes a plan from the number of units to keep.
 
         Args:

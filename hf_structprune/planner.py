@@ -34,10 +34,9 @@ _PATIENCE = 2  # removals that may cost more than they save before no more are t
 
 @dataclass
 class Planner:
-    """Plans for one model, which may be cut in several steps.
+    """Plans for one model, which may be cut in several steps; on the meta device too if nothing has to be measured.
 
     Attributes:
-        model, structure: As they are now; on the meta device too where nothing has to be measured.
         tokens: Loads the calibration tokens; called only where they are needed.
         known: What was found out about the model for the last plan; `None` where nothing had to be.
         depth: How layers and sublayers were chosen by the last plan; `None` where nothing was measured.
@@ -182,13 +181,11 @@ class Planner:
 
     def _to_go(self, kind: str, dropped: Dropped) -> int:
         """How many layers, or sublayers of a kind, go so that as many stay as `keep` says."""
-        there = [layer.index for layer in self._narrow.layers if kind == LAYERS or layer.sublayer(kind) is not None]
-        there = [index for index in there if index not in dropped.get(LAYERS, ())]
-        if self.config.keep[kind] > len(there):
-            raise ConfigurationError(
-                f"`keep` is {self.config.keep}, but there are only {len(there)} {KINDS[kind].label}."
-            )
-        return len(there) - self.config.keep[kind]
+        layers = [layer for layer in self._narrow.layers if layer.index not in dropped.get(LAYERS, ())]
+        there, keep = sum(kind == LAYERS or layer.sublayer(kind) is not None for layer in layers), self.config.keep
+        if keep[kind] > there:
+            raise ConfigurationError(f"`keep` is {keep}, but there are only {there} {KINDS[kind].label}.")
+        return there - keep[kind]
 
     def _choose(self, kinds: tuple[str, ...], dropped: Dropped, **amount: Any) -> Dropped:
         """What is dropped already, and so much more of some kinds."""
@@ -265,24 +262,24 @@ class Planner:
 
     def _widths(self, ratio: float | None, dropped: Dropped, target: int | None) -> Counts:
         """Heads and neurons to keep: what `keep` states, then the parts of a split, of which neurons close the gap."""
-        kinds, split, keep = self.config.kinds(kinds_of(WidthKind)), self.config.split, self.config.keep or {}
-        stated = tuple(kind for kind in kinds if kind in keep)
+        config, counts = self.config, {}
+        kinds, split = config.kinds(kinds_of(WidthKind)), config.split
+        stated = {kind: config.keep[kind] for kind in kinds if kind in (config.keep or {})}
         if stated:
-            exact = dataclasses.replace(self.config, units=stated, keep={kind: keep[kind] for kind in stated})
+            exact = dataclasses.replace(config, units=tuple(stated), keep=stated)
             counts = allocate_stated(self._budget(exact, dropped))
             kinds = tuple(kind for kind in kinds if kind not in stated)
             if not kinds:
                 return counts
             target = None if target is None else max(0, target - self._removed(counts, dropped))
-            rest = dataclasses.replace(self.config, units=kinds, keep=None)
-            return counts | self._allocate(rest, ratio, dropped, target)
+            config = dataclasses.replace(config, units=kinds, keep=None)
         if split is None or len(kinds) == 1:
-            return self._allocate(self.config, ratio, dropped, target)
+            return counts | self._allocate(config, ratio, dropped, target)
         *coarse, finest = sorted(kinds, key=lambda kind: not KINDS[kind].of_heads)
         if target is None:
             target = round(ratio * (self._dense or self._narrow).total_parameters)
-        left, total, counts = target, sum(split[kind] for kind in kinds), {}
-        alone = {kind: dataclasses.replace(self.config, units=(kind,), split=None) for kind in kinds}
+        left, total = target, sum(split[kind] for kind in kinds)
+        alone = {kind: dataclasses.replace(config, units=(kind,), split=None) for kind in kinds}
         for kind in coarse:
             of_kind = self._allocate(alone[kind], ratio, dropped, round(target * split[kind] / total))
             counts |= of_kind

@@ -54,18 +54,10 @@ class DepthChoice:
 
 @measures
 def choose_depth(
-    model: PreTrainedModel,
-    structure: ModelStructure,
-    config: PruningConfig,
-    kinds: tuple[str, ...],
-    *,
-    count: int | None = None,
-    parameters: int | None = None,
-    tokens: Callable[[], torch.Tensor],
-    without: Dropped | None = None,
-    most: bool = False,
-    until: Stop | None = None,
-) -> DepthChoice:
+    model: PreTrainedModel, structure: ModelStructure, config: PruningConfig, kinds: tuple[str, ...], *,
+    count: int | None = None, parameters: int | None = None, tokens: Callable[[], torch.Tensor],
+    without: Dropped | None = None, most: bool = False, until: Stop | None = None,
+) -> DepthChoice:  # fmt: skip
     """Chooses layers and sublayers by `config.depth_criterion`; changes nothing.
 
     `"angular"` with layers alone takes the contiguous block that turns the residual stream least. `"greedy"` removes

@@ -34,13 +34,9 @@ class Budget:
     """
 
     def __init__(
-        self,
-        structure: ModelStructure,
-        config: PruningConfig,
-        head_counts: set[tuple[int, int]] | None = None,
-        dropped: Dropped | None = None,
-        dense: ModelStructure | None = None,
-    ) -> None:
+        self, structure: ModelStructure, config: PruningConfig, head_counts: set[tuple[int, int]] | None = None,
+        dropped: Dropped | None = None, dense: ModelStructure | None = None,
+    ) -> None:  # fmt: skip
         self.structure, self.config, self.head_counts = structure, config, head_counts
         self.dropped, self.dense = dropped or {}, dense or structure
         self._multiple, self._wanted = multiple_of(config.align_to), config.kinds(kinds_of(WidthKind))

@@ -192,23 +192,16 @@ def unit_matrices(model: nn.Module, structure: ModelStructure, unit: Unit) -> di
 @torch.no_grad()
 def magnitude_scores(model: PreTrainedModel, structure: ModelStructure, units: Iterable[Unit]) -> dict[Unit, float]:
     """`sum |w|` over the linear weights of each unit (Shortened-LLM, Kim et al. 2024, arXiv 2402.02834, Mag)."""
-    totals: dict[str, float] = {}
-    return {
-        unit: sum(
-            totals.setdefault(name, float(weight.abs().sum(dtype=torch.float64)))
-            for name, weight in unit_matrices(model, structure, unit).items()
-        )
-        for unit in units
-    }
+    members = {unit: unit_matrices(model, structure, unit) for unit in units}
+    weights = {name: weight for of_unit in members.values() for name, weight in of_unit.items()}
+    totals = {name: float(weight.abs().sum(dtype=torch.float64)) for name, weight in weights.items()}
+    return {unit: sum(totals[name] for name in names) for unit, names in members.items()}
 
 
 def taylor_scores(
-    model: PreTrainedModel,
-    structure: ModelStructure,
-    units: Iterable[Unit],
-    tokens: torch.Tensor,
+    model: PreTrainedModel, structure: ModelStructure, units: Iterable[Unit], tokens: torch.Tensor,
     config: PruningConfig,
-) -> dict[Unit, float]:
+) -> dict[Unit, float]:  # fmt: skip
     """`sum |w g|` over the linear weights of each unit (Shortened-LLM, arXiv 2402.02834, Taylor).
 
     `g` is the gradient of a batch's mean next-token loss, and the sums of all batches are averaged, as in
@@ -227,14 +220,12 @@ def taylor_scores(
     return {unit: float(sum(totals[name] for name in names)) for unit, names in members.items()}
 
 
-_SHORTENED_LLM = Paper("kim2024shortened")
-_SLEB = Paper("song2024sleb")
 METHODS = {
     "angular": Method((Paper("gromov2025unreasonable"),)),
     "block_influence": Method((Paper("men2024shortgpt"),)),
-    "perplexity": Method((_SHORTENED_LLM,)),
-    "taylor": Method((_SHORTENED_LLM,)),
-    "magnitude": Method((_SHORTENED_LLM,), needs_text=False),
-    "greedy": Method((_SLEB,)),
-    "exchange": Method((_SLEB,)),
+    **{
+        name: Method((Paper("kim2024shortened"),), name != "magnitude")
+        for name in ("perplexity", "taylor", "magnitude")
+    },
+    **{name: Method((Paper("song2024sleb"),)) for name in ("greedy", "exchange")},
 }

@@ -29,13 +29,9 @@ States = list[torch.Tensor]  # one tensor of shape (sequences, length, d) for ea
 
 
 def cut_hidden(
-    model: PreTrainedModel,
-    structure: ModelStructure,
-    keep: int,
-    config: PruningConfig,
-    tokens: torch.Tensor | None,
-    kept: torch.Tensor | None = None,
-) -> tuple[PreTrainedModel, torch.Tensor | None]:
+    model: PreTrainedModel, structure: ModelStructure, keep: int, config: PruningConfig,
+    tokens: torch.Tensor | None, kept: torch.Tensor | None = None,
+) -> tuple[PreTrainedModel, torch.Tensor | None]:  # fmt: skip
     """The model with hidden size `keep`. The dense one stays as it is, so that both are in memory for a while.
 
     Args:

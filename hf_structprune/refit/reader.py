@@ -47,10 +47,8 @@ class TokenWeights:
 
 def by_consumer(groups: list[Group]) -> dict[str, list[Group]]:
     """Groups of one layer by the linear map that reads them, KV groups before the query heads in them."""
-    consumers: dict[str, list[Group]] = {}
-    for group in (group for group in groups if group.reader is not None):
-        consumers.setdefault(group.reader.module, []).append(group)
-    return consumers
+    modules = dict.fromkeys(group.reader.module for group in groups if group.reader is not None)
+    return {name: [g for g in groups if g.reader is not None and g.reader.module == name] for name in modules}
 
 
 def kept_columns(groups: list[Group], kept: Kept, width: int) -> torch.Tensor:

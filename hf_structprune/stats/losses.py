@@ -92,12 +92,9 @@ class TextLoss:
 
     def _silenced(self, index: int, gone: Gone):
         """Sublayers that are gone from layer `index` on add nothing as long as this is open."""
-        return self._silencer.silenced(
-            layer.sublayer(kind)
-            for layer in self.structure.layers[index:]
-            for kind in kinds_of(DepthKind, sublayer=True)
-            if layer.index in gone[kind] and layer.index not in gone[LAYERS]
-        )
+        layers, kinds = self.structure.layers[index:], kinds_of(DepthKind, sublayer=True)
+        layers = [layer for layer in layers if layer.index not in gone[LAYERS]]
+        return self._silencer.silenced(one.sublayer(k) for one in layers for k in kinds if one.index in gone[k])
 
     @torch.no_grad()
     def _loss(self, index: int, gone: Gone) -> float:

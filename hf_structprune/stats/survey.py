@@ -36,14 +36,9 @@ _EVERY = 4  # predictions are compared at each so many-th token
 
 @measures
 def measure_sensitivity(
-    model: PreTrainedModel,
-    structure: ModelStructure,
-    criterion: Criterion,
-    config: PruningConfig,
-    tokens: torch.Tensor,
-    groups: list[Group],
-    salience: Salience | None = None,
-) -> Sensitivity:
+    model: PreTrainedModel, structure: ModelStructure, criterion: Criterion, config: PruningConfig,
+    tokens: torch.Tensor, groups: list[Group], salience: Salience | None = None,
+) -> Sensitivity:  # fmt: skip
     """For every group the coefficient `a` of `KL(dense || cut) = a * share^2`, where `share` of its units go.
 
     Each group alone is cut at two shares, its consumer re-fitted, and the rest of the model run on held-out sequences;
@@ -118,12 +113,9 @@ def _kl(dense: torch.Tensor, cut: torch.Tensor) -> float:
 
 @torch.no_grad()
 def _score_inputs(
-    structure: ModelStructure,
-    criterion: Criterion,
-    stream: LayerStream,
-    groups: list[Group],
+    structure: ModelStructure, criterion: Criterion, stream: LayerStream, groups: list[Group],
     salience: Salience | None,
-) -> Scores:
+) -> Scores:  # fmt: skip
     """Scores units by what the consumers receive in the model as it is; one forward pass, one layer at a time."""
     scores: Scores = {}
     for layer in tqdm(structure.layers, desc="Scoring"):
@@ -139,13 +131,7 @@ def _score_inputs(
 
 @dataclass
 class Survey:
-    """What was found out about the model before it is cut.
-
-    Attributes:
-        scores: Scores of all units, to compare layers by.
-        sensitivity: Cost of cutting each group.
-        salience: Reduced gradients.
-    """
+    """What was found out about the model before it is cut: scores of units, costs of groups, reduced gradients."""
 
     scores: Scores | None = None
     sensitivity: Sensitivity | None = None
