@@ -52,7 +52,7 @@ class Limits:
         return f" from {self.least:g} to {self.most:g}"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # what is allowed need not be hashable
 class OneOf:
     """The only values that are allowed."""
 

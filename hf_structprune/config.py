@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -149,8 +150,8 @@ class PruningConfig:
         self.split = _by_unit("split", self.split, _Part, "{'layers': 0.5, 'mlp_neurons': 0.5}")
         self.keep = _by_unit("keep", self.keep, Count, "{'layers': 24, 'mlp_neurons': 1024}")
         self.align_to = check_align_to(self.align_to)
-        if self.split is not None and abs(sum(self.split.values()) - 1) > 1e-6:
-            total = sum(self.split.values())
+        total = sum((self.split or {"": 1}).values())
+        if abs(total - 1) > 1e-6:
             raise ConfigurationError(f"`split` is {self.split!r}; its parts must add up to 1, not {total:g}.")
         if isinstance(self.criterion, list) and len(self.criterion) == 1 and "=" not in self.criterion[0]:
             self.criterion = self.criterion[0]
@@ -165,7 +166,7 @@ class PruningConfig:
             raise ConfigurationError(f"`units` is empty; name at least one of {', '.join(KINDS)}.")
         _share_criteria(self)
         check_step(self.round_to, self.align_to)
-        for contradiction in (*_in_layers(self), *_in_amounts(self), *_between_kinds(self)):
+        for contradiction in chain(_in_layers(self), _in_amounts(self), _between_kinds(self)):
             raise ConfigurationError(contradiction)
 
     def kinds(self, among: tuple[str, ...]) -> tuple[str, ...]:
