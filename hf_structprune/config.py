@@ -18,11 +18,9 @@ from .errors import ConfigurationError, RatioError
 from .files.reading import read_json_object
 from .files.writing import write_text
 from .text.calibration import CalibrationConfig
-from .units import KINDS, DepthKind, RoutedKind, StreamKind, WidthKind, kinds_of, level_criteria
+from .units import HIDDEN, KINDS, NEURONS, DepthKind, RoutedKind, StreamKind, WidthKind, kinds_of, level_criteria
 from .units.depth import LAYERS
 from .units.heads import GROUPS
-from .units.hidden import HIDDEN
-from .units.neurons import NEURONS
 
 
 CONFIG_NAME = "pruning_config.json"
@@ -32,8 +30,6 @@ AGGREGATIONS = ("sum", "mean", "max", "prod", "first", "last")
 ALLOCATIONS = ("uniform", "global", "search")
 LAYOUTS = ("uniform", "per_layer")
 _LayerRange = Annotated[tuple[Number, Number], Described("(start, end), 0 <= start < end, end excluded")]
-
-
 Kind = Annotated[str, OneOf(KINDS)]
 _Part = Annotated[float, Limits(0, open="least"), Described("a positive number")]
 _RATIOS = ("attention_ratio", "mlp_ratio")

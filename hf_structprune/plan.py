@@ -20,9 +20,7 @@ from .errors import ConfigurationError
 from .files.reading import read_json_object
 from .files.writing import write_text
 from .model.structure import ModelStructure
-from .units import KINDS, DepthKind, StreamKind, WidthKind, kinds_of
-from .units.depth import LAYERS
-from .units.hidden import HIDDEN
+from .units import HIDDEN, KINDS, LAYERS, DepthKind, StreamKind, WidthKind, kinds_of
 
 
 PLAN_NAME = "pruning_plan.json"

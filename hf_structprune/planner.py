@@ -24,9 +24,7 @@ from .model.rebuild import has_weights
 from .model.structure import ModelStructure
 from .plan import Decision, Dropped, PruningPlan, normalised, removed_by
 from .stats.survey import Survey, sensitivities, survey
-from .units import KINDS, DepthKind, WidthKind, kinds_of
-from .units.depth import LAYERS
-from .units.hidden import HIDDEN
+from .units import HIDDEN, KINDS, LAYERS, DepthKind, WidthKind, kinds_of
 
 
 _PATIENCE = 2  # removals that may cost more than they save before no more are tried

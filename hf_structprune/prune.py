@@ -24,8 +24,7 @@ from .planner import describe, size_of
 from .refit.channels import cut_hidden
 from .refit.layer_by_layer import compress
 from .stats.survey import Survey, survey
-from .units import KINDS
-from .units.heads import GROUPS, QUERIES
+from .units import GROUPS, KINDS, QUERIES
 
 
 ENOUGH_TOKENS = 256  # of calibration text for each expert

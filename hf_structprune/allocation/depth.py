@@ -17,8 +17,7 @@ from ..model.measuring import measures
 from ..model.structure import ModelStructure
 from ..plan import Dropped
 from ..stats.losses import TextLoss
-from ..units import DepthKind, level_criteria
-from ..units.depth import LAYERS
+from ..units import LAYERS, DepthKind, level_criteria
 from .removal import Amount, Removal, Unit, as_dropped, depth_candidates
 
 

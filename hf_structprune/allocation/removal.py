@@ -10,8 +10,7 @@ from ..config import PruningConfig
 from ..errors import ConfigurationError, UnsupportedModelError
 from ..model.structure import ModelStructure
 from ..plan import Dropped, emptied, normalised, removed_by
-from ..units import DepthKind, kinds_of
-from ..units.depth import LAYERS
+from ..units import LAYERS, DepthKind, kinds_of
 from .widths import active_layers
 
 

@@ -14,10 +14,8 @@ from ..errors import ConfigurationError, RatioError, UnsupportedModelError
 from ..model.groups import Group, LayerStructure
 from ..model.structure import ModelStructure
 from ..plan import Dropped, is_dropped
-from ..units import KINDS, WidthKind, kinds_of
-from ..units.depth import LAYERS
-from ..units.heads import GROUPS, QUERIES, counts_of, pair_of, pairs, removed_by_pair
-from ..units.neurons import NEURONS
+from ..units import GROUPS, KINDS, LAYERS, NEURONS, QUERIES, WidthKind, kinds_of
+from ..units.heads import counts_of, pair_of, pairs, removed_by_pair
 
 
 Counts = dict[tuple[int, str], int]

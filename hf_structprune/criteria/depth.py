@@ -28,8 +28,7 @@ from ..model.measuring import check_numbers, measures
 from ..model.structure import LayerStructure, ModelStructure
 from ..stats.gradients import weight_changes
 from ..stats.stream import LayerStream
-from ..units import DepthKind, kinds_of
-from ..units.depth import LAYERS
+from ..units import LAYERS, DepthKind, kinds_of
 from .base import Method, Paper
 
 

@@ -26,8 +26,7 @@ from ..stats.moments import InputStatistics
 from ..stats.routing import ExpertInputs, RoutingStatistics, routing_statistics
 from ..stats.stream import LayerStream
 from ..stats.survey import Survey
-from ..units import KINDS, DepthKind, kinds_of
-from ..units.depth import LAYERS
+from ..units import KINDS, LAYERS, DepthKind, kinds_of
 from .experts import refit_experts
 from .merging import merge_experts
 from .reader import TokenWeights, by_consumer, consume, kept_columns, refitted, write_columns

@@ -13,8 +13,7 @@ from ..allocation.removal import Removal, Unit
 from ..hooks import Silencer
 from ..model.measuring import context_length, positions_at_once
 from ..model.structure import ModelStructure
-from ..units import DepthKind, kinds_of
-from ..units.depth import LAYERS
+from ..units import LAYERS, DepthKind, kinds_of
 from .stream import LayerStream
 
 

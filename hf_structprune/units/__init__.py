@@ -7,24 +7,17 @@ option by what its class says; CONTRIBUTING.md tells how to add one.
 from __future__ import annotations
 
 from .base import DepthKind, Reading, RoutedKind, StreamKind, UnitKind, WidthKind
-from .depth import Attention, Layers, Mlp
+from .depth import LAYERS, Attention, Layers, Mlp
 from .experts import ExpertNeurons, RoutedExperts, SharedNeurons
-from .heads import KVGroups, QueryHeads
-from .hidden import Hidden
-from .neurons import Neurons
+from .heads import GROUPS, QUERIES, KVGroups, QueryHeads
+from .hidden import HIDDEN, Hidden
+from .neurons import NEURONS, Neurons
 
 
 __all__ = [
-    "KINDS",
-    "DepthKind",
-    "Reading",
-    "RoutedKind",
-    "StreamKind",
-    "UnitKind",
-    "WidthKind",
-    "kinds_of",
-    "level_criteria",
-]
+    "GROUPS", "HIDDEN", "KINDS", "LAYERS", "NEURONS", "QUERIES", "DepthKind", "Reading", "RoutedKind", "StreamKind",
+    "UnitKind", "WidthKind", "kinds_of", "level_criteria",
+]  # fmt: skip
 
 # In the order of tables and messages.
 KINDS: dict[str, UnitKind] = {
