@@ -9,7 +9,6 @@ from functools import cache
 import torch
 from transformers import PreTrainedModel
 
-from ..checks import check_choice
 from ..config import PruningConfig
 from ..criteria.depth import LayerSimilarities, layer_similarities, magnitude_scores, taylor_scores
 from ..errors import RatioError
@@ -17,7 +16,7 @@ from ..model.measuring import measures
 from ..model.structure import ModelStructure
 from ..plan import Dropped
 from ..stats.losses import TextLoss
-from ..units import LAYERS, DepthKind, level_criteria
+from ..units import LAYERS
 from .removal import Amount, Removal, Unit, as_dropped, depth_candidates
 
 
@@ -77,7 +76,6 @@ def choose_depth(
         RatioError: More is asked for than can go; says how much can.
         UnsupportedModelError: No layer has a sublayer of a kind that is asked for.
     """
-    check_choice("depth_criterion", config.depth_criterion, level_criteria(DepthKind))
     removal = Removal(structure, before=without or {})
     candidates = [unit for unit in depth_candidates(structure, config, kinds) if removal.can(unit)]
     text = cache(lambda: TextLoss(model, structure, tokens(), config.calibration.batch_size))

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from ..checks import Number, check_fields
 from ..config import PruningConfig
-from ..errors import ConfigurationError, UnsupportedModelError
+from ..errors import UnsupportedModelError
 from ..model.structure import ModelStructure
 from ..plan import Dropped, emptied, normalised, removed_by
 from ..units import LAYERS, DepthKind, kinds_of
@@ -41,10 +40,8 @@ def depth_candidates(structure: ModelStructure, config: PruningConfig, kinds: tu
 
 def as_dropped(units: Iterable[Unit], structure: ModelStructure) -> Dropped:
     """Units in the form of a plan's `dropped`."""
-    dropped: Dropped = {}
-    for layer, kind in units:
-        dropped.setdefault(kind, []).append(layer)
-    return normalised(dropped, structure)
+    units = list(units)
+    return normalised({kind: [n for n, one in units if one == kind] for _, kind in units}, structure)
 
 
 @dataclass
@@ -98,14 +95,9 @@ class Removal:
 class Amount:
     """How much is to go: so many removals, or parameters, as near as whole units allow; with `most` never more."""
 
-    count: Number | None = None
-    parameters: Number | None = None
+    count: int | None = None
+    parameters: int | None = None
     most: bool = False
-
-    def __post_init__(self) -> None:
-        if (self.count is None) == (self.parameters is None):
-            raise ConfigurationError("Give either `count` or `parameters`: how many units go, or how much they hold.")
-        check_fields(self)
 
     def excess(self, removal: Removal) -> int:
         """Units, or parameters, that are gone beyond the amount; negative if some are lacking."""

@@ -23,11 +23,9 @@ def channel_importance(
     """Importance of every channel by `config.hidden_criterion`, shape (H,), float64, on the CPU.
 
     Raises:
-        ConfigurationError: The criterion needs tokens and there are none, or it is not known.
+        ConfigurationError: The criterion needs tokens and there are none.
     """
     name = config.hidden_criterion
-    if name not in _CRITERIA:
-        raise ConfigurationError(f"`hidden_criterion` is {name!r}; allowed values are {', '.join(_CRITERIA)}.")
     if name != "magnitude" and tokens is None:
         raise ConfigurationError(f"The hidden criterion {name!r} looks at calibration text, and there is none.")
     return _CRITERIA[name](model, group, config, tokens).double().cpu()
