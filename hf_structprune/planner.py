@@ -23,7 +23,7 @@ from .model.hidden_size import hidden_group, shrunk_target
 from .model.rebuild import has_weights
 from .model.structure import ModelStructure
 from .plan import Decision, Dropped, PruningPlan, normalised, removed_by
-from .stats.survey import Survey, sensitivities, survey
+from .stats.survey import Survey, survey
 from .units import HIDDEN, KINDS, LAYERS, DepthKind, WidthKind, kinds_of
 
 
@@ -223,7 +223,9 @@ class Planner:
         if any(KINDS[kind].within for kind in self.config.units):
             raise ConfigurationError("The cost of query heads is not measured: use `split`, or units 'kv_groups'.")
         sensitivity = self.known and self.known.sensitivity
-        sensitivity = sensitivity or sensitivities(self.model, self.structure, self.config, self.tokens)
+        if sensitivity is None:
+            config = dataclasses.replace(self.config, allocation="search", layout="per_layer")
+            sensitivity = survey(self.model, self.structure, config, self.tokens).sensitivity
         sizes = {group.key: group.size for group in self._narrow.groups}
 
         def costs(order: list[Unit], losses: list[float], baseline: float) -> list[float]:

@@ -1,6 +1,7 @@
 """Budgets that depth, hidden size and widths share, through `StructuredPruner`."""
 
 import copy
+import dataclasses
 
 import families
 import pytest
@@ -13,7 +14,7 @@ from hf_structprune.allocation.widths import Budget, allocate
 from hf_structprune.errors import ConfigurationError, RatioError, UnsupportedModelError
 from hf_structprune.model.hidden_size import hidden_group
 from hf_structprune.model.structure import ModelStructure
-from hf_structprune.stats.survey import sensitivities
+from hf_structprune.stats.survey import survey
 
 
 def make_model(name="llama", layers=6, width=200, **changes):
@@ -154,7 +155,8 @@ def test_without_a_split_the_cheapest_of_all_is_taken(learnt, options, ratio):
     structure, tokens = ModelStructure.of(model), calibration.tokens
     asked, kind = round(ratio * structure.total_parameters), config.units[0]
     depth = choose_depth(model, structure, config, (kind,), parameters=asked, most=True, tokens=lambda: tokens)
-    sensitivity = sensitivities(model, structure, config, lambda: tokens)
+    search = dataclasses.replace(config, allocation="search", layout="per_layer")
+    sensitivity = survey(model, structure, search, lambda: tokens).sensitivity
     costs = []
     for number in range(len(depth.order) + 1):
         dropped = {kind: sorted(layer for layer, _ in depth.order[:number])} if number else {}

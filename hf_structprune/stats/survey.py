@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -163,11 +162,3 @@ def survey(
         scorings = {group.key: Scoring(group, model, salience=known.salience) for group in groups}
         known.scores = {key: criterion.score(scoring).cpu() for key, scoring in scorings.items()}
     return known
-
-
-def sensitivities(
-    model: PreTrainedModel, structure: ModelStructure, config: PruningConfig, tokens: Callable[[], torch.Tensor]
-) -> Sensitivity:
-    """The cost of cutting each group of heads or neurons, whatever the allocation; arguments as for `survey`."""
-    config = dataclasses.replace(config, allocation="search", layout="per_layer")
-    return survey(model, structure, config, tokens).sensitivity
