@@ -14,7 +14,7 @@ import jinja2
 from ..config import PruningConfig
 from ..criteria import Method, Paper, channels, class_of, depth
 from ..criteria.inputs import SURGEON, WIFV
-from ..errors import CheckpointError, ConfigurationError
+from ..errors import CheckpointError
 from ..files.places import can_only_be_a_path
 from ..files.reading import read_json_object
 from ..hardware import dtype_of
@@ -135,6 +135,8 @@ COMMAND_OPTIONS = ("dtype", "revision", "subfolder", "variant", "gguf_file", "tr
 
 
 _TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"))
+_TEMPLATES.filters["number"] = "{:,}".format
+_TEMPLATES.filters["perplexity"] = lambda log: f"{math.exp(min(log, 700.0)):,.2f}"
 
 
 def render(template: str, **values: Any) -> str:
@@ -186,7 +188,7 @@ def making_on_the_command_line(base: str, config: PruningConfig, plan: PruningPl
     return shlex.join(words + _options(_changed(config), "") + _calibration_options(config))
 
 
-def changed_options(values: Any) -> list[str]:
+def _changed_options(values: Any) -> list[str]:
     """A configuration as options of the command line: what differs from the defaults, apart from `None`."""
     words = _options({name: value for name, value in _changed(values).items() if value is not None}, "")
     return words + (_calibration_options(values) if hasattr(values, "calibration") else [])
@@ -235,15 +237,12 @@ def _options(values: dict[str, Any], prefix: str) -> list[str]:
 RECOVERY_NAME, PICTURE_NAME = "recovery.json", "recovery.png"
 QUANTIZATION_NAME = "quantization.json"
 SCHEMA_VERSION = 1  # of both
-# Comments by which a section can be found and replaced.
-BEGIN_RECOVERY, END_RECOVERY = "<!-- recovery, by hf_structprune -->", "<!-- end of recovery -->"
-BEGIN_QUANTISATION, END_QUANTISATION = "<!-- quantisation, by hf_structprune -->", "<!-- end of quantisation -->"
-_STOPPED = {
-    "target": "The target was reached, so that training ended there.",
-    "worse": "Training was stopped: it brought no further improvement.",
-    "nan": "Training was stopped: its loss was no longer finite.",
-}
 _CALIBRATED = ("gptq", "awq", "auto-round")
+_TRAINING = {
+    "steps": "{:,} steps", "epochs": "{:.2f} epochs", "batch_size": "batches of {:,}",
+    "learning_rate": "learning rate {:g}", "tokens": "{:,} tokens", "trainable_parameters": "{:,} trained parameters",
+}  # fmt: skip
+_WEIGHTED = ("temperature", "label_weight", "hidden_weight", "attention_weight")
 
 
 def read_report(path: Path) -> dict[str, Any] | None:
@@ -263,72 +262,43 @@ def read_report(path: Path) -> dict[str, Any] | None:
 
 def recovery_section(report: dict[str, Any], *, picture: str | None = PICTURE_NAME) -> str:
     """The section "Recovery" in Markdown, of the content of `recovery.json` and the file with its curve, if any."""
-    text = report.get("text") or {}
-    held_out = f"`{text['name']}`" if text.get("name") else ""
-    if text.get("windows") and text.get("window"):
-        held_out += f", {text['windows']:,} windows of {text['window']:,} tokens"
-    facts = {
-        "Method": _trained_how(report), "Data": _data(report), "Training": _training(report),
-        "Held-out text": held_out, "Versions": _versions(report),
-    }  # fmt: skip
-    curve = "" if picture is None else f"![perplexity of the held-out text during training]({picture})"
-    command = recover_command(report)
-    parts = ["## Recovery", outcome(report), _list(facts), curve, "" if command is None else _bash(command)]
-    return "\n\n".join(filter(None, [BEGIN_RECOVERY, *parts, END_RECOVERY]))
-
-
-def quantisation_section(report: dict[str, Any]) -> str:
-    """The section "Quantised" in Markdown, of the content of `quantization.json`."""
-    text, weights = calibration_of(report), report.get("weights") or {}
-    after, before = weights.get("bytes"), weights.get("bytes_before")
-    size = f"The weights take {after / 1e6:,.1f} MB" if after else ""
-    if size:
-        size += f", {after / before:.0%} of the {before / 1e6:,.1f} MB before." if before else "."
-    facts = {
-        "Method": _quantised_how(report),
-        "Calibration": "none" if text is None else calibration_in_words(text),
-        "Versions": _versions(report),
-    }
-    parts = ["## Quantised", size, _list(facts, report.get("notes") or []), _bash(quantize_command(report))]
-    return "\n\n".join(filter(None, [BEGIN_QUANTISATION, *parts, END_QUANTISATION]))
-
-
-def outcome(report: dict[str, Any]) -> str:
-    """What training did to the perplexity of the held-out text, good or bad."""
-    step, pruned, kept, points = report["best_step"], *_before_and_after(report)
-    if not points:
-        return "The perplexity of the held-out text was not measured after training."
-    after = f"{_perplexity(points[-1]['log_perplexity'])} after step {points[-1]['step']:,}"
-    if step == 0:
-        text = (
-            f"**Training did not help.** The perplexity of a text that was not trained on was {_perplexity(pruned)} "
-            f"before it and {after}. The weights here are those from before training."
-        )
-    elif kept is None:
-        text = f"The weights after step {step:,} were kept; the held-out text was not measured there."
-    else:
-        verb = "rose" if kept > pruned else "fell" if kept < pruned else "stayed"
-        text = f"The perplexity of a text that was not trained on {verb} from {_perplexity(pruned)} to "
-        text += _perplexity(kept) + (": **training made the model worse**" if kept > pruned else "") + _share(report)
-        if points[-1]["step"] != step:
-            text += f" The weights are those after step {step:,}; it was {after}."
-    return " ".join(filter(None, [text, _STOPPED.get(report.get("stopped"))]))
+    training, values, told = (
+        report.get("training") or {},
+        report.get("configuration"),
+        report.get("distillation") or {},
+    )
+    facts = [words.format(training[key]) for key, words in _TRAINING.items() if training.get(key)]
+    if seconds := training.get("seconds"):
+        facts.append(f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.1f} minutes")
+    weights = [f"{name.replace('_', ' ')} {told[name]:g}" for name in _WEIGHTED if told.get(name)]
+    return render(
+        "recovery", picture=picture, config=RecoveryConfig.from_dict(values) if values else None, facts=facts,
+        weights=weights, datasets=dataset_names(report), versions=_versions(report), command=recover_command(report),
+        **_curve(report),
+    )  # fmt: skip
 
 
 def recovery_summary(report: dict[str, Any]) -> str:
     """What training did, in one sentence."""
-    pruned, kept, points = _before_and_after(report)
-    share = report.get("recovered")
-    if report["best_step"] == 0 and points:
-        return "Training it afterwards did not help, so that these are the weights from before, see Recovery."
-    if kept is not None and kept > pruned:
-        return "Training it afterwards made it worse on a text that was not trained on, see Recovery."
-    if share is None or not points:
-        return "It was trained afterwards to get quality back, see Recovery."
-    return (
-        f"Training it afterwards brought back {share:.1%} of the log-perplexity that pruning had lost on a text that "
-        "was not trained on, see Recovery."
-    )
+    return render("recovery_summary", **_curve(report))
+
+
+def _curve(report: dict[str, Any]) -> dict[str, Any]:
+    """The curve, the log-perplexity of the weights that were kept, and the share of the loss that is back."""
+    curve, step = report["curve"], report["best_step"]
+    values = {point["step"]: point["log_perplexity"] for point in curve["points"]}
+    kept = values.get(step, curve["pruned"] if step == 0 else None)
+    return {**curve, "report": report, "kept": kept, "share": report.get("recovered")}
+
+
+def quantisation_section(report: dict[str, Any]) -> str:
+    """The section "Quantised" in Markdown, of the content of `quantization.json`."""
+    config, text = QuantizationConfig.from_dict(report["configuration"]), calibration_of(report)
+    return render(
+        "quantisation", report=report, config=config, weights=dict(report.get("weights") or {}),
+        calibration="none" if text is None else calibration_in_words(text), versions=_versions(report),
+        command=quantize_command(report),
+    )  # fmt: skip
 
 
 def quantisation_summary(report: dict[str, Any]) -> str:
@@ -343,11 +313,8 @@ def recover_command(report: dict[str, Any]) -> str | None:
     """
     if not report.get("configuration"):
         return None
-    try:
-        config = RecoveryConfig.from_dict(report["configuration"])
-        distillation = DistillationConfig.from_dict(report.get("distillation") or {})
-    except ConfigurationError:  # written by another version, with other options
-        return None
+    config = RecoveryConfig.from_dict(report["configuration"])
+    distillation = DistillationConfig.from_dict(report.get("distillation") or {})
     words = ["hf-structprune", "recover", report.get("model") or "PRUNED_MODEL"]
     words += ["--dataset", *(report.get("dataset") or dataset_names(report) or ["YOUR_DATASET"])]
     words += ["--output-dir", "recovered"]
@@ -355,7 +322,7 @@ def recover_command(report: dict[str, Any]) -> str | None:
         words += ["--teacher", report["teacher"]]
     if report["curve"]["dense"] is not None:
         words += ["--dense", f"{math.exp(report['curve']['dense']):.6g}"]
-    return shlex.join(words + changed_options(config) + changed_options(distillation))
+    return shlex.join(words + _changed_options(config) + _changed_options(distillation))
 
 
 def quantize_command(report: dict[str, Any]) -> str:
@@ -363,7 +330,7 @@ def quantize_command(report: dict[str, Any]) -> str:
     config = QuantizationConfig.from_dict(report["configuration"])
     words = ["hf-structprune", "quantize", report.get("model") or "MODEL", "--output-dir", "quantised"]
     words += ["--method", config.method] if config.method == QuantizationConfig().method else []
-    return shlex.join(words + changed_options(config))
+    return shlex.join(words + _changed_options(config))
 
 
 def dataset_names(report: dict[str, Any]) -> list[str]:
@@ -384,93 +351,5 @@ def libraries(report: dict[str, Any]) -> list[str]:
     return [name for name in report.get("versions") or {} if name not in ("hf_structprune", *LIBRARIES)]
 
 
-def _list(facts: dict[str, str], more: list[str] | None = None) -> str:
-    return "\n".join([*(f"* {name}: {text}" for name, text in facts.items() if text), *(f"* {n}" for n in more or [])])
-
-
-def _bash(command: str) -> str:
-    return f"```bash\n{command}\n```"
-
-
 def _versions(report: dict[str, Any]) -> str:
     return ", ".join(f"{name} {number}" for name, number in (report.get("versions") or {}).items())
-
-
-def _share(report: dict[str, Any]) -> str:
-    """How much of what pruning lost is back; ends the sentence."""
-    dense, share = report["curve"]["dense"], report.get("recovered")
-    if dense is None:
-        return ". The dense model was not measured on it, so that no share can be given."
-    if share is None:
-        return f" (dense: {_perplexity(dense)}). Pruning had lost nothing on this text."
-    back = f": {share:.1%} of the log-perplexity that pruning had lost on it is back" if share >= 0 else ""
-    return f" (dense: {_perplexity(dense)}){back}."
-
-
-def _before_and_after(report: dict[str, Any]) -> tuple[float, float | None, list[dict[str, Any]]]:
-    """Log-perplexities of the pruned weights and of those that were kept, and all points of the curve."""
-    curve, step = report["curve"], report["best_step"]
-    values = {point["step"]: point["log_perplexity"] for point in curve["points"]}
-    return curve["pruned"], values.get(step, curve["pruned"] if step == 0 else None), curve["points"]
-
-
-def _perplexity(log_perplexity: float) -> str:
-    return f"{math.exp(min(log_perplexity, 700.0)):,.2f}"
-
-
-def _trained_how(report: dict[str, Any]) -> str:
-    values = report.get("configuration") or {}
-    if not values:
-        name = (report.get("training") or {}).get("method")
-        return {"full": "all weights", None: ""}.get(name, str(name).upper().replace("LORA", "LoRA"))
-    config = RecoveryConfig.from_dict(values)
-    adapters = [f"rank {config.rank}, alpha {config.alpha}"]
-    adapters += ["DoRA"] if config.use_dora else []
-    adapters += ["rsLoRA"] if config.use_rslora else []
-    adapters += [f"{' and '.join(config.modules_to_save)} trained whole"] if config.modules_to_save else []
-    adapters += [f"initialised by {config.init_lora_weights}"] if config.init_lora_weights else []
-    base = f" over a {config.bits}-bit base" if config.trained == "qlora" else ""
-    what = "all weights" if config.trained == "full" else f"LoRA{base} ({', '.join(adapters)})"
-    if config.method != "distill":
-        return f"{what}, trained on the labels of the data"
-    distillation = report.get("distillation") or {}
-    more = [
-        f"{name.replace('_', ' ')} {distillation[name]:g}"
-        for name in ("temperature", "label_weight", "hidden_weight", "attention_weight")
-        if distillation.get(name)
-    ]
-    what += f", trained to predict what {report.get('teacher') or 'the dense model'} predicts"
-    return what + (f" ({', '.join(more)})" if more else "")
-
-
-def _data(report: dict[str, Any]) -> str:
-    sources = (report.get("data") or {}).get("sources") or []
-    if sources:
-        return "; ".join(f"`{one['name']}`, {one['sequences']:,} sequences" for one in sources)
-    return ", ".join(f"`{name}`" for name in dataset_names(report))
-
-
-def _training(report: dict[str, Any]) -> str:
-    values = report.get("training") or {}
-    words = [
-        f"{values['steps']:,} steps" if values.get("steps") is not None else "",
-        f"{values['epochs']:.2f} epochs" if values.get("epochs") is not None else "",
-        f"batches of {values['batch_size']:,}" if values.get("batch_size") else "",
-        f"learning rate {values['learning_rate']:g}" if values.get("learning_rate") else "",
-        f"{values['tokens']:,} tokens" if values.get("tokens") else "",
-        f"{values['trainable_parameters']:,} trained parameters" if values.get("trainable_parameters") else "",
-    ]
-    if seconds := values.get("seconds"):
-        words.append(f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.1f} minutes")
-    return ", ".join(filter(None, words))
-
-
-def _quantised_how(report: dict[str, Any]) -> str:
-    """`"bitsandbytes, 4 bits, nf4"`, `"gptq, 3 bits, groups of 128 weights"`."""
-    config, group = QuantizationConfig.from_dict(report["configuration"]), report.get("group_size")
-    words = [config.method, f"{config.bits} bits"]
-    if config.method == "bitsandbytes" and config.bits == 4:
-        words += [config.four_bit_type, *(["scales quantised too"] if config.double_quant else [])]
-    if group:
-        words.append("a scale for each row" if group == -1 else f"groups of {group} weights")
-    return ", ".join(words)

@@ -14,8 +14,6 @@ from hf_structprune.commands.models import ModelArguments, find_subject
 from hf_structprune.errors import CheckpointError, ConfigurationError
 from hf_structprune.evaluation.results import EvaluationResult, Figure
 from hf_structprune.hub import make_card, push_folder, validate_card, write_card
-from hf_structprune.hub.words import BEGIN_QUANTISATION as BEGIN
-from hf_structprune.hub.words import END_QUANTISATION as END
 from hf_structprune.hub.words import calibration_of, libraries, quantize_command
 from hf_structprune.hub.words import quantisation_section as section_of
 from hf_structprune.quantization.configuration import QuantizationConfig
@@ -23,6 +21,7 @@ from hf_structprune.quantization.configuration import QuantizationConfig
 from .reports import make_quantisation, make_report
 
 
+BEGIN, END = "<!-- quantisation, by hf_structprune -->", "<!-- end of quantisation -->"
 PERPLEXITIES = {"dense": 20.0, "pruned": 30.0, "recovered": 24.0, "quantised": 25.0}
 
 

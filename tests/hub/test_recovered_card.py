@@ -15,13 +15,14 @@ from hf_structprune.commands.models import ModelArguments, find_subject
 from hf_structprune.errors import CheckpointError, ConfigurationError
 from hf_structprune.evaluation.results import EvaluationResult, Figure
 from hf_structprune.hub import make_card, push_folder, validate_card, write_card
-from hf_structprune.hub.words import BEGIN_RECOVERY as BEGIN
-from hf_structprune.hub.words import END_RECOVERY as END
-from hf_structprune.hub.words import outcome, recover_command
+from hf_structprune.hub.words import recover_command
 from hf_structprune.hub.words import recovery_section as section_of
 from hf_structprune.recovery.configuration import DistillationConfig, RecoveryConfig
 
 from .reports import make_report
+
+
+BEGIN, END = "<!-- recovery, by hf_structprune -->", "<!-- end of recovery -->"
 
 
 def put(folder, report, picture=True):
@@ -141,7 +142,7 @@ def test_a_pruned_model_has_no_word_of_it(folder):
 )  # fmt: skip
 def test_the_outcome_is_told_as_it_is(report, sentences, folder):
     for sentence in sentences:
-        assert sentence in outcome(report)
+        assert sentence in section_of(report)
     put(folder, report)
     text, kept_better = make_card(folder).text, bool(report["recovered"] and report["recovered"] > 0)
     assert ("is back." in text) == ("brought back" in text) == kept_better
