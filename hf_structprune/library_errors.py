@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from .errors import CheckpointError, HubError, StructPruneError
-from .files.places import can_only_be_a_path
-from .files.reading import damaged_weights, read_json_object
+from .files.reading import can_only_be_a_path, damage, damaged_weights, read_json_object
 from .files.writing import settle
 from .masking import causes, is_masked, remember
 
@@ -55,22 +54,25 @@ def clear_errors(repo_id: str, token: str | None = None) -> Iterator[None]:
         raise HubError(message) from (error if is_masked(error) else None)
 
 
+_MEANINGS = (
+    (OfflineModeIsEnabled, "HF_HUB_OFFLINE is set, so that nothing can be pushed; unset it and push again."),
+    (LocalTokenNotFoundError, f"There is no token for the Hub; {LOGIN}."),
+    (GatedRepoError, "{repo} is gated: accept its conditions on its page on the Hub with the account of your token, "
+                     f"then try again ({LOGIN})."),
+    (HFValidationError, "{repo!r} is not the id of a repository, such as user/name: {error}"),
+)  # fmt: skip
+
+
 def explain(error: BaseException, repo_id: str) -> str | None:
     """One sentence for an error of the client and its causes; `None` for one that is not about the Hub."""
     if isinstance(error, ValueError) and "README.md" in str(error):
         return f"The Hub refuses the model card: {error}"
     chain = list(causes(error))
-    for kind, words in (
-        (OfflineModeIsEnabled, "HF_HUB_OFFLINE is set, so that nothing can be pushed; unset it and push again."),
-        (LocalTokenNotFoundError, f"There is no token for the Hub; {LOGIN}."),
-        (GatedRepoError, f"{repo_id} is gated: accept its conditions on its page on the Hub with the account of your "
-                         f"token, then try again ({LOGIN})."),
-    ):  # fmt: skip
-        if any(isinstance(cause, kind) for cause in chain):
-            return words
+    for kind, words in _MEANINGS:
+        for cause in chain:
+            if isinstance(cause, kind):
+                return words.format(repo=repo_id, error=cause)
     for cause in chain:
-        if isinstance(cause, HFValidationError):
-            return f"{repo_id!r} is not the id of a repository, such as user/name: {cause}"
         if isinstance(cause, HfHubHTTPError) and getattr(cause, "response", None) is not None:
             return _explain_status(cause, repo_id)
         if is_network_error(cause):
@@ -84,13 +86,14 @@ def explain(error: BaseException, repo_id: str) -> str | None:
     return None
 
 
+_CHANGED = "{repo} was changed by someone else at the same time; nothing was committed, push again."
 _STATUSES = {
     401: f"The Hub does not accept the token for {{repo}}: it is wrong or has expired; {LOGIN}.",
     403: "The token has no right to write to {repo}: use one with the role `write` of an account that may, choose a "
     "repository of your own, or propose the change with `create_pr`.",
     404: "There is no {repo} on the Hub, or the token cannot see it; check the name and the revision.",
-    409: "{repo} was changed by someone else at the same time; nothing was committed, push again.",
-    412: "{repo} was changed by someone else at the same time; nothing was committed, push again.",
+    409: _CHANGED,
+    412: _CHANGED,
     429: "The Hub asks to slow down; wait a few minutes and push again.",
 }
 
@@ -109,14 +112,12 @@ _OBJECTS = (
     "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "adapter_config.json",
 )  # fmt: skip
-_ADAPTER = "adapter_config.json"
-# Endings of files that are no models by themselves, with the way to load them.
+# How to load files that are no models by themselves, by their endings.
+_WEIGHTS = "give the folder that it is in, in which config.json says what model the weights are of"
 _FILES = {
     ".gguf": "give the folder that it is in as the model, and its name as `gguf_file` (--gguf-file {name})",
-    ".safetensors": "give the folder that it is in, in which config.json says what model the weights are of",
-    ".bin": "give the folder that it is in, in which config.json says what model the weights are of",
-    ".json": "give the folder that it is in",
-}
+    ".safetensors": _WEIGHTS, ".bin": _WEIGHTS, ".json": "give the folder that it is in",
+}  # fmt: skip
 
 
 @contextmanager
@@ -132,10 +133,14 @@ def readable(source: str | os.PathLike, part: str = "", subfolder: str | None = 
             cannot make anything of it.
         HubError: The model is gated and the token has no access to it.
     """
-    name = str(source)
+    name, place = str(source), Path(source)
     settle(name)
-    _check_place(name)
-    folder = Path(name, subfolder or "")
+    if place.is_file():
+        how = _FILES.get(place.suffix, "give a folder or the id of a model on the Hub").format(name=place.name)
+        raise CheckpointError(f"cannot load {name!r}: it is a file; {how}.")
+    if can_only_be_a_path(name) and not place.exists():
+        raise CheckpointError(f"cannot load {name!r}: there is no such folder.")
+    folder = place / (subfolder or "")
     for path in (folder / file for file in _OBJECTS):
         if path.is_file():
             read_json_object(path, repeats=True)
@@ -152,37 +157,24 @@ def readable(source: str | os.PathLike, part: str = "", subfolder: str | None = 
 def refuse_adapter(source: str | os.PathLike, **options: Any) -> None:
     """Refuses a folder or repository that holds an adapter of PEFT: Transformers would load its base model under it.
 
+    A repository is looked at as far as it is in the cache or can be asked.
+
     Raises:
         CheckpointError: Says what to do.
     """
-    if _is_adapter(str(source), options):
+    found: Any = None
+    if Path(source).is_dir():
+        found = Path(source, options.get("subfolder") or "", "adapter_config.json").is_file()
+    elif not can_only_be_a_path(str(source)):
+        from transformers.utils import find_adapter_config_file
+
+        with suppress(Exception):  # of the connection and of names that are no ids: what it is, cannot be told
+            found = find_adapter_config_file(str(source), **options)
+    if found:
         raise CheckpointError(
             f"{source} holds an adapter of PEFT, whose weights are not in its base model: merge it first, "
             "`PeftModel.from_pretrained(base, ADAPTER).merge_and_unload().save_pretrained(FOLDER)`, and give FOLDER."
         )
-
-
-def _is_adapter(source: str, options: dict[str, Any]) -> bool:
-    """Whether a folder, or a repository as far as it is in the cache or can be asked, holds an adapter of PEFT."""
-    if Path(source).is_dir():
-        return Path(source, options.get("subfolder") or "", _ADAPTER).is_file()
-    if can_only_be_a_path(source):
-        return False
-    from transformers.utils import find_adapter_config_file
-
-    try:
-        return find_adapter_config_file(source, **options) is not None
-    except Exception:  # of the connection and of names that are no ids: what it is, cannot be told
-        return False
-
-
-def _check_place(name: str) -> None:
-    path = Path(name)
-    if path.is_file():
-        how = _FILES.get(path.suffix, "give a folder or the id of a model on the Hub").format(name=path.name)
-        raise CheckpointError(f"cannot load {name!r}: it is a file; {how}.")
-    if can_only_be_a_path(name) and not path.exists():
-        raise CheckpointError(f"cannot load {name!r}: there is no such folder.")
 
 
 def _explain(name: str, folder: Path, part: str, wrong: Exception) -> str:
@@ -201,12 +193,8 @@ def _explain(name: str, folder: Path, part: str, wrong: Exception) -> str:
 
 def _damaged_file(folder: Path) -> str | None:
     """What is wrong with a large file, which is only read to find out what an error came from."""
-    try:
-        if (folder / "tokenizer.json").is_file():
-            read_json_object(folder / "tokenizer.json", repeats=True)
-    except CheckpointError as error:
-        return str(error)
-    if not any((folder / file).exists() for file in ("model.safetensors", "model.safetensors.index.json")):
-        return None
-    found = damaged_weights(folder)
+    names = ("model.safetensors", "model.safetensors.index.json")
+    found = damaged_weights(folder) if any((folder / name).exists() for name in names) else None
+    if (folder / "tokenizer.json").is_file():
+        found = damage(folder / "tokenizer.json") or found
     return found and f"{found}."

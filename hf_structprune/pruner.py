@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from .allocation.depth import DepthChoice
 from .config import PruningConfig
 from .errors import ConfigurationError, StructPruneError, UnsupportedModelError
-from .files.places import check_place
+from .files.writing import check_place
 from .hub.checkpoint import push_folder, save_checkpoint, take_over
 from .hub.origin import origin_of, record
 from .model.checks import check_model, check_savable

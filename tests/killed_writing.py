@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from hf_structprune.files import places, writing
+from hf_structprune.files import writing
 from hf_structprune.files.writing import check_folder, settle, write_folder
 
 
@@ -37,10 +37,6 @@ def left(folder):
     return [path.name for path in (*folder.parent.iterdir(), *within) if path.name.startswith(".")]
 
 
-def no_exchange(patch, folder):
-    patch.setattr(writing, "_exchange", lambda *_: False)
-
-
 def cannot_move(patch, folder):
     def refuse(one, other):
         raise OSError(errno.EXDEV, "of a lower layer")
@@ -49,10 +45,10 @@ def cannot_move(patch, folder):
 
 
 def mounted(patch, folder):
-    patch.setattr(places, "_mounts", lambda: [folder])
+    patch.setattr(writing, "_mounts", lambda: [folder])
 
 
-WAYS = {"exchange": lambda *_: None, "two renames": no_exchange, "lower layer": cannot_move, "mounted": mounted}
+WAYS = {"exchange": lambda *_: None, "lower layer": cannot_move, "mounted": mounted}
 STAYS = ("lower layer", "mounted")
 
 
@@ -78,7 +74,7 @@ def dies_at(step, action):
 def check_at_once(way, out):
     """Without any help there is the old folder or the new one, or one that cannot be loaded."""
     if not out.exists():
-        assert way in ("fresh", "two renames")
+        assert way == "fresh"
         return
     now = contents(out)
     if way in STAYS:
@@ -111,7 +107,7 @@ def kill(way, root):
 
 def kill_settling(root):
     """The process that puts in order what a killed one has left is killed, too."""
-    no_exchange(Patch, None)
+    cannot_move(Patch, None)
     for first in itertools.count():
         for second in itertools.count():
             out = root / f"{first}-{second}" / "out"
@@ -131,5 +127,5 @@ if __name__ == "__main__":
     chosen, where = sys.argv[1], Path(sys.argv[2])
     WAYS.get(chosen, WAYS["exchange"])(Patch, Path(os.devnull))
     if chosen == "mounted":
-        places.must_stay = writing.must_stay = lambda folder: True
+        writing.must_stay = lambda folder: True
     print(kill_settling(where) if chosen == "settling" else kill(chosen, where))

@@ -148,8 +148,7 @@ def check_output(path: str | None, overwrite: bool, *, file: bool = False, folde
         file: Whether it is a file.
         folders: Whether it may be a folder all the same; whether it can be written, its writer says then.
     """
-    from ..files.places import check_place
-    from ..files.writing import check_folder
+    from ..files.writing import check_folder, check_place
 
     option = "--output" if file else "--output-dir"
     if path is None:

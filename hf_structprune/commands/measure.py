@@ -23,8 +23,7 @@ from ..evaluation.evaluator import EvaluationConfig, evaluate
 from ..evaluation.generation import question_protocol
 from ..evaluation.results import RESULTS_NAME, STATES, EvaluationResult, Figure, describe_environment
 from ..evaluation.table import ResultTable
-from ..files.places import check_place
-from ..files.writing import write_text
+from ..files.writing import check_place, write_text
 from ..plan import PLAN_NAME, PruningPlan
 from .arguments import parse
 from .cli import check_output, results_only_on_stdout, show

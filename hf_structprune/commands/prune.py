@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..checks import Ratio
 from ..config import CalibrationConfig, PruningConfig
 from ..errors import ConfigurationError
-from ..files.places import check_place
+from ..files.writing import check_place
 from ..plan import PruningPlan
 from .arguments import parse
 from .cli import check_output, make_table, results_only_on_stdout, show

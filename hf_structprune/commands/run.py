@@ -16,8 +16,7 @@ from ..errors import ConfigurationError, UnsupportedModelError
 from ..evaluation import EfficiencyConfig, EvaluationConfig, EvaluationResult, ResultTable, evaluate, generate_samples
 from ..evaluation.pictures import save, widths_figure
 from ..evaluation.results import RESULTS_NAME
-from ..files.places import check_place
-from ..files.writing import check_folder, write_text
+from ..files.writing import check_folder, check_place, write_text
 from ..hub import push_folder, write_card
 from ..hub.contents import DENSE_RESULTS_NAME, WIDTHS_NAME, Contents, check_card, check_file, check_own_files
 from ..hub.origin import Origin, public_config
@@ -157,7 +156,7 @@ class _Run:
             self._quantise(section)
         if self.recipe.evaluation is not None:
             self._time()
-            self.out.print(ResultTable(Contents.read(self._final()).results).to_rich())
+            self.out.print(ResultTable(Contents(self._final()).results).to_rich())
         for folder in self.recipe.folders.values():
             self.out.print(f"Checkpoint, results and card are in {folder}/")
         if self.push:

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..checks import Count, Limit, Number, check_fields
 from ..errors import ConfigurationError
-from ..files.places import check_place
+from ..files.writing import check_place
 from ..model.loading import as_tokenizer
 from .efficiency import EfficiencyConfig, measure_efficiency
 from .generation import generate_samples

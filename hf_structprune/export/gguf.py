@@ -22,8 +22,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils.logging import is_progress_bar_enabled
 
 from ..errors import ConfigurationError, ExportError, StructPruneError
-from ..files.places import check_place
-from ..files.writing import appearing
+from ..files.writing import appearing, check_place
 from ..installed import need
 from .common import Block, Exported, State, class_name, llama_layers, load_source, pad_layer
 

@@ -15,6 +15,11 @@ from safetensors import SafetensorError, safe_open
 from ..errors import CheckpointError, ConfigurationError, StructPruneError
 
 
+def can_only_be_a_path(name: str) -> bool:
+    """Whether a name is no id of the Hub: those have at most one slash, within, and begin with a letter or digit."""
+    return name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
+
+
 def read_json_object(
     path: str | os.PathLike, error: type[StructPruneError] = CheckpointError, *, repeats: bool = False
 ) -> dict[str, Any]:
@@ -42,13 +47,7 @@ def read_json(
 
 
 def parse_json(text: str, where: str, error: type[StructPruneError], *, repeats: bool = False) -> Any:
-    """What a JSON text says.
-
-    Args:
-        text: The text.
-        where: What the message calls it: a file, or a line of it.
-        error: What is raised.
-        repeats: As in `read_json_object`.
+    """What a JSON text says; messages name the file or line `where` it stands, the rest is as in `read_json_object`.
 
     Raises:
         StructPruneError: It is not JSON, is nested too deep, or has a key twice in one object.
@@ -69,8 +68,9 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-_JSON_NAMES = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "a truth value"}
-_JSON_NAMES[type(None)] = "null"
+_JSON_NAMES = {
+    list: "a list", str: "a text", int: "a number", float: "a number", bool: "a truth value", type(None): "null",
+}  # fmt: skip
 
 
 def read_text(
@@ -112,11 +112,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str, where: str | os.PathLike) -> Any:
-    """What a YAML text says.
-
-    Args:
-        text: The text.
-        where: The file it is from, for messages.
+    """What a YAML text says; messages name the file `where` it stands.
 
     Raises:
         ConfigurationError: It is not YAML, or a key stands twice in one section.
@@ -158,17 +154,15 @@ def damage(path: Path) -> str | None:
 
 def damaged_weights(folder: Path) -> str | None:
     """What is wrong with the weights of a checkpoint; `None` if they are there and can be read."""
-    index, shards = folder / "model.safetensors.index.json", set()
-    there = [path for path in (folder / "model.safetensors", index) if path.exists()]
-    if index in there:
-        if damage(index) is not None:
-            return damage(index)
+    index = folder / "model.safetensors.index.json"
+    files = [path for path in (folder / "model.safetensors", index) if path.exists()]
+    if index in files and damage(index) is None:
         content = json.loads(index.read_text(encoding="utf-8"))
         names = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(names, dict) or not names:
             return f"{index.name} names no files"
-        shards = {folder / str(name) for name in names.values()}
-    return first_damage([*there, *sorted(shards)]) if there else "there are no weights"
+        files += sorted({folder / str(name) for name in names.values()})
+    return first_damage(files) if files else "there are no weights"
 
 
 def first_damage(paths: Sequence[Path]) -> str | None:

@@ -1,35 +1,56 @@
-"""Writes files and folders all at once: after an error, an interrupt or a kill there is the old one or the new one."""
+"""Writes files and folders all at once: after an error, an interrupt or a kill there is the old one or the new one.
+
+Places that cannot be written are refused before any work is done. What is being written has a hidden name beside its
+place (in a folder that must stay where it is: inside), where nothing of it is taken for what it will be.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import errno
+import hashlib
 import os
+import platform
+import re
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+import psutil
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 from ..errors import CheckpointError, PlaceError
 from ..masking import masked
-from .places import (
-    PROBE,
-    alone,
-    check_place,
-    check_room,
-    draft,
-    is_device,
-    must_stay,
-    of_the_system,
-    parents_of,
-    reason,
-    resolve,
-    said,
-)
+
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+# No permission, or no such thing in this file system.
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+# With these a folder cannot change places with another one although its parent can be written (no such step in the
+# system, a lower layer, ...), or its files cannot have two names.
+_CANNOT_MOVE = (
+    errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM, errno.EMLINK, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP,
+    errno.ENOTSUP,
+)  # fmt: skip
+# Kinds of drafts: one that tries whether there can be one; one that is being written, or was there before; one that is
+# whole and will be moved into the folder, file by file; one that is on its way.
+_PROBE, _NEW, _READY, _MOVING = "gone", "new", "ready", "moving"
+# Files of an earlier checkpoint that would be mistaken for part of a new one.
+# What was measured on the earlier weights goes with them; the results of the dense model stay.
+_OURS = (
+    "*.safetensors", "*.safetensors.index.json", "modeling_structprune.py",
+    "evaluation_results.json", "evaluation_results_pruned.json", "evaluation_results_recovered.json", ".eval_results",
+    "pruned_widths.png", "recovery.json", "recovery.png", "quantization.json",
+)  # fmt: skip
+# Without this file nothing loads: where a folder cannot change all at once, it goes first and comes last.
+_ENTRY = "config.json"
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -38,53 +59,45 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
-    """Writes a file all at once: into a temporary file beside it, which then takes its name.
-
-    A link is followed and stays; a file that is replaced keeps who may read and write it.
+    """Writes a file all at once, see `appearing`; what is no file, as `/dev/stdout`, takes it as it comes.
 
     Raises:
         PlaceError: It cannot be written.
     """
-    with _errors(path):
-        if is_device(path):
+    if is_device(path):
+        with _errors(path):
             Path(path).write_bytes(content)
-            return
-        with _draft_of(path) as (temporary, place):
-            temporary.write_bytes(content)
-            if place.exists():
-                temporary.chmod(stat.S_IMODE(place.stat().st_mode))
-            os.replace(temporary, place)
+        return
+    with appearing(path, len(content)) as temporary:
+        temporary.write_bytes(content)
 
 
 @contextmanager
 def appearing(path: str | os.PathLike, size: int = 0) -> Iterator[Path]:
     """A temporary name beside a file, which takes the file's name when the block ends without an error.
 
+    What a killed process has left of it goes with the next writing.
+
     Args:
-        path: The file; one of that name is replaced then. A link to one is followed and stays.
+        path: The file. A link to one is followed and stays; one that is replaced keeps who may read and write it.
         size: Bytes that will be written, to see before whether the disk has room for them.
 
     Raises:
         PlaceError: The file cannot be written, or there is too little room.
     """
     check_room(path, size, file=True)
-    with _errors(path), _draft_of(path) as (folder, place):
-        folder.mkdir()
-        yield folder / place.name
-        os.replace(folder / place.name, place)
-
-
-@contextmanager
-def _draft_of(path: str | os.PathLike) -> Iterator[tuple[Path, Path]]:
-    """A name beside a file and the file itself; what is under the name goes, also what a killed process has left."""
     place = resolve(path, file=True)
-    temporary = draft(place, _NEW)
-    with alone(place), parents_of(place):
+    folder = draft(place, _NEW)
+    with _errors(path), alone(place), parents_of(place):
         try:
-            _discard(temporary, draft(place, PROBE))
-            yield temporary, place
+            _discard(folder, draft(place, _PROBE))
+            folder.mkdir()
+            yield folder / place.name
+            if place.exists():
+                (folder / place.name).chmod(stat.S_IMODE(place.stat().st_mode))
+            os.replace(folder / place.name, place)
         finally:
-            _discard(temporary)
+            _discard(folder)
 
 
 @contextmanager
@@ -98,37 +111,18 @@ def _errors(path: str | os.PathLike) -> Iterator[None]:
         raise PlaceError(f"{said(path)} cannot be written: {reason(error)}.") from error
 
 
-# Files of an earlier checkpoint that would be mistaken for part of a new one.
-# What was measured on the earlier weights goes with them; the results of the dense model stay.
-_OURS = (
-    "*.safetensors", "*.safetensors.index.json", "modeling_structprune.py",
-    "evaluation_results.json", "evaluation_results_pruned.json", "evaluation_results_recovered.json", ".eval_results",
-    "pruned_widths.png", "recovery.json", "recovery.png", "quantization.json",
-)  # fmt: skip
-# Without this file nothing loads: where a folder cannot change all at once, it goes first and comes last.
-_ENTRY = "config.json"
-
-# Kinds of drafts: `new` is being written, or was there before; `old` was there and comes back if nothing is; `ready`
-# is whole and will be moved into the folder, file by file; `moving` is on its way.
-_NEW, _OLD, _READY, _MOVING = "new", "old", "ready", "moving"
-
-# With these a folder cannot be renamed although its parent can be written (in use, a lower layer, ...), or its files
-# cannot have two names.
-_CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)
-_CANNOT_MOVE = (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM, errno.EMLINK, *_CANNOT_EXCHANGE)
-
-
 def write_folder(folder: str | os.PathLike, write: Callable[[Path], None], size: int = 0) -> None:
     """Fills a folder all at once: what is written appears only when everything has been.
 
-    The files are made in a hidden folder beside it, which then changes places with the one that is there, in one step
-    where the system can; after an error or an interrupt the folder is as it was before. Where the process is killed,
-    at any moment, the folder is the one from before or the new one; what else it leaves is put in order by the next
-    writing or loading of this name, see `settle`. Other processes that write the same folder wait.
+    The files are made in a hidden folder beside it, which then changes places with the one that is there, in one step;
+    after an error or an interrupt the folder is as it was before. Where the process is killed, at any moment, the
+    folder is the one from before or the new one; what else it leaves is put in order by the next writing or loading of
+    this name, see `settle`. Other processes that write the same folder wait.
 
     A link is followed and stays. A folder that must stay itself (the working directory or one above it, a mounted file
-    system, a folder in one without permission to write) is filled from a hidden folder in it, by renaming: there an
-    earlier `config.json` goes first and the new one comes last, so that no mixture of two checkpoints can be loaded.
+    system, a folder in one without permission to write), or that the system has no such step for, is filled by
+    renaming: an earlier `config.json` goes first and the new one comes last, so that no mixture of two checkpoints can
+    be loaded.
 
     Args:
         folder: Where the files go. Other files in it stay, but an earlier checkpoint in it goes.
@@ -167,28 +161,23 @@ def check_folder(folder: str | os.PathLike) -> None:
 def settle(folder: str | os.PathLike) -> None:
     """Finishes or takes back what a killed process has left of writing a folder; nothing happens where nothing was.
 
-    A folder that stood beside its name in the moment of the kill is put back, files that were on their way to the
-    folder arrive, and half-written ones go. What a living process writes is left alone, and so is what was left on
-    another machine.
+    Files that were on their way to the folder arrive, and half-written ones go. What a living process writes is left
+    alone, and so is what was left on another machine.
 
     Args:
         folder: The folder, which may be missing; ids of the Hub have nothing to put in order.
     """
     with contextlib.suppress(OSError, ValueError):
         place = Path(os.path.realpath(folder))
-        if _left(place, _NEW, _OLD, _READY, _MOVING, PROBE):
+        if _left(place, _NEW, _READY, _MOVING, _PROBE):
             with alone(place, wait=False):
                 _settle(place)
 
 
 def _settle(place: Path) -> None:
     """Puts in order what is left of writing a folder; only for who has it `alone`."""
-    _discard(*_left(place, _NEW, PROBE))
+    _discard(*_left(place, _NEW, _PROBE))
     with contextlib.suppress(OSError):
-        for old in _left(place, _OLD):
-            # At once: half of it would be taken for what was there.
-            old.rename(place if not place.exists() else old.with_suffix(f".{_NEW}"))
-        _discard(*_left(place, _NEW))
         for path in _left(place, _READY, _MOVING):
             _go_on_pouring(path, place)
 
@@ -214,44 +203,25 @@ def _folder_errors(folder: str | os.PathLike, place: Path) -> Iterator[None]:
 
 
 def _change_places(new: Path, place: Path) -> None:
-    """Puts a finished draft in the place of a folder."""
+    """Puts a finished draft in the place of a folder; files of others in that get a second name in the new one."""
     if not place.exists():
         new.rename(place)
         return
     written = set(os.listdir(new))
+
+    def stays(folder: str, names: list[str]) -> set[str]:
+        return {name for name in names if name in written or _is_ours(Path(name))} if Path(folder) == place else set()
+
     try:
-        _take_along([path for path in place.iterdir() if path.name not in written and not _is_ours(path)], new)
-        _like(place, new)
-        if not _exchange(new, place):
-            place.rename(new.with_suffix(f".{_OLD}"))
-            new.rename(place)
+        shutil.copytree(place, new, symlinks=True, ignore=stays, copy_function=os.link, dirs_exist_ok=True)
+        with contextlib.suppress(OSError, AttributeError):
+            os.chown(new, -1, place.stat().st_gid)
+        _exchange(new, place)
     except OSError as error:
-        if error.errno not in _CANNOT_MOVE or not place.exists():
+        if not isinstance(error, shutil.Error) and error.errno not in _CANNOT_MOVE:
             raise
         _discard(*(path for path in new.iterdir() if path.name not in written))
         _pour(new, place)
-
-
-def _take_along(paths: Iterable[Path], new: Path) -> None:
-    """Gives files, and those in folders, a second name in a new folder."""
-    for path in paths:
-        name = new / path.name
-        if path.is_symlink():
-            name.symlink_to(os.readlink(path))
-        elif path.is_dir():
-            name.mkdir()
-            _take_along(path.iterdir(), name)
-            _like(path, name)
-        else:
-            os.link(path, name)
-
-
-def _like(folder: Path, new: Path) -> None:
-    """Who may do what in the new folder is what it was in the old one."""
-    shutil.copymode(folder, new)
-    if hasattr(os, "chown"):
-        with contextlib.suppress(OSError):
-            os.chown(new, -1, folder.stat().st_gid)
 
 
 def _pour(new: Path, place: Path) -> None:
@@ -294,19 +264,216 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Two folders change places in one step; `False` where the system has no such step.
+def _exchange(one: Path, other: Path) -> None:
+    """Two folders change places in one step.
 
     Raises:
-        OSError: It has, but these two cannot.
+        OSError: They cannot, or the system has no such step.
     """
     function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
-    if function is None:
-        return False
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of <linux/fs.h>
-    if function(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in _CANNOT_EXCHANGE:
+    if function is None or function(here, os.fsencode(one), here, os.fsencode(other), exchange) != 0:
+        number = errno.ENOSYS if function is None else ctypes.get_errno()
+        raise OSError(number, os.strerror(number), os.fspath(one), None, os.fspath(other))
+
+
+def check_place(path: str | os.PathLike, *, file: bool = False) -> None:
+    """Refuses a place that cannot be written; nothing is left there.
+
+    Args:
+        path: The folder, or the file if `file`; it need not exist yet.
+
+    Raises:
+        PlaceError: The name is empty, too long or has a NUL in it, is that of a link to nothing, or of a file
+            where a folder is meant (or the other way round), a parent is a file, or there is no permission to write.
+    """
+    if file and is_device(path):
+        return
+    place = resolve(path, file=file)
+    try:
+        there = _existing(place)
+        inside = there == place and not file and must_stay(place)
+        _try_out(draft(place if there == place else there / place.name, _PROBE, inside=inside))
+        if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise PlaceError(f"{said(path)} cannot be written: {reason(error)}.") from error
+
+
+def check_room(path: str | os.PathLike, size: int, *, file: bool = False) -> None:
+    """Refuses to write more bytes than the disk of a place has left; the place need not exist yet.
+
+    Raises:
+        PlaceError: There is too little room, or nothing can be written there at all, see `check_place`.
+    """
+    check_place(path, file=file)
+    there = _existing(resolve(path, file=file))
+    free = shutil.disk_usage(there if there.is_dir() else there.parent).free
+    if size > free:
+        raise PlaceError(f"{said(path)} needs {_in_words(size)}, but the disk has {_in_words(free)} left.")
+
+
+_in_words = partial(tqdm.format_sizeof, suffix="B")
+
+
+def resolve(path: str | os.PathLike, *, file: bool = False) -> Path:
+    """The place itself, behind all links.
+
+    Raises:
+        PlaceError: There can be no such place, or something of another kind is there.
+    """
+    name, kind = os.fsdecode(path), "file" if file else "folder"
+    if not name.strip():
+        raise PlaceError(f"The name of the {kind} to write is empty: give one (`.` is the working directory).")
+    if "\0" in name:
+        raise PlaceError(f"{said(path)} is no name of a {kind}: there is a NUL in it.")
+    try:
+        for part in (Path(name), *Path(name).parents):
+            if part.is_symlink() and not part.exists():
+                raise PlaceError(f"{said(part)} is a link to {said(os.readlink(part))}, where nothing is.")
+        place = Path(os.path.realpath(name))
+        found = place.stat().st_mode if os.path.lexists(name) else None
+    except (OSError, RuntimeError) as error:
+        raise PlaceError(f"{said(path)} cannot be written: {reason(error)}.") from error
+    if found is not None and not file and not stat.S_ISDIR(found):
+        raise PlaceError(f"{said(path)} is a file; give the name of a folder.")
+    if found is not None and file and stat.S_ISDIR(found):
+        raise PlaceError(f"{said(path)} is a folder; give the name of a file.")
+    if found is not None and file and not stat.S_ISREG(found):
+        raise PlaceError(f"{said(path)} is neither a file nor a folder.")
+    return place
+
+
+def is_device(path: str | os.PathLike) -> bool:
+    """Whether something is there that takes what is written, and is neither a file nor a folder, as `/dev/stdout`."""
+    try:
+        found = os.stat(path).st_mode
+    except (OSError, ValueError):
         return False
-    raise OSError(number, os.strerror(number), os.fspath(one), None, os.fspath(other))
+    return not (stat.S_ISREG(found) or stat.S_ISDIR(found))
+
+
+def must_stay(folder: Path) -> bool:
+    """Whether a folder cannot change places with another one: it would be in the way of the user or the system.
+
+    It holds the working directory or a mounted file system, or is one, or there is no permission in its parent.
+    """
+    in_use = _mounts()
+    with contextlib.suppress(OSError):  # the working directory may be gone
+        in_use.append(Path(os.path.realpath(os.getcwd())))
+    if any(folder in (path, *path.parents) for path in in_use):
+        return True
+    try:
+        _try_out(draft(folder, _PROBE))
+    except OSError:
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def parents_of(place: Path) -> Iterator[None]:
+    """Makes the folders above a place; those that it has made go again if there is an error."""
+    missing = [path for path in place.parents if not os.path.lexists(path)]
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def said(path: str | os.PathLike) -> str:
+    """A path as it stands in a message: on one line, and not longer than one can read."""
+    name = os.fsdecode(path)
+    name = name if name.isprintable() and name.strip() == name else repr(name)
+    return name if len(name) <= 300 else f"{name[:140]} ... {name[-140:]}"
+
+
+def of_the_system(error: BaseException | None) -> OSError | None:
+    """What the system said, also where a library has put it into an exception of its own; `None` if it was not that.
+
+    The libraries `safetensors` and `tokenizers` say `(os error 28)` in the text of theirs.
+    """
+    if isinstance(error, OSError):
+        return error
+    found = _OS_ERROR.search(str(error))
+    return None if found is None else OSError(int(found[1]), os.strerror(int(found[1])))
+
+
+def reason(error: BaseException) -> str:
+    """What the system says, in one line."""
+    error = of_the_system(error) or error
+    if isinstance(error, OSError) and error.strerror:
+        words = error.strerror[0].lower() + error.strerror[1:]
+        return words if error.errno not in _REFUSED else f"{words}; choose another place"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _existing(place: Path) -> Path:
+    """The place, or the nearest folder above it that is there; an `OSError` if it cannot be made below that."""
+    there = next(path for path in (place, *place.parents) if os.path.lexists(path))
+    if there != place:
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{said(there)} is no folder")
+        for name in place.relative_to(there).parts:
+            with contextlib.suppress(FileNotFoundError):
+                (there / name).lstat()
+    return there
+
+
+def _mounts() -> list[Path]:
+    """Where file systems are mounted, also folders that are mounted elsewhere once more."""
+    return [Path(one.mountpoint) for one in psutil.disk_partitions(all=True)]
+
+
+def _try_out(probe: Path) -> None:
+    """Makes a folder and removes it."""
+    with contextlib.suppress(FileExistsError):  # by another process that asks the same
+        probe.mkdir()
+    with contextlib.suppress(OSError):
+        probe.rmdir()
+
+
+def _digits(text: str, number: int = 8) -> str:
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:number]
+
+
+# Drafts of other users and machines have other names: nothing here tells whether somebody still writes them.
+_HERE = _digits(f"{platform.node()} {os.getuid() if hasattr(os, 'getuid') else ''}")
+_LONGEST = 60
+
+
+def draft(place: Path, kind: str, *, inside: bool = False) -> Path:
+    """The hidden name of what will be in a place or was there, written by who has it `alone`.
+
+    Args:
+        kind: Lower-case letters: what is to be done with it if its process has died.
+        inside: In the folder instead of beside it.
+    """
+    if inside:
+        return place / f".{_HERE}.{kind}"
+    name = place.name
+    name = name if len(os.fsencode(name)) <= _LONGEST else f"{name[:12]}-{_digits(name)}"  # room for the rest
+    return place.parent / f".{name}.{_HERE}.{kind}"
+
+
+@contextlib.contextmanager
+def alone(place: Path, *, wait: bool = True) -> Iterator[None]:
+    """No other process of this user and machine has the same place while the block runs; a killed one gives it free.
+
+    Raises:
+        Timeout: Another one has it, and should not be waited for.
+    """
+    lock = FileLock(Path(tempfile.gettempdir(), f"hf_structprune-{_HERE}-{_digits(os.fspath(place), 32)}.lock"))
+    try:
+        lock.acquire(blocking=wait)
+    except Timeout:
+        raise
+    except OSError:  # no room for a lock: better written without one than not at all
+        pass
+    try:
+        yield
+    finally:
+        lock.release()

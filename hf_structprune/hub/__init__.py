@@ -1,8 +1,7 @@
 """Publishing: the model card, its machine-readable results, and the push to the Hub."""
 
-from .card import make_card, write_card
+from .card import make_card, validate_card, write_card
 from .checkpoint import push_folder
-from .metadata import validate_card
 
 
 __all__ = ["make_card", "push_folder", "validate_card", "write_card"]

@@ -1,25 +1,40 @@
-"""The model card of a checkpoint folder: every figure comes from the plan or from what was measured."""
+"""The model card of a checkpoint folder, for people and machines: every figure is planned or was measured."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from huggingface_hub import ModelCard
+import yaml
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    constants,
+    eval_result_entries_to_yaml,
+)
+from huggingface_hub.utils import get_session
 from transformers.utils import logging
 
-from ..evaluation.results import RESULTS_NAME, EvaluationResult
+from ..errors import HubError
+from ..evaluation.results import EvaluationResult, Figure
 from ..evaluation.table import ResultTable
 from ..files.writing import write_text
-from .contents import CARD_NAME, Contents, protocols, read_metadata, read_own, read_text
-from .metadata import EVAL_RESULTS, WRITTEN_BY_US, eval_results, make_metadata
-from .origin import Origin, attribution, licence_in_words, public_config, read_origin
+from ..library_errors import is_network_error
+from .contents import CARD_NAME, Contents, protocols, read_metadata, read_text
+from .origin import TAGS, Origin, attribution, base_metadata, is_file, public_config, read_origin
 from .words import (
+    PICTURE_NAME,
+    calibration_datasets,
     calibration_in_words,
+    calibration_of,
     citations,
+    dataset_names,
     libraries,
     loading_value,
     making_in_python,
@@ -67,23 +82,59 @@ def make_card(
         CheckpointError: A file of this package in it is damaged.
         ConfigurationError: The results are those of another model.
     """
-    contents = Contents.read(Path(folder))
-    if previous is None:
-        previous = read_text(contents.folder / CARD_NAME)
-    known = read_metadata(previous)
+    previous = read_text(Path(folder) / CARD_NAME) if previous is None else previous
+    return _make_card(Contents(Path(folder)), name, base_model, previous, recorded)
+
+
+def _make_card(
+    contents: Contents, name: str | None, base_model: Any, previous: str, recorded: Origin | None
+) -> ModelCard:
+    known, texts = read_metadata(previous), read_sections(previous)
     name = name or card_name(contents.folder, previous)
     origin = _origin(base_model, known, recorded or read_origin(contents.record))
-    data = make_metadata(name, contents, origin, known, base_first=base_model is not None)
+    data = _metadata(name, contents, origin, known, base_model is not None)
+    config, plan, recovery, quantization = contents.config, contents.plan, contents.recovery, contents.quantization
+    results, columns, used_text = contents.results, contents.columns(), uses_text(config, plan)
+    public, options = public_config(config), origin.options if origin is not None else {}
+    picture = PICTURE_NAME if (contents.folder / PICTURE_NAME).is_file() else None
     link = "the base model" if origin is None else origin.link
-    first, *others = dict.fromkeys([*SECTIONS, *read_sections(previous)])
-    values = {
-        **_about(name, contents, link, data.to_dict()),
-        **_making(contents, origin, link),
-        **_measured(contents),
-        "introduction": section(first, read_sections(previous)),
-        "sections": [section(name, read_sections(previous)) for name in others],
-    }
-    return ModelCard(render("model_card", card_data=data.to_yaml(), **values) + "\n")
+    code = ("BASE_MODEL" if origin is None else origin.name, public, plan, options)
+    first, *others = dict.fromkeys([*SECTIONS, *texts])
+    text = render(
+        "model_card",
+        card_data=data.to_yaml(),
+        contents=contents,
+        plan=plan,
+        config=config,
+        mark=generated_mark(name),
+        name=name,
+        link=link,
+        base_name=link if origin is None else origin.name,
+        metadata=data.to_dict(),
+        attribution=attribution(data.to_dict(), name),
+        per_layer="per_layer_config" in contents.model_config,
+        sees=contents.sees,
+        libraries=[] if quantization is None else libraries(quantization),
+        introduction=section(first, texts),
+        sections=[section(name, texts) for name in others],
+        table=ResultTable(columns).to_markdown().rstrip(),
+        protocols=protocols(columns),
+        environment=_environment(results),
+        recovery="" if recovery is None else recovery_section(recovery, picture=picture),
+        recovery_summary="" if recovery is None else recovery_summary(recovery),
+        quantisation="" if quantization is None else quantisation_section(quantization),
+        quantisation_summary="" if quantization is None else quantisation_summary(quantization),
+        loaded={name: loading_value(value).strip('"') for name, value in options.items()},
+        what=what_went(config, plan),
+        calibration=calibration_in_words(config.calibration) if used_text else "none",
+        refitted=config.compensation and used_text and bool(plan.groups or plan.hidden or config.error_correction),
+        versions=contents.record.get("versions", {}),
+        in_python=making_in_python(*code),
+        on_the_command_line=making_on_the_command_line(*code),
+        configuration=json.dumps(public.to_dict(), indent=2),
+        citations=citations(config, plan, any(n.startswith("tasks/") for side in results for n in side.figures)),
+    )
+    return ModelCard(text + "\n")
 
 
 def write_card(
@@ -108,10 +159,10 @@ def write_card(
         The file, or `None` if it was left alone.
     """
     folder = Path(folder)
-    previous = read_text(folder / CARD_NAME) if previous is None else previous
+    previous, contents = read_text(folder / CARD_NAME) if previous is None else previous, Contents(folder)
     ours = not previous.strip() or is_ours(previous)
-    card = make_card(folder, name=name, base_model=base_model, previous=previous if ours else "", recorded=recorded)
-    _write_eval_results(folder)
+    card = _make_card(contents, name, base_model, previous if ours else "", recorded)
+    _write_eval_results(folder, contents.result)
     if not ours and not overwrite:
         logger.warning(f"The README.md of {folder.name} was not written by hf_structprune and stays as it is.")
         return None
@@ -135,80 +186,6 @@ def _origin(base_model: Any, known: dict[str, Any], recorded: Origin | None) -> 
     return recorded
 
 
-def _about(name: str, contents: Contents, link: str, metadata: dict[str, Any]) -> dict[str, Any]:
-    """What it is and how to use it."""
-    recovery, quantization = contents.recovery, contents.quantization
-    trained = " It was trained afterwards." if contents.was_recovered else ""
-    if recovery is not None:
-        trained = f" {recovery_summary(recovery)}"
-    trained += "" if quantization is None else f" {quantisation_summary(quantization)}"
-    return {
-        "mark": generated_mark(name),
-        "title": name.rsplit("/", 1)[-1],
-        "name": name,
-        "summary": f"{_size(contents, link)} What is left is dense: no masks, no zeros.{trained}",
-        "attribution": attribution(metadata, name),
-        "libraries": [] if quantization is None else libraries(quantization),
-        "per_layer": contents.per_layer,
-        "sees": contents.sees,
-        "model_type": contents.model_config.get("model_type"),
-        "state": contents.state,
-        "recovery": "" if recovery is None else recovery_section(recovery, picture=contents.recovery_picture),
-        "quantisation": "" if quantization is None else quantisation_section(quantization),
-        "licence": licence_in_words(metadata, link),
-    }
-
-
-def _size(contents: Contents, link: str) -> str:
-    """What it is a version of, and how large it is by now: training may have made it larger again."""
-    plan, now = contents.plan, contents.weights_of(contents.state)[0]
-    before, pruned = plan.parameters_before, plan.parameters_after
-    kind = "A smaller" if now < before else "A larger" if now > before else "A"
-    took = f"{kind} version of {link}: structured pruning took {plan.ratio:.1%} of all its parameters"
-    if now == pruned:
-        return f"{took} ({before:,} before, {now:,} now)."
-    more = f"{abs(now / before - 1):.1%} {'more' if now > before else 'fewer'} than"
-    change = "as many as" if now == before else more
-    return f"{took} ({before:,} before, {pruned:,} after it). It has {now:,} now, {change} before pruning."
-
-
-def _making(contents: Contents, origin: Origin | None, link: str) -> dict[str, Any]:
-    """How it was made."""
-    config, plan = contents.config, contents.plan
-    tasks = any(name.startswith("tasks/") for side in contents.results for name in side.figures)
-    used_text = uses_text(config, plan)
-    public, options = public_config(config), origin.options if origin is not None else {}
-    code = (origin.name if origin is not None else "BASE_MODEL", public, plan, options)
-    return {
-        "base_name": origin.name if origin is not None else link,
-        "base_link": link,
-        "loaded": {name: loading_value(value).strip('"') for name, value in options.items()},
-        "plan": plan,
-        "config": config,
-        "what": what_went(config, plan),
-        "calibration": calibration_in_words(config.calibration) if used_text else "none",
-        "refitted": config.compensation and used_text and bool(plan.groups or plan.hidden or config.error_correction),
-        "versions": contents.record.get("versions", {}),
-        "in_python": making_in_python(*code),
-        "on_the_command_line": making_on_the_command_line(*code),
-        "configuration": json.dumps(public.to_dict(), indent=2),
-        "citations": citations(config, plan, tasks),
-    }
-
-
-def _measured(contents: Contents) -> dict[str, Any]:
-    """The table and what belongs to it."""
-    columns = contents.columns()
-    return {
-        "table": ResultTable(columns).to_markdown().rstrip(),
-        "files": contents.results_files,
-        "protocols": protocols(columns),
-        "environment": _environment(contents.results),
-        "pictures": [{"alt": path.stem.replace("_", " "), "path": path.as_posix()} for path in contents.pictures],
-        "samples": contents.samples,
-    }
-
-
 def _environment(results: list[EvaluationResult]) -> list[str]:
     """Where each side was measured, such as `"AMD EPYC, 2 threads, torch 2.13.0, 2026-01-31"`: equal ones once."""
     lines: dict[str, list[str]] = {}
@@ -220,16 +197,6 @@ def _environment(results: list[EvaluationResult]) -> list[str]:
         if line:
             lines.setdefault(line, []).append(result.state)
     return [f"Measured on the {' and the '.join(states)} model with {line}." for line, states in lines.items()]
-
-
-def _write_eval_results(folder: Path) -> None:
-    result = read_own(folder / RESULTS_NAME)
-    files = eval_results(result) if result is not None else {}
-    for path in (folder / EVAL_RESULTS).glob("*.yaml"):
-        if path.name not in files and path.read_text(encoding="utf-8").startswith(WRITTEN_BY_US):
-            path.unlink()
-    for name, content in files.items():
-        write_text(folder / EVAL_RESULTS / name, content)
 
 
 # Text that people put into a generated card stands between markers and survives the next generation.
@@ -266,3 +233,172 @@ def section(name: str, texts: dict[str, str]) -> str:
     """A marked section with its text."""
     text = texts.get(name, "")
     return f"<!-- your text: {name} -->\n{text}{chr(10) if text else ''}<!-- end of your text: {name} -->"
+
+
+# Metadata that is made anew each time; whatever else a card has is kept.
+_MADE_ANEW = ("model-index", "base_model", "base_model_relation", "library_name", "pipeline_tag", "tags", "datasets")
+
+
+def _metadata(
+    name: str, contents: Contents, origin: Origin | None, known: dict[str, Any], base_first: bool
+) -> ModelCardData:
+    """The metadata of a card; of that of the replaced one, `known`, what is not made anew here is kept.
+
+    Licence and language are those of the base model where that comes first, or else those of the replaced card.
+    """
+    kept = {key: value for key, value in known.items() if key not in _MADE_ANEW}
+    base = base_metadata(origin) if origin is not None else {}
+    quantised, recovery, report = contents.state == "quantised", contents.recovery, contents.quantization
+    used = calibration_datasets(contents.config.calibration) if uses_text(contents.config, contents.plan) else []
+    # Reports name files without their folders, so without a slash.
+    used += [d for d in dataset_names(recovery or {}) if d.count("/") == 1 and not is_file(d)]
+    quantised_on = calibration_of(report) if report is not None else None
+    used += [] if quantised_on is None else calibration_datasets(quantised_on)
+    fields: dict[str, Any] = {
+        **({**kept, **base} if base_first else {**base, **kept}),
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text" if contents.sees else "text-generation",
+        "tags": list(dict.fromkeys([*TAGS, *(["quantized"] if quantised else []), *(known.get("tags") or [])])),
+        "datasets": list(dict.fromkeys([*used, *(known.get("datasets") or [])])) or None,
+    }
+    if origin is not None and origin.on_hub:
+        # A card has one relation: for weights derived from others in full precision, or the one that the Hub itself
+        # infers where weights are quantised.
+        fields |= {"base_model": origin.name, "base_model_relation": "quantized" if quantised else "finetune"}
+    entries = model_index(contents.result) if contents.result is not None else []
+    if entries:
+        fields |= {"model_name": name.rsplit("/", 1)[-1], "eval_results": entries}
+    order = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag", "base_model")
+    return ModelCardData(**{key: fields[key] for key in (*order, *fields) if key in fields})
+
+
+EVAL_RESULTS = ".eval_results"
+_WRITTEN_BY_US = "# Written by hf_structprune; written again with the model card.\n"
+
+
+class Benchmark(NamedTuple):
+    """A data set of the Hub that a task or a text is taken from: id, name for people, and what of it is used.
+
+    `metric` is the one that counts for the task, `task_id` its name in the data set's `eval.yaml`, by default the
+    configuration.
+    """
+
+    dataset: str
+    name: str
+    config: str | None = None
+    split: str | None = "validation"
+    metric: str = "acc"
+    task_id: str | None = None
+
+
+TASKS = {
+    "boolq": Benchmark("google/boolq", "BoolQ"),
+    "piqa": Benchmark("ybisk/piqa", "PIQA", metric="acc_norm"),
+    "hellaswag": Benchmark("Rowan/hellaswag", "HellaSwag", metric="acc_norm"),
+    "winogrande": Benchmark("allenai/winogrande", "WinoGrande", "winogrande_xl"),
+    "arc_easy": Benchmark("allenai/ai2_arc", "ARC (easy)", "ARC-Easy", "test", "acc_norm"),
+    "arc_challenge": Benchmark("allenai/ai2_arc", "ARC (challenge)", "ARC-Challenge", "test", "acc_norm"),
+    "openbookqa": Benchmark("allenai/openbookqa", "OpenBookQA", "main", "test", "acc_norm"),
+    "truthfulqa_mc2": Benchmark("truthfulqa/truthful_qa", "TruthfulQA (mc2)", "multiple_choice"),
+    "mmlu": Benchmark("cais/mmlu", "MMLU", "all", "test"),
+    "mmlu_pro": Benchmark("TIGER-Lab/MMLU-Pro", "MMLU-Pro", None, "test", "exact_match", "mmlu_pro"),
+    "gsm8k": Benchmark("openai/gsm8k", "GSM8K", "main", "test", "exact_match", "gsm8k"),
+    "lambada_openai": Benchmark("EleutherAI/lambada_openai", "LAMBADA", "default", "test"),
+}
+TEXTS = {
+    "sample": Benchmark("Salesforce/wikitext", "WikiText-2 (first six articles)", "wikitext-2-raw-v1", "test"),
+    "wikitext2": Benchmark("Salesforce/wikitext", "WikiText-2", "wikitext-2-raw-v1", "test"),
+    "ptb": Benchmark("ptb-text-only/ptb_text_only", "Penn Treebank", None, "test"),
+    "c4": Benchmark("allenai/c4", "C4", "en"),
+}
+
+
+def _how(figure: Figure, result: EvaluationResult) -> dict[str, Any]:
+    """Examples in the prompt of a task, if known, and how many documents it was cut to, if it was."""
+    details = {**result.settings, **figure.details}
+    shots, limit = details.get("num_fewshot"), details.get("limit")
+    if (total := details.get("samples_of_task")) is not None:
+        limit = details.get("samples") if details.get("samples") != total else None
+    return {name: value for name, value in (("num_few_shot", shots), ("limit", limit)) if value is not None}
+
+
+def model_index(result: EvaluationResult) -> list[EvalResult]:
+    """Perplexities and task results as the entries of `model-index`.
+
+    The metric's name says how it was measured, for example on how few documents. Infinite values have no entry.
+    """
+    entries = []
+    for figure in result.figures.values():
+        kind, _, rest = figure.name.partition("/")
+        if not math.isfinite(figure.value) or kind not in ("tasks", "perplexity"):
+            continue
+        name, metric = (rest, "perplexity") if kind == "perplexity" else rest.rsplit("/", 1)
+        known = (TEXTS if kind == "perplexity" else TASKS).get(name)
+        source = str(figure.details.get("source", ""))
+        if known is None or (kind == "perplexity" and name != "sample" and not source.startswith(known.dataset)):
+            known = Benchmark(name, name, split=None)  # also a file that is called like a text: it may hold anything
+        how = _how(figure, result) if kind == "tasks" else {}
+        said = [metric, f"{how['num_few_shot']}-shot" if "num_few_shot" in how else ""]
+        said += [f"limit {how['limit']}" if "limit" in how else "", figure.protocol if kind == "perplexity" else ""]
+        entries.append(
+            EvalResult(
+                task_type="text-generation", task_name="Text Generation", dataset_type=known.dataset,
+                dataset_name=known.name, dataset_config=known.config, dataset_split=known.split,
+                dataset_args=how or None, metric_type=metric, metric_name=", ".join(filter(None, said)),
+                metric_value=figure.value,
+            )
+        )  # fmt: skip
+    return entries
+
+
+def _write_eval_results(folder: Path, result: EvaluationResult | None) -> None:
+    """Writes `.eval_results/`: one file for each full run of a known benchmark; those of an earlier result go.
+
+    A file each, so that one which the Hub does not list as a benchmark leaves the others valid. Limited runs are left
+    out, and tasks from YAML files of the user's (`include_path`): a leaderboard would compare them with full ones.
+    """
+    files: dict[str, str] = {}
+    for task, known in TASKS.items() if result is not None and not result.settings.get("include_path") else ():
+        figure = result.figures.get(f"tasks/{task}/{known.metric}")
+        how = {} if figure is None else _how(figure, result)
+        if figure is None or "limit" in how or not math.isfinite(figure.value):
+            continue
+        notes = [known.metric, f"{how['num_few_shot']}-shot" if "num_few_shot" in how else "", figure.protocol]
+        entry = EvalResultEntry(
+            dataset_id=known.dataset, task_id=known.task_id or known.config or "default", value=figure.value,
+            date=result.environment.get("date"), notes=", ".join(filter(None, notes)),
+        )  # fmt: skip
+        files[f"{task}.yaml"] = _WRITTEN_BY_US + yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+    for path in (folder / EVAL_RESULTS).glob("*.yaml"):
+        if path.name not in files and path.read_text(encoding="utf-8").startswith(_WRITTEN_BY_US):
+            path.unlink()
+    for name, content in files.items():
+        write_text(folder / EVAL_RESULTS / name, content)
+
+
+_PROBE_SECONDS = 10.0
+
+
+def validate_card(path: str | os.PathLike) -> bool:
+    """Checks the metadata of a card: `model-index` here, all of it by the Hub (`ModelCard.validate`) if one answers.
+
+    Args:
+        path: The README.md.
+
+    Returns:
+        Whether the Hub was asked; `False` when offline (`HF_HUB_OFFLINE`) and where it cannot be reached.
+
+    Raises:
+        HubError: Says what is wrong.
+    """
+    try:
+        card = ModelCard.load(path)
+        get_session().head(constants.ENDPOINT, timeout=_PROBE_SECONDS)  # `validate` has no time limit of its own
+        card.validate()
+    except (ValueError, yaml.YAMLError) as error:
+        raise HubError(f"The metadata of {path} is not valid: {error}") from error
+    except Exception as error:
+        if not is_network_error(error):
+            raise
+        return False
+    return True

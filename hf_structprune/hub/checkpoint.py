@@ -19,15 +19,16 @@ from transformers.utils import logging
 
 from ..config import CONFIG_NAME, PruningConfig
 from ..errors import HubError, StructPruneError
+from ..evaluation.results import RESULTS_NAME
 from ..files.reading import damaged_weights
 from ..files.writing import check_folder, write_folder
 from ..library_errors import LOGIN, clear_errors
 from ..model.rebuild import check_whole
 from ..plan import PLAN_NAME, PruningPlan
-from .card import card_name, is_ours, write_card
-from .contents import CARD_NAME, DENSE_RESULTS_NAME, WIDTHS_NAME, Contents, check_card, read_text
-from .metadata import EVAL_RESULTS, TASKS
+from .card import EVAL_RESULTS, TASKS, card_name, is_ours, write_card
+from .contents import BEFORE, CARD_NAME, DENSE_RESULTS_NAME, WIDTHS_NAME, Contents, check_card, read_text
 from .origin import Origin
+from .words import PICTURE_NAME, QUANTIZATION_NAME, RECOVERY_NAME
 
 
 logger = logging.get_logger(__name__)
@@ -44,12 +45,9 @@ def save_checkpoint(
     origin: Origin | None,
     **kwargs: Any,
 ) -> None:
-    """Writes a pruned model as a checkpoint, all at once or not at all.
+    """Writes a pruned model as a checkpoint that the card calls `name`, all at once or not at all.
 
-    Args:
-        name: What the card calls the model.
-        plan: What went; `None` is refused.
-        kwargs: Given to the model's `save_pretrained`.
+    A `plan` of `None` is refused; `kwargs` go to the model's `save_pretrained`.
     """
     check_whole(model)
     if plan is None:
@@ -76,14 +74,14 @@ def copy_files(source: Path, target: Path, names: Sequence[str]) -> None:
     """Copies those of the files that are there."""
     for name in names:
         if (source / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, target / name)
 
 
 def write_card_from(source: Path, path: Path, folder: Path, previous: str) -> None:
-    """Writes the card of a checkpoint that was made from another one, `source`.
+    """Writes the card of a checkpoint that was made from another one, into `path`, which will be `folder`.
 
-    It keeps the marked texts and the metadata of the card that it replaces, or else of the other model's. It is
-    written into `path`, which will be `folder`, where the card is `previous` now.
+    It keeps the marked texts and the metadata of `previous`, the card in the folder now, or else of that of `source`.
     """
     theirs = read_text(source / CARD_NAME)
     replaced = previous or (theirs if is_ours(theirs) else "")
@@ -114,9 +112,8 @@ def push_folder(
     stays, a README.md of other origin is pushed as it is). Then go weights, configuration, tokenizer, generation
     configuration, plan, results, pictures, card, `.eval_results/`, and the recipe if there is one. Hidden files,
     pickles and what training leaves stay behind. Weights and results of an earlier push that are not replaced are
-    deleted in the same commit.
-
-    If the connection breaks, nothing is committed; a second call uploads only what had not arrived.
+    deleted in the same commit. If the connection breaks, nothing is committed; a second call uploads only what had
+    not arrived.
 
     Args:
         folder: The checkpoint.
@@ -136,10 +133,9 @@ def push_folder(
         CheckpointError: A file of this package in the folder is damaged.
     """
     folder = Path(folder)
-    Contents.read(folder)
+    Contents(folder)
     check_card(folder)
-    damage = damaged_weights(folder)
-    if damage is not None:
+    if (damage := damaged_weights(folder)) is not None:
         raise HubError(f"{folder} is no whole checkpoint: {damage}.")
     _check_token(token)
     if create_pr and revision not in (None, "main"):
@@ -148,14 +144,11 @@ def push_folder(
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private and not api.model_info(repo_id).private:
-            raise HubError(
-                f"{repo_id} exists and is public; nothing was pushed. Make it private in its settings first."
-            )
+            raise HubError(f"{repo_id} exists and is public; nothing was pushed. Make it private in its settings.")
         if revision is not None and not create_pr and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         write_card(folder, name=repo_id)
-        stay = choose_files(folder)[1]
-        if stay:
+        if stay := choose_files(folder)[1]:
             logger.warning(f"Not uploaded: {', '.join(stay)}.")
         return api.upload_folder(
             repo_id=repo_id, folder_path=folder, revision=revision, create_pr=create_pr,
@@ -186,8 +179,7 @@ _LARGEST_TEXT = 10_000_000
 # Files of an earlier checkpoint on the Hub that would be taken for part of this one.
 _STALE = [
     "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "modeling_structprune.py",
-    "evaluation_results.json", "evaluation_results_dense.json", "evaluation_results_pruned.json",
-    "evaluation_results_recovered.json", "recovery.json", "recovery.png", "quantization.json",
+    RESULTS_NAME, *BEFORE.values(), RECOVERY_NAME, PICTURE_NAME, QUANTIZATION_NAME,
     *(f"{EVAL_RESULTS}/{task}.yaml" for task in TASKS),
 ]  # fmt: skip
 
@@ -218,11 +210,9 @@ def take_over(source: Path, target: Path) -> None:
     if _digests(source) != _digests(target):
         logger.warning(f"The model has changed since it was saved to {source}: the results there are left out.")
         return
-    for name in choose_files(source)[0]:
-        weights = name.endswith((".safetensors", ".safetensors.index.json"))
-        if name == CARD_NAME or not (weights or (target / name).exists()):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, target / name)
+    weights = (".safetensors", ".safetensors.index.json")
+    names = [name for name in choose_files(source)[0] if not (name.endswith(weights) or (target / name).exists())]
+    copy_files(source, target, [CARD_NAME, *names])
 
 
 def _digests(folder: Path) -> dict[str, bytes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from ..files.reading import read_json_object
 from ..plan import PLAN_NAME, PruningPlan
 from .origin import RECORD
 from .words import (
-    PICTURE_NAME,
     QUANTIZATION_NAME,
     RECOVERY_NAME,
     config_expression,
@@ -32,16 +31,14 @@ from .words import (
 )
 
 
-CARD_NAME = "README.md"
-DENSE_RESULTS_NAME = "evaluation_results_dense.json"
-PRUNED_RESULTS_NAME = "evaluation_results_pruned.json"  # beside a recovered model: before its training
-RECOVERED_RESULTS_NAME = "evaluation_results_recovered.json"  # beside a quantised model: before its quantisation
-WIDTHS_NAME = "pruned_widths.png"
-_COUNTED = "counted from the shapes of the weights"
-_PACKED = "of the quantised model, the bytes of its files"
+CARD_NAME, WIDTHS_NAME = "README.md", "pruned_widths.png"
+DENSE_RESULTS_NAME, PRUNED_RESULTS_NAME = "evaluation_results_dense.json", "evaluation_results_pruned.json"
+# Results of the models that a checkpoint was made from, beside its own.
+BEFORE = {
+    "dense": DENSE_RESULTS_NAME, "pruned": PRUNED_RESULTS_NAME, "recovered": "evaluation_results_recovered.json",
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
 class Contents:
     """A pruned, recovered or quantised checkpoint, apart from its weights.
 
@@ -50,30 +47,17 @@ class Contents:
         config: What it was pruned with.
         plan: What went.
         model_config: Its config.json.
-        result, dense, pruned, recovered: What was measured on it, and on the models before it; `None` for nothing.
+        result: What was measured on it; `None` for nothing.
+        before: What was measured on the models before it, by their states; `None` for nothing.
         recovery, quantization: The reports (recovery.json, quantization.json), if there are such.
+
+    Raises:
+        HubError: The folder is no checkpoint of this package; says which file is missing.
+        CheckpointError: A file of this package is damaged.
+        ConfigurationError: The results in it are those of another model.
     """
 
-    folder: Path
-    config: PruningConfig
-    plan: PruningPlan
-    model_config: dict[str, Any]
-    result: EvaluationResult | None
-    dense: EvaluationResult | None
-    pruned: EvaluationResult | None
-    recovered: EvaluationResult | None
-    recovery: dict[str, Any] | None
-    quantization: dict[str, Any] | None
-
-    @classmethod
-    def read(cls, folder: Path) -> Contents:
-        """Reads a folder.
-
-        Raises:
-            HubError: It is no checkpoint of this package; says which file is missing.
-            CheckpointError: A file of this package is damaged.
-            ConfigurationError: The results in it are those of another model.
-        """
+    def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise HubError(f"There is no folder {folder}.")
         for needed in ("config.json", CONFIG_NAME, PLAN_NAME):
@@ -82,23 +66,33 @@ class Contents:
                     f"There is no {needed} in {folder}: it is no checkpoint that hf_structprune has pruned. Other "
                     "checkpoints go to the Hub with `hf upload REPO FOLDER`."
                 )
-        names = (
-            CONFIG_NAME, PLAN_NAME, "config.json", RESULTS_NAME, DENSE_RESULTS_NAME, PRUNED_RESULTS_NAME,
-            RECOVERED_RESULTS_NAME, RECOVERY_NAME, QUANTIZATION_NAME,
-        )  # fmt: skip
-        contents = cls(folder, *(read_own(folder / name) for name in names))
-        contents._check_results()
-        return contents
+        self.folder, found = folder, _read_files(folder)
+        self.config: PruningConfig = found[CONFIG_NAME]
+        self.plan: PruningPlan = found[PLAN_NAME]
+        self.model_config: dict[str, Any] = found["config.json"]
+        self.result: EvaluationResult | None = found.get(RESULTS_NAME)
+        self.before: dict[str, EvaluationResult | None] = {state: found.get(name) for state, name in BEFORE.items()}
+        self.recovery: dict[str, Any] | None = found.get(RECOVERY_NAME)
+        self.quantization: dict[str, Any] | None = found.get(QUANTIZATION_NAME)
+        for state, side in [*self.before.items(), (self.state, self.result)]:
+            if side is not None:
+                self._check_result(RESULTS_NAME if side is self.result else BEFORE[state], side, state)
+
+    def _check_result(self, name: str, result: EvaluationResult, state: str) -> None:
+        """Refuses results of a model in another state, or whose parameters are not those of the plan or a report."""
+        if result.state != state:
+            raise ConfigurationError(f"{name} is of a {result.state} model ({result.model}).")
+        counted, expected = result.value("efficiency/parameters"), self.weights_of(state)[0]
+        if counted is not None and counted != expected:
+            raise ConfigurationError(
+                f"{name} was measured on another model: {result.model} has {counted:,.0f} parameters, the plan says "
+                f"{expected:,}. Measure again, or take the file away."
+            )
 
     @property
     def record(self) -> dict[str, Any]:
         """What was written into config.json when it was pruned; empty for checkpoints without it."""
         return self.model_config.get(RECORD) or {}
-
-    @property
-    def per_layer(self) -> bool:
-        """Whether the layers differ in width."""
-        return "per_layer_config" in self.model_config
 
     @property
     def sees(self) -> bool:
@@ -117,17 +111,19 @@ class Contents:
     @property
     def was_recovered(self) -> bool:
         """Whether it was trained after pruning."""
-        return self.state == "recovered" or self.recovery is not None or self.recovered is not None
+        return self.state == "recovered" or self.recovery is not None or self.before["recovered"] is not None
 
     @property
     def measured(self) -> dict[str, EvaluationResult | None]:
         """What was measured, by the states that this checkpoint went through; its own results are under its own."""
-        states: dict[str, EvaluationResult | None] = {"dense": self.dense}
-        if self.state != "pruned" and (self.pruned is not None or self.recovery is not None or not self.was_recovered):
-            states["pruned"] = self.pruned
+        states, before = ["dense"], self.before
+        if self.state != "pruned" and (
+            before["pruned"] is not None or self.recovery is not None or not self.was_recovered
+        ):
+            states.append("pruned")
         if self.state == "quantised" and self.was_recovered:
-            states["recovered"] = self.recovered
-        return {**states, self.state: self.result}
+            states.append("recovered")
+        return {**{state: before[state] for state in states}, self.state: self.result}
 
     @property
     def results(self) -> list[EvaluationResult]:
@@ -137,11 +133,8 @@ class Contents:
     @property
     def results_files(self) -> list[str]:
         """The names of the files with it, that of this checkpoint first."""
-        sides = {
-            RESULTS_NAME: self.result, RECOVERED_RESULTS_NAME: self.recovered,
-            PRUNED_RESULTS_NAME: self.pruned, DENSE_RESULTS_NAME: self.dense,
-        }  # fmt: skip
-        return [name for name, side in sides.items() if side is not None]
+        beside = [BEFORE[state] for state in ("recovered", "pruned", "dense") if self.before[state] is not None]
+        return [RESULTS_NAME] * (self.result is not None) + beside
 
     @property
     def pictures(self) -> list[Path]:
@@ -150,17 +143,10 @@ class Contents:
         return [path.relative_to(self.folder) for path in sorted(found, key=lambda path: "widths" not in path.name)]
 
     @property
-    def recovery_picture(self) -> str | None:
-        """The file with the curve of the recovery."""
-        return PICTURE_NAME if (self.folder / PICTURE_NAME).is_file() else None
-
-    @property
     def samples(self) -> list[dict[str, Any]]:
         """Answers to the prompts that all models were given: `prompt`, and under `answers` pairs of state and text."""
         sides = [(side.state, {s["prompt"]: s["text"] for s in side.samples}) for side in self.results if side.samples]
-        if len(sides) < 2:
-            return []
-        common = [prompt for prompt in sides[-1][1] if all(prompt in texts for _, texts in sides)]
+        common = [prompt for prompt in sides[-1][1] if all(prompt in texts for _, texts in sides)] if sides[1:] else []
         return [{"prompt": prompt, "answers": [(state, texts[prompt]) for state, texts in sides]} for prompt in common]
 
     def weights_of(self, state: str) -> tuple[int, int]:
@@ -168,13 +154,12 @@ class Contents:
 
         Parameters of a quantised model are counted as if they were unpacked.
         """
-        plan = self.plan
         if state == "dense":
-            return plan.parameters_before, plan.bytes_before
-        parameters, size = plan.parameters_after, plan.bytes_after
-        reports = {"pruned": 0, "recovered": 1, "quantised": 2}
-        for report in (self.recovery, self.quantization)[: reports[state]]:
-            weights = (report or {}).get("weights") or {}
+            return self.plan.parameters_before, self.plan.bytes_before
+        parameters, size = self.plan.parameters_after, self.plan.bytes_after
+        reports = {"pruned": [], "recovered": [self.recovery], "quantised": [self.recovery, self.quantization]}
+        for report in filter(None, reports[state]):
+            weights = report.get("weights") or {}
             parameters, size = weights.get("parameters", parameters), weights.get("bytes", size)
         return parameters, size
 
@@ -184,48 +169,22 @@ class Contents:
         Parameters, bytes and MACs are those of the plan and the reports where they were not measured on all sides;
         nothing else is added.
         """
-        columns = []
-        for state, side in self.measured.items():
-            side = side or EvaluationResult("", state)
-            own = {figure.name: figure for figure in self._counted(state) if not self._on_all_sides(figure.name)}
-            rest = {name: figure for name, figure in side.figures.items() if name not in own}
-            columns.append(dataclasses.replace(side, figures={**own, **rest}))
+        packed = "" if self.quantization is None else "; of the quantised model, the bytes of its files"
+        columns, measured = [], self.measured
+        for state, side in measured.items():
+            parameters, size = self.weights_of(state)
+            macs = self.plan.macs_before if state == "dense" else self.plan.macs_after
+            figures = {} if side is None else side.figures
+            for name, value, unit, how in (
+                ("macs", macs, "MAC", ", at 1 x 64 tokens"), ("weight_bytes", size, "B", packed),
+                ("parameters", parameters, "", ""),
+            ):  # fmt: skip
+                name, how = f"efficiency/{name}", f"counted from the shapes of the weights{how}"
+                if not all(other is not None and name in other.figures for other in measured.values()):
+                    counted = Figure(name, value, unit, higher_is_better=False, protocol=how)
+                    figures = {name: counted, **{key: figure for key, figure in figures.items() if key != name}}
+            columns.append(dataclasses.replace(side or EvaluationResult("", state), figures=figures))
         return columns
-
-    def _on_all_sides(self, name: str) -> bool:
-        return all(side is not None and name in side.figures for side in self.measured.values())
-
-    def _counted(self, state: str) -> list[Figure]:
-        (parameters, size), plan = self.weights_of(state), self.plan
-        macs = plan.macs_before if state == "dense" else plan.macs_after
-        values = (
-            ("parameters", parameters, "", _COUNTED),
-            ("weight_bytes", size, "B", _COUNTED if self.quantization is None else f"{_COUNTED}; {_PACKED}"),
-            ("macs", macs, "MAC", f"{_COUNTED}, at 1 x 64 tokens"),
-        )
-        return [
-            Figure(f"efficiency/{name}", value, unit, higher_is_better=False, protocol=protocol)
-            for name, value, unit, protocol in values
-        ]
-
-    def _check_results(self) -> None:
-        """Refuses results of a model in another state, or whose parameters are not those of the plan or a report."""
-        for suffix, side, state in (
-            ("_dense", self.dense, "dense"),
-            ("_pruned", self.pruned, "pruned"),
-            ("_recovered", self.recovered, "recovered"),
-            ("", self.result, self.state),
-        ):
-            if side is None:
-                continue
-            if side.state != state:
-                raise ConfigurationError(f"evaluation_results{suffix}.json is of a {side.state} model ({side.model}).")
-            counted, expected = side.value("efficiency/parameters"), self.weights_of(state)[0]
-            if counted is not None and counted != expected:
-                raise ConfigurationError(
-                    f"evaluation_results{suffix}.json was measured on another model: {side.model} has {counted:,.0f} "
-                    f"parameters, the plan says {expected:,}. Measure again, or take the file away."
-                )
 
 
 def protocols(results: list[EvaluationResult]) -> dict[str, list[str]]:
@@ -265,34 +224,17 @@ def read_metadata(card: str) -> dict[str, Any]:
 
 
 def check_own_files(folder: Path) -> None:
-    """Reads every file of this package in a folder; those that are not there are not missed.
-
-    Raises:
-        CheckpointError: Names the file that cannot be used, and why.
-        ConfigurationError: The results are those of another model.
-    """
-    for name in _FILES:
-        read_own(folder / name)
+    """Reads every file of this package in a folder; what is not there is not missed. Errors as of `Contents`."""
+    check_card(folder)
     if is_pruned(folder) and (folder / "config.json").is_file():
-        Contents.read(folder)
+        Contents(folder)
+    else:
+        _read_files(folder)
 
 
 def check_card(folder: Path) -> None:
-    """Reads the card of a folder whose other files will be replaced: its texts go over into the new one.
-
-    Raises:
-        CheckpointError: It cannot be read.
-    """
-    read_own(folder / CARD_NAME)
-
-
-def read_own(path: Path) -> Any:
-    """What a file of this package holds; `None` where there is none.
-
-    Raises:
-        CheckpointError: It cannot be used, and why.
-    """
-    return check_file(path, _FILES[path.name]) if path.is_file() else None
+    """Refuses a card that cannot be read: its texts go over into the one that will replace it."""
+    check_file(folder / CARD_NAME, lambda path: read_metadata(read_text(path)))
 
 
 def check_file(path: Path, read: Callable[[Path], Any]) -> Any:
@@ -303,12 +245,15 @@ def check_file(path: Path, read: Callable[[Path], Any]) -> Any:
     """
     try:
         return read(path)
-    except (StructPruneError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        what = str(error) if isinstance(error, StructPruneError) else f"it is damaged ({error!r})"
-    except RecursionError:
-        what = "it is damaged (nested too deep)"
-    what = f"it{what[len(str(path)) :]}" if what.startswith(str(path)) else what
-    raise CheckpointError(f"{path} cannot be used: {what.rstrip('.')}. Put it right, or take it away.")
+    except StructPruneError as error:
+        what = str(error).replace(str(path), "it", 1).rstrip(".")
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        what = f"it is damaged ({error!r})"
+    raise CheckpointError(f"{path} cannot be used: {what}. Put it right, or take it away.")
+
+
+def _read_files(folder: Path) -> dict[str, Any]:
+    return {name: check_file(folder / name, read) for name, read in _FILES.items() if (folder / name).is_file()}
 
 
 def _and_tell(read: Callable[[Path], Any], *tellers: Callable[[Any], Any]) -> Callable[[Path], Any]:
@@ -324,14 +269,13 @@ def _and_tell(read: Callable[[Path], Any], *tellers: Callable[[Any], Any]) -> Ca
 
 
 _FILES = {
-    CARD_NAME: lambda path: read_metadata(path.read_text(encoding="utf-8")),
-    "config.json": lambda path: read_json_object(path, repeats=True),
+    "config.json": partial(read_json_object, repeats=True),
     CONFIG_NAME: _and_tell(PruningConfig.load, config_expression),
     PLAN_NAME: _and_tell(PruningPlan.load, PruningPlan.table),
     RECOVERY_NAME: _and_tell(read_report, recovery_section, recovery_summary),
     QUANTIZATION_NAME: _and_tell(read_report, quantisation_section, quantisation_summary),
     **dict.fromkeys(
-        (RESULTS_NAME, DENSE_RESULTS_NAME, PRUNED_RESULTS_NAME, RECOVERED_RESULTS_NAME),
+        (RESULTS_NAME, *BEFORE.values()),
         _and_tell(EvaluationResult.load, lambda result: ResultTable([result]).to_markdown()),
     ),
 }

@@ -21,18 +21,21 @@ from transformers.utils import logging
 
 from ..config import PruningConfig
 from ..errors import ConfigurationError
+from ..files.reading import can_only_be_a_path
 from ..installed import versions
 from ..library_errors import is_network_error
 from ..masking import masked
 from ..plan import PruningPlan
+from ..text.calibration import CalibrationConfig
 
 
 logger = logging.get_logger(__name__)
 
-# The key in config.json that holds the record.
-RECORD = "hf_structprune"
+RECORD = "hf_structprune"  # the key in config.json
 TAGS = ["structured-pruning", "pruned", "hf_structprune"]
 _HUB_TIMEOUT = 10.0
+_SIZE = ("ratio_requested", "ratio", "layout", "parameters_before", "parameters_after")
+IN_MEMORY = "in_memory"  # stands for what JSON cannot hold, beside the name of its type
 # Options of loading that say where weights are read and put and how they are computed with, not which they are.
 _HOW_NOT_WHAT = frozenset({
     "token", "use_auth_token", "cache_dir", "local_files_only", "force_download", "resume_download", "proxies",
@@ -43,9 +46,6 @@ _HOW_NOT_WHAT = frozenset({
 })  # fmt: skip
 # Values that are as good as none.
 _NO_OPTION = {"dtype": "auto", "trust_remote_code": False, "ignore_mismatched_sizes": False}
-# Stands for what JSON cannot hold, beside the name of its type.
-IN_MEMORY = "in_memory"
-_LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,6 @@ class Origin:
 
     Attributes:
         name: Hub id, or the name of a folder, never its path: the card is public.
-        on_hub: Whether the name is a Hub id.
         folder: The folder, while it is known.
         options: What has to be given to `from_pretrained` to load the same weights: `revision` (the commit on the
             Hub), `dtype`, `subfolder`, `gguf_file`, and whatever else was given. What JSON cannot hold is
@@ -107,20 +106,17 @@ def origin_of(model: PreTrainedModel, options: Mapping[str, Any] | None = None) 
     except ConfigurationError:  # a folder that is gone
         origin = Origin(Path(name).name, False)
     given = {"dtype": model.dtype} if options is None else options
-    kept = {key: _written(key, value) for key, value in given.items() if _matters(key, value)}
+    kept = {
+        key: _written(key, value)
+        for key, value in given.items()
+        if key not in _HOW_NOT_WHAT and value not in (None, "", _NO_OPTION.get(key))
+    }
     if origin.on_hub and options is not None:
         places = {key: options.get(key) for key in ("cache_dir", "revision")}
         file = "/".join(filter(None, [options.get("subfolder"), options.get("gguf_file") or "config.json"]))
         found = try_to_load_from_cache(name, file, **places)
         kept |= {"revision": Path(found).parts[-1 - len(Path(file).parts)]} if isinstance(found, str) else {}
     return dataclasses.replace(origin, options=kept)
-
-
-def _matters(key: str, value: Any) -> bool:
-    """Whether an option of loading has a say in which weights there are."""
-    if value is None or key in _HOW_NOT_WHAT:
-        return False
-    return not isinstance(value, (str, bool)) or value != _NO_OPTION.get(key, "")
 
 
 def _written(key: str, value: Any) -> Any:
@@ -138,17 +134,23 @@ def _written(key: str, value: Any) -> Any:
 
 def public_config(config: PruningConfig) -> PruningConfig:
     """The configuration with the names of local files in place of their paths."""
-    dataset = config.calibration.dataset
-    names = [Path(s).name if is_file(s) else s for s in ([dataset] if isinstance(dataset, str) else dataset or [])]
+    names = [Path(source).name if is_file(source) else source for source in sources_of(config.calibration)]
     if not names:
         return config
-    public = names if isinstance(dataset, list) else names[0]
+    public = names if isinstance(config.calibration.dataset, list) else names[0]
     return dataclasses.replace(config, calibration=dataclasses.replace(config.calibration, dataset=public))
+
+
+def sources_of(calibration: CalibrationConfig) -> list[str]:
+    """Data sets and files that were calibrated on; empty for the sample of this package and for texts in memory."""
+    dataset = calibration.dataset
+    return [dataset] if isinstance(dataset, str) else list(dataset or [])
 
 
 def is_file(source: str) -> bool:
     """Whether a calibration source is a file or folder here, and no data set of the Hub."""
-    return Path(source).suffix in (".txt", ".json", ".jsonl", ".parquet", ".csv") or Path(source).exists()
+    endings = (".txt", ".json", ".jsonl", ".parquet", ".csv")
+    return source.endswith(endings) or can_only_be_a_path(source) or Path(source).exists()
 
 
 def record(model: PreTrainedModel, origin: Origin | None, config: PruningConfig, plan: PruningPlan) -> None:
@@ -157,16 +159,11 @@ def record(model: PreTrainedModel, origin: Origin | None, config: PruningConfig,
     Transformers saves both itself, so that this also travels with a plain `model.save_pretrained` or
     `model.push_to_hub`, through training and through merging adapters.
     """
-    base: dict[str, Any] = {}
+    values = {name: getattr(plan, name) for name in _SIZE}
+    values |= {"versions": versions(), "pruning_config": public_config(config).to_dict()}
     if origin is not None:
         base = {"base_model": origin.name, "base_model_on_hub": origin.on_hub, "base_model_options": origin.options}
-    size = ("ratio_requested", "ratio", "layout", "parameters_before", "parameters_after")
-    values = {
-        **base,
-        **{name: getattr(plan, name) for name in size},
-        "versions": versions(),
-        "pruning_config": public_config(config).to_dict(),
-    }
+        values = {**base, **values}
     setattr(model.config, RECORD, json.loads(masked(json.dumps(values))))
     model.add_model_tags(list(TAGS))
 
@@ -182,76 +179,53 @@ def read_origin(values: dict[str, Any]) -> Origin | None:
 def base_metadata(origin: Origin) -> dict[str, Any]:
     """Licence and language from the card of the base model; empty where no card can be read.
 
-    A folder's README.md, or the card on the Hub (in the cache when offline).
+    A folder's README.md, or the card in the cache, or else on the Hub, if that answers at once: a download would try
+    for long.
     """
     try:
         if origin.folder is not None:
             readme = origin.folder / "README.md"
             metadata = metadata_load(readme) if readme.is_file() else None
+        elif origin.on_hub:
+            if not isinstance(try_to_load_from_cache(origin.name, "README.md"), str):
+                HfApi().model_info(origin.name, timeout=_HUB_TIMEOUT)
+            metadata = ModelCard.load(origin.name, ignore_metadata_errors=True).data.to_dict()
         else:
-            metadata = _metadata_on_hub(origin.name) if origin.on_hub else None
+            metadata = None
     except Exception as error:
         if not isinstance(error, (OSError, ValueError)) and not is_network_error(error):
             raise
         metadata = None
         logger.warning(f"The card of {origin.name} could not be read, so that its licence is unknown: {error}")
-    return {key: value for key, value in (metadata or {}).items() if key in (*_LICENCE_KEYS, "language") and value}
+    wanted = ("license", "license_name", "license_link", "language")
+    return {key: value for key, value in (metadata or {}).items() if key in wanted and value}
 
 
-def _metadata_on_hub(name: str) -> dict[str, Any]:
-    """Metadata of a card in the cache, or else on the Hub, if that answers at once: a download would try for long."""
-    if not isinstance(try_to_load_from_cache(name, "README.md"), str):
-        HfApi().model_info(name, timeout=_HUB_TIMEOUT)
-    return ModelCard.load(name, ignore_metadata_errors=True).data.to_dict()
-
-
-# By version: family, licence, words to show, and what the name of a derived model has to begin with.
+# By version: family, words to show, and what the name of a derived model has to begin with.
 _LLAMA = {
-    "2": ("Llama 2", "LLAMA 2 Community License", None, None),
-    "3": ("Meta Llama 3", "Meta Llama 3 Community License", "Built with Meta Llama 3", "Llama 3"),
-    "3.1": ("Llama 3.1", "Llama 3.1 Community License", "Built with Llama", "Llama"),
-    "3.2": ("Llama 3.2", "Llama 3.2 Community License", "Built with Llama", "Llama"),
-    "3.3": ("Llama 3.3", "Llama 3.3 Community License", "Built with Llama", "Llama"),
-    "4": ("Llama 4", "Llama 4 Community License", "Built with Llama", "Llama"),
+    "2": ("LLAMA 2", None, None),
+    "3": ("Meta Llama 3", "Built with Meta Llama 3", "Llama 3"),
+    **{version: (f"Llama {version}", "Built with Llama", "Llama") for version in ("3.1", "3.2", "3.3", "4")},
 }
 
 
 def attribution(metadata: dict[str, Any], name: str) -> list[str]:
     """The sentences that a licence wants in the card; Llama licences have a rule for the name of the pruned model."""
     names = " ".join(str(metadata.get(key) or "").lower() for key in ("license", "license_name"))
-    llama = re.search(r"\bllama-?(\d(?:\.\d)?)", names)
-    if llama and llama[1] in _LLAMA:
-        return _llama(*_LLAMA[llama[1]], name)
     if re.search(r"\bgemma", names):
         return [
             "Gemma is provided under and subject to the Gemma Terms of Use found at "
             "https://ai.google.dev/gemma/terms. The files of this model are modified. Whoever passes it on passes "
             "on the terms and the restrictions of use in them."
         ]
-    return []
-
-
-def _llama(family: str, licence: str, words: str | None, prefix: str | None, name: str) -> list[str]:
-    sentences = [f"**{words}**"] if words else []
-    sentences.append(
-        f"{family} is licensed under the {licence}, Copyright (c) Meta Platforms, Inc. All Rights Reserved."
-    )
+    llama = re.search(r"\bllama-?(\d(?:\.\d)?)", names)
+    if not llama or llama[1] not in _LLAMA:
+        return []
+    family, words, prefix = _LLAMA[llama[1]]
+    licensed = f"{family.replace('LLAMA', 'Llama')} is licensed under the {family} Community License, Copyright (c)"
+    licensed += " Meta Platforms, Inc. All Rights Reserved."
     if prefix is None:
-        return sentences
-    rule = f'The licence asks that the name of a derived model begins with "{prefix}"'
+        return [licensed]
     begins = name.rsplit("/", 1)[-1].replace("-", " ").lower().startswith(prefix.lower())
-    return [*sentences, f"{rule}." if begins else f"{rule}: rename this one before you publish it."]
-
-
-def licence_in_words(metadata: dict[str, Any], link: str) -> str:
-    """The licence of the base model, which is also that of the model derived from it."""
-    licence = metadata.get("license")
-    if not licence:
-        return (
-            f"The licence of {link} could not be read, so that none is set here. This model is derived from it: its "
-            "licence applies. Look it up before you use or publish this model."
-        )
-    words = metadata.get("license_name") or (licence if isinstance(licence, str) else ", ".join(licence))
-    where = metadata.get("license_link")
-    named = f"[{words}]({where})" if where else f"`{words}`"
-    return f"{named}, the licence of {link}, which this model is derived from."
+    rule = f'The licence asks that the name of a derived model begins with "{prefix}"'
+    return [f"**{words}**", licensed, f"{rule}." if begins else f"{rule}: rename this one before you publish it."]

@@ -15,7 +15,6 @@ from ..config import PruningConfig
 from ..criteria import Method, Paper, channels, class_of, depth
 from ..criteria.inputs import SURGEON, WIFV
 from ..errors import CheckpointError
-from ..files.places import can_only_be_a_path
 from ..files.reading import read_json_object
 from ..hardware import dtype_of
 from ..installed import LIBRARIES
@@ -24,17 +23,17 @@ from ..quantization.configuration import QuantizationConfig
 from ..recovery.configuration import DistillationConfig, RecoveryConfig
 from ..text.calibration import CalibrationConfig
 from ..units import KINDS, DepthKind, StreamKind, UnitKind, WidthKind, kinds_of
-from .origin import IN_MEMORY, is_file
+from .origin import IN_MEMORY, is_file, sources_of
 
 
 def what_went(config: PruningConfig, plan: PruningPlan) -> list[str]:
     """One line for each kind of unit: what went, and by which criterion."""
     lines = []
     if widths := config.kinds(kinds_of(WidthKind)):
-        names = {kind: config.criterion_of(kind) for kind in widths}
+        names = {kind: f"`{config.criterion_of(kind)}`" for kind in widths}
         names = names if len(set(names.values())) > 1 else {"": names[widths[0]]}
-        variants = {kind: f" (`{config.taylor}`)" if name == "taylor" else "" for kind, name in names.items()}
-        how = ", ".join(f"{kind} `{name}`{variants[kind]}".strip() for kind, name in names.items())
+        how = ", ".join(f"{kind} {name}".strip() for kind, name in names.items())
+        how = how.replace("`taylor`", f"`taylor` (`{config.taylor}`)")
         lines.append(
             f"Numbers of units: as in a plan that was given; units that it did not name: criterion {how}"
             if plan.given
@@ -42,18 +41,11 @@ def what_went(config: PruningConfig, plan: PruningPlan) -> list[str]:
         )
     for kind in KINDS.values():
         if told := kind.told(plan):
-            lines.append(f"{told} ({_chosen(kind, config, plan)})")
-    shares = {kind: count / plan.parameters_before for kind, count in plan.removed.items()}
-    if len(shares) > 1:
-        lines.append(f"Of all parameters: {', '.join(f'{kind} {share:.1%}' for kind, share in shares.items())}")
-    return lines
-
-
-def _chosen(kind: UnitKind, config: PruningConfig, plan: PruningPlan) -> str:
-    if plan.given:
-        return "named in a plan that was given"
-    by_criterion = _is_ranked(kind, config, plan)
-    return f"criterion `{config.criterion_of(kind.name)}`" if by_criterion else "named in the configuration"
+            ranked = _is_ranked(kind, config, plan)
+            chosen = f"criterion `{config.criterion_of(kind.name)}`" if ranked else "named in the configuration"
+            lines.append(f"{told} ({'named in a plan that was given' if plan.given else chosen})")
+    shares = [f"{kind} {count / plan.parameters_before:.1%}" for kind, count in plan.removed.items()]
+    return lines if len(shares) < 2 else [*lines, f"Of all parameters: {', '.join(shares)}"]
 
 
 def _is_ranked(kind: UnitKind, config: PruningConfig, plan: PruningPlan) -> bool:
@@ -88,9 +80,6 @@ def citations(config: PruningConfig, plan: PruningPlan, tasks: bool = False) -> 
     return [paper.bibtex for paper in dict.fromkeys(papers)]
 
 
-_SAMPLE = ["Salesforce/wikitext", "allenai/c4"]
-
-
 def uses_text(config: PruningConfig, plan: PruningPlan) -> bool:
     """Whether calibration text was looked at: as recorded, or else as the configuration asks for."""
     if plan.calibrated is not None:
@@ -99,37 +88,28 @@ def uses_text(config: PruningConfig, plan: PruningPlan) -> bool:
     return by_text or any(method.needs_text for method in _methods(config, plan))
 
 
-def _sources(calibration: CalibrationConfig) -> list[str]:
-    dataset = calibration.dataset
-    return [dataset] if isinstance(dataset, str) else list(dataset or [])
-
-
 def calibration_datasets(calibration: CalibrationConfig) -> list[str]:
     """Data sets of the Hub that were calibrated on."""
     if calibration.fingerprint is not None:
         return []
-    sources = _sources(calibration)
-    hub = [source for source in sources if not is_file(source) and not can_only_be_a_path(source)]
-    return hub if sources else list(_SAMPLE)
+    sources = sources_of(calibration)
+    return [source for source in sources if not is_file(source)] if sources else ["Salesforce/wikitext", "allenai/c4"]
 
 
 def calibration_in_words(calibration: CalibrationConfig) -> str:
     """A calibration text; of local files the name only, since the card is public."""
-    size, sources = f"{calibration.num_samples} x {calibration.length} tokens", _sources(calibration)
+    size, sources = f"{calibration.num_samples} x {calibration.length} tokens", sources_of(calibration)
     if calibration.fingerprint is not None:
         return f"{size}, given in memory (SHA-256 begins with `{calibration.fingerprint}`)"
     if not sources:
         return f"{size} of the sample of hf_structprune: half WikiText-2 (validation), half C4, English"
     hub = calibration_datasets(calibration)
     names = [f"[{s}](https://huggingface.co/datasets/{s})" if s in hub else f"`{Path(s).name}`" for s in sources]
-    which = "".join(
-        f", {k} `{v}`" for k, v in (("configuration", calibration.name), ("split", calibration.split)) if v
-    )
-    return f"{size} of {', '.join(names)}{which if hub else ''}"
+    names += [f"configuration `{calibration.name}`"] if hub and calibration.name else []
+    names += [f"split `{calibration.split}`"] if hub and calibration.split else []
+    return f"{size} of {', '.join(names)}"
 
 
-# Calibration data that was given in memory: code can only name its place.
-_IN_MEMORY = ("texts", "tokens", "fingerprint")
 # Options of loading that the commands have.
 COMMAND_OPTIONS = ("dtype", "revision", "subfolder", "variant", "gguf_file", "trust_remote_code")
 
@@ -146,12 +126,9 @@ def render(template: str, **values: Any) -> str:
 
 def config_expression(config: PruningConfig) -> str:
     """A Python expression that gives an equal configuration: what differs from the defaults."""
-    changed = _changed(config)
-    calibration = {k: v for k, v in _changed(config.calibration).items() if k not in _IN_MEMORY}
-    parts = [f"{name}={_literal(value)}" for name, value in changed.items()]
-    if calibration:
-        inner = ", ".join(f"{name}={_literal(value)}" for name, value in calibration.items())
-        parts.append(f"calibration=CalibrationConfig({inner})")
+    parts = [f"{name}={_literal(value)}" for name, value in _changed(config).items()]
+    inner = ", ".join(f"{name}={_literal(value)}" for name, value in _changed(config.calibration).items())
+    parts += [f"calibration=CalibrationConfig({inner})"] if inner else []
     return f"PruningConfig({', '.join(parts)})"
 
 
@@ -180,33 +157,28 @@ def making_on_the_command_line(base: str, config: PruningConfig, plan: PruningPl
     """The same as one command; empty if the model was loaded in a way that the command line does not know."""
     if not set(options) <= set(COMMAND_OPTIONS) or ("dtype" in options and dtype_of(options["dtype"]) is None):
         return ""
-    words = ["hf-structprune", "prune", base, "--output-dir", "pruned", *_options(options, "")]
+    words = ["hf-structprune", "prune", base, "--output-dir", "pruned", *_options(options)]
     if _by_plan(config, plan):
         words += ["--plan", "pruning_plan.json"]
     elif plan.ratio_requested is not None:
         words += ["--ratio", str(plan.ratio_requested)]
-    return shlex.join(words + _options(_changed(config), "") + _calibration_options(config))
+    return shlex.join(words + _changed_options(config))
 
 
-def _changed_options(values: Any) -> list[str]:
+def _changed_options(config: Any) -> list[str]:
     """A configuration as options of the command line: what differs from the defaults, apart from `None`."""
-    words = _options({name: value for name, value in _changed(values).items() if value is not None}, "")
-    return words + (_calibration_options(values) if hasattr(values, "calibration") else [])
+    words = _options(_changed(config))
+    return words + (_options(_changed(config.calibration), "calibration-") if hasattr(config, "calibration") else [])
 
 
-def _calibration_options(config: Any) -> list[str]:
-    changed = {name: value for name, value in _changed(config.calibration).items() if name not in _IN_MEMORY}
-    return _options(changed, "calibration-")
+# Told apart, and what was given in memory: code can only name its place.
+_NO_OPTIONS = ("calibration", "texts", "tokens", "fingerprint")
 
 
 def _changed(values: Any) -> dict[str, Any]:
-    """Fields that differ from the defaults; the calibration apart."""
-    default = type(values)()
-    return {
-        field.name: getattr(values, field.name)
-        for field in dataclasses.fields(values)
-        if field.name != "calibration" and getattr(values, field.name) != getattr(default, field.name)
-    }
+    """Fields that differ from the defaults."""
+    names, default = {field.name for field in dataclasses.fields(values)} - {*_NO_OPTIONS}, type(values)()
+    return {n: v for n, v in vars(values).items() if n in names and v != getattr(default, n)}
 
 
 def _literal(value: Any) -> str:
@@ -219,10 +191,12 @@ def loading_value(value: Any) -> str:
     return f"{value[IN_MEMORY]}(...)" if isinstance(value, dict) and IN_MEMORY in value else _literal(value)
 
 
-def _options(values: dict[str, Any], prefix: str) -> list[str]:
+def _options(values: dict[str, Any], prefix: str = "") -> list[str]:
     words: list[str] = []
     for name, value in values.items():
         option = f"--{prefix}{name}".replace("_", "-")
+        if value is None:
+            continue
         if isinstance(value, bool):
             words.append(option if value else f"--no-{option[2:]}")
         elif isinstance(value, (list, tuple)):

@@ -11,7 +11,7 @@ import math
 import tempfile
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -53,8 +53,8 @@ _verdicts: dict[tuple, str | None] = {}
 def prove(model: PreTrainedModel, structure: ModelStructure, kinds: Collection[str]) -> None:
     """Refuses kinds of units for which cutting is not shown to equal zeroing; the model itself is not run or changed.
 
-    Takes about a second for each type and kind that the test-suite does not cover; the answer is kept for as long as
-    the process lives. Random numbers and the default dtype of the caller are left as they are.
+    Takes about a second for each type and kind that the test-suite does not cover; the answer is kept. Random numbers
+    and the default dtype of the caller are left as they are.
 
     Raises:
         UnsupportedModelError: A kind is not proven: names it, the model type, and what differs or could not be tried.
@@ -86,9 +86,7 @@ def prove_decoder(decoder: PreTrainedModel, structure: ModelStructure) -> None:
         whole, tokens = structure.towers.whole(twin, empty=True), torch.randint(4, VOCABULARY, (_SEQUENCES, _LENGTH))
         whole.set_attn_implementation("eager")
         whole.set_experts_implementation("eager")
-        difference = _difference(logits(whole, tokens), logits(twin, tokens))
-        if not difference <= TOLERANCE:
-            raise _Differs(f"its logits for text differ by {difference:.2g} of the largest from those of the whole")
+        _compare(logits(whole, tokens), logits(twin, tokens), "its logits for text differ from those of the whole")
 
     key = (*_key(decoder, structure), structure.towers.note)
     if key not in _verdicts:
@@ -102,12 +100,13 @@ def prove_decoder(decoder: PreTrainedModel, structure: ModelStructure) -> None:
 
 def verdicts(model: PreTrainedModel, structure: ModelStructure, kinds: Collection[str]) -> dict[str, str | None]:
     """Why kinds of units are refused, `None` for those that are proven; arguments as for `prove`."""
-    key, trial = _key(model, structure), None
-    for kind in kinds:
-        if (key, kind) not in _verdicts:
-            with apart():
-                trial = trial or Trial(model, structure)
-                _verdicts[key, kind] = trial.verdict(kind)
+    key = _key(model, structure)
+    if unknown := [kind for kind in kinds if (key, kind) not in _verdicts]:
+        with apart():
+            trial = Trial()
+            why_not = _reason(partial(trial.begin, model, structure))
+            for kind in unknown:
+                _verdicts[key, kind] = why_not or _reason(partial(trial.test, kind))
     return {kind: _verdicts[key, kind] for kind in kinds}
 
 
@@ -154,15 +153,16 @@ class _Differs(Exception):
 
 def _reason(attempt: Callable[[], None]) -> str | None:
     """What goes wrong in an attempt, `None` if nothing does."""
+    small = "a small random model of the same configuration"
     try:
         attempt()
     except _Differs as error:
-        return f"on a small random model of the same configuration, {error}"
+        return f"on {small}, {error}"
     except StructPruneError as error:
-        return f"a small random model of the same configuration does not show that it can be: {error}".rstrip(".")
+        return f"{small} does not show that it can be: {error}".rstrip(".")
     except Exception as error:  # code of any model class runs here
         reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
-        return f"a small random model of the same configuration could not be built and cut ({reason})"
+        return f"{small} could not be built and cut ({reason})"
     return None
 
 
@@ -208,12 +208,10 @@ def _randomised(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class Trial:
-    """Tries on a small twin of a model whether cutting units equals zeroing them."""
+    """Tries on a small twin of a model whether cutting units equals zeroing them; each step raises if it does not."""
 
-    def __init__(self, model: PreTrainedModel, structure: ModelStructure) -> None:
-        self._why_not: str | None = _reason(lambda: self._begin(model, structure))
-
-    def _begin(self, model: PreTrainedModel, structure: ModelStructure) -> None:
+    def begin(self, model: PreTrainedModel, structure: ModelStructure) -> None:
+        """Makes the twin; carried layer by layer, as when calibrating, its hidden states have to give its logits."""
         self.model = small_twin(model, structure)
         self.structure = ModelStructure.of(self.model)
         vocabulary = len(self.model.get_input_embeddings().weight)
@@ -222,47 +220,34 @@ class Trial:
         self._reloaded: set[type] = set()
         if not self.dense.isfinite().all():
             raise UnsupportedModelError("its logits are not finite")
-        self._follow()
-
-    def verdict(self, kind: str) -> str | None:
-        """Why a kind is refused, `None` if it is proven."""
-        attempt = self._widths if kind in kinds_of(WidthKind) else self._hidden
-        if kind in kinds_of(DepthKind):
-            attempt = self._sublayers if KINDS[kind].sublayer else self._layers
-        return self._why_not or _reason(lambda: attempt(kind))
-
-    def _follow(self) -> None:
-        """Carried layer by layer, as when calibrating, hidden states have to give the same logits."""
         with _Float64(), torch.no_grad():
-            stream = LayerStream(self.model, self.structure, self.tokens, _SEQUENCES)
-            got = stream.finish(0, 0)
-        self._compare(got, self.dense, "hidden states carried from layer to layer give other logits than the model")
+            got = LayerStream(self.model, self.structure, self.tokens, _SEQUENCES).finish(0, 0)
+        _compare(got, self.dense, "hidden states carried from layer to layer give other logits than the model")
+
+    def test(self, kind: str) -> None:
+        """Tries a kind of unit."""
+        if kind in kinds_of(WidthKind):
+            self._widths(kind)
+        elif kind in kinds_of(DepthKind):
+            self._depth(kind)
+        else:
+            self._hidden(kind)
 
     def _widths(self, kind: str) -> None:
-        """Half of the units of every group; with equal widths and with widths of each layer, where they can be had."""
+        """Half of the units of every group; with equal widths and with widths of each layer, where they can be had.
+
+        Experts of a block, computed one at a time, have to add up to what the block makes of them, too.
+        """
         groups = [group for group in self.structure.groups if group.kind == kind]
         kept = {group.key: _half(group) for group in groups}
-        parts = {group.key: group.blocks if KINDS[kind].within else 1 for group in groups}
-        counts = {key: len(units) // parts[key] for key, units in kept.items()}
         if all(len(kept[group.key]) == group.size for group in groups):
             raise UnsupportedModelError(f"none of the {kind} of the small model can go")
         for group in (group for group in groups if group.reader is None):
-            self._one_by_one(group)
-        expected = None
-        for small in _possible(partial(self._cut, kept, counts, layout) for layout in LAYOUTS):
-            expected = self._masked(kept) if expected is None else expected
-            self._check(small, expected)
-
-    def _one_by_one(self, group: Group) -> None:
-        """The experts of a block, computed one at a time, have to add up to what the block makes of them."""
-        experts = Experts(self.model, group)
-        width = experts.down(0).shape[0]
-        with _Float64(), torch.no_grad():
-            _, routing, total = experts.run(torch.randn(_SEQUENCES, _LENGTH, width))
-            got = experts.total(routing)
-        self._compare(got, total, "experts that are computed one by one do not add up to what their block puts out")
-
-    def _masked(self, kept: Kept) -> torch.Tensor:
+            experts = Experts(self.model, group)
+            with _Float64(), torch.no_grad():
+                _, routing, total = experts.run(torch.randn(_SEQUENCES, _LENGTH, experts.down(0).shape[0]))
+                got = experts.total(routing)
+            _compare(got, total, "experts that are computed one by one do not add up to what their block puts out")
         masked = copy.deepcopy(self.model)
         mask_units(masked, self.structure, kept)
         for group in self.structure.groups:
@@ -270,7 +255,10 @@ class Trial:
             for norm in group.norms:
                 _over_kept(masked.get_submodule(norm), share)
         with without_experts(masked, self.structure.groups, kept):
-            return logits(masked, self.tokens)
+            expected = logits(masked, self.tokens)
+        counts = {g.key: len(kept[g.key]) // (g.blocks if KINDS[kind].within else 1) for g in groups}
+        for small in _possible(partial(self._cut, kept, counts, layout) for layout in LAYOUTS):
+            self._check(small, expected)
 
     def _cut(self, kept: Kept, counts: dict, layout: str, dropped: Dropped | None = None) -> PreTrainedModel:
         plan = PruningPlan.from_counts(
@@ -282,33 +270,27 @@ class Trial:
         drop(small, self.structure, plan.dropped)
         return rebuild(small, target)
 
-    def _sublayers(self, kind: str) -> None:
-        """A sublayer of each kind of layer, alone."""
-        tried = False
-        for layer in self._of_each_kind():
-            dropped = {kind: [layer.index]}
-            if layer.sublayer(kind) is not None and not emptied(dropped, self.structure):
-                masked = copy.deepcopy(self.model)
+    def _depth(self, kind: str) -> None:
+        """A layer or sublayer of each kind of layer, alone; planning refuses what no configuration can be without."""
+        sublayer = KINDS[kind].sublayer
+
+        def without(layer: LayerStructure) -> tuple[PreTrainedModel, torch.Tensor]:
+            dropped, masked = {kind: [layer.index]}, copy.deepcopy(self.model)
+            small = next(_possible(partial(self._cut, {}, {}, layout, dropped) for layout in layouts))
+            if sublayer:
                 mask_sublayers(masked, self.structure, dropped)
-                self._check(self._cut({}, {}, "per_layer", dropped), logits(masked, self.tokens))
-                tried = True
-        if not tried:
-            raise UnsupportedModelError(f"no layer of it can do without its {kind} alone")
+            with nullcontext() if sublayer else _passed_over(masked.get_submodule(layer.name)):
+                return small, logits(masked, self.tokens)
 
-    def _layers(self, kind: str) -> None:
-        """A layer of each kind, alone; one that no configuration can be without is refused when the plan is made."""
-
-        def without(layer: LayerStructure) -> tuple[PreTrainedModel, LayerStructure]:
-            return next(_possible(partial(self._cut, {}, {}, one, {kind: [layer.index]}) for one in LAYOUTS)), layer
-
-        for small, layer in _possible(partial(without, layer) for layer in self._of_each_kind()):
-            with _passed_over(self.model.get_submodule(layer.name)):
-                expected = logits(self.model, self.tokens)
-            self._check(small, expected)
-
-    def _of_each_kind(self) -> list[LayerStructure]:
+        layouts = ("per_layer",) if sublayer else LAYOUTS
         modules = [module for _, module in decoder_layers(self.model, self.structure.family)]
-        return [self.structure.layers[i] for i in representatives(self.model.config.to_dict(), modules)]
+        layers = [self.structure.layers[i] for i in representatives(self.model.config.to_dict(), modules)]
+        if sublayer:
+            layers = [one for one in layers if one.sublayer(kind) and not emptied({kind: [one.index]}, self.structure)]
+        if not layers:
+            raise UnsupportedModelError(f"no layer of it can do without its {kind} alone")
+        for small, expected in _possible(partial(without, layer) for layer in layers):
+            self._check(small, expected)
 
     def _hidden(self, kind: str) -> None:
         group = hidden_group(self.model, self.structure)
@@ -330,50 +312,44 @@ class Trial:
         """Compares a cut model with the logits that it should have, and its first checkpoint with it."""
         if _difference(expected, self.dense) < EFFECT:
             raise UnsupportedModelError("cutting from the small model changed nothing, so that nothing is shown")
-        self._compare(logits(small, self.tokens), expected, "zeroing and cutting give different logits")
-        if type(small) not in self._reloaded:
-            self._reload(small)
-            self._reloaded.add(type(small))
-
-    def _reload(self, small: PreTrainedModel) -> None:
+        _compare(logits(small, self.tokens), expected, "zeroing and cutting give different logits")
+        if type(small) in self._reloaded:
+            return
         with tempfile.TemporaryDirectory() as folder:
             small.save_pretrained(folder)
             text_alone = type(small.config) not in MODEL_FOR_CAUSAL_LM_MAPPING  # of a class that sees, too
             auto = type(small) if text_alone else AutoModelForCausalLM
-            loaded = auto.from_pretrained(folder, dtype=torch.float64)
-        state = loaded.state_dict()
+            state = auto.from_pretrained(folder, dtype=torch.float64).state_dict()
         for name, tensor in small.state_dict().items():
             # Some classes keep some weights in float32.
             if name not in state or not torch.equal(state[name], tensor.to(state[name].dtype)):
                 raise _Differs(f"`{name}` is not the same after saving and loading the cut model")
-
-    def _compare(self, got: torch.Tensor, expected: torch.Tensor, what: str) -> None:
-        difference = _difference(got, expected)
-        if not difference <= TOLERANCE:
-            raise _Differs(f"{what} (by {difference:.2g} of the largest)")
+        self._reloaded.add(type(small))
 
 
 def _possible(attempts: Iterable[Callable[[], Any]]) -> Iterator[Any]:
-    """What comes out of those attempts that a checkpoint can hold.
-
-    Raises:
-        CheckpointError: It can hold none.
-    """
+    """What comes out of those attempts that a checkpoint can hold; a `CheckpointError` if it can hold none."""
     refused, found = None, False
     for attempt in attempts:
         try:
             result = attempt()
         except CheckpointError as error:
             refused = error
-            continue
-        found = True
-        yield result
+        else:
+            found = True
+            yield result
     if not found and refused is not None:
         raise refused
 
 
 def _difference(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got - expected).abs().max() / expected.abs().max())
+
+
+def _compare(got: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    difference = _difference(got, expected)
+    if not difference <= TOLERANCE:
+        raise _Differs(f"{what} (by {difference:.2g} of the largest)")
 
 
 def _half(group: Group) -> torch.Tensor:

@@ -25,9 +25,8 @@ from transformers.utils import logging
 from ..alignment import dividing_group_sizes
 from ..errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from ..evaluation.results import RESULTS_NAME, EvaluationResult
-from ..files.places import check_room
 from ..files.reading import read_json_object
-from ..files.writing import check_folder, write_folder, write_text
+from ..files.writing import check_folder, check_room, write_folder, write_text
 from ..hardware import default_device, free_memory
 from ..hub.checkpoint import STILL_TRUE, copy_files, write_card_from
 from ..hub.contents import CARD_NAME, check_card, check_own_files, is_pruned, read_text

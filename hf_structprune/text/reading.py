@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import TextError
-from ..files.places import can_only_be_a_path
-from ..files.reading import parse_json, read_json
+from ..files.reading import can_only_be_a_path, parse_json, read_json
 
 
 FILES = (".txt", ".jsonl", ".json")

@@ -1,9 +1,10 @@
 import os
 
 import pytest
+from filelock import Timeout
 
-from hf_structprune.files.places import alone, can_only_be_a_path, draft
-from hf_structprune.files.writing import appearing, write_text
+from hf_structprune.files.reading import can_only_be_a_path
+from hf_structprune.files.writing import alone, appearing, draft, write_text
 
 
 def test_what_no_id_of_the_hub_looks_like():
@@ -54,7 +55,7 @@ def test_one_at_a_time(tmp_path):
     with alone(tmp_path / "a"):
         with alone(tmp_path / "b", wait=False):
             pass
-        with pytest.raises(BlockingIOError), alone(tmp_path / "a", wait=False):
+        with pytest.raises(Timeout), alone(tmp_path / "a", wait=False):
             pass
     with alone(tmp_path / "a", wait=False):
         pass

@@ -12,7 +12,7 @@ import pytest
 from killed_writing import AFTER, NEW, OLD, contents, fill, left, write_new
 
 from hf_structprune.errors import CheckpointError, PlaceError
-from hf_structprune.files import places
+from hf_structprune.files import writing
 from hf_structprune.files.writing import settle, write_folder
 
 
@@ -21,7 +21,7 @@ def working_directory(monkeypatch, folder):
 
 
 def holds_a_mount(monkeypatch, folder):
-    monkeypatch.setattr(places, "_mounts", lambda: [folder / "data"])
+    monkeypatch.setattr(writing, "_mounts", lambda: [folder / "data"])
 
 
 def foreign_parent(monkeypatch, folder):
@@ -111,8 +111,8 @@ def test_who_comes_second_waits_and_leaves_the_draft_of_the_first_alone(tmp_path
 
 def test_what_another_machine_has_left_is_left_alone(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(places, "_HERE", "0" * 8)
-        theirs = places.draft(tmp_path / "out", "new")
+        patch.setattr(writing, "_HERE", "0" * 8)
+        theirs = writing.draft(tmp_path / "out", "new")
     theirs.mkdir()
     write_folder(tmp_path / "out", write_new)
     assert theirs.is_dir()

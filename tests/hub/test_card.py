@@ -17,7 +17,7 @@ from hf_structprune.commands import cli
 from hf_structprune.errors import ConfigurationError, HubError
 from hf_structprune.evaluation.results import EvaluationResult, Figure
 from hf_structprune.hub import make_card, origin, validate_card, write_card
-from hf_structprune.hub.metadata import model_index
+from hf_structprune.hub.card import model_index
 from hf_structprune.hub.words import config_expression, method_of
 from hf_structprune.units import KINDS
 

@@ -16,7 +16,7 @@ from checkpoints import NOTES, contents, leftovers, make_pruners
 from hf_structprune.errors import StructPruneError
 from hf_structprune.export.deci import export_deci
 from hf_structprune.export.gguf import export_gguf
-from hf_structprune.files import places, writing
+from hf_structprune.files import writing
 
 
 def run(root: Path, count: int, seed: int) -> tuple[Counter, list[str]]:
@@ -85,7 +85,7 @@ def _outcome(action, disk: Path) -> str:
 @contextlib.contextmanager
 def _disk(folder: Path, size: int):
     _mount("none", folder, "tmpfs", 0, f"size={size}")
-    places_seen = places._mounts()
+    places_seen = writing._mounts()
     assert folder in places_seen
     try:
         yield

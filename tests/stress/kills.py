@@ -1,5 +1,6 @@
 """A process that saves checkpoints is killed at any moment: there is a whole one, and nothing else."""
 
+import errno
 import itertools
 import os
 import random
@@ -16,8 +17,8 @@ from hf_structprune.files import writing
 from hf_structprune.files.writing import settle
 
 
-# Where it is saved. Without an exchange in one step, as on some file systems, there are two renames.
-WAYS = ("a folder", "a new folder", "a link", "the working directory", "two renames")
+# Where it is saved. Without an exchange in one step, as on some file systems, it is filled file by file.
+WAYS = ("a folder", "a new folder", "a link", "the working directory", "no exchange")
 # What is done to folders when one gets its place.
 CHANGES = ("os.rename", "os.rmdir", "os.remove", "os.chmod", "os.chown")
 
@@ -72,6 +73,11 @@ def _prepare(place: Path, way: str, pruner) -> Path:
     return place
 
 
+def no_exchange(one: Path, other: Path) -> None:
+    """As where the system has no such step."""
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+
 def _kill(target: Path, way: str, pruners: list, seconds: float, after: int | None) -> None:
     child = os.fork()
     if child == 0:
@@ -83,8 +89,8 @@ def _kill(target: Path, way: str, pruners: list, seconds: float, after: int | No
                         event in CHANGES and next(changes) == after and os.kill(os.getpid(), signal.SIGKILL)
                     )
                 )
-            if way == "two renames":
-                writing._exchange = lambda *_: False
+            if way == "no exchange":
+                writing._exchange = no_exchange
             while True:
                 for pruner in reversed(pruners):
                     _save(target, way, pruner)
@@ -122,6 +128,6 @@ def _state(place: Path, expected: list) -> str:
 
 def _allowed(way: str) -> tuple[str, ...]:
     return {
-        "a new folder": ("whole", "nothing"), "two renames": ("whole", "nothing"),
-        "the working directory": ("whole", "nothing that could be loaded"),
+        "a new folder": ("whole", "nothing"),
+        **dict.fromkeys(("the working directory", "no exchange"), ("whole", "nothing that could be loaded")),
     }.get(way, ("whole",))  # fmt: skip

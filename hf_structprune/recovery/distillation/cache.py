@@ -22,9 +22,8 @@ from tqdm.auto import tqdm
 
 from ...errors import CheckpointError, ConfigurationError, PlaceError
 from ...evaluation.results import model_fingerprint
-from ...files.places import check_room
 from ...files.reading import read_json_object
-from ...files.writing import appearing, write_text
+from ...files.writing import appearing, check_room, write_text
 from ...model.measuring import positions_at_once
 from ..configuration import DistillationConfig
 from .losses import TopPredictions, top_predictions
