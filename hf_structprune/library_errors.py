@@ -36,11 +36,9 @@ def is_network_error(error: BaseException) -> bool:
 
 @contextmanager
 def clear_errors(repo_id: str, token: str | None = None) -> Iterator[None]:
-    """Turns what the client raises while it talks about a repository into `HubError`s.
+    """Turns what the client raises while it talks about a repository into `HubError`s that say what to do.
 
-    Raises:
-        HubError: Says what was wrong and what to do. What it was raised from is kept for the traceback unless the
-            token stands in it.
+    What they were raised from is kept for the traceback unless the token stands in it.
     """
     remember(token)
     try:
@@ -48,8 +46,7 @@ def clear_errors(repo_id: str, token: str | None = None) -> Iterator[None]:
     except StructPruneError:
         raise
     except Exception as error:
-        message = explain(error, repo_id)
-        if message is None:
+        if (message := explain(error, repo_id)) is None:
             raise
         raise HubError(message) from (error if is_masked(error) else None)
 
@@ -74,7 +71,12 @@ def explain(error: BaseException, repo_id: str) -> str | None:
                 return words.format(repo=repo_id, error=cause)
     for cause in chain:
         if isinstance(cause, HfHubHTTPError) and getattr(cause, "response", None) is not None:
-            return _explain_status(cause, repo_id)
+            status, said = cause.response.status_code, (cause.server_message or "").strip()
+            other = "The Hub refused the request for {repo} ({status})."
+            if status >= 500:
+                other = "The Hub answered with the error {status}; nothing was committed to {repo}, push again later."
+            answer = _STATUSES.get(status, other).format(repo=repo_id, status=status)
+            return f"{answer} The Hub says: {said}" if said else answer
         if is_network_error(cause):
             return (
                 f"The connection to the Hub was lost while pushing to {repo_id} ({type(cause).__name__}: {cause}). "
@@ -90,21 +92,11 @@ _CHANGED = "{repo} was changed by someone else at the same time; nothing was com
 _STATUSES = {
     401: f"The Hub does not accept the token for {{repo}}: it is wrong or has expired; {LOGIN}.",
     403: "The token has no right to write to {repo}: use one with the role `write` of an account that may, choose a "
-    "repository of your own, or propose the change with `create_pr`.",
+         "repository of your own, or propose the change with `create_pr`.",
     404: "There is no {repo} on the Hub, or the token cannot see it; check the name and the revision.",
-    409: _CHANGED,
-    412: _CHANGED,
+    409: _CHANGED, 412: _CHANGED,
     429: "The Hub asks to slow down; wait a few minutes and push again.",
-}
-
-
-def _explain_status(error: HfHubHTTPError, repo_id: str) -> str:
-    status, said = error.response.status_code, (error.server_message or "").strip()
-    other = "The Hub refused the request for {repo} ({status})."
-    if status >= 500:
-        other = "The Hub answered with the error {status}; nothing was committed to {repo}, push again later."
-    words = _STATUSES.get(status, other).format(repo=repo_id, status=status)
-    return f"{words} The Hub says: {said}" if said else words
+}  # fmt: skip
 
 
 # Files that Transformers reads besides the weights. Some of them it leaves out without a word where they are damaged.
@@ -124,9 +116,7 @@ _FILES = {
 def readable(source: str | os.PathLike, part: str = "", subfolder: str | None = None) -> Iterator[None]:
     """Stands around calls of libraries that read a model, its configuration or its tokenizer, and around nothing else.
 
-    Args:
-        source: The folder or Hub id that is read.
-        part: What is read of it, for example `"config.json"`, if one file or kind of file.
+    `part` is what is read of it, for example `"config.json"`, if one file or kind of file.
 
     Raises:
         CheckpointError: There is no such model, it is a file or an adapter, a file of it is damaged, or the library
@@ -157,10 +147,7 @@ def readable(source: str | os.PathLike, part: str = "", subfolder: str | None = 
 def refuse_adapter(source: str | os.PathLike, **options: Any) -> None:
     """Refuses a folder or repository that holds an adapter of PEFT: Transformers would load its base model under it.
 
-    A repository is looked at as far as it is in the cache or can be asked.
-
-    Raises:
-        CheckpointError: Says what to do.
+    A repository is looked at as far as it is in the cache or can be asked. A `CheckpointError` says what to do.
     """
     found: Any = None
     if Path(source).is_dir():
@@ -179,9 +166,12 @@ def refuse_adapter(source: str | os.PathLike, **options: Any) -> None:
 
 def _explain(name: str, folder: Path, part: str, wrong: Exception) -> str:
     """One line about what went wrong, with the file that is to blame where one is damaged."""
-    found = _damaged_file(folder) if folder.is_dir() else None
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    found = damaged_weights(folder) if any((folder / weight).exists() for weight in weights) else None
+    if (folder / "tokenizer.json").is_file():  # large, and only read to find out what an error came from
+        found = damage(folder / "tokenizer.json") or found
     if found is not None:
-        return f"cannot load {name!r}: {found}"
+        return f"cannot load {name!r}: {found}."
     said = " ".join(str(wrong).split()) or type(wrong).__name__
     if isinstance(wrong, StrictDataclassError):
         said = str(wrong).splitlines()[-1].strip().removeprefix("TypeError: ").removeprefix("ValueError: ")
@@ -189,12 +179,3 @@ def _explain(name: str, folder: Path, part: str, wrong: Exception) -> str:
         said = f"{type(wrong).__name__}: {said}"
     where = f"{part} cannot be used: " if part and folder.is_dir() else ""
     return f"cannot load {name!r}: {where}{said}"
-
-
-def _damaged_file(folder: Path) -> str | None:
-    """What is wrong with a large file, which is only read to find out what an error came from."""
-    names = ("model.safetensors", "model.safetensors.index.json")
-    found = damaged_weights(folder) if any((folder / name).exists() for name in names) else None
-    if (folder / "tokenizer.json").is_file():
-        found = damage(folder / "tokenizer.json") or found
-    return found and f"{found}."

@@ -23,15 +23,10 @@ def can_only_be_a_path(name: str) -> bool:
 def read_json_object(
     path: str | os.PathLike, error: type[StructPruneError] = CheckpointError, *, repeats: bool = False
 ) -> dict[str, Any]:
-    """The object that a JSON file holds.
-
-    Args:
-        path: The file.
-        error: What is raised.
-        repeats: Whether an object may have a key twice, as in files of other libraries, which take the last.
+    """The object that a JSON file holds; with `repeats` it may have a key twice, of which the last counts.
 
     Raises:
-        StructPruneError: There is no such file, or it holds something else; names it and says what is wrong.
+        error: There is no such file, or it holds something else; names it and says what is wrong.
     """
     content = read_json(path, error, repeats=repeats)
     if not isinstance(content, dict):
@@ -47,11 +42,7 @@ def read_json(
 
 
 def parse_json(text: str, where: str, error: type[StructPruneError], *, repeats: bool = False) -> Any:
-    """What a JSON text says; messages name the file or line `where` it stands, the rest is as in `read_json_object`.
-
-    Raises:
-        StructPruneError: It is not JSON, is nested too deep, or has a key twice in one object.
-    """
+    """What a JSON text says; messages name the file or line `where` it stands; the rest as in `read_json_object`."""
     try:
         return json.loads(text, object_pairs_hook=None if repeats else _without_repeats)
     except RecursionError:
@@ -77,11 +68,7 @@ def read_text(
     path: str | os.PathLike, what: str = "file", *, error: type[StructPruneError] = ConfigurationError,
     form: str = "YAML",
 ) -> str:  # fmt: skip
-    """The text of a file; `what` it is and its `form`, messages say.
-
-    Raises:
-        StructPruneError: It cannot be read, or is no text.
-    """
+    """The text of a file; an `error` that says `what` it is and its `form` if it cannot be read, or is no text."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -98,25 +85,19 @@ class _Loader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            line = key.start_mark.line + 1
-            if (key.tag, key.value) in lines:
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line, earlier = key.start_mark.line + 1, lines.get((key.tag, key.value))
+            if earlier is not None:
                 raise ConfigurationError(
-                    f"`{key.value}` stands twice in one section, in lines {lines[key.tag, key.value]} and {line}, and "
-                    "only one can be meant: join them, or remove one."
+                    f"`{key.value}` stands twice in one section, in lines {earlier} and {line}, and only one can be "
+                    "meant: join them, or remove one."
                 )
             lines[key.tag, key.value] = line
         return node
 
 
 def parse_yaml(text: str, where: str | os.PathLike) -> Any:
-    """What a YAML text says; messages name the file `where` it stands.
-
-    Raises:
-        ConfigurationError: It is not YAML, or a key stands twice in one section.
-    """
+    """What a YAML text says; a `ConfigurationError` names `where` it stands if it is none, or has a key twice."""
     try:
         return yaml.load(text, _Loader)
     except RecursionError:

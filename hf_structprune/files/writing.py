@@ -59,11 +59,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
-    """Writes a file all at once, see `appearing`; what is no file, as `/dev/stdout`, takes it as it comes.
-
-    Raises:
-        PlaceError: It cannot be written.
-    """
+    """Writes a file all at once, see `appearing`; what is no file, as `/dev/stdout`, takes it as it comes."""
     if is_device(path):
         with _errors(path):
             Path(path).write_bytes(content)
@@ -149,11 +145,7 @@ def write_folder(folder: str | os.PathLike, write: Callable[[Path], None], size:
 
 
 def check_folder(folder: str | os.PathLike) -> None:
-    """Refuses a folder that cannot be written, before any work is done; what killed processes left there is settled.
-
-    Raises:
-        PlaceError: See `places.check_place`.
-    """
+    """As `check_place` of a folder, before any work is done; what killed processes left there is settled."""
     settle(folder)
     check_place(folder)
 
@@ -162,10 +154,7 @@ def settle(folder: str | os.PathLike) -> None:
     """Finishes or takes back what a killed process has left of writing a folder; nothing happens where nothing was.
 
     Files that were on their way to the folder arrive, and half-written ones go. What a living process writes is left
-    alone, and so is what was left on another machine.
-
-    Args:
-        folder: The folder, which may be missing; ids of the Hub have nothing to put in order.
+    alone, and so is what was left on another machine. Ids of the Hub have nothing to put in order.
     """
     with contextlib.suppress(OSError, ValueError):
         place = Path(os.path.realpath(folder))
@@ -179,7 +168,7 @@ def _settle(place: Path) -> None:
     _discard(*_left(place, _NEW, _PROBE))
     with contextlib.suppress(OSError):
         for path in _left(place, _READY, _MOVING):
-            _go_on_pouring(path, place)
+            _pour(path, place)
 
 
 def _left(place: Path, *kinds: str) -> list[Path]:
@@ -224,13 +213,10 @@ def _change_places(new: Path, place: Path) -> None:
         _pour(new, place)
 
 
-def _pour(new: Path, place: Path) -> None:
-    """Moves the files of a finished draft to their names in a folder."""
-    _go_on_pouring(new.rename(new.with_suffix(f".{_READY}")), place)
-
-
-def _go_on_pouring(path: Path, place: Path) -> None:
-    """Does what is left to do; it does not matter how much of it was done before."""
+def _pour(path: Path, place: Path) -> None:
+    """Moves the files of a finished draft to their names in a folder, however much of it was done before."""
+    if path.suffix == f".{_NEW}":
+        path = path.rename(path.with_suffix(f".{_READY}"))
     if path.suffix == f".{_READY}":
         names = set(os.listdir(path))
         if _ENTRY in names:
@@ -278,10 +264,7 @@ def _exchange(one: Path, other: Path) -> None:
 
 
 def check_place(path: str | os.PathLike, *, file: bool = False) -> None:
-    """Refuses a place that cannot be written; nothing is left there.
-
-    Args:
-        path: The folder, or the file if `file`; it need not exist yet.
+    """Refuses a folder, or a file if `file`, that cannot be written; it need not exist yet, and nothing is left there.
 
     Raises:
         PlaceError: The name is empty, too long or has a NUL in it, is that of a link to nothing, or of a file
@@ -292,20 +275,14 @@ def check_place(path: str | os.PathLike, *, file: bool = False) -> None:
     place = resolve(path, file=file)
     try:
         there = _existing(place)
-        inside = there == place and not file and must_stay(place)
+        inside = there == place and not file
         _try_out(draft(place if there == place else there / place.name, _PROBE, inside=inside))
-        if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise PlaceError(f"{said(path)} cannot be written: {reason(error)}.") from error
 
 
 def check_room(path: str | os.PathLike, size: int, *, file: bool = False) -> None:
-    """Refuses to write more bytes than the disk of a place has left; the place need not exist yet.
-
-    Raises:
-        PlaceError: There is too little room, or nothing can be written there at all, see `check_place`.
-    """
+    """As `check_place`; refuses to write more bytes than the disk of a place has left, too."""
     check_place(path, file=file)
     there = _existing(resolve(path, file=file))
     free = shutil.disk_usage(there if there.is_dir() else there.parent).free
@@ -317,11 +294,7 @@ _in_words = partial(tqdm.format_sizeof, suffix="B")
 
 
 def resolve(path: str | os.PathLike, *, file: bool = False) -> Path:
-    """The place itself, behind all links.
-
-    Raises:
-        PlaceError: There can be no such place, or something of another kind is there.
-    """
+    """The place itself, behind all links; a `PlaceError` where there can be none, or something of another kind is."""
     name, kind = os.fsdecode(path), "file" if file else "folder"
     if not name.strip():
         raise PlaceError(f"The name of the {kind} to write is empty: give one (`.` is the working directory).")
@@ -354,7 +327,7 @@ def is_device(path: str | os.PathLike) -> bool:
 
 
 def must_stay(folder: Path) -> bool:
-    """Whether a folder cannot change places with another one: it would be in the way of the user or the system.
+    """Whether a folder cannot change places with another one.
 
     It holds the working directory or a mounted file system, or is one, or there is no permission in its parent.
     """
@@ -392,10 +365,7 @@ def said(path: str | os.PathLike) -> str:
 
 
 def of_the_system(error: BaseException | None) -> OSError | None:
-    """What the system said, also where a library has put it into an exception of its own; `None` if it was not that.
-
-    The libraries `safetensors` and `tokenizers` say `(os error 28)` in the text of theirs.
-    """
+    """What the system said, also where safetensors and tokenizers say `(os error 28)` in errors of theirs."""
     if isinstance(error, OSError):
         return error
     found = _OS_ERROR.search(str(error))
@@ -429,7 +399,6 @@ def _mounts() -> list[Path]:
 
 
 def _try_out(probe: Path) -> None:
-    """Makes a folder and removes it."""
     with contextlib.suppress(FileExistsError):  # by another process that asks the same
         probe.mkdir()
     with contextlib.suppress(OSError):
@@ -446,12 +415,7 @@ _LONGEST = 60
 
 
 def draft(place: Path, kind: str, *, inside: bool = False) -> Path:
-    """The hidden name of what will be in a place or was there, written by who has it `alone`.
-
-    Args:
-        kind: Lower-case letters: what is to be done with it if its process has died.
-        inside: In the folder instead of beside it.
-    """
+    """The hidden name, beside a place or inside it, of what will be there or was there: for who has it `alone`."""
     if inside:
         return place / f".{_HERE}.{kind}"
     name = place.name
@@ -463,8 +427,7 @@ def draft(place: Path, kind: str, *, inside: bool = False) -> Path:
 def alone(place: Path, *, wait: bool = True) -> Iterator[None]:
     """No other process of this user and machine has the same place while the block runs; a killed one gives it free.
 
-    Raises:
-        Timeout: Another one has it, and should not be waited for.
+    Where another one has it and should not be waited for, `filelock.Timeout` is raised.
     """
     lock = FileLock(Path(tempfile.gettempdir(), f"hf_structprune-{_HERE}-{_digits(os.fspath(place), 32)}.lock"))
     try:

@@ -26,46 +26,23 @@ from ..evaluation.results import EvaluationResult, Figure
 from ..evaluation.table import ResultTable
 from ..files.writing import write_text
 from ..library_errors import is_network_error
+from . import words
 from .contents import CARD_NAME, Contents, protocols, read_metadata, read_text
 from .origin import TAGS, Origin, attribution, base_metadata, is_file, public_config, read_origin
-from .words import (
-    PICTURE_NAME,
-    calibration_datasets,
-    calibration_in_words,
-    calibration_of,
-    citations,
-    dataset_names,
-    libraries,
-    loading_value,
-    making_in_python,
-    making_on_the_command_line,
-    quantisation_section,
-    quantisation_summary,
-    recovery_section,
-    recovery_summary,
-    render,
-    uses_text,
-    what_went,
-)
+from .words import PICTURE_NAME, calibration_datasets, calibration_of, dataset_names, render, uses_text
 
 
 logger = logging.get_logger(__name__)
 
 
 def make_card(
-    folder: str | os.PathLike,
-    *,
-    name: str | None = None,
-    base_model: str | os.PathLike | None = None,
-    previous: str | None = None,
-    recorded: Origin | None = None,
-) -> ModelCard:
+    folder: str | os.PathLike, *, name: str | None = None, base_model: str | os.PathLike | None = None,
+    previous: str | None = None, recorded: Origin | None = None,
+) -> ModelCard:  # fmt: skip
     """The model card of a checkpoint that this package made.
 
-    Reads `config.json`, `pruning_config.json`, `pruning_plan.json`, and if they are there `evaluation_results.json`,
-    `evaluation_results_dense.json`, `pruned_widths.png` and `pictures/*.png`, of a recovered model `recovery.json`,
-    `recovery.png` and `evaluation_results_pruned.json`, and of a quantised one `quantization.json` and the results of
-    the states before. A figure that is in none of them is not in the card.
+    Reads what this package has written there: configuration, plan, pictures, and what was measured on it and on the
+    models before it. A figure that is in none of these files is not in the card.
 
     Args:
         folder: The checkpoint.
@@ -93,67 +70,30 @@ def _make_card(
     name = name or card_name(contents.folder, previous)
     origin = _origin(base_model, known, recorded or read_origin(contents.record))
     data = _metadata(name, contents, origin, known, base_model is not None)
-    config, plan, recovery, quantization = contents.config, contents.plan, contents.recovery, contents.quantization
-    results, columns, used_text = contents.results, contents.columns(), uses_text(config, plan)
-    public, options = public_config(config), origin.options if origin is not None else {}
-    picture = PICTURE_NAME if (contents.folder / PICTURE_NAME).is_file() else None
-    link = "the base model" if origin is None else origin.link
-    code = ("BASE_MODEL" if origin is None else origin.name, public, plan, options)
+    config, plan, public = contents.config, contents.plan, public_config(contents.config)
+    link, base = ("the base model", "BASE_MODEL") if origin is None else (origin.link, origin.name)
+    options, columns = {} if origin is None else origin.options, contents.columns()
     first, *others = dict.fromkeys([*SECTIONS, *texts])
     text = render(
-        "model_card",
-        card_data=data.to_yaml(),
-        contents=contents,
-        plan=plan,
-        config=config,
-        mark=generated_mark(name),
-        name=name,
-        link=link,
-        base_name=link if origin is None else origin.name,
-        metadata=data.to_dict(),
-        attribution=attribution(data.to_dict(), name),
-        per_layer="per_layer_config" in contents.model_config,
-        sees=contents.sees,
-        libraries=[] if quantization is None else libraries(quantization),
-        introduction=section(first, texts),
-        sections=[section(name, texts) for name in others],
-        table=ResultTable(columns).to_markdown().rstrip(),
-        protocols=protocols(columns),
-        environment=_environment(results),
-        recovery="" if recovery is None else recovery_section(recovery, picture=picture),
-        recovery_summary="" if recovery is None else recovery_summary(recovery),
-        quantisation="" if quantization is None else quantisation_section(quantization),
-        quantisation_summary="" if quantization is None else quantisation_summary(quantization),
-        loaded={name: loading_value(value).strip('"') for name, value in options.items()},
-        what=what_went(config, plan),
-        calibration=calibration_in_words(config.calibration) if used_text else "none",
-        refitted=config.compensation and used_text and bool(plan.groups or plan.hidden or config.error_correction),
-        versions=contents.record.get("versions", {}),
-        in_python=making_in_python(*code),
-        on_the_command_line=making_on_the_command_line(*code),
-        configuration=json.dumps(public.to_dict(), indent=2),
-        citations=citations(config, plan, any(n.startswith("tasks/") for side in results for n in side.figures)),
-    )
+        "model_card", say=words, contents=contents, plan=plan, config=config, options=options, name=name, link=link,
+        base_name=link if origin is None else base, made_from=(base, public, plan, options), mark=generated_mark(name),
+        card_data=data.to_yaml(), metadata=data.to_dict(), attribution=attribution(data.to_dict(), name),
+        introduction=section(first, texts), sections=[section(name, texts) for name in others],
+        table=ResultTable(columns).to_markdown().rstrip(), protocols=protocols(columns),
+        environment=_environment(contents.results), configuration=json.dumps(public.to_dict(), indent=2),
+        picture=PICTURE_NAME if (contents.folder / PICTURE_NAME).is_file() else None,
+    )  # fmt: skip
     return ModelCard(text + "\n")
 
 
 def write_card(
-    folder: str | os.PathLike,
-    *,
-    name: str | None = None,
-    base_model: str | os.PathLike | None = None,
-    previous: str | None = None,
-    recorded: Origin | None = None,
-    overwrite: bool = False,
-) -> Path | None:
+    folder: str | os.PathLike, *, name: str | None = None, base_model: str | os.PathLike | None = None,
+    previous: str | None = None, recorded: Origin | None = None, overwrite: bool = False,
+) -> Path | None:  # fmt: skip
     """Writes `README.md` and `.eval_results/*.yaml` into a checkpoint folder.
 
-    A README.md that is not ours (neither generated here nor with marked sections) stays as it is, with a warning.
-
-    Args:
-        folder: The checkpoint.
-        name, base_model, previous, recorded: See `make_card`.
-        overwrite: Replace a README.md that is not ours.
+    A README.md that is not ours (neither generated here nor with marked sections) stays as it is, with a warning,
+    unless `overwrite` is true. The other arguments are those of `make_card`.
 
     Returns:
         The file, or `None` if it was left alone.
@@ -172,8 +112,8 @@ def write_card(
 
 def card_name(folder: Path, previous: str) -> str:
     """The Hub id that the card in a folder was written for, or else the folder's name."""
-    earlier = generated_for(previous) or ""
-    return earlier if "/" in earlier else folder.absolute().name
+    found = _GENERATED.search(previous)
+    return found[1] if found and "/" in found[1] else folder.absolute().name
 
 
 def _origin(base_model: Any, known: dict[str, Any], recorded: Origin | None) -> Origin | None:
@@ -213,15 +153,9 @@ def generated_mark(name: str) -> str:
     )
 
 
-def generated_for(card: str) -> str | None:
-    """The name that a card of ours was written for; `None` if it is not ours."""
-    found = _GENERATED.search(card)
-    return found and found[1]
-
-
 def is_ours(card: str) -> bool:
     """Whether a card may be written anew: it was generated, or has marked sections that will be kept."""
-    return generated_for(card) is not None or bool(read_sections(card))
+    return bool(_GENERATED.search(card) or _SECTION.search(card))
 
 
 def read_sections(card: str) -> dict[str, str]:
@@ -380,10 +314,7 @@ _PROBE_SECONDS = 10.0
 
 
 def validate_card(path: str | os.PathLike) -> bool:
-    """Checks the metadata of a card: `model-index` here, all of it by the Hub (`ModelCard.validate`) if one answers.
-
-    Args:
-        path: The README.md.
+    """Checks the metadata of a README.md: `model-index` here, all by the Hub (`ModelCard.validate`) if one answers.
 
     Returns:
         Whether the Hub was asked; `False` when offline (`HF_HUB_OFFLINE`) and where it cannot be reached.

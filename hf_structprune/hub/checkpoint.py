@@ -35,16 +35,9 @@ logger = logging.get_logger(__name__)
 
 
 def save_checkpoint(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    folder: Path,
-    name: str,
-    *,
-    config: PruningConfig,
-    plan: PruningPlan | None,
-    origin: Origin | None,
-    **kwargs: Any,
-) -> None:
+    model: PreTrainedModel, tokenizer: Any, folder: Path, name: str, *, config: PruningConfig,
+    plan: PruningPlan | None, origin: Origin | None, **kwargs: Any,
+) -> None:  # fmt: skip
     """Writes a pruned model as a checkpoint that the card calls `name`, all at once or not at all.
 
     A `plan` of `None` is refused; `kwargs` go to the model's `save_pretrained`.
@@ -97,15 +90,9 @@ def or_say(write: Callable[[], Any], what: str, folder: Path) -> None:
 
 
 def push_folder(
-    folder: str | os.PathLike,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | None = None,
-    commit_message: str | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-) -> CommitInfo:
+    folder: str | os.PathLike, repo_id: str, *, private: bool | None = None, token: str | None = None,
+    commit_message: str | None = None, revision: str | None = None, create_pr: bool = False,
+) -> CommitInfo:  # fmt: skip
     """Pushes a checkpoint of this package to the Hub, in one commit.
 
     The card is written anew first, with the name of the repository (see `write_card`: text in its marked sections
@@ -116,13 +103,10 @@ def push_folder(
     not arrived.
 
     Args:
-        folder: The checkpoint.
         repo_id: Where it goes, such as `"me/SmolLM2-135M-pruned"`; made if it is not there.
         private: Make a new repository private. `None` leaves that to the account's settings.
         token: Token with the right to write. Default: that of `hf auth login` or `HF_TOKEN`.
-        commit_message: First line of the commit.
         revision: Branch to commit to, made if it is not there. Default: `main`.
-        create_pr: Open a pull request instead.
 
     Returns:
         The commit, with `commit_url`, `oid` and `pr_url`.
@@ -137,7 +121,11 @@ def push_folder(
     check_card(folder)
     if (damage := damaged_weights(folder)) is not None:
         raise HubError(f"{folder} is no whole checkpoint: {damage}.")
-    _check_token(token)
+    sent = get_token() if token is None else token
+    if not sent:
+        raise HubError(f"There is no token for the Hub; {LOGIN}.")
+    if not sent.isascii() or not sent.isprintable() or " " in sent:  # the HTTP library would print it
+        raise HubError("The token has spaces, line breaks or other characters that no token of the Hub has.")
     if create_pr and revision not in (None, "main"):
         raise HubError(f"`create_pr` proposes a change to `main`; it cannot go to the branch {revision!r} as well.")
     with clear_errors(repo_id, token):
@@ -155,15 +143,6 @@ def push_folder(
             commit_message=commit_message or f"Upload {repo_id.rpartition('/')[2]}, pruned by hf_structprune",
             allow_patterns=_GO, ignore_patterns=_NEVER, delete_patterns=_STALE,
         )  # fmt: skip
-
-
-def _check_token(token: str | None) -> None:
-    """Refuses a token that no request can carry: the HTTP library would print it."""
-    found = token if token is not None else get_token()
-    if not found:
-        raise HubError(f"There is no token for the Hub; {LOGIN}.")
-    if not found.isascii() or not found.isprintable() or " " in found:
-        raise HubError("The token has spaces, line breaks or other characters that no token of the Hub has.")
 
 
 # Hidden files may hold secrets (.env, .netrc, .git), all but these; pickles run code when they are read; keys are

@@ -40,16 +40,16 @@ BEFORE = {
 
 
 class Contents:
-    """A pruned, recovered or quantised checkpoint, apart from its weights.
+    """A pruned, recovered or quantised checkpoint, apart from its weights: what stands in the files of this package.
 
     Attributes:
-        folder: Where it is.
-        config: What it was pruned with.
-        plan: What went.
         model_config: Its config.json.
+        record: What was written into that when it was pruned; empty for checkpoints without it.
+        sees: Whether it takes images as well.
         result: What was measured on it; `None` for nothing.
         before: What was measured on the models before it, by their states; `None` for nothing.
-        recovery, quantization: The reports (recovery.json, quantization.json), if there are such.
+        state: `"pruned"`, `"recovered"` or `"quantised"`.
+        was_recovered: Whether it was trained after pruning.
 
     Raises:
         HubError: The folder is no checkpoint of this package; says which file is missing.
@@ -74,6 +74,14 @@ class Contents:
         self.before: dict[str, EvaluationResult | None] = {state: found.get(name) for state, name in BEFORE.items()}
         self.recovery: dict[str, Any] | None = found.get(RECOVERY_NAME)
         self.quantization: dict[str, Any] | None = found.get(QUANTIZATION_NAME)
+        self.record: dict[str, Any] = self.model_config.get(RECORD) or {}
+        classes = self.model_config.get("architectures") or []
+        self.sees = any(name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values() for name in classes)
+        trained = self.recovery is not None or (self.result is not None and self.result.state == "recovered")
+        self.state = "recovered" if trained else "pruned"
+        if self.quantization is not None or "quantization_config" in self.model_config:
+            self.state = "quantised"
+        self.was_recovered = trained or self.before["recovered"] is not None
         for state, side in [*self.before.items(), (self.state, self.result)]:
             if side is not None:
                 self._check_result(RESULTS_NAME if side is self.result else BEFORE[state], side, state)
@@ -90,40 +98,15 @@ class Contents:
             )
 
     @property
-    def record(self) -> dict[str, Any]:
-        """What was written into config.json when it was pruned; empty for checkpoints without it."""
-        return self.model_config.get(RECORD) or {}
-
-    @property
-    def sees(self) -> bool:
-        """Whether it takes images as well."""
-        classes = self.model_config.get("architectures") or []
-        return any(name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values() for name in classes)
-
-    @property
-    def state(self) -> str:
-        """`"pruned"`, `"recovered"` or `"quantised"`."""
-        if self.quantization is not None or "quantization_config" in self.model_config:
-            return "quantised"
-        was_trained = self.recovery is not None or (self.result is not None and self.result.state == "recovered")
-        return "recovered" if was_trained else "pruned"
-
-    @property
-    def was_recovered(self) -> bool:
-        """Whether it was trained after pruning."""
-        return self.state == "recovered" or self.recovery is not None or self.before["recovered"] is not None
-
-    @property
     def measured(self) -> dict[str, EvaluationResult | None]:
         """What was measured, by the states that this checkpoint went through; its own results are under its own."""
-        states, before = ["dense"], self.before
-        if self.state != "pruned" and (
-            before["pruned"] is not None or self.recovery is not None or not self.was_recovered
-        ):
-            states.append("pruned")
+        sides = {"dense": self.before["dense"]}
+        pruned, recovered = self.before["pruned"], self.before["recovered"]
+        if self.state != "pruned" and (pruned is not None or self.recovery is not None or not self.was_recovered):
+            sides["pruned"] = pruned
         if self.state == "quantised" and self.was_recovered:
-            states.append("recovered")
-        return {**{state: before[state] for state in states}, self.state: self.result}
+            sides["recovered"] = recovered
+        return {**sides, self.state: self.result}
 
     @property
     def results(self) -> list[EvaluationResult]:
@@ -166,8 +149,7 @@ class Contents:
     def columns(self) -> list[EvaluationResult]:
         """The columns of the table: the states that a checkpoint went through, from dense to its own.
 
-        Parameters, bytes and MACs are those of the plan and the reports where they were not measured on all sides;
-        nothing else is added.
+        Parameters, bytes and MACs are those of the plan and the reports where they were not measured on all sides.
         """
         packed = "" if self.quantization is None else "; of the quantised model, the bytes of its files"
         columns, measured = [], self.measured
@@ -210,11 +192,7 @@ def read_text(path: Path) -> str:
 
 
 def read_metadata(card: str) -> dict[str, Any]:
-    """The metadata of a card, empty if it has none.
-
-    Raises:
-        HubError: It cannot be read.
-    """
+    """The metadata of a card, empty if it has none; a `HubError` if they cannot be read."""
     if not card.lstrip().startswith("---"):
         return {}
     try:
@@ -238,11 +216,7 @@ def check_card(folder: Path) -> None:
 
 
 def check_file(path: Path, read: Callable[[Path], Any]) -> Any:
-    """What a file holds.
-
-    Raises:
-        CheckpointError: It cannot be read, whatever the reason.
-    """
+    """What a file holds; a `CheckpointError` that names it if it cannot be read, whatever the reason."""
     try:
         return read(path)
     except StructPruneError as error:
@@ -253,29 +227,25 @@ def check_file(path: Path, read: Callable[[Path], Any]) -> Any:
 
 
 def _read_files(folder: Path) -> dict[str, Any]:
-    return {name: check_file(folder / name, read) for name, read in _FILES.items() if (folder / name).is_file()}
+    """What stands in the files of this package by their names, told once as the card does, so that it can be."""
 
-
-def _and_tell(read: Callable[[Path], Any], *tellers: Callable[[Any], Any]) -> Callable[[Path], Any]:
-    """Reads a file and tells it as the card does, so that whatever a card will need of it is there."""
-
-    def read_and_tell(path: Path) -> Any:
-        found = read(path)
+    def read(path: Path) -> Any:
+        load, *tellers = _FILES[path.name]
+        found = load(path)
         for tell in tellers:
             tell(found)
         return found
 
-    return read_and_tell
+    return {name: check_file(folder / name, read) for name in _FILES if (folder / name).is_file()}
 
 
 _FILES = {
-    "config.json": partial(read_json_object, repeats=True),
-    CONFIG_NAME: _and_tell(PruningConfig.load, config_expression),
-    PLAN_NAME: _and_tell(PruningPlan.load, PruningPlan.table),
-    RECOVERY_NAME: _and_tell(read_report, recovery_section, recovery_summary),
-    QUANTIZATION_NAME: _and_tell(read_report, quantisation_section, quantisation_summary),
+    "config.json": (partial(read_json_object, repeats=True),),
+    CONFIG_NAME: (PruningConfig.load, config_expression),
+    PLAN_NAME: (PruningPlan.load, PruningPlan.table),
+    RECOVERY_NAME: (read_report, recovery_section, recovery_summary),
+    QUANTIZATION_NAME: (read_report, quantisation_section, quantisation_summary),
     **dict.fromkeys(
-        (RESULTS_NAME, *BEFORE.values()),
-        _and_tell(EvaluationResult.load, lambda result: ResultTable([result]).to_markdown()),
+        (RESULTS_NAME, *BEFORE.values()), (EvaluationResult.load, lambda result: ResultTable([result]).to_markdown())
     ),
 }

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -182,23 +181,20 @@ def base_metadata(origin: Origin) -> dict[str, Any]:
     A folder's README.md, or the card in the cache, or else on the Hub, if that answers at once: a download would try
     for long.
     """
+    source = origin.name if origin.folder is None else origin.folder / "README.md"
+    if not origin.on_hub and (origin.folder is None or not source.is_file()):
+        return {}
     try:
-        if origin.folder is not None:
-            readme = origin.folder / "README.md"
-            metadata = metadata_load(readme) if readme.is_file() else None
-        elif origin.on_hub:
-            if not isinstance(try_to_load_from_cache(origin.name, "README.md"), str):
-                HfApi().model_info(origin.name, timeout=_HUB_TIMEOUT)
-            metadata = ModelCard.load(origin.name, ignore_metadata_errors=True).data.to_dict()
-        else:
-            metadata = None
+        if origin.on_hub and not isinstance(try_to_load_from_cache(source, "README.md"), str):
+            HfApi().model_info(source, timeout=_HUB_TIMEOUT)
+        metadata = ModelCard.load(source, ignore_metadata_errors=True).data.to_dict()
     except Exception as error:
         if not isinstance(error, (OSError, ValueError)) and not is_network_error(error):
             raise
-        metadata = None
         logger.warning(f"The card of {origin.name} could not be read, so that its licence is unknown: {error}")
+        return {}
     wanted = ("license", "license_name", "license_link", "language")
-    return {key: value for key, value in (metadata or {}).items() if key in wanted and value}
+    return {key: value for key, value in metadata.items() if key in wanted and value}
 
 
 # By version: family, words to show, and what the name of a derived model has to begin with.

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..config import PruningConfig
 from ..criteria import Method, Paper, channels, class_of, depth
 from ..criteria.inputs import SURGEON, WIFV
 from ..errors import CheckpointError
+from ..evaluation.results import EvaluationResult
 from ..files.reading import read_json_object
 from ..hardware import dtype_of
 from ..installed import LIBRARIES
@@ -71,12 +73,12 @@ def method_of(kind: str, criterion: str) -> Method:
     return Method(found.papers, found.needs_inputs or found.needs_gradients)
 
 
-def citations(config: PruningConfig, plan: PruningPlan, tasks: bool = False) -> list[str]:
+def citations(config: PruningConfig, plan: PruningPlan, results: Sequence[EvaluationResult]) -> list[str]:
     """BibTeX entries of what a configuration uses; of lm-eval too if its tasks were measured."""
     papers = [paper for method in _methods(config, plan) for paper in method.papers]
     papers += WIFV.papers if config.allocation == "global" else ()
     papers += [SURGEON] if config.compensation else []
-    papers += [LM_EVAL] if tasks else []
+    papers += [LM_EVAL] if any(name.startswith("tasks/") for side in results for name in side.figures) else []
     return [paper.bibtex for paper in dict.fromkeys(papers)]
 
 
@@ -222,8 +224,7 @@ _WEIGHTED = ("temperature", "label_weight", "hidden_weight", "attention_weight")
 def read_report(path: Path) -> dict[str, Any] | None:
     """The content of `recovery.json` or `quantization.json`; `None` where there is no such file.
 
-    Raises:
-        CheckpointError: It cannot be read, or is of another version.
+    A `CheckpointError` says if it cannot be read, or is of another version.
     """
     if not path.is_file():
         return None
@@ -236,18 +237,15 @@ def read_report(path: Path) -> dict[str, Any] | None:
 
 def recovery_section(report: dict[str, Any], *, picture: str | None = PICTURE_NAME) -> str:
     """The section "Recovery" in Markdown, of the content of `recovery.json` and the file with its curve, if any."""
-    training, values, told = (
-        report.get("training") or {},
-        report.get("configuration"),
-        report.get("distillation") or {},
-    )
+    training, told = report.get("training") or {}, report.get("distillation") or {}
+    config = RecoveryConfig.from_dict(report["configuration"]) if report.get("configuration") else None
     facts = [words.format(training[key]) for key, words in _TRAINING.items() if training.get(key)]
     if seconds := training.get("seconds"):
         facts.append(f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.1f} minutes")
     weights = [f"{name.replace('_', ' ')} {told[name]:g}" for name in _WEIGHTED if told.get(name)]
     return render(
-        "recovery", picture=picture, config=RecoveryConfig.from_dict(values) if values else None, facts=facts,
-        weights=weights, datasets=dataset_names(report), versions=_versions(report), command=recover_command(report),
+        "recovery", picture=picture, config=config, facts=facts, weights=weights,
+        datasets=dataset_names(report), versions=_versions(report), command=recover_command(report),
         **_curve(report),
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ import math
 import tempfile
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from ..hooks import as_output, others_of
 from ..model.describe import target_of
 from ..model.experts import Experts, without_experts
 from ..model.families import PROVEN
-from ..model.hidden_size import NormKind, hidden_group, stream_norms
+from ..model.hidden_size import hidden_group, stream_norms
 from ..model.modeling_structprune import PerLayerMixin
 from ..model.rebuild import rebuild
 from ..model.structure import Group, LayerStructure, ModelStructure, decoder_layers
@@ -75,10 +75,8 @@ def prove(model: PreTrainedModel, structure: ModelStructure, kinds: Collection[s
 def prove_decoder(decoder: PreTrainedModel, structure: ModelStructure) -> None:
     """Refuses a text decoder that computes something else alone than in the whole model that it is a part of.
 
-    A small random twin of it takes its place; the towers are not run and have no weights.
-
-    Raises:
-        UnsupportedModelError: Says what differs or could not be tried.
+    A small random twin of it takes its place; the towers are not run and have no weights. An `UnsupportedModelError`
+    says what differs or could not be tried.
     """
 
     def attempt() -> None:
@@ -167,11 +165,7 @@ def _reason(attempt: Callable[[], None]) -> str | None:
 
 
 def small_twin(model: PreTrainedModel, structure: ModelStructure) -> PreTrainedModel:
-    """A small random model in float64 on the CPU with the structure of a model.
-
-    Raises:
-        UnsupportedModelError: It is not small, or its parts are not those of the model.
-    """
+    """A small random model in float64 with the structure of a model; an `UnsupportedModelError` if there is none."""
     values, kept = shrunk_values(model, structure)
     target = make_target(model, values)
     size = sum(parameter.numel() for parameter in target.skeleton().parameters())
@@ -279,8 +273,9 @@ class Trial:
             small = next(_possible(partial(self._cut, {}, {}, layout, dropped) for layout in layouts))
             if sublayer:
                 mask_sublayers(masked, self.structure, dropped)
-            with nullcontext() if sublayer else _passed_over(masked.get_submodule(layer.name)):
-                return small, logits(masked, self.tokens)
+            else:
+                masked.get_submodule(layer.name).register_forward_hook(_pass_over, with_kwargs=True)
+            return small, logits(masked, self.tokens)
 
         layouts = ("per_layer",) if sublayer else LAYOUTS
         modules = [module for _, module in decoder_layers(self.model, self.structure.family)]
@@ -374,10 +369,10 @@ def mask_channels(model: nn.Module, dims: dict[str, int], kept: torch.Tensor) ->
             model.get_parameter(name).movedim(dim, 0)[gone] = 0
     for name, kind in norms.items():
         if kind.centred:
-            _among(model.get_submodule(name), kept, kind)
+            _among(model.get_submodule(name), kept)
 
 
-def _among(norm: nn.Module, kept: torch.Tensor, kind: NormKind) -> None:
+def _among(norm: nn.Module, kept: torch.Tensor) -> None:
     """Lets a LayerNorm see the kept channels alone; the others give zeros."""
     small = copy.deepcopy(norm)
     for leaf, parameter in norm.named_parameters(recurse=False):
@@ -404,18 +399,9 @@ def _over_kept(norm: nn.Module, share: float) -> None:
             setattr(norm, name, getattr(norm, name) * share)
 
 
-@contextmanager
-def _passed_over(layer: nn.Module) -> Iterator[None]:
-    """While it is open, a layer returns the hidden states that it gets."""
-
-    def back(_, args, kwargs, output):
-        return as_output(args[0] if args else kwargs["hidden_states"], others_of(output))
-
-    handle = layer.register_forward_hook(back, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+def _pass_over(_, args, kwargs, output):
+    """A hook by which a layer returns the hidden states that it gets."""
+    return as_output(args[0] if args else kwargs["hidden_states"], others_of(output))
 
 
 @torch.no_grad()
@@ -448,12 +434,11 @@ def apart() -> Iterator[None]:
         stack.callback(logging.set_verbosity, logging.get_verbosity())
         if logging.is_progress_bar_enabled():
             stack.callback(logging.enable_progress_bar)
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.device("cpu"))
-        stack.enter_context(torch.autocast("cpu", enabled=False))
-        stack.enter_context(warnings.catch_warnings())
+        for context in (
+            torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad(), torch.device("cpu"),
+            torch.autocast("cpu", enabled=False), warnings.catch_warnings(),
+        ):  # fmt: skip
+            stack.enter_context(context)
         warnings.simplefilter("ignore")
         torch.default_generator.manual_seed(0)  # and not those of other devices
         torch.set_default_dtype(torch.float64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -59,23 +59,20 @@ def _experts(values: dict[str, Any]) -> int:
 
 def _factors(model: PreTrainedModel, values: dict[str, Any]) -> tuple[int, int]:
     """By what the sizes of heads and the numbers of heads are divided."""
-    numbers = list(_numbers(values))
-    names = getattr(model.config, "attribute_map", {})
-    hidden, heads, head = (
-        values.get(names.get(name, name)) for name in ("hidden_size", "num_attention_heads", "head_dim")
-    )
+    numbers, names = list(_numbers(values)), getattr(model.config, "attribute_map", {})
+    hidden, heads, head = (values.get(names.get(k, k)) for k in ("hidden_size", "num_attention_heads", "head_dim"))
     counts = [value for key, value in numbers if _HEAD_COUNTS.search(key) and value > 1]
     head = head or (hidden // heads if heads else 64)
     sizes = [head, *(value for key, value in numbers if key.endswith("head_dim") and value)]
-    sections = [part for part in _sections(values) if part]
+    sections = [part for section in _named(values, "mrope_section") for part in section or () if part]
     partial = any(isinstance(value, float) and value < 1 for value in _named(values, "partial_rotary_factor"))
     smallest = 16 if partial else 8
     size = max((n for n in _divisors(math.gcd(*sizes, *sections)) if min(sizes) / n >= smallest), default=1)
     count = max((n for n in _divisors(math.gcd(*counts)) if min(counts) / n >= 2), default=1) if counts else 1
     while hidden % (size * count) and count > 1:
-        count = max(n for n in _divisors(count) if n < count)
+        count = _divisors(count)[-2]
     while hidden % (size * count) and size > 1:
-        size = max(n for n in _divisors(size) if n < size)
+        size = _divisors(size)[-2]
     return size, count
 
 
@@ -99,10 +96,6 @@ def _named(values: Any, name: str):
     if isinstance(values, dict):
         for key, value in values.items():
             yield from [value] if key == name else _named(value, name)
-
-
-def _sections(values: dict[str, Any]) -> list[int]:
-    return [part for section in _named(values, "mrope_section") for part in section or ()]
 
 
 def _shrunk(values: Any, size: int, count: int, experts: int, key: str = "") -> Any:
@@ -129,14 +122,14 @@ def _number(key: str, value: int, size: int, count: int, experts: int) -> int:
         return min(value, WINDOW)
     if key == "mrope_section":
         return value // size
-    if _HEAD_COUNTS.search(key):
-        return value // count if value > 1 else value
-    if _HEAD_SIZES.search(key):
-        return max(value // size, min(value, 2)) if value else value
+    if _HEAD_COUNTS.search(key) and value > 1:
+        return value // count
+    if _HEAD_SIZES.search(key) and value:
+        return max(value // size, min(value, 2))
     if "experts" in key and "tok" not in key:
         return min(value, experts)
-    if _WIDTHS.search(key):
-        return max(value // (size * count), 4) if value > 4 else value
+    if _WIDTHS.search(key) and value > 4:
+        return max(value // (size * count), 4)
     return value
 
 
@@ -145,51 +138,39 @@ def _with_few_layers(
 ) -> tuple[dict[str, Any], list[int]]:
     """Values with one or two layers of each kind, three at least; with all layers if that cannot be written."""
     layers = [layer for _, layer in decoder_layers(skeleton(model), structure.family)]
-    everything = list(range(len(layers)))
-    kept = representatives(values, layers)
-    if len(kept) == len(layers):
+    everything, kept = list(range(len(layers))), representatives(values, layers)
+    if kept == everything:
         return values, everything
     key = structure.family.key("layers_key", model.config)
-    key = key if values.get(key) == len(layers) else None
     try:
-        fewer = without_layers(values, set(everything) - set(kept), len(layers), key)
+        fewer = without_layers(
+            values, set(everything) - set(kept), len(layers), key if values.get(key) == len(layers) else None
+        )
         shallow = make_target(model, fewer).skeleton()
     except StructPruneError:
         return values, everything
-    cut = [layer for _, layer in decoder_layers(shallow, structure.family)]
-    same = len(cut) == len(kept) and all(
-        _without_numbers(layers[old]) == _without_numbers(layer) for old, layer in zip(kept, cut, strict=True)
-    )
-    return (fewer, kept) if same else (values, everything)
+    cut = [_without_numbers(layer) for _, layer in decoder_layers(shallow, structure.family)]
+    return (fewer, kept) if cut == [_without_numbers(layers[old]) for old in kept] else (values, everything)
 
 
 def _without_numbers(layer: nn.Module) -> dict[str, Any]:
     """What a layer is, whatever its numbers: some classes scale by the number of layers."""
-    numbers = (int, float)
-    return {
-        key: "number" if isinstance(value, numbers) and not isinstance(value, bool) else value
-        for key, value in description(layer).items()
-    }
+    return {key: "number" if type(value) in (int, float) else value for key, value in description(layer).items()}
 
 
 def representatives(values: dict[str, Any], layers: Sequence[nn.Module]) -> list[int]:
     """The first two layers of every kind; three where all are of one kind.
 
-    Layers that differ in numbers alone (a scale, a window) are of different kinds, unless there are too many.
+    Layers are alike if they have the same entries in all lists of the configuration, too. Those that differ in numbers
+    alone (a scale, a window) are of different kinds, unless there are too many.
     """
-    kinds = _kinds(values, layers, description)
-    if len(kinds) > _KINDS:
-        kinds = _kinds(values, layers, _without_numbers)
-    most = 3 if len(kinds) == 1 else 2
-    return sorted(index for indices in kinds for index in indices[:most])
-
-
-def _kinds(
-    values: dict[str, Any], layers: Sequence[nn.Module], describe: Callable[[nn.Module], dict[str, Any]]
-) -> list[list[int]]:
-    """Numbers of the layers that are alike, and have the same entries in all lists of the configuration."""
     lists = [value for value in values.values() if isinstance(value, (list, tuple)) and len(value) == len(layers)]
     kinds: dict[str, list[int]] = {}
-    for index, layer in enumerate(layers):
-        kinds.setdefault(repr((describe(layer), [value[index] for value in lists])), []).append(index)
-    return list(kinds.values())
+    for describe in (description, _without_numbers):
+        kinds = {}
+        for index, layer in enumerate(layers):
+            kinds.setdefault(repr((describe(layer), [value[index] for value in lists])), []).append(index)
+        if len(kinds) <= _KINDS:
+            break
+    most = 3 if len(kinds) == 1 else 2
+    return sorted(index for indices in kinds.values() for index in indices[:most])
