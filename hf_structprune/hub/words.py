@@ -141,18 +141,17 @@ def _by_plan(config: PruningConfig, plan: PruningPlan) -> bool:
 
 def making_in_python(base: str, config: PruningConfig, plan: PruningPlan, options: dict[str, Any]) -> str:
     """The lines that make the model again; `options` are what `from_pretrained` needs to load the same weights."""
-    by_plan, ratio = _by_plan(config, plan), plan.ratio_requested
-    names = ["CalibrationConfig"] if "CalibrationConfig(" in config_expression(config) else []
-    names += ["PruningConfig", *(["PruningPlan"] if by_plan else []), "StructuredPruner"]
-    what = 'PruningPlan.load("pruning_plan.json")' if by_plan else "" if ratio is None else repr(ratio)
+    what = "" if plan.ratio_requested is None else repr(plan.ratio_requested)
+    if _by_plan(config, plan):
+        what = 'PruningPlan.load("pruning_plan.json")'
     more = "".join(f", {name}={loading_value(value)}" for name, value in options.items())
-    return (
-        f"from hf_structprune import {', '.join(names)}\n\n"
+    code = (
         f"config = {config_expression(config)}\n"
         f'pruner = StructuredPruner.from_pretrained("{base}", config=config{more})\n'
-        f"pruner.prune({what})\n"
-        'pruner.save_pretrained("pruned")'
+        f'pruner.prune({what})\npruner.save_pretrained("pruned")'
     )
+    names = ("CalibrationConfig", "PruningConfig", "PruningPlan", "StructuredPruner")
+    return f"from hf_structprune import {', '.join(name for name in names if name in code)}\n\n{code}"
 
 
 def making_on_the_command_line(base: str, config: PruningConfig, plan: PruningPlan, options: dict[str, Any]) -> str:
