@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
-from .checks import Described
+from .checks import Described, Limits, OneOf
 from .errors import ConfigurationError
 
 
@@ -20,28 +20,19 @@ ALIGNMENTS = {
     # docs.nvidia.com/deeplearning/performance/dl-performance-matrix-multiplication: 16 bytes, on A100 128 bytes
     "tensor-cores": 64,
 }
-AlignTo = Annotated[str | int, Described(f"an integer of at least 1 or one of {', '.join(ALIGNMENTS)}")]
+AlignTo = Annotated[
+    Annotated[int, Limits(1)] | Annotated[str, OneOf(tuple(ALIGNMENTS))],
+    Described(f"an integer of at least 1 or one of {', '.join(ALIGNMENTS)}"),
+]
 HIDDEN = "hidden size"  # the name of the input of all maps that read the residual stream
 # What goes wrong with an input that is no multiple of these, ascending: who misses one misses all larger ones.
-_TENSOR_CORES = {
-    8: "16-bit tensor cores want multiples of 8",
-    64: "16-bit tensor cores are fastest at multiples of 64",
-}
-_GGUF = {32: "llama.cpp keeps it in 16 bits", 256: "llama.cpp's k-quants fall back to other types"}
+_LOSSES = (
+    {8: "16-bit tensor cores want multiples of 8", 64: "16-bit tensor cores are fastest at multiples of 64"},
+    {32: "llama.cpp keeps it in 16 bits", 256: "llama.cpp's k-quants fall back to other types"},
+)
 _SHOWN = 5
 # As near as this to what was asked for, or as this share of it, needs no warning.
 _NEAR, _NEAR_SHARE = 0.01, 0.1
-
-
-def check_align_to(value: Any) -> str | int | None:
-    """`align_to` as it is kept: a name of `ALIGNMENTS`, an integer (also given in digits), or `None`."""
-    if isinstance(value, str) and value.isdecimal():
-        value = int(value)
-    if value is None or (type(value) is int and value >= 1) or (isinstance(value, str) and value in ALIGNMENTS):
-        return value
-    raise ConfigurationError(
-        f"`align_to` is {value!r}; it must be an integer of at least 1 or one of {', '.join(ALIGNMENTS)}."
-    )
 
 
 def multiple_of(align_to: str | int | None) -> int:
@@ -67,7 +58,7 @@ def step_of(round_to: int | None, align_to: str | int | None, default: int) -> i
 
 
 def far_off(asked: float, got: float, align_to: str | int | None, round_to: int | None) -> list[str]:
-    """A warning where widths in large steps make another share of all parameters of it than was asked for."""
+    """A warning where widths in large steps make another share of all parameters than was asked for."""
     if (align_to is None and round_to is None) or abs(got - asked) <= max(_NEAR, _NEAR_SHARE * asked):
         return []
     name, value = ("round_to", round_to) if align_to is None else ("align_to", align_to)
@@ -100,10 +91,10 @@ def findings(inputs: Sequence[Input]) -> list[str]:
     """What later tools will refuse or run slowly: at most one line for each name.
 
     With `before`, only what pruning has changed for the worse counts: multiples that the dense width is, and group
-    sizes of 4-bit methods, which hold for a whole model, that divide all dense widths.
+    sizes of 4-bit methods that divide all dense widths.
     """
     groups = dividing_group_sizes(one.before for one in inputs if one.before is not None)[::-1]
-    interesting = sorted({*groups, *_TENSOR_CORES, *_GGUF})
+    interesting = sorted({*groups, *(multiple for table in _LOSSES for multiple in table)})
     lines = []
     for name, own in _by_name(inputs).items():
         missed = [multiple for multiple in interesting if any(one.misses(multiple) for one in own)]
@@ -111,7 +102,7 @@ def findings(inputs: Sequence[Input]) -> list[str]:
             continue
         lost = " or ".join(str(group) for group in groups if group in missed)
         words = [f"4-bit groups of {lost} (GPTQ, AWQ) do not divide it"] if lost else []
-        for table in (_TENSOR_CORES, _GGUF):  # the worse of two that exclude each other
+        for table in _LOSSES:  # the worse of two that exclude each other
             words += [text for multiple, text in table.items() if multiple in missed][:1]
         odd = _named(name, [one for one in own if one.misses(missed[0])])
         lines.append(f"{odd} is not a multiple of {missed[0]}: {'; '.join(words)}")
@@ -121,21 +112,15 @@ def findings(inputs: Sequence[Input]) -> list[str]:
 def unreached(inputs: Sequence[Input], align_to: str | int | None) -> list[str]:
     """A note on the inputs that `align_to` could not reach, since they are not cut; none if there are none."""
     multiple = multiple_of(align_to)
-    odd = _by_name(one for one in inputs if one.size % multiple)
-    if not odd:
-        return []
+    odd = "; ".join(_named(*one) for one in _by_name(one for one in inputs if one.size % multiple).items())
     usable = ", ".join(map(str, dividing_group_sizes(one.size for one in inputs))) or "none of the usual ones"
-    return [
-        f"align_to {align_to}: only what is cut can be aligned, and these are not multiples of {multiple}: "
-        f"{'; '.join(_named(name, own) for name, own in odd.items())}. Group sizes that divide all inputs: {usable}"
-    ]
+    line = f"align_to {align_to}: only what is cut can be aligned, and these are not multiples of {multiple}: {odd}. "
+    return [f"{line}Group sizes that divide all inputs: {usable}"] if odd else []
 
 
 def _by_name(inputs: Iterable[Input]) -> dict[str, list[Input]]:
-    result: dict[str, list[Input]] = {}
-    for one in inputs:
-        result.setdefault(one.name, []).append(one)
-    return result
+    inputs = list(inputs)
+    return {name: [one for one in inputs if one.name == name] for name in dict.fromkeys(one.name for one in inputs)}
 
 
 def _named(name: str, inputs: Sequence[Input]) -> str:

@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
-from .alignment import AlignTo, check_align_to, check_step, multiple_of
+from .alignment import AlignTo, check_step, multiple_of
 from .checks import Count, Described, Limits, Number, OneOf, Ratio, check_choice, check_fields, check_keys, checked
 from .errors import ConfigurationError, RatioError
 from .files.reading import read_json_object
@@ -145,7 +145,6 @@ class PruningConfig:
         check_fields(self)
         self.split = _by_unit("split", self.split, _Part, "{'layers': 0.5, 'mlp_neurons': 0.5}")
         self.keep = _by_unit("keep", self.keep, Count, "{'layers': 24, 'mlp_neurons': 1024}")
-        self.align_to = check_align_to(self.align_to)
         total = sum((self.split or {"": 1}).values())
         if abs(total - 1) > 1e-6:
             raise ConfigurationError(f"`split` is {self.split!r}; its parts must add up to 1, not {total:g}.")

@@ -32,8 +32,16 @@ def remember(secret: Any) -> None:
 
 
 def masked(text: str) -> str:
-    """A text with `[secret]` in place of every secret that stands in it."""
-    for secret in sorted(_secrets(), key=len, reverse=True):
+    """A text with `[secret]` in place of what looks like a secret, or is known to be one.
+
+    Known are those given as arguments, in variables of the environment, and stored by `hf auth login`.
+    """
+    named = (value for name, value in os.environ.items() if _SECRET_NAME.search(name.upper()))
+    # A secret, and not a switch, a number or a file.
+    known = {value for value in named if len(value) >= 8 and not value.isdecimal() and not os.path.exists(value)}
+    hub = sys.modules.get("huggingface_hub")  # what was not imported has sent no token
+    token = getattr(hub, "get_token", lambda: None)()
+    for secret in sorted(known | _given | ({token} if token else set()), key=len, reverse=True):
         text = text.replace(secret, MASK)
     for pattern, replacement in _PATTERNS:
         text = pattern.sub(replacement, text)
@@ -69,13 +77,3 @@ class MaskedStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
-
-
-def _secrets() -> set[str]:
-    """Values that are known to be secret here: given as arguments, in the environment, stored by `hf auth login`."""
-    named = (value for name, value in os.environ.items() if _SECRET_NAME.search(name.upper()))
-    # A secret, and not a switch, a number or a file.
-    found = {value for value in named if len(value) >= 8 and not value.isdecimal() and not os.path.exists(value)}
-    hub = sys.modules.get("huggingface_hub")  # what was not imported has sent no token
-    token = getattr(hub, "get_token", lambda: None)()
-    return found | _given | ({token} if token else set())

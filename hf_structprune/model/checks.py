@@ -21,10 +21,6 @@ from .target import skeleton
 from .towers import has_towers
 
 
-_HOOKS = (
-    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
-    "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
-)  # fmt: skip
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 # Hooks of these libraries are put where they are by their own means (moving weights, recording outputs).
 _OWN_HOOKS = ("accelerate", "transformers", "torch")
@@ -35,12 +31,10 @@ _QUANTISED = "Its weights cannot be cut. Load it without quantisation, prune it,
 
 
 def check_model(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of which nothing is lost when it is pruned, with a configuration that says what its tensors say.
-
-    Nothing is written to; works on the meta device.
+    """A model of which nothing is lost when it is pruned; works on the meta device.
 
     Returns:
-        The same model, or one with the same tensors where the configuration is wrong about which are tied, see
+        The same model, or one with the same tensors where its configuration is wrong about which are tied, see
         `rebuild.as_shared`.
 
     Raises:
@@ -104,10 +98,9 @@ def _check_plain(model: PreTrainedModel) -> None:
     if getattr(model.config, "quantization_config", None) is not None or getattr(model, "hf_quantizer", None):
         raise UnsupportedModelError(f"The model is quantised. {_QUANTISED}")
     for name, module in model.named_modules():
-        what = f"`{name}`" if name else "The model"
         reason = _stands_for_others(module)
         if reason is not None:
-            raise UnsupportedModelError(f"{what} {reason}")
+            raise UnsupportedModelError(f"{f'`{name}`' if name else 'The model'} {reason}")
     for name, parameter in model.named_parameters():
         if type(parameter) is not nn.Parameter or type(parameter.data) is not torch.Tensor:
             kind = type(parameter.data if type(parameter) is nn.Parameter else parameter).__name__
@@ -181,8 +174,8 @@ def _check_described(model: PreTrainedModel) -> PreTrainedModel:
     there, built = description(model), description(expected)
     tensors = {name for one in (model, expected) for name in one.state_dict(keep_vars=True)}
     tensors |= {name for one in (model, expected) for name, _ in one.named_buffers()}
-    for name in {**there, **built}:
-        if there.get(name) != built.get(name) and _matters(name, name in tensors, there, built):
+    for name in (name for name in there | built if there.get(name) != built.get(name)):
+        if name in tensors or _matters(name, there, built):
             raise UnsupportedModelError(
                 f"`{name}` of this {type(model).__name__} is {there.get(name, 'nothing')}, but its configuration "
                 f"builds {built.get(name, 'nothing')}: the pruned model, which is built from the configuration, would "
@@ -196,53 +189,38 @@ def _check_described(model: PreTrainedModel) -> PreTrainedModel:
                 f"`{method}` of {what} was replaced by a function, which the pruned model would not have. Give the "
                 "model as its class makes it."
             )
-        for hook in _added_hooks(module, stock[name]):
-            raise UnsupportedModelError(
-                f"{what[0].upper()}{what[1:]} has a hook ({_name(hook)}), which the pruned model would not have. "
-                "Remove it (`handle.remove()`) and add it to the result."
-            )
+        for hook in sorted(_hooks(module) - _hooks(stock[name])):
+            if hook.partition(".")[0] not in _OWN_HOOKS:
+                raise UnsupportedModelError(
+                    f"{what[0].upper()}{what[1:]} has a hook ({hook}), which the pruned model would not have. "
+                    "Remove it (`handle.remove()`) and add it to the result."
+                )
     return expected
 
 
-def _matters(name: str, is_tensor: bool, there: dict[str, Any], built: dict[str, Any]) -> bool:
-    """Whether a difference is one of what the model computes when it is not trained."""
+def _matters(name: str, there: dict[str, Any], built: dict[str, Any]) -> bool:
+    """Whether another attribute is a difference to what the model computes when it is not trained."""
     owner, _, leaf = name.rpartition(".")
-    if is_tensor or leaf == "class":
-        return True
-    if name not in there or name not in built:  # a note that somebody left, or that running the model has left
-        return False
     dropout = "drop" in leaf or (leaf == "p" and "Dropout" in built.get(f"{owner}.class", ""))
-    return not dropout and leaf not in _HARMLESS
+    # What is on one side alone is a note that somebody, or running the model, has left.
+    return leaf == "class" or (name in there and name in built and not dropout and leaf not in _HARMLESS)
 
 
 def _replaced_methods(module: nn.Module, stock: nn.Module, dispatched: bool) -> Iterator[str]:
     for name, value in vars(module).items():
         method = inspect.getattr_static(type(module), name, None)
-        if name in vars(stock) or not inspect.isfunction(method) or not callable(value):
-            continue
-        if name == "forward" and "_hf_hook" in vars(module):  # Accelerate's, around the class's own
-            value = vars(module).get("_old_forward")
-            if getattr(value, "__func__", None) is method:
-                continue
-        elif dispatched and name in ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa"):
-            continue
-        yield name
+        own = dispatched and name in ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa")  # Accelerate's
+        if name == "forward" and "_hf_hook" in vars(module):  # Accelerate's around the class's, or around another
+            own = getattr(vars(module).get("_old_forward"), "__func__", None) is method
+        if name not in vars(stock) and inspect.isfunction(method) and callable(value) and not own:
+            yield name
 
 
-def _added_hooks(module: nn.Module, stock: nn.Module) -> Iterator[Any]:
-    own = {_name(hook) for place in _HOOKS for hook in getattr(stock, place, {}).values()}
-    hooks = [hook for place in _HOOKS for hook in getattr(module, place, {}).values()]
-    for parameter in module._parameters.values():
-        for place in _TENSOR_HOOKS:
-            hooks += (getattr(parameter, place, None) or {}).values()
-    for hook in hooks:
-        if _name(hook) not in own and _name(hook).partition(".")[0] not in _OWN_HOOKS:
-            yield hook
-
-
-def _name(hook: Any) -> str:
-    """Full name of a function, of the function in a wrapper, or of the class of what is called."""
-    hook = getattr(hook, "hook", hook)
-    hook = getattr(hook, "func", hook)
-    named = hook if hasattr(hook, "__qualname__") else type(hook)
-    return f"{named.__module__}.{named.__qualname__}"
+def _hooks(module: nn.Module) -> set[str]:
+    """Full names of the hooks of a module and its parameters: of functions, in wrappers too, or of classes."""
+    places = [place for name, place in vars(module).items() if name.endswith("_hooks") and isinstance(place, dict)]
+    places += [getattr(own, place, None) or {} for own in module._parameters.values() for place in _TENSOR_HOOKS]
+    hooks = [getattr(hook, "hook", hook) for place in places for hook in place.values()]
+    hooks = [getattr(hook, "func", hook) for hook in hooks]
+    named = [hook if hasattr(hook, "__qualname__") else type(hook) for hook in hooks]
+    return {f"{one.__module__}.{one.__qualname__}" for one in named}

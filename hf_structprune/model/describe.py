@@ -14,38 +14,42 @@ from ..units import KINDS, DepthKind, WidthKind, kinds_of
 from ..units.depth import LAYERS
 from ..units.heads import GROUPS, counts_of, pairs, shape_after
 from ..units.neurons import NEURONS
-from .families import Projections
 from .groups import AttentionShape, LayerStructure
 from .hidden_size import stream_norms
 from .layer_values import check_layers, without_layers
 from .structure import ModelStructure, decoder_layers
 from .surgery import Kept, entries_gone, name_after, skipped
-from .target import Target, as_mistral, make_target, plain_values, skeleton
+from .target import Target, make_target, plain_values, skeleton
 
 
 _EXPERT_WIDTH = "moe_intermediate_size"  # of experts, where it has a key of its own
 
 
-def target_of(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> Target:
+def target_of(
+    model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan, works: dict[Any, bool] | None = None
+) -> Target:
     """The class and configuration that describe the model after a plan.
 
-    Layers that are all alike give a vanilla configuration, others Transformers' `per_layer_config`. A Llama head count
-    that does not divide the hidden size, which `LlamaConfig` refuses, is written as a Mistral without sliding window.
+    Layers that are all alike give a vanilla configuration, others Transformers' `per_layer_config`. `works` keeps for
+    other plans which ways to write one build the right tensors, so that the first plan alone is compared with them.
 
     Raises:
         CheckpointError: No configuration of this model type describes the result.
     """
     _check_depth(model, structure, plan)
-    errors = []
-    for write in _WRITERS:
+    works, refused = {} if works is None else works, None
+    for write in (_plain, _with_overrides):
         try:
-            target = write(model, structure, plan)
+            target = write(model, structure, plan) if works.get(write, True) else None
+            if target is not None and write not in works:
+                works[write] = False
+                _check_shapes(model, structure, plan, target)
+                works[write] = True
             if target is not None:
-                check_shapes(model, structure, plan, target)
                 return target
         except CheckpointError as error:
-            errors.append(error)
-    raise CheckpointError(f"No {type(model.config).__name__} describes the pruned model: {errors[0]}") from errors[0]
+            refused = refused or error
+    raise CheckpointError(f"No {type(model.config).__name__} describes the pruned model: {refused}") from refused
 
 
 def _values(
@@ -53,12 +57,9 @@ def _values(
 ) -> dict[str, Any]:
     """Configuration values after a plan: the dense ones with what all layers, or each of them, change.
 
-    Where layers lack a sublayer, the width of the MLP is named for every layer and not for the model. Whoever builds
-    the layers from the model's values alone, as stock classes do, is then refused by the configuration and does not
-    build whole layers with random weights where some are skipped.
-
-    Args:
-        heads: Whether numbers of heads are written, where they change or differ between layers.
+    Numbers of heads only with `heads`, where they change or differ. Where layers lack a sublayer, the width of the MLP
+    is named for every layer and not for the model: the configuration then refuses stock classes, which read the
+    model's values alone and would build whole layers with random weights.
     """
     config, family = model.config, structure.family
     values = _without_dropped(model, structure, plan)
@@ -143,31 +144,21 @@ def _with_overrides(model: PreTrainedModel, structure: ModelStructure, plan: Pru
     per_layer = values.setdefault("per_layer_config", {})
     for index, layer in enumerate(_layers_left(structure, plan)):
         before, shape = layer.attention, shape_after(layer, plan)
-        heads = model.config.hidden_size // before.head_dim if before else 0  # as the class builds them
-        if (
-            before
-            and not plan.is_dropped(layer.index, GROUPS)
-            and shape != AttentionShape(heads, before.kv_heads * heads // before.heads, before.head_dim)
-        ):
-            per_layer.setdefault(str(index), {})["module_overrides"] = _module_overrides(names, shape)
+        if before is None or plan.is_dropped(layer.index, GROUPS):
+            continue
+        heads = model.config.hidden_size // before.head_dim  # as the class builds them
+        if shape != AttentionShape(heads, before.kv_heads * heads // before.heads, before.head_dim):
+            query, kv = shape.query_width, shape.kv_width
+            rows = [query, kv, kv] if len(names.inputs) == 3 else [query + 2 * kv]
+            modules = {name: {"out_features": size} for name, size in zip(names.inputs, rows, strict=True)}
+            attributes = {attribute: getattr(shape, name) for attribute, name in names.attributes.items()}
+            modules |= {names.output: {"in_features": query}} | ({names.parent: attributes} if attributes else {})
+            per_layer.setdefault(str(index), {})["module_overrides"] = modules
     return make_target(model, {**values, "module_overrides": {}})
 
 
-# Ways to write a configuration, the plainest first.
-_WRITERS = (
-    lambda model, structure, plan: make_target(model, _values(model, structure, plan)),
-    lambda model, structure, plan: as_mistral(model, _values(model, structure, plan)),
-    _with_overrides,
-)
-
-
-def _module_overrides(names: Projections, shape: AttentionShape) -> dict[str, dict[str, int]]:
-    attributes = {attribute: getattr(shape, name) for attribute, name in names.attributes.items()}
-    query, kv = shape.query_width, shape.kv_width
-    rows = [query, kv, kv] if len(names.inputs) == 3 else [query + 2 * kv]
-    overrides = {name: {"out_features": size} for name, size in zip(names.inputs, rows, strict=True)}
-    overrides[names.output] = {"in_features": query}
-    return {**({names.parent: attributes} if attributes else {}), **overrides}
+def _plain(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> Target:
+    return make_target(model, _values(model, structure, plan))
 
 
 def _check_depth(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> None:
@@ -186,12 +177,8 @@ def _check_depth(model: PreTrainedModel, structure: ModelStructure, plan: Prunin
     check_layers(dense, cut, [layer.index for layer in _layers_left(structure, plan)])
 
 
-def check_shapes(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan, target: Target) -> None:
-    """Checks that the target builds exactly the tensors the plan will leave.
-
-    Raises:
-        CheckpointError: Names the first tensor that would not fit.
-    """
+def _check_shapes(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan, target: Target) -> None:
+    """Checks that the target builds exactly the tensors the plan will leave."""
     wanted, small = _shapes_after(model, structure, plan), target.skeleton()
     built = {name: tuple(parameter.shape) for name, parameter in small.named_parameters()}
     for name in (*wanted, *built):
@@ -238,29 +225,16 @@ def _first_units(structure: ModelStructure, plan: PruningPlan) -> Kept:
 
 
 def expressible_heads(model: PreTrainedModel, structure: ModelStructure, layout: str) -> set[tuple[int, int]]:
-    """Pairs of (KV groups, query heads in each) that a checkpoint of this model can have.
-
-    Each way to write a configuration is checked once against the tensors it builds, then only for what its
-    configuration class accepts.
-    """
-    attentions = [layer for layer in structure.layers if layer.attention]
-    result: set[tuple[int, int]] = set()
-    works: dict[Any, bool] = {}
+    """Pairs of (KV groups, query heads in each) that a checkpoint of this model can have."""
+    attentions, result, works = [layer for layer in structure.layers if layer.attention], set(), {}
     for pair in pairs(attentions[0], kinds_of(WidthKind))[1:] if attentions else ():
         keep = {key: count for layer in attentions for key, count in counts_of(layer, *pair).items()}
         plan = PruningPlan.from_counts(structure, keep, model_type=model.config.model_type, layout=layout)
-        for write in _WRITERS:
-            try:
-                target = works.get(write, True) and write(model, structure, plan)
-                if target and write not in works:
-                    works[write] = False
-                    check_shapes(model, structure, plan, target)
-                    works[write] = True
-            except CheckpointError:
-                continue
-            if target:
-                result.add(pair)
-                break
+        try:
+            target_of(model, structure, plan, works)
+            result.add(pair)
+        except CheckpointError:
+            continue
     return result
 
 

@@ -22,7 +22,7 @@ from .groups import Group, Slice, is_linear, matrix, matrix_parameters
 from .probe import changed_dims, other_shapes
 from .rebuild import assemble
 from .structure import ModelStructure
-from .target import Target, as_mistral, make_target, plain_values
+from .target import Target, make_target, plain_values
 
 
 _GROUPED = 8  # values in 16 bytes, in 16-bit formats
@@ -111,10 +111,7 @@ def shrunk_target(model: PreTrainedModel, structure: ModelStructure, keep: int) 
 def _sized_target(
     model: PreTrainedModel, structure: ModelStructure, size: int, changes: dict[str, Any] | None = None
 ) -> Target:
-    """Class and configuration with another hidden size and the same heads; `changes` are other values of it.
-
-    A `LlamaConfig` takes no hidden size that the number of heads does not divide; it is then written as a Mistral.
-    """
+    """Class and configuration with another hidden size and the same heads; `changes` are other values of it."""
     config, values = model.config, plain_values(model.config)
     head_dim = next((layer.attention.head_dim for layer in structure.layers if layer.attention), None)
     head_dim = getattr(config, "head_dim", None) or head_dim
@@ -123,27 +120,17 @@ def _sized_target(
     own = getattr(config, "attribute_map", {}).get("hidden_size", "hidden_size")
     keys = [own, *(key for key in _FOLLOWERS if getattr(config, key, None) == config.hidden_size)]
     values.update({key: size for key in keys}, **(changes or {}))
-    try:
-        return make_target(model, values)
-    except CheckpointError:
-        target = as_mistral(model, values)
-        if target is None:
-            raise
-        return target
+    return make_target(model, values)
 
 
 @torch.no_grad()
 def cut_channels(model: PreTrainedModel, group: Group, kept: torch.Tensor, target: Target) -> PreTrainedModel:
-    """A model with the channels `kept` and tensors of its own; the dense one stays as it is.
+    """A model of a `shrunk_target` with the channels `kept`, ascending, shape (H',); the dense one stays as it is.
 
     For RMS norms it equals the dense model with zeros in the other channels of everything that writes to the stream
     (exactly, with the epsilon of `target`): norm weights grow by `sqrt(H / H')`, see `scale_`, and maps in front
     of other norms that share the epsilon by what it costs them, see `row_scales`. A LayerNorm takes mean and
     variance over the channels that are left; zeroed channels would enter both, and no weights make up for that.
-
-    Args:
-        kept: Numbers of the channels that stay, ascending, shape (H',).
-        target: Class and configuration of the result, see `shrunk_target`.
     """
     dims, norms = group.dims(), stream_norms(model, group.dims())
     by_id = {id(parameter): dims.get(name) for name, parameter in model.named_parameters()}

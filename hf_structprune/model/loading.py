@@ -43,11 +43,7 @@ def plain_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_config(model_id: str | os.PathLike, **kwargs: Any) -> PreTrainedConfig:
-    """The configuration of a model, alone.
-
-    Args:
-        model_id: Hub id or folder.
-        kwargs: Options of loading the model; those for weights alone are left out.
+    """The configuration of a model, alone; options of loading the model will do.
 
     Raises:
         CheckpointError: There is no such model, it is an adapter, or its configuration is damaged.
@@ -96,8 +92,7 @@ def load_model(model_id: str | os.PathLike, towers: bool = False, **kwargs: Any)
     Args:
         model_id: Hub id or folder.
         towers: Take a model that sees as well, with `AutoModelForImageTextToText`.
-        kwargs: Given to `AutoModelForCausalLM.from_pretrained`; `dtype` is the checkpoint's by default. Weights of a
-            `gguf_file` are de-quantised, to bfloat16 by default.
+        kwargs: Given to `from_pretrained`; `dtype` is the checkpoint's by default, bfloat16 for a `gguf_file`.
 
     Raises:
         CheckpointError: There is no such model, a file of it is damaged, it is an adapter, weights are missing, which

@@ -22,9 +22,8 @@ _MARK = "_structprune_not_whole"
 
 def check_whole(model: nn.Module) -> None:
     """Refuses a model that was marked with a `StructPruneError` that says what happened to it."""
-    reason = getattr(model, _MARK, None)
-    if reason is not None:
-        raise StructPruneError(reason)
+    if hasattr(model, _MARK):
+        raise StructPruneError(getattr(model, _MARK))
 
 
 def mark(model: nn.Module, reason: str) -> None:
@@ -48,10 +47,7 @@ def interrupted(error: BaseException) -> str:
 
 @contextmanager
 def marked_if_changed(*models: nn.Module | None) -> Iterator[None]:
-    """Marks those of these models whose tensors have been changed or taken out when the block ends, however it ends.
-
-    Whether they have is asked of the tensors: an error before the first write leaves no mark.
-    """
+    """Marks those of these models whose tensors have changed when the block ends, however it does."""
     before = [(weakref.ref(model), _versions(model)) for model in models if model is not None]
     del models
     reason = (
@@ -64,8 +60,7 @@ def marked_if_changed(*models: nn.Module | None) -> Iterator[None]:
         reason = interrupted(error)
         raise
     finally:
-        for reference, versions in before:
-            model = reference()
+        for model, versions in ((reference(), versions) for reference, versions in before):
             if model is not None and _versions(model) != versions:
                 mark(model, reason)
 
@@ -83,7 +78,7 @@ def rebuild(model: PreTrainedModel, target: Target) -> PreTrainedModel:
 def assemble(
     target: Target, state: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor], like: PreTrainedModel
 ) -> PreTrainedModel:
-    """A model of the target's class in eval mode out of tensors (`buffers`, too, where not saved); none is copied.
+    """A model of the target's class in eval mode out of tensors; none is copied.
 
     Another one, `like`, lends its generation configuration, its name, its devices, and which parameters are trained.
     """
@@ -119,8 +114,8 @@ Ties = frozenset[frozenset[str]]
 def as_shared(model: PreTrainedModel, built: PreTrainedModel) -> PreTrainedModel:
     """A model whose configuration says of its tied weights what its tensors say.
 
-    That is the model itself, where its configuration is right (which builds `built`, on the meta device); else another
-    one with the same tensors in memory, whose embeddings and LM head are tied (one parameter) if they share memory.
+    That is the model itself, where its configuration, which builds `built`, is right; else another one with the same
+    tensors, whose embeddings and LM head are one parameter if they share memory.
 
     Raises:
         UnsupportedModelError: Weights share memory in a way that no configuration describes.
@@ -138,15 +133,13 @@ def as_shared(model: PreTrainedModel, built: PreTrainedModel) -> PreTrainedModel
         if _ties(target.skeleton(), id) == ties:
             return rebuild(model, target)
     group = min(sorted(group) for group in ties - described or described - ties)
-    names = " and ".join(f"`{name}`" for name in group[:3])
+    reason = "are one tensor by the configuration of this model, but they do not share their memory."
     if ties - described:
-        raise UnsupportedModelError(
-            f"{names} share their memory, which no configuration of this model describes. Give each its own "
+        reason = (
+            "share their memory, which no configuration of this model describes. Give each its own "
             "(`module.weight = torch.nn.Parameter(module.weight.detach().clone())`)."
         )
-    raise UnsupportedModelError(
-        f"{names} are one tensor by the configuration of this model, but they do not share their memory."
-    )
+    raise UnsupportedModelError(f"{' and '.join(f'`{name}`' for name in group[:3])} {reason}")
 
 
 def with_ties(config: PreTrainedConfig, tied: bool) -> PreTrainedConfig:

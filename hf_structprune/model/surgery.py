@@ -100,9 +100,7 @@ def mask_sublayers(model: nn.Module, structure: ModelStructure, dropped: dict[st
 def drop(model: nn.Module, structure: ModelStructure, dropped: dict[str, list[int]]) -> None:
     """Takes layers out of the list of layers, and the modules and norms of sublayers out of their layers, in place.
 
-    Afterwards only the modules are right: the numbers in the layers that are left and the configuration are the
-    business of `rebuild.rebuild`, and a model with skipped sublayers runs only after it.
-    `dropped` are numbers of layers by kind: `"layers"`, `"attention"`, `"mlp"`.
+    The numbers in the layers that are left and the configuration are right only after `rebuild.rebuild`.
     """
     for name in (name for sublayer in skipped(structure, dropped) for name in sublayer.modules):
         model.set_submodule(name, nn.Identity())
@@ -132,7 +130,7 @@ def skipped(structure: ModelStructure, dropped: dict[str, list[int]]) -> list[Su
     """
     result = []
     for kind in kinds_of(DepthKind, sublayer=True):
-        for layer in (structure.layers[number] for number in dropped.get(kind, ())):
+        for layer in map(structure.layers.__getitem__, dropped.get(kind, ())):
             if layer.sublayer(kind) is None:
                 raise UnsupportedModelError(f"`{layer.name}` has no {kind} that could be skipped alone.")
             result.append(layer.sublayer(kind))

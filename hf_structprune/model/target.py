@@ -70,38 +70,36 @@ def stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
     )
 
 
-def make_target(
-    model: PreTrainedModel,
-    values: dict[str, Any],
-    model_class: type[PreTrainedModel] | None = None,
-    config_class: type[PreTrainedConfig] | None = None,
-) -> Target:
-    """Class and configuration of a model with these values, by default of the classes of this one.
+def make_target(model: PreTrainedModel, values: dict[str, Any]) -> Target:
+    """Class and configuration of a model with these values.
+
+    A Llama without biases whose numbers of heads or hidden size `LlamaConfig` refuses is written as a Mistral without
+    sliding window, which computes the same with the same weights.
 
     Raises:
         CheckpointError: The configuration class does not take them.
     """
-    model_class, config_class = model_class or stock_class(model), config_class or type(model.config)
+    dense, model_class = model.config, stock_class(model)
     try:
-        config = config_class.from_dict(values)
-        written = json.loads(config.to_json_string(use_diff=False))
-        config_class.from_dict(config_class._decode_special_floats(written))  # it can be read, infinity too
-    except REFUSALS as error:
-        raise CheckpointError(f"{error}" or type(error).__name__) from error
-    config._attn_implementation = model.config._attn_implementation
-    config._experts_implementation = model.config._experts_implementation
-    config.dtype = model.config.dtype
+        config = _read(type(dense), values)
+    except CheckpointError:
+        if type(dense) is not LlamaConfig or dense.attention_bias or dense.mlp_bias:
+            raise
+        own = ("model_type", "attention_bias", "mlp_bias", "pretraining_tp")
+        values = {key: value for key, value in values.items() if key not in own} | {"sliding_window": None}
+        model_class, config = MistralForCausalLM, _read(MistralConfig, values)
+    config._attn_implementation = dense._attn_implementation
+    config._experts_implementation = dense._experts_implementation
+    config.dtype = dense.dtype
     return Target(per_layer_class(model_class) if config.is_heterogeneous else model_class, config)
 
 
-def as_mistral(model: PreTrainedModel, values: dict[str, Any]) -> Target | None:
-    """A Llama without biases as a Mistral without sliding window, which computes the same and takes any head count.
-
-    `None` for other models.
-    """
-    config = model.config
-    if type(config) is not LlamaConfig or config.attention_bias or config.mlp_bias:
-        return None
-    own = ("model_type", "attention_bias", "mlp_bias", "pretraining_tp")
-    values = {key: value for key, value in values.items() if key not in own} | {"sliding_window": None}
-    return make_target(model, values, MistralForCausalLM, MistralConfig)
+def _read(config_class: type[PreTrainedConfig], values: dict[str, Any]) -> PreTrainedConfig:
+    """A configuration with these values that can be read when it has been written, infinity too."""
+    try:
+        config = config_class.from_dict(values)
+        written = json.loads(config.to_json_string(use_diff=False))
+        config_class.from_dict(config_class._decode_special_floats(written))
+        return config
+    except REFUSALS as error:
+        raise CheckpointError(f"{error}" or type(error).__name__) from error
