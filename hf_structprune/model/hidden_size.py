@@ -171,15 +171,10 @@ def final_norm(model: PreTrainedModel, group: Group) -> str:
 
 
 class NormKind(NamedTuple):
-    """How a norm computes.
+    """How a norm computes."""
 
-    Attributes:
-        centred: Whether it subtracts the mean (LayerNorm).
-        offset: What is added to its weight: 1 for Gemma, whose weights are stored as `w - 1`, else 0.
-    """
-
-    centred: bool
-    offset: float
+    centred: bool  # it subtracts the mean (LayerNorm)
+    offset: float  # what is added to its weight: 1 for Gemma, whose weights are stored as `w - 1`, else 0
 
 
 @torch.no_grad()

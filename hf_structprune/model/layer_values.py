@@ -29,6 +29,8 @@ _REPLACED_BY = {
     "global_attn_every_n_layers": "layer_types", "full_attention_interval": "layer_types",
     "no_rope_layer_interval": "no_rope_layers", "interleave_moe_layer_step": "moe_layers",
 }  # fmt: skip
+# Attributes that layers which are the same may differ in: their number, and modes.
+_OWN_NUMBER = ("layer_idx", "training", "gradient_checkpointing")
 
 
 def without_layers(
@@ -51,7 +53,11 @@ def without_layers(
     count_key = count_key or next((key for key in COUNT_KEYS if values.get(key) == num_layers), COUNT_KEYS[0])
     if values.get(count_key) != num_layers:
         raise CheckpointError(f"`{count_key}` is {values.get(count_key)!r}, but the model has {num_layers} layers.")
-    result = _explicit(values, num_layers)
+    result = {key: value for key, value in values.items() if not values.get(_REPLACED_BY.get(key, ""))}
+    step = values.get("decoder_sparse_step")
+    if step and step > 1:  # Qwen MoE: every so manieth layer has experts
+        dense = {index for index in range(num_layers) if (index + 1) % step} | set(values.get("mlp_only_layers") or ())
+        result |= {"decoder_sparse_step": 1, "mlp_only_layers": sorted(dense)}
     for key, value in list(result.items()):
         if key in _INDEX_LISTS and value is not None:
             result[key] = [kept.index(number) for number in value if number in kept]
@@ -65,20 +71,6 @@ def without_layers(
     if result.get("attention_types") and result.get("attention_layers"):  # GPT-Neo: runs of the list
         result["attention_types"] = [[[one], 1] for one in result["attention_layers"]]
     return {**result, count_key: len(kept)}
-
-
-def _explicit(values: dict[str, Any], num_layers: int) -> dict[str, Any]:
-    """Values without rules that count layers, where a list can say the same."""
-    values = {key: value for key, value in values.items() if not values.get(_REPLACED_BY.get(key, ""))}
-    step = values.get("decoder_sparse_step")
-    if step and step > 1:  # Qwen MoE: every so manieth layer has experts
-        dense = {index for index in range(num_layers) if (index + 1) % step} | set(values.get("mlp_only_layers") or ())
-        values |= {"decoder_sparse_step": 1, "mlp_only_layers": sorted(dense)}
-    return values
-
-
-# What may differ: the number of the layer itself, and modes of the module.
-_OWN_NUMBER = ("layer_idx", "training", "gradient_checkpointing")
 
 
 def check_layers(dense: Sequence[nn.Module], cut: Sequence[nn.Module], kept: Sequence[int]) -> None:
