@@ -6,8 +6,7 @@ from ..config import PruningConfig
 from ..units import KINDS, RoutedKind, WidthKind, kinds_of
 from . import experts
 from .base import ByKind, ConsumerCriterion, Criterion, Method, Paper, Scoring, TensorCriterion
-from .inputs import OBS, WIFV, Activation, Wanda
-from .weights import L1, L2, Random, Taylor
+from .widths import L1, L2, OBS, WIFV, Activation, Random, Taylor, Wanda
 
 
 BY_NAME: dict[str, type[Criterion]] = {

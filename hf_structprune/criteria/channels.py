@@ -13,8 +13,7 @@ from ..model.groups import Group
 from ..model.hidden_size import stream_norms
 from ..stats.gradients import run_hooked, weight_changes
 from .base import Method, Paper
-from .inputs import Activation
-from .weights import Taylor
+from .widths import Activation, Taylor
 
 
 def channel_importance(

@@ -8,7 +8,7 @@ from ..config import PruningConfig
 from ..model.experts import Experts, without_experts
 from ..model.groups import tensor_of
 from .base import Criterion, Paper, Scoring
-from .weights import L2, Random
+from .widths import L2, Random
 
 
 class ExpertCriterion(Criterion):

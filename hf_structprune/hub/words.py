@@ -14,7 +14,7 @@ import jinja2
 
 from ..config import PruningConfig
 from ..criteria import Method, Paper, channels, class_of, depth
-from ..criteria.inputs import SURGEON, WIFV
+from ..criteria.widths import SURGEON, WIFV
 from ..errors import CheckpointError
 from ..evaluation.results import EvaluationResult
 from ..files.reading import read_json_object
