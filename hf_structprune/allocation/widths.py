@@ -256,20 +256,16 @@ def allocate_stated(budget: Budget) -> Counts:
         counts |= counts_of(layer, kv_heads, heads // kv_heads)
     wanted = {group.key: keep[group.kind] * (group.blocks if group.in_experts else 1) for group in budget.groups}
     for group in budget.groups:
-        if wanted[group.key] > group.size:
+        kind, left, said = KINDS[group.kind], wanted[group.key], f"`keep` is {keep}, but"
+        if left > group.size:
             most = f"{group.whole} in each expert" if group.in_experts else group.size
-            raise ConfigurationError(
-                f"`keep` is {keep}, but layer {group.layer} has only {most} {KINDS[group.kind].label}."
-            )
-        if (step := KINDS[group.kind].step) > 1 and keep[group.kind] % step:
-            raise ConfigurationError(
-                f"`keep` is {keep}, but {KINDS[group.kind].label} can only be a multiple of {step} in each."
-            )
-        if wanted[group.key] % group.blocks or wanted[group.key] < group.least:
+            raise ConfigurationError(f"{said} layer {group.layer} has only {most} {kind.label}.")
+        if kind.step > 1 and keep[group.kind] % kind.step:
+            raise ConfigurationError(f"{said} {kind.label} can only be a multiple of {kind.step} in each.")
+        if left % group.blocks or left < group.least:
             each = f", the same number in each of {group.blocks} parts" if group.blocks > 1 else ""
             raise ConfigurationError(
-                f"`keep` is {keep}, but layer {group.layer} must keep at least {group.least} "
-                f"{KINDS[group.kind].label}{each}."
+                f"{said} layer {group.layer} must keep at least {group.least} {kind.label}{each}."
             )
     return counts | _smaller(budget.groups, wanted)
 
