@@ -1,7 +1,7 @@
 """The one checker of options: what a field of a dataclass may hold is read from its type.
 
-`int`, `float`, `bool`, `str`, `Path`, `None`, unions, `Literal`, lists, tuples, dictionaries and dataclasses are
-understood. `Annotated` adds what a type cannot say: `Limits`, `OneOf`, `Described`.
+`int`, `float`, `bool`, `str`, `None`, unions, lists, tuples, dictionaries and dataclasses are understood. `Annotated`
+adds what a type cannot say: `Limits`, `OneOf`, `Described`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import types
 from collections.abc import Collection, Mapping, Sequence, Set
 from decimal import Decimal
 from functools import cache
-from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from .errors import ConfigurationError
 
@@ -25,30 +24,20 @@ _LONGEST = 120  # characters of a value in a message
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a number has to lie between.
-
-    Attributes:
-        least, most: The ends.
-        open: Which of them are not allowed themselves: `""`, `"least"`, `"most"` or `"both"`.
-    """
+    """The ends between which a number has to lie; which of them are `open`, is not allowed itself."""
 
     least: float = -math.inf
     most: float = math.inf
-    open: Literal["", "least", "most", "both"] = ""
+    open: str = ""  # or "least", "most" or "both"
 
     def allow(self, value: float) -> bool:
         """Whether a number lies between them; NaN and infinity never do."""
-        if not _is_finite(value) or not self.least <= value <= self.most:
-            return False
-        at_end = {"least": value == self.least, "most": value == self.most}
-        return not any(hit and self.open in (end, "both") for end, hit in at_end.items())
+        ends = {"": (), "least": (self.least,), "most": (self.most,), "both": (self.least, self.most)}[self.open]
+        return _is_finite(value) and self.least <= value <= self.most and value not in ends
 
     def __str__(self) -> str:
         if self.most == math.inf:
             return "" if self.least == -math.inf else f" {'above' if self.open else 'of at least'} {self.least:g}"
-        if self.open:
-            brackets = "(" if self.open in ("least", "both") else "[", ")" if self.open in ("most", "both") else "]"
-            return f" in {brackets[0]}{self.least:g}, {self.most:g}{brackets[1]}"
         return f" from {self.least:g} to {self.most:g}"
 
 
@@ -85,14 +74,11 @@ class _Refused(Exception):
 
 
 def check_fields(config: Any) -> None:
-    """Checks every field of a dataclass by its type, and brings what is plain into the form that the type names.
+    """Checks every field of a dataclass by its type, see `checked`, and brings it into the form that the type names.
 
     `"30%"`, `"0.3"`, `"1e-3"`, decimals, fractions, NumPy's numbers and tensors of one number become plain numbers,
     arrays and tuples lists, one text a list of one where a list of texts is wanted, paths texts, dictionaries
     dataclasses.
-
-    Raises:
-        ConfigurationError: Names the field, its value and what is allowed.
     """
     for field in dataclasses.fields(config):
         value = checked(field.name, getattr(config, field.name), field_types(type(config))[field.name])
@@ -106,11 +92,7 @@ def field_types(cls: type) -> dict[str, Any]:
 
 
 def checked(name: str, value: Any, annotation: Any, error: type[ConfigurationError] = ConfigurationError) -> Any:
-    """A value in the form that a type names.
-
-    Raises:
-        ConfigurationError: Or `error`: calls it `name`, shows it, and says what is allowed.
-    """
+    """A value in the form that a type names; the `error` calls it `name`, shows it, and says what is allowed."""
     try:
         return _read(value, annotation)
     except _Refused as refused:
@@ -126,33 +108,31 @@ def check_keys(cls: type, values: dict[str, Any]) -> None:
     """Refuses what is no dictionary, or one with a key that is no field of a dataclass."""
     if not isinstance(values, Mapping):
         raise ConfigurationError(f"{_shown(values)} is given as {cls.__name__}; it must hold `option: value` pairs.")
-    known = [field.name for field in dataclasses.fields(cls)]
+    check_options(cls.__name__, values, [field.name for field in dataclasses.fields(cls)])
+
+
+def check_options(name: str, values: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Refuses an option that is not known."""
     for key in values:
         if key not in known:
-            raise ConfigurationError(
-                f"`{key}` is not an option of {cls.__name__}; the options are {', '.join(known)}."
-            )
+            raise ConfigurationError(f"`{key}` is not an option of {name}; the options are {', '.join(known)}.")
 
 
 def _read(value: Any, annotation: Any) -> Any:
-    annotation, rules = _taken_apart(annotation)
+    rules = annotation.__metadata__ if get_origin(annotation) is Annotated else ()
+    annotation = annotation.__origin__ if rules else annotation
     try:
         result = _read_type(value, annotation, rules)
     except _Refused as refused:
-        described = next((rule.words for rule in rules if isinstance(rule, Described)), None)
-        if described is None:
-            raise
-        raise _Refused(value, f"it must be {described}", refused.hint) from None
+        for rule in rules:
+            if isinstance(rule, Described):
+                raise _Refused(value, f"it must be {rule.words}", refused.hint) from None
+        raise
     for rule in rules:
-        if isinstance(rule, OneOf) and not _is_one_of(result, rule.allowed):
+        alike = [one for one in getattr(rule, "allowed", ()) if isinstance(one, bool) == isinstance(result, bool)]
+        if isinstance(rule, OneOf) and result not in alike:
             raise _Refused(value, f"allowed values are {', '.join(map(str, rule.allowed))}")
     return result
-
-
-def _taken_apart(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
-    """A type, and what `Annotated` adds to it."""
-    is_bare = get_origin(annotation) is not Annotated
-    return (annotation, ()) if is_bare else (annotation.__origin__, annotation.__metadata__)
 
 
 def _read_type(value: Any, annotation: Any, rules: tuple[Any, ...]) -> Any:
@@ -161,8 +141,6 @@ def _read_type(value: Any, annotation: Any, rules: tuple[Any, ...]) -> Any:
         return value
     if origin in (Union, types.UnionType):
         return _read_union(value, parts)
-    if origin is Literal:
-        return _read(value, Annotated[Any, OneOf(parts)])
     if origin in (list, Sequence):
         return [_read(item, parts[0]) for item in _items(value, annotation)]
     if origin is tuple:
@@ -182,12 +160,10 @@ def _read_type(value: Any, annotation: Any, rules: tuple[Any, ...]) -> Any:
         if not isinstance(value, annotation):
             raise _refused(value, annotation)
         return value
-    if annotation not in _READERS:
-        raise TypeError(f"No rule for values of the type {annotation!r}.")
     result = _READERS[annotation](value)
-    if result is None or not all(rule.allow(result) for rule in rules if isinstance(rule, Limits)):
-        hint = _hint(value, next((rule for rule in rules if isinstance(rule, Limits)), Limits()))
-        raise _refused(value, Annotated[(annotation, *rules)] if rules else annotation, hint)
+    limits = next((rule for rule in rules if isinstance(rule, Limits)), Limits())
+    if result is None or (annotation in (int, float) and not limits.allow(result)):
+        raise _refused(value, Annotated[(annotation, *rules)] if rules else annotation, _hint(value, limits))
     return result
 
 
@@ -209,25 +185,17 @@ def _read_union(value: Any, members: tuple[Any, ...]) -> Any:
 
 def _items(value: Any, annotation: Any) -> list[Any]:
     """What a list is made of: of arrays and sets too, or of one text where texts are wanted."""
-    if isinstance(value, (str, os.PathLike)) and _taken_apart(get_args(annotation)[0])[0] is str:
+    item = get_args(annotation)[0]
+    if isinstance(value, (str, os.PathLike)) and str in (item, getattr(item, "__origin__", None)):
         return [value]
-    if getattr(value, "ndim", None) == 0:  # an array of one number, which has a length all the same
-        raise _refused(value, annotation)
+    items = value
     if hasattr(value, "ndim") and hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, Set):
-        value = sorted(value, key=str) if not all(map(_is_number, value)) else sorted(value)
-    if not isinstance(value, Collection) or isinstance(value, (str, bytes, Mapping)):
+        items = value.tolist() if value.ndim else None  # an array of one number has a length all the same
+    if isinstance(items, Set):
+        items = sorted(items, key=None if all(isinstance(one, (int, float)) for one in items) else str)
+    if not isinstance(items, Collection) or isinstance(items, (str, bytes, Mapping)):
         raise _refused(value, annotation)
-    return list(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
-    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed)
+    return list(items)
 
 
 def _plain(value: Any) -> Any:
@@ -271,23 +239,17 @@ def _is_finite(value: float) -> bool:
         return False
 
 
-def _truth(value: Any) -> bool | None:
-    value = _plain(value)
-    return value if isinstance(value, bool) else None
-
-
 def _text(value: Any) -> str | None:
-    path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
-    return path if isinstance(path, str) else None
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    return text if isinstance(text, str) else None
 
 
-def _path(value: Any) -> Path | None:
-    text = _text(value)
-    return None if text is None else Path(text)
+def _truth(value: Any) -> bool | None:
+    return _plain(value) if isinstance(_plain(value), bool) else None
 
 
-_READERS = {int: _whole, float: _real, bool: _truth, str: _text, Path: _path}
-_NAMES = {int: "an integer", float: "a number", bool: "True or False", str: "a text", Path: "a path"}
+_READERS = {int: _whole, float: _real, bool: _truth, str: _text}
+_NAMES = {int: "an integer", float: "a number", bool: "True or False", str: "a text"}
 
 
 def _refused(value: Any, annotation: Any, hint: str = "") -> _Refused:
@@ -298,17 +260,14 @@ def _in_words(annotation: Any) -> str:
     """What a type allows: `"an integer of at least 1"`."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        rules = annotation.__metadata__
-        for rule in rules:
+        for rule in annotation.__metadata__:
             if isinstance(rule, Described):
                 return rule.words
             if isinstance(rule, OneOf):
                 return f"one of {', '.join(map(str, rule.allowed))}"
-        return _in_words(parts[0]) + "".join(str(rule) for rule in rules if isinstance(rule, Limits))
+        return _in_words(parts[0]) + "".join(map(str, annotation.__metadata__))
     if origin in (Union, types.UnionType):
         return " or ".join(_in_words(part) for part in parts if part is not types.NoneType)
-    if origin is Literal:
-        return f"one of {', '.join(map(str, parts))}"
     if origin in (list, Sequence) or (origin is tuple and parts[-1] is Ellipsis):
         return f"a list, each of its items {_in_words(parts[0])}"
     if origin is tuple:

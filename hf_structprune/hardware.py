@@ -7,15 +7,26 @@ from collections.abc import Iterable
 import torch
 from transformers.utils import is_torch_bf16_gpu_available
 
+from .errors import ConfigurationError
+
 
 # By the names that options have for them.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_BY_LONG_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 
 
 def dtype_of(name: str | torch.dtype) -> torch.dtype | None:
     """One of them, by its short or its long name (`"bf16"`, `"bfloat16"`) or itself; `None` for any other."""
-    return {**DTYPES, **_BY_LONG_NAME}.get(str(name).removeprefix("torch."))
+    plain = str(name).removeprefix("torch.")
+    return next((dtype for short, dtype in DTYPES.items() if plain in (short, str(dtype)[6:])), None)
+
+
+def check_device(device: str | None) -> None:
+    """Refuses a device that is not there; `None` is the CPU."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigurationError(f"`device` is {device!r}, which cannot be used: {reason}") from error
 
 
 def has_accelerator() -> bool:

@@ -57,43 +57,33 @@ def others_of(output: Any) -> int | None:
 
 
 class Silencer:
-    """Makes sublayers add nothing to the residual stream.
+    """Makes sublayers add nothing to the residual stream, as if their last projection were zero, without their work.
 
     The module that gives a sublayer's output returns zeros instead, and the modules before it are not run. What
-    follows it sees the zeros: a norm of the output (Gemma 2, OLMo 2) is an RMSNorm and leaves them zero. That is the
-    same as setting the weight and the bias of the last projection to zero, without the work of the sublayer.
-
-    Args:
-        model: A causal language model.
-        structure: Names its sublayers.
-        tokens: A few token ids, shape (1, length): they show in what form each module returns its output.
+    follows it sees the zeros: a norm of the output (Gemma 2, OLMo 2) is an RMSNorm and leaves them zero. A few token
+    ids, shape (1, length), show in what form each module returns its output.
     """
 
     def __init__(self, model: PreTrainedModel, structure: ModelStructure, tokens: torch.Tensor) -> None:
         self.model = model
-        self._others: dict[str, int | None] = {}
-        self._hidden: dict[str, int] = {}
+        self._silent: dict[str, Callable[..., Any]] = {}
 
         def look(name: str, output: Any) -> None:
-            self._others[name] = others_of(output)
-            self._hidden[name] = (output[0] if isinstance(output, tuple) else output).shape[-1]
+            states = output[0] if isinstance(output, tuple) else output
+            self._silent[name] = _zeros(states.shape[-1], others_of(output))
 
-        modules = {s.module: model.get_submodule(s.module) for layer in structure.layers for s in layer.sublayers}
-        handles = (
-            module.register_forward_hook(lambda *seen, name=name: look(name, seen[-1]))
-            for name, module in modules.items()
-        )
+        names = [sublayer.module for layer in structure.layers for sublayer in layer.sublayers]
+        modules = [(name, model.get_submodule(name)) for name in names]
+        handles = (m.register_forward_hook(lambda *seen, name=name: look(name, seen[-1])) for name, m in modules)
         with hooked(handles), torch.no_grad():
             model.base_model(input_ids=tokens.to(model.get_input_embeddings().weight.device), use_cache=False)
 
     def silenced(self, sublayers: Iterable[Sublayer]) -> AbstractContextManager[None]:
         """These sublayers add nothing as long as this is open."""
-        forwards = []
+        forwards = {}
         for sublayer in sublayers:
-            forwards += [(self.model.get_submodule(name), _pass_on) for name in sublayer.inner]
-            zeros = _zeros(self._hidden[sublayer.module], self._others[sublayer.module])
-            forwards.append((self.model.get_submodule(sublayer.module), zeros))
-        return replaced_forwards(forwards)
+            forwards |= {**dict.fromkeys(sublayer.inner, _pass_on), sublayer.module: self._silent[sublayer.module]}
+        return replaced_forwards((self.model.get_submodule(name), forward) for name, forward in forwards.items())
 
 
 def _pass_on(hidden_states: torch.Tensor) -> torch.Tensor:

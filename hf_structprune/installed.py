@@ -13,14 +13,10 @@ LIBRARIES = ("torch", "transformers")
 
 
 def need(*packages: str, extra: str) -> None:
-    """Makes sure that packages are installed, before any work is done.
-
-    Args:
-        packages: Names to import.
-        extra: The extra of this package that installs them.
+    """Makes sure that packages, named as they are imported, are installed before any work is done.
 
     Raises:
-        StructPruneError: Names what is missing and the command that installs it.
+        StructPruneError: Names what is missing and the `extra` of this package that installs it.
     """
     missing = [name for name in packages if not _found(name)]
     if missing:

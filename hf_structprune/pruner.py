@@ -21,16 +21,8 @@ from .errors import ConfigurationError, StructPruneError, UnsupportedModelError
 from .files.writing import check_place
 from .hub.checkpoint import push_folder, save_checkpoint, take_over
 from .hub.origin import origin_of, record
+from .model import loading
 from .model.checks import check_model, check_savable
-from .model.loading import (
-    as_tokenizer,
-    load_config,
-    load_model,
-    load_processor,
-    load_tokenizer,
-    plain_options,
-    refuse_quantised,
-)
 from .model.measuring import check_finite, measuring
 from .model.rebuild import has_weights, interrupted, mark, marked_if_changed
 from .model.structure import ModelStructure
@@ -66,7 +58,7 @@ class StructuredPruner:
     """
 
     def __init__(self, model: PreTrainedModel, config: PruningConfig | None = None, tokenizer: Any = None) -> None:
-        self.model, self.tokenizer = check_model(model), as_tokenizer(tokenizer)
+        self.model, self.tokenizer = check_model(model), loading.as_tokenizer(tokenizer)
         self._processor = self.tokenizer if isinstance(self.tokenizer, ProcessorMixin) else None
         if self._processor is not None:
             self.tokenizer = self._processor.tokenizer
@@ -91,26 +83,20 @@ class StructuredPruner:
     ) -> StructuredPruner:
         """Loads a model (and its tokenizer) from the Hub or a folder, or takes one that is loaded.
 
-        Args:
-            model_or_id: Hub id, folder (a pruned checkpoint too) or model.
-            config: What to cut and how.
-            tokenizer: Tokenizer to use instead of the model's own.
-            kwargs: Given to `AutoModelForCausalLM.from_pretrained`: `dtype` (default: the checkpoint's), `device_map`,
-                `revision`, `subfolder`, `gguf_file`, `trust_remote_code`, ... Those that say which weights these are
-                go into the card.
+        `kwargs` go to `AutoModelForCausalLM.from_pretrained`: `dtype` (default: the checkpoint's), `device_map`,
+        `revision`, `subfolder`, `gguf_file`, ... Those that say which weights these are go into the card.
         """
         if isinstance(model_or_id, nn.Module):
-            if kwargs:
-                raise ConfigurationError(
-                    f"`{next(iter(kwargs))}` is an option of loading, but the model is loaded already."
-                )
+            for name in kwargs:
+                raise ConfigurationError(f"`{name}` is an option of loading, but the model is loaded already.")
             return cls(model_or_id, config, tokenizer)
-        kwargs = plain_options(kwargs)
-        model_config = load_config(model_or_id, **kwargs)
-        refuse_quantised(model_config, str(model_or_id))
-        model = load_model(model_or_id, towers=True, **kwargs)
+        kwargs = loading.plain_options(kwargs)
+        model_config = loading.load_config(model_or_id, **kwargs)
+        loading.refuse_quantised(model_config, str(model_or_id))
+        model = loading.load_model(model_or_id, towers=True, **kwargs)
         if tokenizer is None:
-            tokenizer = (load_processor if has_towers(model_config) else load_tokenizer)(model_or_id, **kwargs)
+            load = loading.load_processor if has_towers(model_config) else loading.load_tokenizer
+            tokenizer = load(model_or_id, **kwargs)
         pruner = cls(model, config, tokenizer)
         pruner.origin = origin_of(model, kwargs)
         return pruner
@@ -118,9 +104,8 @@ class StructuredPruner:
     def plan(self, ratio: float | None = None) -> PruningPlan:
         """What `prune(ratio)` would do: how many units of each group go and what that saves. Changes nothing.
 
-        Args:
-            ratio: Share of **all** parameters of the model to remove, embeddings counted; `None` if the configuration
-                says how much goes (`num_layers`, `hidden_size`, `attention_ratio`, `mlp_ratio`, ...).
+        The ratio is the share of **all** parameters of the model to remove, embeddings counted; `None` if the
+        configuration says how much goes (`num_layers`, `hidden_size`, `attention_ratio`, `mlp_ratio`, ...).
 
         Raises:
             RatioError: More than can be cut; says how much can.
@@ -137,10 +122,7 @@ class StructuredPruner:
         return plan
 
     def prune(self, ratio: float | PruningPlan | None = None) -> PreTrainedModel:
-        """Prunes the model.
-
-        Args:
-            ratio: Share of all parameters to remove, or a plan; units that the plan does not name are chosen.
+        """Prunes the model: by a share of all parameters, or by a plan; units that it does not name are chosen.
 
         Returns:
             The smaller model, also in `self.model`; the plan that was carried out is in `self.last_plan`.
@@ -209,11 +191,9 @@ class StructuredPruner:
     def save_pretrained(self, folder: str | os.PathLike, **kwargs: Any) -> None:
         """Writes the pruned model as a checkpoint, all at once or not at all.
 
-        Args:
-            folder: Folder for the weights (safetensors), configuration, generation configuration, tokenizer,
-                `pruning_config.json`, `pruning_plan.json` and the model card. A card in it that was not written by
-                this package stays.
-            kwargs: Given to the model's `save_pretrained`, for example `max_shard_size`.
+        In the folder are weights (safetensors), configuration, generation configuration, tokenizer,
+        `pruning_config.json`, `pruning_plan.json` and the model card; a card that was not written by this package
+        stays. `kwargs` go to the model's `save_pretrained`, for example `max_shard_size`.
         """
         check_place(folder)
         self._save(Path(folder), Path(os.path.abspath(folder)).name, **kwargs)
@@ -232,28 +212,21 @@ class StructuredPruner:
     ) -> CommitInfo:
         """Pushes the pruned model as it is now to the Hub, with everything that belongs to it, in one commit.
 
-        If the same weights were saved before, what has come to stand in that folder since (results, pictures, recipe,
-        text in the card) goes along; if the weights have changed since, it would no longer be true of them and stays
-        behind, with a warning.
+        See `hub.push_folder`, also for what is raised; `save_kwargs` go to `save_pretrained`. If the same weights were
+        saved before, what has come to stand in that folder since (results, pictures, recipe, text in the card) goes
+        along; if the weights have changed since, it stays behind, with a warning.
 
         `pruner.model.push_to_hub(...)`, Transformers' own, works as well and carries less: weights, configuration,
         generation configuration, the modelling file of per-layer widths, tags, and in `config.json` under
         `hf_structprune` what was pruned and how. It writes a card of its own.
-
-        Args:
-            repo_id: See `hub.push_folder`, also for what is raised.
-            private, token, commit_message, revision, create_pr: As there.
-            save_kwargs: Given to the model's `save_pretrained`, for example `max_shard_size`.
         """
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "model"
             self._save(folder, repo_id, **save_kwargs)
             if self._saved is not None:
                 take_over(self._saved, folder)
-            return push_folder(
-                folder, repo_id, private=private, token=token, commit_message=commit_message, revision=revision,
-                create_pr=create_pr,
-            )  # fmt: skip
+            where = {"revision": revision, "create_pr": create_pr, "private": private, "token": token}
+            return push_folder(folder, repo_id, commit_message=commit_message, **where)
 
     def _save(self, folder: Path, name: str, **kwargs: Any) -> None:
         about = {"config": self.config, "plan": self.last_plan, "origin": self.origin}

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import inspect
 import re
+import sys
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Annotated, Any, NoReturn, Union, get_args, get_origin
+from typing import Annotated, Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from ..checks import checked, field_types
 from ..errors import ConfigurationError
 from ..files.reading import parse_yaml, read_text
-from .cli import program
+from .cli import program, show
 
 
 # Fields that only Python can give.
@@ -33,22 +36,30 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigurationError(f"{message} (see `{self.prog} --help`)")
 
 
+def command(function: Callable[..., tuple[Any, ...]]) -> Callable[[Sequence[str]], None]:
+    """Makes `NAME_command` read its arguments, dataclasses all, from a command line, and prints what it gives.
+
+    That is data, printed for `--json`, and what people see instead. Stdout holds nothing else: what libraries print
+    goes to stderr. Its docstring is the description that `--help` shows.
+    """
+
+    @functools.wraps(function)
+    def run(argv: Sequence[str]) -> None:
+        classes = [kind for name, kind in get_type_hints(function).items() if name != "return"]
+        arguments = parse(argv, function.__name__.removesuffix("_command"), function.__doc__, *classes)
+        with contextlib.redirect_stdout(sys.stderr):
+            data, *shown = function(*arguments)
+        show(any(getattr(one, "json", False) for one in arguments), data, *shown)
+
+    return run
+
+
 def parse(argv: Sequence[str], command: str, description: str, *classes: type) -> list[Any]:
-    """Parses the options of one command.
+    """One instance of each of these dataclasses, from the arguments after a command's name.
 
-    Every field of the dataclasses is an option, `--round-to` as well as `--round_to`; those of a field that is a
-    dataclass itself have its name as a prefix (`--calibration-length`). `--config FILE` reads values of the same names
-    from YAML (or JSON); what stands on the command line wins.
-
-    Args:
-        argv (sequence of `str`): The arguments after the command's name.
-        command (`str`): The command's name.
-        description (`str`): Shown above the options by `--help`.
-        classes (`type`): Dataclasses, documented with an `Args:` section; `POSITIONALS` names fields that are no
-            options.
-
-    Returns:
-        `list`: One instance of each class.
+    Every field is an option, `--round-to` as well as `--round_to`, but for those that `POSITIONALS` names; the fields
+    of one that is a dataclass itself have its name as a prefix (`--calibration-length`). The classes' `Args:` sections
+    are the help. `--config FILE` reads values of the same names from YAML (or JSON); the command line wins.
 
     Raises:
         ConfigurationError: An option is unknown, has a value of the wrong type, or none where one is needed.
@@ -65,15 +76,11 @@ def make_parser(command: str, description: str, *classes: type) -> argparse.Argu
     """The parser of the options that the dataclasses have."""
     shown = [POSITIONALS[field.name] for cls in classes for field in fields(cls) if field.name in POSITIONALS]
     positionals = "".join(f" {name} ..." if count == "*" else f" {name}" for name, count in shown)
-    parser = _Parser(
-        prog=f"{program()} {command}",
-        usage=f"{program()} {command}{positionals} [options]",
-        description=description,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--config", metavar="FILE", help="YAML file with values of the options; unknown keys are errors"
-    )
+    name = f"{program()} {command}"
+    usage = f"{name}{positionals} [options]"
+    parser = _Parser(prog=name, usage=usage, description=description, allow_abbrev=False)
+    help_text = "YAML file with values of the options; unknown keys are errors"
+    parser.add_argument("--config", metavar="FILE", help=help_text)
     for cls in classes:
         _add_options(parser, cls)
     return parser
@@ -95,11 +102,9 @@ def _add_options(parser: argparse.ArgumentParser, cls: type, prefix: str = "") -
             group.add_argument(*names, action=argparse.BooleanOptionalAction, default=default, help=text)
         elif name not in IN_MEMORY:
             item = _item_type(kind)
-            group.add_argument(
-                *names, dest=name, type=_reader(field.name, item or kind), nargs="+" if item else None,
-                default=default, metavar=field.name.upper(),
-                help=text + ("" if default is None else " (default: %(default)s)"),
-            )  # fmt: skip
+            options = {"dest": name, "default": default, "metavar": field.name.upper(), "nargs": "+" if item else None}
+            text += "" if default is None else " (default: %(default)s)"
+            group.add_argument(*names, type=_reader(field.name, item or kind), help=text, **options)
 
 
 def _item_type(annotation: Any) -> Any:
@@ -156,19 +161,20 @@ def _read_config(parser: argparse.ArgumentParser, path: str) -> list[str]:
     return [*words, "--config", path]  # which also ends a list
 
 
-def _flatten(content: dict[Any, Any], path: str, prefix: str = "") -> dict[str, Any]:
+def _flatten(content: dict[Any, Any], path: str) -> dict[str, Any]:
     """Every option under the name of its field, those of the calibration with its prefix."""
+    section = content.get("calibration")
+    pairs = [(key, value) for key, value in content.items() if key != "calibration" or not isinstance(section, dict)]
+    pairs += [(f"calibration_{key}", value) for key, value in section.items()] if isinstance(section, dict) else []
     values: dict[str, Any] = {}
-    for key, value in content.items():
-        name = prefix + str(key).replace("-", "_")
-        is_section = name == "calibration" and isinstance(value, dict)
-        named = _flatten(value, path, f"{name}_") if is_section else {name: value}
-        for name in named.keys() & values.keys():
+    for key, value in pairs:
+        name = str(key).replace("-", "_")
+        if name in values:
             raise ConfigurationError(
                 f"{path}: `{name}` is given twice (hyphens are underscores, `calibration:` is a prefix), and only "
                 "one can be meant: remove one."
             )
-        values |= named
+        values[name] = value
     return values
 
 

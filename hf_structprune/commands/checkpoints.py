@@ -7,22 +7,22 @@ import inspect
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from rich.table import Table
 
 from ..checks import OneOf
 from ..errors import ConfigurationError, HubError
+from ..export.common import Exported
+from ..hub import push_folder, validate_card, write_card
 from ..quantization.configuration import QuantizationConfig
+from ..quantization.quantizing import quantize
 from ..recovery.configuration import DistillationConfig, RecoveryConfig
-from .arguments import parse
-from .cli import check_output, make_table, results_only_on_stdout, show, speaking
+from ..recovery.recovering import recover
+from .arguments import command
+from .cli import check_output, make_table
 from .models import SourceArguments
-
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from ..export.common import Exported
 
 
 @dataclass
@@ -50,30 +50,26 @@ class RecoverArguments(SourceArguments):
     overwrite: bool = False
 
 
-def recover_command(argv: Sequence[str]) -> None:
-    """Trains, saves and says how much came back."""
-    description = "Train a pruned model to get its quality back: LoRA, QLoRA, all weights or distillation."
-    command, config, distillation = parse(
-        argv, "recover", description, RecoverArguments, RecoveryConfig, DistillationConfig
-    )
-    if not command.dataset:
+@command
+def recover_command(
+    options: RecoverArguments, config: RecoveryConfig, distillation: DistillationConfig
+) -> tuple[Any, ...]:
+    """Train a pruned model to get its quality back: LoRA, QLoRA, all weights or distillation."""
+    if not options.dataset:
         raise ConfigurationError("--dataset is missing: a file, a folder or a data set of the Hub to train on.")
-    if command.output_dir is None:
+    if options.output_dir is None:
         raise ConfigurationError("--output-dir is missing.")
-    from ..recovery.recovering import recover
-
     try:  # its perplexity, if that is a number
-        dense = None if command.dense is None else float(command.dense)
+        dense = None if options.dense is None else float(options.dense)
     except ValueError:
-        dense = command.dense
-    with results_only_on_stdout(), speaking():
-        result = recover(
-            command.model, list(command.dataset), command.output_dir, config,
-            split=command.split, dense=dense, teacher=command.teacher, distillation=distillation,
-            resume=command.resume, overwrite=command.overwrite, trust_remote_code=command.trust_remote_code,
-        )  # fmt: skip
-    data = {"model": command.model, "output_dir": command.output_dir, **result.report}
-    show(command.json, data, _curve_table(result.report), f"Saved to {command.output_dir}")
+        dense = options.dense
+    result = recover(
+        options.model, list(options.dataset), options.output_dir, config,
+        split=options.split, dense=dense, teacher=options.teacher, distillation=distillation,
+        resume=options.resume, overwrite=options.overwrite, trust_remote_code=options.trust_remote_code,
+    )  # fmt: skip
+    data = {"model": options.model, "output_dir": options.output_dir, **result.report}
+    return data, _curve_table(result.report), f"Saved to {options.output_dir}"
 
 
 def _curve_table(report: dict[str, Any]) -> Table:
@@ -103,23 +99,16 @@ class QuantizeArguments(SourceArguments):
     overwrite: bool = False
 
 
-def quantize_command(argv: Sequence[str]) -> None:
-    """Quantises, saves and says how much smaller it is."""
-    description = "Quantise a model, pruned or not, and save a checkpoint that from_pretrained loads."
-    command, config = parse(argv, "quantize", description, QuantizeArguments, QuantizationConfig)
-    check_output(command.output_dir, command.overwrite)
-    from ..quantization.quantizing import quantize
-
-    started = time.monotonic()
-    with results_only_on_stdout(), speaking():
-        result = quantize(
-            command.model, command.output_dir, config,
-            overwrite=command.overwrite, trust_remote_code=command.trust_remote_code,
-        )  # fmt: skip
+@command
+def quantize_command(options: QuantizeArguments, config: QuantizationConfig) -> tuple[Any, ...]:
+    """Quantise a model, pruned or not, and save a checkpoint that from_pretrained loads."""
+    check_output(options.output_dir, options.overwrite)
+    started, switches = time.monotonic(), {name: getattr(options, name) for name in ("overwrite", "trust_remote_code")}
+    result = quantize(options.model, options.output_dir, config, **switches)
     seconds = round(time.monotonic() - started, 1)
-    data = {**result.report, "model": command.model, "output_dir": command.output_dir, "seconds": seconds}
-    lines = [*result.report["notes"], f"Saved to {command.output_dir} after {seconds} s."]
-    show(command.json, data, _sizes_table(result.report), *lines)
+    data = {**result.report, "model": options.model, "output_dir": options.output_dir, "seconds": seconds}
+    notes = result.report["notes"]
+    return data, _sizes_table(result.report), *notes, f"Saved to {options.output_dir} after {seconds} s."
 
 
 def _sizes_table(report: dict[str, Any]) -> Table:
@@ -134,14 +123,9 @@ def _sizes_table(report: dict[str, Any]) -> Table:
     return make_table(title, ("", "before", "after", "change"), rows, left=("",))
 
 
-# Each format's module and function: `function(model, output, *, <options>) -> Exported`. Its keyword arguments are
-# the options below that the format takes; those that were not given keep the function's own defaults.
-FORMATS = {
-    "gguf": ("..export.gguf", "export_gguf"),
-    "onnx": ("..export.onnx", "export_onnx"),
-    "deci": ("..export.deci", "export_deci"),
-}
-_OF_FORMATS = ("quant", "dtype", "pad", "trust_remote_code")
+# Each is a module of `export` with a function `export_NAME(model, output, *, <options>) -> Exported`. Its keyword
+# arguments are the options below that the format takes; those that were not given keep the function's own defaults.
+FORMATS = ("gguf", "onnx", "deci")
 
 
 @dataclass
@@ -157,7 +141,7 @@ class ExportArguments(SourceArguments):
         pad (`bool`): deci: add heads and neurons of zeros where a layer does not fit the format.
     """
 
-    format: Annotated[str, OneOf(tuple(FORMATS))] | None = None
+    format: Annotated[str, OneOf(FORMATS)] | None = None
     output: str | None = None
     overwrite: bool = False
     quant: str | None = None
@@ -165,29 +149,24 @@ class ExportArguments(SourceArguments):
     pad: bool = False
 
 
-def export_command(argv: Sequence[str]) -> None:
-    """Exports and says what came out."""
-    (command,) = parse(argv, "export", "Write MODEL in the format of another runtime.", ExportArguments)
-    if command.format is None:
+@command
+def export_command(options: ExportArguments) -> tuple[Any, ...]:
+    """Write MODEL in the format of another runtime."""
+    if options.format is None:
         raise ConfigurationError("--format is missing.")
-    check_output(command.output, command.overwrite, file=True, folders=True)
-    module, name = FORMATS[command.format]
-    with results_only_on_stdout(), speaking():
-        function = getattr(importlib.import_module(module, __package__), name)
-        known = inspect.signature(function).parameters
-        given = {
-            field.name: getattr(command, field.name)
-            for field in fields(command)
-            if field.name in _OF_FORMATS and getattr(command, field.name) != field.default
-        }
-        for option in given.keys() - known:
-            raise ConfigurationError(f"--{option.replace('_', '-')} is no option of --format {command.format}.")
-        result: Exported = function(command.model, command.output, **given)
+    check_output(options.output, options.overwrite, file=True, folders=True)
+    module = importlib.import_module(f"..export.{options.format}", __package__)
+    function = getattr(module, f"export_{options.format}")
+    names = ("quant", "dtype", "pad", "trust_remote_code")
+    given = {name: getattr(options, name) for name in names if getattr(options, name)}
+    for name in given.keys() - inspect.signature(function).parameters:
+        raise ConfigurationError(f"--{name.replace('_', '-')} is no option of --format {options.format}.")
+    result: Exported = function(options.model, options.output, **given)
     data = {
-        "model": command.model, "format": command.format, "output": str(result.path), "bytes": result.size,
+        "model": options.model, "format": options.format, "output": str(result.path), "bytes": result.size,
         **result.details, "notes": result.notes,
     }  # fmt: skip
-    show(command.json, data, f"Wrote {result.path}, {result.size / 1e6:.1f} MB.", *result.notes)
+    return data, f"Wrote {result.path}, {result.size / 1e6:.1f} MB.", *result.notes
 
 
 @dataclass
@@ -209,23 +188,16 @@ class CardArguments:
     json: bool = False
 
 
-def card_command(argv: Sequence[str]) -> None:
-    """Writes the card and says where and how it was checked."""
-    description = "Write the model card of the checkpoint in DIR. Text in its marked sections is kept."
-    (command,) = parse(argv, "card", description, CardArguments)
-    with results_only_on_stdout():
-        from ..hub import validate_card, write_card
-
-        path = write_card(
-            command.folder, name=command.name, base_model=command.base_model, overwrite=command.overwrite
-        )
-        if path is None:
-            raise HubError(
-                f"The README.md in {command.folder} was not written by hf_structprune; say --overwrite to replace it."
-            )
-        asked = validate_card(path)
+@command
+def card_command(options: CardArguments) -> tuple[Any, ...]:
+    """Write the model card of the checkpoint in DIR. Text in its marked sections is kept."""
+    folder = options.folder
+    path = write_card(folder, name=options.name, base_model=options.base_model, overwrite=options.overwrite)
+    if path is None:
+        raise HubError(f"The README.md in {folder} was not written by hf_structprune; say --overwrite to replace it.")
+    asked = validate_card(path)
     how = "The Hub finds its metadata valid." if asked else "Its metadata was checked here; the Hub was not asked."
-    show(command.json, {"card": str(path), "checked_by_hub": asked}, f"Wrote {path}. {how}")
+    return {"card": str(path), "checked_by_hub": asked}, f"Wrote {path}. {how}"
 
 
 @dataclass
@@ -251,13 +223,10 @@ class PushArguments:
     json: bool = False
 
 
-def push_command(argv: Sequence[str]) -> None:
-    """Pushes and prints the address."""
-    (command,) = parse(argv, "push", "Push the checkpoint in DIR to the Hub.", PushArguments)
-    with results_only_on_stdout():
-        from ..hub import push_folder
-
-        options = {name: getattr(command, name) for name in ("revision", "create_pr", "commit_message")}
-        commit = push_folder(command.folder, command.repo_id, private=command.private or None, **options)
+@command
+def push_command(options: PushArguments) -> tuple[Any, ...]:
+    """Push the checkpoint in DIR to the Hub."""
+    chosen = {name: getattr(options, name) for name in ("revision", "create_pr", "commit_message")}
+    commit = push_folder(options.folder, options.repo_id, private=options.private or None, **chosen)
     data = {"repo_id": commit.repo_url.repo_id, **{n: getattr(commit, n) for n in ("commit_url", "oid", "pr_url")}}
-    show(command.json, data, f"Pushed to {commit.repo_url}: {commit.pr_url or commit.commit_url}")
+    return data, f"Pushed to {commit.repo_url}: {commit.pr_url or commit.commit_url}"

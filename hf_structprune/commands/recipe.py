@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checks import Ratio, checked, field_types
+from ..checks import Ratio, check_options, checked, field_types
 from ..config import PruningConfig
 from ..errors import ConfigurationError
 from ..evaluation.evaluator import EvaluationConfig
@@ -43,15 +43,7 @@ _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 @dataclass
 class Step:
-    """A section `recover` or `quantize`: its configuration, and the options beside it.
-
-    Attributes:
-        config: How to train, or how to quantise.
-        output_dir: Folder of the checkpoint that it makes.
-        dataset: What to train on; several sources are mixed.
-        split: Split of data sets that have several.
-        distillation: How to distil.
-    """
+    """A section `recover` or `quantize`: its configuration, the folder of what it makes, and the data to train on."""
 
     config: Any
     output_dir: str
@@ -69,17 +61,8 @@ class Step:
 class Recipe:
     """What `hf-structprune run FILE` does: prune, recover, quantise, measure all sides, write the cards, push.
 
-    Attributes:
-        model: The model and how it is loaded.
-        output_dir: Folder of the checkpoint.
-        ratio: Share of all parameters to remove; `None` if the configuration has ratios by kind.
-        pruning: How to prune.
-        recovery: How to train the pruned model; `None` for not at all.
-        quantization: How to quantise what came out; `None` for not at all.
-        evaluation: What to measure on all sides; `None` for nothing.
-        dense_results: Where the results of the dense model are kept, so that several recipes can share them.
-        push: Arguments of `push_to_hub`; empty if the recipe names no repository.
-        text: The file as it was written, variables included.
+    A step that is `None` is not done. Several recipes may share the file of the dense model's results; `push` are
+    arguments of `push_folder`, and `text` is the file as it was written.
     """
 
     model: ModelArguments
@@ -89,7 +72,7 @@ class Recipe:
     recovery: Step | None
     quantization: Step | None
     evaluation: EvaluationConfig | None
-    dense_results: str | None
+    dense_results: str
     push: dict[str, Any]
     text: str
 
@@ -125,7 +108,8 @@ class Recipe:
             raise ConfigurationError(f"`preset: {preset}` needs a `ratio`.")
         else:  # which takes the ratio as its own
             ratio, pruning = None, PRESETS[preset](ratio, **pruning)
-        recovery = quantization = evaluation = dense_results = None
+        recovery = quantization = evaluation = None
+        dense_results = f"{os.path.abspath(folder)}-dense.json"
         # The checkpoint of a section goes beside the one that it is made of, unless it says where.
         if content.get("recover"):
             values, beside = _section(content, "recover")
@@ -133,25 +117,18 @@ class Recipe:
                 raise ConfigurationError("`recover` needs a `dataset`: a file, a folder or a data set of the Hub.")
             distillation = beside.pop("distillation", {})
             _check_options(distillation, DistillationConfig, "recover.distillation")
-            beside = {
-                "output_dir": f"{folder}-recovered",
-                **beside,
-                "distillation": DistillationConfig(**distillation),
-            }
-            recovery = Step(RecoveryConfig(**values), **beside)
+            beside = {"output_dir": f"{folder}-recovered", **beside}
+            recovery = Step(RecoveryConfig(**values), **beside, distillation=DistillationConfig(**distillation))
         if content.get("quantize"):
             values, beside = _section(content, "quantize")
             source = folder if recovery is None else recovery.output_dir
             quantization = Step(QuantizationConfig(**values), **{"output_dir": f"{source}-quantised", **beside})
         if content.get("evaluate") is not None:
             values, beside = _section(content, "evaluate")
-            evaluation, dense_results = EvaluationConfig(**values), beside.get("dense_results")
-        push = _section(content, "push")[0]
-        types_of_push = field_types(PushArguments)
-        push = {name: checked(name, value, types_of_push[name]) for name, value in push.items()}
-        recipe = cls(
-            model, folder, ratio, pruning, recovery, quantization, evaluation, dense_results, push, text
-        )  # fmt: skip
+            evaluation, dense_results = EvaluationConfig(**values), beside.get("dense_results") or dense_results
+        kinds = field_types(PushArguments)
+        push = {name: checked(name, value, kinds[name]) for name, value in _section(content, "push")[0].items()}
+        recipe = cls(model, folder, ratio, pruning, recovery, quantization, evaluation, dense_results, push, text)
         paths = [path.absolute() for path in recipe.folders.values()]
         for path in paths:
             if paths.count(path) > 1:
@@ -204,6 +181,4 @@ def _section(content: dict[str, Any], name: str) -> tuple[dict[str, Any], dict[s
 
 def _check_options(values: dict[str, Any], cls: type, section: str) -> None:
     known = [field.name for field in dataclasses.fields(cls) if field.name not in NOT_OPTIONS.get(section, ())]
-    for name in values:
-        if name not in known:
-            raise ConfigurationError(f"`{name}` is not an option of `{section}`; the options are {', '.join(known)}.")
+    check_options(f"`{section}`", values, known)

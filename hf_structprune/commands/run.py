@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checks import Ratio
 from ..config import CONFIG_NAME, PruningConfig
@@ -17,6 +16,7 @@ from ..evaluation import EfficiencyConfig, EvaluationConfig, EvaluationResult, R
 from ..evaluation.pictures import save, widths_figure
 from ..evaluation.results import RESULTS_NAME
 from ..files.writing import check_folder, check_place, write_text
+from ..hardware import cpu_has_bf16
 from ..hub import push_folder, write_card
 from ..hub.contents import DENSE_RESULTS_NAME, WIDTHS_NAME, Contents, check_card, check_file, check_own_files
 from ..hub.origin import Origin, public_config
@@ -26,12 +26,13 @@ from ..model.describe import target_of
 from ..model.loading import load_config
 from ..model.towers import has_towers
 from ..plan import PruningPlan
+from ..pruner import StructuredPruner
 from ..quantization.quantizing import Source, backend_of, quantize
 from ..recovery.data import load_rows
 from ..recovery.recovering import newest_whole, recover, training_folder
 from ..units import DepthKind, kinds_of
 from .arguments import parse
-from .cli import check_output, console, speaking
+from .cli import check_output, console
 from .measure import take_turns_apart
 from .models import (
     DEMO_MODEL,
@@ -47,9 +48,6 @@ from .models import (
 )
 from .recipe import RECIPE_NAME, Recipe, Step
 
-
-if TYPE_CHECKING:
-    from ..pruner import StructuredPruner
 
 TURNS = 3
 MAX_WINDOWS = 6  # of the demo
@@ -74,15 +72,12 @@ class RunArguments:
 
 
 def run_command(argv: Sequence[str]) -> None:
-    """Runs the steps that are not done yet."""
-    description = (
-        "Run RECIPE: prune, recover, quantise, measure, write the cards, push. What is done already is not done again."
-    )
-    (arguments,) = parse(argv, "run", description, RunArguments)
-    recipe, again = Recipe.load(arguments.recipe), arguments.overwrite
+    """Run RECIPE: prune, recover, quantise, measure, write the cards, push. What is done already is not done again."""
+    (options,) = parse(argv, "run", run_command.__doc__, RunArguments)
+    recipe, again = Recipe.load(options.recipe), options.overwrite
     check_ratio(recipe.ratio, recipe.pruning)
-    if arguments.push and not recipe.push.get("repo_id"):
-        raise ConfigurationError(f"{arguments.recipe} names no `repo_id` in its section `push`.")
+    if options.push and not recipe.push.get("repo_id"):
+        raise ConfigurationError(f"{options.recipe} names no `repo_id` in its section `push`.")
     # Mistakes show before any work, and what an earlier run has left and this one goes on from is read.
     if recipe.evaluation is not None:
         dataclasses.replace(recipe.evaluation, efficiency=False).load()
@@ -94,20 +89,15 @@ def run_command(argv: Sequence[str]) -> None:
         _check_quantization(recipe, source)
     for folder in recipe.folders.values():
         (check_card if again else check_own_files)(folder)
-    if _dense_results(recipe).is_file() and not again:
-        check_file(_dense_results(recipe), EvaluationResult.load)
-    if not arguments.dry_run:
-        _Run(recipe, source, arguments).all()
+    if Path(recipe.dense_results).is_file() and not again:
+        check_file(Path(recipe.dense_results), EvaluationResult.load)
+    if not options.dry_run:
+        _Run(recipe, source, again).all(options.push)
         return
     out = console()
     out.print(load_to_plan(source, recipe.pruning, recipe.ratio).plan(recipe.ratio).table())
     for step in filter(None, (recipe.recovery, recipe.quantization)):
         out.print(f"Then {step.output_dir}: {step}")
-
-
-def _dense_results(recipe: Recipe) -> Path:
-    """Where the dense model's results are kept while they are measured; other recipes may use the same file."""
-    return Path(recipe.dense_results or f"{os.path.abspath(recipe.output_dir)}-dense.json")
 
 
 def _check_quantization(recipe: Recipe, source: ModelArguments) -> None:
@@ -133,44 +123,45 @@ def _check_quantization(recipe: Recipe, source: ModelArguments) -> None:
 class _Run:
     """The steps of one recipe, each of which looks whether it is done."""
 
-    def __init__(self, recipe: Recipe, source: ModelArguments, arguments: RunArguments) -> None:
-        self.recipe, self.source, self.again = recipe, source, arguments.overwrite
-        self.push = arguments.push
-        self.folder = Path(recipe.output_dir)
-        for folder in (recipe.output_dir, *recipe.folders.values()):
+    def __init__(self, recipe: Recipe, source: ModelArguments, again: bool) -> None:
+        self.recipe, self.source, self.again, self.base = recipe, source, again, recipe.model.model
+        self.folders, self.out = recipe.folders, console()
+        self.folder, self.final = Path(recipe.output_dir), list(recipe.folders.values())[-1]
+        for folder in self.folders.values():
             check_folder(folder)
-        check_place(_dense_results(self.recipe), file=True)
-        self.base = recipe.model.model
-        self.out = console()
+        check_place(recipe.dense_results, file=True)
 
-    def all(self) -> None:
+    def all(self, push: bool) -> None:
         """Every step, in order."""
+        recovery, quantization = self.recipe.recovery, self.recipe.quantization
         self._prune()
         self._finish(self.folder, "pruned")
-        section = self.recipe.quantization
-        if section is not None:
-            backend_of(Source.read(str(self.folder), False), section.config)
-        if self.recipe.recovery is not None:
-            self._recover(self.recipe.recovery)
-        if section is not None:
-            self._quantise(section)
+        if quantization is not None:  # found out before a training that would be in vain
+            backend_of(Source.read(str(self.folder), False), quantization.config)
+        if recovery is not None:
+            self._make(recovery, "recovered", "recover", RECOVERY_NAME, recovery.config.to_public_dict())
+        if quantization is not None:
+            settings = public_config(quantization.config).to_dict()
+            self._make(quantization, "quantised", "quantize", QUANTIZATION_NAME, settings)
         if self.recipe.evaluation is not None:
             self._time()
-            self.out.print(ResultTable(Contents(self._final()).results).to_rich())
-        for folder in self.recipe.folders.values():
+            self.out.print(ResultTable(Contents(self.final).results).to_rich())
+        for folder in self.folders.values():
             self.out.print(f"Checkpoint, results and card are in {folder}/")
-        if self.push:
-            self.out.print(f"Pushed: {push_folder(self._final(), **self.recipe.push).commit_url}")
+        if push:
+            self.out.print(f"Pushed: {push_folder(self.final, **self.recipe.push).commit_url}")
 
     def _prune(self) -> None:
         """Measures the dense model and prunes it."""
-        pruned, measured = self._is_pruned(), self.recipe.evaluation is None or self._is_measured()
+        dense = self.folder / DENSE_RESULTS_NAME
+        pruned = self._is_pruned()
+        measured = self.recipe.evaluation is None or (not self.again and dense.exists())
         if pruned and measured:
             return
         pruner = load_pruner(self.source, self.recipe.pruning)
         if not measured:
             self.out.print(f"Measuring {self.base} ...")
-            self._evaluate(pruner.model, pruner.tokenizer, _dense_results(self.recipe), self.base, "dense")
+            self._evaluate(pruner.model, pruner.tokenizer, Path(self.recipe.dense_results), self.base, "dense")
         if not pruned:
             self.out.print(f"Pruning {self.base} ...")
             if self.source.model != self.base:  # the card names the model, not the cache it was read from
@@ -178,46 +169,7 @@ class _Run:
             pruner.prune(self.recipe.ratio)
             pruner.save_pretrained(self.folder)
         if not measured:
-            write_text(self.folder / DENSE_RESULTS_NAME, _dense_results(self.recipe).read_text(encoding="utf-8"))
-
-    def _recover(self, step: Step) -> None:
-        """Trains the pruned checkpoint; an interrupted training goes on where it stopped."""
-        report = None if self.again else read_report(Path(step.output_dir) / RECOVERY_NAME)
-        if not _is_made(report, step, step.config.to_public_dict(), "recovered", "recover"):
-            self.out.print(f"Recovering {self.folder} ...")
-            resume = not self.again and newest_whole(training_folder(step.output_dir))[0] is not None
-            dense = self.source.model
-            with speaking():
-                recover(
-                    self.folder, step.dataset, step.output_dir, step.config,
-                    split=step.split, dense=dense, teacher=dense, teacher_name=self.base, resume=resume,
-                    distillation=step.distillation, overwrite=self.again,
-                    trust_remote_code=self.source.trust_remote_code,
-                )  # fmt: skip
-        self._finish(Path(step.output_dir), "recovered")
-
-    def _quantise(self, step: Step) -> None:
-        """Quantises the last checkpoint."""
-        source = list(self.recipe.folders.values())[-2]
-        report = None if self.again else read_report(Path(step.output_dir) / QUANTIZATION_NAME)
-        if not _is_made(report, step, public_config(step.config).to_dict(), "quantised", "quantize"):
-            self.out.print(f"Quantising {source} ...")
-            with speaking():
-                quantize(str(source), step.output_dir, step.config, overwrite=self.again)
-        self._finish(Path(step.output_dir), "quantised")
-
-    def _finish(self, folder: Path, state: str) -> None:
-        """Measures a checkpoint as its users will load it, and describes it."""
-        if self.recipe.evaluation is not None:
-            self.out.print(f"Measuring {folder} ...")
-            model, tokenizer = load_for_measuring(self._result(folder))
-            self._evaluate(model, tokenizer, folder / RESULTS_NAME, folder.name, state)
-            del model
-        self._describe(folder)
-
-    def _final(self) -> Path:
-        """The checkpoint that the recipe is about."""
-        return list(self.recipe.folders.values())[-1]
+            write_text(dense, Path(self.recipe.dense_results).read_text(encoding="utf-8"))
 
     def _is_pruned(self) -> bool:
         """Whether the folder holds the checkpoint already; refuses something else in it."""
@@ -232,31 +184,62 @@ class _Run:
             )
         return True
 
-    def _is_measured(self) -> bool:
-        return not self.again and (self.folder / DENSE_RESULTS_NAME).exists()
+    def _make(self, step: Step, state: str, section: str, file: str, settings: dict[str, Any]) -> None:
+        """What a section makes, unless the report in its folder says that it is made; refuses other settings."""
+        report = None if self.again else read_report(Path(step.output_dir) / file)
+        if report is not None and report["configuration"] != settings:
+            raise ConfigurationError(
+                f"{step.output_dir} holds a checkpoint that was {state} with other settings; choose another "
+                f"`output_dir` in the section `{section}`, or say --overwrite."
+            )
+        if report is None:
+            (self._recover if section == "recover" else self._quantise)(step)
+        self._finish(Path(step.output_dir), state)
+
+    def _recover(self, step: Step) -> None:
+        """Trains the pruned checkpoint; an interrupted training goes on where it stopped."""
+        self.out.print(f"Recovering {self.folder} ...")
+        resume = not self.again and newest_whole(training_folder(step.output_dir))[0] is not None
+        recover(
+            self.folder, step.dataset, step.output_dir, step.config, split=step.split, dense=self.source.model,
+            teacher=self.source.model, teacher_name=self.base, resume=resume, distillation=step.distillation,
+            overwrite=self.again, trust_remote_code=self.source.trust_remote_code,
+        )  # fmt: skip
+
+    def _quantise(self, step: Step) -> None:
+        """Quantises the last checkpoint."""
+        source = list(self.folders.values())[-2]
+        self.out.print(f"Quantising {source} ...")
+        quantize(str(source), step.output_dir, step.config, overwrite=self.again)
+
+    def _finish(self, folder: Path, state: str) -> None:
+        """Measures a checkpoint as its users will load it, and describes it."""
+        if self.recipe.evaluation is not None:
+            self.out.print(f"Measuring {folder} ...")
+            model, tokenizer = load_for_measuring(self._result(folder))
+            self._evaluate(model, tokenizer, folder / RESULTS_NAME, folder.name, state)
+            del model
+        self._describe(folder)
 
     def _evaluate(self, model: Any, tokenizer: Any, output: Path, name: str, state: str) -> None:
         config = dataclasses.replace(self.recipe.evaluation, efficiency=False)  # see `_time`
-        evaluate(
-            model, tokenizer, config, name=name, state=state,
-            base_model=None if state == "dense" else self.base, output=output, overwrite=self.again,
-        )  # fmt: skip
+        about = {"name": name, "state": state, "base_model": None if state == "dense" else self.base}
+        evaluate(model, tokenizer, config, **about, output=output, overwrite=self.again)
 
     def _time(self) -> None:
         """Size, memory and speed of all sides, in turns; recipes share other dense results, not these."""
-        folders = self.recipe.folders
-        files = [self.folder / DENSE_RESULTS_NAME, *(folder / RESULTS_NAME for folder in folders.values())]
+        files = [self.folder / DENSE_RESULTS_NAME, *(folder / RESULTS_NAME for folder in self.folders.values())]
         results = [EvaluationResult.load(file) for file in files]
         if not self.recipe.evaluation.efficiency or all("efficiency/parameters" in r.figures for r in results):
             return
         self.out.print("Measuring size, memory and speed of all ...")
         subjects = [Subject(self.source, "dense", None)]
-        subjects += [Subject(self._result(folder), state, self.base) for state, folder in folders.items()]
+        subjects += [Subject(self._result(folder), state, self.base) for state, folder in self.folders.items()]
         timed = take_turns_apart(subjects, EfficiencyConfig(seed=self.recipe.evaluation.seed), TURNS)
         for file, result, figures in zip(files, results, timed, strict=True):
             result.add(*figures.figures.values())
             result.save(file)
-        for folder in folders.values():
+        for folder in self.folders.values():
             self._describe(folder)
 
     def _result(self, folder: Path) -> ModelArguments:
@@ -266,7 +249,7 @@ class _Run:
     def _describe(self, folder: Path) -> None:
         """The results of the states before, picture, recipe and card in the folder."""
         measured = {"dense": self.folder / DENSE_RESULTS_NAME}
-        for state, earlier in self.recipe.folders.items():
+        for state, earlier in self.folders.items():
             if earlier == folder:
                 break
             measured[state] = earlier / RESULTS_NAME
@@ -276,16 +259,6 @@ class _Run:
         save(widths_figure(PruningPlan.load(folder)), folder / WIDTHS_NAME)
         write_text(folder / RECIPE_NAME, self.recipe.text)
         write_card(folder)
-
-
-def _is_made(report: dict[str, Any] | None, step: Step, configuration: dict[str, Any], made: str, name: str) -> bool:
-    """Whether a folder holds what a section makes, by the report there; refuses what other settings have made."""
-    if report is not None and report["configuration"] != configuration:
-        raise ConfigurationError(
-            f"{step.output_dir} holds a checkpoint that was {made} with other settings; choose another `output_dir` "
-            f"in the section `{name}`, or say --overwrite."
-        )
-    return report is not None
 
 
 @dataclass
@@ -306,26 +279,27 @@ class DemoArguments:
 
 
 def demo_command(argv: Sequence[str]) -> None:
-    """Runs the demo."""
-    (arguments,) = parse(argv, "demo", "Prune MODEL and show what happened.", DemoArguments)
-    check_ratio(arguments.ratio, PruningConfig())
-    folder = Path(arguments.output_dir)
-    check_output(arguments.output_dir, overwrite=(folder / CONFIG_NAME).exists())
+    """Prune MODEL and show what happened."""
+    (options,) = parse(argv, "demo", demo_command.__doc__, DemoArguments)
+    check_ratio(options.ratio, PruningConfig())
+    folder = Path(options.output_dir)
+    check_output(options.output_dir, overwrite=(folder / CONFIG_NAME).exists())
     out, started = console(), time.monotonic()
-    source = find_model(arguments.model)
+    # In bfloat16 a CPU without instructions for it is five times slower.
+    source = dataclasses.replace(find_model(options.model), dtype="auto" if cpu_has_bf16() else "fp32")
     pruner = load_pruner(source)
-    if source.model != arguments.model:
-        pruner.origin = Origin.of(arguments.model)
-    out.print(f"1/4  Loaded {arguments.model}; measuring the dense model ...")
-    dense = _measure_demo(pruner, arguments.model, "dense", arguments.prompt)
-    out.print(f"2/4  Pruning {arguments.ratio:.0%} of all parameters ...")
-    pruner.prune(arguments.ratio)
+    if source.model != options.model:
+        pruner.origin = Origin.of(options.model).with_options_of(pruner.origin)
+    out.print(f"1/4  Loaded {options.model}; measuring the dense model ...")
+    dense = _measure_demo(pruner, options.model, "dense", options.prompt)
+    out.print(f"2/4  Pruning {options.ratio:.0%} of all parameters ...")
+    pruner.prune(options.ratio)
     out.print(pruner.last_plan.table())
     out.print("3/4  Measuring the pruned model, then the speed of both ...")
-    pruned = _measure_demo(pruner, folder.name, "pruned", arguments.prompt)
-    pruned.base_model = arguments.model
+    pruned = _measure_demo(pruner, folder.name, "pruned", options.prompt)
+    pruned.base_model = options.model
     pruner.save_pretrained(folder)
-    subjects = [Subject(source, "dense", None), Subject(ModelArguments(str(folder)), "pruned", arguments.model)]
+    subjects = [Subject(source, "dense", None), Subject(ModelArguments(str(folder)), "pruned", options.model)]
     for result, timed in zip((dense, pruned), take_turns_apart(subjects, EfficiencyConfig(), 1), strict=True):
         result.add(*timed.figures.values())
     dense.save(folder / DENSE_RESULTS_NAME)
@@ -335,8 +309,13 @@ def demo_command(argv: Sequence[str]) -> None:
     out.print(f"4/4  Saved to {folder}/; the model card is {folder / 'README.md'}")
     out.print(ResultTable([dense, pruned]).to_rich())
     texts = [" ".join(result.samples[0]["text"].split()) for result in (dense, pruned)]
-    out.print(f"prompt: {arguments.prompt}\n dense: {texts[0]}\npruned: {texts[1]}\n")
-    out.print(_how_to_load(arguments.output_dir, pruner.last_plan.layout))
+    out.print(f"prompt: {options.prompt}\n dense: {texts[0]}\npruned: {texts[1]}\n")
+    first = "import hf_structprune  # its layers differ in width\n    " * (pruner.last_plan.layout == "per_layer")
+    out.print(
+        f"Load it like any other model:\n\n    {first}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'    model = AutoModelForCausalLM.from_pretrained("{folder}")\n'
+        f'    tokenizer = AutoTokenizer.from_pretrained("{folder}")'
+    )
     out.print(f"\nDone in {time.monotonic() - started:.0f} s.")
 
 
@@ -346,12 +325,3 @@ def _measure_demo(pruner: StructuredPruner, name: str, state: str, prompt: str) 
     result = evaluate(pruner.model, pruner.tokenizer, config, name=name, state=state)
     result.samples = generate_samples(pruner.model, pruner.tokenizer, prompt, max_new_tokens=40)
     return result
-
-
-def _how_to_load(folder: str, layout: str) -> str:
-    first = "import hf_structprune  # its layers differ in width\n    " if layout == "per_layer" else ""
-    return (
-        f"Load it like any other model:\n\n    {first}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'    model = AutoModelForCausalLM.from_pretrained("{folder}")\n'
-        f'    tokenizer = AutoTokenizer.from_pretrained("{folder}")'
-    )

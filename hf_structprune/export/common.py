@@ -19,10 +19,7 @@ from ..model.loading import as_tokenizer, load_config, load_model, load_tokenize
 
 @dataclass
 class Exported:
-    """A model in another format: file or folder, its bytes on disk, and what else is worth knowing, as JSON takes it.
-
-    `notes` are sentences for people: what came out otherwise than asked, and why.
-    """
+    """A model in another format: file or folder, its bytes on disk, details as JSON takes them, notes for people."""
 
     path: Path
     size: int
@@ -49,15 +46,10 @@ def load_source(
 ) -> tuple[PreTrainedModel, Any]:
     """The model to export in eval mode, loaded whole and not quantised, and its tokenizer or `None`.
 
-    Args:
-        model: A folder, an id of the Hub, or a model.
-        tokenizer: Tokenizer to use instead of the model's own; a model that is loaded already has none of its own.
-        with_tokenizer: Whether the format has no use for a model without tokenizer.
-        check: Raises an error for configurations that cannot be exported, before weights are read.
-        kwargs: Given to `from_pretrained`.
+    `check` refuses configurations before weights are read; `kwargs` go to `from_pretrained`.
 
     Raises:
-        ExportError: The model is quantised, or has no tokenizer.
+        ExportError: The model is quantised, or has no tokenizer and shall have one.
         CheckpointError: The model cannot be loaded, or weights are missing.
     """
     loaded = isinstance(model, PreTrainedModel)
@@ -79,7 +71,7 @@ def load_source(
 
 
 def class_name(config: PreTrainedConfig) -> str:
-    """The class of Transformers that such a configuration is of, or the model type where there is none."""
+    """The class of Transformers for a configuration, or the model type where there is none."""
     return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)
 
 
@@ -89,7 +81,7 @@ EMBEDDINGS = "model.embed_tokens.weight"
 
 @dataclass(frozen=True)
 class Block:
-    """The sizes of one layer of a Llama, or of a model whose tensors have the same names; 0 of what it lacks."""
+    """The sizes of one layer of a Llama, or of what has tensors of the same names; 0 of what it lacks."""
 
     kv_heads: int
     group: int  # query heads of each
@@ -123,7 +115,7 @@ def pad_layer(state: State, layer: int, old: Block, new: Block, head_dim: int) -
     """Pads the tensors of one layer in place with heads and neurons of zeros, which add nothing to the logits.
 
     Each KV head keeps its own query heads; those that are added stand behind them, and added KV heads at the end. A
-    sublayer that was not there gets all its tensors. `new` has as many of everything as `old`, or more.
+    sublayer that was not there gets all its tensors.
     """
     prefix, embeddings = f"model.layers.{layer}.", state[EMBEDDINGS]
     kv_heads, neurons = torch.arange(old.kv_heads), torch.arange(old.width)
@@ -144,12 +136,10 @@ def pad_layer(state: State, layer: int, old: Block, new: Block, head_dim: int) -
         _spread(state, f"{prefix}{name}.weight", shape, dim, places)
         if any(key.endswith(f"{name}.bias") for key in state) and (dim == 0 or f"{prefix}{name}.bias" not in state):
             _spread(state, f"{prefix}{name}.bias", shape[:1], dim, places)
-    for name, added in (
-        ("input_layernorm", new.heads and not old.heads),
-        ("post_attention_layernorm", new.width and not old.width),
-    ):
-        if added:
-            state[f"{prefix}{name}.weight"] = torch.ones_like(embeddings[0])
+    if new.heads and not old.heads:
+        state[f"{prefix}input_layernorm.weight"] = torch.ones_like(embeddings[0])
+    if new.width and not old.width:
+        state[f"{prefix}post_attention_layernorm.weight"] = torch.ones_like(embeddings[0])
 
 
 def _spread(state: State, name: str, shape: tuple[int, ...], dim: int, places: torch.Tensor) -> None:

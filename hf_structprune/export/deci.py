@@ -53,18 +53,14 @@ def export_deci(
 ) -> Exported:
     """Writes a model as a `DeciLMForCausalLM` checkpoint, whose `block_configs` describe every layer.
 
-    Layers may differ in MLP width and KV heads, and lack attention or MLP.
+    Layers may differ in MLP width and KV heads, and lack attention or MLP. The folder appears complete or not at all.
 
     Args:
         model: A checkpoint (folder or id of the Hub), or a model: Llama, Mistral or Qwen2 without sliding window.
-        output: The folder; it appears complete or not at all.
+        output: The folder.
         pad: Add heads and neurons of zeros where a layer does not fit: all layers get as many query heads, and MLP
-            widths become multiples of 256. The logits stay the same; how much larger the model becomes is said.
-        tokenizer: Tokenizer to use instead of the model's own.
-        trust_remote_code: Run modelling code that comes with the model.
-
-    Returns:
-        The folder, with `details` of the layers and of how many parameters were added.
+            widths become multiples of 256. The logits stay the same; `details` say how many parameters were added.
+        tokenizer, trust_remote_code: As in `export_gguf`.
 
     Raises:
         PlaceError: The output cannot be written.
@@ -74,7 +70,7 @@ def export_deci(
     options = {"with_tokenizer": False, "check": _check_kind, "trust_remote_code": trust_remote_code}
     model, tokenizer = load_source(model, tokenizer, **options)
     state, dense, head_dim = llama_layers(model)
-    before, blocks = _parameters(state), fit(dense, pad)
+    before, blocks = sum(tensor.numel() for tensor in state.values()), fit(dense, pad)
     for layer, (old, new) in enumerate(zip(dense, blocks, strict=True)):
         pad_layer(state, layer, old, new, head_dim)
     config = _config(model, state, blocks, head_dim)
@@ -88,8 +84,9 @@ def export_deci(
             tokenizer.save_pretrained(folder)
 
     write_folder(output, write, sum(tensor.numel() * tensor.element_size() for tensor in state.values()))
+    after = sum(tensor.numel() for tensor in state.values())
     details = {
-        "architecture": _ARCHITECTURE, "parameters": _parameters(state), "padding": _parameters(state) - before,
+        "architecture": _ARCHITECTURE, "parameters": after, "padding": after - before,
         "query_heads": config.num_attention_heads, "kv_heads": [block.kv_heads for block in blocks],
         "mlp_widths": [block.width for block in blocks],
     }  # fmt: skip
@@ -107,10 +104,6 @@ def _check_kind(config: PreTrainedConfig) -> None:
         )
     if window is not None and getattr(config, "use_sliding_window", True):
         raise ExportError(f"The model has a sliding window ({window}), which the DeciLM format does not have.")
-
-
-def _parameters(state: State) -> int:
-    return sum(tensor.numel() for tensor in state.values())
 
 
 def _config(model: PreTrainedModel, state: State, blocks: list[Block], head_dim: int) -> DeciLMConfig:
@@ -151,10 +144,7 @@ def _notes(blocks: list[Block], padding: float, tokenizer: Any) -> list[str]:
 
 
 def fit(blocks: list[Block], pad: bool) -> list[Block]:
-    """The sizes that are written for the layers of a model with such sizes.
-
-    With `pad` they may be larger, with heads and neurons of zeros: as many query heads in all layers, MLP widths
-    that `ffn_mult` can say, and an attention before the first MLP.
+    """The sizes that are written for layers of such sizes; with `pad` they may be larger, see `export_deci`.
 
     Raises:
         ExportError: A layer has sizes that the format cannot say; names it and the way out.
@@ -163,7 +153,10 @@ def fit(blocks: list[Block], pad: bool) -> list[Block]:
         raise ExportError("No layer has attention, but a DeciLM model begins with one.")
     if pad:
         blocks = [replace(block, width=-(-block.width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE) for block in blocks]
-        blocks = _with_equal_heads(blocks)
+        # The least number of query heads that all layers can be padded to, whole groups in each: one group size and
+        # one number of KV heads always hold all layers.
+        tries = ([_padded_heads(block, heads) for block in blocks] for heads in count(max(b.heads for b in blocks)))
+        blocks = next(padded for padded in tries if all(padded))
     heads = max(block.heads for block in blocks)
     for number, block in enumerate(blocks):
         if block.heads not in (0, heads):
@@ -183,17 +176,6 @@ def fit(blocks: list[Block], pad: bool) -> list[Block]:
     return blocks
 
 
-def _with_equal_heads(blocks: list[Block]) -> list[Block]:
-    """The least number of query heads that all layers can be padded to, whole groups in each.
-
-    One group size and one number of KV heads always hold all layers.
-    """
-    for heads in count(max(block.heads for block in blocks)):
-        padded = [_padded_heads(block, heads) for block in blocks]
-        if all(padded):
-            return padded
-
-
 def _padded_heads(block: Block, heads: int) -> Block | None:
     """A layer with so many query heads and as few KV heads as possible, `None` if none holds it."""
     if not block.heads:
@@ -207,11 +189,10 @@ def block_configs(blocks: list[Block], hidden_size: int) -> list[dict[str, dict[
     """Layers with sizes that fit the format as the configuration describes them."""
     configs = []
     for block in blocks:
+        odd = {"intermediate_size": block.width} if block.width % WIDTH_MULTIPLE else None
+        width = odd or {"ffn_mult": 3 * block.width / (2 * hidden_size) or None}
         attention = {"no_op": not block.heads, "n_heads_in_group": block.group or None, "replace_with_linear": False}
-        ffn: dict[str, Any] = {"no_op": not block.width, "replace_with_linear": False}
-        if block.width % WIDTH_MULTIPLE:
-            ffn["intermediate_size"] = block.width
-        else:
-            ffn["ffn_mult"] = 3 * block.width / (2 * hidden_size) or None
-        configs.append({"attention": attention, "ffn": ffn})
+        configs.append(
+            {"attention": attention, "ffn": {"no_op": not block.width, "replace_with_linear": False, **width}}
+        )
     return configs

@@ -13,7 +13,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,8 +27,10 @@ from ..installed import need
 from .common import Block, Exported, State, class_name, llama_layers, load_source, pad_layer
 
 
-if TYPE_CHECKING:
-    from gguf import GGMLQuantizationType, GGUFWriter
+try:
+    import gguf
+except ImportError:  # see `need` in `export_gguf`
+    gguf = None
 
 # Types that the `gguf` package writes ...
 WRITTEN = ("f32", "f16", "bf16", "q8_0")
@@ -61,9 +63,6 @@ def export_gguf(
         tokenizer: Tokenizer to use instead of the model's own.
         trust_remote_code: Run modelling code that comes with the model.
 
-    Returns:
-        The file, with `details` of its architecture and of how many matrices are of which type.
-
     Raises:
         ConfigurationError: There is no such type.
         ExportError: The model, its layers, its rotary positions or its tokenizer have nothing like them in llama.cpp.
@@ -77,8 +76,6 @@ def export_gguf(
             "Types besides f32, f16, bf16 and q8_0 are made by llama.cpp, which is missing: `pip install "
             "llama-cpp-python` (which compiles it)."
         )
-    from gguf import GGML_QUANT_VERSION, GGUFWriter
-
     check_place(output, file=True)
     output = Path(output)
     loaded = isinstance(model, PreTrainedModel)
@@ -86,10 +83,12 @@ def export_gguf(
     model, tokenizer = load_source(model, tokenizer, check=_architecture_of, trust_remote_code=trust_remote_code)
     architecture, state, blocks, head_dim = _as_llama_cpp_reads(model)
     written = quant if quant in WRITTEN else _LOSSLESS.get(model.dtype, "f32")
-    writer = GGUFWriter(None, architecture)
+    writer = gguf.GGUFWriter(None, architecture)
     writer.add_name(name)
-    writer.add_file_type(_file_type(written))
-    writer.add_quantization_version(GGML_QUANT_VERSION)
+    # What llama.cpp calls files of such matrices.
+    types = {q: gguf.LlamaFileType[f"{'ALL' if q == 'f32' else 'MOSTLY'}_{q.upper()}"] for q in (written, quant)}
+    writer.add_file_type(types[written])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_hyperparameters(writer, model.config, blocks, head_dim)
     notes = _add_vocabulary(writer, tokenizer, model.config)
     _add_tensors(writer, model.config, state, head_dim, written)
@@ -101,19 +100,13 @@ def export_gguf(
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file(progress=is_progress_bar_enabled())
         if first != path:
-            _quantise(first, path, _file_type(quant))
-        matrices = _matrices(path)
+            _quantise(first, path, types[quant])
+        tensors = gguf.GGUFReader(path).tensors
+        matrices = [(t.tensor_type.name.lower(), int(t.shape[0])) for t in tensors if len(t.shape) > 1]
     notes += _remarks(model.config, architecture, quant, matrices)
     kinds = dict(Counter(kind for kind, _ in matrices))
     details = {"quant": quant, "architecture": architecture, "matrices": kinds}
     return Exported(output, output.stat().st_size, details, notes)
-
-
-def _file_type(quant: str) -> int:
-    """What llama.cpp calls a file of such matrices."""
-    from gguf import LlamaFileType
-
-    return LlamaFileType[f"{'ALL' if quant == 'f32' else 'MOSTLY'}_{quant.upper()}"]
 
 
 def _quantise(source: Path, target: Path, file_type: int) -> None:
@@ -126,16 +119,8 @@ def _quantise(source: Path, target: Path, file_type: int) -> None:
         raise ExportError(f"llama.cpp could not quantise {source.name}; what it says is on stderr.")
 
 
-def _matrices(path: Path) -> list[tuple[str, int]]:
-    """Type and length of the rows of every matrix of a file."""
-    from gguf import GGUFReader
-
-    tensors = GGUFReader(path).tensors
-    return [(t.tensor_type.name.lower(), int(t.shape[0])) for t in tensors if len(t.shape) > 1]
-
-
 def _remarks(config: PreTrainedConfig, architecture: str, quant: str, matrices: list[tuple[str, int]]) -> list[str]:
-    """What came out otherwise than asked."""
+    """What came out otherwise than asked; of each matrix the type and the length of its rows are given."""
     notes = []
     if architecture == "deci":
         notes.append("The layers are not alike: written for llama.cpp's architecture deci.")
@@ -165,19 +150,15 @@ _FAMILIES = {
 _ROTATES_NEIGHBOURS = ("llama", "deci", "smollm3", "granite")
 # Configuration values of Granite and the names of llama.cpp.
 _GRANITE = {
-    "attention_multiplier": "add_attention_scale", "embedding_multiplier": "add_embedding_scale",
-    "residual_multiplier": "add_residual_scale", "logits_scaling": "add_logit_scale",
+    "attention_multiplier": "attention_scale", "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale", "logits_scaling": "logit_scale",
 }  # fmt: skip
 # Neurons of the MLP that stands for none. A block of `q8_0` is that wide.
 _DUMMY_WIDTH = 32
 
 
 def _architecture_of(config: PreTrainedConfig) -> str:
-    """The architecture of such a model whose layers are alike.
-
-    Raises:
-        ExportError: There is none, or llama.cpp would read the model without an error and compute something else.
-    """
+    """The architecture if all layers are alike; refuses what llama.cpp reads, but computes otherwise."""
     name = class_name(config)
     if name not in _FAMILIES:
         raise ExportError(
@@ -198,15 +179,12 @@ def _architecture_of(config: PreTrainedConfig) -> str:
 
 
 def _as_llama_cpp_reads(model: PreTrainedModel) -> tuple[str, State, list[Block], int]:
-    """The architecture, the tensors by their names in Transformers, the sizes of each layer and those of a head.
+    """The architecture, the tensors by their names in Transformers, the sizes of each layer and that of a head.
 
     Layers that are not alike need the architecture `deci`, the only one of llama.cpp with sizes for every layer. It
     reads a layer without attention, but not as the first one, and forgets the attention of a layer without MLP: these
     get a sublayer of zeros, which adds nothing to the residual stream either. `qwen2` knows no head count that does
     not multiply to the hidden size; such a model is written as a `llama` with biases.
-
-    Raises:
-        ExportError: llama.cpp has no architecture for it; says what to do.
     """
     architecture, (state, blocks, head_dim) = _architecture_of(model.config), llama_layers(model)
     if len(set(blocks)) > 1 or not (blocks[0].heads and blocks[0].width):
@@ -234,38 +212,32 @@ def _context(config: PreTrainedConfig) -> int:
     return config.max_position_embeddings
 
 
-def _add_hyperparameters(writer: GGUFWriter, config: PreTrainedConfig, blocks: list[Block], head_dim: int) -> None:
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(_context(config))
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(len(blocks))
-    for add, sizes in (
-        (writer.add_feed_forward_length, [block.width for block in blocks]),
-        (writer.add_head_count, [block.heads for block in blocks]),
-        (writer.add_head_count_kv, [block.kv_heads for block in blocks]),
-    ):
-        add(sizes if writer.arch == "deci" else sizes[0])
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(head_dim)
+def _add_hyperparameters(writer: Any, config: PreTrainedConfig, blocks: list[Block], head_dim: int) -> None:
+    sizes = {
+        "feed_forward_length": [block.width for block in blocks], "head_count": [block.heads for block in blocks],
+        "head_count_kv": [block.kv_heads for block in blocks],
+    }  # fmt: skip
+    values = {
+        "vocab_size": config.vocab_size, "context_length": _context(config), "embedding_length": config.hidden_size,
+        "block_count": len(blocks), "key_length": head_dim, "value_length": head_dim,
+        "layer_norm_rms_eps": config.rms_norm_eps, "rope_dimension_count": head_dim,
+        **{name: counts if writer.arch == "deci" else counts[0] for name, counts in sizes.items()},
+        **{name: getattr(config, key) for key, name in _GRANITE.items() if writer.arch == "granite"},
+    }  # fmt: skip
+    for name, value in values.items():
+        getattr(writer, f"add_{name}")(value)
     _add_rope(writer, config)
-    if writer.arch == "granite":
-        for key, add in _GRANITE.items():
-            getattr(writer, add)(getattr(config, key))
 
 
-def _add_rope(writer: GGUFWriter, config: PreTrainedConfig) -> None:
+def _add_rope(writer: Any, config: PreTrainedConfig) -> None:
     """Writes how positions are rotated; refuses what llama.cpp would compute differently."""
-    from gguf import RopeScalingType
-
     rope = config.rope_parameters
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ExportError("llama.cpp rotates whole heads of this architecture; here only a part of each is rotated.")
     writer.add_rope_freq_base(rope["rope_theta"])
     kind = rope.get("rope_type", "default")
     if kind in ("linear", "yarn"):
-        writer.add_rope_scaling_type(RopeScalingType[kind.upper()])
+        writer.add_rope_scaling_type(gguf.RopeScalingType[kind.upper()])
         writer.add_rope_scaling_factor(rope["factor"])
     if kind == "yarn":  # as both compute it by default; other settings mean something else there
         stated = {key for key, value in rope.items() if value is not None}
@@ -287,35 +259,31 @@ def _add_rope(writer: GGUFWriter, config: PreTrainedConfig) -> None:
         )
 
 
-def _add_tensors(writer: GGUFWriter, config: PreTrainedConfig, state: State, head_dim: int, quant: str) -> None:
+def _add_tensors(writer: Any, config: PreTrainedConfig, state: State, head_dim: int, quant: str) -> None:
     """Gives the tensors to the writer, which reads one at a time when it writes them.
 
     Matrices are stored in the type that is asked for, or in half precision where rows do not divide into its blocks;
     vectors in float32, as llama.cpp wants them.
-
-    Raises:
-        ExportError: The model has a tensor that the architecture has no name for.
     """
-    from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map
     from gguf.lazy import LazyNumpyTensor
     from gguf.quants import quantize
 
-    asked = GGMLQuantizationType[quant.upper()]
-    arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == writer.arch)
-    names = get_tensor_name_map(arch, config.num_hidden_layers)
+    asked = gguf.GGMLQuantizationType[quant.upper()]
+    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == writer.arch)
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     for name, tensor in state.items():
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if stored is None:
             raise ExportError(f"llama.cpp's {writer.arch} has no tensor for `{name}`.")
-        kind = asked if tensor.shape[-1] % GGML_QUANT_SIZES[asked][0] == 0 else GGMLQuantizationType.F16
-        kind = GGMLQuantizationType.F32 if tensor.ndim == 1 else kind
+        kind = asked if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[asked][0] == 0 else gguf.GGMLQuantizationType.F16
+        kind = gguf.GGMLQuantizationType.F32 if tensor.ndim == 1 else kind
         rotated = name.rpartition(".")[0].endswith(("q_proj", "k_proj")) and writer.arch in _ROTATES_NEIGHBOURS
         read = partial(_values, stored, tensor, kind, head_dim if rotated else None)
         meta = LazyNumpyTensor.meta_with_dtype_and_shape(np.float32, tuple(tensor.shape))
         writer.add_tensor(stored, quantize(LazyNumpyTensor(meta=meta, func=read), kind), raw_dtype=kind)
 
 
-def _values(name: str, tensor: torch.Tensor, kind: GGMLQuantizationType, head_dim: int | None) -> np.ndarray:
+def _values(name: str, tensor: torch.Tensor, kind: Any, head_dim: int | None) -> np.ndarray:
     """The float32 values of a tensor of the file; rotary rows in the order of rotation by neighbours.
 
     Transformers rotates row `i` of a head with row `i + head_dim / 2`; in the result these two are neighbours.
@@ -351,14 +319,11 @@ _SPLITS = {
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
-def _add_vocabulary(writer: GGUFWriter, tokenizer: Any, config: PreTrainedConfig) -> list[str]:
+def _add_vocabulary(writer: Any, tokenizer: Any, config: PreTrainedConfig) -> list[str]:
     """Writes tokens, merges, special tokens and the chat template; says what llama.cpp does otherwise.
 
     Known are fast tokenizers: byte-level BPE (Llama 3, Qwen, SmolLM, Mistral Nemo), and BPE with byte fallback as
     SentencePiece has it (Llama 2, Mistral).
-
-    Raises:
-        ExportError: llama.cpp has no tokenizer that gives the same tokens.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -371,7 +336,14 @@ def _add_vocabulary(writer: GGUFWriter, tokenizer: Any, config: PreTrainedConfig
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     if kind == "llama":
-        writer.add_token_scores(_scores(tokens, types, description["model"]["merges"]))
+        # SentencePiece's scores: of two possible merges the one whose result has the higher score comes first. Single
+        # characters, which no merge gives, are the lowest.
+        merges = description["model"]["merges"]
+        ranks = {"".join(pair): rank for rank, pair in reversed([*enumerate(merges)])}
+        pairs = zip(tokens, types, strict=True)
+        writer.add_token_scores([
+            float(-ranks.get(token, len(merges))) if kind == gguf.TokenType.NORMAL else 0.0 for token, kind in pairs
+        ])  # fmt: skip
         first = tokenizer.convert_ids_to_tokens(tokenizer.encode("a", add_special_tokens=False)[:1])
         writer.add_add_space_prefix(first[0].startswith(_SPACE))
     _add_special(writer, tokenizer, with_merges=kind != "llama")
@@ -399,7 +371,7 @@ def _kind_of(description: dict[str, Any]) -> tuple[str, str]:
 
 
 def _splitting(pre_tokenizer: dict[str, Any] | None) -> tuple[str, ...]:
-    """The steps that split text, in words of `_SPLITS`; what is not understood gives a step that is not there."""
+    """The steps that split text in words of `_SPLITS`, or in words that are not there."""
     steps = []
     for step in _sequence(pre_tokenizer, "pretokenizers"):
         kind = step["type"]
@@ -420,8 +392,6 @@ def _sequence(description: dict[str, Any] | None, name: str) -> list[dict[str, A
 
 def _tokens(tokenizer: Any, description: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
     """Every token and its type; rows of the embedding without a token get one that is never used."""
-    from gguf import TokenType
-
     texts = {number: text for text, number in tokenizer.get_vocab().items()}
     if max(texts) >= size:
         raise ExportError(
@@ -429,40 +399,22 @@ def _tokens(tokenizer: Any, description: dict[str, Any], size: int) -> tuple[lis
         )
     special = {token["id"]: token["special"] for token in description["added_tokens"]}
     fallback, unknown = description["model"].get("byte_fallback"), description["model"].get("unk_token")
-    tokens, types = [], []
-    for number in range(size):
-        text, kind = texts.get(number, f"[PAD{number}]"), TokenType.NORMAL
-        if number not in texts:
-            kind = TokenType.UNUSED
-        elif fallback and text == unknown:
-            kind = TokenType.UNKNOWN
-        elif special.get(number):
-            kind = TokenType.CONTROL
+    tokens, types = [texts.get(number, f"[PAD{number}]") for number in range(size)], []
+    for number, text in enumerate(tokens):
+        kind = gguf.TokenType.NORMAL if number in texts else gguf.TokenType.UNUSED
+        if fallback and text == unknown:
+            kind = gguf.TokenType.UNKNOWN
         elif number in special:
-            kind, text = TokenType.USER_DEFINED, text.replace(_SPACE, " ") if fallback else text
+            kind = gguf.TokenType.CONTROL if special[number] else gguf.TokenType.USER_DEFINED
+            tokens[number] = text.replace(_SPACE, " ") if fallback and not special[number] else text
         elif fallback and re.fullmatch("<0x..>", text):
-            kind = TokenType.BYTE
-        tokens.append(text)
+            kind = gguf.TokenType.BYTE
         types.append(kind)
     return tokens, types
 
 
-def _scores(tokens: list[str], types: list[int], merges: list[list[str]]) -> list[float]:
-    """SentencePiece's scores: of two possible merges the one whose result has the higher score comes first."""
-    from gguf import TokenType
-
-    ranks = {"".join(pair): rank for rank, pair in reversed([*enumerate(merges)])}
-    # Single characters, which no merge gives, are the lowest.
-    return [
-        float(-ranks.get(token, len(merges))) if kind == TokenType.NORMAL else 0.0
-        for token, kind in zip(tokens, types, strict=True)
-    ]
-
-
-def _add_special(writer: GGUFWriter, tokenizer: Any, with_merges: bool) -> None:
+def _add_special(writer: Any, tokenizer: Any, with_merges: bool) -> None:
     """Merges, special tokens, which of them are put around a text, and the chat template."""
-    from gguf import SpecialVocab
-
     bare, full = (tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
     start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
     before, after = full[:start], full[start + len(bare) :]
@@ -473,6 +425,6 @@ def _add_special(writer: GGUFWriter, tokenizer: Any, with_merges: bool) -> None:
         )
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        special = SpecialVocab(folder, load_merges=with_merges, special_token_types=("bos", "eos", "unk", "pad"))
+        special = gguf.SpecialVocab(folder, load_merges=with_merges, special_token_types=("bos", "eos", "unk", "pad"))
     special.add_special_token = {"bos": bool(before), "eos": bool(after)}
     special.add_to_gguf(writer, quiet=True)

@@ -46,17 +46,14 @@ def export_onnx(
     """Writes a model as ONNX: one graph for prefill and decoding, with its configuration and tokenizer.
 
     Batch, tokens and past may have any size; see [`ForwardWithCache`] for inputs and outputs. The folder is written
-    all at once, after ONNX Runtime has given the logits of the model on padded batches, with and without a past.
+    all at once, after ONNX Runtime has given the logits of the model on padded batches, with and without a past;
+    `details["difference"]` is the largest difference of logits seen, in shares of the largest logit.
 
     Args:
         model: A checkpoint (folder or id of the Hub), or a model. Uniform or per-layer.
         output: Folder to write.
         dtype: `fp32` or `fp16`, of weights and arithmetic.
-        tokenizer: Tokenizer to put into the folder. Default: the model's own.
-        trust_remote_code: Run modelling code that comes with the model.
-
-    Returns:
-        The folder; `details["difference"]` is the largest difference of logits seen, in shares of the largest logit.
+        tokenizer, trust_remote_code: As in `export_gguf`.
 
     Raises:
         ConfigurationError: `dtype` or `output` cannot be used.
@@ -110,9 +107,8 @@ def _trace(forward: ForwardWithCache) -> Any:
         exported = OnnxExporter().export(forward, inputs, OnnxConfig(dynamic=True, dynamic_shapes=shapes))
     except Exception as error:  # of many kinds, from three libraries
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ExportError(
-            f"Transformers {transformers.__version__} cannot export a {name} to ONNX: {reason}"
-        ) from error
+        message = f"Transformers {transformers.__version__} cannot export a {name} to ONNX: {reason}"
+        raise ExportError(message) from error
     component = exported.components["model"]
     component.metadata.architecture = name
     for graph in component.program.graphs():
@@ -159,7 +155,7 @@ def run_graph(graph: Any, past: Past, tokens: torch.Tensor, mask: torch.Tensor, 
 
 
 class ForwardWithCache(nn.Module):
-    """One forward pass, prefill or decoding, whose cache goes in and out as plain tensors.
+    """One forward pass, prefill or decoding, of a model in eval mode, whose cache goes in and out as plain tensors.
 
     In go `input_ids` (batch, tokens), `attention_mask` (batch, past + tokens) and, for each layer with attention,
     `past_key_values.<layer>.key` and `.value` (batch, KV heads of that layer, past, head size). Out come `logits`
@@ -168,9 +164,6 @@ class ForwardWithCache(nn.Module):
 
     The position of a token is the number of tokens before it that the mask shows, as in `generate`: batches are padded
     on the left. Layers with a sliding window keep the whole past; their mask hides what is outside of the window.
-
-    Args:
-        model: The model, in eval mode.
 
     Raises:
         ExportError: The model keeps something else than keys and values.
@@ -206,24 +199,19 @@ class ForwardWithCache(nn.Module):
     def past(self, batch: int, length: int = 0) -> Past:
         """A past of random keys and values; of none without a length, which begins a sequence."""
         names = ("key", "value")
-        return {
-            str(layer): {name: torch.randn(batch, heads, length, size).to(self.model.dtype) for name in names}
-            for layer, (heads, size) in self.shapes.items()
-        }
+        shapes = {str(layer): (batch, heads, length, size) for layer, (heads, size) in self.shapes.items()}
+        return {i: {name: torch.randn(shape).to(self.model.dtype) for name in names} for i, shape in shapes.items()}
 
     def sample(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Inputs to trace with, and which of their dimensions vary: batch, tokens and past."""
         batch, tokens, past = 2, 3, 5  # all differ, and none is 0 or 1, which tracing would take for constants
-        inputs = {
-            "input_ids": torch.ones(batch, tokens, dtype=torch.long),
-            "attention_mask": torch.ones(batch, past + tokens, dtype=torch.long),
-            "past_key_values": self.past(batch, past),
-        }
+        sizes = {"input_ids": (batch, tokens), "attention_mask": (batch, past + tokens)}
+        inputs = {name: torch.ones(size, dtype=torch.long) for name, size in sizes.items()}
         # Not AUTO: a dimension that cannot vary is an error and no silent constant.
-        varies = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+        varies = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in sizes}
         layer = {name: {0: Dim.DYNAMIC, 2: Dim.DYNAMIC} for name in ("key", "value")}
-        layers = {name: layer for name in inputs["past_key_values"]}
-        return inputs, {"input_ids": varies, "attention_mask": varies, "past_key_values": layers}
+        layers = {str(number): layer for number in self.shapes}
+        return {**inputs, "past_key_values": self.past(batch, past)}, {**varies, "past_key_values": layers}
 
     def logits(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> torch.Tensor:
         """Those of the model itself, with positions as `generate` numbers them."""
@@ -250,10 +238,7 @@ class ForwardWithCache(nn.Module):
 def genai_config(
     config: PreTrainedConfig, generation: GenerationConfig, shapes: dict[int, tuple[int, int]]
 ) -> dict[str, Any] | str:
-    """The content of `genai_config.json`: what ONNX Runtime GenAI has to know; or a sentence that says why not.
-
-    `shapes` are KV heads and head size of each layer that has attention.
-    """
+    """The content of `genai_config.json`, what ONNX Runtime GenAI has to know; or a sentence that says why not."""
     end = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
     context = getattr(config, "max_position_embeddings", None)
     if end is None or context is None:

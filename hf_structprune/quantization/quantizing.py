@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import tempfile
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from ..errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from ..evaluation.results import RESULTS_NAME, EvaluationResult
 from ..files.reading import read_json_object
 from ..files.writing import check_folder, check_room, write_folder, write_text
-from ..hardware import default_device, free_memory
+from ..hardware import check_device, default_device, free_memory
 from ..hub.checkpoint import STILL_TRUE, copy_files, write_card_from
 from ..hub.contents import CARD_NAME, check_card, check_own_files, is_pruned, read_text
 from ..hub.origin import public_config
@@ -46,10 +45,7 @@ Save = Callable[[Path], None]
 
 @dataclass(frozen=True)
 class Source:
-    """A model (folder or Hub id) that is not quantised yet, and its shapes, read from its configuration alone.
-
-    `shapes` is the model on the meta device, in the dtype of its checkpoint.
-    """
+    """A model (folder or Hub id) that is not quantised yet; `shapes` is it on the meta device, in its dtype."""
 
     name: str
     shapes: PreTrainedModel
@@ -58,12 +54,11 @@ class Source:
     @classmethod
     def read(cls, name: str | os.PathLike, trust_remote_code: bool = False) -> Source:
         """Reads the configuration; raises a `CheckpointError` without such a model, or if it is quantised already."""
-        name = str(name)
-        config = load_config(name, trust_remote_code=trust_remote_code)
+        name, remote = str(name), {"trust_remote_code": trust_remote_code}
+        config = load_config(name, **remote)
         if getattr(config, "quantization_config", None) is not None:
             raise CheckpointError(f"{name} is quantised already: give the checkpoint as it was before.")
-        dtype = config.dtype or torch.float32
-        return cls(name, shapes_of(config, name, dtype=dtype, trust_remote_code=trust_remote_code), trust_remote_code)
+        return cls(name, shapes_of(config, name, dtype=config.dtype or torch.float32, **remote), trust_remote_code)
 
     @property
     def folder(self) -> Path | None:
@@ -85,18 +80,13 @@ class Source:
             if isinstance(module, nn.Linear) and module is not head
         }
 
-    @property
-    def weights(self) -> int:
-        """Weights that are quantised."""
-        return sum(rows * columns for rows, columns in self.linears.values())
-
     def load(self, **options: Any) -> PreTrainedModel:
         """The model with its weights."""
         options |= {"dtype": self.shapes.dtype, "trust_remote_code": self.trust_remote_code}
         return load_model(self.name, **options)
 
 
-class Backend(ABC):
+class Backend:
     """A method of quantisation, for a model and the settings that are asked for."""
 
     packages: tuple[str, ...] = ()  # what has to be installed, by the names that are imported
@@ -120,18 +110,9 @@ class Backend(ABC):
         return self.config.group_size
 
     def check(self) -> None:
-        """Refuses everything that can be refused before a weight is read.
-
-        Raises:
-            StructPruneError: A package is missing, or the model, the settings and the device do not fit each other.
-        """
+        """Refuses what does not fit each other and can be refused before a weight is read, and missing packages."""
         need(*self.packages, extra=self.extra)
-        try:
-            torch.empty(0, device=self.config.device or "cpu")
-        except (RuntimeError, AssertionError) as error:
-            raise ConfigurationError(
-                f"`device` is {self.config.device!r}, which cannot be used: {str(error).splitlines()[0]}"
-            ) from error
+        check_device(self.config.device)
 
     def check_groups(self, whole_row: bool = True) -> None:
         """Refuses a group size that some layer's inputs are no multiple of; -1 is a whole row, where there is that."""
@@ -140,16 +121,17 @@ class Backend(ABC):
             if (size == -1 and not whole_row) or (size != -1 and columns % size):
                 fitting = [*map(str, dividing_group_sizes(inputs for _, inputs in self.source.linears.values()))]
                 fitting += ["-1 (a whole row)"] if whole_row else []
+                sizes = f"Sizes that divide all layers: {', '.join(fitting)}. " if fitting else ""
                 raise ConfigurationError(
-                    f"`group_size` is {size}, which does not divide the {columns} inputs of {name}. "
-                    + (f"Sizes that divide all layers: {', '.join(fitting)}." if fitting else "")
-                    + " `PruningConfig(align_to=...)` prunes to widths that group sizes divide."
+                    f"`group_size` is {size}, which does not divide the {columns} inputs of {name}. {sizes}"
+                    "`PruningConfig(align_to=...)` prunes to widths that group sizes divide."
                 )
 
     def estimate(self, group: int | None = None) -> int:
         """About how many bytes will be written: of a group, its weights, a scale and a zero point of 4 bytes."""
-        weights, group = self.source.weights, group or self.group_size or -1
-        groups = weights / group if group > 0 else sum(rows for rows, _ in self.source.linears.values())
+        shapes, group = self.source.linears.values(), group or self.group_size or -1
+        weights = sum(rows * columns for rows, columns in shapes)
+        groups = weights / group if group > 0 else sum(rows for rows, _ in shapes)
         rest = self.source.bytes - weights * self.source.shapes.dtype.itemsize
         return int(rest + weights * self.config.bits / 8 + groups * 4)
 
@@ -163,9 +145,9 @@ class Backend(ABC):
         """What a user of the result has to know."""
         return []
 
-    @abstractmethod
     def run(self, tokenizer: Any) -> Save:
         """Quantises the model; gives what writes it into a folder, as the library itself saves it."""
+        raise NotImplementedError
 
     def calibration(self, tokenizer: Any) -> torch.LongTensor:
         """Token ids of shape `(num_samples, length)` for the methods that look at activations."""
@@ -217,8 +199,8 @@ class BitsAndBytes(Backend):
                 "load_in_4bit": True, "bnb_4bit_quant_type": config.four_bit_type,
                 "bnb_4bit_use_double_quant": config.double_quant, "bnb_4bit_compute_dtype": self.source.shapes.dtype,
             }  # fmt: skip
-        options = {"device_map": {"": self.device}, "quantization_config": BitsAndBytesConfig(**settings)}
-        return self.source.load(**options).save_pretrained
+        settings = BitsAndBytesConfig(**settings)
+        return self.source.load(device_map={"": self.device}, quantization_config=settings).save_pretrained
 
 
 class TorchAo(Backend):
@@ -309,6 +291,7 @@ class Gptq(Backend):
                 "with bitsandbytes or torchao, or prune with `layout='uniform'`."
             )
 
+    @property
     def settings(self) -> dict[str, Any]:
         """What GPTQModel calls the method."""
         return {"quant_method": "gptq", "desc_act": self.config.desc_act}
@@ -319,7 +302,7 @@ class Gptq(Backend):
         from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
         config, source, rows = self.config, self.source, self.calibration(tokenizer)
-        settings = {"bits": config.bits, "group_size": config.group_size, "sym": config.sym, **self.settings()}
+        settings = {"bits": config.bits, "group_size": config.group_size, "sym": config.sym, **self.settings}
         model = GPTQModel.load(
             source.name, QuantizeConfig(**settings, device=self.device),
             trust_remote_code=source.trust_remote_code, dtype=self.dtype,
@@ -339,22 +322,21 @@ class Gptq(Backend):
 
     def _restore(self, path: Path) -> None:
         """Puts back what GPTQModel changes: it sets a padding token, and names a temporary folder of this machine."""
-        config = copy.deepcopy(self.source.shapes.config)
+
+        def without_paths(settings: dict[str, Any]) -> dict[str, Any]:
+            meta = {key: value for key, value in settings.get("meta", {}).items() if not key.endswith("_path")}
+            return {**settings, "meta": meta}
+
+        config, file = copy.deepcopy(self.source.shapes.config), path / "quantize_config.json"
         config.dtype = self.dtype
-        config.quantization_config = _without_paths(read_json_object(path / "config.json")["quantization_config"])
+        config.quantization_config = without_paths(read_json_object(path / "config.json")["quantization_config"])
         config.save_pretrained(path)
-        file = path / "quantize_config.json"
         if file.is_file():
-            write_text(file, json.dumps(_without_paths(read_json_object(file)), indent=2) + "\n")
+            write_text(file, json.dumps(without_paths(read_json_object(file)), indent=2) + "\n")
         try:
             GenerationConfig.from_pretrained(self.source.name).save_pretrained(path)
         except OSError:  # the model has none, and Transformers makes one from its configuration
             (path / "generation_config.json").unlink(missing_ok=True)
-
-
-def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:
-    meta = {key: value for key, value in settings.get("meta", {}).items() if not key.endswith("_path")}
-    return {**settings, "meta": meta}
 
 
 @contextmanager
@@ -378,6 +360,7 @@ class Awq(Gptq):
     """
 
     extra = "awq"
+    settings = {"quant_method": "awq", "format": "gemm"}
 
     @property
     def kernel(self) -> str:
@@ -396,9 +379,6 @@ class Awq(Gptq):
                     "or choose gptq."
                 )
 
-    def settings(self) -> dict[str, Any]:
-        return {"quant_method": "awq", "format": "gemm"}
-
 
 BACKENDS: dict[str, type[Backend]] = {
     "bitsandbytes": BitsAndBytes, "torchao": TorchAo, "gptq": Gptq, "awq": Awq, "auto-round": AutoRound,
@@ -414,7 +394,7 @@ def backend_of(source: Source, config: QuantizationConfig) -> Backend:
 
 @dataclass(frozen=True)
 class QuantizationResult:
-    """The quantised checkpoint and what `quantization.json` in it says: method, settings, bytes before and after."""
+    """The quantised checkpoint and what `quantization.json` in it says."""
 
     folder: Path
     report: dict[str, Any]
@@ -428,17 +408,11 @@ def quantize(
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> QuantizationResult:
-    """Quantises a checkpoint, pruned by this package or not, and saves it as its library does.
+    """Quantises a checkpoint (folder or Hub id), pruned by this package or not, and saves it as its library does.
 
     `AutoModelForCausalLM.from_pretrained` loads the result where the library is installed; checkpoints whose layers
-    differ in width need `import hf_structprune` or `trust_remote_code=True` as before.
-
-    Args:
-        model: Folder or Hub id.
-        output_dir: Folder of the quantised checkpoint.
-        config: How to quantise. Default: bitsandbytes, nf4.
-        overwrite: Replace what is in `output_dir`.
-        trust_remote_code: Run modelling code that comes with the model.
+    differ in width need `import hf_structprune` or `trust_remote_code=True` as before. The default is bitsandbytes'
+    nf4. With `overwrite`, what is in `output_dir` is replaced.
 
     Raises:
         ConfigurationError: The settings, the model and the device do not fit each other, or there is something in
@@ -462,37 +436,13 @@ def quantize(
         logger.warning(note)
     set_seed(config.seed)
     tokenizer = load_tokenizer(source.name, trust_remote_code=trust_remote_code)
-    return QuantizationResult(folder, _save(backend.run(tokenizer), folder, backend, tokenizer))
-
-
-def check_memory(backend: Backend) -> None:
-    """Refuses a model that does not fit in memory while it is quantised."""
-    device = torch.device(backend.device)
-    where, free = f"of {device}", free_memory(device) if backend.while_loading else None
-    if free is None:
-        where, free = "of this machine", psutil.virtual_memory().available
-    needed = backend.memory()
-    if needed > free:
-        raise CheckpointError(
-            f"{backend.source.name} needs about {needed / 1e9:.2f} GB to be quantised by {backend.config.method}, but "
-            f"{free / 1e9:.2f} GB of the memory {where} are free: quantise it on a larger one."
-        )
-
-
-def _save(save: Save, folder: Path, backend: Backend, tokenizer: Any) -> dict[str, Any]:
-    """Writes a quantised model as its library saves it (`save`), all at once or not at all; gives `quantization.json`.
-
-    From the folder of the model before come how it was pruned and recovered, and what was measured on it, under the
-    name of its state: `evaluation_results_pruned.json`. Nothing measured on other weights is passed off as measured on
-    these. Other files in the folder stay, an earlier checkpoint in it goes.
-    """
-    source, config, parameters = backend.source, backend.config, backend.source.shapes.num_parameters()
+    save = backend.run(tokenizer)
     report = {
         "schema_version": SCHEMA_VERSION, "method": config.method, "bits": config.bits,
         "group_size": backend.group_size, "configuration": public_config(config).to_dict(),
         "model": source.name if source.folder is None else source.folder.absolute().name,  # never its path
         "versions": {**versions(), **{library: version(library) for library in backend.libraries}},
-        "weights": {"parameters": parameters, "bytes": None, "bytes_before": source.bytes},
+        "weights": {"parameters": source.shapes.num_parameters(), "bytes": None, "bytes_before": source.bytes},
         "notes": backend.notes(),
     }  # fmt: skip
     previous = read_text(folder / CARD_NAME)
@@ -505,21 +455,27 @@ def _save(save: Save, folder: Path, backend: Backend, tokenizer: Any) -> dict[st
         write_text(path / QUANTIZATION_NAME, json.dumps(report, indent=1) + "\n")
         if source.folder is None:
             return
-        for state, results in _measured(source.folder).items():
-            shutil.copyfile(results, path / f"evaluation_results_{state}.json")
-        if is_pruned(source.folder):  # quantising changes neither how it was pruned nor what training did before
+        # What was measured before comes along under the name of its state, as do how it was pruned and recovered.
+        for results in sorted(source.folder.glob("evaluation_results*.json"), reverse=True):
+            state = EvaluationResult.load(results).state
+            if results.name in (RESULTS_NAME, f"evaluation_results_{state}.json"):
+                shutil.copyfile(results, path / f"evaluation_results_{state}.json")
+        if is_pruned(source.folder):
             copy_files(source.folder, path, (*STILL_TRUE, RECOVERY_NAME, PICTURE_NAME))
             write_card_from(source.folder, path, folder, previous)
 
     write_folder(folder, write, size=backend.estimate())
-    return report
+    return QuantizationResult(folder, report)
 
 
-def _measured(folder: Path) -> dict[str, Path]:
-    """The results that lie in a folder, by the state of the model that they were measured on."""
-    found = {}
-    for path in sorted(folder.glob("evaluation_results*.json")):
-        state = EvaluationResult.load(path).state
-        if path.name in (RESULTS_NAME, f"evaluation_results_{state}.json"):
-            found.setdefault(state, path)
-    return found
+def check_memory(backend: Backend) -> None:
+    """Refuses a model that does not fit in memory while it is quantised."""
+    device, needed = torch.device(backend.device), backend.memory()
+    where, free = f"of {device}", free_memory(device) if backend.while_loading else None
+    if free is None:
+        where, free = "of this machine", psutil.virtual_memory().available
+    if needed > free:
+        raise CheckpointError(
+            f"{backend.source.name} needs about {needed / 1e9:.2f} GB to be quantised by {backend.config.method}, but "
+            f"{free / 1e9:.2f} GB of the memory {where} are free: quantise it on a larger one."
+        )

@@ -1,10 +1,12 @@
 """Every subcommand on a tiny model: what it prints, what it writes, and what it refuses."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from forced_hardware import force_bf16_cpu
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -183,8 +185,16 @@ def test_errors_are_one_line(folder, argv, parts, capsys):
     assert not Path("never").exists()
 
 
-def test_demo(folder, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_demo(has_bf16, folder, tmp_path, capsys, monkeypatch):
+    """On a CPU that computes in bfloat16 several times slower, it computes in float32."""
+    force_bf16_cpu(monkeypatch, has_bf16)
+    dense, loaded = tmp_path / "dense", []
+    shutil.copytree(folder, dense)
+    AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16").save_pretrained(dense)
+
     def briefly(subjects, config, rounds):  # and not in a process of its own
+        loaded.extend(measure.load_for_measuring(subject.arguments)[0].dtype for subject in subjects)
         return measure.take_turns(subjects, EfficiencyConfig(new_tokens=2, warmup=0, repeats=1), 1)
 
     monkeypatch.setattr(run, "take_turns_apart", briefly)
@@ -192,7 +202,7 @@ def test_demo(folder, tmp_path, capsys, monkeypatch):
     out = str(tmp_path / "out")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "pruning_config.json").write_text("{}")  # an earlier result of ours, which may be replaced
-    text = run_text(capsys, "demo", folder, "--output-dir", out)
+    text = run_text(capsys, "demo", str(dense), "--output-dir", out)
     for part in (
         "Pruning plan",
         "perplexity",
@@ -201,7 +211,10 @@ def test_demo(folder, tmp_path, capsys, monkeypatch):
         f'from_pretrained("{out}")',
     ):
         assert part in text
-    AutoModelForCausalLM.from_pretrained(out)
+    dtype = torch.bfloat16 if has_bf16 else torch.float32
+    assert [AutoModelForCausalLM.from_pretrained(out).dtype, *loaded] == [dtype] * 3
+    record = json.loads(Path(out, "config.json").read_text())["hf_structprune"]
+    assert ("dtype" in record.get("base_model_options", {})) != has_bf16
 
 
 def test_demo_model_comes_from_the_package_index_without_the_hub(folder, tmp_path, monkeypatch):

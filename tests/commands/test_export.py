@@ -46,10 +46,9 @@ def test_every_format_has_a_function_with_known_options():
     from dataclasses import fields
 
     options = {field.name for field in fields(checkpoints.ExportArguments)}
-    for module, name in checkpoints.FORMATS.values():
-        parameters = inspect.signature(
-            getattr(importlib.import_module(module, "hf_structprune.commands"), name)
-        ).parameters
+    for name in checkpoints.FORMATS:
+        module = importlib.import_module(f"hf_structprune.export.{name}")
+        parameters = inspect.signature(getattr(module, f"export_{name}")).parameters
         assert list(parameters)[:2] == ["model", "output"]
         known = {key for key in parameters if key in options} - {"model", "output"}
         assert all(parameters[key].kind is inspect.Parameter.KEYWORD_ONLY for key in known)

@@ -196,9 +196,11 @@ def test_what_is_still_true_goes_along(pruned, tmp_path):
 def test_results_of_a_recovered_model_keep_their_state(pruned, tmp_path):
     result_of("recovered", pruned)
     result_of("pruned", pruned, "evaluation_results_pruned.json")
+    EvaluationResult(model="older", state="recovered").save(pruned / "evaluation_results_recovered.json")
     quantize(pruned, tmp_path / "out")
     for state in ("recovered", "pruned"):
-        assert EvaluationResult.load(tmp_path / "out" / f"evaluation_results_{state}.json").state == state
+        found = EvaluationResult.load(tmp_path / "out" / f"evaluation_results_{state}.json")
+        assert (found.state, found.model) == (state, "pruned")
     assert not (tmp_path / "out" / "evaluation_results.json").exists()
 
 
