@@ -113,25 +113,22 @@ def _size_figures(model: PreTrainedModel, config: EfficiencyConfig, ids: torch.L
     if quantised:  # the dense model that it stands for
         with torch.device("meta"):
             shapes = type(model)(copy.deepcopy(model.config))
-    stored = weight_bytes(model)
+    stored, counted = weight_bytes(model), {"batch_size": config.batch_size, "length": config.length}
     figures = [
         _smaller("parameters", sum(p.numel() for p in shapes.parameters()), "", "true shapes, tied parameters once"),
         _smaller("weight_bytes", sum(stored.values()), "B", "weights as they are saved", by_dtype=stored),
     ]
     run = f"one forward pass of {config.batch_size} x {config.length} tokens"
-    counted = {"batch_size": config.batch_size, "length": config.length}
     try:
-        macs = count_macs(shapes, **counted)
         how = f"{run}: weights of linear maps and one for each MLP neuron, without attention products"
-        figures.append(_smaller("macs", macs, "MAC", how, **counted))
+        figures.append(_smaller("macs", count_macs(shapes, **counted), "MAC", how, **counted))
     except UnsupportedModelError as error:
         logger.warning(f"efficiency/macs is left out: {error}")
     if quantised:
         logger.warning("efficiency/macs_with_attention is left out: torch does not count quantised kernels.")
     else:
         how = f"{run}: all matrix products, attention over the full square (torch's FlopCounterMode / 2)"
-        macs = count_macs_with_attention(model, ids)
-        figures.append(_smaller("macs_with_attention", macs, "MAC", how, **counted))
+        figures.append(_smaller("macs_with_attention", count_macs_with_attention(model, ids), "MAC", how, **counted))
     if growth := cache_growth(model):
         layers, windows = map(list, zip(*growth, strict=True))
         how = "growth of the model's own cache from one token to two, one sequence"
@@ -362,7 +359,7 @@ def time_loading(
     Args:
         model: Folder, or id of a model that is in the cache.
         dtype, device: What it is loaded in and moved to; `"auto"` is the checkpoint's.
-        repeats: Loads that count; the figure is their median.
+        repeats: Loads that count.
         kwargs: Further options of `from_pretrained` that JSON can hold, for example `gguf_file`.
     """
     repeats = checked("repeats", repeats, Count)

@@ -79,13 +79,12 @@ class QuestionResult:
     def figures(self) -> list[Figure]:
         """`efficiency/question_throughput` and `efficiency/question_memory`: the means over the questions."""
         speeds, memory = [a.tokens_per_second for a in self.answers], [a.memory for a in self.answers]
-        counted, after = f"{self.protocol}; prompt tokens counted", f"{self.protocol}; memory in use after each answer"
+        name, after = "efficiency/question_", f"{self.protocol}; memory in use after each answer"
+        counted = f"{self.protocol}; prompt tokens counted"
         return [
-            Figure(f"efficiency/question_{name}", fmean(values), unit, None, up, protocol, {"values": values})
-            for name, values, unit, up, protocol in (
-                ("throughput", speeds, "tokens/s", True, counted), ("memory", memory, "B", False, after)
-            )
-        ]  # fmt: skip
+            Figure(f"{name}throughput", fmean(speeds), "tokens/s", None, True, counted, {"values": speeds}),
+            Figure(f"{name}memory", fmean(memory), "B", None, False, after, {"values": memory}),
+        ]
 
     def write_csv(self, path: str | os.PathLike) -> None:
         """`rows()` as a file."""
@@ -107,9 +106,6 @@ def generate_samples(
 
     Returns:
         One dictionary a prompt: `prompt`, `text` (what was generated), `tokens` (how many) and `seconds`.
-
-    Raises:
-        ConfigurationError: There is no room for a new token, or a prompt has no token.
     """
     max_new_tokens = checked("max_new_tokens", max_new_tokens, Count)
     prompts = PROMPTS if prompts is None else [prompts] if isinstance(prompts, str) else prompts

@@ -300,8 +300,7 @@ class PerplexityResult:
         nll: Mean negative log-likelihood of a token, in nats.
         tokens, words, bytes: How many were predicted.
         windows, window: Number of windows that were run, and tokens in each.
-        protocol: The same in words, for tables and cards.
-        source: Where the text comes from, in words.
+        protocol, source: How was measured, and where the text comes from, in words.
         parts: The windows that each figure was added up from, by the first word of the figure's name.
     """
 

@@ -49,9 +49,7 @@ SPEED = ("prefill_throughput", "decode_throughput", "time_to_first_token", "peak
 def widths_figure(plan: PruningPlan, num_layers: int | None = None) -> Figure:
     """Units kept in each layer, in front of those there were; one panel for each kind of unit.
 
-    Args:
-        plan: Names the layers that are cut or dropped; those between them are whole.
-        num_layers: Layers of the model, for plans that do not say how many there are.
+    `num_layers` is for plans that do not say how many layers there are.
     """
     cut = {group.layer for group in plan.groups} | {layer for layers in plan.dropped.values() for layer in layers}
     layers = range(max(num_layers or 0, plan.num_layers, 1 + max(cut, default=0)))
@@ -88,13 +86,8 @@ def quality_figure(
     """One point for each model, quality against size; the dense model is the star with the dashed line.
 
     Bars are 95 % intervals of the difference from the first model where all were compared with it by pairs: one that
-    reaches the dashed line may be chance. Else they are two standard errors of each model alone.
-
-    Args:
-        results: At least two that have both figures with finite values.
-        quality: Name of the figure on the vertical axis. Default: the first perplexity that two have, else the first
-            task.
-        size: Name of the figure on the horizontal axis.
+    reaches the dashed line may be chance. Else they are two standard errors of each model alone. Two results must have
+    both figures; by default the quality is the first perplexity that two have, else the first task.
     """
     table = ResultTable(results)
     rows = {row.name: row for row in table.rows()}

@@ -23,10 +23,8 @@ from .reading import read_rows, token_ids
 if TYPE_CHECKING:
     import torch
 
-# Of a source with far more text than needed, only this many characters per needed token are tokenised.
-CHARACTERS_PER_TOKEN = 64
-# Rows looked at to tell lines of one text from documents.
-PEEK_ROWS = 1000
+CHARACTERS_PER_TOKEN = 64  # that are tokenised of a source with far more text than needed, for each needed token
+PEEK_ROWS = 1000  # looked at to tell lines of one text from documents
 # No text has more tokens: a character has four bytes at most; a row gets some special tokens or a separator.
 _TOKENS_PER_CHARACTER, _SEPARATORS = 8, 16
 _FIRST_WORD = re.compile(r"^\S{0,1000}\s")

@@ -39,8 +39,7 @@ def read_rows(
     Args:
         source: A `.txt`, `.jsonl` or `.json` file, a folder (made by `datasets.save_to_disk`, or with data files) or
             the id of a data set of the Hub.
-        name: Configuration of a data set.
-        split: Split of a data set.
+        name, split: Of a data set: its configuration and its part.
         column: Column of a data set, key in the objects of a JSON file.
         loading: More arguments of `datasets.load_dataset` for a data set of the Hub, for example `revision`.
 
@@ -190,22 +189,21 @@ def _load(source: str, name: str | None, split: str, loading: dict[str, Any]) ->
     """A data set from a folder or the Hub; `datasets` raises errors of another type for every builder."""
     import datasets
 
-    if not is_local(source):
-        try:
-            return datasets.load_dataset(source, name, split=split, **loading)
-        except Exception as error:
-            raise TextError(
-                f"The dataset {source!r} (name {name!r}, split {split!r}) cannot be loaded from the Hub: {error}. "
-                "Check its id, name and split and the network, or give local text: a .txt, .jsonl or .json file, or "
-                "a dataset folder."
-            ) from error
-    path = Path(source).expanduser()
+    path, local = Path(source).expanduser(), is_local(source)
     try:
+        if not local:
+            return datasets.load_dataset(source, name, split=split, **loading)
         if not any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):
             return datasets.load_dataset(str(path), name, split=split)
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:
-        raise TextError(f"The folder {path} cannot be read as a dataset: {error}") from error
+        if local:
+            raise TextError(f"The folder {path} cannot be read as a dataset: {error}") from error
+        raise TextError(
+            f"The dataset {source!r} (name {name!r}, split {split!r}) cannot be loaded from the Hub: {error}. Check "
+            "its id, name and split and the network, or give local text: a .txt, .jsonl or .json file, or a dataset "
+            "folder."
+        ) from error
     if not isinstance(loaded, datasets.DatasetDict):
         return loaded
     if split not in loaded:
