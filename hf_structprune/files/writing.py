@@ -251,11 +251,7 @@ def _remove(path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> None:
-    """Two folders change places in one step.
-
-    Raises:
-        OSError: They cannot, or the system has no such step.
-    """
+    """Two folders change places in one step; an `OSError` if they cannot, or the system has no such step."""
     function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of <linux/fs.h>
     if function is None or function(here, os.fsencode(one), here, os.fsencode(other), exchange) != 0:

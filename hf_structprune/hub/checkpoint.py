@@ -166,8 +166,7 @@ _STALE = [
 def choose_files(folder: Path) -> tuple[list[str], list[str]]:
     """The files that go to the Hub, and what stays: files, and folders that stay whole.
 
-    Raises:
-        HubError: A file that would go has what looks like a token of the Hub in it.
+    A `HubError` names a file that would go and has what looks like a token of the Hub in it.
     """
     there = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     go = list(filter_repo_objects(there, allow_patterns=_GO, ignore_patterns=_NEVER))

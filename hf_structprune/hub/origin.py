@@ -71,11 +71,7 @@ class Origin:
 
     @classmethod
     def of(cls, name: str | os.PathLike) -> Origin:
-        """The model behind what was given to `from_pretrained`.
-
-        Raises:
-            ConfigurationError: It is neither a folder nor a Hub id.
-        """
+        """What was given to `from_pretrained`; a `ConfigurationError` if it is neither a folder nor a Hub id."""
         path = Path(name)
         if path.is_dir():
             return cls(path.absolute().name, False, path)
