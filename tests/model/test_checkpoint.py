@@ -325,7 +325,7 @@ def test_too_little_disk_space_raises_before_anything_is_written(tmp_path, prune
     needed = pruned.last_plan.bytes_after
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
     monkeypatch.setattr(pruned.model, "save_pretrained", lambda *a, **k: pytest.fail("written anyway"))
-    with pytest.raises(CheckpointError, match=r"needs \d.* KB, but the disk has \d.* KB left"):
+    with pytest.raises(CheckpointError, match=r"needs \d.*kB, but the disk has \d.*kB left"):
         pruned.save_pretrained(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -265,7 +265,7 @@ def test_too_little_memory_or_disk(dense, tmp_path, monkeypatch):
         with pytest.raises(CheckpointError, match="but 0.00 GB of the memory of this machine"):
             quantize(dense, tmp_path / "out")
     monkeypatch.setattr("shutil.disk_usage", lambda path: namedtuple("Usage", "free")(1000))
-    with pytest.raises(CheckpointError, match="the disk has 1.00 KB left"):
+    with pytest.raises(CheckpointError, match="the disk has 1.00kB left"):
         quantize(dense, tmp_path / "out")
 
 
