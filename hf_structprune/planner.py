@@ -271,7 +271,8 @@ class Planner:
             kinds = tuple(kind for kind in kinds if kind not in stated)
             if not kinds:
                 return counts
-            target = None if target is None else max(0, target - self._removed(counts, dropped))
+            target = round(ratio * (self._dense or self._narrow).total_parameters) if target is None else target
+            target = max(0, target - self._removed(counts, dropped))
             config = dataclasses.replace(config, units=kinds, keep=None)
         if split is None or len(kinds) == 1:
             return counts | self._allocate(config, ratio, dropped, target)

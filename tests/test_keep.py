@@ -106,6 +106,13 @@ def test_what_the_model_does_not_have_is_named(keep, message):
         make_pruner(keep=keep, layout="per_layer", depth_criterion="magnitude").plan()
 
 
+def test_a_ratio_counts_the_widths_that_are_stated():
+    model = families.make_model("llama")
+    options = dict(units=("kv_groups", "mlp_neurons"), keep={"kv_groups": 1}, round_to=1, layout="per_layer")
+    plan = StructuredPruner(model, PruningConfig(calibration=families.calibration(8, 16), **options)).plan(0.3)
+    assert plan.ratio == pytest.approx(0.3, abs=0.01) and set(plan.removed) == {"kv_groups", "mlp_neurons"}
+
+
 def test_no_ratio_where_all_is_stated():
     with pytest.raises(ConfigurationError, match="`keep` in the configuration says how much goes"):
         make_pruner(keep={"mlp_neurons": 24}).plan(0.3)
