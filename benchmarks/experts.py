@@ -1,12 +1,15 @@
-"""Whole experts cut from a small mixture that was trained to mean something: each criterion, with and without re-fit.
+"""Whole experts cut from a mixture that means something: each criterion, cut alone, merged, and re-fitted.
 
+    python benchmarks/experts.py --upcycle MODEL --wikitext FOLDER --minutes 5
     python benchmarks/experts.py --wikitext FOLDER --minutes 6
 
-No trained mixture of experts is small enough for a laptop, so one is trained here: a Qwen3-MoE of 2M parameters (4
-layers, 16 experts of which each byte is sent to 4) on the bytes of the raw WikiText-2 split `train.txt` in FOLDER, or
-of the packaged sample without it, for some minutes on a CPU. Then 4 and 8 of the 16 experts of every layer go. Figures
-are bits per byte on the test text (`test.txt`, or the packaged one). Results go to benchmarks/results/experts.json, a
-table to the terminal. Another machine trains another model in the same minutes: compare rows, not runs.
+No trained mixture of experts is small enough for a laptop. The first command makes one out of a dense Llama (an id or
+a folder; `--gguf-file` names a file in it), each MLP becoming 8 experts of which 2 are chosen, see `upcycling.py`. The
+second trains one: a Qwen3-MoE of 2M parameters on bytes (4 layers, 16 experts of which each byte is sent to 4). The
+text is the raw WikiText-2 split `train.txt` in FOLDER, or the packaged sample without it. Then a quarter and a half of
+the experts of every layer go. Figures are perplexity of a token, or of a byte, on the test text (`test.txt`, or the
+packaged one). Results go to benchmarks/results/experts.json (experts_upcycled.json), a table to the terminal. Another
+machine trains another model in the same minutes: compare rows, not runs.
 """
 
 from __future__ import annotations
@@ -21,58 +24,80 @@ from pathlib import Path
 
 import torch
 import transformers
+import upcycling
 from rich.console import Console
 from rich.table import Table
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import hf_structprune
 from hf_structprune import PruningConfig, StructuredPruner
 from hf_structprune.units import RoutedKind, level_criteria
 
 
-RESULTS = Path(__file__).parent / "results" / "experts.json"
-LENGTH, BATCH, TEST_WINDOWS, CALIBRATION = 256, 16, 128, 128
-EXPERTS, KEPT = 16, (12, 8)
+RESULTS = Path(__file__).parent / "results"
+LENGTH, BATCH, EXPERTS, UPCYCLED = 256, 16, 16, 8
+WAYS = {
+    "cut": {"compensation": False}, "merged": {"compensation": False, "merge_experts": True}, "re-fitted": {},
+    "merged, re-fitted": {"merge_experts": True},
+}  # fmt: skip
 PACKAGED = Path(hf_structprune.__file__).parent / "data"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--upcycle", help="dense Llama model to make a mixture of")
+    parser.add_argument("--gguf-file", help="file in it")
     parser.add_argument("--wikitext", type=Path, help="folder with `train.txt` and `test.txt`")
     parser.add_argument("--minutes", type=float, default=6, help="of training (default: 6)")
+    parser.add_argument("--test-windows", type=int, default=32, help="of 256 tokens (default: 32)")
+    parser.add_argument("--calibration", type=int, default=32, help="sequences of 256 tokens (default: 32)")
+    parser.add_argument("--criteria", nargs="+", default=level_criteria(RoutedKind))
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     train, test = texts(options.wikitext)
-    model, steps = trained(train, options.minutes, options.seed)
-    windows = test[: len(test) // LENGTH * LENGTH].view(-1, LENGTH)
-    windows = windows[torch.linspace(0, len(windows) - 1, TEST_WINDOWS).long()]
-    starts = torch.randint(len(train) - LENGTH, (CALIBRATION,), generator=torch.Generator().manual_seed(1))
-    tokens = torch.stack([train[start : start + LENGTH] for start in starts])
-    rows = {"dense": {"bits": bits_per_byte(model, windows), "parameters": model.num_parameters()}}
-    print(f"dense, after {steps} steps: {rows['dense']['bits']:.3f} bits per byte", flush=True)
-    for criterion in level_criteria(RoutedKind):
-        for kept in KEPT:
-            for compensation in (False, True):
-                name = f"{criterion}, {kept} kept, {'re-fitted' if compensation else 'cut'}"
-                rows[name] = pruned(model, windows, tokens, criterion, kept, compensation)
-                print(name, f"{rows[name]['bits']:.3f}", flush=True)
-    RESULTS.write_text(json.dumps({"rows": rows, "settings": settings(options, steps)}, indent=1) + "\n")
-    show(rows)
-
-
-def texts(folder: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bytes to train on and bytes to test on."""
-    if folder is None:
-        lines = (PACKAGED / "calibration.jsonl").read_text(encoding="utf-8").splitlines()
-        pair = (
-            "\n".join(json.loads(line)["text"] for line in lines),
-            (PACKAGED / "wikitext2_test_sample.txt").read_text(),
-        )
+    rows, number = {}, UPCYCLED if options.upcycle else EXPERTS
+    if options.upcycle:
+        tokenizer = AutoTokenizer.from_pretrained(options.upcycle, gguf_file=options.gguf_file)
+        dense = AutoModelForCausalLM.from_pretrained(
+            options.upcycle, gguf_file=options.gguf_file, dtype=torch.float32
+        ).eval()
+        train, test = (torch.tensor(tokenizer(text, verbose=False).input_ids) for text in (train, test))
     else:
-        pair = tuple((folder / f"{split}.txt").read_text(encoding="utf-8") for split in ("train", "test"))
-    return tuple(torch.tensor(list(text.encode()), dtype=torch.long) for text in pair)
+        train, test = (torch.tensor(list(text.encode()), dtype=torch.long) for text in (train, test))
+    windows = test[: len(test) // LENGTH * LENGTH].view(-1, LENGTH)
+    windows = windows[torch.linspace(0, len(windows) - 1, options.test_windows).long()]
+    starts = torch.randint(len(train) - LENGTH, (options.calibration,), generator=torch.Generator().manual_seed(1))
+    tokens = torch.stack([train[start : start + LENGTH] for start in starts])
+    if options.upcycle:
+        rows["dense model"] = measured(dense, windows)
+        model = upcycling.upcycled(dense, tokens, UPCYCLED, 2)
+        rows["mixture, untrained"] = measured(model, windows)
+        print({name: row["perplexity"] for name, row in rows.items()}, flush=True)
+        steps = upcycling.trained(model, train, LENGTH, options.minutes, options.seed)
+    else:
+        model, steps = trained(train, options.minutes, options.seed)
+    rows["mixture"] = measured(model, windows)
+    print(f"mixture, after {steps} steps: perplexity {rows['mixture']['perplexity']:.2f}", flush=True)
+    kept = (number * 3 // 4, number // 2)
+    for criterion in options.criteria:
+        for keep in kept:
+            for way, changes in WAYS.items():
+                name = f"{criterion}, {keep} of {number}, {way}"
+                rows[name] = pruned(model, windows, tokens, criterion, keep, changes)
+                print(name, f"{rows[name]['perplexity']:.2f}", f"{rows[name]['seconds']:.0f} s", flush=True)
+        path = RESULTS / ("experts_upcycled.json" if options.upcycle else "experts.json")
+        path.write_text(json.dumps({"rows": rows, "settings": settings(options, steps)}, indent=1) + "\n")
+    show(rows, options.criteria, number, kept)
+
+
+def texts(folder: Path | None) -> tuple[str, str]:
+    """What to train on and what to test on."""
+    if folder is not None:
+        return tuple((folder / f"{split}.txt").read_text(encoding="utf-8") for split in ("train", "test"))
+    lines = (PACKAGED / "calibration.jsonl").read_text(encoding="utf-8").splitlines()
+    return "\n".join(json.loads(line)["text"] for line in lines), (PACKAGED / "wikitext2_test_sample.txt").read_text()
 
 
 def trained(text: torch.Tensor, minutes: float, seed: int) -> tuple[Qwen3MoeForCausalLM, int]:
@@ -101,39 +126,41 @@ def trained(text: torch.Tensor, minutes: float, seed: int) -> tuple[Qwen3MoeForC
 
 
 @torch.no_grad()
-def bits_per_byte(model: torch.nn.Module, windows: torch.Tensor) -> float:
-    """Mean bits of all but the first byte of each window."""
-    losses = [float(model(batch, labels=batch).loss) for batch in windows.split(BATCH)]
-    return sum(losses) / len(losses) / math.log(2)
+def measured(model: torch.nn.Module, windows: torch.Tensor) -> dict[str, float]:
+    """Perplexity of all but the first token of each window."""
+    losses = [float(model(batch, labels=batch, use_cache=False).loss) for batch in windows.split(4)]
+    return {"perplexity": math.exp(sum(losses) / len(losses)), "parameters": model.num_parameters()}
 
 
-def pruned(model, windows, tokens, criterion: str, kept: int, compensation: bool) -> dict[str, float]:
+def pruned(model, windows, tokens, criterion: str, keep: int, changes: dict[str, bool]) -> dict[str, float]:
     config = PruningConfig(
-        units="experts", expert_criterion=criterion, keep={"experts": kept}, compensation=compensation,
+        units="experts", expert_criterion=criterion, keep={"experts": keep}, **changes,
         calibration={"tokens": tokens, "batch_size": BATCH},
     )  # fmt: skip
     started = time.monotonic()
     small = StructuredPruner(copy.deepcopy(model), config).prune()
-    seconds = time.monotonic() - started
-    return {"bits": bits_per_byte(small, windows), "parameters": small.num_parameters(), "seconds": seconds}
+    return {"seconds": time.monotonic() - started, **measured(small, windows)}
 
 
 def settings(options: argparse.Namespace, steps: int) -> dict[str, object]:
     return {
-        "text": "WikiText-2" if options.wikitext else "packaged samples", "minutes": options.minutes, "steps": steps,
+        "model": options.gguf_file or options.upcycle or "trained here", "minutes": options.minutes, "steps": steps,
+        "text": "WikiText-2" if options.wikitext else "packaged samples",
         "seed": options.seed, "torch": torch.__version__, "transformers": transformers.__version__,
         "machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
-        "calibration": f"{CALIBRATION} x {LENGTH} bytes", "test": f"{TEST_WINDOWS} windows of {LENGTH} bytes",
+        "calibration": f"{options.calibration} x {LENGTH}", "test": f"{options.test_windows} x {LENGTH}",
     }  # fmt: skip
 
 
-def show(rows: dict[str, dict[str, float]]) -> None:
-    table = Table(title=f"bits per byte; dense {rows['dense']['bits']:.3f}")
-    for column in ("criterion", *(f"{kept} of {EXPERTS}, {how}" for kept in KEPT for how in ("cut", "re-fitted"))):
+def show(rows: dict[str, dict[str, float]], criteria: list[str], number: int, kept: tuple[int, int]) -> None:
+    table = Table(
+        title="perplexity: " + ", ".join(f"{n} {r['perplexity']:.2f}" for n, r in rows.items() if "," not in n)
+    )
+    for column in ("criterion", *(f"{keep} of {number}, {way}" for keep in kept for way in WAYS)):
         table.add_column(column)
-    for criterion in level_criteria(RoutedKind):
-        names = (f"{criterion}, {kept} kept, {how}" for kept in KEPT for how in ("cut", "re-fitted"))
-        table.add_row(criterion, *(f"{rows[name]['bits']:.3f}" for name in names))
+    for criterion in criteria:
+        names = (f"{criterion}, {keep} of {number}, {way}" for keep in kept for way in WAYS)
+        table.add_row(criterion, *(f"{rows[name]['perplexity']:.2f}" for name in names))
     Console().print(table)
 
 
