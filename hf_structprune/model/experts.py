@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..errors import CheckpointError, UnsupportedModelError
 from ..hooks import hooked
 from .groups import Group, Kept, LayerStructure, Slice, dropped, tensor_of
-from .probe import changed_dims
+from .probe import changed_dims, size_in, with_more
 from .target import make_target, plain_values, skeleton
 
 
@@ -100,31 +100,33 @@ def expert_neuron_groups(
     Returns:
         What is left alone, and why.
     """
-    values, notes = plain_values(model.config), []
-    routed = [(structure, layer) for structure, layer in layers if structure.group(whole) is not None]
+    notes, routed = [], [(structure, layer) for structure, layer in layers if structure.group(whole) is not None]
     stacks = [_stack(structure.group(whole)).tensor for structure, _ in routed]
-    for key in (key for key in _WIDTH if type(values.get(key)) is int and values[key] > 1 and stacks):
+    for key in _WIDTH if routed else ():
+        if not any(size_in(model.config, structure.index, key) for structure, _ in routed):
+            continue
         try:
-            grown = _tensors(make_target(model, {**values, key: values[key] + _STEP}).skeleton())
+            grown = _tensors(with_more(model, key, _STEP).skeleton())
         except CheckpointError as error:
             notes.append(f"{key}: {error}".rstrip(".") + ", left alone")
             continue
         if all(grown[name].shape == tensor_of(model, name).shape for name in stacks):
             continue
         for structure, layer in routed:
-            experts = structure.group(whole)
-            own = _tensors(layer, f"{structure.name}.")
-            linear = {
-                f"{structure.name}.{name}" for name, part in layer.named_modules() if isinstance(part, nn.Linear)
-            }
+            experts, size = structure.group(whole), size_in(model.config, structure.index, key)
+            parts = layer.named_modules(prefix=structure.name)
+            linear, own = (
+                {n for n, part in parts if isinstance(part, nn.Linear)},
+                _tensors(layer, f"{structure.name}."),
+            )
             try:
-                found = _following(experts, own, grown, linear, values[key])
+                found = _following(experts, own, grown, linear, size or 1)
             except UnsupportedModelError as error:
                 notes.append(f"{key}: {error}")
                 continue
             active = getattr(model.config, "num_experts_per_tok", None) or 0
             turns = not getattr(model.get_submodule(_stack(experts).module), "is_concatenated", True)
-            structure.groups.append(_neurons_in(kind, experts, own, found, values[key], turns, active, key))
+            structure.groups.append(_neurons_in(kind, experts, own, found, size, turns, active, key))
         return list(dict.fromkeys(notes))
     return [*notes, *(f"{stack}: no key of the configuration is its width, left alone" for stack in stacks[:1])]
 

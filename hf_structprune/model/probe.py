@@ -54,11 +54,11 @@ def grouped(
     Returns:
         What is left alone, and why.
     """
-    sizes = [_size_in(model.config, structure.index, key) for structure, _ in layers]
+    sizes = [size_in(model.config, structure.index, key) for structure, _ in layers]
     if any(size is None for size in sizes) or not sizes:
         return []
     try:
-        step, shapes = other_shapes(lambda step: _with(model, key, step), (1, -1, 2, 8, max(sizes)), key)
+        step, shapes = other_shapes(lambda step: with_more(model, key, step), (1, -1, 2, 8, max(sizes)), key)
     except UnsupportedModelError as error:
         return [f"{key}: {error}"]
     notes = []
@@ -175,14 +175,14 @@ def _joined(part: Slice, units: int) -> Slice:
     return Slice(part.tensor, part.dim, part.index.reshape(units, -1))
 
 
-def _size_in(config: PreTrainedConfig, layer: int, key: str) -> int | None:
+def size_in(config: PreTrainedConfig, layer: int, key: str) -> int | None:
     """The value of a key in a layer, `None` where it is no number of units."""
     size = overrides_of(config, layer).get(key)
     size = plain_values(config).get(key) if size is None else size
     return size if isinstance(size, int) and not isinstance(size, bool) and size > 0 else None
 
 
-def _with(model: PreTrainedModel, key: str, step: int) -> Target:
+def with_more(model: PreTrainedModel, key: str, step: int) -> Target:
     """The model with so many more units in every layer."""
     values = plain_values(model.config)
     for own in (values, *(values.get("per_layer_config") or {}).values()):
