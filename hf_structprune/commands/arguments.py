@@ -28,6 +28,7 @@ POSITIONALS = {
     "folder": ("DIR", "?"),
     "repo_id": ("REPO", "?"),
     "recipe": ("RECIPE", "?"),
+    "types": ("TYPE", "*"),
 }
 
 

@@ -24,6 +24,7 @@ from ..masking import MaskedStream, masked
 # The module of each command, which has a function `NAME_command`, and what it does.
 COMMANDS = {
     "inspect": ("prune", "what can be cut from a model: groups, units, sizes"),
+    "models": ("models_table", "what can be cut from each model type that Transformers has"),
     "plan": ("prune", "what would go at a ratio and what it saves; changes nothing"),
     "prune": ("prune", "prune a model and save the checkpoint"),
     "recover": ("checkpoints", "train a pruned model to get its quality back"),

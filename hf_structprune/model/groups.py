@@ -218,7 +218,7 @@ def make_group(
     slices = [part for name, index in (*producers, *norms) for part in _rows(layer, structure.name, name, index)]
     module = layer.get_submodule(names.output)
     reader = Slice(f"{structure.name}.{names.output}.weight", int(not isinstance(module, Conv1D)), columns)
-    parent = f"{structure.name}.{names.parent or names.output}"
+    parent = f"{structure.name}.{names.output if names.holder else names.parent or names.output}"
     spans = tuple(f"{structure.name}.{name}" for name, _ in norms)
     everything = (*slices, reader)
     cost = costs(layer, structure.name, everything)

@@ -86,18 +86,20 @@ def _layers_from_their_own_config(model_class: type):
     """While it is open, decoder layers of the model class receive `config.per_layer_config[layer_idx]`."""
     stock = next(base for base in model_class.__mro__ if not issubclass(base, PerLayerMixin) and base is not object)
     module = sys.modules[stock.__module__]
-    names = [name for name in stock._no_split_modules or () if hasattr(module, name)]
-    # Some classes do not say what their layers are.
-    for among in (names, [name for name in vars(module) if name.endswith(("Layer", "Block"))]):
-        originals = {
-            layer: layer.__init__
-            for layer in (getattr(module, name) for name in among)
-            if isinstance(layer, type) and {"config", "layer_idx"} <= inspect.signature(layer).parameters.keys()
-        }
+    named = [name for name in stock._no_split_modules or () if hasattr(module, name)]
+    suffixes = ("Layer", "Block")
+    # Some classes name other modules beside their layers, or none.
+    for names in (
+        [n for n in named if n.endswith(suffixes)],
+        [n for n in vars(module) if n.endswith(suffixes)],
+        named,
+    ):
+        layers = [getattr(module, name) for name in names]
+        originals = {layer: layer.__init__ for layer in layers if isinstance(layer, type) and _number_in(layer)}
         if originals:
             break
     for layer, original in originals.items():
-        layer.__init__ = _with_own_config(original)
+        layer.__init__ = _with_own_config(original, _number_in(layer))
     try:
         yield
     finally:
@@ -105,7 +107,14 @@ def _layers_from_their_own_config(model_class: type):
             layer.__init__ = original
 
 
-def _with_own_config(original):
+def _number_in(layer: type) -> str | None:
+    """The parameter of a layer's `__init__` that is its number, if it gets one and a configuration."""
+    parameters = inspect.signature(layer.__init__).parameters
+    found = (name for name in ("layer_idx", "layer_id") if {name, "config"} <= parameters.keys())
+    return next(found, None)
+
+
+def _with_own_config(original, number):
     signature = inspect.signature(original)
 
     @wraps(original)
@@ -113,13 +122,13 @@ def _with_own_config(original):
         bound = signature.bind(self, *args, **kwargs)
         config = bound.arguments["config"]
         if config.is_heterogeneous:
-            config = config.per_layer_config[bound.arguments["layer_idx"]]
+            config = config.per_layer_config[bound.arguments[number]]
         bound.arguments["config"] = config
         original(*bound.args, **bound.kwargs)
         for path, values in (getattr(config, "module_overrides", None) or {}).items():
             _override(self.get_submodule(path), values)
         for kind in getattr(config, "skip", None) or ():
-            _skip(self, kind, getattr(config, "skip_modules", None) or {}, bound.arguments["layer_idx"])
+            _skip(self, kind, getattr(config, "skip_modules", None) or {}, bound.arguments[number])
 
     return init
 

@@ -86,7 +86,9 @@ def family_from_modules(model: PreTrainedModel) -> Family | None:
                 if names not in mlps:
                     mlps.append(names)
                     widths.append(matrix(module.get_submodule(output)).shape[1])
-    width = next((key for key in _WIDTH_KEYS if values.get(key) in widths[:1]), "intermediate_size")
+    there = [key for key in _WIDTH_KEYS if values.get(key) in widths[:1]]
+    there += [key for key in _WIDTH_KEYS if key in values and values[key] is None]  # by default, a multiple
+    width = there[0] if there else "intermediate_size"
     kv = next((key for key in _KV_KEYS if key in values), None)
     return Family(attention, tuple(mlps), path, width, kv, _block_of_experts(layers), **keys)
 

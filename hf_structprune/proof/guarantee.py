@@ -89,7 +89,7 @@ def prove_decoder(decoder: PreTrainedModel, structure: ModelStructure) -> None:
     key = (*_key(decoder, structure), structure.towers.note)
     if key not in _verdicts:
         with apart():
-            _verdicts[key] = _reason(attempt)
+            _verdicts[key] = reason_of(attempt)
     if _verdicts[key] is not None:
         raise UnsupportedModelError(
             f"The text decoder is not cut: as a {type(decoder).__name__} alone, {_verdicts[key]}."
@@ -102,9 +102,9 @@ def verdicts(model: PreTrainedModel, structure: ModelStructure, kinds: Collectio
     if unknown := [kind for kind in kinds if (key, kind) not in _verdicts]:
         with apart():
             trial = Trial()
-            why_not = _reason(partial(trial.begin, model, structure))
+            why_not = reason_of(partial(trial.begin, model, structure))
             for kind in unknown:
-                _verdicts[key, kind] = why_not or _reason(partial(trial.test, kind))
+                _verdicts[key, kind] = why_not or reason_of(partial(trial.test, kind))
     return {kind: _verdicts[key, kind] for kind in kinds}
 
 
@@ -149,7 +149,7 @@ class _Differs(Exception):
     """Zeroed and cut are not the same."""
 
 
-def _reason(attempt: Callable[[], None]) -> str | None:
+def reason_of(attempt: Callable[[], None]) -> str | None:
     """What goes wrong in an attempt, `None` if nothing does."""
     small = "a small random model of the same configuration"
     try:
@@ -212,6 +212,7 @@ class Trial:
         self.tokens = torch.randint(4, VOCABULARY, (_SEQUENCES, _LENGTH)) % vocabulary
         self.dense = logits(self.model, self.tokens)
         self._reloaded: set[type] = set()
+        self.cut: list[PreTrainedModel] = []  # that give the logits that they should
         if not self.dense.isfinite().all():
             raise UnsupportedModelError("its logits are not finite")
         with _Float64(), torch.no_grad():
@@ -308,6 +309,7 @@ class Trial:
         if _difference(expected, self.dense) < EFFECT:
             raise UnsupportedModelError("cutting from the small model changed nothing, so that nothing is shown")
         _compare(logits(small, self.tokens), expected, "zeroing and cutting give different logits")
+        self.cut.append(small)
         if type(small) in self._reloaded:
             return
         with tempfile.TemporaryDirectory() as folder:

@@ -52,9 +52,10 @@ def shrunk_values(model: PreTrainedModel, structure: ModelStructure) -> tuple[di
 
 
 def _experts(values: dict[str, Any]) -> int:
-    """How many experts are left: in each group they are chosen from, two at least, and as many as a token needs."""
+    """How many experts are left: in each group they are chosen from, two at least, as many as a token needs, and 1."""
     groups, chosen = values.get("n_group") or 1, values.get("topk_group") or 1
-    return max(EXPERTS, groups * max(2, -(-(values.get("num_experts_per_tok") or 1) // chosen)))
+    each = 1 + max(2, -(-(values.get("num_experts_per_tok") or 1) // chosen))
+    return groups * max(each, -(-EXPERTS // groups))
 
 
 def _factors(model: PreTrainedModel, values: dict[str, Any]) -> tuple[int, int]:

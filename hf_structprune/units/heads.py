@@ -66,7 +66,8 @@ class KVGroups(WidthKind):
         shape = shape_after(layer, plan)
         values = dict(zip(self.config_keys(layer, family, config), (shape.heads, shape.kv_heads), strict=False))
         derived = isinstance(getattr(type(config), "head_dim", None), property)
-        if not derived and (getattr(config, "head_dim", None) or shape.head_dim) == shape.head_dim:
+        other = None if config.is_heterogeneous else getattr(config, "head_dim", None)
+        if not derived and other in (None, shape.head_dim):  # of latent attention it is the size of something else
             values["head_dim"] = shape.head_dim
         return values
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..model.groups import LayerStructure
 
 
+_ADJUSTED = "block_auto_adjust_ff_dim"
 _OWN_KEY = "its width has a configuration key of its own"
 
 
@@ -82,6 +83,12 @@ class Neurons(WidthKind):
 
     def key_of(self, family):
         return family.width_key
+
+    def config_values(self, layer, plan, family, config):
+        values = super().config_values(layer, plan, family, config)
+        if values and getattr(config, _ADJUSTED, False):  # LFM2 makes another width of the one that it is given
+            values[_ADJUSTED] = False
+        return values
 
 
 NEURONS = Neurons.name

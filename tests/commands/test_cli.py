@@ -34,7 +34,13 @@ def test_help(argv, capsys):
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help_of_a_command(command, capsys):
     assert cli.main([command, "--help"]) == 0
-    positional = {"compare": "RESULTS ...", "card": "DIR", "push": "DIR REPO", "run": "RECIPE"}.get(command, "MODEL")
+    positional = {
+        "compare": "RESULTS ...",
+        "card": "DIR",
+        "push": "DIR REPO",
+        "run": "RECIPE",
+        "models": "TYPE ...",
+    }.get(command, "MODEL")
     assert f"hf-structprune {command} {positional} [options]" in capsys.readouterr().out
 
 

@@ -24,6 +24,11 @@ UNITS = tuple(KINDS)
 HEAD = dict(head_dim=16, num_attention_heads=4, num_key_value_heads=2)
 SIZE = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=64, pad_token_id=0)
 LATENT = dict(q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16)
+HEADS = ["kv_groups", "query_heads"]
+ENCODER_DECODER = dict(
+    d_model=64, encoder_layers=2, decoder_layers=2, decoder_ffn_dim=96, decoder_attention_heads=4,
+    encoder_attention_heads=4, vocab_size=64,
+)  # fmt: skip
 MIXTURE = dict(moe_intermediate_size=32, num_experts_per_tok=2)
 
 
@@ -45,7 +50,20 @@ RIGHT = [
     ("Olmo3Config", dict(**SIZE, **HEAD), UNITS),  # norms over all heads
     ("NanoChatConfig", dict(**SIZE, **HEAD), set(UNITS) - {"hidden"}),  # norms without weights
     ("OlmoConfig", SIZE, set(UNITS) - {"hidden"}),
-    ("YoutuConfig", dict(**SIZE, **LATENT, num_attention_heads=4, num_key_value_heads=4), ["mlp_neurons", "hidden"]),
+    (
+        "YoutuConfig",
+        dict(**SIZE, **LATENT, num_attention_heads=4, num_key_value_heads=4),
+        ["kv_groups", "mlp_neurons", "hidden"],
+    ),
+    ("GptOssConfig", dict(**SIZE, **HEAD, num_local_experts=4, num_experts_per_tok=2), HEADS),  # sinks
+    ("Qwen3_5TextConfig", dict(**SIZE, **HEAD, layer_types=["full_attention"] * 2), HEADS),  # gates in q_proj
+    ("AfmoeConfig", dict(**SIZE, **HEAD, num_dense_layers=2), ["kv_groups"]),  # a gate of its own
+    ("Lfm2Config", dict(**SIZE, **HEAD, layer_types=["conv", "full_attention"]), [*HEADS, "mlp_neurons"]),
+    ("ApertusConfig", dict(**SIZE, **HEAD), ["mlp_neurons"]),  # an activation with parameters
+    ("BertConfig", dict(**SIZE, num_attention_heads=4), ["kv_groups", "mlp_neurons", "layers"]),
+    ("BartConfig", ENCODER_DECODER, ["kv_groups", "mlp_neurons", "layers"]),
+    ("GPTJConfig", dict(n_embd=64, n_head=4, n_layer=2, rotary_dim=8, vocab_size=64), ["kv_groups", "mlp_neurons"]),
+    ("MambaConfig", dict(hidden_size=64, num_hidden_layers=2, vocab_size=64), ["layers"]),
     ("Exaone4Config", dict(**SIZE, **HEAD), ["hidden"]),
     ("DeepseekV3Config", dict(num_hidden_layers=4), ["hidden"]),  # norms over latents; channels that experts need
 ]

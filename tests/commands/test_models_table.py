@@ -1,0 +1,73 @@
+"""The table of model types: how rows come about, and that the committed page is what they are."""
+
+from pathlib import Path
+
+import pytest
+
+from hf_structprune.commands import cli
+from hf_structprune.commands.models_table import COLUMNS, Row, build, markdown, model_types, read_markdown, row_of
+from hf_structprune.errors import StructPruneError
+from hf_structprune.model.structure import ModelStructure
+from hf_structprune.model.towers import Towers, has_towers
+from hf_structprune.proof.guarantee import has_units
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+
+
+def test_a_row_says_what_is_proven_and_what_is_left_alone():
+    row = row_of("bloom")
+    assert row.cells == {"layers": "proven"}
+    assert any("ALiBi" in note for note in row.notes) and any(note.startswith("mlp_neurons: ") for note in row.notes)
+
+
+def test_layouts_are_named():
+    assert row_of("opt", ["kv_groups", "mlp_neurons"]).cells == {
+        "kv_groups": "proven (per layer)",
+        "mlp_neurons": "proven",
+    }
+
+
+def test_a_page_says_what_the_rows_say():
+    rows = {"llama": Row({"layers": "works", "experts": "proven"}, ["a | b, left alone"]), "bert": Row()}
+    text = markdown(rows)
+    assert read_markdown(text) == {"llama": rows["llama"].cells, "bert": {}}
+    assert "experts 1" in text and "decoder layers 0" in text and "| a / b |" in text
+
+
+def test_unknown_types_are_refused(capsys):
+    assert cli.main(["models", "lama"]) == 2
+    assert "'lama' is no model type" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def page():
+    if not PAGE.exists():
+        pytest.skip("the page has not been computed")
+    return read_markdown(PAGE.read_text())
+
+
+def test_the_page_has_every_type(page):
+    assert list(page) == model_types()
+
+
+@pytest.mark.parametrize("name", ["granite", "gpt_oss", "youtu", "bart"])
+def test_the_page_is_up_to_date(page, name):
+    assert row_of(name).cells == page[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", model_types())
+def test_what_the_page_says_can_be_cut_is_found(page, name):
+    """The whole of it, with every kind tried, takes half an hour: `hf-structprune models --output docs/models.md`."""
+    try:
+        model = build(name)
+        towers = Towers(model) if has_towers(model.config) else None
+        structure = ModelStructure.of(model if towers is None else towers.decoder(), towers=towers)
+    except (StructPruneError, *_NOT_BUILT):
+        assert page[name] == {}
+        return
+    assert set(page[name]) <= {kind for kind in COLUMNS if has_units(structure, kind)}
+
+
+_NOT_BUILT = (ImportError, AttributeError, TypeError, KeyError, AssertionError, ValueError)
