@@ -11,27 +11,27 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from accelerate.logging import get_logger
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.utils import logging
 
+from ..checks import Count, Limits, checked
 from ..errors import CheckpointError, ConfigurationError
 from ..evaluation.perplexity import EvaluationText
 from ..files.reading import read_json_object
-from ..files.writing import check_folder, write_text
-from ..hub.contents import check_card, check_own_files
-from ..hub.words import recovery_section
+from ..files.writing import write_text
+from ..hub.words import SCHEMA_VERSION, recovery_section
 from ..model.measuring import context_length, measuring
 from ..quantization.four_bit import compute_as_stored
 from .measuring import HeldOutText, Point, RecoveryCurve, dense_log_perplexity, exp, measuring_steps
-from .save import build_report, describe_training, save_all, source_of
+from .save import check_place, describe_training, save_all, source_of, versions
 from .weights import BEST_FOLDER, BestWeights, agreed, check_trainable, copy_file, underneath
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)  # of the first process alone
 
 METRIC = "eval_recovery_log_perplexity"
 RECOVERED_FOLDER = "recovered"
@@ -59,7 +59,7 @@ class LoraRecoveryCallback(TrainerCallback):
     `evaluations` times, if it does not evaluate) and after the last step, and logged as `recovery/log_perplexity`,
     `recovery/perplexity` and `recovery/recovered`: `(pruned - now) / (pruned - dense)`. The weights with the lowest
     value, those before training among them, are kept in `<args.output_dir>/recovery_best` and put back at the end,
-    unless `load_best_model_at_end` has put others there. `metric_for_best_model="eval_recovery_log_perplexity"` is
+    unless `load_best_model_at_end` has put others there; `metric_for_best_model="eval_recovery_log_perplexity"` is
     known. Measuring does not change the training: random numbers and modes are restored.
 
     At the end `recovery.json` and `recovery.png` are written into `args.output_dir`, the merged model into
@@ -96,16 +96,13 @@ class LoraRecoveryCallback(TrainerCallback):
         output_dir: str | os.PathLike | None = None,
         merge: bool = True,
     ) -> None:
-        for name, value in (("evaluations", evaluations), ("patience", patience)):
-            if value is not None and value < 1:
-                raise ConfigurationError(f"`{name}` is {value}; it must be at least 1, or None.")
+        self.evaluations = checked("evaluations", evaluations, Count | None)
+        self.patience = checked("patience", patience, Count | None)
+        self.target = checked("target", target, Annotated[float, Limits(0, 1, open="least")] | None)
         if target is not None and dense is None:
             raise ConfigurationError("`target` is a share of what the dense model is better by: give `dense` too.")
-        if target is not None and not 0 < target <= 1:
-            raise ConfigurationError(f"`target` is {target}; it must be above 0 and at most 1.")
-        self.dense, self.text, self.target, self.patience = dense, text, target, patience
+        self.dense, self.text, self.output_dir, self.merge = dense, text, output_dir, merge
         self.window, self.windows = window, {"max_windows": max_windows, "batch_size": batch_size}
-        self.evaluations, self.output_dir, self.merge = evaluations, output_dir, merge
         self.about: dict[str, Any] = {}  # goes into recovery.json as it is: configuration, data, ...
         self.settings: dict[str, Any] = {}  # goes into the checkpoints: what the training was begun with
         self.report: dict[str, Any] | None = None
@@ -124,14 +121,18 @@ class LoraRecoveryCallback(TrainerCallback):
         check_trainable(model)
         compute_as_stored(model)
         if self.merge:
-            source = source_of(model)
-            if source is not None:
-                check_own_files(source)
-            check_folder(self._merged(args))
-            check_card(self._merged(args))
-        _prefer_lower(args)
-        self._first, self._autocast = state.is_world_process_zero, mixed_precision(args)
-        self._text = HeldOutText(self._tokenizer, self.text, window=_fitting(self.window, model), **self.windows)
+            check_place(self._merged(args), source_of(model))
+        if args.metric_for_best_model in (METRIC, METRIC.removeprefix("eval_")) and args.greater_is_better:
+            # Transformers takes any metric for one of which more is better, unless its name ends with `loss`.
+            logger.warning(f"{METRIC} is better when lower, so `greater_is_better` is set to False.")
+            args.greater_is_better = False
+        self._first = state.is_world_process_zero
+        self._autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        window, context = self.window, context_length(underneath(model))
+        if context is not None and window > context:
+            logger.warning(f"`window` is {window}, but the model's context is {context} tokens: {context} are taken.")
+            window = context
+        self._text = HeldOutText(self._tokenizer, self.text, window=window, **self.windows)
         self._best = BestWeights(Path(args.output_dir) / BEST_FOLDER, writes=self._first)
         self.report, self.stopped, self._active = None, None, True
         self._steps = measuring_steps(state.max_steps, self.evaluations)
@@ -143,7 +144,9 @@ class LoraRecoveryCallback(TrainerCallback):
         else:
             self._go_on(folder, state.global_step)
         if self._trainer is None:
-            self._warn("The Trainer of this callback was not found: recovery.json has the curve, its logs have not.")
+            logger.warning(
+                "The Trainer of this callback was not found: recovery.json has the curve, its logs have not."
+            )
             return
         keep_in_card(self._trainer, self._card_section)
         if folder is None:
@@ -181,15 +184,11 @@ class LoraRecoveryCallback(TrainerCallback):
         if not (self._active and self._first and folder.is_dir()):
             return
         copy_file(self._best.path, folder / BEST_NAME)
+        files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         content = {
-            "schema_version": 1,
-            "curve": self.curve.to_dict(),
-            "kept": asdict(self.kept),
-            "text": self._text.describe(),
-            "seconds": round(time.perf_counter() - self._start, 3),
-            "settings": self.settings,
-            "files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()),
-        }
+            "schema_version": 1, "curve": asdict(self.curve), "kept": asdict(self.kept), "text": self._text.describe(),
+            "seconds": round(time.perf_counter() - self._start, 3), "settings": self.settings, "files": files,
+        }  # fmt: skip
         write_text(folder / STATE_NAME, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
     def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
@@ -201,7 +200,6 @@ class LoraRecoveryCallback(TrainerCallback):
             vars(self._trainer).pop("get_batch_samples", None)
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:  # the Trainer's choice stands
             self.kept = Point(state.best_global_step, self._value(model))
-            self._say(f"The Trainer has loaded step {self.kept.step}: log-perplexity {self.kept.log_perplexity:.4f}.")
             self._warn_if_worse(self.kept, "the Trainer has loaded that checkpoint")
         else:
             self._best.restore(model)
@@ -230,14 +228,14 @@ class LoraRecoveryCallback(TrainerCallback):
         self.kept = Point(step, self._value(model) if step else pruned)
         if step:
             self.curve.points.append(self.kept)
-            self._warn(f"The checkpoint of step {step} has no {STATE_NAME}: the curve begins there.")
+            logger.warning(f"The checkpoint of step {step} has no {STATE_NAME}: the curve begins there.")
         self._best.keep(model)
         if self.curve.dense is None:
-            self._say(f"Before training: log-perplexity {pruned:.4f}; without `dense` no share can be told.")
+            logger.info(f"Before training: log-perplexity {pruned:.4f}; without `dense` no share can be told.")
         else:
-            self._say(f"Before training: log-perplexity {pruned:.4f}; the dense model {self.curve.dense:.4f}.")
+            logger.info(f"Before training: log-perplexity {pruned:.4f}; the dense model {self.curve.dense:.4f}.")
             if self.curve.recovered(pruned) is None:
-                self._warn(
+                logger.warning(
                     f"The pruned model is no worse than the dense one on {self._text.text.name!r}, so there is no "
                     "share to bring back; is `dense` the right model?"
                 )
@@ -260,7 +258,7 @@ class LoraRecoveryCallback(TrainerCallback):
         if self._first:
             copy_file(folder / BEST_NAME, self._best.path)
         self._start = time.perf_counter() - content["seconds"]
-        self._say(f"The curve goes on after step {step}; {self._kept_in_words()}.")
+        logger.info(f"The curve goes on after step {step}; {self._kept_in_words()}.")
 
     def _measure(self, state: TrainerState, control: TrainerControl, model: Any) -> float:
         """Measures once a step, keeps the weights if they are the best, logs, and stops training if that is due."""
@@ -278,12 +276,14 @@ class LoraRecoveryCallback(TrainerCallback):
             self._best.keep(model)
             self.kept = point
         share = self.curve.recovered(value)
-        self._say(f"Step {step}: log-perplexity {value:.4f}{'' if share is None else f', {100 * share:.1f} % back'}.")
+        logger.info(
+            f"Step {step}: log-perplexity {value:.4f}{'' if share is None else f', {100 * share:.1f} % back'}."
+        )
         if not was_worse:
             self._warn_if_worse(point, self._kept_in_words())
         self.stopped = self.stopped or self.curve.verdict(target=self.target, patience=self.patience)
         if self.stopped:
-            self._warn(f"Recovery stops after step {step}: {REASONS[self.stopped]}; {self._kept_in_words()}.")
+            logger.warning(f"Recovery stops after step {step}: {REASONS[self.stopped]}; {self._kept_in_words()}.")
             control.should_training_stop = True
         self._log(step, value)
         self._start += time.perf_counter() - start
@@ -295,14 +295,14 @@ class LoraRecoveryCallback(TrainerCallback):
     def _break_off(self, state: TrainerState, control: TrainerControl, what: str) -> None:
         """Stops a training that has no future."""
         self.stopped, control.should_training_stop = "nan", True
-        self._warn(
+        logger.warning(
             f"Recovery stops after step {state.global_step}: {what}; {self._kept_in_words()}. Lower the learning "
             "rate, or train in bf16 or fp32."
         )
 
     def _warn_if_worse(self, point: Point, kept: str) -> None:
         if point.log_perplexity > self.curve.pruned:
-            self._warn(
+            logger.warning(
                 f"The model is worse than before training: log-perplexity {point.log_perplexity:.4f} after step "
                 f"{point.step}, {self.curve.pruned:.4f} before; {kept}."
             )
@@ -311,14 +311,6 @@ class LoraRecoveryCallback(TrainerCallback):
         if self.kept.step == 0:
             return "keeping the pruned model"
         return f"keeping the best of step {self.kept.step} (log-perplexity {self.kept.log_perplexity:.4f})"
-
-    def _say(self, text: str) -> None:
-        if self._first:
-            logger.info(text)
-
-    def _warn(self, text: str) -> None:
-        if self._first:
-            logger.warning(text)
 
     def _log(self, step: int, value: float) -> None:
         """Logs a measurement through the Trainer without any effect on its own logs.
@@ -339,13 +331,18 @@ class LoraRecoveryCallback(TrainerCallback):
         self._trainer.control.should_log = wish
 
     def _make_report(self, training: dict[str, Any]) -> dict[str, Any]:
-        return build_report(self.curve, self.kept, self.stopped, self._text.describe(), training, self.about)
+        """The content of `recovery.json`: what was trained, how much came back, and how that was measured."""
+        return {
+            "schema_version": SCHEMA_VERSION, "curve": asdict(self.curve), "text": self._text.describe(),
+            "stopped": self.stopped, "best_step": self.kept.step,
+            "recovered": self.curve.recovered(self.kept.log_perplexity), "configuration": {}, "training": training,
+            "versions": versions(), **self.about,
+        }  # fmt: skip
 
     def _card_section(self) -> str:
         return recovery_section(self.report or self._make_report({}))
 
     def _merged(self, args: TrainingArguments) -> Path:
-        """Where the merged model goes."""
         return Path(self.output_dir or Path(args.output_dir) / RECOVERED_FOLDER)
 
 
@@ -357,27 +354,6 @@ def _tokenizer_of(processing_class: Any, trainer: Trainer | None) -> Any:
     if tokenizer is None:
         raise ConfigurationError("The Trainer has no tokenizer to measure with: give it `processing_class=tokenizer`.")
     return tokenizer
-
-
-def mixed_precision(args: TrainingArguments) -> torch.dtype | None:
-    """The dtype that mixed-precision training computes in."""
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-
-
-def _prefer_lower(args: TrainingArguments) -> None:
-    """Transformers takes any metric for one of which more is better, unless its name ends with `loss`."""
-    if args.metric_for_best_model in (METRIC, METRIC.removeprefix("eval_")) and args.greater_is_better:
-        logger.warning(f"{METRIC} is better when lower, so `greater_is_better` is set to False.")
-        args.greater_is_better = False
-
-
-def _fitting(window: int, model: nn.Module) -> int:
-    """The window, or the model's context where that is shorter."""
-    context = context_length(underneath(model))
-    if context is None or window <= context:
-        return window
-    logger.warning(f"`window` is {window}, but the model's context is {context} tokens: {context} are taken.")
-    return context
 
 
 def calling_trainer(callback: TrainerCallback) -> tuple[Trainer | None, str | None]:

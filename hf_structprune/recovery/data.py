@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -64,8 +64,7 @@ def load_rows(source: Any, *, split: str = "train", max_samples: int | None = No
             `.txt` file (one text), a folder (made by `save_to_disk`, or with data files), the id of a data set of the
             Hub, or a list of such sources, each with `@SHARE` at its end or as a pair `(source, share)` if wanted.
         split: Split of data sets that have several.
-        max_samples: At most so many rows, drawn at random; of a streaming data set the first ones.
-        seed: Of the drawing.
+        max_samples: At most so many rows, drawn at random by `seed`; of a streaming data set the first ones.
 
     Raises:
         TextError: A source cannot be read, has no rows, or its columns are of no known format.
@@ -80,15 +79,16 @@ def load_rows(source: Any, *, split: str = "train", max_samples: int | None = No
         name, share = _name(sources[0][0]), sources[0][1]
         raise ConfigurationError(f"{name} has the share {share:g} of a mix, but there is no other source.")
     opened = [_open(source, split, max_samples) for source, _ in sources]
-    names = [_name(source) for source, _ in sources]
-    result = datasets.DatasetDict()
-    for i, count in enumerate(mix_counts(list(map(len, opened)), [share for _, share in sources], max_samples)):
-        rows, again = opened[i], names[:i].count(names[i])
+    counts = mix_counts(list(map(len, opened)), [share for _, share in sources], max_samples)
+    result, seen = datasets.DatasetDict(), Counter()
+    for (source, _), rows, count in zip(sources, opened, counts, strict=True):
+        name = _name(source)
+        seen[name] += 1
         if count < len(rows):
-            logger.info(f"Of {names[i]} {count:,} of {len(rows):,} rows are taken, drawn at random.")
+            logger.info(f"Of {name} {count:,} of {len(rows):,} rows are taken, drawn at random.")
             rows = rows.shuffle(seed=seed).select(range(count))
         if count:
-            result[f"{names[i]} ({again + 1})" if again else names[i]] = rows
+            result[name if seen[name] == 1 else f"{name} ({seen[name]})"] = rows
     return result
 
 
@@ -105,7 +105,6 @@ def _with_shares(source: Any) -> list[tuple[Any, float | None]]:
 
 
 def _is_pair(source: Any) -> bool:
-    """Whether it is a source and its share."""
     pair = isinstance(source, (list, tuple)) and len(source) == 2 and isinstance(source[1], (int, float))
     return pair and not isinstance(source[0], Mapping)
 
@@ -115,9 +114,9 @@ def _with_share(source: Any) -> tuple[Any, float | None]:
     if _is_pair(source):
         source, share = source
     elif isinstance(source, (str, os.PathLike)) and not Path(source).expanduser().exists():
-        before, at, after = str(source).rpartition("@")
+        before, _, after = str(source).rpartition("@")
         with suppress(ValueError):  # not a number: a part of the name
-            source, share = (before, float(after)) if at else (source, None)
+            source, share = (before, float(after)) if before else (source, None)
     if share is not None and not 0 < share <= 1:
         raise ConfigurationError(f"The share of {_name(source)} is {share:g}; it must be above 0 and at most 1.")
     return source, share
@@ -164,10 +163,9 @@ def _open(source: Any, split: str, max_samples: int | None) -> Any:
 
 
 def mix_counts(rows: Sequence[int], shares: Sequence[float | None], most: int | None = None) -> list[int]:
-    """How many rows of every source go into a mix.
+    """How many rows of every source go into a mix: `s[i]` of `min_i rows[i] / s[i]` rows, or of `most` if fewer.
 
-    With `s` the shares, the mix has `min_i rows[i] / s[i]` rows, so that no row is taken twice, or `most` if that is
-    fewer, and source `i` gives `s[i]` of them. Sources without a share divide the rest in proportion to their rows.
+    So no row is taken twice. Sources without a share `s` divide the rest in proportion to their rows.
 
     Raises:
         ConfigurationError: The shares do not add up to 1, or leave nothing for the sources without one.
@@ -209,19 +207,11 @@ def recognise(columns: Sequence[str], where: str) -> tuple[str, dict[str, str | 
 
 @dataclass
 class SourceReport:
-    """What became of the rows of one source.
+    """What became of the rows of one source, which are in one of the `FORMATS`.
 
-    Args:
-        name: Name of the source.
-        format: Format of its rows, one of `FORMATS`.
-        rows: Rows read.
-        empty: Of these, without text or without an answer.
-        truncated: Cut off at the end, because they are too long.
-        dropped: Left out, because their prompts alone fill `max_length`.
-        split: Plain texts that became several sequences.
-        sequences: Sequences that it gives.
-        tokens: Tokens in these.
-        labelled: Tokens that are learned; the first one of a sequence is predicted from nothing.
+    `empty` rows have no text or no answer, `truncated` ones were cut off at the end, `dropped` ones left out because
+    their prompts alone fill `max_length`, and `split` ones are plain texts that became several sequences. They give
+    `sequences` with so many `tokens`, of which those `labelled` are learned (the first one of a sequence never is).
     """
 
     name: str
@@ -244,13 +234,9 @@ class SourceReport:
 
 @dataclass
 class DataReport:
-    """What became of the training data.
+    """What became of the training data: by source, and what was decided on the way, one sentence a note.
 
-    Args:
-        sources: One report a source.
-        max_length: Tokens in a sequence at most.
-        notes: What was decided on the way, one sentence each.
-        packed: Sequences after packing, `None` without it.
+    `packed` is the number of sequences of at most `max_length` tokens after packing, `None` without it.
     """
 
     sources: list[SourceReport]
@@ -265,9 +251,6 @@ class DataReport:
             share = sum(one.tokens for one in self.sources) / (self.packed * self.max_length)
             lines.append(f"packed into {self.packed:,} sequences of {self.max_length} tokens, {share:.0%} full")
         return lines + self.notes
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def prepare(
@@ -294,10 +277,9 @@ def prepare(
         max_length: Tokens in a sequence at most.
         context: Tokens that the model can take at most, if that is known.
         prompt_loss: Learn prompts too, not only answers.
-        packing: Put short sequences together, up to `max_length`, and add the column `seq_lengths`. Train on it with
-            `SFTConfig(padding_free=True, max_length=None)`: then positions begin anew in every example, from which
-            Transformers sees, in every implementation of attention, that a token may look at its own example only.
-        seed: Of the shuffling before packing.
+        packing: Put short sequences together, shuffled by `seed`, up to `max_length`, and add the column
+            `seq_lengths`. Train on it with `SFTConfig(padding_free=True, max_length=None)`: then positions begin anew
+            in every example, from which Transformers sees that a token may look at its own example only.
         stops: Tokens at which the model stops, besides the tokenizer's end-of-sequence token.
 
     Returns:
@@ -364,14 +346,7 @@ def _check(tokenizer: Any, max_length: int, context: int | None) -> None:
 
 
 class Encoder:
-    """Encodes rows with one tokenizer as TRL does, and counts what becomes of them.
-
-    Args:
-        tokenizer: A `transformers` tokenizer with an end-of-sequence token.
-        max_length: Tokens in a sequence at most.
-        prompt_loss: Learn prompts too.
-        stops: Tokens at which the model stops.
-    """
+    """Encodes rows with one tokenizer as TRL does, and counts what becomes of them; arguments as of `prepare`."""
 
     def __init__(self, tokenizer: Any, max_length: int, prompt_loss: bool, stops: set[int]) -> None:
         from trl.chat_template_utils import get_training_chat_template, has_generation_markers
@@ -400,7 +375,7 @@ class Encoder:
                     pairs += self.sequences(dict(zip(batch, values, strict=True)), parts, count)
                 except TextError as error:
                     raise TextError(f"Row {number} of {count.name}, format {count.format}: {error}") from error
-            return dict(zip(columns, map(list, zip(*pairs, strict=True)) if pairs else ([], []), strict=True))
+            return {name: [pair[i] for pair in pairs] for i, name in enumerate(columns)}
 
         # In memory and under a name of its own: the counts must not be those of a cache, nor what TRL makes of it.
         return rows.map(

@@ -9,16 +9,16 @@ import math
 import os
 import random
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..checks import Count, Limits, checked
+from ..checks import Count, checked
 from ..errors import CheckpointError, ConfigurationError
 from ..evaluation.evaluator import TEXTS
 from ..evaluation.perplexity import PROTOCOLS, EvaluationText, load_text, prepare, window_losses
@@ -26,7 +26,6 @@ from ..evaluation.pictures import COLOURS, GREY, INK, make_panels, save, whole_n
 from ..evaluation.results import EvaluationResult
 from ..hardware import cuda_devices, release_memory
 from ..model.loading import load_model, load_tokenizer
-from ..model.measuring import context_length
 from .weights import as_before_training, is_sharded, underneath
 
 
@@ -58,24 +57,17 @@ class HeldOutText:
     """
 
     def __init__(
-        self,
-        tokenizer: Any,
-        text: str | EvaluationText = "sample",
-        *,
-        window: int = 512,
-        max_windows: int | None = 32,
-        batch_size: int = 4,
-    ) -> None:
-        window = checked("window", window, Annotated[int, Limits(2)])
-        self.batch_size = checked("batch_size", batch_size, Count)
-        max_windows = checked("max_windows", max_windows, Count | None)
-        self.text = load_text(text) if isinstance(text, str) else text
-        self.tokenizer, self.window = tokenizer, window
+        self, tokenizer: Any, text: str | EvaluationText = "sample", *, window: int = 512,
+        max_windows: int | None = 32, batch_size: int = 4,
+    ) -> None:  # fmt: skip
         protocol = PROTOCOLS["paper"].change(window=window)
+        self.batch_size = checked("batch_size", batch_size, Count)
+        self.text = load_text(text) if isinstance(text, str) else text
+        self.tokenizer, self.window = tokenizer, protocol.window
+        max_windows = checked("max_windows", max_windows, Count | None)
         _, _, self.ids, self.protocol = prepare(tokenizer, self.text, protocol, max_windows)
         self.tokens = self.ids.shape[0] * (self.ids.shape[1] - 1)  # that are predicted
-        # As in `EvaluationResult.settings`.
-        self.fingerprint = hashlib.sha256(self.text.text.encode()).hexdigest()[:16]
+        self.fingerprint = hashlib.sha256(self.text.text.encode()).hexdigest()[:16]  # as in `EvaluationResult`
 
     def describe(self) -> dict[str, Any]:
         """What is measured on: two equal descriptions mean that values can be compared."""
@@ -85,7 +77,7 @@ class HeldOutText:
         }  # fmt: skip
 
     def measure(self, model: nn.Module, *, autocast: torch.dtype | None = None, pruned: bool = False) -> float:
-        """Log-perplexity of a model as it is now, or of the pruned one that it was.
+        """Log-perplexity of a model as it is now, in nats; not finite if the model is broken.
 
         The state of all random number generators and the mode of every module are afterwards what they were. The
         model underneath PEFT, DDP and `torch.compile` is run, and FSDP as a whole.
@@ -93,50 +85,32 @@ class HeldOutText:
         Args:
             model: The model in training, on its device.
             autocast: Computation in this dtype, where training with mixed precision does so.
-            pruned: Whether to switch its adapters off.
-
-        Returns:
-            Mean negative log-likelihood of a token, in nats; not finite if the model is broken.
-
-        Raises:
-            ConfigurationError: The window is longer than the model's context.
+            pruned: Whether to switch its adapters off: the model before training.
         """
         plain = underneath(model)
-        context = context_length(plain)
-        if context is not None and self.window > context:
-            raise ConfigurationError(
-                f"`window` is {self.window}, but the model's context is {context} tokens: lower `window`."
-            )
         plain = _Whole(plain) if is_sharded(plain) else plain
         counts = [self.window - 1] * len(self.ids)
-        before = as_before_training(model) if pruned else contextlib.nullcontext()
-        with before, unchanged_randomness(), _without_bars():
+        with as_before_training(model) if pruned else contextlib.nullcontext(), without_trace():
             losses = window_losses(plain, self.ids, counts, self.batch_size, autocast)
         return float(losses.sum() / self.tokens)
 
 
 @contextlib.contextmanager
-def unchanged_randomness() -> Iterator[None]:
-    """Whatever is drawn inside, the generators of Python, NumPy and torch (CUDA too) go on as if it had not been."""
-    states = random.getstate(), np.random.get_state()
+def without_trace() -> Iterator[None]:
+    """Whatever is drawn inside, the generators of Python, NumPy and torch (CUDA too) go on as if it had not been.
+
+    No progress bars are shown: the training has one.
+    """
+    states, shown = (random.getstate(), np.random.get_state()), logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     with torch.random.fork_rng(cuda_devices()):
         try:
             yield
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
-
-
-@contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    """No progress bars: the training has one."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+            if shown:
+                logging.enable_progress_bar()
 
 
 class _Whole(nn.Module):
@@ -157,7 +131,7 @@ def dense_log_perplexity(
     dense: Any,
     held_out: HeldOutText,
     *,
-    device: torch.device | str | None = None,
+    device: torch.device | str = "cpu",
     autocast: torch.dtype | None = None,
     **loading: Any,
 ) -> float | None:
@@ -166,7 +140,7 @@ def dense_log_perplexity(
     Args:
         dense: A perplexity, a model, the folder or Hub id of one, the JSON file of an evaluation, or `None`.
         held_out: What it is measured on.
-        device: Where a model that is loaded runs. Default: the CPU.
+        device: Where a model that is loaded runs.
         autocast: As in `HeldOutText.measure`.
         loading: Given to `load_model`.
 
@@ -188,7 +162,7 @@ def dense_log_perplexity(
         raise ConfigurationError(
             f"`dense` is a {type(dense).__name__}; give a perplexity, a model, a folder, a Hub id or a results file."
         )
-    with unchanged_randomness():
+    with without_trace():
         try:
             model = load_model(dense, **loading)
         except (CheckpointError, ValueError) as error:
@@ -199,7 +173,7 @@ def dense_log_perplexity(
                 f"`dense` is {str(dense)!r}, whose tokenizer is not that of the pruned model: their perplexities "
                 "cannot be compared."
             )
-        value = _measured(model.to(device or "cpu"), held_out, autocast)
+        value = _measured(model.to(device), held_out, autocast)
     del model  # its memory is needed for training
     gc.collect()
     release_memory()
@@ -240,12 +214,9 @@ def _from_results(path: Path, held_out: HeldOutText) -> float:
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement.
+    """One measurement: the mean negative log-likelihood of a token, in nats, after so many optimiser steps.
 
-    Args:
-        step: Optimiser steps done.
-        log_perplexity: Mean negative log-likelihood of a token, in nats.
-        seconds: Seconds of training up to here, measuring excluded.
+    `seconds` are those of training up to here, measuring excluded.
     """
 
     step: int
@@ -294,9 +265,8 @@ class RecoveryCurve:
     def verdict(self, *, target: float | None = None, patience: int | None = None) -> str | None:
         """Why training should stop after the last measurement: `"target"`, `"worse"`, or `None` to go on.
 
-        Args:
-            target: Share of the lost log-perplexity that is enough.
-            patience: Number of measurements in a row without a new best that is too many; `None` waits for ever.
+        The share `target` of the lost log-perplexity is enough; `patience` measurements in a row without a new best
+        are too many, and `None` waits for ever.
         """
         if not self.points:
             return None
@@ -305,9 +275,6 @@ class RecoveryCurve:
             return "target"
         since = len(self.points) - self.all_points.index(self.best)
         return "worse" if patience is not None and since >= patience else None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RecoveryCurve:
@@ -329,13 +296,9 @@ def exp(log_perplexity: float) -> float:
 
 
 def curve_figure(curve: RecoveryCurve, best_step: int | None = None) -> Figure:
-    """Log-perplexity against training steps, between the pruned and the dense model.
+    """Log-perplexity against training steps, between the pruned and the dense model, and the share that is back.
 
-    The second axis says how much of the loss is back, where that is known.
-
-    Args:
-        curve: The measurements.
-        best_step: The step whose weights were kept. Default: the best.
+    The step whose weights were kept is marked; by default it is the best.
     """
     figure, (axis,) = make_panels(1, 3.6, "Recovery: quality that comes back with training")
     points = curve.all_points

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
+from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
 
 from ..errors import ConfigurationError
-from ..files.reading import damage, first_damage
+from ..evaluation.comparison import fingerprint
+from ..evaluation.results import model_fingerprint
+from ..files.reading import damage, first_damage, read_json
 from ..files.writing import check_folder
-from ..hub.contents import check_card, check_own_files
 from ..installed import need
 from ..model.loading import load_config, load_tokenizer
 from ..model.measuring import context_length
 from .callback import STATE_NAME, LoraRecoveryCallback
 from .configuration import DistillationConfig, RecoveryConfig
 from .data import load_rows, prepare, public_sources
-from .save import source_of
+from .save import check_place, source_of
 from .training import adapter_config, choose_precision, load_student, training_arguments, widen
 from .weights import BEST_FOLDER
 
@@ -37,22 +36,14 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# Beside the recovered checkpoint: checkpoints to resume from and the best adapter.
-TRAINING_SUFFIX = "-training"
-_NAME = re.compile(r"checkpoint-(\d+)")
+TRAINING_SUFFIX = "-training"  # beside the recovered checkpoint: checkpoints to resume from, and the best adapter
 # Options that may change on the way: they are no part of what is learned.
 _FREE = ("report_to", "save_steps", "gradient_checkpointing")
-_VALUES = 64  # of every tensor, for the fingerprint
 
 
 @dataclass(frozen=True)
 class RecoveryResult:
-    """What `recover` did.
-
-    Attributes:
-        folder: The recovered checkpoint.
-        report: What `recovery.json` in it says: the curve, the settings, what was trained on.
-    """
+    """The folder of a recovered checkpoint, and what `recovery.json` in it says: curve, settings, data."""
 
     folder: Path
     report: dict[str, Any]
@@ -116,13 +107,9 @@ def recover(
     need("trl", "peft", extra="recover")
     from trl import SFTTrainer
 
-    check_folder(output_dir)
     folder, training = Path(output_dir), training_folder(output_dir)
+    check_place(folder, Path(model) if named else source_of(model))
     check_folder(training)
-    source = Path(model) if named else source_of(model)
-    if source is not None:
-        check_own_files(source)
-    check_card(folder)
     checkpoint = _check_folders(folder, training, resume, overwrite)
     distilled = config.method == "distill"
     settings = settings_of(
@@ -141,15 +128,15 @@ def recover(
         prompt_loss=config.prompt_loss, packing=config.packing, seed=config.seed,
         stops=_stopping_tokens(student),
     )  # fmt: skip
-    settings |= {"training_rows": fingerprint_of_rows(prepared), "model_weights": fingerprint_of_weights(student)}
+    rows_read = prepared.select_columns(["input_ids", "labels"]).iter(1000)
+    settings["training_rows"] = f"{len(prepared):,} sequences, {fingerprint(json.dumps(batch) for batch in rows_read)}"
+    settings["model_weights"] = model_fingerprint(student)
     if checkpoint is not None:
         refuse_other_settings(checkpoint, settings)
     about = {
-        "configuration": config.to_public_dict(),
-        "model": _name(model),
-        "dataset": public_sources(dataset),
-        "data": data.to_dict(),
-    }
+        "configuration": config.to_public_dict(), "model": _name(model), "dataset": public_sources(dataset),
+        "data": dataclasses.asdict(data),
+    }  # fmt: skip
     trainer_class, more = SFTTrainer, {}
     if teacher is not None:
         from .distillation.teacher import load_teacher
@@ -177,7 +164,12 @@ def recover(
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except KeyboardInterrupt:
-        _say_how_to_go_on(training)
+        whole, _ = newest_whole(training)
+        if whole is None:
+            logger.warning("Interrupted before the first checkpoint: there is nothing to go on from.")
+        else:
+            step = whole.name.rpartition("-")[2]
+            logger.warning(f"Interrupted: the same again with `resume` (--resume) goes on from step {step}.")
         raise
     return RecoveryResult(folder, callback.report)
 
@@ -194,13 +186,7 @@ def training_folder(output_dir: str | os.PathLike) -> Path:
 
 def in_order(training: Path) -> list[Path]:
     """The checkpoints of a training, the oldest first."""
-    found = [path for path in training.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step after which a checkpoint was written."""
-    return int(_NAME.fullmatch(checkpoint.name)[1])
+    return [Path(path) for path in sort_checkpoints(str(training))]
 
 
 def newest_whole(training: Path) -> tuple[Path | None, dict[Path, str]]:
@@ -221,7 +207,7 @@ def flaw(checkpoint: Path) -> str | None:
     """
     if (found := damage(checkpoint / STATE_NAME)) is not None:
         return found
-    content = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
+    content = read_json(checkpoint / STATE_NAME)
     if not isinstance(content, dict) or not content.get("settings"):
         return f"{STATE_NAME} does not say what the training was begun with"
     return first_damage([checkpoint / name for name in content.get("files", ())]) or damage(checkpoint)
@@ -264,9 +250,7 @@ def _remove_others(training: Path, checkpoint: Path | None) -> None:
     state.wait_for_everyone()
 
 
-def settings_of(
-    config: RecoveryConfig, distillation: DistillationConfig | None, **about: str | list[str] | None
-) -> dict[str, Any]:
+def settings_of(config: RecoveryConfig, distillation: DistillationConfig | None, **about: Any) -> dict[str, Any]:
     """Everything that a training is begun with, by the names of the options; no names of folders."""
     values = {name: value for name, value in config.to_public_dict().items() if name not in _FREE}
     chosen = {"learning_rate": config.peak_learning_rate, "precision": choose_precision(config.precision)}
@@ -275,12 +259,8 @@ def settings_of(
 
 
 def refuse_other_settings(checkpoint: Path, now: Mapping[str, Any]) -> None:
-    """Refuses to go on from a whole checkpoint in another way than its training was begun.
-
-    Raises:
-        ConfigurationError: Names every setting that is given now and differs, with both values.
-    """
-    begun = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))["settings"]
+    """Refuses to go on from a whole checkpoint in another way than its training was begun; names every difference."""
+    begun = read_json(checkpoint / STATE_NAME)["settings"]
     other = [f"`{name}` is {now[name]!r}, it was {begun.get(name)!r}" for name in now if begun.get(name) != now[name]]
     if other:
         raise ConfigurationError(
@@ -289,40 +269,8 @@ def refuse_other_settings(checkpoint: Path, now: Mapping[str, Any]) -> None:
         )
 
 
-def fingerprint_of_rows(rows: Any) -> str:
-    """Tokenised rows in words: how many, and 16 hexadecimal digits of their ids and labels."""
-    digest = hashlib.sha256()
-    for batch in rows.select_columns(["input_ids", "labels"]).iter(1000):
-        digest.update(json.dumps(batch).encode())
-    return f"{len(rows):,} sequences, {digest.hexdigest()[:16]}"
-
-
-@torch.no_grad()
-def fingerprint_of_weights(model: nn.Module) -> str:
-    """Weights in words: how many, and 16 hexadecimal digits of names, shapes and some values of every tensor."""
-    digest, count = hashlib.sha256(), 0
-    for name, tensor in model.named_parameters():
-        count += tensor.numel()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        flat = tensor.data.reshape(-1)
-        digest.update(flat[:: max(1, len(flat) // _VALUES)].cpu().double().numpy().tobytes())
-    return f"{count:,} parameters, {digest.hexdigest()[:16]}"
-
-
-def _say_how_to_go_on(training: Path) -> None:
-    whole, _ = newest_whole(training)
-    if whole is None:
-        logger.warning("Interrupted before the first checkpoint: there is nothing to go on from.")
-    else:
-        logger.warning(f"Interrupted: the same again with `resume` (--resume) goes on from step {step_of(whole)}.")
-
-
 def _find_teacher(model: str | os.PathLike, teacher: Any) -> Any:
-    """The teacher given, or else the model that was pruned, if the checkpoint says which and it can be found.
-
-    Raises:
-        ConfigurationError: It cannot.
-    """
+    """The teacher given, or else the model that was pruned, if the checkpoint says which and it can be found."""
     if teacher is not None:
         return teacher
     from ..hub.origin import RECORD

@@ -19,43 +19,36 @@ from transformers.utils import logging
 
 from ..errors import CheckpointError, ConfigurationError, StructPruneError
 from ..evaluation.results import RESULTS_NAME, EvaluationResult, describe_environment
-from ..files.writing import write_folder, write_text
+from ..files.writing import check_folder, write_folder, write_text
 from ..hub.card import card_name, generated_mark, is_ours
 from ..hub.checkpoint import STILL_TRUE, copy_files, or_say, write_card_from
-from ..hub.contents import CARD_NAME, PRUNED_RESULTS_NAME, is_pruned, read_text
+from ..hub.contents import CARD_NAME, PRUNED_RESULTS_NAME, check_card, check_own_files, is_pruned, read_text
 from ..hub.origin import TAGS
-from ..hub.words import PICTURE_NAME, RECOVERY_NAME, SCHEMA_VERSION, recovery_section, render
+from ..hub.words import PICTURE_NAME, RECOVERY_NAME, recovery_section, render
 from ..installed import need
 from ..model.loading import load_config
-from .measuring import Point, RecoveryCurve, draw_curve
+from .measuring import RecoveryCurve, draw_curve
 from .weights import is_peft, is_sharded, merge_adapter, quantisation_of, underneath, without_parallel
 
 
 logger = logging.get_logger(__name__)
 
 
-def build_report(
-    curve: RecoveryCurve, kept: Point, stopped: str | None, text: dict[str, Any], training: dict, about: dict
-) -> dict[str, Any]:
-    """The content of `recovery.json`: what was trained, how much came back, and how that was measured.
+def check_place(folder: Path, source: Path | None) -> None:
+    """Refuses, before any work is done, a folder that cannot be written, and a damaged checkpoint to go into it."""
+    if source is not None:
+        check_own_files(source)
+    check_folder(folder)
+    check_card(folder)
 
-    Args:
-        curve: What was measured.
-        kept: The measurement of the weights that are kept.
-        stopped: Why training was stopped, if it was.
-        text: See `HeldOutText.describe`.
-        training: See `describe_training`.
-        about: More that belongs into it: `configuration` (`RecoveryConfig.to_dict()`), `data`, ...
-    """
-    versions = describe_environment()["versions"]
+
+def versions() -> dict[str, str]:
+    """Versions of everything that took part, by name."""
+    found = describe_environment()["versions"]
     for name in ("peft", "trl"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return {
-        "schema_version": SCHEMA_VERSION, "curve": curve.to_dict(), "text": text, "stopped": stopped,
-        "best_step": kept.step, "recovered": curve.recovered(kept.log_perplexity), "configuration": {},
-        "training": training, "versions": versions, **about,
-    }  # fmt: skip
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def describe_training(
@@ -65,17 +58,14 @@ def describe_training(
     plain = without_parallel(model)
     tokens = [logs["num_tokens"] for logs in state.log_history if "num_tokens" in logs]
     return {
-        "steps": state.global_step,
-        "max_steps": state.max_steps,
-        "seconds": round(seconds, 1),
+        "steps": state.global_step, "max_steps": state.max_steps, "seconds": round(seconds, 1),
         "tokens": int(tokens[-1] if tokens else state.num_input_tokens_seen) or None,
         "method": str(plain.active_peft_config.peft_type.value).lower() if is_peft(plain) else "full",
         "trainable_parameters": sum(p.numel() for p in plain.parameters() if p.requires_grad),
-        "learning_rate": args.learning_rate,
-        "epochs": state.epoch,
+        "learning_rate": args.learning_rate, "epochs": state.epoch,
         "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "processes": args.world_size,
-    }
+    }  # fmt: skip
 
 
 def save_all(
@@ -87,13 +77,13 @@ def save_all(
         CheckpointError: Something cannot be merged or written.
     """
     write_text(folder / RECOVERY_NAME, json.dumps(report, indent=1, allow_nan=False) + "\n")
-    picture = partial(draw_curve, curve, best_step=report["best_step"])
+    picture = None
     try:
         need("matplotlib", extra="report")
     except StructPruneError as error:
         logger.warning(f"The recovery curve is not drawn. {error}")
-        picture = None
     else:
+        picture = partial(draw_curve, curve, best_step=report["best_step"])
         picture(folder / PICTURE_NAME)
     if merged is not None and is_sharded(model):
         logger.warning(
@@ -107,19 +97,19 @@ def save_all(
 
 def source_of(model: nn.Module) -> Path | None:
     """The pruned checkpoint that a model was loaded from, if it is one of ours."""
-    folder = Path(str(getattr(underneath(model).config, "_name_or_path", "") or ""))
+    folder = Path(_origin(model))
     return folder if (folder / "pruning_plan.json").is_file() else None
 
 
-def _saved_dtype(model: nn.Module) -> torch.dtype | None:
-    """The dtype of the checkpoint that a model was loaded from, in which it is saved again, whatever it is trained in.
+def _origin(model: nn.Module) -> str:
+    return str(getattr(underneath(model).config, "_name_or_path", "") or "")
 
-    `None` where it came from none, or from one that is neither a folder nor in the cache.
-    """
-    name = str(getattr(underneath(model).config, "_name_or_path", "") or "")
-    options = {"local_files_only": True, "trust_remote_code": False}
+
+def _saved_dtype(model: nn.Module) -> torch.dtype | None:
+    """The dtype of the checkpoint that a model was loaded from, if there is one here: it is saved in that again."""
+    name = _origin(model)
     try:
-        return getattr(load_config(name, **options), "dtype", None) if name else None
+        return load_config(name, local_files_only=True, trust_remote_code=False).dtype if name else None
     except StructPruneError:
         return None
 
@@ -144,8 +134,8 @@ def save_recovered(
         model: A plain model, see `merge_adapter`.
         tokenizer: Its tokenizer; `None` if there is none.
         folder: Where the files go; other files in it stay, an earlier checkpoint in it goes.
-        source: Folder of the pruned checkpoint; `None`, or a folder that this package has not made, gives a card that
-            says no more than the report does.
+        source: Folder of the pruned checkpoint; without one that this package has made, the card says no more than the
+            report does.
         report: The content of `recovery.json`. Parameters and bytes of the model are added under `weights`.
         picture: Draws the curve into the file that it is given.
 

@@ -115,23 +115,16 @@ def adapter_config(config: RecoveryConfig, model: PreTrainedModel) -> LoraConfig
         return None
     from peft import LoraConfig
 
-    targets = list(config.target_modules or [ALL_LINEAR])
-    if targets != [ALL_LINEAR]:
-        _check_names("target_modules", targets, model)
-    _check_names("modules_to_save", config.modules_to_save or (), model)
-    _check_whole(config.modules_to_save or (), model)
+    targets, whole = list(config.target_modules or [ALL_LINEAR]), config.modules_to_save
+    named = targets != [ALL_LINEAR]
+    _check_modules(targets if named else (), whole or (), model)
     try:
         return LoraConfig(
-            task_type="CAUSAL_LM",
-            r=config.rank,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
-            target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
-            modules_to_save=None if config.modules_to_save is None else list(config.modules_to_save),
+            task_type="CAUSAL_LM", r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout,
+            target_modules=targets if named else ALL_LINEAR, modules_to_save=whole,
             init_lora_weights=True if config.init_lora_weights is None else config.init_lora_weights,
-            use_dora=config.use_dora,
-            use_rslora=config.use_rslora,
-        )
+            use_dora=config.use_dora, use_rslora=config.use_rslora,
+        )  # fmt: skip
     except (ValueError, ImportError) as error:
         raise ConfigurationError(f"PEFT refuses these adapters: {error}") from error
 
@@ -143,33 +136,27 @@ def widen(model: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def _check_names(option: str, targets: Sequence[str], model: PreTrainedModel) -> None:
+def _check_modules(targets: Sequence[str], whole: Sequence[str], model: PreTrainedModel) -> None:
     """PEFT takes the names as ends of module names, and says nothing of one that fits none if others do."""
-    names = [name for name, _ in model.named_modules()]
-    for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name in names):
-            leaves = sorted({name.rsplit(".", 1)[-1] for name in names if name.endswith(("proj", "fc1", "fc2"))})
-            raise ConfigurationError(
-                f"`{option}` names {target!r}, of which the model has none; for example {', '.join(leaves)}."
-            )
-
-
-def _check_whole(whole: Sequence[str], model: PreTrainedModel) -> None:
-    for name, module in model.named_modules():
-        named = name in whole or name.rsplit(".", 1)[-1] in whole
-        if named and not all(parameter.is_floating_point() for parameter in module.parameters()):
-            raise ConfigurationError(
-                f"`modules_to_save` names {name!r}, which is quantised and cannot be trained whole: train 'lora', or "
-                "leave it out."
-            )
+    modules = dict(model.named_modules())
+    for option, given in (("target_modules", targets), ("modules_to_save", whole)):
+        for target in given:
+            found = [name for name in modules if f".{name}".endswith(f".{target}")]
+            if not found:
+                leaves = sorted({name.rsplit(".", 1)[-1] for name in modules if name.endswith(("proj", "fc1", "fc2"))})
+                raise ConfigurationError(
+                    f"`{option}` names {target!r}, of which the model has none; for example {', '.join(leaves)}."
+                )
+            packed = [name for name in found if not all(p.is_floating_point() for p in modules[name].parameters())]
+            if packed and option == "modules_to_save":
+                raise ConfigurationError(
+                    f"`modules_to_save` names {packed[0]!r}, which is quantised and cannot be trained whole: train "
+                    "'lora', or leave it out."
+                )
 
 
 def training_arguments(config: RecoveryConfig, output_dir: str | os.PathLike) -> SFTConfig:
-    """TRL's arguments. Rows are expected to be tokenised, cut and packed already, see `data.prepare`.
-
-    Args:
-        config: The settings.
-        output_dir: Where checkpoints to resume from go.
+    """TRL's arguments, with checkpoints in `output_dir`. Rows are tokenised, cut and packed already, see `prepare`.
 
     Raises:
         ConfigurationError: The batch cannot be shared out evenly among the processes.
@@ -179,38 +166,23 @@ def training_arguments(config: RecoveryConfig, output_dir: str | os.PathLike) ->
 
     precision = choose_precision(config.precision)
     return SFTConfig(
-        output_dir=str(Path(output_dir)),
-        learning_rate=config.peak_learning_rate,
-        lr_scheduler_type=config.scheduler,
+        output_dir=str(Path(output_dir)), report_to=list(config.report_to or ["none"]),
+        learning_rate=config.peak_learning_rate, lr_scheduler_type=config.scheduler, weight_decay=config.weight_decay,
         warmup_steps=config.warmup,  # a share, below 1
-        weight_decay=config.weight_decay,
-        num_train_epochs=config.epochs,
-        max_steps=-1 if config.max_steps is None else config.max_steps,
+        num_train_epochs=config.epochs, max_steps=-1 if config.max_steps is None else config.max_steps,
         per_device_train_batch_size=config.micro_batch_size,
         gradient_accumulation_steps=accumulation_steps(config, PartialState().num_processes),
-        gradient_checkpointing=config.gradient_checkpointing,
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
+        gradient_checkpointing=config.gradient_checkpointing, bf16=precision == "bf16", fp16=precision == "fp16",
         use_cpu=not hardware.has_accelerator(),  # Transformers trains in bfloat16 on a CPU only if told to be there
-        max_length=None,
-        packing=False,
-        padding_free=config.packing,  # positions begin anew in every packed example
-        save_strategy="steps",
-        save_steps=_SAVED_SHARE if config.save_steps is None else config.save_steps,
+        max_length=None, packing=False, padding_free=config.packing,  # positions begin anew in every packed example
+        save_strategy="steps", save_steps=_SAVED_SHARE if config.save_steps is None else config.save_steps,
         save_total_limit=2,  # the older one is whole while the newer one is written
-        eval_strategy="no",
-        report_to=list(config.report_to or ["none"]),
-        seed=config.seed,
-        data_seed=config.seed,
-    )
+        eval_strategy="no", seed=config.seed, data_seed=config.seed,
+    )  # fmt: skip
 
 
 def accumulation_steps(config: RecoveryConfig, processes: int) -> int:
-    """Forward passes of a device in one optimiser step: `batch_size / (micro_batch_size * processes)`.
-
-    Raises:
-        ConfigurationError: That is no whole number.
-    """
+    """Forward passes of a device in one optimiser step: `batch_size / (micro_batch_size * processes)`."""
     at_once = config.micro_batch_size * processes
     if config.batch_size % at_once:
         raise ConfigurationError(

@@ -38,7 +38,7 @@ def without_parallel(model: nn.Module) -> nn.Module:
 
 def is_peft(model: nn.Module) -> bool:
     """Whether a model without its parallel wrappers is one of PEFT."""
-    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+    return hasattr(model, "get_base_model")
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -53,12 +53,7 @@ def underneath(model: nn.Module) -> nn.Module:
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Refuses, before training, what cannot be kept or merged.
-
-    Raises:
-        ConfigurationError: Nothing is trained, a prompt is trained, or the weights are split by version 1 of FSDP or
-            stage 3 of DeepSpeed.
-    """
+    """Refuses, before training, what cannot be kept or merged, or learns nothing."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     model = without_parallel(model)
@@ -68,15 +63,16 @@ def check_trainable(model: nn.Module) -> None:
                 f"The adapter {name!r} is a {config.peft_type} prompt, which cannot be merged into the weights: train "
                 "LoRA, DoRA or all weights."
             )
-    for there, name in (
-        (any(hasattr(parameter, "ds_id") for parameter in model.parameters()), "DeepSpeed's ZeRO stage 3"),
-        (any(isinstance(module, FullyShardedDataParallel) for module in model.modules()), "version 1 of FSDP"),
-    ):
-        if there:
-            raise ConfigurationError(
-                f"The weights are split by {name}, so that the best ones cannot be kept: use ZeRO stage 2, or "
-                "`fsdp_version: 2`."
-            )
+    split = (
+        "DeepSpeed's ZeRO stage 3" if any(hasattr(parameter, "ds_id") for parameter in model.parameters()) else None
+    )
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        split = "version 1 of FSDP"
+    if split is not None:
+        raise ConfigurationError(
+            f"The weights are split by {split}, so that the best ones cannot be kept: use ZeRO stage 2, or "
+            "`fsdp_version: 2`."
+        )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigurationError("No parameter of the model requires gradients, so there is nothing to train.")
 
@@ -112,22 +108,16 @@ def _several_processes() -> bool:
 
 
 class BestWeights:
-    """One safetensors file with the parameters that are trained, replaced whenever there is something better.
+    """One safetensors file in a folder with the parameters that are trained, replaced whenever there is a better one.
 
-    Args:
-        folder: Where the file is.
-        writes: Whether this process writes; the others only take part in collecting what is spread over all.
+    Only the process that `writes` does; the others take part in collecting what is spread over all.
     """
 
     def __init__(self, folder: Path, writes: bool = True) -> None:
         self.path, self.writes = folder / WEIGHTS_NAME, writes
 
     def keep(self, model: nn.Module) -> None:
-        """Writes the weights as they are, all at once: an interrupt leaves the earlier ones.
-
-        Raises:
-            CheckpointError: The file cannot be written.
-        """
+        """Writes the weights as they are, all at once: an interrupt leaves the earlier ones."""
         weights = {}
         for name, parameter in _trained(model).items():
             whole = parameter.detach()
@@ -139,11 +129,7 @@ class BestWeights:
 
     @torch.no_grad()
     def restore(self, model: nn.Module) -> None:
-        """Puts the weights of the file back into the model: the first process reads them for all.
-
-        Raises:
-            CheckpointError: There is no such file, or it is of another model.
-        """
+        """Puts the weights of the file back into the same model: the first process reads for all."""
         trained, weights = _trained(model), {}
         if self.writes:
             try:
@@ -156,8 +142,8 @@ class BestWeights:
         for name, parameter in trained.items():
             if isinstance(parameter, DTensor):
                 whole = weights[name] if weights else torch.empty(parameter.shape, dtype=parameter.dtype)
-                whole = whole.to(parameter.device_mesh.device_type)
-                parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements))
+                whole, mesh = whole.to(parameter.device_mesh.device_type), parameter.device_mesh
+                parameter.copy_(distribute_tensor(whole, mesh, parameter.placements))
                 continue
             if weights:
                 parameter.copy_(weights[name])
@@ -277,12 +263,14 @@ def _check(model: nn.Module, base: nn.Module, method: str | None) -> None:
         )
     if not has_weights(base):
         raise CheckpointError("Weights of the model are offloaded: load it without `device_map` to merge the adapter.")
-    for name, parameter in base.named_parameters():
-        if hasattr(parameter, "ds_id") or type(parameter).__name__ == "DTensor" or "_flat_param" in name:
-            raise CheckpointError(
-                f"`{name}` is spread over processes (FSDP or ZeRO-3). Save the adapter with `trainer.save_model`, "
-                "load the base model in one process, `PeftModel.from_pretrained(base, FOLDER)`, and merge that."
-            )
+    spread = [
+        n for n, p in base.named_parameters() if hasattr(p, "ds_id") or isinstance(p, DTensor) or "_flat_param" in n
+    ]
+    if spread:
+        raise CheckpointError(
+            f"`{spread[0]}` is spread over processes (FSDP or ZeRO-3). Save the adapter with `trainer.save_model`, "
+            "load the base model in one process, `PeftModel.from_pretrained(base, FOLDER)`, and merge that."
+        )
 
 
 def quantisation_of(model: nn.Module) -> str | None:

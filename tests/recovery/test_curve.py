@@ -1,6 +1,7 @@
 """The arithmetic of a recovery, and its picture."""
 
 import math
+from dataclasses import asdict
 
 import pytest
 
@@ -54,7 +55,7 @@ def test_patience(values, patience, expected):
 
 def test_round_trip():
     made = RecoveryCurve(3.0, None, [Point(5, 2.5, 1.25)])
-    assert RecoveryCurve.from_dict(made.to_dict()) == made
+    assert RecoveryCurve.from_dict(asdict(made)) == made
 
 
 @pytest.mark.parametrize(

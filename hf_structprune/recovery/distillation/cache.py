@@ -44,8 +44,8 @@ def sequence_key(ids: np.ndarray) -> bytes:
 class CachedTeacher:
     """A teacher without a model: predictions of sequences of token ids; of each, of all its tokens but the last one.
 
-    Sequences are found by their token ids, so that shuffling, batching and padding do not matter. Examples in a
-    padding-free batch count one by one, as the model sees them.
+    Sequences are found by their token ids, so that shuffling, batching and padding do not matter; the examples in a
+    padding-free batch count one by one.
 
     Args:
         folder: Where the predictions are, or will be.
@@ -56,8 +56,7 @@ class CachedTeacher:
         CheckpointError: A file cannot be read.
     """
 
-    by_sequence = False
-    terms = None
+    by_sequence, terms = False, None
 
     def __init__(self, folder: str | os.PathLike, origin: dict[str, Any]) -> None:
         self.folder, self.origin = Path(folder), {"schema_version": 2, **origin}
@@ -86,9 +85,8 @@ class CachedTeacher:
         for key, start in zip(keys, (lengths.cumsum(0) - lengths).tolist(), strict=True):
             self._places[key.numpy().tobytes()] = file, start
 
-    def lacks(self, sequences: Iterable[bytes]) -> list[bytes]:
-        """Those of some sequences that are not there."""
-        return [key for key in sequences if key not in self._places]
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._places
 
     def add(self, predictions: dict[bytes, tuple[Tensor, Tensor]]) -> None:
         """Adds a part: ids `(n, k)` and log-probabilities `(n, k + 1)` of sequences, all at once or not at all."""
@@ -103,16 +101,8 @@ class CachedTeacher:
             save_file(content, temporary)
         self._open(path)
 
-    def to(self, device: torch.device) -> CachedTeacher:
-        """Nothing to move."""
-        return self
-
     def lesson(self, inputs: Mapping[str, Tensor], positions: Tensor) -> Lesson:
-        """What the teacher predicted at positions `(batch, sequence)` of bool of a batch.
-
-        Raises:
-            ConfigurationError: A sequence is not in the cache.
-        """
+        """What the teacher predicted at positions `(batch, sequence)` of bool; all sequences must be there."""
         top_k, wanted = self.origin["top_k"], positions.cpu()
         ids, log_probs = [torch.empty(0, top_k, dtype=torch.int32)], [torch.empty(0, top_k + 1)]
         for row, start, tokens in split_batch(inputs):
@@ -130,9 +120,6 @@ class CachedTeacher:
             log_probs.append(file.get_slice("log_probs")[rows][here].float())
         known, values = torch.cat(ids).long(), torch.cat(log_probs).log_softmax(-1)  # rounded: adds up to 1 again
         return Lesson(TopPredictions(values.to(positions.device), known.to(positions.device)))
-
-
-AnyTeacher = ModelTeacher | CachedTeacher
 
 
 def split_batch(inputs: Mapping[str, Tensor]) -> Iterator[tuple[int, int, np.ndarray]]:
@@ -167,7 +154,8 @@ def cached_teacher(
     origin = {"teacher": model_fingerprint(teacher.model), "top_k": top_k, "temperature": float(config.temperature)}
     sequences = {sequence_key(ids): ids for dataset in datasets for ids in _sequences_of(dataset) if len(ids) > 1}
     cache = CachedTeacher(folder, origin)
-    missing = sorted(cache.lacks(sequences), key=lambda key: (len(sequences[key]), key))  # little padding
+    missing = [key for key in sequences if key not in cache]
+    missing.sort(key=lambda key: (len(sequences[key]), key))  # little padding
     try:
         check_room(folder, sum(len(sequences[key]) - 1 for key in missing) * (6 * top_k + 2))
     except PlaceError as error:
@@ -208,7 +196,7 @@ def _predict(
     mask, positions = places < lengths[:, None], places < lengths[:, None] - 1
     inputs = {"input_ids": ids, "attention_mask": mask.long()}
     known = teacher.lesson(inputs, positions.to(teacher.model.device)).predictions
-    rows = known.hidden.split(positions_at_once(known.vocab))
+    rows = known.hidden.split(positions_at_once(known.head.vocab(known.hidden)))
     parts = [top_predictions(known.head.logits(hidden), top_k, temperature) for hidden in rows]
     columns = (torch.cat([getattr(one, name).cpu() for one in parts]) for name in ("ids", "log_probs"))
     return zip(*(column.split((lengths - 1).tolist()) for column in columns), strict=True)

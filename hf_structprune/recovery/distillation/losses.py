@@ -23,8 +23,8 @@ from ...model.measuring import positions_at_once
 from ..data import IGNORED
 
 
-# Logits of a block, a few rows: 512 KiB in float32. For CPUs; on an accelerator every block starts its own kernels.
-CACHED_LOGITS = 2**17
+# Logits of a few rows: 512 KiB in float32. An accelerator starts its kernels anew for each, and takes the whole chunk.
+CACHED_LOGITS = {"cpu": 2**17}
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,7 @@ def batch_targets(inputs: Mapping[str, Tensor], on_prompts: bool) -> Targets:
     """Targets of a batch as TRL's collator makes it.
 
     A position counts if the token after it does: it has a label, or, with `on_prompts`, it is no padding and not the
-    first token of a packed example. So the first token of a sequence is never predicted and no prediction crosses from
-    one example into the next one.
+    first token of a packed example. So no prediction crosses from one example into the next one.
 
     Args:
         inputs: `input_ids` and `labels`, with `attention_mask` or (padding-free) `position_ids`.
@@ -70,14 +69,13 @@ def batch_targets(inputs: Mapping[str, Tensor], on_prompts: bool) -> Targets:
         labels[:, :-1] = inputs["labels"][:, 1:]
     if not on_prompts:
         return Targets(labels != IGNORED, labels)
-    text = torch.ones_like(ids, dtype=torch.bool)
+    text, follows = torch.ones_like(ids, dtype=torch.bool), torch.ones_like(ids, dtype=torch.bool)
     if inputs.get("attention_mask") is not None:
-        text &= inputs["attention_mask"].bool()
-    first = torch.zeros_like(text)
+        text = inputs["attention_mask"].bool()
     if inputs.get("position_ids") is not None:
-        first |= inputs["position_ids"] == 0
+        follows = inputs["position_ids"] != 0
     followed = torch.zeros_like(text)
-    followed[:, :-1] = text[:, :-1] & text[:, 1:] & ~first[:, 1:]
+    followed[:, :-1] = text[:, :-1] & (text & follows)[:, 1:]
     return Targets(followed, labels.masked_fill(~text, IGNORED))
 
 
@@ -95,12 +93,9 @@ class LogitTransform:
 
 @dataclass(frozen=True)
 class Head:
-    """The head of a model. Without a weight, its "hidden states" are logits already.
+    """The head of a model: weight `(vocab, hidden)` and bias `(vocab,)`, and what the model does to the products.
 
-    Attributes:
-        weight: `(vocab, hidden)`.
-        bias: `(vocab,)`.
-        transform: What the model does to the products.
+    Without a weight, its "hidden states" are logits already.
     """
 
     weight: Tensor | None = None
@@ -121,6 +116,10 @@ class Head:
         products = self.products(hidden)
         return self.transform(products.to(_wide(products.dtype)))
 
+    def vocab(self, hidden: Tensor) -> int:
+        """How many tokens it tells apart."""
+        return hidden.shape[1] if self.weight is None else self.weight.shape[0]
+
 
 @dataclass(frozen=True)
 class HeadPredictions:
@@ -128,10 +127,6 @@ class HeadPredictions:
 
     hidden: Tensor
     head: Head
-
-    @property
-    def vocab(self) -> int:
-        return (self.hidden if self.head.weight is None else self.head.weight.t()).shape[1]
 
 
 @dataclass(frozen=True)
@@ -157,6 +152,24 @@ def top_predictions(logits: Tensor, top_k: int, temperature: float) -> TopPredic
     top, ids = log_probs.topk(min(top_k, log_probs.shape[1]), -1)
     rest = log_probs.scatter(1, ids, float("-inf")).logsumexp(-1, keepdim=True)
     return TopPredictions(torch.cat([top, rest], -1), ids)
+
+
+def _divergence(own: Tensor, teacher: Predictions, other: Tensor | None, rows: slice, temperature: float) -> Tensor:
+    """KL divergence `(n,)` of the student's log-probabilities `(n, vocab)` of some rows from the teacher's.
+
+    Of a teacher that is known by its `k` most likely tokens, with `K` those tokens and `r` the rest,
+    `KL_k = sum_K p log(p / q) + p_r log(p_r / q_r)`, where `q_r` is the sum of the student's other probabilities.
+    Merging classes never makes a KL divergence larger (data-processing inequality; Cover and Thomas, Elements of
+    Information Theory, 2.8), so this is a lower bound of the full one, and equal to it if `k` is the size of the
+    vocabulary or if both spread the rest alike. Of one that is known by its head, `other` holds the products.
+    """
+    if other is not None:
+        target = _log_softmax(teacher.head.transform(other.to(own.dtype)), temperature)
+        return F.kl_div(own, target, log_target=True, reduction="none").sum(-1)
+    log_probs, ids = teacher.log_probs[rows].to(own.dtype), teacher.ids[rows]
+    rest = own.exp().scatter(1, ids, 0.0).sum(-1, keepdim=True).clamp(min=torch.finfo(own.dtype).tiny)
+    own_top = torch.cat([own.gather(1, ids), rest.log()], -1)
+    return torch.where(log_probs.isneginf(), 0.0, log_probs.exp() * (log_probs - own_top)).sum(-1)
 
 
 def distillation_loss(
@@ -192,146 +205,84 @@ def distillation_loss(
     Raises:
         ConfigurationError: The vocabularies differ.
     """
-    vocab = hidden.shape[1] if head.weight is None else head.weight.shape[0]
-    if isinstance(teacher, HeadPredictions) and teacher.vocab != vocab:
-        raise ConfigurationError(
-            f"The teacher predicts {teacher.vocab} tokens and the student {vocab}; they must agree."
-        )
+    vocab = head.vocab(hidden)
+    if isinstance(teacher, HeadPredictions) and teacher.head.vocab(teacher.hidden) != vocab:
+        theirs = teacher.head.vocab(teacher.hidden)
+        raise ConfigurationError(f"The teacher predicts {theirs} tokens and the student {vocab}; they must agree.")
     counts = [torch.as_tensor(n, device=hidden.device).clamp(min=1) for n in counts or targets.counts]
-    terms = _Terms(teacher, targets, temperature, label_weight, counts)
-    plan = head.transform, terms, chunk or positions_at_once(vocab), torch.is_grad_enabled()
-    loss, sums = _ChunkedLoss.apply(hidden, head.weight, head.bias, plan)
-    return {"loss": loss, "kl_sum": sums[0]} | ({"label_sum": sums[1]} if terms.has_labels else {})
+    factors = (1.0 - label_weight) * temperature**2, label_weight
+    has_labels = label_weight > 0.0 or temperature == 1.0
 
+    def sums_of(logits: Tensor, other: Tensor | None, rows: slice) -> Tensor:
+        own, labels = _log_softmax(logits, temperature), targets.labels[rows]
+        kl = _divergence(own, teacher, other, rows, temperature)[targets.followed[rows]].sum()
+        if not has_labels:
+            return torch.stack([kl, torch.zeros_like(kl)])
+        plain = own if temperature == 1.0 else torch.log_softmax(logits, -1)
+        return torch.stack([kl, F.nll_loss(plain, labels, ignore_index=IGNORED, reduction="sum")])
 
-@dataclass(frozen=True)
-class _Terms:
-    """What is summed over tokens, and the counts that both sums are divided by."""
+    def weighted(sums: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+        # A label loss without weight does not count, even if it is infinite.
+        return sum(f * one * scale / n for f, one, n in zip(factors, sums, counts, strict=True) if f)
 
-    teacher: Predictions
-    targets: Targets
-    temperature: float
-    label_weight: float
-    counts: list[Tensor]
-
-    @property
-    def has_labels(self) -> bool:
-        """Whether the labels' loss is computed, be it only to be logged."""
-        return self.label_weight > 0.0 or self.temperature == 1.0
-
-    def weighted(self, sums: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-        """The loss of both sums `(2,)`. A label loss without weight does not count, even if it is infinite."""
-        factors = ((1.0 - self.label_weight) * self.temperature**2, self.label_weight)
-        return sum(f * one * scale / n for f, one, n in zip(factors, sums, self.counts, strict=True) if f)
-
-    @property
-    def scale(self) -> Tensor:
-        """Of gradients while they are computed: half precision would lose the small shares of single tokens."""
-        return min(self.counts)
-
-    def losses(self, logits: Tensor, theirs: Tensor | None, rows: slice) -> tuple[Tensor, Tensor]:
-        """KL divergence and label loss (zero where it is not known) of tokens with some logits, `(n,)` each.
-
-        Of a teacher that is known by its `k` most likely tokens, with `K` those tokens and `r` the rest,
-        `KL_k = sum_K p log(p / q) + p_r log(p_r / q_r)`, where `q_r` is the sum of the student's other probabilities.
-        Merging classes never makes a KL divergence larger (data-processing inequality; Cover and Thomas, Elements of
-        Information Theory, 2.8), so this is a lower bound of the full one, and equal to it if `k` is the size of the
-        vocabulary or if both spread the rest alike.
-
-        Args:
-            logits: Of the student, `(n, vocab)`.
-            theirs: Of a teacher that is known by its head, `(n, vocab)`.
-            rows: Which tokens.
-        """
-        own, labels = _log_softmax(logits, self.temperature), self.targets.labels[rows]
-        if theirs is None:
-            log_probs, ids = self.teacher.log_probs[rows].to(own.dtype), self.teacher.ids[rows]
-            rest = own.exp().scatter(1, ids, 0.0).sum(-1, keepdim=True).clamp(min=torch.finfo(own.dtype).tiny)
-            own_top = torch.cat([own.gather(1, ids), rest.log()], -1)
-            kl = torch.where(log_probs.isneginf(), 0.0, log_probs.exp() * (log_probs - own_top)).sum(-1)
-        else:
-            target = _log_softmax(theirs, self.temperature)
-            kl = F.kl_div(own, target, log_target=True, reduction="none").sum(-1)
-        if not self.has_labels:
-            return kl, torch.zeros_like(kl)
-        plain = own if self.temperature == 1.0 else _log_softmax(logits, 1.0)
-        return kl, F.nll_loss(plain, labels, ignore_index=IGNORED, reduction="none")
+    # Gradients are scaled while they are computed: half precision would lose the small shares of single tokens.
+    plan = head.transform, teacher, sums_of, weighted, min(counts), chunk or positions_at_once(vocab)
+    loss, sums = _ChunkedLoss.apply(hidden, head.weight, head.bias, plan, torch.is_grad_enabled())
+    return {"loss": loss, "kl_sum": sums[0]} | ({"label_sum": sums[1]} if has_labels else {})
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, plan):
-        transform, terms, chunk, with_grad = plan
-        needs = tuple(need and with_grad for need in ctx.needs_input_grad[:3])
+    def forward(ctx, hidden, weight, bias, plan, with_grad):
+        transform, teacher, sums_of, weighted, scale, chunk = plan
         device, dtype = hidden.device.type, hidden.dtype if weight is None else weight.dtype
         if weight is not None and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
+        wide, needs = _wide(dtype), [need and with_grad for need in ctx.needs_input_grad[:3]]
+        sums = hidden.new_zeros((2,), dtype=wide)
+        of_hidden, of_weight, of_bias = gradients = [
+            torch.zeros(x.shape, dtype=wide, device=x.device) if need else None
+            for x, need in zip((hidden, weight, bias), needs, strict=True)
+        ]
         with torch.autocast(device, enabled=False):
             head = Head(weight, bias, transform).to(dtype)
-            sums, gradients = _run(hidden, head, terms, chunk, needs)
+            for part in _slices(hidden.shape[0], chunk):
+                states = hidden[part].to(dtype)
+                logits = states.clone() if weight is None else head.products(states)  # becomes its own gradient
+                other = teacher.head.products(teacher.hidden[part]) if isinstance(teacher, HeadPredictions) else None
+                for block in _slices(logits.shape[0], CACHED_LOGITS.get(device, logits.numel()) // logits.shape[1]):
+                    with torch.set_grad_enabled(any(needs)):
+                        own = logits[block].detach().to(wide, copy=True).requires_grad_(any(needs))
+                        rows = slice(part.start + block.start, part.start + block.stop)
+                        both = sums_of(transform(own), None if other is None else other[block], rows)
+                        total = weighted(both, scale)
+                    if any(needs):
+                        logits[block] = torch.autograd.grad(total, own)[0]
+                    sums += both.detach()
+                if of_hidden is not None:
+                    of_hidden[part] = logits if weight is None else logits @ head.weight
+                if of_weight is not None and of_weight.dtype == logits.dtype:
+                    of_weight.addmm_(logits.t(), states)
+                elif of_weight is not None:
+                    of_weight += logits.t() @ states
+                if of_bias is not None:
+                    of_bias += logits.sum(0, dtype=wide)
+                del logits  # before the next ones are there
+        ctx.save_for_backward(*(None if x is None else x.div_(scale) for x in gradients))
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(sums)
-        return terms.weighted(sums), sums
+        return weighted(sums), sums
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if x is None else (x * grad).to(dtype) for x, dtype in pairs), None
+        return *(None if x is None else (x * grad).to(dtype) for x, dtype in pairs), None, None
 
 
-def _run(hidden: Tensor, head: Head, terms: _Terms, chunk: int, needs: tuple[bool, ...]) -> tuple:
-    """Sums of both losses, and gradients of hidden states, weight and bias (`None` where not needed)."""
-    dtype = _wide(hidden.dtype if head.weight is None else head.weight.dtype)
-    sums = hidden.new_zeros((2,), dtype=dtype)
-    of_hidden, of_weight, of_bias = gradients = [
-        torch.zeros(x.shape, dtype=dtype, device=x.device) if need else None
-        for x, need in zip((hidden, head.weight, head.bias), needs, strict=True)
-    ]
-    for start in range(0, hidden.shape[0], chunk):
-        part = slice(start, min(start + chunk, hidden.shape[0]))
-        states = hidden[part] if head.weight is None else hidden[part].to(head.weight.dtype)
-        logits = states.clone() if head.weight is None else head.products(states)
-        sums += _chunk(logits, head.transform, terms, part, dtype, any(needs))
-        if of_hidden is not None:
-            of_hidden[part] = logits if head.weight is None else logits @ head.weight
-        if of_weight is not None and of_weight.dtype == logits.dtype:
-            of_weight.addmm_(logits.t(), states)
-        elif of_weight is not None:
-            of_weight.add_(logits.t() @ states)
-        if of_bias is not None:
-            of_bias.add_(logits.sum(0, dtype=dtype))
-        del logits  # before the next ones are there
-    return sums, tuple(None if x is None else x.div_(terms.scale) for x in gradients)
-
-
-def _chunk(
-    logits: Tensor, transform: LogitTransform, terms: _Terms, part: slice, dtype: torch.dtype, with_grad: bool
-) -> Tensor:
-    """The sums over the tokens of a chunk, `(2,)`; with `with_grad` its products of the head become their gradient."""
-    other, sums = None, logits.new_zeros((2,), dtype=dtype)
-    if isinstance(terms.teacher, HeadPredictions):
-        other = terms.teacher.head.products(terms.teacher.hidden[part])
-    step = rows_at_once(logits)
-    for start in range(0, logits.shape[0], step):
-        rows = slice(part.start + start, min(part.start + start + step, part.stop))
-        block = logits[start : start + step]
-        theirs = None if other is None else terms.teacher.head.transform(other[start : start + step].to(dtype))
-        with torch.set_grad_enabled(with_grad):
-            own = block.detach().to(dtype, copy=True).requires_grad_(with_grad)
-            kl, label_loss = terms.losses(transform(own), theirs, rows)
-            both = torch.stack([kl[terms.targets.followed[rows]].sum(), label_loss.sum()])
-            total = terms.weighted(both, terms.scale)
-        if with_grad:
-            block.copy_(torch.autograd.grad(total, own)[0])
-        sums += both.detach()
-    return sums
-
-
-def rows_at_once(logits: Tensor) -> int:
-    """Rows of a block."""
-    return max(1, CACHED_LOGITS // logits.shape[1]) if logits.device.type == "cpu" else logits.shape[0]
+def _slices(count: int, step: int) -> list[slice]:
+    step = max(1, step)
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:

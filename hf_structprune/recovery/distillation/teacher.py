@@ -14,8 +14,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,17 +53,21 @@ def find_transform(model: PreTrainedModel) -> LogitTransform | None:
     """How a model's logits follow from its hidden states and the weight of its head.
 
     The candidates come from the configuration; the one that gives the model's own logits on a few tokens is right.
-
-    Returns:
-        The transform, or `None` if none of them does (a quantised head, or one that does more): then only the model
-        itself can compute its logits. A warning says so, because that costs memory.
+    `None` if none does (a quantised head, or one that does more): then only the model itself can compute its logits. A
+    warning says so, because that costs memory.
     """
-    weight = getattr(model.get_output_embeddings(), "weight", None)
-    if weight is not None and weight.is_floating_point() and weight.shape[0] == model.config.vocab_size:
+    weight, base = getattr(model.get_output_embeddings(), "weight", None), model.base_model
+    known = weight is not None and weight.is_floating_point() and weight.shape[0] == model.config.vocab_size
+    if known and base is not model:
         ids = torch.linspace(0, weight.shape[0] - 1, PROBE_LENGTH).long()[None].to(model.device)
         with measuring(model):
-            for transform in _candidates(model.config.get_text_config()):
-                if _agrees(model, ids, transform):
+            own = model(input_ids=ids, use_cache=False).logits[0]
+            hidden = getattr(base(input_ids=ids, use_cache=False), "last_hidden_state", None)
+            fits = hidden is not None and hidden.shape[-1] == weight.shape[-1]
+            for transform in _candidates(model.config.get_text_config()) if fits else ():
+                mine = head_of(model, transform).logits(hidden[0])
+                tolerance = 4 * torch.finfo(own.dtype).eps * mine.abs().max()  # a rounding or two of the largest logit
+                if (own.float() - mine).abs().max() <= tolerance:
                     return transform
     logger.warning(
         f"{type(model).__name__} computes its logits in a way of its own, so that those of a whole sequence are in "
@@ -77,42 +83,28 @@ def _candidates(config: Any) -> list[LogitTransform]:
     return [LogitTransform(scale, cap) for scale in scales for cap in ([softcap, None] if softcap else [None])]
 
 
-def _agrees(model: PreTrainedModel, ids: Tensor, transform: LogitTransform) -> bool:
-    head = head_of(model, transform)
-    hidden = None
-    if model.base_model is not model:
-        hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
-    if hidden is None or hidden.shape[-1] != head.weight.shape[-1]:
-        return False
-    own, mine = model(input_ids=ids, use_cache=False).logits[0], head.logits(hidden[0])
-    tolerance = 4 * torch.finfo(own.dtype).eps * mine.abs().max()  # a rounding or two of the largest logit
-    return bool((own.float() - mine).abs().max() <= tolerance)
-
-
 def head_of(model: PreTrainedModel, transform: LogitTransform) -> Head:
     """The head of a model whose transform is known."""
     module = model.get_output_embeddings()
     return Head(module.weight, getattr(module, "bias", None), transform)
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """What a teacher has to say about a batch.
+class Lesson(NamedTuple):
+    """What a teacher says about the positions of a batch that were asked for, in their order.
 
     Attributes:
-        predictions: Of the positions that were asked for, in the order of the batch.
+        predictions: What comes next.
         states: Hidden states by name, `(n, hidden)`, of the layers that are followed.
     """
 
     predictions: Predictions
-    states: dict[str, Tensor] = field(default_factory=dict)
+    states: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class ModelTeacher:
-    """A model in memory that is asked for each batch.
+    """A model in memory that is asked for each batch; `cache.CachedTeacher` can take its place.
 
-    It is called in evaluation mode and without gradients; its parameters, their `requires_grad` and its modes stay as
-    they are. Only its device may change, see `to`. `cache.CachedTeacher` can take its place.
+    It is called in evaluation mode and without gradients, and stays as it is; only its device may change, see `to`.
 
     Attributes:
         by_sequence: Whether a lesson holds all logits, so that it should be asked for one sequence at a time.
@@ -120,16 +112,13 @@ class ModelTeacher:
     """
 
     def __init__(self, model: PreTrainedModel, terms: LayerTerms | None = None) -> None:
-        self.model = model
-        self.terms = terms
-        self.transform = find_transform(model)
+        self.model, self.terms, self.transform = model, terms, find_transform(model)
         self.by_sequence = self.transform is None
 
-    def to(self, device: torch.device) -> ModelTeacher:
+    def to(self, device: torch.device) -> None:
         """Moves the model; one that is quantised or spread over devices stays where it was loaded."""
         if not getattr(self.model, "is_quantized", False) and not hasattr(self.model, "hf_device_map"):
             self.model.to(device)
-        return self
 
     @torch.no_grad()
     def lesson(self, inputs: Mapping[str, Tensor], positions: Tensor) -> Lesson:
@@ -157,15 +146,12 @@ def load_teacher(
     tokenizer: PreTrainedTokenizerBase | None = None,
     **loading: Any,
 ) -> ModelTeacher:
-    """Gets a teacher ready for a student.
-
-    Under DDP and FSDP each process holds a teacher of its own.
+    """Gets a teacher ready for a student. Under DDP and FSDP each process holds a teacher of its own.
 
     Args:
         teacher: A model, a folder or a Hub id.
         student: The model that is going to learn, plain or wrapped by PEFT.
-        config: `teacher_dtype` counts here (`"int8"` loads through bitsandbytes), and what is followed inside the
-            layers.
+        config: Says how to load the teacher, and what is followed inside the layers.
         tokenizer: Of the student. With it, a teacher that comes from a folder or the Hub must have the same one.
         loading: Given to `load_model`: `revision`, `trust_remote_code`, ...
 
@@ -176,7 +162,8 @@ def load_teacher(
     """
     student = student.get_base_model() if hasattr(student, "get_base_model") else student
     if isinstance(teacher, PreTrainedModel):
-        model = _check_given(teacher, student, config)
+        model = teacher
+        _check_given(model, student, config)
     else:
         try:  # tells a teacher that cannot be reached from one without a tokenizer
             load_config(teacher, **loading)
@@ -184,7 +171,14 @@ def load_teacher(
             raise CheckpointError(f"The teacher cannot be used: {error}") from error
         if tokenizer is not None:
             _check_tokenizer(tokenizer, load_tokenizer(teacher, **loading), str(teacher))
-        model = load_model(teacher, **{**_loading(config, student.device), **loading})
+        options = {"dtype": DTYPES[config.teacher_dtype]} if config.teacher_dtype in DTYPES else {}
+        if config.teacher_dtype == "int8":
+            need("bitsandbytes", extra="qlora")
+            options = {
+                "quantization_config": BitsAndBytesConfig(load_in_8bit=True),
+                "device_map": {"": student.device},
+            }
+        model = load_model(teacher, **{**options, **loading})
     sizes = [model.config.get_text_config().vocab_size for model in (model, student)]
     if sizes[0] != sizes[1]:
         raise ConfigurationError(
@@ -194,16 +188,7 @@ def load_teacher(
     return ModelTeacher(model, layer_terms(student, model, config))
 
 
-def _loading(config: DistillationConfig, device: torch.device) -> dict[str, Any]:
-    if config.teacher_dtype == "auto":
-        return {}
-    if config.teacher_dtype != "int8":
-        return {"dtype": DTYPES[config.teacher_dtype]}
-    need("bitsandbytes", extra="qlora")
-    return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
-
-
-def _check_given(teacher: PreTrainedModel, student: PreTrainedModel, config: DistillationConfig) -> PreTrainedModel:
+def _check_given(teacher: PreTrainedModel, student: PreTrainedModel, config: DistillationConfig) -> None:
     own = {parameter.data_ptr() for parameter in student.parameters() if parameter.device.type != "meta"}
     if any(parameter.data_ptr() in own for parameter in teacher.parameters()):
         raise ConfigurationError(
@@ -217,7 +202,6 @@ def _check_given(teacher: PreTrainedModel, student: PreTrainedModel, config: Dis
             f"`teacher_dtype` is {config.teacher_dtype!r}, but the model given is in {teacher.dtype}: set it to "
             "'auto', or give the teacher's folder or Hub id."
         )
-    return teacher
 
 
 def _check_tokenizer(own: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase | None, name: str) -> None:
@@ -252,27 +236,20 @@ class LayerTerms:
     def modules(self, model: PreTrainedModel, side: int) -> dict[str, nn.Module]:
         """Modules of the student (side 0) or the teacher (1) whose outputs are compared, by the same names."""
         layers, attention = _layers_of(model)
+        paths = {"hidden": "", "attention": attention}
         return {
-            f"{kind}.{pair[0]}": layers[pair[side]]
-            if kind == "hidden"
-            else layers[pair[side]].get_submodule(attention)
+            f"{kind}.{pair[0]}": layers[pair[side]].get_submodule(paths[kind])
             for pair in self.pairs
             for kind in self.weights
         }
 
     def errors(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Relative squared errors by kind, summed over tokens and averaged over layers.
-
-        Args:
-            student: States `(n, hidden)` of the followed tokens by name.
-            teacher: The same of the teacher.
-        """
-        sums: dict[str, Tensor] = {}
-        for name, state in student.items():
-            kind = name.partition(".")[0]
-            error = relative_error(state, teacher[name]).sum() / len(self.pairs)
-            sums[kind] = sums[kind] + error if kind in sums else error
-        return sums
+        """Relative squared errors of states `(n, hidden)` by kind, summed over tokens and averaged over layers."""
+        every = {name: relative_error(state, teacher[name]).sum() for name, state in student.items()}
+        return {
+            kind: sum(error for name, error in every.items() if name.startswith(kind)) / len(self.pairs)
+            for kind in self.weights
+        }
 
 
 def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
@@ -299,22 +276,23 @@ def layer_terms(student: PreTrainedModel, teacher: PreTrainedModel, config: Dist
             f"The hidden states have {sizes[0]} dimensions in the student and {sizes[1]} in the teacher, so that they "
             "cannot be compared: set `hidden_weight` and `attention_weight` to 0."
         )
-    counts = [len(_layers_of(model)[0]) for model in (student, teacher)]
-    pairs = match_layers(*counts, config.layer_map)
-    if "attention" in weights:
-        pairs = _with_attention(pairs, student, teacher)
+    sides = [_layers_of(model) for model in (student, teacher)]
+    pairs = match_layers(*(len(layers) for layers, _ in sides), config.layer_map)
+    if "attention" in weights:  # some layers may have lost theirs
+        have = [[path in dict(layer.named_modules()) for layer in layers] for layers, path in sides]
+        pairs = tuple((own, other) for own, other in pairs if have[0][own] and have[1][other])
+        if not pairs:
+            raise ConfigurationError(
+                f"No attention was found in the matching layers of {type(student).__name__}: set `attention_weight` "
+                "to 0."
+            )
     return LayerTerms(pairs, weights)
 
 
 def match_layers(student: int, teacher: int, layer_map: Sequence[int] | None) -> tuple[tuple[int, int], ...]:
-    """Which layer of the teacher each layer of the student follows.
+    """Which of the teacher's layers, from 0, each of the student's follows, of so many of both.
 
     With a map, what it says; without one, the layer of the same number, or only the last one if layers are missing.
-
-    Args:
-        student: Layers of the student.
-        teacher: Layers of the teacher.
-        layer_map: For each layer of the student, the number of the teacher's, from 0.
 
     Raises:
         ConfigurationError: The map has not one entry for each layer, or one that does not exist.
@@ -334,13 +312,10 @@ def record_outputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]
     """Fills a dictionary with the outputs of modules, by name, as they run."""
     outputs: dict[str, Tensor] = {}
 
-    def hook_of(name: str):
-        def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-            outputs[name] = output[0] if isinstance(output, tuple) else output
+    def keep(name: str, module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+        outputs[name] = output[0] if isinstance(output, tuple) else output
 
-        return hook
-
-    handles = [module.register_forward_hook(hook_of(name)) for name, module in modules.items()]
+    handles = [module.register_forward_hook(partial(keep, name)) for name, module in modules.items()]
     try:
         yield outputs
     finally:
@@ -358,19 +333,3 @@ def _layers_of(model: PreTrainedModel) -> tuple[list[nn.Module], str | None]:
         )
     attention = family.attention.parent if family.attention is not None else None
     return [layer for _, layer in decoder_layers(model, family)], attention
-
-
-def _with_attention(pairs, student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[tuple[int, int], ...]:
-    """Pairs of layers that both have an attention; some layers may have lost it."""
-    sides = [_layers_of(model) for model in (student, teacher)]
-
-    def has(side: int, index: int) -> bool:
-        layers, path = sides[side]
-        return path is not None and any(name == path for name, _ in layers[index].named_modules())
-
-    kept = tuple((own, other) for own, other in pairs if has(0, own) and has(1, other))
-    if not kept:
-        raise ConfigurationError(
-            f"No attention was found in the matching layers of {type(student).__name__}: set `attention_weight` to 0."
-        )
-    return kept

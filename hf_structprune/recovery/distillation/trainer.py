@@ -9,8 +9,7 @@ from __future__ import annotations
 import functools
 import types
 from collections import defaultdict
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,24 +20,22 @@ from trl import SFTTrainer
 from ...errors import ConfigurationError
 from ...quantization.four_bit import compute_as_stored
 from ..configuration import DistillationConfig
-from .cache import AnyTeacher, cached_teacher
+from .cache import CachedTeacher, cached_teacher
 from .losses import Head, LogitTransform, Targets, batch_targets, distillation_loss
-from .teacher import KINDS, LayerTerms, ModelTeacher, find_transform, head_of, record_outputs
+from .teacher import KINDS, ModelTeacher, find_transform, head_of, record_outputs
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What a student's forward needs to compute its loss.
 
     Attributes:
         teacher: Who is followed.
         targets: What counts, `(batch, sequence)`.
         counts: What the sums over followed and labelled tokens are divided by.
-        temperature: `T`.
-        label_weight: `w`.
+        temperature, label_weight: `T` and `w`.
     """
 
-    teacher: AnyTeacher
+    teacher: ModelTeacher | CachedTeacher
     targets: Targets
     counts: tuple[Tensor, Tensor]
     temperature: float
@@ -58,12 +55,11 @@ def add_distillation(model: PreTrainedModel, transform: LogitTransform | None) -
     def forward(self, *args: Any, distillation: Request | None = None, **kwargs: Any) -> Any:
         if distillation is None:
             return original(*args, **kwargs)
-        if args:
-            raise TypeError("With `distillation`, give all inputs by name.")
-        targets, parts = distillation.targets, [(kwargs, distillation.targets)]
+        targets, shape = distillation.targets, distillation.targets.followed.shape
+        parts = [(kwargs, targets)]
         if transform is None or distillation.teacher.by_sequence:  # all logits of one sequence at a time
-            shape, rows = targets.followed.shape, range(len(targets.followed))
-            parts = [({k: _row(v, i, shape) for k, v in kwargs.items()}, targets[i : i + 1]) for i in rows]
+            rows = [slice(i, i + 1) for i in range(shape[0])]
+            parts = [({k: v[r] if _is_of(v, shape) else v for k, v in kwargs.items()}, targets[r]) for r in rows]
         total: dict[str, Tensor] = {}
         for inputs, part in parts:
             for name, value in _losses(self, original, transform, distillation, inputs, part).items():
@@ -73,8 +69,8 @@ def add_distillation(model: PreTrainedModel, transform: LogitTransform | None) -
     model.forward = types.MethodType(forward, model)
 
 
-def _row(value: Any, row: int, shape: torch.Size) -> Any:
-    return value[row : row + 1] if isinstance(value, Tensor) and value.shape[:2] == shape else value
+def _is_of(value: Any, shape: torch.Size) -> bool:
+    return isinstance(value, Tensor) and value.shape[:2] == shape
 
 
 def _losses(model, original, transform, request: Request, inputs: dict, targets: Targets) -> dict[str, Tensor]:
@@ -82,16 +78,12 @@ def _losses(model, original, transform, request: Request, inputs: dict, targets:
     lesson = request.teacher.lesson(inputs, used)
     with record_outputs(terms.modules(model, 0) if terms else {}) as states:
         outputs = original(**inputs).logits if transform is None else model.base_model(**inputs).last_hidden_state
-    if outputs.shape[:2] != used.shape:
-        raise ConfigurationError(
-            f"The model returned {outputs.shape[1]} positions for {used.shape[1]} tokens. Adapters that add virtual "
-            "tokens (prompt tuning, prefix tuning) cannot be distilled: use LoRA."
-        )
     outputs, head = outputs[used], Head()
     if transform is not None:
         head = head_of(model, transform)
-        head = Head(_whole(head.weight), _whole(head.bias), transform)
-        outputs = outputs.to(head.weight.device)
+        # FSDP2 shows its shards as DTensors.
+        weight, bias = (x.full_tensor() if isinstance(x, DTensor) else x for x in (head.weight, head.bias))
+        head, outputs = Head(weight, bias, transform), outputs.to(weight.device)
     losses = distillation_loss(
         outputs, head, lesson.predictions, targets[used], counts=request.counts, temperature=request.temperature,
         label_weight=request.label_weight,
@@ -107,56 +99,44 @@ def _losses(model, original, transform, request: Request, inputs: dict, targets:
     return losses
 
 
-def _whole(weight: Tensor | None) -> Tensor | None:
-    """FSDP2 shows its shards as DTensors."""
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
-
-
 class DistillationSFTTrainer(SFTTrainer):
     """Trains a pruned model to predict what its dense teacher does.
 
     Data, collation, masking, packing, PEFT and everything else are TRL's. The loss is that of
     `losses.distillation_loss`; each of its terms is divided by the number of its tokens in the whole optimiser step,
-    over micro-batches and devices, so that neither changes what is learned. Logs, averages over tokens:
-    `distillation/kl` (at temperature `T`, without the factor `T^2`), `distillation/label_loss`, where followed
-    `distillation/hidden` and `distillation/attention`, all without their weights, and TRL's `num_tokens`. The
-    load-balancing loss of mixture-of-experts models is not added: their router follows the teacher with everything
-    else.
+    over micro-batches and devices. Logs, averages over tokens: `distillation/kl` (at temperature `T`, without the
+    factor `T^2`), `distillation/label_loss`, where followed `distillation/hidden` and `distillation/attention`, all
+    without their weights, and TRL's `num_tokens`. The load-balancing loss of mixture-of-experts models is not added:
+    their router follows the teacher with everything else.
 
     Args:
-        args: Arguments of `trl.SFTTrainer`.
+        args, kwargs: Arguments of `trl.SFTTrainer`.
         teacher: Who is followed, see `load_teacher`. It is no part of the model that is trained and saved.
         distillation: What is minimised.
-        kwargs: Arguments of `trl.SFTTrainer`.
 
     Raises:
         ConfigurationError: Something of TRL's is on that this loss does not support.
     """
 
     _tag_names = ["trl", "sft", "distillation"]
-    # Losses are divided by counts of the whole optimiser step.
-    loss_is_scaled_for_ga = True
+    loss_is_scaled_for_ga = True  # losses are divided by counts of the whole optimiser step
 
-    def __init__(self, *args: Any, teacher: AnyTeacher, distillation: DistillationConfig, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, teacher: ModelTeacher, distillation: DistillationConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         compute_as_stored(self.model)
-        _check_supported(self, teacher.terms, distillation)
-        self.distillation = distillation
-        self.teacher = self._with_cache(teacher.to(self.accelerator.device))
+        _check_supported(self, teacher, distillation)
+        self.distillation, self.teacher = distillation, teacher
+        teacher.to(self.accelerator.device)
+        if distillation.cache is not None:  # the first process makes the files
+            given = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+            datasets = [dataset for dataset in (self.train_dataset, *given) if dataset is not None]
+            with self.accelerator.main_process_first():
+                self.teacher = cached_teacher(teacher, datasets, distillation, distillation.cache)
         self._step_counts: Tensor | None = None
         self._sums: dict[str, dict[str, float]] = {"train": defaultdict(float), "eval": defaultdict(float)}
         student = self.accelerator.unwrap_model(self.model)
         student = student.get_base_model() if hasattr(student, "get_base_model") else student
         add_distillation(student, find_transform(student))
-
-    def _with_cache(self, teacher: AnyTeacher) -> AnyTeacher:
-        """The teacher, or what it says about the data if that is kept on disk; the first process makes the files."""
-        if self.distillation.cache is None or not isinstance(teacher, ModelTeacher):
-            return teacher
-        given = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        datasets = [dataset for dataset in (self.train_dataset, *given) if dataset is not None]
-        with self.accelerator.main_process_first():
-            return cached_teacher(teacher, datasets, self.distillation, self.distillation.cache)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of an optimiser step; counts what they have in common on the way."""
@@ -213,31 +193,32 @@ class DistillationSFTTrainer(SFTTrainer):
         super().log(logs, start_time)
 
 
-def _check_supported(trainer: SFTTrainer, terms: LayerTerms | None, config: DistillationConfig) -> None:
-    args = trainer.args
+def _check_supported(trainer: SFTTrainer, teacher: ModelTeacher, config: DistillationConfig) -> None:
+    args, prepared = trainer.args, teacher.terms.weights if teacher.terms else {}
     for kind in KINDS:
         weight = getattr(config, f"{kind}_weight")
-        if weight != (terms.weights.get(kind, 0.0) if terms else 0.0):
+        if weight != prepared.get(kind, 0.0):
             raise ConfigurationError(
                 f"`{kind}_weight` is {weight:g}, but the teacher was prepared for another one: give the same "
                 "configuration to `load_teacher`."
             )
-    prompts = any(config.is_prompt_learning for config in getattr(trainer.model, "peft_config", {}).values())
-    for wrong, what in (
-        (args.loss_type != "nll", f"`loss_type={args.loss_type!r}`"),
-        (args.label_smoothing_factor > 0, "`label_smoothing_factor`"),
-        (trainer.compute_loss_func is not None, "`compute_loss_func`"),
-        (prompts, "prompt and prefix tuning"),
-        (getattr(trainer.accelerator, "parallelism_config", None) is not None, "`parallelism_config`"),
-    ):
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    unsupported = {
+        f"`loss_type={args.loss_type!r}`": args.loss_type != "nll",
+        "`label_smoothing_factor`": args.label_smoothing_factor > 0,
+        "`compute_loss_func`": trainer.compute_loss_func is not None,
+        "prompt and prefix tuning": any(
+            c.is_prompt_learning for c in getattr(trainer.model, "peft_config", {}).values()
+        ),
+        "`parallelism_config`": getattr(trainer.accelerator, "parallelism_config", None) is not None,
+        "DeepSpeed ZeRO-3 (ZeRO-2 and FSDP2 do)": plugin is not None and plugin.zero_stage == 3,
+        # It gives outputs of layers no gradient, so that their terms would do nothing.
+        "reentrant gradient checkpointing (`use_reentrant`) with `hidden_weight` or `attention_weight`": (
+            prepared
+            and args.gradient_checkpointing
+            and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        ),
+    }
+    for what, wrong in unsupported.items():
         if wrong:
             raise ConfigurationError(f"Distillation has a loss of its own and does not support {what}: leave it out.")
-    reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
-    if terms and reentrant:
-        raise ConfigurationError(
-            "Reentrant gradient checkpointing gives outputs of layers no gradient, so that `hidden_weight` and "
-            "`attention_weight` would do nothing: leave `use_reentrant` out of `gradient_checkpointing_kwargs`."
-        )
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    if plugin is not None and plugin.zero_stage == 3:
-        raise ConfigurationError("Distillation does not run with DeepSpeed ZeRO-3: use ZeRO-2 or FSDP2.")

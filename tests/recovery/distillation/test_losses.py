@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_structprune.errors import ConfigurationError
+from hf_structprune.recovery.distillation import losses
 from hf_structprune.recovery.distillation.losses import (
     Head,
     HeadPredictions,
@@ -68,11 +69,11 @@ def assert_same(mine, theirs, tolerance=1e-10):
 
 def run(tensors, teacher, targets, temperature, label_weight, transform=None, chunk=4, counts=COUNTS):
     head = Head(tensors["weight"], tensors["bias"], transform or LogitTransform())
-    losses = distillation_loss(
+    found = distillation_loss(
         tensors["hidden"], head, teacher, targets, counts=counts, temperature=temperature, label_weight=label_weight,
         chunk=chunk,
     )  # fmt: skip
-    return SimpleNamespace(**losses)
+    return SimpleNamespace(**found)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -110,7 +111,7 @@ def test_scaled_and_capped_logits(transform, temperature, label_weight):
 def test_chunks_and_blocks_do_not_matter(chunk, monkeypatch):
     tensors, teacher, targets = problem()
     whole = run(tensors, teacher, targets, 1.5, 0.3, chunk=N)
-    monkeypatch.setattr("hf_structprune.recovery.distillation.losses.CACHED_LOGITS", 2 * V)
+    monkeypatch.setitem(losses.CACHED_LOGITS, "cpu", 2 * V)
     part = run(tensors, teacher, targets, 1.5, 0.3, chunk=chunk)
     assert_same([part.loss, part.kl_sum, part.label_sum], [whole.loss, whole.kl_sum, whole.label_sum])
     assert_same(gradients(part.loss, tensors), gradients(whole.loss, tensors))
