@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
@@ -41,7 +40,6 @@ REASONS = {
     "worse": "there was no new best for too many measurements",
     "nan": "the loss is not a number",
 }
-_ORIGINAL = "_without_recovery"
 
 
 class LoraRecoveryCallback(TrainerCallback):
@@ -117,7 +115,12 @@ class LoraRecoveryCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs) -> None:
         """Measures the pruned and the dense model, or reads them from the checkpoint that is resumed."""
         self._trainer, resumed = calling_trainer(self)
-        self._tokenizer = _tokenizer_of(processing_class, self._trainer)
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)  # or out of a processor or a collator
+        self._tokenizer = tokenizer or getattr(getattr(self._trainer, "data_collator", None), "tokenizer", None)
+        if self._tokenizer is None:
+            raise ConfigurationError(
+                "The Trainer has no tokenizer to measure with: give it `processing_class=tokenizer`."
+            )
         check_trainable(model)
         compute_as_stored(model)
         if self.merge:
@@ -144,11 +147,9 @@ class LoraRecoveryCallback(TrainerCallback):
         else:
             self._go_on(folder, state.global_step)
         if self._trainer is None:
-            logger.warning(
-                "The Trainer of this callback was not found: recovery.json has the curve, its logs have not."
-            )
+            logger.warning("The Trainer of this callback was not found: recovery.json has the curve, the logs not.")
             return
-        keep_in_card(self._trainer, self._card_section)
+        keep_in_card(self._trainer, lambda: recovery_section(self.report or self._make_report({})))
         if folder is None:
             self._log(state.global_step, self.curve.all_points[-1].log_perplexity)
         if 0 < state.max_steps <= state.global_step:  # nothing is left to do, and the Trainer would take one more step
@@ -243,8 +244,8 @@ class LoraRecoveryCallback(TrainerCallback):
 
     def _go_on(self, folder: Path, step: int) -> None:
         """Goes back to where a checkpoint was saved; the first process reads for all."""
-        content, path = read_json_object(folder / STATE_NAME) if self._first else {}, folder / STATE_NAME
-        content = agreed(content)
+        path = folder / STATE_NAME
+        content = agreed(read_json_object(path) if self._first else {})
         if not all(key in content for key in ("curve", "kept", "seconds", "text")):
             raise CheckpointError(f"{path} is incomplete: remove it to measure anew.")
         text = self._text.describe()
@@ -254,7 +255,8 @@ class LoraRecoveryCallback(TrainerCallback):
                 f"{path} is of another text or other windows ({', '.join(differing)}): give the callback the same "
                 "ones, or remove the file to measure anew."
             )
-        self.curve, self.kept = RecoveryCurve.from_dict(content["curve"]), Point(**content["kept"])
+        points = [Point(**point) for point in content["curve"]["points"]]
+        self.curve, self.kept = RecoveryCurve(**{**content["curve"], "points": points}), Point(**content["kept"])
         if self._first:
             copy_file(folder / BEST_NAME, self._best.path)
         self._start = time.perf_counter() - content["seconds"]
@@ -339,29 +341,15 @@ class LoraRecoveryCallback(TrainerCallback):
             "versions": versions(), **self.about,
         }  # fmt: skip
 
-    def _card_section(self) -> str:
-        return recovery_section(self.report or self._make_report({}))
-
     def _merged(self, args: TrainingArguments) -> Path:
         return Path(self.output_dir or Path(args.output_dir) / RECOVERED_FOLDER)
-
-
-def _tokenizer_of(processing_class: Any, trainer: Trainer | None) -> Any:
-    """The tokenizer of a training, also out of a processor or a collator."""
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    if tokenizer is None and trainer is not None:
-        tokenizer = getattr(trainer.data_collator, "tokenizer", None)
-    if tokenizer is None:
-        raise ConfigurationError("The Trainer has no tokenizer to measure with: give it `processing_class=tokenizer`.")
-    return tokenizer
 
 
 def calling_trainer(callback: TrainerCallback) -> tuple[Trainer | None, str | None]:
     """The Trainer whose event is being handled, and the checkpoint that its training was resumed from, if there are.
 
-    Events are given neither, and what a callback adds to the logs that it is handed comes too late for the reporting
-    callbacks, which stand before it: only `Trainer.log` reaches all. So this looks at the objects that the functions
-    further up the stack belong to, and takes the Trainer that has this callback.
+    Events are given neither, and only `Trainer.log` reaches all reporting callbacks. So this looks at the objects that
+    the functions further up the stack belong to, and takes the Trainer that has this callback.
     """
     frame = sys._getframe(1)
     while frame is not None:
@@ -379,17 +367,13 @@ def keep_in_card(trainer: Trainer, section: Callable[[], str]) -> None:
     `Trainer.push_to_hub` writes the card anew after all callbacks have been called, so the section is put in by the
     writing itself.
     """
-    original = getattr(trainer.create_model_card, _ORIGINAL, trainer.create_model_card)
 
-    @functools.wraps(original)
-    def create_model_card(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
+    def create_model_card(*args: Any, **kwargs: Any) -> None:
+        type(trainer).create_model_card(trainer, *args, **kwargs)
         card = Path(trainer.args.output_dir) / "README.md"
         if trainer.is_world_process_zero() and card.is_file():
             write_text(card, _with_section(card.read_text(encoding="utf-8"), section()))
-        return result
 
-    setattr(create_model_card, _ORIGINAL, original)
     trainer.create_model_card = create_model_card
 
 

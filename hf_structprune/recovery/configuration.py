@@ -7,17 +7,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from ..checks import Count, Limits, Number, OneOf, check_fields, check_keys
+from ..checks import Count, Limits, Number, check_fields, check_keys
 from ..errors import ConfigurationError
 
 
-METHODS = ("lora", "qlora", "full", "distill")
-WEIGHTS = ("lora", "qlora", "full")
-SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
-PRECISIONS = ("auto", "bf16", "fp16", "fp32")
-TEACHER_DTYPES = ("bf16", "fp16", "fp32", "int8", "auto")
 # Those of PEFT that need no data. The last ones change the base weights as well.
 INITIALISATIONS = re.compile(r"gaussian|orthogonal|mica|pissa|pissa_niter_\d+|olora")
 # Learning rates by what is trained, see `RecoveryConfig.learning_rate`.
@@ -76,9 +71,9 @@ class RecoveryConfig:
         ConfigurationError: A value is impossible.
     """
 
-    method: Annotated[str, OneOf(METHODS)] = "lora"
-    weights: Annotated[str, OneOf(WEIGHTS)] = "lora"
-    bits: Annotated[int, OneOf((4, 8))] = 4
+    method: Literal["lora", "qlora", "full", "distill"] = "lora"
+    weights: Literal["lora", "qlora", "full"] = "lora"
+    bits: Literal[4, 8] = 4
     rank: Count = 8
     alpha: Count = 16
     dropout: Annotated[float, Limits(0, 0.99)] = 0.05
@@ -92,7 +87,7 @@ class RecoveryConfig:
     prompt_loss: bool = False
     max_samples: Count | None = None
     learning_rate: Annotated[float, Limits(1e-12, 10)] | None = None
-    scheduler: Annotated[str, OneOf(SCHEDULERS)] = "cosine"
+    scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup: Annotated[float, Limits(0, 0.99)] = 0.03
     weight_decay: Annotated[float, Limits(0, 10)] = 0.0
     epochs: Annotated[float, Limits(1e-6, 1e6)] = 2.0
@@ -100,7 +95,7 @@ class RecoveryConfig:
     batch_size: Count = 64
     micro_batch_size: Count = 4
     gradient_checkpointing: bool = False
-    precision: Annotated[str, OneOf(PRECISIONS)] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     save_steps: Count | None = None
     report_to: Sequence[str] | None = None
     evaluations: Count = 10
@@ -144,7 +139,8 @@ class RecoveryConfig:
 
     def to_public_dict(self) -> dict[str, Any]:
         """The same with the names of local files in place of their paths: reports are published."""
-        return {**self.to_dict(), "text": _public_name(self.text)}
+        local = Path(self.text)
+        return {**self.to_dict(), "text": local.name if local.expanduser().exists() else self.text}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RecoveryConfig:
@@ -179,7 +175,7 @@ class DistillationConfig:
     hidden_weight: _Weight = 0.0
     attention_weight: _Weight = 0.0
     layer_map: Sequence[Number] | None = None
-    teacher_dtype: Annotated[str, OneOf(TEACHER_DTYPES)] = "auto"
+    teacher_dtype: Literal["bf16", "fp16", "fp32", "int8", "auto"] = "auto"
     cache: str | None = None
     top_k: Count = 64
 
@@ -202,7 +198,3 @@ class DistillationConfig:
     def from_dict(cls, values: dict[str, Any]) -> DistillationConfig:
         check_keys(cls, values)
         return cls(**values)
-
-
-def _public_name(source: str) -> str:
-    return Path(source).name if Path(source).expanduser().exists() else source

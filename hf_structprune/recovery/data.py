@@ -42,13 +42,8 @@ ROLES = {
 }  # fmt: skip
 # The prompt of Stanford Alpaca, with the line break at its end that Alpaca-LoRA added.
 ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
-ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+    "Below is an instruction that describes a task{more}. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
 )
 
 
@@ -75,9 +70,6 @@ def load_rows(source: Any, *, split: str = "train", max_samples: int | None = No
     sources = _with_shares(source)
     if not sources:
         raise TextError("There is nothing to train on: the list of sources is empty.")
-    if len(sources) == 1 and sources[0][1] is not None:
-        name, share = _name(sources[0][0]), sources[0][1]
-        raise ConfigurationError(f"{name} has the share {share:g} of a mix, but there is no other source.")
     opened = [_open(source, split, max_samples) for source, _ in sources]
     counts = mix_counts(list(map(len, opened)), [share for _, share in sources], max_samples)
     result, seen = datasets.DatasetDict(), Counter()
@@ -172,12 +164,11 @@ def mix_counts(rows: Sequence[int], shares: Sequence[float | None], most: int | 
     """
     given = sum(share for share in shares if share is not None)
     free = sum(n for n, share in zip(rows, shares, strict=True) if share is None)
-    if None not in shares and abs(given - 1) > 1e-6:
-        raise ConfigurationError(
-            f"The shares {', '.join(f'{share:g}' for share in shares)} add up to {given:g}, not to 1."
-        )
     if None in shares and given >= 1:
         raise ConfigurationError(f"The shares add up to {given:g} and leave nothing for the sources without one.")
+    if None not in shares and abs(given - 1) > 1e-6:
+        words = ", ".join(f"{share:g}" for share in shares)
+        raise ConfigurationError(f"The shares {words} add up to {given:g}, not to 1.")
     parts = [(1 - given) * n / free if share is None else share for n, share in zip(rows, shares, strict=True)]
     size = min(n / part for n, part in zip(rows, parts, strict=True))
     size = size if most is None else min(size, most)
@@ -303,18 +294,8 @@ def prepare(
             f"no pad token in the tokenizer: {tokenizer.eos_token!r} takes its place, and is not learned there"
         )
     encoder = Encoder(tokenizer, max_length, prompt_loss, {tokenizer.eos_token_id, *stops})
-    encoded = []
-    for name, rows in sources.items():
-        kind, parts = recognise(rows.column_names, name)
-        report.sources.append(SourceReport(name, kind))
-        encoded.append(encoder.encode_all(rows, parts, report.sources[-1]))
-    result = datasets.concatenate_datasets(encoded)
-    report.notes += [
-        f"of {one.name} {one.dropped:,} rows are dropped because their prompts alone fill `max_length` {max_length}: "
-        "set it higher to learn their answers"
-        for one in report.sources
-        if one.dropped
-    ]
+    result = datasets.concatenate_datasets([encoder.encode_all(rows, name) for name, rows in sources.items()])
+    report.sources += encoder.reports
     report.notes += encoder.notes()
     if not len(result):
         raise TextError(f"There is nothing to learn in the data. {'. '.join(report.lines())}.")
@@ -357,30 +338,32 @@ class Encoder:
         self.template: str | None = None  # with marks, in place of the tokenizer's
         if self.has_chats and not self.marks:
             with suppress(ValueError):  # TRL has no version of this template with marks
-                self.template = get_training_chat_template(tokenizer)
-                self.marks = True
+                self.template, self.marks = get_training_chat_template(tokenizer), True
         self.counts: Counter[str] = Counter()
+        self.reports: list[SourceReport] = []
 
-    def encode_all(self, rows: Any, parts: dict[str, str | None], count: SourceReport) -> Any:
-        """The sequences of all rows of a source, as a `datasets.Dataset`."""
+    def encode_all(self, rows: Any, name: str) -> Any:
+        """The sequences of all rows of a source, as a `datasets.Dataset`; adds to the reports."""
         import datasets
 
-        columns = ("input_ids", "labels")
-        features = datasets.Features({name: datasets.List(datasets.Value("int32")) for name in columns})
+        kind, parts = recognise(rows.column_names, name)
+        count = SourceReport(name, kind)
+        self.reports.append(count)
+        ids = datasets.List(datasets.Value("int32"))
 
         def encode(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[list[int]]]:
             pairs = []
-            for number, *values in zip(numbers, *batch.values(), strict=True):
+            for i, number in enumerate(numbers):
                 try:
-                    pairs += self.sequences(dict(zip(batch, values, strict=True)), parts, count)
+                    pairs += self.sequences({column: values[i] for column, values in batch.items()}, parts, count)
                 except TextError as error:
-                    raise TextError(f"Row {number} of {count.name}, format {count.format}: {error}") from error
-            return {name: [pair[i] for pair in pairs] for i, name in enumerate(columns)}
+                    raise TextError(f"Row {number} of {name}, format {kind}: {error}") from error
+            return {"input_ids": [pair[0] for pair in pairs], "labels": [pair[1] for pair in pairs]}
 
         # In memory and under a name of its own: the counts must not be those of a cache, nor what TRL makes of it.
         return rows.map(
-            encode, batched=True, with_indices=True, remove_columns=rows.column_names, features=features,
-            keep_in_memory=True, new_fingerprint=uuid4().hex, desc="Tokenizing",
+            encode, batched=True, with_indices=True, remove_columns=rows.column_names, keep_in_memory=True,
+            features=datasets.Features(input_ids=ids, labels=ids), new_fingerprint=uuid4().hex, desc="Tokenizing",
         )  # fmt: skip
 
     def sequences(
@@ -416,8 +399,9 @@ class Encoder:
             if not answer.strip() or not (task + context).strip():
                 return []
             if not self.has_chats:
-                prompt = ALPACA_WITH_INPUT if context.strip() else ALPACA
-                return [{"prompt": prompt.format(instruction=task, input=context), "completion": answer}]
+                more = ", paired with an input that provides further context" if context.strip() else ""
+                given = f"### Input:\n{context}\n\n" if more else ""
+                return [{"prompt": ALPACA.format(more=more, instruction=task, input=given), "completion": answer}]
             question = f"{task}\n\n{context}" if context.strip() else task
             parts = {
                 "prompt": [{"role": "user", "content": question}],
@@ -444,48 +428,51 @@ class Encoder:
         """Ids and labels of an example in full length, as in TRL's `SFTTrainer`."""
         from trl.data_utils import common_prefix_length
 
-        last = "text" if "text" in example else "completion"
-        if isinstance(example.get(last), str):  # as TRL: texts and completions end with the end-of-sequence token
-            end = self.tokenizer.eos_token
-            example = {**example, last: example[last] + ("" if example[last].endswith(end) else end)}
-            ids = self._ids(example.get("prompt", "") + example[last])
-            start = common_prefix_length(self._ids(example["prompt"]), ids) if "prompt" in example else 0
-            return ids, list(ids) if self.prompt_loss else [IGNORED] * start + ids[start:]
-        if not self.has_chats:
+        last, options = "text" if "text" in example else "completion", {}
+        is_chat = not isinstance(example.get(last), str)
+        if is_chat and not self.has_chats:
             raise TextError(
                 "it is a chat, but the tokenizer has no chat template: set `tokenizer.chat_template`, use the "
                 "tokenizer of an instruction-tuned model, or give the rows as `prompt` and `completion` or as `text`."
             )
-        tools = example.get("tools")
-        tools = parse_json(tools, "The value of `tools`", TextError, repeats=True) if isinstance(tools, str) else tools
-        options = {"tools": tools, **example.get("chat_template_kwargs", {})}
+        if is_chat:
+            tools = example.get("tools")
+            if isinstance(tools, str):
+                tools = parse_json(tools, "The value of `tools`", TextError, repeats=True)
+            options = {"tools": tools, **example.get("chat_template_kwargs", {})}
+        elif not example[last].endswith(self.tokenizer.eos_token):
+            example = {**example, last: example[last] + self.tokenizer.eos_token}
         if "prompt" in example:
-            ids = self._chat(example["prompt"] + example["completion"], **options)["input_ids"]
-            prompt = self._chat(example["prompt"], add_generation_prompt=True, **options)["input_ids"]
+            ids = self._tokens(example["prompt"] + example["completion"], **options)["input_ids"]
+            prompt = self._tokens(example["prompt"], add_generation_prompt=True, **options)["input_ids"]
             labels = [IGNORED] * (start := common_prefix_length(prompt, ids)) + ids[start:]
-        elif self.prompt_loss:
-            ids = labels = self._chat(example["messages"], **options)["input_ids"]
+        elif not is_chat or self.prompt_loss:
+            ids = labels = self._tokens(example[last if last in example else "messages"], **options)["input_ids"]
         else:
             options = {"chat_template": self.template, "return_assistant_tokens_mask": True, **options}
-            found = self._chat(example["messages"], **options)
+            found = self._tokens(example["messages"], **options)
             ids, mask = found["input_ids"], found["assistant_masks"]
             labels = [token if learned else IGNORED for token, learned in zip(ids, mask, strict=True)]
-        self.counts["chats"] += 1
-        self.counts["ended"] += not self.stops.isdisjoint(labels)
+        self.counts["chats"] += is_chat
+        self.counts["ended"] += is_chat and not self.stops.isdisjoint(labels)
         return ids, list(ids) if self.prompt_loss else labels
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text=text, verbose=False)["input_ids"])
-
-    def _chat(self, messages: list[dict[str, Any]], **options: Any) -> Any:
+    def _tokens(self, text: str | list[dict[str, Any]], **options: Any) -> Any:
+        if isinstance(text, str):
+            return self.tokenizer(text=text, verbose=False)
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+            return self.tokenizer.apply_chat_template(text, tokenize=True, return_dict=True, **options)
         except Exception as error:  # a template is a program of the model's author and fails as it likes
             raise TextError(f"the chat template cannot write it: {error}") from error
 
     def notes(self) -> list[str]:
-        """How the answers of chats were found, and whether the model would learn to stop after them."""
-        notes = []
+        """What is lost, how the answers of chats were found, and whether the model would learn to stop after them."""
+        notes = [
+            f"of {one.name} {one.dropped:,} rows are dropped because their prompts alone fill `max_length` "
+            f"{self.max_length}: set it higher to learn their answers"
+            for one in self.reports
+            if one.dropped
+        ]
         if self.counts["apart"]:
             notes.append(
                 f"every answer of {self.counts['apart']:,} chats is an example of its own: the chat template does not "

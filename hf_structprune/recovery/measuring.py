@@ -276,10 +276,6 @@ class RecoveryCurve:
         since = len(self.points) - self.all_points.index(self.best)
         return "worse" if patience is not None and since >= patience else None
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> RecoveryCurve:
-        return cls(values["pruned"], values["dense"], [Point(**point) for point in values["points"]])
-
 
 def measuring_steps(max_steps: int, evaluations: int | None) -> frozenset[int]:
     """Steps after which to measure: `evaluations` of them, evenly spaced, the last step with them; `None` is that one.

@@ -1,7 +1,6 @@
 """The arithmetic of a recovery, and its picture."""
 
 import math
-from dataclasses import asdict
 
 import pytest
 
@@ -51,11 +50,6 @@ def test_target():
 )
 def test_patience(values, patience, expected):
     assert curve(*values).verdict(patience=patience) == expected
-
-
-def test_round_trip():
-    made = RecoveryCurve(3.0, None, [Point(5, 2.5, 1.25)])
-    assert RecoveryCurve.from_dict(asdict(made)) == made
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import hf_structprune  # noqa: F401, lets the auto class load per-layer checkpoi
 from hf_structprune import installed
 from hf_structprune.errors import CheckpointError, StructPruneError
 from hf_structprune.model.structure import ModelStructure
-from hf_structprune.recovery.training import load_quantised
+from hf_structprune.recovery.recovering import load_quantised
 from hf_structprune.recovery.weights import merge_adapter
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file  # noqa: E402
 from hf_structprune.errors import ConfigurationError  # noqa: E402
 from hf_structprune.recovery import recover, recovering  # noqa: E402
 from hf_structprune.recovery.configuration import RecoveryConfig  # noqa: E402
-from hf_structprune.recovery.training import (  # noqa: E402  # noqa: E402
+from hf_structprune.recovery.recovering import (  # noqa: E402  # noqa: E402
     accumulation_steps,
     adapter_config,
     choose_precision,  # noqa: E402

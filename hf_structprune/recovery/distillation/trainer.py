@@ -20,9 +20,8 @@ from trl import SFTTrainer
 from ...errors import ConfigurationError
 from ...quantization.four_bit import compute_as_stored
 from ..configuration import DistillationConfig
-from .cache import CachedTeacher, cached_teacher
 from .losses import Head, LogitTransform, Targets, batch_targets, distillation_loss
-from .teacher import KINDS, ModelTeacher, find_transform, head_of, record_outputs
+from .teacher import KINDS, CachedTeacher, ModelTeacher, cached_teacher, find_transform, head_of, record_outputs
 
 
 class Request(NamedTuple):
