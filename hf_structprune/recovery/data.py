@@ -245,16 +245,9 @@ class DataReport:
 
 
 def prepare(
-    dataset: Any,
-    tokenizer: Any,
-    *,
-    max_length: int,
-    context: int | None = None,
-    prompt_loss: bool = False,
-    packing: bool = False,
-    seed: int = 0,
-    stops: Collection[int] = (),
-) -> tuple[Any, DataReport]:
+    dataset: Any, tokenizer: Any, *, max_length: int, context: int | None = None, prompt_loss: bool = False,
+    packing: bool = False, seed: int = 0, stops: Collection[int] = (),
+) -> tuple[Any, DataReport]:  # fmt: skip
     """Rows to what a Trainer takes: a `datasets.Dataset` with `input_ids` and `labels`, -100 on what is not learned.
 
     The ids and labels are those of TRL's `SFTTrainer`, which takes such a dataset as it is: of prompt and completion

@@ -47,9 +47,7 @@ class HeldOutText:
     Args:
         tokenizer: Tokenizer of the models.
         text: What `load_text` takes, or a text.
-        window: Tokens in a window.
-        max_windows: At most so many windows, spread evenly over the text; `None` takes all.
-        batch_size: Windows that go through the model at once.
+        window, max_windows, batch_size: As in `measure_perplexity`.
 
     Raises:
         ConfigurationError: The text has fewer tokens than a window, or a number is impossible.
@@ -80,12 +78,8 @@ class HeldOutText:
         """Log-perplexity of a model as it is now, in nats; not finite if the model is broken.
 
         The state of all random number generators and the mode of every module are afterwards what they were. The
-        model underneath PEFT, DDP and `torch.compile` is run, and FSDP as a whole.
-
-        Args:
-            model: The model in training, on its device.
-            autocast: Computation in this dtype, where training with mixed precision does so.
-            pruned: Whether to switch its adapters off: the model before training.
+        model underneath PEFT, DDP and `torch.compile` is run, and FSDP as a whole; with `autocast` in that dtype, and
+        as `pruned` without its adapters: the model before training.
         """
         plain = underneath(model)
         plain = _Whole(plain) if is_sharded(plain) else plain
@@ -128,20 +122,14 @@ class _Whole(nn.Module):
 
 
 def dense_log_perplexity(
-    dense: Any,
-    held_out: HeldOutText,
-    *,
-    device: torch.device | str = "cpu",
-    autocast: torch.dtype | None = None,
+    dense: Any, held_out: HeldOutText, *, device: torch.device | str = "cpu", autocast: torch.dtype | None = None,
     **loading: Any,
-) -> float | None:
+) -> float | None:  # fmt: skip
     """What the dense model reaches on the held-out text, in nats: given, measured, or read from results.
 
     Args:
         dense: A perplexity, a model, the folder or Hub id of one, the JSON file of an evaluation, or `None`.
-        held_out: What it is measured on.
-        device: Where a model that is loaded runs.
-        autocast: As in `HeldOutText.measure`.
+        device, autocast: Where a model that is loaded runs, and in what dtype.
         loading: Given to `load_model`.
 
     Raises:

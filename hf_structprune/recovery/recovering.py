@@ -322,28 +322,16 @@ def load_student(model: Any, config: RecoveryConfig, trust_remote_code: bool) ->
 
 
 def load_quantised(
-    model_id: str | os.PathLike,
-    bits: int = 4,
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    gradient_checkpointing: bool = False,
-    **kwargs: Any,
-) -> PreTrainedModel:
+    model_id: str | os.PathLike, bits: int = 4, dtype: torch.dtype = torch.bfloat16, *,
+    gradient_checkpointing: bool = False, **kwargs: Any,
+) -> PreTrainedModel:  # fmt: skip
     """A model whose linear maps are quantised by bitsandbytes: nf4 with quantised scales (QLoRA), or int8.
 
     Embeddings and the head are not quantised. Everything is frozen, and what is not quantised goes to float32 (PEFT's
-    `prepare_model_for_kbit_training`): put an adapter on it. Do not save it: save the adapter, or what `merge_adapter`
-    makes of both.
-
-    Args:
-        model_id: Hub id or folder, also of a checkpoint whose layers differ in width.
-        bits: 4 or 8.
-        dtype: What is computed in, and what `merge_adapter` will give.
-        gradient_checkpointing: Compute activations again in the backward pass.
-        kwargs: Given to `from_pretrained`.
+    `prepare_model_for_kbit_training`): put an adapter on it. `dtype` is what is computed in, and what `merge_adapter`
+    will give. Do not save it: save the adapter, or the merged model.
 
     Raises:
-        StructPruneError: bitsandbytes or PEFT is missing.
         CheckpointError: The checkpoint is quantised already, or lacks weights.
     """
     need("bitsandbytes", "peft", extra="qlora")
@@ -363,11 +351,7 @@ def load_quantised(
 
 
 def adapter_config(config: RecoveryConfig, model: PreTrainedModel) -> LoraConfig | None:
-    """PEFT's configuration of the adapters; `None` where all weights are trained.
-
-    Raises:
-        ConfigurationError: The model has no module of a name, or PEFT does not allow a combination of options.
-    """
+    """PEFT's configuration of the adapters; `None` where all weights are trained. Names of modules must be right."""
     if config.trained == "full":
         return None
     from peft import LoraConfig
@@ -413,11 +397,7 @@ def _check_modules(targets: Sequence[str], whole: Sequence[str], model: PreTrain
 
 
 def training_arguments(config: RecoveryConfig, output_dir: str | os.PathLike) -> SFTConfig:
-    """TRL's arguments, with checkpoints in `output_dir`. Rows are tokenised, cut and packed already, see `prepare`.
-
-    Raises:
-        ConfigurationError: The batch cannot be shared out evenly among the processes.
-    """
+    """TRL's arguments, with checkpoints in `output_dir`. Rows are tokenised, cut and packed already, see `prepare`."""
     from accelerate import PartialState
     from trl import SFTConfig
 

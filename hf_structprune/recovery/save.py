@@ -71,11 +71,7 @@ def describe_training(
 def save_all(
     curve: RecoveryCurve, model: nn.Module, tokenizer: Any, report: dict[str, Any], folder: Path, merged: Path | None
 ) -> None:
-    """Writes report and picture into a folder, and the merged model into another one, if it is given.
-
-    Raises:
-        CheckpointError: Something cannot be merged or written.
-    """
+    """Writes report and picture into a folder, and the merged model into another one, if it is given."""
     write_text(folder / RECOVERY_NAME, json.dumps(report, indent=1, allow_nan=False) + "\n")
     picture = None
     try:
@@ -115,14 +111,9 @@ def _saved_dtype(model: nn.Module) -> torch.dtype | None:
 
 
 def save_recovered(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    folder: Path,
-    *,
-    source: Path | None,
-    report: dict[str, Any],
+    model: PreTrainedModel, tokenizer: Any, folder: Path, *, source: Path | None, report: dict[str, Any],
     picture: Callable[[Path], None] | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Writes a recovered model as a plain checkpoint, all at once or not at all.
 
     From the folder of the pruned model come its configuration of pruning, plan and picture of the widths, the results
@@ -137,7 +128,7 @@ def save_recovered(
         source: Folder of the pruned checkpoint; without one that this package has made, the card says no more than the
             report does.
         report: The content of `recovery.json`. Parameters and bytes of the model are added under `weights`.
-        picture: Draws the curve into the file that it is given.
+        picture: Draws the curve into a file.
 
     Raises:
         CheckpointError: The model is quantised or has adapters, its weights are not finite, or writing failed.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast, broadcast_object_list, extract_model_from_parallel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, ConfigurationError
 from ..files.writing import appearing
-from ..model.rebuild import assemble, has_weights
+from ..model.rebuild import assemble, has_weights, with_ties
 from ..model.target import Target
 
 
@@ -31,8 +32,6 @@ _CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 def without_parallel(model: nn.Module) -> nn.Module:
     """The model without DDP, DeepSpeed's engine and `torch.compile`."""
-    from accelerate.utils import extract_model_from_parallel
-
     return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
@@ -63,15 +62,11 @@ def check_trainable(model: nn.Module) -> None:
                 f"The adapter {name!r} is a {config.peft_type} prompt, which cannot be merged into the weights: train "
                 "LoRA, DoRA or all weights."
             )
-    split = (
-        "DeepSpeed's ZeRO stage 3" if any(hasattr(parameter, "ds_id") for parameter in model.parameters()) else None
-    )
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        split = "version 1 of FSDP"
-    if split is not None:
+    zero = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    if zero or any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ConfigurationError(
-            f"The weights are split by {split}, so that the best ones cannot be kept: use ZeRO stage 2, or "
-            "`fsdp_version: 2`."
+            f"The weights are split by {'ZeRO stage 3 of DeepSpeed' if zero else 'version 1 of FSDP'}, so that the "
+            "best ones cannot be kept: use ZeRO stage 2, or `fsdp_version: 2`."
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigurationError("No parameter of the model requires gradients, so there is nothing to train.")
@@ -96,15 +91,7 @@ def as_before_training(model: nn.Module) -> Iterator[None]:
 
 def agreed(value: Any) -> Any:
     """The first process's value: all must take the same decisions, and rounding may differ from one to another."""
-    if not _several_processes():
-        return value
-    values = [value]
-    torch.distributed.broadcast_object_list(values, src=0)
-    return values[0]
-
-
-def _several_processes() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    return broadcast_object_list([value])[0]
 
 
 class BestWeights:
@@ -147,8 +134,7 @@ class BestWeights:
                 continue
             if weights:
                 parameter.copy_(weights[name])
-            if _several_processes():
-                torch.distributed.broadcast(parameter.data, 0)
+            broadcast(parameter.data)
 
 
 def copy_file(source: Path, path: Path) -> None:
@@ -191,9 +177,10 @@ def merge_adapter(model: nn.Module, *, dtype: torch.dtype | None = None) -> PreT
     _check(model, base, method)
     if method is not None:
         dtype = dtype or getattr(base.config, "dtype", None) or torch.get_default_dtype()
-    if not is_peft(model) and method is None and "forward" not in vars(base) and dtype is None:
+    is_plain = not is_peft(model) and method is None
+    if is_plain and "forward" not in vars(base) and dtype is None:
         return base
-    merged = base if not is_peft(model) and method is None else _merged(model, dtype)
+    merged = base if is_plain else _merged(model, dtype)
     target = Target(type(base), copy.deepcopy(base.config))
     if method is not None:
         del target.config.quantization_config
@@ -205,8 +192,7 @@ def merge_adapter(model: nn.Module, *, dtype: torch.dtype | None = None) -> PreT
     if all(torch.equal(tensors[name], tensors[source]) for name, source in tied.items()):
         tensors |= {name: tensors[source] for name, source in tied.items()}
     else:
-        target.config.tie_word_embeddings = False
-        target.config.get_text_config().tie_word_embeddings = False
+        with_ties(target.config, False)
     result = assemble(target, tensors, dict(merged.named_buffers()), base).requires_grad_(True)
     if dtype is not None:
         result.config.dtype = dtype
@@ -263,13 +249,10 @@ def _check(model: nn.Module, base: nn.Module, method: str | None) -> None:
         )
     if not has_weights(base):
         raise CheckpointError("Weights of the model are offloaded: load it without `device_map` to merge the adapter.")
-    spread = [
-        n for n, p in base.named_parameters() if hasattr(p, "ds_id") or isinstance(p, DTensor) or "_flat_param" in n
-    ]
-    if spread:
+    if is_sharded(base) or any(hasattr(p, "ds_id") or "_flat_param" in name for name, p in base.named_parameters()):
         raise CheckpointError(
-            f"`{spread[0]}` is spread over processes (FSDP or ZeRO-3). Save the adapter with `trainer.save_model`, "
-            "load the base model in one process, `PeftModel.from_pretrained(base, FOLDER)`, and merge that."
+            "The weights are spread over processes (FSDP or ZeRO-3). Save the adapter with `trainer.save_model`, load "
+            "the base model in one process, `PeftModel.from_pretrained(base, FOLDER)`, and merge that."
         )
 
 
@@ -288,13 +271,10 @@ def is_quantised(layer: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def dequantised(layer: nn.Module, dtype: torch.dtype | None = None) -> nn.Linear:
+def dequantised(layer: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Linear:
     """A plain linear map, in float32 or another dtype, with the numbers that a bitsandbytes one computes with.
 
     Not by PEFT or Transformers: kernels of some CPUs repack 4-bit weights, which theirs would read wrong.
-
-    Raises:
-        CheckpointError: The weight has not been quantised yet, as before its model was moved to a device.
     """
     if type(layer.weight).__name__ == "Params4bit":
         from ..quantization.four_bit import stored_weight
@@ -305,7 +285,6 @@ def dequantised(layer: nn.Module, dtype: torch.dtype | None = None) -> nn.Linear
         if scales is None:
             raise CheckpointError("An 8-bit weight has no scales: its model was not loaded completely.")
         values = layer.weight.to(torch.float32) * (scales.to(layer.weight.device).view(-1, 1) / 127)
-    dtype = dtype or torch.float32
     result = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     result.weight = nn.Parameter(values.to(dtype).view(layer.out_features, layer.in_features))
     if layer.bias is not None:

@@ -31,9 +31,8 @@ CACHED_LOGITS = {"cpu": 2**17}
 class Targets:
     """What counts in the loss, `(n,)` or, of a batch, `(batch, sequence)`.
 
-    Attributes:
-        followed: Where the student follows the teacher, of bool.
-        labels: The token that comes next, -100 where it does not count.
+    The student follows the teacher where `followed` is true; `labels` are the tokens that come next, -100 where they
+    do not count.
     """
 
     followed: Tensor
@@ -131,12 +130,10 @@ class HeadPredictions:
 
 @dataclass(frozen=True)
 class TopPredictions:
-    """The tokens that a teacher finds most likely.
+    """The `k` tokens that a teacher finds most likely, `ids` of `(n, k)`, each at most once in a row.
 
-    Attributes:
-        log_probs: Of the `k` tokens and, in the last column, of all others together, `(n, k + 1)`; at the temperature
-            of the loss.
-        ids: The tokens, `(n, k)`, each at most once in a row.
+    `log_probs` are theirs and, in the last column, that of all others together, `(n, k + 1)`, at the temperature of
+    the loss.
     """
 
     log_probs: Tensor
@@ -173,16 +170,10 @@ def _divergence(own: Tensor, teacher: Predictions, other: Tensor | None, rows: s
 
 
 def distillation_loss(
-    hidden: Tensor,
-    head: Head,
-    teacher: Predictions,
-    targets: Targets,
-    *,
-    counts: tuple[Tensor | float, Tensor | float] | None = None,
-    temperature: float = 1.0,
-    label_weight: float = 0.0,
+    hidden: Tensor, head: Head, teacher: Predictions, targets: Targets, *,
+    counts: tuple[Tensor | float, Tensor | float] | None = None, temperature: float = 1.0, label_weight: float = 0.0,
     chunk: int | None = None,
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # fmt: skip
     """The loss at the head of this module, differentiable with respect to hidden states, head weight and bias.
 
     Matrix products are computed in the dtype of the head's weight (of autocast, if it is on), softmax in float32.
@@ -194,8 +185,7 @@ def distillation_loss(
         targets: What counts, `(n,)`.
         counts: What the sums over followed and over labelled tokens are divided by: the numbers of them in everything
             that makes up one optimiser step (micro-batches, devices). Default: those here.
-        temperature: `T`.
-        label_weight: `w`, 0 to 1.
+        temperature, label_weight: `T` and `w`, 0 to 1.
         chunk: Tokens whose logits exist at once. Default: as many as have 2^24 logits.
 
     Returns:

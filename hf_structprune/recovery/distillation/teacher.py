@@ -102,9 +102,7 @@ def head_of(model: PreTrainedModel, transform: LogitTransform) -> Head:
 class Lesson(NamedTuple):
     """What a teacher says about the positions of a batch that were asked for, in their order.
 
-    Attributes:
-        predictions: What comes next.
-        states: Hidden states by name, `(n, hidden)`, of the layers that are followed.
+    `states` are the hidden states `(n, hidden)`, by name, of the layers that are followed.
     """
 
     predictions: Predictions
@@ -115,10 +113,7 @@ class ModelTeacher:
     """A model in memory that is asked for each batch; `CachedTeacher` can take its place.
 
     It is called in evaluation mode and without gradients, and stays as it is; only its device may change, see `to`.
-
-    Attributes:
-        by_sequence: Whether a lesson holds all logits, so that it should be asked for one sequence at a time.
-        terms: What it shows of its layers.
+    `by_sequence` says whether a lesson holds all logits, so that it should be asked for one sequence at a time.
     """
 
     def __init__(self, model: PreTrainedModel, terms: LayerTerms | None = None) -> None:
@@ -149,19 +144,13 @@ class ModelTeacher:
 
 
 def load_teacher(
-    teacher: str | os.PathLike | PreTrainedModel,
-    student: PreTrainedModel,
-    config: DistillationConfig,
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    **loading: Any,
-) -> ModelTeacher:
-    """Gets a teacher ready for a student. Under DDP and FSDP each process holds a teacher of its own.
+    teacher: str | os.PathLike | PreTrainedModel, student: PreTrainedModel, config: DistillationConfig, *,
+    tokenizer: PreTrainedTokenizerBase | None = None, **loading: Any,
+) -> ModelTeacher:  # fmt: skip
+    """A teacher ready for a student, plain or wrapped by PEFT; under DDP and FSDP each process holds one of its own.
 
     Args:
         teacher: A model, a folder or a Hub id.
-        student: The model that is going to learn, plain or wrapped by PEFT.
-        config: Says how to load the teacher, and what is followed inside the layers.
         tokenizer: Of the student. With it, a teacher that comes from a folder or the Hub must have the same one.
         loading: Given to `load_model`: `revision`, `trust_remote_code`, ...
 
@@ -232,12 +221,9 @@ def _check_tokenizer(own: PreTrainedTokenizerBase, other: PreTrainedTokenizerBas
 
 @dataclass(frozen=True)
 class LayerTerms:
-    """What is followed inside the layers.
+    """What is followed inside the layers: pairs `(layer of the student, of the teacher)`, and weights in the loss.
 
-    Attributes:
-        pairs: `(layer of the student, layer of the teacher)`.
-        weights: Weight in the loss by kind, `"hidden"` (outputs of layers) or `"attention"` (of their attention);
-            kinds without one are not followed.
+    These are by kind, `"hidden"` (outputs of layers) or `"attention"` (of their attention); others are not followed.
     """
 
     pairs: tuple[tuple[int, int], ...]
@@ -271,12 +257,7 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def layer_terms(student: PreTrainedModel, teacher: PreTrainedModel, config: DistillationConfig) -> LayerTerms | None:
-    """What the configuration wants to be followed, or `None`.
-
-    Raises:
-        ConfigurationError: The layers cannot be matched, or what they put out has other sizes.
-        UnsupportedModelError: The decoder layers were not found.
-    """
+    """What the configuration wants to be followed, or `None`; layers must match and put out as many numbers."""
     weights = {kind: getattr(config, f"{kind}_weight") for kind in KINDS if getattr(config, f"{kind}_weight")}
     if not weights:
         return None
@@ -364,15 +345,8 @@ class CachedTeacher:
     """A teacher without a model: predictions of sequences of token ids; of each, of all its tokens but the last one.
 
     Sequences are found by their token ids, so that shuffling, batching and padding do not matter; the examples in a
-    padding-free batch count one by one.
-
-    Args:
-        folder: Where the predictions are, or will be.
-        origin: What they must be made of: fingerprint of the `teacher`'s weights, `top_k` and `temperature`.
-
-    Raises:
-        ConfigurationError: There are those of something else, or something that is no cache.
-        CheckpointError: A file cannot be read.
+    padding-free batch count one by one. What there is must be of the same `origin`: fingerprint of the teacher's
+    weights, `top_k` and `temperature`.
     """
 
     by_sequence, terms = False, None
@@ -459,22 +433,18 @@ def cached_teacher(
 ) -> CachedTeacher:
     """Lets a teacher run over the data, or reads what it said before; only what is not there yet is asked for.
 
-    Args:
-        teacher: Asked once for every sequence that the cache lacks.
-        datasets: Tokenised rows: `input_ids`, and `seq_lengths` where a row holds several examples.
-        config: `top_k` and `temperature`.
-        folder: Of the cache.
+    Rows are tokenised: `input_ids`, and `seq_lengths` where a row holds several examples.
 
     Raises:
         ConfigurationError: There is a cache of another teacher or of other settings in the folder.
-        CheckpointError: The disk has too little room.
+        CheckpointError: A file cannot be read, or the disk has too little room.
     """
     top_k = min(config.top_k, teacher.model.config.get_text_config().vocab_size)
     origin = {"teacher": model_fingerprint(teacher.model), "top_k": top_k, "temperature": float(config.temperature)}
     sequences = {sequence_key(ids): ids for dataset in datasets for ids in _sequences_of(dataset) if len(ids) > 1}
     cache = CachedTeacher(folder, origin)
     missing = [key for key in sequences if key not in cache]
-    missing.sort(key=lambda key: (len(sequences[key]), key))  # little padding
+    missing.sort(key=lambda key: (-len(sequences[key]), key))  # little padding
     try:
         check_room(folder, sum(len(sequences[key]) - 1 for key in missing) * (6 * top_k + 2))
     except PlaceError as error:
@@ -483,8 +453,8 @@ def cached_teacher(
     tokens = 1 if teacher.by_sequence else BATCH_TOKENS
     with tqdm(total=len(missing), desc="Teacher", disable=not missing) as progress:
         while missing:
-            fits = sum(i == 0 or (i + 1) * len(sequences[key]) <= tokens for i, key in enumerate(missing[:tokens]))
-            batch, missing = missing[:fits], missing[fits:]
+            size = max(1, tokens // len(sequences[missing[0]]))
+            batch, missing = missing[:size], missing[size:]
             found = _predict(teacher, [sequences[key] for key in batch], top_k, config.temperature)
             part |= dict(zip(batch, found, strict=True))
             if not missing or sum(len(ids) for ids, _ in part.values()) >= PART_TOKENS:
