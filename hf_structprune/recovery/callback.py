@@ -23,10 +23,11 @@ from ..evaluation.perplexity import EvaluationText
 from ..files.reading import read_json_object
 from ..files.writing import write_text
 from ..hub.words import SCHEMA_VERSION, recovery_section
+from ..installed import versions
 from ..model.measuring import context_length, measuring
 from ..quantization.four_bit import compute_as_stored
 from .measuring import HeldOutText, Point, RecoveryCurve, dense_log_perplexity, exp, measuring_steps
-from .save import check_place, describe_training, save_all, source_of, versions
+from .save import check_place, describe_training, save_all, source_of
 from .weights import BEST_FOLDER, BestWeights, agreed, check_trainable, copy_file, underneath
 
 
@@ -338,7 +339,7 @@ class LoraRecoveryCallback(TrainerCallback):
             "schema_version": SCHEMA_VERSION, "curve": asdict(self.curve), "text": self._text.describe(),
             "stopped": self.stopped, "best_step": self.kept.step,
             "recovered": self.curve.recovered(self.kept.log_perplexity), "configuration": {}, "training": training,
-            "versions": versions(), **self.about,
+            "versions": versions("accelerate", "datasets", "lm_eval", "peft", "trl"), **self.about,
         }  # fmt: skip
 
     def _merged(self, args: TrainingArguments) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import shutil
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ..errors import CheckpointError, ConfigurationError, StructPruneError
-from ..evaluation.results import RESULTS_NAME, EvaluationResult, describe_environment
+from ..evaluation.results import RESULTS_NAME, EvaluationResult
 from ..files.writing import check_folder, write_folder, write_text
 from ..hub.card import card_name, generated_mark, is_ours
 from ..hub.checkpoint import STILL_TRUE, copy_files, or_say, write_card_from
@@ -28,7 +27,7 @@ from ..hub.words import PICTURE_NAME, RECOVERY_NAME, recovery_section, render
 from ..installed import need
 from ..model.loading import load_config
 from .measuring import RecoveryCurve, draw_curve
-from .weights import is_peft, is_sharded, merge_adapter, quantisation_of, underneath, without_parallel
+from .weights import is_peft, is_sharded, merge_adapter, underneath, without_parallel
 
 
 logger = logging.get_logger(__name__)
@@ -40,15 +39,6 @@ def check_place(folder: Path, source: Path | None) -> None:
         check_own_files(source)
     check_folder(folder)
     check_card(folder)
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that took part, by name."""
-    found = describe_environment()["versions"]
-    for name in ("peft", "trl"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 def describe_training(
@@ -135,8 +125,6 @@ def save_recovered(
     """
     folder = Path(folder)
     source = Path(source) if source is not None and is_pruned(Path(source)) else None
-    if quantisation_of(model) is not None or hasattr(model, "peft_config"):
-        raise CheckpointError("The model is quantised or has adapters: save what `merge_adapter` makes of it.")
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise CheckpointError(f"`{name}` has values that are not finite; the model was not saved to be used.")

@@ -176,9 +176,6 @@ def test_weights_are_saved_even_if_the_card_cannot_be_made(pruned, tmp_path, cap
 
 
 def test_what_is_not_saved(pruned, tmp_path):
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(pruned), LoraConfig(target_modules="all-linear"))
-    with pytest.raises(CheckpointError, match="save what `merge_adapter` makes"):
-        save_recovered(adapted, None, tmp_path / "x", source=pruned, report=REPORT)
     broken = AutoModelForCausalLM.from_pretrained(pruned)
     with torch.no_grad():
         broken.lm_head.weight[0, 0] = float("inf")
