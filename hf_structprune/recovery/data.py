@@ -158,9 +158,6 @@ def mix_counts(rows: Sequence[int], shares: Sequence[float | None], most: int | 
     """How many rows of every source go into a mix: `s[i]` of `min_i rows[i] / s[i]` rows, or of `most` if fewer.
 
     So no row is taken twice. Sources without a share `s` divide the rest in proportion to their rows.
-
-    Raises:
-        ConfigurationError: The shares do not add up to 1, or leave nothing for the sources without one.
     """
     given = sum(share for share in shares if share is not None)
     free = sum(n for n, share in zip(rows, shares, strict=True) if share is None)
@@ -176,11 +173,7 @@ def mix_counts(rows: Sequence[int], shares: Sequence[float | None], most: int | 
 
 
 def recognise(columns: Sequence[str], where: str) -> tuple[str, dict[str, str | None]]:
-    """The format of rows with these columns, the first of `FORMATS` whose columns are all there, and its columns.
-
-    Raises:
-        TextError: They are of no known format.
-    """
+    """The format of rows with these columns, the first of `FORMATS` whose columns are all there, and its columns."""
     there = {*columns, None}
     for name, parts in FORMATS.items():
         found = {part: next((one for one in names if one in there), "") for part, names in parts.items()}

@@ -216,10 +216,8 @@ class Point:
 class RecoveryCurve:
     """The measurements of one training, all on the same text.
 
-    Args:
-        pruned: Log-perplexity before training, in nats.
-        dense: That of the dense model; `None` if it is not known.
-        points: Measurements in the order of their steps, all finite; step 0 is `pruned` and not among them.
+    `pruned` and `dense` (if that is known) are log-perplexities in nats, before training and of the dense model.
+    `points` are in the order of their steps and finite; step 0 is `pruned` and not among them.
     """
 
     pruned: float
@@ -266,10 +264,7 @@ class RecoveryCurve:
 
 
 def measuring_steps(max_steps: int, evaluations: int | None) -> frozenset[int]:
-    """Steps after which to measure: `evaluations` of them, evenly spaced, the last step with them; `None` is that one.
-
-    Fewer if there are fewer steps.
-    """
+    """Steps after which to measure: at most `evaluations`, evenly spaced, with the last step; `None` is that alone."""
     count = min(evaluations or 1, max_steps)
     return frozenset(math.ceil(max_steps * number / count) for number in range(1, count + 1))
 

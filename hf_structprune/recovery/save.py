@@ -113,7 +113,6 @@ def save_recovered(
 
     Args:
         model: A plain model, see `merge_adapter`.
-        tokenizer: Its tokenizer; `None` if there is none.
         folder: Where the files go; other files in it stay, an earlier checkpoint in it goes.
         source: Folder of the pruned checkpoint; without one that this package has made, the card says no more than the
             report does.
@@ -121,7 +120,7 @@ def save_recovered(
         picture: Draws the curve into a file.
 
     Raises:
-        CheckpointError: The model is quantised or has adapters, its weights are not finite, or writing failed.
+        CheckpointError: The weights are not finite, or writing failed.
     """
     folder = Path(folder)
     source = Path(source) if source is not None and is_pruned(Path(source)) else None

@@ -159,10 +159,8 @@ def merge_adapter(model: nn.Module, *, dtype: torch.dtype | None = None) -> PreT
     of tied embeddings unties them (PEFT would change both), weights of bitsandbytes become plain ones (PEFT would
     quantise the sum again), and the result has neither the forward of TRL nor a trace of quantisation.
 
-    Args:
-        model: A PeftModel, or a plain model; wrappers of training (DDP, `torch.compile`) are looked through.
-        dtype: Of the merging and the result. Default: each weight keeps that of the base model; of a quantised one,
-            the dtype it was loaded in.
+    Wrappers of training (DDP, `torch.compile`) are looked through. `dtype` is that of the merging and the result;
+    without it each weight keeps that of the base model, of a quantised one the dtype it was loaded in.
 
     Returns:
         A new model in eval mode that can be saved, trained and adapted again. A plain model is returned itself, unless

@@ -129,7 +129,7 @@ def test_shares_in_names_and_pairs(tmp_path, caplog):
         ("no/such/file.jsonl", TextError, "There is no file"),
         ("./nothing", TextError, "There is no file or folder"),
         (DatasetDict(test=Dataset.from_list(texts(1))), TextError, "no split 'train'; it has 'test'"),
-        ("rows.jsonl@0.5", ConfigurationError, "There is no file"),
+        (([{"text": "x"}], 0.5), ConfigurationError, "The shares 0.5 add up to 0.5, not to 1"),
         (["rows.jsonl@1.5", "more.jsonl"], ConfigurationError, "share of rows.jsonl is 1.5"),
     ],
 )

@@ -27,6 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -95,9 +96,17 @@ def _candidates(config: Any) -> list[LogitTransform]:
 
 
 def head_of(model: PreTrainedModel, transform: LogitTransform) -> Head:
-    """The head of a model whose transform is known."""
+    """The head of a model whose transform is known; FSDP2 shows its shards as DTensors."""
     module = model.get_output_embeddings()
-    return Head(module.weight, getattr(module, "bias", None), transform)
+    tensors = (module.weight, getattr(module, "bias", None))
+    return Head(*(one.full_tensor() if isinstance(one, DTensor) else one for one in tensors), transform)
+
+
+def run(model: PreTrainedModel, transform: LogitTransform | None, inputs: dict[str, Any], forward: Any = None) -> Any:
+    """Last hidden states of a model and its head; where no transform is known, what `forward` gives: logits alone."""
+    if transform is None:
+        return (forward or model)(**inputs).logits, Head()
+    return model.base_model(**inputs).last_hidden_state, head_of(model, transform)
 
 
 class Lesson(NamedTuple):
@@ -134,11 +143,7 @@ class ModelTeacher:
         given["use_cache"] = False
         taps = self.terms.modules(self.model, 1) if self.terms else {}
         with measuring(self.model), record_outputs(taps) as outputs:
-            if self.transform is None:
-                hidden, head = self.model(**given).logits, Head()
-            else:
-                hidden = self.model.base_model(**given).last_hidden_state
-                head = head_of(self.model, self.transform)
+            hidden, head = run(self.model, self.transform, given)
         states = {name: output[positions.to(output.device)] for name, output in outputs.items()}
         hidden = hidden[positions.to(hidden.device)].to(positions.device)
         return Lesson(HeadPredictions(hidden, head.to(positions.device)), states)

@@ -13,15 +13,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
 from ...errors import ConfigurationError
 from ...quantization.four_bit import compute_as_stored
 from ..configuration import DistillationConfig
-from .losses import Head, LogitTransform, Targets, batch_targets, distillation_loss
-from .teacher import KINDS, CachedTeacher, ModelTeacher, cached_teacher, find_transform, head_of, record_outputs
+from .losses import LogitTransform, Targets, batch_targets, distillation_loss
+from .teacher import KINDS, CachedTeacher, ModelTeacher, cached_teacher, find_transform, record_outputs, run
 
 
 class Request(NamedTuple):
@@ -76,15 +75,10 @@ def _losses(model, original, transform, request: Request, inputs: dict, targets:
     used, terms = targets.used, request.teacher.terms
     lesson = request.teacher.lesson(inputs, used)
     with record_outputs(terms.modules(model, 0) if terms else {}) as states:
-        outputs = original(**inputs).logits if transform is None else model.base_model(**inputs).last_hidden_state
-    outputs, head = outputs[used], Head()
-    if transform is not None:
-        head = head_of(model, transform)
-        # FSDP2 shows its shards as DTensors.
-        weight, bias = (x.full_tensor() if isinstance(x, DTensor) else x for x in (head.weight, head.bias))
-        head, outputs = Head(weight, bias, transform), outputs.to(weight.device)
+        hidden, head = run(model, transform, inputs, original)
+    hidden = hidden[used] if head.weight is None else hidden[used].to(head.weight.device)
     losses = distillation_loss(
-        outputs, head, lesson.predictions, targets[used], counts=request.counts, temperature=request.temperature,
+        hidden, head, lesson.predictions, targets[used], counts=request.counts, temperature=request.temperature,
         label_weight=request.label_weight,
     )  # fmt: skip
     if terms:
