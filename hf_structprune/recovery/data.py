@@ -273,15 +273,14 @@ def prepare(
     sources = dataset if isinstance(dataset, datasets.DatasetDict) else {_name(dataset): dataset}
     if not any(map(len, sources.values())):
         raise TextError("There are no rows to train on.")
-    report = DataReport([], max_length)
+    encoder = Encoder(tokenizer, max_length, prompt_loss, {tokenizer.eos_token_id, *stops})
+    report = encoder.report
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
         report.notes.append(
             f"no pad token in the tokenizer: {tokenizer.eos_token!r} takes its place, and is not learned there"
         )
-    encoder = Encoder(tokenizer, max_length, prompt_loss, {tokenizer.eos_token_id, *stops})
     result = datasets.concatenate_datasets([encoder.encode_all(rows, name) for name, rows in sources.items()])
-    report.sources += encoder.reports
     report.notes += encoder.notes()
     if not len(result):
         raise TextError(f"There is nothing to learn in the data. {'. '.join(report.lines())}.")
@@ -326,7 +325,7 @@ class Encoder:
             with suppress(ValueError):  # TRL has no version of this template with marks
                 self.template, self.marks = get_training_chat_template(tokenizer), True
         self.counts: Counter[str] = Counter()
-        self.reports: list[SourceReport] = []
+        self.report = DataReport([], max_length)
 
     def encode_all(self, rows: Any, name: str) -> Any:
         """The sequences of all rows of a source, as a `datasets.Dataset`; adds to the reports."""
@@ -334,7 +333,7 @@ class Encoder:
 
         kind, parts = recognise(rows.column_names, name)
         count = SourceReport(name, kind)
-        self.reports.append(count)
+        self.report.sources.append(count)
         ids = datasets.List(datasets.Value("int32"))
 
         def encode(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[list[int]]]:
@@ -456,7 +455,7 @@ class Encoder:
         notes = [
             f"of {one.name} {one.dropped:,} rows are dropped because their prompts alone fill `max_length` "
             f"{self.max_length}: set it higher to learn their answers"
-            for one in self.reports
+            for one in self.report.sources
             if one.dropped
         ]
         if self.counts["apart"]:
