@@ -131,7 +131,7 @@ class LoraRecoveryCallback(TrainerCallback):
             logger.warning(f"{METRIC} is better when lower, so `greater_is_better` is set to False.")
             args.greater_is_better = False
         self._first = state.is_world_process_zero
-        self._autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        self._autocast = mixed_precision(args)
         window, context = self.window, context_length(underneath(model))
         if context is not None and window > context:
             logger.warning(f"`window` is {window}, but the model's context is {context} tokens: {context} are taken.")
@@ -344,6 +344,11 @@ class LoraRecoveryCallback(TrainerCallback):
 
     def _merged(self, args: TrainingArguments) -> Path:
         return Path(self.output_dir or Path(args.output_dir) / RECOVERED_FOLDER)
+
+
+def mixed_precision(args: TrainingArguments) -> torch.dtype | None:
+    """The dtype that mixed-precision training computes in."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
 def calling_trainer(callback: TrainerCallback) -> tuple[Trainer | None, str | None]:
