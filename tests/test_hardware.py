@@ -177,15 +177,15 @@ def test_the_dtype_of_mixed_precision(bf16, fp16, dtype):
 )  # fmt: skip
 def test_a_student_is_loaded_in_the_dtype_of_its_training(method, precision, dtype, monkeypatch):
     """What is trained is in float32; so is what adapters are put on if float16 is computed in."""
-    from hf_structprune.recovery import training
+    from hf_structprune.recovery import recovering
 
     force_accelerator(monkeypatch, True)
     loaded = []
     for name in ("load_model", "load_quantised"):
         monkeypatch.setattr(
-            training, name, lambda model, *places, dtype=None, **options: loaded.append(dtype or places[-1])
+            recovering, name, lambda model, *places, dtype=None, **options: loaded.append(dtype or places[-1])
         )
-    training.load_student("pruned", RecoveryConfig(method=method, precision=precision), False)
+    recovering.load_student("pruned", RecoveryConfig(method=method, precision=precision), False)
     assert loaded == [dtype]
 
 

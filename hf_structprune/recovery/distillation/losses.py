@@ -23,8 +23,8 @@ from ...model.measuring import positions_at_once
 from ..data import IGNORED
 
 
-# Logits of a few rows: 512 KiB in float32. An accelerator starts its kernels anew for each, and takes the whole chunk.
-CACHED_LOGITS = {"cpu": 2**17}
+# Logits of a block, a few rows: 512 KiB in float32. For CPUs; on an accelerator every block starts its own kernels.
+CACHED_LOGITS = 2**17
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 states = hidden[part].to(dtype)
                 logits = states.clone() if weight is None else head.products(states)  # becomes its own gradient
                 other = teacher.head.products(teacher.hidden[part]) if isinstance(teacher, HeadPredictions) else None
-                for block in _slices(logits.shape[0], CACHED_LOGITS.get(device, logits.numel()) // logits.shape[1]):
+                for block in _slices(logits.shape[0], rows_at_once(logits)):
                     with torch.set_grad_enabled(any(needs)):
                         own = logits[block].detach().to(wide, copy=True).requires_grad_(any(needs))
                         rows = slice(part.start + block.start, part.start + block.stop)
@@ -270,8 +270,12 @@ class _ChunkedLoss(torch.autograd.Function):
         return *(None if x is None else (x * grad).to(dtype) for x, dtype in pairs), None, None
 
 
+def rows_at_once(logits: Tensor) -> int:
+    """Rows of a block."""
+    return max(1, CACHED_LOGITS // logits.shape[1]) if logits.device.type == "cpu" else logits.shape[0]
+
+
 def _slices(count: int, step: int) -> list[slice]:
-    step = max(1, step)
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
