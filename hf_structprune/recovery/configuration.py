@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from ..checks import Count, Limits, Number, check_fields, check_keys
+from ..checks import Count, Limits, Number, OneOf, check_fields, check_keys
 from ..errors import ConfigurationError
 
 
@@ -73,7 +73,7 @@ class RecoveryConfig:
 
     method: Literal["lora", "qlora", "full", "distill"] = "lora"
     weights: Literal["lora", "qlora", "full"] = "lora"
-    bits: Literal[4, 8] = 4
+    bits: Annotated[int, OneOf((4, 8))] = 4
     rank: Count = 8
     alpha: Count = 16
     dropout: Annotated[float, Limits(0, 0.99)] = 0.05
