@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from ..checks import Count, Limits, Number, OneOf, check_fields, check_keys
 from ..errors import ConfigurationError
@@ -71,8 +71,8 @@ class RecoveryConfig:
         ConfigurationError: A value is impossible.
     """
 
-    method: Literal["lora", "qlora", "full", "distill"] = "lora"
-    weights: Literal["lora", "qlora", "full"] = "lora"
+    method: Annotated[str, OneOf(("lora", "qlora", "full", "distill"))] = "lora"
+    weights: Annotated[str, OneOf(("lora", "qlora", "full"))] = "lora"
     bits: Annotated[int, OneOf((4, 8))] = 4
     rank: Count = 8
     alpha: Count = 16
@@ -87,7 +87,7 @@ class RecoveryConfig:
     prompt_loss: bool = False
     max_samples: Count | None = None
     learning_rate: Annotated[float, Limits(1e-12, 10)] | None = None
-    scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    scheduler: Annotated[str, OneOf(("cosine", "linear", "constant", "constant_with_warmup"))] = "cosine"
     warmup: Annotated[float, Limits(0, 0.99)] = 0.03
     weight_decay: Annotated[float, Limits(0, 10)] = 0.0
     epochs: Annotated[float, Limits(1e-6, 1e6)] = 2.0
@@ -95,7 +95,7 @@ class RecoveryConfig:
     batch_size: Count = 64
     micro_batch_size: Count = 4
     gradient_checkpointing: bool = False
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    precision: Annotated[str, OneOf(("auto", "bf16", "fp16", "fp32"))] = "auto"
     save_steps: Count | None = None
     report_to: Sequence[str] | None = None
     evaluations: Count = 10
@@ -175,7 +175,7 @@ class DistillationConfig:
     hidden_weight: _Weight = 0.0
     attention_weight: _Weight = 0.0
     layer_map: Sequence[Number] | None = None
-    teacher_dtype: Literal["bf16", "fp16", "fp32", "int8", "auto"] = "auto"
+    teacher_dtype: Annotated[str, OneOf(("bf16", "fp16", "fp32", "int8", "auto"))] = "auto"
     cache: str | None = None
     top_k: Count = 64
 
