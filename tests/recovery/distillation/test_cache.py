@@ -135,7 +135,7 @@ def test_damaged_files_are_named(tmp_path):
 
 
 def test_too_little_room_is_said_before(tmp_path, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10})())
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100})())
     with pytest.raises(CheckpointError, match="top_k"):
         cached_teacher(ModelTeacher(make_llama(48, 1)), [make_rows()], DistillationConfig(top_k=4), tmp_path / "cache")
 
