@@ -14,7 +14,6 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, UnsupportedModelError
-from ..hooks import hooked
 from .groups import Group, Kept, LayerStructure, Slice, dropped, tensor_of
 from .probe import changed_dims, size_in, with_more
 from .target import make_target, plain_values, skeleton
@@ -321,8 +320,11 @@ class Experts:
         """What the last matrix of the shared expert reads, shape (tokens, width)."""
         seen: list[torch.Tensor] = []
         module = self._model.get_submodule(self._reader.module)
-        with hooked([module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))]):
+        handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        try:
             self._shared(x)
+        finally:
+            handle.remove()
         return seen[0]
 
     def outputs(self, expert: int, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
