@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 PROVEN, WORKS, LEFT = "proven", "works", "left alone"
 # On the page; a command that names types also tries sublayers and the hidden size.
-COLUMNS = ("kv_groups", "query_heads", "mlp_neurons", "experts", "layers")
+COLUMNS = ("kv_groups", "query_heads", "mlp_neurons", "experts", "expert_neurons", "shared_neurons", "layers")
 # What default configurations lack to build a model, or to have a layer of each kind.
 _MIXED = ["linear_attention", "full_attention"]
 VALUES: dict[str, dict[str, Any]] = {

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -168,17 +169,12 @@ def _neurons_in(
     key: str,
 ) -> Group:
     """The neurons of experts as a group; `by_turns`: rows of gate and up alternate; a token sees `active` experts."""
-    number, stack, j = experts.size, _stack(experts).module, torch.arange(size)
+    number, stack = experts.size, _stack(experts).module
     in_stack = {name: name.rpartition(".")[0] == stack for name, _, _ in found}
     blocks = number + max((times for name, _, times in found if not in_stack[name]), default=0)
     slices, total, active_total = [], 0, 0.0
     for name, dim, times in found:
-        index = torch.full((blocks * size, times if in_stack[name] else 1), -1)
-        if in_stack[name]:
-            rows = j[:, None] * times + torch.arange(times) if by_turns else j[:, None] + torch.arange(times) * size
-            index[: number * size] = (torch.arange(number)[:, None, None] * (times * size) + rows).flatten(0, 1)
-        else:
-            index[number * size :, 0] = torch.arange(times * size)
+        index = _entries(blocks, number, size, times, in_stack[name], by_turns)
         slices.append(Slice(name, dim, index, in_stack[name]))
         total += own[name].numel()
         share = active / number * (own[name].ndim == 3) if in_stack[name] else 1
@@ -189,6 +185,18 @@ def _neurons_in(
         matrix_cost=active_total / units, least=blocks, key_in_config=key, router=experts.router,
         in_experts=True,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=16)  # the same for all layers, and large
+def _entries(blocks: int, number: int, size: int, times: int, in_stack: bool, by_turns: bool) -> torch.Tensor:
+    """Entries of each neuron in a tensor of all experts, or of the shared one; -1 for the neurons of the other."""
+    index, j = torch.full((blocks * size, times if in_stack else 1), -1), torch.arange(size)
+    if in_stack:
+        rows = j[:, None] * times + torch.arange(times) if by_turns else j[:, None] + torch.arange(times) * size
+        index[: number * size] = (torch.arange(number)[:, None, None] * (times * size) + rows).flatten(0, 1)
+    else:
+        index[number * size :, 0] = torch.arange(times * size)
+    return index
 
 
 def _tensors(module: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:

@@ -371,6 +371,12 @@ def test_a_large_shape_is_planned_without_weights():
         model = transformers.Qwen3MoeForCausalLM(config)
     plan = StructuredPruner(model, PruningConfig(units="experts")).plan(0.25)
     assert plan.ratio == pytest.approx(0.25, abs=0.004) and {one.keep for one in plan.groups} == {95}
+    pruner = StructuredPruner(model, PruningConfig(units="expert_neurons"))
+    plan = pruner.plan(0.25)
+    assert plan.ratio == pytest.approx(0.25, abs=0.01) and {one.keep % (128 * 8) for one in plan.groups} == {0}
+    # What is the same in all layers is in memory once.
+    first, *others = (group for group in pruner.structure.groups if group.kind == "expert_neurons")
+    assert len(others) == 47 and all(one.slices[0].index is first.slices[0].index for one in others)
 
 
 def test_neurons_are_paired_whatever_their_order():
