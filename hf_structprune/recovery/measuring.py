@@ -26,6 +26,7 @@ from ..evaluation.pictures import COLOURS, GREY, INK, make_panels, save, whole_n
 from ..evaluation.results import EvaluationResult
 from ..hardware import cuda_devices, release_memory
 from ..model.loading import load_model, load_tokenizer
+from ..model.measuring import context_length
 from .weights import as_before_training, is_sharded, underneath
 
 
@@ -80,8 +81,15 @@ class HeldOutText:
         The state of all random number generators and the mode of every module are afterwards what they were. The
         model underneath PEFT, DDP and `torch.compile` is run, and FSDP as a whole; with `autocast` in that dtype, and
         as `pruned` without its adapters: the model before training.
+
+        Raises:
+            ConfigurationError: The window is longer than the model's context.
         """
         plain = underneath(model)
+        if (context := context_length(plain)) is not None and self.window > context:
+            raise ConfigurationError(
+                f"`window` is {self.window}, but the model's context is {context} tokens: lower `window`."
+            )
         plain = _Whole(plain) if is_sharded(plain) else plain
         counts = [self.window - 1] * len(self.ids)
         with as_before_training(model) if pruned else contextlib.nullcontext(), without_trace():

@@ -31,6 +31,13 @@ def test_value_is_that_of_the_evaluation():
     assert held_out.describe()["tokens"] == expected.tokens == 5 * 31
 
 
+def test_a_window_longer_than_the_context_is_refused():
+    model, held_out = make_tiny(), make_text()
+    model.config.max_position_embeddings = 31
+    with pytest.raises(ConfigurationError, match="`window` is 32, but the model's context is 31 tokens: lower"):
+        held_out.measure(model)
+
+
 def test_adapters_count():
     model, held_out = make_lora(), make_text()
     before = held_out.measure(model)
