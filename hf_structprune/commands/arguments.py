@@ -201,7 +201,8 @@ def _build(cls: type, values: dict[str, Any], parser: _Parser, prefix: str = "")
         if is_dataclass(kind):
             chosen[field.name] = _build(kind, values, parser, f"{name}_")
         elif name in values:
-            if values[name] in (None, []) and field.default is MISSING:
+            needed = field.default is MISSING and field.default_factory is MISSING
+            if values[name] in (None, []) and needed:
                 parser.error(f"{POSITIONALS.get(field.name, (field.name.upper(),))[0]} is missing")
             chosen[field.name] = values[name]
     return cls(**chosen)

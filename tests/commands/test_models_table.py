@@ -40,6 +40,12 @@ def test_unknown_types_are_refused(capsys):
     assert "'lama' is no model type" in capsys.readouterr().err
 
 
+def test_all_types_are_tried_where_none_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr("hf_structprune.commands.models_table.model_types", lambda: ["opt"])
+    assert cli.main(["models", "--output", str(tmp_path / "models.md")]) == 0
+    assert list(read_markdown((tmp_path / "models.md").read_text())) == ["opt"]
+
+
 @pytest.fixture(scope="module")
 def page():
     if not PAGE.exists():
