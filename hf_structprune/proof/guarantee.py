@@ -130,7 +130,7 @@ def is_proven(model: PreTrainedModel) -> bool:
 
 
 def _key(model: PreTrainedModel, structure: ModelStructure) -> tuple:
-    values = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
+    values = {key: value for key, value in model.config.to_dict().items() if key not in ("_name_or_path", "dtype")}
     parts = [_parts(layer) for layer in structure.layers]
     facts = [values, parts, structure.notes, _silent_padding(model)]
     return type(model), json.dumps(facts, default=str, sort_keys=True)

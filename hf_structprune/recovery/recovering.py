@@ -113,6 +113,7 @@ def recover(
     need("trl", "peft", extra="recover")
     from trl import SFTTrainer
 
+    check_folder(output_dir)  # before a path is made of it: an empty name would be the working directory
     folder, training = Path(output_dir), training_folder(output_dir)
     check_place(folder, Path(model) if named else source_of(model))
     check_folder(training)

@@ -46,7 +46,7 @@ def test_first_dense_layers_of_a_mixture_stay_the_first():
 def test_experts_stay_enough_for_their_groups():
     groups = dict(n_routed_experts=256, n_group=8, topk_group=4, num_experts_per_tok=24)
     values, _ = shrunk("DeepseekV3Config", num_hidden_layers=4, **groups)
-    assert (values["n_routed_experts"], values["n_group"], values["topk_group"]) == (48, 8, 4)
+    assert (values["n_routed_experts"], values["n_group"], values["topk_group"]) == (56, 8, 4)  # one to spare
     values, _ = shrunk("Qwen3MoeConfig", num_hidden_layers=2, num_experts=128)
     assert values["num_local_experts"] == 16
 

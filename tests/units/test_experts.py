@@ -55,18 +55,20 @@ def prune(model, kind="experts", **options):
 def test_cut_is_as_if_they_were_not_there(name, kind):
     model = make_moe(name, torch.float64)
     dense, (keep, number) = copy.deepcopy(model), keep_of(model, kind)
-    pruner = prune(model, kind, keep=keep, compensation=False)
-    plan, after = pruner.last_plan, ModelStructure.of(pruner.model)
+    calibration = {"tokens": make_tokens(16, 16), "batch_size": 4}
+    pruner = StructuredPruner(model, PruningConfig(units=kind, keep=keep, compensation=False, calibration=calibration))
+    planned = pruner.plan()
+    pruner.prune()
+    plan, after, structure = pruner.last_plan, pruner.structure, ModelStructure.of(dense)
     kept = {(one.layer, one.kind): torch.tensor(one.kept) for one in plan.groups}
     assert all(len(units) == number for units in kept.values()) and kept
-    planned = StructuredPruner(dense, PruningConfig(units=kind, keep=keep)).plan()
     assert planned.matrix_parameters_after == after.matrix_parameters == plan.matrix_parameters_after
     assert planned.parameters_after == after.total_parameters
     before, masked = logits(dense, IDS), copy.deepcopy(dense)
-    mask_units(masked, ModelStructure.of(masked), kept)
-    with without_experts(masked, ModelStructure.of(masked).groups, kept):
+    mask_units(masked, structure, kept)
+    with without_experts(masked, structure.groups, kept):
         expected = logits(masked, IDS)
-    with without_experts(dense, ModelStructure.of(dense).groups, kept):
+    with without_experts(dense, structure.groups, kept):
         pass
     assert (expected - before).abs().max() > 1e-5
     torch.testing.assert_close(logits(pruner.model, IDS), expected, atol=1e-9, rtol=0)
