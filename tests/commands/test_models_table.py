@@ -48,8 +48,6 @@ def test_all_types_are_tried_where_none_is_named(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def page():
-    if not PAGE.exists():
-        pytest.skip("the page has not been computed")
     return read_markdown(PAGE.read_text())
 
 
@@ -63,9 +61,9 @@ def test_the_page_is_up_to_date(page, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", model_types())
+@pytest.mark.parametrize("name", model_types()[::8])
 def test_what_the_page_says_can_be_cut_is_found(page, name):
-    """The whole of it, with every kind tried, takes half an hour: `hf-structprune models --output docs/models.md`."""
+    """One type in eight; the whole, with every kind tried, takes half an hour: `hf-structprune models`."""
     try:
         model = build(name)
         towers = Towers(model) if has_towers(model.config) else None
