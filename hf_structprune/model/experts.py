@@ -233,14 +233,14 @@ class Routing:
         inputs: What the experts see of each token, shape (tokens, hidden).
         index: Numbers of its experts, shape (tokens, k).
         weights: Their weights, shape (tokens, k).
-        logits: What the router's linear map puts out, shape (tokens, experts).
+        logits: What the router's linear map puts out, shape (tokens, experts); `None` where nobody asks for it.
         scales_inputs: Whether the weights multiply the inputs of experts (Llama 4) and not their outputs.
     """
 
     inputs: torch.Tensor
     index: torch.Tensor
     weights: torch.Tensor
-    logits: torch.Tensor
+    logits: torch.Tensor | None
     scales_inputs: bool = False
 
     def of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from ..model.experts import Experts
+from ..model.experts import Experts, Routing
 from ..model.groups import Group, Slice, dropped, tensor_of
 from ..stats.routing import routing_statistics
 
@@ -35,10 +35,10 @@ def merge_experts(
     experts, inputs = Experts(model, group), list(inputs)
     tokens = routing_statistics(model, group, None, inputs).tokens
     x = experts.run(inputs[0])[1].inputs[:_SAMPLE]
-    means = torch.stack(
-        [nn.functional.linear(experts.inner(e, x), experts.down(e)).mean(0) for e in range(group.size)]
-    )
-    distance = torch.cdist(means.float(), means.float())
+    ones = torch.ones(len(x), 1, device=x.device)
+    alone = (Routing(x, torch.full_like(ones, expert, dtype=torch.long), ones, None) for expert in range(group.size))
+    means = torch.stack([experts.outputs(expert, routing)[1].mean(0) for expert, routing in enumerate(alone)])
+    distance = torch.cdist(means, means)
     gone, stay = dropped(group, kept).tolist(), kept.tolist()
     nearest = {expert: min(stay, key=lambda one: float(distance[expert, one])) for expert in gone}
     parts = {part.tensor: part for part in neurons.slices if part.stacked}

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-from .base import RoutedKind, WidthKind
+from .base import Reading, RoutedKind, WidthKind
 from .neurons import Neurons
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 class _InBlocks(WidthKind):
@@ -59,39 +64,50 @@ class ExpertNeurons(_InBlocks):
         return math.lcm(Neurons.multiple(self, whole, round_to, align_to), self.step)
 
 
-class SharedNeurons(_InBlocks):
+class SharedNeurons(WidthKind):
     """A neuron of the expert that all tokens share, where its width has a key of its own."""
 
     name, label = "shared_neurons", "neurons of shared experts"
+    sublayer = "mlp"
     part = "shared expert"
     aligns = True
+    multiple = Neurons.multiple
 
     def find(self, reading):
         from ..model.probe import grouped
 
-        return [
-            note
-            for key in self._keys(reading.config)
-            for note in grouped(self.name, key, reading.model, reading.layers)
-        ]
+        notes = []
+        for key in _shared_key(reading.config):
+            notes += grouped(self.name, key, reading.model, reading.layers)
+        return notes + _shared_left(reading)
 
     def config_keys(self, layer, family, config):
-        return self._keys(config)
+        return _shared_key(config)
 
     def config_values(self, layer, plan, family, config):
         group = layer.group(self.name)
         if group is None or plan.is_dropped(layer.index, self.name):
             return {}
-        return {self._keys(config)[0]: plan.keep(layer.index, self.name, group.size)}
+        return dict.fromkeys(_shared_key(config), plan.keep(layer.index, self.name, group.size))
 
-    input_width = WidthKind.input_width
-    multiple = Neurons.multiple
 
-    @staticmethod
-    def _keys(config) -> tuple[str, ...]:
-        names = ("shared_expert_intermediate_size", "shared_intermediate_size", "moe_shared_expert_intermediate_size")
-        values = config.to_dict()
-        return tuple(name for name in names if values.get(name) is not None)[:1]
+def _shared_key(config: PreTrainedConfig) -> tuple[str, ...]:
+    """The key that holds the width of shared experts alone; none where there is no such key."""
+    names = ("shared_expert_intermediate_size", "shared_intermediate_size", "moe_shared_expert_intermediate_size")
+    values = config.to_dict()
+    return tuple(name for name in names if values.get(name) is not None)[:1]
+
+
+def _shared_left(reading: Reading) -> list[str]:
+    """Says which shared experts no key of the configuration sizes, alone or together with the others."""
+    left = []
+    for structure, layer in reading.layers:
+        cut = {part.tensor for group in structure.groups for part in group.slices}
+        there = {name for name, _ in layer.named_parameters(prefix=structure.name)}
+        for names in (names for names in reading.family.mlps if "shared" in names.parent):
+            if f"{structure.name}.{names.output}.weight" in there - cut:
+                left.append(f"{names.parent}: no key of the configuration is its width, left alone")
+    return list(dict.fromkeys(left))
 
 
 EXPERTS = RoutedExperts.name

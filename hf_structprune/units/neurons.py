@@ -39,13 +39,8 @@ class Neurons(WidthKind):
             found = [note for names in reading.family.mlps for note in self._in_layer(structure, layer, names)]
             reasons[structure.index] = found
             coupled = any(getattr(module, "activation_sparsity", 0) for module in layer.modules())
-            if (
-                probed
-                and found
-                and not structure.group(self.name)
-                and not coupled
-                and not any(_OWN_KEY in one for one in found)
-            ):
+            other = structure.group(self.name) or any(_OWN_KEY in one for one in found)
+            if probed and found and not coupled and not other:
                 rest.append((structure, layer))
         notes = grouped(self.name, reading.family.width_key, reading.model, rest)
         for structure, _ in rest:

@@ -381,6 +381,15 @@ def test_a_large_shape_is_planned_without_weights():
     assert len(others) == 47 and all(one.slices[0].index is first.slices[0].index for one in others)
 
 
+def test_shared_experts_that_no_key_sizes_are_said(monkeypatch):
+    monkeypatch.setattr("hf_structprune.units.experts._shared_key", lambda config: ())
+    structure = ModelStructure.of(make_moe("qwen2_moe"))
+    assert "shared_neurons" not in structure.kinds()
+    assert "mlp.shared_expert: no key of the configuration is its width, left alone" in structure.notes
+    for name in ("dots1", "qwen3_moe"):  # the key of all experts sizes it; there is none
+        assert not any("shared" in note for note in ModelStructure.of(make_moe(name)).notes)
+
+
 def test_neurons_are_paired_whatever_their_order():
     generator = torch.Generator().manual_seed(0)
     rows, order = torch.randn(12, 5, generator=generator), torch.randperm(12, generator=generator)
@@ -424,6 +433,25 @@ def test_merged_experts_are_the_mean_of_those_nearest_weighted_by_their_tokens()
     weights = torch.tensor([seen[survivor], seen[gone]]).double() / (seen[survivor] + seen[gone])
     total = weights[0] * old.down_proj[survivor].sum(1) + weights[1] * old.down_proj[gone].sum(1)
     torch.testing.assert_close(new.down_proj[changed[0]].sum(1), total, atol=1e-5, rtol=1e-5)  # in whatever order
+
+
+@torch.no_grad()
+def test_the_nearest_expert_is_the_one_with_the_nearest_mean_output():
+    """Biases count: two experts that differ by the bias of what they put out alone."""
+    model = make_moe("gpt_oss", torch.float64)
+    group, neurons = groups_of(model)[-1], groups_of(model, "expert_neurons")[-1]
+    module = model.get_submodule(group.parent).experts
+    for name, parameter in module.named_parameters():
+        parameter[:] = parameter[:1].clone()
+        if name == "down_proj_bias":
+            parameter += torch.tensor([0.0, 5.0, 1.0, -9.0])[:, None].double()
+    x = torch.randn(4, 16, 32, dtype=torch.float64)
+    tokens = torch.bincount(Experts(model, group).run(x)[1].index.flatten(), minlength=4).double()
+    own = module.down_proj_bias.clone()
+    merge_experts(model, group, neurons, torch.tensor([1, 2, 3]), [x])  # 0 goes into 2
+    torch.testing.assert_close(module.down_proj_bias[[1, 3]], own[[1, 3]])
+    wanted = (own[0] * tokens[0] + own[2] * tokens[2]) / (tokens[0] + tokens[2])
+    torch.testing.assert_close(module.down_proj_bias[2], wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_merging_is_refused_where_nothing_is_merged():

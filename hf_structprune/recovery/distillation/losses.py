@@ -257,7 +257,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     of_weight += logits.t() @ states
                 if of_bias is not None:
                     of_bias += logits.sum(0, dtype=wide)
-                del logits  # before the next ones are there
+                del logits, other, own, both, total  # before the next ones are there
         ctx.save_for_backward(*(None if x is None else x.div_(scale) for x in gradients))
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.mark_non_differentiable(sums)
