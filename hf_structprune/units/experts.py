@@ -102,11 +102,11 @@ def _shared_left(reading: Reading) -> list[str]:
     """Says which shared experts no key of the configuration sizes, alone or together with the others."""
     left = []
     for structure, layer in reading.layers:
-        cut = {part.tensor for group in structure.groups for part in group.slices}
-        there = {name for name, _ in layer.named_parameters(prefix=structure.name)}
-        for names in (names for names in reading.family.mlps if "shared" in names.parent):
-            if f"{structure.name}.{names.output}.weight" in there - cut:
-                left.append(f"{names.parent}: no key of the configuration is its width, left alone")
+        cut = [part.tensor for group in structure.groups for part in group.slices]
+        for name, module in layer.named_modules():
+            shared = name.rpartition(".")[2].startswith("shared") and len(list(module.children())) > 1
+            if shared and not any(tensor.startswith(f"{structure.name}.{name}.") for tensor in cut):
+                left.append(f"{name}: no key of the configuration is its width, left alone")
     return list(dict.fromkeys(left))
 
 
