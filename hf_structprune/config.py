@@ -18,7 +18,18 @@ from .errors import ConfigurationError, RatioError
 from .files.reading import read_json_object
 from .files.writing import write_text
 from .text.calibration import CalibrationConfig
-from .units import HIDDEN, KINDS, NEURONS, DepthKind, RoutedKind, StreamKind, WidthKind, kinds_of, level_criteria
+from .units import (
+    HIDDEN,
+    KINDS,
+    NEURONS,
+    DepthKind,
+    RoutedKind,
+    SharedKind,
+    StreamKind,
+    WidthKind,
+    kinds_of,
+    level_criteria,
+)
 from .units.depth import LAYERS
 from .units.heads import GROUPS
 
@@ -190,10 +201,10 @@ class PruningConfig:
             return True
         return not isinstance(KINDS[kind], WidthKind) and bool(_given(self, *KINDS[kind].options))
 
-    @property
-    def stated_hidden_size(self) -> int | None:
-        """The hidden size that is asked for."""
-        return (self.keep or {}).get(HIDDEN, self.hidden_size)
+    def stated_size(self, kind: str) -> int | None:
+        """How many units of a kind that all layers share are to be left, if that is asked for."""
+        options = (getattr(self, option) for option in KINDS[kind].options)
+        return (self.keep or {}).get(kind, next((value for value in options if value is not None), None))
 
     def criterion_of(self, kind: str) -> str:
         """The criterion that ranks the units of a kind."""
@@ -358,7 +369,7 @@ def _not_cut(option: str, kinds: Iterable[str] | None, config: PruningConfig) ->
 def _in_layers(config: PruningConfig) -> Iterator[str]:
     """What the options that choose layers say against each other, and widths against `align_to`."""
     multiple = multiple_of(config.align_to)
-    sizes = {"hidden_size": config.stated_hidden_size}
+    sizes = {"hidden_size": config.stated_size(HIDDEN)}
     sizes |= {f"keep of {kind}": n for kind, n in (config.keep or {}).items() if KINDS[kind].aligns}
     for name, size in sizes.items():
         if size is not None and size % multiple:
@@ -425,11 +436,13 @@ def _between_kinds(config: PruningConfig) -> Iterator[str]:
     inside = [kind for kind in config.units if KINDS[kind].within_experts]
     if inside and config.kinds(kinds_of(RoutedKind)):
         yield f"`units` names '{inside[0]}' beside whole experts: cut the one first, and the other from the result."
-    if HIDDEN in config.units and len(config.units) > 1 and not split and not config.is_stated(HIDDEN):
-        yield (
-            "`units` names 'hidden' beside others, whose costs are not compared: give `hidden_size`, or a `split` "
-            "such as {'hidden': 0.5, 'mlp_neurons': 0.5}."
-        )
+    for kind in config.kinds(kinds_of(SharedKind)) if len(config.units) > 1 and not split else ():
+        if not config.is_stated(kind):
+            option = next(iter(KINDS[kind].options), "keep")
+            yield (
+                f"`units` names '{kind}' beside others, whose costs are not compared: give `{option}`, or a `split` "
+                f"such as {{'{kind}': 0.5, 'mlp_neurons': 0.5}}."
+            )
     if set(config.units) <= set(kinds_of(WidthKind)):
         return
     if config.by_kind:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -20,7 +20,7 @@ from .errors import ConfigurationError
 from .files.reading import read_json_object
 from .files.writing import write_text
 from .model.structure import ModelStructure
-from .units import HIDDEN, KINDS, LAYERS, DepthKind, StreamKind, WidthKind, kinds_of
+from .units import HIDDEN, KINDS, LAYERS, DepthKind, SharedKind, WidthKind, kinds_of
 
 
 PLAN_NAME = "pruning_plan.json"
@@ -54,7 +54,7 @@ class Decision:
             raise ConfigurationError(f"A decision is about the kind {self.kind!r}; there are {', '.join(KINDS)}.")
         kind, where = KINDS[self.kind], "" if self.layer is None else f"Layer {self.layer}: "
         least = 0 if isinstance(kind, DepthKind) and kind.sublayer else 1  # all attentions may go, not all layers
-        if not least <= self.keep <= self.before - isinstance(kind, StreamKind):
+        if not least <= self.keep <= self.before - isinstance(kind, SharedKind):
             raise ConfigurationError(
                 f"{where}{self.keep} of {self.before} {self.kind} cannot be kept; at least one must, and not "
                 "more than there are."
@@ -73,14 +73,14 @@ class Decision:
 
 
 def decisions_of(
-    groups: Iterable[Decision] = (), dropped: Dropped | None = None, hidden: Decision | None = None, layers: int = 0
+    groups: Iterable[Decision] = (), dropped: Dropped | None = None, shared: Iterable[Decision] = (), layers: int = 0
 ) -> list[Decision]:
-    """The decisions of a plan in one list: those about units in layers, about depth, about the residual stream."""
+    """The decisions of a plan in one list: those about units in layers, about depth, about what all layers share."""
     depth = []
     for kind, numbers in (dropped or {}).items():
         left = sorted(set(range(layers)) - set(numbers))
         depth.append(Decision(kind, None, layers, len(left), left))
-    return [*groups, *depth, *([hidden] if hidden is not None else [])]
+    return [*groups, *depth, *shared]
 
 
 def normalised(dropped: Dropped | None, structure: ModelStructure) -> Dropped:
@@ -191,15 +191,25 @@ class PruningPlan:
         return {decision.kind: decision.gone for decision in self.decisions if decision.kind in depth}
 
     @property
+    def shared(self) -> list[Decision]:
+        """The decisions about units that all layers share, in the order in which they are carried out."""
+        return [decision for kind in kinds_of(SharedKind) for decision in [self.of_model(kind)] if decision]
+
+    @property
     def hidden(self) -> Decision | None:
         """The decision about the residual stream; `None` if it stays as wide as it is."""
-        return next((decision for decision in self.decisions if decision.kind == HIDDEN), None)
+        return self.of_model(HIDDEN)
+
+    def of_model(self, kind: str) -> Decision | None:
+        """The decision about a kind of unit that all layers share; `None` if all of them stay."""
+        return next((one for one in self.decisions if one.kind == kind and one.layer is None), None)
 
     @classmethod
     def from_counts(
         cls, structure: ModelStructure, keep: dict[tuple[int, str], int], *, model_type: str, layout: str,
         ratio_requested: float | None = None, bytes_per_parameter: float = 2.0, dropped: Dropped | None = None,
         hidden: Decision | None = None, dense: ModelStructure | None = None,
+        shared: Sequence[tuple[Decision, ModelStructure]] = (),
     ) -> PruningPlan:  # fmt: skip
         """Makes a plan from the number of units to keep.
 
@@ -207,14 +217,19 @@ class PruningPlan:
             structure: Coupled groups of the model.
             keep: Units to keep for `(layer, kind)`; groups that are not named stay whole. For query heads this is
                 the number in **each surviving KV group**.
-            hidden: The decision for the residual stream; `structure` is then that of the model after it.
-            dense: Structure before the residual stream was cut; default `structure`.
+            hidden: The decision for the residual stream, where it is the only one about what all layers share.
+            dense: The structure before it.
+            shared: Decisions about what all layers share, in the order in which they are carried out, each with the
+                structure before it; `structure` is that of the model after all of them.
 
         Raises:
             ConfigurationError: What is dropped is not there, or nothing would be left.
         """
-        dropped, dense = normalised(dropped, structure), dense or structure
-        removed = Counter({HIDDEN: dense.total_parameters - structure.total_parameters})
+        shared = [(hidden, dense or structure), *shared] if hidden is not None else shared
+        dropped, stages = normalised(dropped, structure), [*(before for _, before in shared), structure]
+        dense, removed = stages[0], Counter()
+        for (decision, before), after in zip(shared, stages[1:], strict=True):
+            removed[decision.kind] = before.total_parameters - after.total_parameters
         decisions, weights, neurons_before, neurons_after = [], 0, 0, 0
         for group in structure.groups:
             kind, goes = KINDS[group.kind], is_dropped(dropped, group.layer, group.kind)
@@ -236,11 +251,11 @@ class PruningPlan:
         for kind, part in _parts(dropped, structure):
             removed[kind] += part.parameters
             weights += part.matrix_parameters
+        decisions = decisions_of(decisions, dropped, [one for one, _ in shared], len(structure.layers))
         return cls(
-            ratio_requested, model_type, layout, decisions_of(decisions, dropped, hidden, len(structure.layers)),
-            dense.total_parameters, dense.total_parameters - removed.total(),
-            dense.matrix_parameters, structure.matrix_parameters - weights, neurons_before, neurons_after,
-            bytes_per_parameter, list(structure.notes), len(structure.layers),
+            ratio_requested, model_type, layout, decisions, dense.total_parameters,
+            dense.total_parameters - removed.total(), dense.matrix_parameters, structure.matrix_parameters - weights,
+            neurons_before, neurons_after, bytes_per_parameter, list(structure.notes), len(structure.layers),
             {kind: count for kind, count in removed.items() if count},
         )  # fmt: skip
 
@@ -369,8 +384,8 @@ def _from_version_1(values: dict[str, Any]) -> list[Decision]:
     """The decisions of version 1, which kept units of layers, dropped layers and the hidden size apart."""
     groups = [Decision(g["kind"], g["layer"], g["num_units"], g["keep"], g.get("kept")) for g in values["groups"]]
     hidden = values.get("hidden")
-    hidden = hidden and Decision(HIDDEN, None, hidden["before"], hidden["keep"], hidden.get("kept"))
-    return decisions_of(groups, values.get("dropped"), hidden, values.get("num_layers", 0))
+    shared = [Decision(HIDDEN, None, hidden["before"], hidden["keep"], hidden.get("kept"))] if hidden else []
+    return decisions_of(groups, values.get("dropped"), shared, values.get("num_layers", 0))
 
 
 def _runs(groups: Iterable[Decision]) -> list[tuple[str, int, int]]:

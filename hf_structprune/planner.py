@@ -1,4 +1,4 @@
-"""Makes a plan: how the budget goes to the hidden size, to layers and sublayers, and to heads and neurons."""
+"""Makes a plan: how the budget goes to what all layers share, to layers and sublayers, and to heads and neurons."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .alignment import far_off, multiple_of, step_of
+from .alignment import far_off
 from .allocation.depth import DepthChoice, choose_depth
 from .allocation.removal import Unit, as_dropped
 from .allocation.widths import Budget, Counts, allocate, allocate_stated, next_counts
@@ -19,12 +19,12 @@ from .config import PruningConfig
 from .errors import CheckpointError, ConfigurationError, RatioError, UnsupportedModelError
 from .model.describe import approximations, expressible_heads, target_of, warnings_of
 from .model.groups import Group
-from .model.hidden_size import hidden_group, shrunk_target
 from .model.rebuild import has_weights
+from .model.shared_sizes import SIZED
 from .model.structure import ModelStructure
 from .plan import Decision, Dropped, PruningPlan, normalised, removed_by
 from .stats.survey import Survey, survey
-from .units import HIDDEN, KINDS, LAYERS, DepthKind, WidthKind, kinds_of
+from .units import KINDS, LAYERS, DepthKind, SharedKind, WidthKind, kinds_of
 
 
 _PATIENCE = 2  # removals that may cost more than they save before no more are tried
@@ -50,7 +50,7 @@ class Planner:
     def __post_init__(self) -> None:
         # What ratios and rounding of several steps refer to.
         self._dense = self.structure if self.config.iterative_steps > 1 else None
-        self._narrow = self.structure  # after the hidden size was cut, before anything else
+        self._narrow = self.structure  # after what all layers share was cut, before anything else
         self._head_counts = self._expressible_heads()
 
     @property
@@ -67,21 +67,21 @@ class Planner:
         """
         config, total = self.config, self.structure.total_parameters
         self.known = survey(self.model, self.structure, config, self.tokens) if self.looks_first else None
-        hidden, shell = self._hidden(ratio)
+        shared, shell = self._shared(ratio)
         budget = None if ratio is None else round(ratio * total)
-        left = self._left(budget, total - self._narrow.total_parameters, "hidden_size", "keep")
+        stating = [option for kind in kinds_of(SharedKind) for option in KINDS[kind].options]
+        left = self._left(budget, total - self._narrow.total_parameters, *stating, "keep")
         dropped = self._dropped(left)
         left = self._left(left, removed_by(dropped, self._narrow), "num_layers", "keep_first", "keep")
         counts: Counts = {}
         if config.kinds(kinds_of(WidthKind)):
-            if hidden and self._head_counts is not None:
+            if shared and self._head_counts is not None:
                 self._head_counts = expressible_heads(shell, self._narrow, config.layout)
-            goal = self._widths(ratio, dropped, left if hidden or dropped else None)
+            goal = self._widths(ratio, dropped, left if shared or dropped else None)
             counts = next_counts(self._budget(config, dropped), goal, steps_left)
-        dense = self.structure if hidden else None
         plan = describe(
             self.model, self._narrow, counts, config, layout=config.layout, ratio_requested=ratio, dropped=dropped,
-            hidden=hidden, dense=dense,
+            shared=shared,
         )  # fmt: skip
         target_of(shell, self._narrow, plan)  # raises if no checkpoint could hold the result
         return plan
@@ -99,54 +99,55 @@ class Planner:
                 )
         return max(0, budget - gone)
 
-    # Hidden size.
+    # What all layers share.
 
-    def _hidden(self, ratio: float | None) -> tuple[Decision | None, PreTrainedModel]:
-        """The new hidden size, and the model that has it (without weights)."""
-        self._narrow = self.structure
-        if HIDDEN not in self.config.units:
-            return None, self.model
-        group = hidden_group(self.model, self.structure)
-        stated = self.config.stated_hidden_size
+    def _shared(self, ratio: float | None) -> tuple[list[tuple[Decision, ModelStructure]], PreTrainedModel]:
+        """Decisions about it, each with the structure before it, and the model after them (without weights)."""
+        self._narrow, shell, found = self.structure, self.model, []
+        for kind in (kind for kind in kinds_of(SharedKind) if kind in self.config.units):
+            before = self._narrow
+            decision, shell = self._of_model(kind, shell, ratio)
+            found += [(decision, before)] if decision else []
+        return found, shell
+
+    def _of_model(
+        self, kind: str, shell: PreTrainedModel, ratio: float | None
+    ) -> tuple[Decision | None, PreTrainedModel]:
+        """How many units of a kind that all layers share stay, and the model that has as many (without weights)."""
+        group, stated = SIZED[kind].group(shell, self._narrow), self.config.stated_size(kind)
+        option, label = next(iter(KINDS[kind].options), "keep"), KINDS[kind].label
         if stated is not None and stated >= group.size:
-            raise ConfigurationError(f"`hidden_size` is {stated}; it must be less than the model's own, {group.size}.")
+            raise ConfigurationError(f"`{option}` is {stated}; it must be less than the model's own, {group.size}.")
         refused: CheckpointError | None = None
-        for size in [stated] if stated is not None else self._hidden_sizes(group, ratio):
+        for size in [stated] if stated is not None else self._nearest(group, label, ratio):
             if size == group.size:
-                return None, self.model
+                return None, shell
             try:
-                shell = shrunk_target(self.model, self.structure, size).skeleton()
-                self._narrow = ModelStructure.of(shell)
-                return Decision(HIDDEN, None, group.size, size), shell
+                small = SIZED[kind].target(shell, self._narrow, size).skeleton()
+                self._narrow = ModelStructure.of(small)
+                return Decision(kind, None, group.size, size), small
             except CheckpointError as error:  # some classes want a multiple of the number of heads
                 refused = refused or error
         raise refused
 
-    def _hidden_sizes(self, group: Group, ratio: float) -> list[int]:
-        """Hidden sizes, nearest to the ratio first: multiples as configured, else of 2^n, at most 1/16 and 128."""
+    def _nearest(self, group: Group, label: str, ratio: float) -> list[int]:
+        """Numbers of units that all layers share, nearest to the ratio first."""
         config = self.config
-        parameters = (config.split or {HIDDEN: 1.0})[HIDDEN] * ratio * self.structure.total_parameters
-        default = min(128, 2 ** int(math.log2(max(1, group.size // 16))))
-        step = step_of(config.round_to, config.align_to, default)
-        if config.align_to is not None and step >= group.size:
-            raise ConfigurationError(
-                f"`align_to` is {config.align_to!r}, but no hidden size below the model's own, {group.size}, is a "
-                f"multiple of {step}."
-            )
-        most = (group.size - step) * group.cost
+        parameters = (config.split or {group.kind: 1.0})[group.kind] * ratio * self.structure.total_parameters
+        sizes = KINDS[group.kind].sizes(group.size, config.round_to, config.align_to)
+        most = (group.size - min(sizes)) * group.cost
         if parameters > most:
             raise RatioError(
-                f"{parameters:,.0f} parameters are to go by the hidden size, which can take at most {most:,}. "
+                f"{parameters:,.0f} parameters are to go by the {label}, which can take at most {most:,}. "
                 "Ask for less."
             )
         wanted = group.size - parameters / group.cost
-        whole = {group.size} if group.size % multiple_of(config.align_to) == 0 else set()
-        return sorted({*range(step, group.size, step), *whole}, key=lambda size: (abs(size - wanted), -size))
+        return sorted(sizes, key=lambda size: (abs(size - wanted), -size))
 
     # Layers and sublayers.
 
     def _dropped(self, left: int | None) -> Dropped:
-        """Layers and sublayers that go; `left` is what the hidden size leaves of the budget."""
+        """Layers and sublayers that go; `left` is what is left of the budget for them."""
         kinds, config, layers = self.config.kinds(kinds_of(DepthKind)), self.config, self._narrow.layers
         self.depth = None
         if not kinds:
@@ -196,7 +197,7 @@ class Planner:
     def _choose_split(self, kinds: tuple[str, ...], left: int) -> Dropped:
         """Every kind of depth gets its own part of the budget, layers first: sublayers go from those that stay."""
         dropped: Dropped = {}
-        total = left / (1 - self.config.split.get(HIDDEN, 0))
+        total = left / (1 - sum(self.config.split.get(kind, 0) for kind in kinds_of(SharedKind)))
         for kind in sorted(kinds, key=kinds_of(DepthKind).index):
             amount = {"parameters": round(self.config.split[kind] * total)}
             chosen = self._choose((kind,), dropped, **amount)
@@ -336,7 +337,7 @@ def describe(
 
     Args:
         model: For its type and the size of its parameters.
-        structure: What the decisions refer to: after the hidden size was cut, before anything else.
+        structure: What the decisions refer to: after what all layers share was cut, before anything else.
         decided: The rest, for `PruningPlan.from_counts`.
     """
     plan = PruningPlan.from_counts(
@@ -346,7 +347,7 @@ def describe(
     hidden_size = plan.hidden.before if plan.hidden else model.config.hidden_size
     plan.warnings = warnings_of(structure, plan, hidden_size, config.align_to)
     plan.warnings += approximations(model, structure, plan)
-    if plan.ratio_requested is not None and (plan.groups or plan.hidden):
+    if plan.ratio_requested is not None and (plan.groups or plan.shared):
         plan.warnings += far_off(plan.ratio_requested, plan.ratio, config.align_to, config.round_to)
     return plan
 

@@ -1,4 +1,4 @@
-"""Carries plans out: checks that a plan fits, cuts hidden size, layers, heads and neurons, says what came out."""
+"""Carries plans out: checks that a plan fits, cuts what layers share, layers, heads, neurons, says what came out."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .criteria import make_criterion
 from .errors import ConfigurationError, UnsupportedModelError
 from .model.describe import target_of
 from .model.groups import Group, LayerStructure
-from .model.hidden_size import hidden_group, shrunk_target
 from .model.rebuild import rebuild
+from .model.shared_sizes import SIZED
 from .model.structure import ModelStructure
 from .model.surgery import Kept, drop
 from .model.target import Target
 from .plan import Decision, PruningPlan, normalised
 from .planner import describe, size_of
-from .refit.channels import cut_hidden
 from .refit.layer_by_layer import compress
+from .refit.shared import CUTS
 from .stats.survey import Survey, survey
 from .units import GROUPS, KINDS, QUERIES
 
@@ -42,7 +42,9 @@ class Execution:
     _plan: PruningPlan | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self._dense = self._narrow = self.structure  # narrow: after the hidden size was cut, before anything else
+        # narrow: after what all layers share was cut, before anything else
+        self._dense = self._narrow = self.structure
+        self._shared: list[tuple[Decision, ModelStructure]] = []  # what was, with the structure before
         # Of the dense model: the pruned one may be of another type.
         self._model_type, self._bytes = self.model.config.model_type, size_of(self.model)
         self._stay: Kept = {group.key: torch.arange(group.size) for group in self.structure.groups}
@@ -52,31 +54,33 @@ class Execution:
         self._plan, target = plan, self._prove(plan)
         if known is None and make_criterion(self.config).needs_gradients and not plan.chosen:
             known = survey(self.model, self.structure, self.config, self.tokens)
-        if plan.hidden is not None:
-            self._cut_hidden(plan.hidden)
+        for decision in plan.shared:
+            self._cut_shared(decision)
         if target is None and (plan.groups or plan.dropped):
             target = target_of(self.model, self.structure, plan)
         if target is not None:
             self._cut(plan, target, known or Survey())
 
     def _prove(self, plan: PruningPlan) -> Target | None:
-        """Builds what will come out, without weights, and raises early; `None` if the hidden size is cut first."""
+        """Builds what will come out, without weights, and raises early; `None` if something else is cut first."""
         shell, structure = self.model, self.structure
         if self.config.merge_experts:
             _check_merging(structure, plan)
-        if plan.hidden is not None:
-            shell = shrunk_target(self.model, self.structure, plan.hidden.keep).skeleton()
+        for decision in plan.shared:
+            shell = SIZED[decision.kind].target(shell, structure, decision.keep).skeleton()
             structure = ModelStructure.of(shell)
         target = target_of(shell, structure, plan)
         ModelStructure.of(target.skeleton(), whole=False)
-        return target if plan.hidden is None else None
+        return None if plan.shared else target
 
-    def _cut_hidden(self, decision: Decision) -> None:
-        """Cuts the residual stream, and writes into the decision which channels stay."""
+    def _cut_shared(self, decision: Decision) -> None:
+        """Cuts what all layers share, and writes into the decision which units stay."""
+        self._shared.append((decision, self.structure))
         kept = None if decision.kept is None else torch.tensor(decision.kept)
-        data_free = kept is not None or self.config.hidden_criterion == "magnitude"
+        data_free = kept is not None or self.config.criterion_of(decision.kind) == "magnitude"
         tokens = None if data_free and not self.config.compensation else self.tokens()
-        self.model, kept = cut_hidden(self.model, self.structure, decision.keep, self.config, tokens, kept)
+        cut = CUTS[decision.kind]
+        self.model, kept = cut(self.model, self.structure, decision.keep, self.config, tokens, kept)
         decision.kept = None if kept is None else kept.tolist()
         self.structure = self._narrow = ModelStructure.of(self.model)
 
@@ -104,7 +108,7 @@ class Execution:
         plan = self._plan
         result = describe(
             self.model, self._narrow, counts, self.config, layout=plan.layout, ratio_requested=ratio,
-            dropped=plan.dropped, hidden=plan.hidden, dense=self._dense if plan.hidden else None,
+            dropped=plan.dropped, shared=self._shared,
         )  # fmt: skip
         result.model_type = self._model_type
         result.notes += dict.fromkeys(self._notes)
@@ -151,8 +155,10 @@ def check_plan(model: PreTrainedModel, structure: ModelStructure, plan: PruningP
     Raises:
         ConfigurationError: Says which model the plan is for and which one this is, or what in it cannot be.
     """
-    if plan.hidden is not None and plan.hidden.before != (size := hidden_group(model, structure).size):
-        raise ConfigurationError(f"The plan is for a hidden size of {plan.hidden.before}; this model has {size}.")
+    for decision in plan.shared:
+        if decision.before != (size := SIZED[decision.kind].group(model, structure).size):
+            label = KINDS[decision.kind].label
+            raise ConfigurationError(f"The plan is for a {label} of {decision.before}; this model has {size}.")
     this = PruningPlan.from_counts(structure, {}, model_type=model.config.model_type, layout=plan.layout)
     names = ["model_type", "parameters_before", "matrix_parameters_before", "neurons_before"]
     names += ["num_layers"] if plan.num_layers else []

@@ -112,7 +112,7 @@ def _check_quantization(recipe: Recipe, source: ModelArguments) -> None:
     if plans_by_shapes(recipe.pruning, recipe.ratio):
         pruner = load_to_plan(source, recipe.pruning, recipe.ratio)
         plan = pruner.plan(recipe.ratio)
-        if plan.hidden is None:  # the plan is for the model after its residual stream is cut
+        if not plan.shared:  # the plan is for the model after what all layers share is cut
             model = target_of(pruner.model, pruner.structure, plan).skeleton()
     elif not set(recipe.pruning.units) - set(kinds_of(DepthKind)):
         model = load_shapes(source).model

@@ -64,8 +64,8 @@ def widths_figure(plan: PruningPlan, num_layers: int | None = None) -> Figure:
             panels.append((kind, before, kept))
     for kind in kinds_of(DepthKind, sublayer=True) if plan.dropped else ():
         panels.append((kind, [1] * len(layers), [int(not plan.is_dropped(layer, kind)) for layer in layers]))
-    if plan.hidden is not None:
-        panels.append((plan.hidden.kind, [plan.hidden.before] * len(layers), [plan.hidden.keep] * len(layers)))
+    for one in plan.shared:
+        panels.append((one.kind, [one.before] * len(layers), [one.keep] * len(layers)))
     if not panels:
         raise ConfigurationError("The plan cuts nothing, so there are no widths to draw.")
     title = f"Kept width of each layer (grey: cut), {100 * plan.ratio:.1f} % of all parameters gone"

@@ -6,7 +6,7 @@ option by what its class says; CONTRIBUTING.md tells how to add one.
 
 from __future__ import annotations
 
-from .base import DepthKind, Reading, RoutedKind, StreamKind, UnitKind, WidthKind
+from .base import DepthKind, Reading, RoutedKind, SharedKind, StreamKind, UnitKind, WidthKind
 from .depth import LAYERS, Attention, Layers, Mlp
 from .experts import ExpertNeurons, RoutedExperts, SharedNeurons
 from .heads import GROUPS, QUERIES, KVGroups, QueryHeads
@@ -15,8 +15,8 @@ from .neurons import NEURONS, Neurons
 
 
 __all__ = [
-    "GROUPS", "HIDDEN", "KINDS", "LAYERS", "NEURONS", "QUERIES", "DepthKind", "Reading", "RoutedKind", "StreamKind",
-    "UnitKind", "WidthKind", "kinds_of", "level_criteria",
+    "GROUPS", "HIDDEN", "KINDS", "LAYERS", "NEURONS", "QUERIES", "DepthKind", "Reading", "RoutedKind", "SharedKind",
+    "StreamKind", "UnitKind", "WidthKind", "kinds_of", "level_criteria",
 ]  # fmt: skip
 
 # In the order of tables and messages.
@@ -30,7 +30,7 @@ KINDS: dict[str, UnitKind] = {
 
 
 def kinds_of(level: type[UnitKind], *, sublayer: bool | None = None) -> tuple[str, ...]:
-    """Names of the kinds of a level: `WidthKind`, `DepthKind` or `StreamKind`.
+    """Names of the kinds of a level: `WidthKind`, `DepthKind` or `SharedKind`.
 
     With `sublayer` only those that are (not) in one half of a layer.
     """

@@ -182,7 +182,26 @@ class DepthKind(UnitKind):
         return layers and f"{self.heading} gone, counted from 0: {layers}"
 
 
-class StreamKind(UnitKind):
-    """Units that all layers share: channels of the residual stream."""
+class SharedKind(UnitKind):
+    """Units that all layers share: one decision says how many of them the model keeps.
+
+    `model.shared_sizes` says where they are and what a model with fewer is, `refit.shared` how they are cut.
+    """
+
+    def told(self, plan):
+        decision = plan.of_model(self.name)
+        return decision and f"{self.label.capitalize()}: {decision.keep} instead of {decision.before}"
+
+    def sizes(self, size: int, round_to: int | None, align_to: str | int | None) -> list[int]:
+        """Numbers of units that a model with `size` of them may keep to reach a ratio; options as in `PruningConfig`.
+
+        Raises:
+            ConfigurationError: The options allow none.
+        """
+        return list(range(1, size + 1))
+
+
+class StreamKind(SharedKind):
+    """Channels of the residual stream."""
 
     criterion_option = "hidden_criterion"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
+from ..alignment import multiple_of, step_of
+from ..errors import ConfigurationError
 from .base import StreamKind
 
 
@@ -13,8 +17,15 @@ class Hidden(StreamKind):
     criterion_option = "hidden_criterion"
     criteria = ("magnitude", "taylor", "activation", "pca")
 
-    def told(self, plan):
-        return plan.hidden and f"Hidden size: {plan.hidden.keep} instead of {plan.hidden.before}"
+    def sizes(self, size, round_to, align_to):
+        """Multiples as configured, else of 2^n, at most 1/16 and 128."""
+        step = step_of(round_to, align_to, min(128, 2 ** int(math.log2(max(1, size // 16)))))
+        if align_to is not None and step >= size:
+            raise ConfigurationError(
+                f"`align_to` is {align_to!r}, but no hidden size below the model's own, {size}, is a multiple of "
+                f"{step}."
+            )
+        return [*range(step, size, step), *([size] if size % multiple_of(align_to) == 0 else [])]
 
 
 HIDDEN = Hidden.name

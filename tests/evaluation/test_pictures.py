@@ -65,7 +65,7 @@ def test_widths(plan):
 def test_widths_of_what_is_dropped(plan):
     plan.num_layers = 5
     hidden = Decision("hidden", None, 32, 24)
-    plan.decisions = decisions_of(plan.groups, {"layers": [0], "attention": [3]}, hidden, 5)
+    plan.decisions = decisions_of(plan.groups, {"layers": [0], "attention": [3]}, [hidden], 5)
     axes = pictures.widths_figure(plan).axes
     assert [axis.get_ylabel() for axis in axes] == ["KV groups", "MLP neurons", *HALVES, "hidden size"]
     kept = [heights(axis.containers[1]) for axis in axes]

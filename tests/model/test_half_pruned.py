@@ -172,7 +172,7 @@ def test_a_whole_plan_is_proven_before_its_first_part_is_carried_out(monkeypatch
     plan.layout = "uniform"
     plan.groups[0].keep -= 1  # widths that differ, which the uniform layout cannot write
     calls = []
-    monkeypatch.setattr(execution, "cut_hidden", lambda *args: calls.append(args))
+    monkeypatch.setitem(execution.CUTS, "hidden", lambda *args: calls.append(args))
     with untouched(model, "uniform|cannot be", StructPruneError):
         pruner_of(model, **options).prune(plan)
     assert not calls

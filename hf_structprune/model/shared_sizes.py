@@ -1,0 +1,29 @@
+"""What all layers share, by kind of unit: where it is in a model, and what a model with less of it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from transformers import PreTrainedModel
+
+from ..units import HIDDEN
+from .groups import Group
+from .hidden_size import hidden_group, shrunk_target
+from .structure import ModelStructure
+from .target import Target
+
+
+class Sized(NamedTuple):
+    """A kind of unit that all layers share; both functions work on the meta device.
+
+    Attributes:
+        group: Its units in a model; an `UnsupportedModelError` if they cannot be cut.
+        target: Class and configuration of the model with so many of them; a `CheckpointError` if there is none.
+    """
+
+    group: Callable[[PreTrainedModel, ModelStructure], Group]
+    target: Callable[[PreTrainedModel, ModelStructure, int], Target]
+
+
+SIZED: dict[str, Sized] = {HIDDEN: Sized(hidden_group, shrunk_target)}

@@ -1,0 +1,22 @@
+"""How what all layers share is cut, by kind of unit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel
+
+from ..config import PruningConfig
+from ..model.structure import ModelStructure
+from ..units import HIDDEN
+from .channels import cut_hidden
+
+
+Cut = Callable[
+    [PreTrainedModel, ModelStructure, int, PruningConfig, torch.Tensor | None, torch.Tensor | None],
+    tuple[PreTrainedModel, torch.Tensor | None],
+]
+# Each gets the model, its structure, how many units stay, the configuration, calibration tokens (`None` where nothing
+# looks at text) and the numbers of the units that stay (`None` to rank them); returns the smaller model and those.
+CUTS: dict[str, Cut] = {HIDDEN: cut_hidden}
