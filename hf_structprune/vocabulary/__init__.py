@@ -1,0 +1,1 @@
+"""The vocabulary: which tokens stay, and the tokenizer without the others."""
