@@ -7,9 +7,10 @@ No trained mixture of experts is small enough for a laptop. The first command ma
 a folder; `--gguf-file` names a file in it), each MLP becoming 8 experts of which 2 are chosen, see `upcycling.py`. The
 second trains one: a Qwen3-MoE of 2M parameters on bytes (4 layers, 16 experts of which each byte is sent to 4). The
 text is the raw WikiText-2 split `train.txt` in FOLDER, or the packaged sample without it. Then a quarter and a half of
-the experts of every layer go. Figures are perplexity of a token, or of a byte, on the test text (`test.txt`, or the
-packaged one). Results go to benchmarks/results/experts.json (experts_upcycled.json), a table to the terminal. Another
-machine trains another model in the same minutes: compare rows, not runs.
+the experts of every layer go, by every criterion; merging is measured with `reap` alone. Figures are perplexity of a
+token, or of a byte, on the test text (`test.txt`, or the packaged one). Results go to benchmarks/results/experts.json
+(experts_upcycled.json), a table to the terminal. Another machine trains another model in the same minutes: compare
+rows, not runs.
 """
 
 from __future__ import annotations
@@ -83,13 +84,18 @@ def main() -> None:
     kept = (number * 3 // 4, number // 2)
     for criterion in options.criteria:
         for keep in kept:
-            for way, changes in WAYS.items():
+            for way, changes in ways(criterion).items():
                 name = f"{criterion}, {keep} of {number}, {way}"
                 rows[name] = pruned(model, windows, tokens, criterion, keep, changes)
                 print(name, f"{rows[name]['perplexity']:.2f}", f"{rows[name]['seconds']:.0f} s", flush=True)
         path = RESULTS / ("experts_upcycled.json" if options.upcycle else "experts.json")
         path.write_text(json.dumps({"rows": rows, "settings": settings(options, steps)}, indent=1) + "\n")
     show(rows, options.criteria, number, kept)
+
+
+def ways(criterion: str) -> dict[str, dict[str, bool]]:
+    """What is done about the experts that go, and the options of it."""
+    return {way: changes for way, changes in WAYS.items() if criterion == "reap" or "merge_experts" not in changes}
 
 
 def texts(folder: Path | None) -> tuple[str, str]:
@@ -160,7 +166,7 @@ def show(rows: dict[str, dict[str, float]], criteria: list[str], number: int, ke
         table.add_column(column)
     for criterion in criteria:
         names = (f"{criterion}, {keep} of {number}, {way}" for keep in kept for way in WAYS)
-        table.add_row(criterion, *(f"{rows[name]['perplexity']:.2f}" for name in names))
+        table.add_row(criterion, *(f"{rows[name]['perplexity']:.2f}" if name in rows else "" for name in names))
     Console().print(table)
 
 

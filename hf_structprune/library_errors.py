@@ -113,7 +113,7 @@ _FILES = {
 
 
 @contextmanager
-def readable(source: str | os.PathLike, part: str = "", subfolder: str | None = None) -> Iterator[None]:
+def readable(model: str | os.PathLike, part: str = "", subfolder: str | None = None) -> Iterator[None]:
     """Stands around calls of libraries that read a model, its configuration or its tokenizer, and around nothing else.
 
     `part` is what is read of it, for example `"config.json"`, if one file or kind of file.
@@ -123,7 +123,7 @@ def readable(source: str | os.PathLike, part: str = "", subfolder: str | None = 
             cannot make anything of it.
         HubError: The model is gated and the token has no access to it.
     """
-    name, place = str(source), Path(source)
+    name, place = str(model), Path(model)
     settle(name)
     if place.is_file():
         how = _FILES.get(place.suffix, "give a folder or the id of a model on the Hub").format(name=place.name)
@@ -144,22 +144,22 @@ def readable(source: str | os.PathLike, part: str = "", subfolder: str | None = 
         raise CheckpointError(_explain(name, folder, part, wrong)) from (wrong if is_masked(wrong) else None)
 
 
-def refuse_adapter(source: str | os.PathLike, **options: Any) -> None:
+def refuse_adapter(model: str | os.PathLike, **options: Any) -> None:
     """Refuses a folder or repository that holds an adapter of PEFT: Transformers would load its base model under it.
 
     A repository is looked at as far as it is in the cache or can be asked. A `CheckpointError` says what to do.
     """
     found: Any = None
-    if Path(source).is_dir():
-        found = Path(source, options.get("subfolder") or "", "adapter_config.json").is_file()
-    elif not can_only_be_a_path(str(source)):
+    if Path(model).is_dir():
+        found = Path(model, options.get("subfolder") or "", "adapter_config.json").is_file()
+    elif not can_only_be_a_path(str(model)):
         from transformers.utils import find_adapter_config_file
 
         with suppress(Exception):  # of the connection and of names that are no ids: what it is, cannot be told
-            found = find_adapter_config_file(str(source), **options)
+            found = find_adapter_config_file(str(model), **options)
     if found:
         raise CheckpointError(
-            f"{source} holds an adapter of PEFT, whose weights are not in its base model: merge it first, "
+            f"{model} holds an adapter of PEFT, whose weights are not in its base model: merge it first, "
             "`PeftModel.from_pretrained(base, ADAPTER).merge_and_unload().save_pretrained(FOLDER)`, and give FOLDER."
         )
 

@@ -121,8 +121,8 @@ class Recipe:
             recovery = Step(RecoveryConfig(**values), **beside, distillation=DistillationConfig(**distillation))
         if content.get("quantize"):
             values, beside = _section(content, "quantize")
-            source = folder if recovery is None else recovery.output_dir
-            quantization = Step(QuantizationConfig(**values), **{"output_dir": f"{source}-quantised", **beside})
+            trained = folder if recovery is None else recovery.output_dir
+            quantization = Step(QuantizationConfig(**values), **{"output_dir": f"{trained}-quantised", **beside})
         if content.get("evaluate") is not None:
             values, beside = _section(content, "evaluate")
             evaluation, dense_results = EvaluationConfig(**values), beside.get("dense_results") or dense_results

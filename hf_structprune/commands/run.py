@@ -27,7 +27,7 @@ from ..model.loading import load_config
 from ..model.towers import has_towers
 from ..plan import PruningPlan
 from ..pruner import StructuredPruner
-from ..quantization.quantizing import Source, backend_of, quantize
+from ..quantization.quantizing import Unquantised, backend_of, quantize
 from ..recovery.data import load_rows
 from ..recovery.recovering import newest_whole, recover, training_folder
 from ..units import DepthKind, kinds_of
@@ -84,47 +84,47 @@ def run_command(argv: Sequence[str]) -> None:
     if recipe.recovery is not None:
         need("trl", "peft", extra="recover")
         load_rows(recipe.recovery.dataset, split=recipe.recovery.split, max_samples=1)
-    source = dataclasses.replace(recipe.model, model=find_model(recipe.model.model).model)
+    dense = dataclasses.replace(recipe.model, model=find_model(recipe.model.model).model)
     if recipe.quantization is not None:
-        _check_quantization(recipe, source)
+        _check_quantization(recipe, dense)
     for folder in recipe.folders.values():
         (check_card if again else check_own_files)(folder)
     if Path(recipe.dense_results).is_file() and not again:
         check_file(Path(recipe.dense_results), EvaluationResult.load)
     if not options.dry_run:
-        _Run(recipe, source, again).all(options.push)
+        _Run(recipe, dense, again).all(options.push)
         return
     out = console()
-    out.print(load_to_plan(source, recipe.pruning, recipe.ratio).plan(recipe.ratio).table())
+    out.print(load_to_plan(dense, recipe.pruning, recipe.ratio).plan(recipe.ratio).table())
     for step in filter(None, (recipe.recovery, recipe.quantization)):
         out.print(f"Then {step.output_dir}: {step}")
 
 
-def _check_quantization(recipe: Recipe, source: ModelArguments) -> None:
+def _check_quantization(recipe: Recipe, dense: ModelArguments) -> None:
     """Finds out before any work whether the model can be quantised, as far as shapes tell.
 
     The shapes are those of the plan if it can be made without weights, else those of the dense model, which are right
     where layers go and nothing else; what was pruned in fact is looked at before a training that would be in vain.
     """
-    if has_towers(load_config(source.model, **source.loading_options())):
-        raise UnsupportedModelError(f"{source.model} sees: the section `quantize` is for models of text alone.")
+    if has_towers(load_config(dense.model, **dense.loading_options())):
+        raise UnsupportedModelError(f"{dense.model} sees: the section `quantize` is for models of text alone.")
     model = None
     if plans_by_shapes(recipe.pruning, recipe.ratio):
-        pruner = load_to_plan(source, recipe.pruning, recipe.ratio)
+        pruner = load_to_plan(dense, recipe.pruning, recipe.ratio)
         plan = pruner.plan(recipe.ratio)
         if not plan.shared:  # the plan is for the model after what all layers share is cut
             model = target_of(pruner.model, pruner.structure, plan).skeleton()
     elif not set(recipe.pruning.units) - set(kinds_of(DepthKind)):
-        model = load_shapes(source).model
+        model = load_shapes(dense).model
     if model is not None:
-        backend_of(Source(source.model, model, source.trust_remote_code), recipe.quantization.config)
+        backend_of(Unquantised(dense.model, model, dense.trust_remote_code), recipe.quantization.config)
 
 
 class _Run:
     """The steps of one recipe, each of which looks whether it is done."""
 
-    def __init__(self, recipe: Recipe, source: ModelArguments, again: bool) -> None:
-        self.recipe, self.source, self.again, self.base = recipe, source, again, recipe.model.model
+    def __init__(self, recipe: Recipe, dense: ModelArguments, again: bool) -> None:
+        self.recipe, self.dense, self.again, self.base = recipe, dense, again, recipe.model.model
         self.folders, self.out = recipe.folders, console()
         self.folder, self.final = Path(recipe.output_dir), list(recipe.folders.values())[-1]
         for folder in self.folders.values():
@@ -137,7 +137,7 @@ class _Run:
         self._prune()
         self._finish(self.folder, "pruned")
         if quantization is not None:  # found out before a training that would be in vain
-            backend_of(Source.read(str(self.folder), False), quantization.config)
+            backend_of(Unquantised.read(str(self.folder), False), quantization.config)
         if recovery is not None:
             self._make(recovery, "recovered", "recover", RECOVERY_NAME, recovery.config.to_public_dict())
         if quantization is not None:
@@ -158,13 +158,13 @@ class _Run:
         measured = self.recipe.evaluation is None or (not self.again and dense.exists())
         if pruned and measured:
             return
-        pruner = load_pruner(self.source, self.recipe.pruning)
+        pruner = load_pruner(self.dense, self.recipe.pruning)
         if not measured:
             self.out.print(f"Measuring {self.base} ...")
             self._evaluate(pruner.model, pruner.tokenizer, Path(self.recipe.dense_results), self.base, "dense")
         if not pruned:
             self.out.print(f"Pruning {self.base} ...")
-            if self.source.model != self.base:  # the card names the model, not the cache it was read from
+            if self.dense.model != self.base:  # the card names the model, not the cache it was read from
                 pruner.origin = Origin.of(self.base).with_options_of(pruner.origin)
             pruner.prune(self.recipe.ratio)
             pruner.save_pretrained(self.folder)
@@ -201,16 +201,16 @@ class _Run:
         self.out.print(f"Recovering {self.folder} ...")
         resume = not self.again and newest_whole(training_folder(step.output_dir))[0] is not None
         recover(
-            self.folder, step.dataset, step.output_dir, step.config, split=step.split, dense=self.source.model,
-            teacher=self.source.model, teacher_name=self.base, resume=resume, distillation=step.distillation,
-            overwrite=self.again, trust_remote_code=self.source.trust_remote_code,
+            self.folder, step.dataset, step.output_dir, step.config, split=step.split, dense=self.dense.model,
+            teacher=self.dense.model, teacher_name=self.base, resume=resume, distillation=step.distillation,
+            overwrite=self.again, trust_remote_code=self.dense.trust_remote_code,
         )  # fmt: skip
 
     def _quantise(self, step: Step) -> None:
         """Quantises the last checkpoint."""
-        source = list(self.folders.values())[-2]
-        self.out.print(f"Quantising {source} ...")
-        quantize(str(source), step.output_dir, step.config, overwrite=self.again)
+        trained = list(self.folders.values())[-2]
+        self.out.print(f"Quantising {trained} ...")
+        quantize(str(trained), step.output_dir, step.config, overwrite=self.again)
 
     def _finish(self, folder: Path, state: str) -> None:
         """Measures a checkpoint as its users will load it, and describes it."""
@@ -233,7 +233,7 @@ class _Run:
         if not self.recipe.evaluation.efficiency or all("efficiency/parameters" in r.figures for r in results):
             return
         self.out.print("Measuring size, memory and speed of all ...")
-        subjects = [Subject(self.source, "dense", None)]
+        subjects = [Subject(self.dense, "dense", None)]
         subjects += [Subject(self._result(folder), state, self.base) for state, folder in self.folders.items()]
         timed = take_turns_apart(subjects, EfficiencyConfig(seed=self.recipe.evaluation.seed), TURNS)
         for file, result, figures in zip(files, results, timed, strict=True):
@@ -244,7 +244,7 @@ class _Run:
 
     def _result(self, folder: Path) -> ModelArguments:
         """A checkpoint, on the devices that the recipe names."""
-        return ModelArguments(str(folder), device=self.source.device, device_map=self.source.device_map)
+        return ModelArguments(str(folder), device=self.dense.device, device_map=self.dense.device_map)
 
     def _describe(self, folder: Path) -> None:
         """The results of the states before, picture, recipe and card in the folder."""
@@ -286,9 +286,9 @@ def demo_command(argv: Sequence[str]) -> None:
     check_output(options.output_dir, overwrite=(folder / CONFIG_NAME).exists())
     out, started = console(), time.monotonic()
     # In bfloat16 a CPU without instructions for it is five times slower.
-    source = dataclasses.replace(find_model(options.model), dtype="auto" if cpu_has_bf16() else "fp32")
-    pruner = load_pruner(source)
-    if source.model != options.model:
+    dense = dataclasses.replace(find_model(options.model), dtype="auto" if cpu_has_bf16() else "fp32")
+    pruner = load_pruner(dense)
+    if dense.model != options.model:
         pruner.origin = Origin.of(options.model).with_options_of(pruner.origin)
     out.print(f"1/4  Loaded {options.model}; measuring the dense model ...")
     dense = _measure_demo(pruner, options.model, "dense", options.prompt)
@@ -299,7 +299,7 @@ def demo_command(argv: Sequence[str]) -> None:
     pruned = _measure_demo(pruner, folder.name, "pruned", options.prompt)
     pruned.base_model = options.model
     pruner.save_pretrained(folder)
-    subjects = [Subject(source, "dense", None), Subject(ModelArguments(str(folder)), "pruned", options.model)]
+    subjects = [Subject(dense, "dense", None), Subject(ModelArguments(str(folder)), "pruned", options.model)]
     for result, timed in zip((dense, pruned), take_turns_apart(subjects, EfficiencyConfig(), 1), strict=True):
         result.add(*timed.figures.values())
     dense.save(folder / DENSE_RESULTS_NAME)

@@ -109,14 +109,14 @@ def export_gguf(
     return Exported(output, output.stat().st_size, details, notes)
 
 
-def _quantise(source: Path, target: Path, file_type: int) -> None:
+def _quantise(whole: Path, target: Path, file_type: int) -> None:
     """Lets llama.cpp write a file (f32, f16 or bf16) in fewer bits."""
     import llama_cpp
 
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = file_type
-    if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(parameters)) != 0:
-        raise ExportError(f"llama.cpp could not quantise {source.name}; what it says is on stderr.")
+    if llama_cpp.llama_model_quantize(str(whole).encode(), str(target).encode(), ctypes.byref(parameters)) != 0:
+        raise ExportError(f"llama.cpp could not quantise {whole.name}; what it says is on stderr.")
 
 
 def _remarks(config: PreTrainedConfig, architecture: str, quant: str, matrices: list[tuple[str, int]]) -> list[str]:

@@ -63,20 +63,20 @@ def save_checkpoint(
 STILL_TRUE = (CONFIG_NAME, PLAN_NAME, DENSE_RESULTS_NAME, WIDTHS_NAME)
 
 
-def copy_files(source: Path, target: Path, names: Sequence[str]) -> None:
+def copy_files(earlier: Path, target: Path, names: Sequence[str]) -> None:
     """Copies those of the files that are there."""
     for name in names:
-        if (source / name).is_file():
+        if (earlier / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, target / name)
+            shutil.copyfile(earlier / name, target / name)
 
 
-def write_card_from(source: Path, path: Path, folder: Path, previous: str) -> None:
+def write_card_from(earlier: Path, path: Path, folder: Path, previous: str) -> None:
     """Writes the card of a checkpoint that was made from another one, into `path`, which will be `folder`.
 
-    It keeps the marked texts and the metadata of `previous`, the card in the folder now, or else of that of `source`.
+    It keeps the marked texts and the metadata of `previous`, the card in the folder now, or else of that of `earlier`.
     """
-    theirs = read_text(source / CARD_NAME)
+    theirs = read_text(earlier / CARD_NAME)
     replaced = previous or (theirs if is_ours(theirs) else "")
     or_say(lambda: write_card(path, name=card_name(folder, previous), previous=replaced), "The card", folder)
 
@@ -178,19 +178,19 @@ def choose_files(folder: Path) -> tuple[list[str], list[str]]:
     return go, list(dict.fromkeys(stay))
 
 
-def take_over(source: Path, target: Path) -> None:
+def take_over(earlier: Path, target: Path) -> None:
     """Copies what stands beside the weights of one checkpoint (results, pictures, recipe, card) to another.
 
     Only if both have the same weights: what was measured on others is not true of these.
     """
-    if not (source / CARD_NAME).is_file():
+    if not (earlier / CARD_NAME).is_file():
         return
-    if _digests(source) != _digests(target):
-        logger.warning(f"The model has changed since it was saved to {source}: the results there are left out.")
+    if _digests(earlier) != _digests(target):
+        logger.warning(f"The model has changed since it was saved to {earlier}: the results there are left out.")
         return
     weights = (".safetensors", ".safetensors.index.json")
-    names = [name for name in choose_files(source)[0] if not (name.endswith(weights) or (target / name).exists())]
-    copy_files(source, target, [CARD_NAME, *names])
+    names = [name for name in choose_files(earlier)[0] if not (name.endswith(weights) or (target / name).exists())]
+    copy_files(earlier, target, [CARD_NAME, *names])
 
 
 def _digests(folder: Path) -> dict[str, bytes]:

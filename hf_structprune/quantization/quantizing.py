@@ -44,7 +44,7 @@ Save = Callable[[Path], None]
 
 
 @dataclass(frozen=True)
-class Source:
+class Unquantised:
     """A model (folder or Hub id) that is not quantised yet; `shapes` is it on the meta device, in its dtype."""
 
     name: str
@@ -52,7 +52,7 @@ class Source:
     trust_remote_code: bool = False
 
     @classmethod
-    def read(cls, name: str | os.PathLike, trust_remote_code: bool = False) -> Source:
+    def read(cls, name: str | os.PathLike, trust_remote_code: bool = False) -> Unquantised:
         """Reads the configuration; raises a `CheckpointError` without such a model, or if it is quantised already."""
         name, remote = str(name), {"trust_remote_code": trust_remote_code}
         config = load_config(name, **remote)
@@ -96,8 +96,8 @@ class Backend:
     # device gets parts of it.
     while_loading: bool = False
 
-    def __init__(self, source: Source, config: QuantizationConfig):
-        self.source, self.config = source, config
+    def __init__(self, original: Unquantised, config: QuantizationConfig):
+        self.original, self.config = original, config
 
     @property
     def device(self) -> str:
@@ -117,9 +117,9 @@ class Backend:
     def check_groups(self, whole_row: bool = True) -> None:
         """Refuses a group size that some layer's inputs are no multiple of; -1 is a whole row, where there is that."""
         size = self.config.group_size
-        for name, (_, columns) in self.source.linears.items():
+        for name, (_, columns) in self.original.linears.items():
             if (size == -1 and not whole_row) or (size != -1 and columns % size):
-                fitting = [*map(str, dividing_group_sizes(inputs for _, inputs in self.source.linears.values()))]
+                fitting = [*map(str, dividing_group_sizes(inputs for _, inputs in self.original.linears.values()))]
                 fitting += ["-1 (a whole row)"] if whole_row else []
                 sizes = f"Sizes that divide all layers: {', '.join(fitting)}. " if fitting else ""
                 raise ConfigurationError(
@@ -129,17 +129,17 @@ class Backend:
 
     def estimate(self, group: int | None = None) -> int:
         """About how many bytes will be written: of a group, its weights, a scale and a zero point of 4 bytes."""
-        shapes, group = self.source.linears.values(), group or self.group_size or -1
+        shapes, group = self.original.linears.values(), group or self.group_size or -1
         weights = sum(rows * columns for rows, columns in shapes)
         groups = weights / group if group > 0 else sum(rows for rows, _ in shapes)
-        rest = self.source.bytes - weights * self.source.shapes.dtype.itemsize
+        rest = self.original.bytes - weights * self.original.shapes.dtype.itemsize
         return int(rest + weights * self.config.bits / 8 + groups * 4)
 
     def memory(self) -> int:
         """About how many bytes the weights take at most: 176 MB for 432 MB of SmolLM2, nf4 or int8 of bitsandbytes."""
         if not self.while_loading:
-            return self.source.bytes
-        return self.estimate() + max(p.numel() * p.element_size() for p in self.source.shapes.parameters())
+            return self.original.bytes
+        return self.estimate() + max(p.numel() * p.element_size() for p in self.original.shapes.parameters())
 
     def notes(self) -> list[str]:
         """What a user of the result has to know."""
@@ -151,13 +151,13 @@ class Backend:
 
     def calibration(self, tokenizer: Any) -> torch.LongTensor:
         """Token ids of shape `(num_samples, length)` for the methods that look at activations."""
-        asked, context = self.config.calibration, context_length(self.source.shapes)
+        asked, context = self.config.calibration, context_length(self.original.shapes)
         if context is not None and asked.length > context:
             raise ConfigurationError(
                 f"`calibration.length` is {asked.length}, but the model's context is {context} tokens."
             )
         tokens = load_tokens(asked, tokenizer)
-        check_token_ids(tokens, self.source.shapes.get_input_embeddings().weight.shape[0])
+        check_token_ids(tokens, self.original.shapes.get_input_embeddings().weight.shape[0])
         return tokens
 
 
@@ -179,7 +179,7 @@ class BitsAndBytes(Backend):
     def notes(self) -> list[str]:
         widths = []
         for number, what, multiple in ((1, "inputs", 64), (0, "outputs", 32)):  # what 4-bit kernels of CPUs want
-            odd = sorted({shape[number] for shape in self.source.linears.values() if shape[number] % multiple})
+            odd = sorted({shape[number] for shape in self.original.linears.values() if shape[number] % multiple})
             shown = ", ".join([*map(str, odd[:5]), *(["..."] if len(odd) > 5 else [])])
             widths += [f"{shown} {what}, no multiples of {multiple}"] if odd else []
         if self.config.bits == 8 or not widths:
@@ -197,10 +197,10 @@ class BitsAndBytes(Backend):
         if config.bits == 4:
             settings = {
                 "load_in_4bit": True, "bnb_4bit_quant_type": config.four_bit_type,
-                "bnb_4bit_use_double_quant": config.double_quant, "bnb_4bit_compute_dtype": self.source.shapes.dtype,
+                "bnb_4bit_use_double_quant": config.double_quant, "bnb_4bit_compute_dtype": self.original.shapes.dtype,
             }  # fmt: skip
         settings = BitsAndBytesConfig(**settings)
-        return self.source.load(device_map={"": self.device}, quantization_config=settings).save_pretrained
+        return self.original.load(device_map={"": self.device}, quantization_config=settings).save_pretrained
 
 
 class TorchAo(Backend):
@@ -229,7 +229,7 @@ class TorchAo(Backend):
 
         size = self.group_size
         settings = TorchAoConfig(Int8WeightOnlyConfig() if size is None else Int4WeightOnlyConfig(group_size=size))
-        return self.source.load(device_map={"": self.device}, quantization_config=settings).save_pretrained
+        return self.original.load(device_map={"": self.device}, quantization_config=settings).save_pretrained
 
 
 class AutoRound(Backend):
@@ -251,7 +251,7 @@ class AutoRound(Backend):
 
         config, rows = self.config, self.calibration(tokenizer)
         rounding = Rounding(
-            self.source.load(), tokenizer, bits=config.bits, group_size=config.group_size, sym=config.sym,
+            self.original.load(), tokenizer, bits=config.bits, group_size=config.group_size, sym=config.sym,
             iters=config.iterations, seed=config.seed, device_map=self.device,
             dataset=list(rows.split(config.calibration.batch_size)),
             seqlen=rows.shape[1], nsamples=rows.shape[0], batch_size=config.calibration.batch_size,
@@ -274,20 +274,20 @@ class Gptq(Backend):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of what is not quantised."""
-        return self.source.shapes.dtype
+        return self.original.shapes.dtype
 
     def check(self) -> None:
         super().check()
         self.check_groups()
-        for name, shape in self.source.linears.items():
+        for name, shape in self.original.linears.items():
             if any(width % 32 for width in shape):
                 raise UnsupportedModelError(
                     f"{name} has {shape[0]} outputs and {shape[1]} inputs; GPTQModel packs weights where both are "
                     "multiples of 32: choose bitsandbytes, or prune with `PruningConfig(align_to=32)`."
                 )
-        if self.source.shapes.config.is_heterogeneous:
+        if self.original.shapes.config.is_heterogeneous:
             raise UnsupportedModelError(
-                f"{self.source.name} has layers of different widths, which GPTQModel builds all alike: quantise it "
+                f"{self.original.name} has layers of different widths, which GPTQModel builds all alike: quantise it "
                 "with bitsandbytes or torchao, or prune with `layout='uniform'`."
             )
 
@@ -301,11 +301,11 @@ class Gptq(Backend):
             os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
         from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
-        config, source, rows = self.config, self.source, self.calibration(tokenizer)
+        config, original, rows = self.config, self.original, self.calibration(tokenizer)
         settings = {"bits": config.bits, "group_size": config.group_size, "sym": config.sym, **self.settings}
         model = GPTQModel.load(
-            source.name, QuantizeConfig(**settings, device=self.device),
-            trust_remote_code=source.trust_remote_code, dtype=self.dtype,
+            original.name, QuantizeConfig(**settings, device=self.device),
+            trust_remote_code=original.trust_remote_code, dtype=self.dtype,
         )  # fmt: skip
         with _logs_elsewhere():
             model.quantize(
@@ -327,14 +327,14 @@ class Gptq(Backend):
             meta = {key: value for key, value in settings.get("meta", {}).items() if not key.endswith("_path")}
             return {**settings, "meta": meta}
 
-        config, file = copy.deepcopy(self.source.shapes.config), path / "quantize_config.json"
+        config, file = copy.deepcopy(self.original.shapes.config), path / "quantize_config.json"
         config.dtype = self.dtype
         config.quantization_config = without_paths(read_json_object(path / "config.json")["quantization_config"])
         config.save_pretrained(path)
         if file.is_file():
             write_text(file, json.dumps(without_paths(read_json_object(file)), indent=2) + "\n")
         try:
-            GenerationConfig.from_pretrained(self.source.name).save_pretrained(path)
+            GenerationConfig.from_pretrained(self.original.name).save_pretrained(path)
         except OSError:  # the model has none, and Transformers makes one from its configuration
             (path / "generation_config.json").unlink(missing_ok=True)
 
@@ -372,7 +372,7 @@ class Awq(Gptq):
 
     def check(self) -> None:
         super().check()
-        for name, (rows, _) in self.source.linears.items():
+        for name, (rows, _) in self.original.linears.items():
             if rows % 64:  # GPTQModel searches for the best clipping of so many outputs at once
                 raise UnsupportedModelError(
                     f"{name} has {rows} outputs, and AWQ takes 64 at once: prune to widths that are multiples of 64, "
@@ -385,9 +385,9 @@ BACKENDS: dict[str, type[Backend]] = {
 }  # fmt: skip
 
 
-def backend_of(source: Source, config: QuantizationConfig) -> Backend:
+def backend_of(original: Unquantised, config: QuantizationConfig) -> Backend:
     """The method that a configuration names, after its check, see `Backend.check`."""
-    backend = BACKENDS[config.method](source, config)
+    backend = BACKENDS[config.method](original, config)
     backend.check()
     return backend
 
@@ -425,24 +425,24 @@ def quantize(
     config, folder = config or QuantizationConfig(), Path(output_dir)
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ConfigurationError(f"{folder} is not empty; choose another `output_dir` or say `overwrite`.")
-    source = Source.read(model, trust_remote_code)
-    backend = backend_of(source, config)
-    if source.folder is not None:
-        check_own_files(source.folder)
+    original = Unquantised.read(model, trust_remote_code)
+    backend = backend_of(original, config)
+    if original.folder is not None:
+        check_own_files(original.folder)
     check_card(folder)
     check_room(folder, backend.estimate())
     check_memory(backend)
     for note in backend.notes():
         logger.warning(note)
     set_seed(config.seed)
-    tokenizer = load_tokenizer(source.name, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(original.name, trust_remote_code=trust_remote_code)
     save = backend.run(tokenizer)
     report = {
         "schema_version": SCHEMA_VERSION, "method": config.method, "bits": config.bits,
         "group_size": backend.group_size, "configuration": public_config(config).to_dict(),
-        "model": source.name if source.folder is None else source.folder.absolute().name,  # never its path
+        "model": original.name if original.folder is None else original.folder.absolute().name,  # never its path
         "versions": {**versions(), **{library: version(library) for library in backend.libraries}},
-        "weights": {"parameters": source.shapes.num_parameters(), "bytes": None, "bytes_before": source.bytes},
+        "weights": {"parameters": original.shapes.num_parameters(), "bytes": None, "bytes_before": original.bytes},
         "notes": backend.notes(),
     }  # fmt: skip
     previous = read_text(folder / CARD_NAME)
@@ -453,16 +453,16 @@ def quantize(
             tokenizer.save_pretrained(path)
         report["weights"]["bytes"] = sum(file.stat().st_size for file in path.glob("*.safetensors"))
         write_text(path / QUANTIZATION_NAME, json.dumps(report, indent=1) + "\n")
-        if source.folder is None:
+        if original.folder is None:
             return
         # What was measured before comes along under the name of its state, as do how it was pruned and recovered.
-        for results in sorted(source.folder.glob("evaluation_results*.json"), reverse=True):
+        for results in sorted(original.folder.glob("evaluation_results*.json"), reverse=True):
             state = EvaluationResult.load(results).state
             if results.name in (RESULTS_NAME, f"evaluation_results_{state}.json"):
                 shutil.copyfile(results, path / f"evaluation_results_{state}.json")
-        if is_pruned(source.folder):
-            copy_files(source.folder, path, (*STILL_TRUE, RECOVERY_NAME, PICTURE_NAME))
-            write_card_from(source.folder, path, folder, previous)
+        if is_pruned(original.folder):
+            copy_files(original.folder, path, (*STILL_TRUE, RECOVERY_NAME, PICTURE_NAME))
+            write_card_from(original.folder, path, folder, previous)
 
     write_folder(folder, write, size=backend.estimate())
     return QuantizationResult(folder, report)
@@ -476,6 +476,6 @@ def check_memory(backend: Backend) -> None:
         where, free = "of this machine", psutil.virtual_memory().available
     if needed > free:
         raise CheckpointError(
-            f"{backend.source.name} needs about {needed / 1e9:.2f} GB to be quantised by {backend.config.method}, but "
-            f"{free / 1e9:.2f} GB of the memory {where} are free: quantise it on a larger one."
+            f"{backend.original.name} needs about {needed / 1e9:.2f} GB to be quantised by {backend.config.method}, "
+            f"but {free / 1e9:.2f} GB of the memory {where} are free: quantise it on a larger one."
         )

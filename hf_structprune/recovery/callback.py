@@ -27,7 +27,7 @@ from ..installed import versions
 from ..model.measuring import context_length, measuring
 from ..quantization.four_bit import compute_as_stored
 from .measuring import HeldOutText, Point, RecoveryCurve, dense_log_perplexity, exp, measuring_steps
-from .save import check_place, describe_training, save_all, source_of
+from .save import check_place, describe_training, folder_of, save_all
 from .weights import BEST_FOLDER, BestWeights, agreed, check_trainable, copy_file, underneath
 
 
@@ -125,7 +125,7 @@ class LoraRecoveryCallback(TrainerCallback):
         check_trainable(model)
         compute_as_stored(model)
         if self.merge:
-            check_place(self._merged(args), source_of(model))
+            check_place(self._merged(args), folder_of(model))
         if args.metric_for_best_model in (METRIC, METRIC.removeprefix("eval_")) and args.greater_is_better:
             # Transformers takes any metric for one of which more is better, unless its name ends with `loss`.
             logger.warning(f"{METRIC} is better when lower, so `greater_is_better` is set to False.")

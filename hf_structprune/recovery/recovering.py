@@ -30,7 +30,7 @@ from ..model.measuring import context_length
 from .callback import STATE_NAME, LoraRecoveryCallback
 from .configuration import DistillationConfig, RecoveryConfig
 from .data import load_rows, prepare, public_sources
-from .save import check_place, source_of
+from .save import check_place, folder_of
 from .weights import BEST_FOLDER
 
 
@@ -115,7 +115,7 @@ def recover(
 
     check_folder(output_dir)  # before a path is made of it: an empty name would be the working directory
     folder, training = Path(output_dir), training_folder(output_dir)
-    check_place(folder, Path(model) if named else source_of(model))
+    check_place(folder, Path(model) if named else folder_of(model))
     check_folder(training)
     checkpoint = _check_folders(folder, training, resume, overwrite)
     distilled = config.method == "distill"

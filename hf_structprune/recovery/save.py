@@ -33,10 +33,10 @@ from .weights import is_peft, is_sharded, merge_adapter, underneath, without_par
 logger = logging.get_logger(__name__)
 
 
-def check_place(folder: Path, source: Path | None) -> None:
+def check_place(folder: Path, pruned: Path | None) -> None:
     """Refuses, before any work is done, a folder that cannot be written, and a damaged checkpoint to go into it."""
-    if source is not None:
-        check_own_files(source)
+    if pruned is not None:
+        check_own_files(pruned)
     check_folder(folder)
     check_card(folder)
 
@@ -78,10 +78,10 @@ def save_all(
         )
     elif merged is not None:
         plain = merge_adapter(model, dtype=_saved_dtype(model))
-        save_recovered(plain, tokenizer, merged, source=source_of(model), report=report, picture=picture)
+        save_recovered(plain, tokenizer, merged, pruned=folder_of(model), report=report, picture=picture)
 
 
-def source_of(model: nn.Module) -> Path | None:
+def folder_of(model: nn.Module) -> Path | None:
     """The pruned checkpoint that a model was loaded from, if it is one of ours."""
     folder = Path(_origin(model))
     return folder if (folder / "pruning_plan.json").is_file() else None
@@ -101,7 +101,7 @@ def _saved_dtype(model: nn.Module) -> torch.dtype | None:
 
 
 def save_recovered(
-    model: PreTrainedModel, tokenizer: Any, folder: Path, *, source: Path | None, report: dict[str, Any],
+    model: PreTrainedModel, tokenizer: Any, folder: Path, *, pruned: Path | None, report: dict[str, Any],
     picture: Callable[[Path], None] | None = None,
 ) -> None:  # fmt: skip
     """Writes a recovered model as a plain checkpoint, all at once or not at all.
@@ -114,7 +114,7 @@ def save_recovered(
     Args:
         model: A plain model, see `merge_adapter`.
         folder: Where the files go; other files in it stay, an earlier checkpoint in it goes.
-        source: Folder of the pruned checkpoint; without one that this package has made, the card says no more than the
+        pruned: Folder of the pruned checkpoint; without one that this package has made, the card says no more than the
             report does.
         report: The content of `recovery.json`. Parameters and bytes of the model are added under `weights`.
         picture: Draws the curve into a file.
@@ -123,11 +123,11 @@ def save_recovered(
         CheckpointError: The weights are not finite, or writing failed.
     """
     folder = Path(folder)
-    source = Path(source) if source is not None and is_pruned(Path(source)) else None
+    pruned = Path(pruned) if pruned is not None and is_pruned(Path(pruned)) else None
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise CheckpointError(f"`{name}` has values that are not finite; the model was not saved to be used.")
-    before = json.loads(read_text(source / "config.json") or "{}") if source is not None else {}
+    before = json.loads(read_text(pruned / "config.json") or "{}") if pruned is not None else {}
     if getattr(model.config, "use_cache", None) is False:  # Trainer switches it off, and generation would stay slow
         model.config.use_cache = before.get("use_cache", True)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -141,22 +141,22 @@ def save_recovered(
         write_text(path / RECOVERY_NAME, json.dumps({**report, "weights": weights}, indent=1, allow_nan=False) + "\n")
         if picture is not None:
             or_say(lambda: picture(path / PICTURE_NAME), "The picture of the curve", folder)
-        if source is None:
+        if pruned is None:
             _write_plain_card(path, card_name(folder, previous), previous, report)
             return
-        copy_files(source, path, STILL_TRUE)
-        _copy_results(source, path)
-        write_card_from(source, path, folder, previous)
+        copy_files(pruned, path, STILL_TRUE)
+        _copy_results(pruned, path)
+        write_card_from(pruned, path, folder, previous)
 
     write_folder(folder, write, size=size)
 
 
-def _copy_results(source: Path, path: Path) -> None:
+def _copy_results(pruned: Path, path: Path) -> None:
     """A model that was recovered once has the results of its pruned state under their second name already."""
     for name in (PRUNED_RESULTS_NAME, RESULTS_NAME):
         with contextlib.suppress(ConfigurationError):
-            if (source / name).is_file() and EvaluationResult.load(source / name).state == "pruned":
-                shutil.copyfile(source / name, path / PRUNED_RESULTS_NAME)
+            if (pruned / name).is_file() and EvaluationResult.load(pruned / name).state == "pruned":
+                shutil.copyfile(pruned / name, path / PRUNED_RESULTS_NAME)
                 return
 
 

@@ -137,13 +137,13 @@ class BestWeights:
             broadcast(parameter.data)
 
 
-def copy_file(source: Path, path: Path) -> None:
+def copy_file(original: Path, path: Path) -> None:
     """A copy of a file that is only ever replaced; takes no room where the disk knows links."""
     with appearing(path) as temporary:
         try:
-            os.link(source, temporary)
+            os.link(original, temporary)
         except OSError:
-            shutil.copyfile(source, temporary)
+            shutil.copyfile(original, temporary)
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -187,8 +187,8 @@ def merge_adapter(model: nn.Module, *, dtype: torch.dtype | None = None) -> PreT
         for name, tensor in merged.state_dict().items()
     }
     tied = getattr(target.skeleton(), "all_tied_weights_keys", None) or {}
-    if all(torch.equal(tensors[name], tensors[source]) for name, source in tied.items()):
-        tensors |= {name: tensors[source] for name, source in tied.items()}
+    if all(torch.equal(tensors[name], tensors[first]) for name, first in tied.items()):
+        tensors |= {name: tensors[first] for name, first in tied.items()}
     else:
         with_ties(target.config, False)
     result = assemble(target, tensors, dict(merged.named_buffers()), base).requires_grad_(True)

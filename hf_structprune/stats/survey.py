@@ -120,10 +120,10 @@ def _score_inputs(
     for layer in tqdm(structure.layers, desc="Scoring"):
         known: dict[Any, InputStatistics | RoutingStatistics] = {}
         for group in (g for g in groups if g.layer == layer.index):
-            source = group.key if group.reader is None else group.reader.module
-            if source not in known:
-                known = {source: _statistics(stream, group, criterion, criterion.needs_gram)}
-            scores[group.key] = criterion.score(Scoring(group, stream.model, known[source], salience)).cpu()
+            place = group.key if group.reader is None else group.reader.module
+            if place not in known:
+                known = {place: _statistics(stream, group, criterion, criterion.needs_gram)}
+            scores[group.key] = criterion.score(Scoring(group, stream.model, known[place], salience)).cpu()
         stream.advance(layer.index)
     return scores
 

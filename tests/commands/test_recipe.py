@@ -15,7 +15,7 @@ from hf_structprune.commands.models import ModelArguments
 from hf_structprune.commands.recipe import Recipe, substitute
 from hf_structprune.errors import ConfigurationError
 from hf_structprune.files.reading import parse_yaml
-from hf_structprune.quantization.quantizing import Source
+from hf_structprune.quantization.quantizing import Unquantised
 from hf_structprune.recovery.configuration import DistillationConfig, RecoveryConfig
 
 
@@ -367,12 +367,12 @@ def test_group_sizes_of_the_study_divide_the_real_shapes(monkeypatch, study, cls
         recipe = Recipe.load(RECIPES / study / "drop-layers-quantize.yaml")
         config.num_hidden_layers = 32 - recipe.pruning.num_layers
         with torch.device("meta"):
-            source = Source(study, AutoModelForCausalLM.from_config(config))
-        assert len(source.linears) == 7 * (32 - layers)
+            original = Unquantised(study, AutoModelForCausalLM.from_config(config))
+        assert len(original.linears) == 7 * (32 - layers)
         for size in (64, 128, 256):
             monkeypatch.setenv("GROUP_SIZE", str(size))
             found = quantizing(study).config.group_size
-            assert found == size and all(columns % found == 0 for _, columns in source.linears.values())
+            assert found == size and all(columns % found == 0 for _, columns in original.linears.values())
 
 
 def test_recipe_of_the_whole_study_is_about_six_layers_if_asked(monkeypatch):
@@ -394,4 +394,4 @@ def test_recipe_of_the_whole_study_is_about_six_layers_if_asked(monkeypatch):
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
     total = model.num_parameters()
     assert min(range(30), key=lambda count: abs(count * layer - recipe.ratio * total)) == 6
-    assert all(columns % 64 == 0 for _, columns in Source("small", model).linears.values())
+    assert all(columns % 64 == 0 for _, columns in Unquantised("small", model).linears.values())

@@ -19,7 +19,7 @@ from hf_structprune.evaluation.results import EvaluationResult
 from hf_structprune.hub.words import QUANTIZATION_NAME, read_report
 from hf_structprune.model.loading import load_model
 from hf_structprune.quantization import quantizing
-from hf_structprune.quantization.quantizing import BACKENDS, Source
+from hf_structprune.quantization.quantizing import BACKENDS, Unquantised
 from hf_structprune.recovery.weights import dequantised, is_quantised
 
 
@@ -271,10 +271,10 @@ def test_too_little_memory_or_disk(dense, tmp_path, monkeypatch):
 
 def test_memory_is_that_of_the_device(dense, monkeypatch):
     """bitsandbytes needs less than the model; on CUDA the memory that counts is the device's."""
-    source, config = Source.read(dense), QuantizationConfig(device="cuda:0")
-    backend = BACKENDS["bitsandbytes"](source, config)
+    original, config = Unquantised.read(dense), QuantizationConfig(device="cuda:0")
+    backend = BACKENDS["bitsandbytes"](original, config)
     needed = backend.memory()
-    assert backend.estimate() < needed < source.bytes
+    assert backend.estimate() < needed < original.bytes
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(0))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (needed, 0))
     quantizing.check_memory(backend)
@@ -282,7 +282,7 @@ def test_memory_is_that_of_the_device(dense, monkeypatch):
     with pytest.raises(CheckpointError, match="memory of cuda:0"):
         quantizing.check_memory(backend)
     with pytest.raises(CheckpointError, match="memory of this machine"):  # GPTQ puts one layer at a time on the device
-        quantizing.check_memory(BACKENDS["gptq"](source, config))
+        quantizing.check_memory(BACKENDS["gptq"](original, config))
 
 
 def test_after_a_failure_the_folder_is_as_it_was(dense, tmp_path, monkeypatch):
@@ -306,7 +306,7 @@ def test_after_a_failure_the_folder_is_as_it_was(dense, tmp_path, monkeypatch):
 def test_calibration_too_long_for_the_model(dense):
     config = QuantizationConfig("gptq", calibration=CalibrationConfig(length=100_000))
     with pytest.raises(ConfigurationError, match="`calibration.length` is 100000, but the model's context"):
-        BACKENDS["gptq"](Source.read(dense), config).calibration(None)
+        BACKENDS["gptq"](Unquantised.read(dense), config).calibration(None)
 
 
 def test_command(dense, tmp_path, capsys):

@@ -216,8 +216,8 @@ def saved(monkeypatch):
         calls["value"], calls["model"] = HELD_OUT.measure(model), model
         return model
 
-    def save_recovered(model, tokenizer, folder, *, source, report, picture=None):
-        calls.update(folder=folder, source=source, report=report, picture=picture, tokenizer=tokenizer)
+    def save_recovered(model, tokenizer, folder, *, pruned, report, picture=None):
+        calls.update(folder=folder, pruned=pruned, report=report, picture=picture, tokenizer=tokenizer)
 
     monkeypatch.setattr("hf_structprune.recovery.save.merge_adapter", merge_adapter)
     monkeypatch.setattr("hf_structprune.recovery.save.save_recovered", save_recovered)
@@ -229,7 +229,7 @@ def test_merges_and_saves_the_best(tmp_path, saved):
     trainer = run(tmp_path, callback, callbacks=[Spoil(5, 3.0)])
     assert saved["value"] == pytest.approx(values(callback)[1], abs=1e-6)
     assert saved["model"] is trainer.model
-    assert saved["folder"] == tmp_path / "recovered" and saved["source"] is None
+    assert saved["folder"] == tmp_path / "recovered" and saved["pruned"] is None
     assert saved["report"] == callback.report
     saved["picture"](tmp_path / "again.png")
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "recovery.png").read_bytes()
@@ -248,7 +248,7 @@ def test_source_is_the_pruned_checkpoint(tmp_path, saved):
         AutoModelForCausalLM.from_pretrained(tmp_path / "pruned"), LoraConfig(target_modules="all-linear")
     )
     run(tmp_path / "out", make_callback(merge=True, output_dir=tmp_path / "there"), model=model, max_steps=1)
-    assert saved["source"] == tmp_path / "pruned" and saved["folder"] == tmp_path / "there"
+    assert saved["pruned"] == tmp_path / "pruned" and saved["folder"] == tmp_path / "there"
 
 
 def test_two_trainings_with_one_callback(tmp_path):

@@ -75,7 +75,7 @@ def test_what_comes_along(pruned, tmp_path, monkeypatch):
     model, folder = recovered(pruned), tmp_path / "recovered"
     tokenizer = AutoTokenizer.from_pretrained(pruned)
     save_recovered(
-        model, tokenizer, folder, source=pruned, report=REPORT, picture=lambda path: path.write_bytes(b"curve")
+        model, tokenizer, folder, pruned=pruned, report=REPORT, picture=lambda path: path.write_bytes(b"curve")
     )
     names = {path.name for path in folder.iterdir()}
     per_layer = "per_layer_config" in json.loads((pruned / "config.json").read_text())
@@ -108,14 +108,14 @@ def test_recovering_twice_and_in_place(pruned, tmp_path):
     once, twice = tmp_path / "once", tmp_path / "twice"
     tokenizer = AutoTokenizer.from_pretrained(pruned)
     before = (pruned / "evaluation_results.json").read_text()
-    save_recovered(recovered(pruned), tokenizer, once, source=pruned, report=REPORT)
+    save_recovered(recovered(pruned), tokenizer, once, pruned=pruned, report=REPORT)
     EvaluationResult("m", "recovered").save(once / "evaluation_results.json")
-    save_recovered(recovered(once), tokenizer, twice, source=once, report=REPORT)
+    save_recovered(recovered(once), tokenizer, twice, pruned=once, report=REPORT)
     assert (twice / "evaluation_results_pruned.json").read_text() == before
     assert not (twice / "evaluation_results.json").exists()
     (once / "mine.txt").write_text("mine")
     (once / "recovery.png").write_bytes(b"old")
-    save_recovered(recovered(once), tokenizer, once, source=once, report=REPORT)
+    save_recovered(recovered(once), tokenizer, once, pruned=once, report=REPORT)
     names = {path.name for path in once.iterdir()}
     assert {"mine.txt", "evaluation_results_pruned.json", "pruning_plan.json"} <= names
     assert not {"evaluation_results.json", "recovery.png"} & names
@@ -124,13 +124,13 @@ def test_recovering_twice_and_in_place(pruned, tmp_path):
 def test_a_model_of_others(tiny_llama, tiny_tokenizer, tmp_path):
     folder = tmp_path / "theirs"
     for source in (None, tmp_path):
-        save_recovered(tiny_llama, tiny_tokenizer, folder, source=source, report=REPORT)
+        save_recovered(tiny_llama, tiny_tokenizer, folder, pruned=source, report=REPORT)
         card = ModelCard.load(folder / "README.md")
         assert card.data.to_dict().keys() == {"library_name", "pipeline_tag", "tags"}
         assert "60.0% of the log-perplexity" in card.text and "hf_structprune for theirs" in card.text
         assert 'from_pretrained("theirs")' in card.text
     (folder / "README.md").write_text("# All mine\n")
-    save_recovered(tiny_llama, None, folder, source=None, report=REPORT)
+    save_recovered(tiny_llama, None, folder, pruned=None, report=REPORT)
     assert (folder / "README.md").read_text() == "# All mine\n" and not (folder / "pruning_plan.json").exists()
 
 
@@ -140,7 +140,7 @@ def test_an_untied_model_is_counted_as_it_is(pruned, tmp_path):
     plan = PruningPlan.load(pruned)
     plan.parameters_after -= model.lm_head.weight.numel()
     plan.save(pruned / "pruning_plan.json")
-    save_recovered(model, None, tmp_path / "untied", source=pruned, report=REPORT)
+    save_recovered(model, None, tmp_path / "untied", pruned=pruned, report=REPORT)
     counted = sum(p.numel() for p in model.parameters())
     text = (tmp_path / "untied" / "README.md").read_text()
     words = f"({plan.parameters_before:,} before, {plan.parameters_after:,} after it). It has {counted:,} now, "
@@ -151,7 +151,7 @@ def test_an_untied_model_is_counted_as_it_is(pruned, tmp_path):
 def test_all_or_nothing(pruned, tmp_path, monkeypatch):
     model, folder = recovered(pruned), tmp_path / "recovered"
     tokenizer = AutoTokenizer.from_pretrained(pruned)
-    save_recovered(model, tokenizer, folder, source=pruned, report=REPORT)
+    save_recovered(model, tokenizer, folder, pruned=pruned, report=REPORT)
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def full(path):
@@ -160,7 +160,7 @@ def test_all_or_nothing(pruned, tmp_path, monkeypatch):
     with torch.no_grad():
         model.lm_head.weight += 1
     with pytest.raises(CheckpointError, match="is unchanged: No space left"):
-        save_recovered(model, tokenizer, folder, source=pruned, report=REPORT, picture=full)
+        save_recovered(model, tokenizer, folder, pruned=pruned, report=REPORT, picture=full)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
@@ -170,7 +170,7 @@ def test_weights_are_saved_even_if_the_card_cannot_be_made(pruned, tmp_path, cap
     result.add(Figure("efficiency/parameters", 12345))
     result.save(pruned / "evaluation_results_dense.json")
     model = recovered(pruned)
-    save_recovered(model, None, tmp_path / "recovered", source=pruned, report=REPORT)
+    save_recovered(model, None, tmp_path / "recovered", pruned=pruned, report=REPORT)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "recovered")
     assert torch.equal(logits(again), logits(model)) and not (tmp_path / "recovered" / "README.md").exists()
 
@@ -180,5 +180,5 @@ def test_what_is_not_saved(pruned, tmp_path):
     with torch.no_grad():
         broken.lm_head.weight[0, 0] = float("inf")
     with pytest.raises(CheckpointError, match="`lm_head.weight` has values that are not finite"):
-        save_recovered(broken, None, tmp_path / "x", source=pruned, report=REPORT)
+        save_recovered(broken, None, tmp_path / "x", pruned=pruned, report=REPORT)
     assert not (tmp_path / "x").exists()
