@@ -16,6 +16,7 @@ from .model.describe import target_of
 from .model.groups import Group, LayerStructure
 from .model.rebuild import rebuild
 from .model.shared_sizes import SIZED
+from .model.store import Store
 from .model.structure import ModelStructure
 from .model.surgery import Kept, drop
 from .model.target import Target
@@ -32,12 +33,16 @@ ENOUGH_TOKENS = 256  # of calibration text for each expert
 
 @dataclass
 class Execution:
-    """A model on its way from dense to pruned, with its coupled groups; `tokens` loads the calibration tokens."""
+    """A model on its way from dense to pruned, with its coupled groups.
+
+    `tokens` loads the calibration tokens; `store` is where the weights are.
+    """
 
     model: PreTrainedModel
     structure: ModelStructure
     config: PruningConfig
     tokens: Callable[[], torch.Tensor]
+    store: Store = field(default_factory=Store)
     _notes: list[str] = field(init=False, default_factory=list)
     _plan: PruningPlan | None = field(init=False, default=None)
 
@@ -86,7 +91,9 @@ class Execution:
 
     def _cut(self, plan: PruningPlan, target: Target, known: Survey) -> None:
         """Cuts layers, heads and neurons."""
-        kept = compress(self.model, self.structure, plan, self.config, self.tokens, known, self._notes)
+        self.store.begin(self.structure, plan.dropped, target)
+        kept = compress(self.model, self.structure, plan, self.config, self.tokens, known, self._notes, self.store)
+        self.store.finish()
         drop(self.model, self.structure, plan.dropped)
         self.model = rebuild(self.model, target)
         self.structure = ModelStructure.of(self.model, whole=False, towers=self.structure.towers)

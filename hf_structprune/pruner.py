@@ -18,13 +18,14 @@ from transformers import PreTrainedModel, ProcessorMixin
 from .allocation.depth import DepthChoice
 from .config import PruningConfig
 from .errors import ConfigurationError, StructPruneError, UnsupportedModelError
-from .files.writing import check_place
+from .files.writing import check_folder, check_place
 from .hub.checkpoint import push_folder, save_checkpoint, take_over
 from .hub.origin import origin_of, record
 from .model import loading
 from .model.checks import check_model, check_savable
 from .model.measuring import check_finite, measuring
 from .model.rebuild import has_weights, interrupted, mark, marked_if_changed
+from .model.store import Store
 from .model.structure import ModelStructure
 from .model.towers import Towers, has_towers
 from .plan import PruningPlan
@@ -32,6 +33,7 @@ from .planner import Planner
 from .proof.guarantee import kinds_in, prove, prove_decoder
 from .prune import Execution, check_plan
 from .stats.survey import Survey
+from .streaming import Streaming, check_streams, open_model
 from .text.calibration import check_token_ids, load_tokens
 
 
@@ -72,6 +74,7 @@ class StructuredPruner:
         self.depth_choice: DepthChoice | None = None
         self._saved: Path | None = None
         self._calibrated = False
+        self._streaming: Streaming | None = None
 
     @classmethod
     def from_pretrained(
@@ -79,26 +82,34 @@ class StructuredPruner:
         model_or_id: str | os.PathLike | PreTrainedModel,
         config: PruningConfig | None = None,
         tokenizer: Any = None,
+        stream: bool = False,
         **kwargs: Any,
     ) -> StructuredPruner:
         """Loads a model (and its tokenizer) from the Hub or a folder, or takes one that is loaded.
 
         `kwargs` go to `AutoModelForCausalLM.from_pretrained`: `dtype` (default: the checkpoint's), `device_map`,
         `revision`, `subfolder`, `gguf_file`, ... Those that say which weights these are go into the card.
+
+        With `stream` no weights are loaded: `prune(ratio, output_dir=...)` reads them from the safetensors files a
+        layer at a time and writes each as soon as it is cut, so that the model may be larger than memory. The result
+        is the same; what needs the whole model at once is refused (`streaming.check_streams` says what).
         """
         if isinstance(model_or_id, nn.Module):
-            for name in kwargs:
+            for name in (*kwargs, *["stream"] * stream):
                 raise ConfigurationError(f"`{name}` is an option of loading, but the model is loaded already.")
             return cls(model_or_id, config, tokenizer)
         kwargs = loading.plain_options(kwargs)
         model_config = loading.load_config(model_or_id, **kwargs)
         loading.refuse_quantised(model_config, str(model_or_id))
-        model = loading.load_model(model_or_id, towers=True, **kwargs)
+        model, source = open_model(model_or_id, **kwargs) if stream else (None, None)
+        model = model or loading.load_model(model_or_id, towers=True, **kwargs)
         if tokenizer is None:
             load = loading.load_processor if has_towers(model_config) else loading.load_tokenizer
             tokenizer = load(model_or_id, **kwargs)
         pruner = cls(model, config, tokenizer)
         pruner.origin = origin_of(model, kwargs)
+        if source is not None:
+            pruner._streaming = Streaming(pruner.model, source, pruner.structure)
         return pruner
 
     def plan(self, ratio: float | None = None) -> PruningPlan:
@@ -112,6 +123,8 @@ class StructuredPruner:
             UnsupportedModelError: Cutting this model type is not shown to be right, see `proof.prove`.
         """
         ratio = self.config.check_ratio(ratio)
+        if self._streaming is not None:
+            check_streams(self.config, ratio)
         with measuring(self.model):
             decoder = self._proven(self.config.units)
             planner = Planner(decoder, self.structure, self.config, self._tokens)
@@ -121,12 +134,42 @@ class StructuredPruner:
         self.depth_choice, plan.calibrated = planner.depth, self._calibrated
         return plan
 
-    def prune(self, ratio: float | PruningPlan | None = None) -> PreTrainedModel:
+    def prune(
+        self, ratio: float | PruningPlan | None = None, output_dir: str | os.PathLike | None = None
+    ) -> PreTrainedModel:
         """Prunes the model: by a share of all parameters, or by a plan; units that it does not name are chosen.
 
+        Args:
+            ratio: The share, or the plan.
+            output_dir: Folder to save the result in, see `save_pretrained`; a streamed model needs one.
+
         Returns:
-            The smaller model, also in `self.model`; the plan that was carried out is in `self.last_plan`.
+            The smaller model, also in `self.model`; the plan that was carried out is in `self.last_plan`. Of a
+            streamed model the shapes alone: its weights are in the folder.
         """
+        if self._streaming is not None:
+            return self._prune_streamed(ratio, output_dir)
+        if output_dir is not None:
+            check_folder(output_dir)
+        self._prune_model(ratio)
+        if output_dir is not None:
+            self.save_pretrained(output_dir)
+        return self.model
+
+    def _prune_streamed(
+        self, ratio: float | PruningPlan | None, output_dir: str | os.PathLike | None
+    ) -> PreTrainedModel:
+        """Reads, cuts and writes layer after layer; the folder appears when everything is there."""
+        check_streams(self.config, ratio)
+        with self._streaming.into(output_dir):
+            self._prune_model(ratio)
+            self._save(Path(output_dir), Path(os.path.abspath(output_dir)).name, shards=self._streaming.shards)
+        self._saved = Path(output_dir)
+        mark(self.model, f"The weights of this model are not in memory: load it from {output_dir}.")
+        return self.model
+
+    def _prune_model(self, ratio: float | PruningPlan | None) -> None:
+        """Prunes what is in memory, or what `self._streaming` brings there."""
         given = isinstance(ratio, PruningPlan)
         if not given:
             ratio = self.config.check_ratio(ratio)
@@ -134,7 +177,7 @@ class StructuredPruner:
             raise StructPruneError(
                 "This pruner has pruned its model. To prune the result again, make a new pruner from `pruner.model`."
             )
-        if not has_weights(self.model):
+        if self._streaming is None and not has_weights(self.model):
             raise UnsupportedModelError(
                 "Some weights are not in memory (meta device or offloaded): only planning is possible. Load the "
                 "model with a `device_map` that fits, or on the CPU."
@@ -150,7 +193,6 @@ class StructuredPruner:
                 if self.model is not dense:  # some of several steps are done
                     mark(self.model, interrupted(error))
                 raise
-        return self.model
 
     def _decoder(self) -> PreTrainedModel:
         """What is cut: the model, or the text decoder of one that sees."""
@@ -166,7 +208,8 @@ class StructuredPruner:
 
     def _prune(self, decoder: PreTrainedModel, ratio: float | PruningPlan | None) -> None:
         """Carries out a plan, or as many as there are steps."""
-        run = Execution(decoder, self.structure, self.config, self._tokens)
+        store = Store() if self._streaming is None else self._streaming.store
+        run = Execution(decoder, self.structure, self.config, self._tokens, store)
         given = isinstance(ratio, PruningPlan)
         if given:
             check_plan(decoder, self.structure, ratio)
@@ -193,7 +236,8 @@ class StructuredPruner:
 
         In the folder are weights (safetensors), configuration, generation configuration, tokenizer,
         `pruning_config.json`, `pruning_plan.json` and the model card; a card that was not written by this package
-        stays. `kwargs` go to the model's `save_pretrained`, for example `max_shard_size`.
+        stays. `kwargs` go to the model's `save_pretrained`, for example `max_shard_size`. A streamed model was written
+        when it was pruned.
         """
         check_place(folder)
         self._save(Path(folder), Path(os.path.abspath(folder)).name, **kwargs)
@@ -220,12 +264,14 @@ class StructuredPruner:
         generation configuration, the modelling file of per-layer widths, tags, and in `config.json` under
         `hf_structprune` what was pruned and how. It writes a card of its own.
         """
+        where = {"revision": revision, "create_pr": create_pr, "private": private, "token": token}
+        if self._streaming is not None and self._saved is not None:
+            return push_folder(self._saved, repo_id, commit_message=commit_message, **where)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "model"
             self._save(folder, repo_id, **save_kwargs)
             if self._saved is not None:
                 take_over(self._saved, folder)
-            where = {"revision": revision, "create_pr": create_pr, "private": private, "token": token}
             return push_folder(folder, repo_id, commit_message=commit_message, **where)
 
     def _save(self, folder: Path, name: str, **kwargs: Any) -> None:

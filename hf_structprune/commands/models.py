@@ -79,10 +79,15 @@ class ModelArguments(SourceArguments):
         return {name: value for name, value in options.items() if value is not None}
 
 
-def load_pruner(arguments: ModelArguments, config: PruningConfig | None = None) -> StructuredPruner:
+def load_pruner(
+    arguments: ModelArguments, config: PruningConfig | None = None, stream: bool = False
+) -> StructuredPruner:
     """A pruner of the model that the options name."""
-    pruner = StructuredPruner.from_pretrained(arguments.model, config, **arguments.loading_options())
-    if arguments.device is not None:
+    if stream and arguments.device not in (None, "cpu"):
+        raise ConfigurationError("--device and --stream are both given; a streamed model is computed on the CPU.")
+    options = arguments.loading_options()
+    pruner = StructuredPruner.from_pretrained(arguments.model, config, stream=stream, **options)
+    if arguments.device is not None and not stream:
         pruner.model.to(arguments.device)
     return pruner
 

@@ -17,6 +17,7 @@ from ..files.writing import check_place
 from ..installed import need
 from ..model.structure import Group
 from ..plan import PruningPlan
+from ..streaming import check_streams
 from .arguments import command
 from .cli import check_output, make_table
 from .models import ModelArguments, check_ratio, load_pruner, load_shapes, load_to_plan
@@ -164,12 +165,14 @@ class PruneArguments:
         ratio (`float`, *optional*): Share of all parameters to remove: 0.3 removes 30 %.
         plan (`str`, *optional*): Apply this plan, saved by `hf-structprune plan --output`, instead of a ratio.
         overwrite (`bool`): Write to the folder even if it is not empty.
+        stream (`bool`): Read, cut and write the model a layer at a time, for models larger than memory.
     """
 
     output_dir: str | None = None
     ratio: Ratio | None = None
     plan: str | None = None
     overwrite: bool = False
+    stream: bool = False
 
 
 @command
@@ -182,9 +185,10 @@ def prune_command(model: ModelArguments, options: PruneArguments, config: Prunin
         raise ConfigurationError("--ratio and --plan are both given; the plan says how much goes.")
     started = time.monotonic()
     target = options.ratio if options.plan is None else PruningPlan.load(options.plan)
-    pruner = load_pruner(model, config)
-    pruner.prune(target)
-    pruner.save_pretrained(options.output_dir)
+    if options.stream:
+        check_streams(config, target)
+    pruner = load_pruner(model, config, options.stream)
+    pruner.prune(target, options.output_dir)
     plan, seconds = pruner.last_plan, round(time.monotonic() - started, 1)
     names = ["ratio_requested", "ratio", "layout", "dropped", "removed", "warnings"]
     names += [f"{name}_{when}" for name in ("parameters", "bytes", "macs") for when in ("before", "after")]

@@ -21,6 +21,7 @@ from ..config import CONFIG_NAME, PruningConfig
 from ..errors import HubError, StructPruneError
 from ..evaluation.results import RESULTS_NAME
 from ..files.reading import damaged_weights
+from ..files.shards import Shards
 from ..files.writing import check_folder, write_folder
 from ..library_errors import LOGIN, clear_errors
 from ..model.rebuild import check_whole
@@ -36,11 +37,12 @@ logger = logging.get_logger(__name__)
 
 def save_checkpoint(
     model: PreTrainedModel, tokenizer: Any, folder: Path, name: str, *, config: PruningConfig,
-    plan: PruningPlan | None, origin: Origin | None, **kwargs: Any,
+    plan: PruningPlan | None, origin: Origin | None, shards: Shards | None = None, **kwargs: Any,
 ) -> None:  # fmt: skip
     """Writes a pruned model as a checkpoint that the card calls `name`, all at once or not at all.
 
-    A `plan` of `None` is refused; `kwargs` go to the model's `save_pretrained`.
+    A `plan` of `None` is refused; `shards` are the weights, where they are written already and not in the model;
+    `kwargs` go to the model's `save_pretrained`.
     """
     check_whole(model)
     if plan is None:
@@ -49,14 +51,18 @@ def save_checkpoint(
     previous = read_text(folder / CARD_NAME)
 
     def write(path: Path) -> None:
-        model.save_pretrained(path, **kwargs)
+        if shards is None:
+            model.save_pretrained(path, **kwargs)
+        else:
+            model.save_pretrained(path, state_dict={}, **kwargs)
+            shards.finish(path, model.num_parameters())
         if tokenizer is not None:
             tokenizer.save_pretrained(path)
         config.save(path / CONFIG_NAME)
         plan.save(path / PLAN_NAME)
         write_card(path, name=name, previous=previous, recorded=origin)
 
-    write_folder(folder, write, size=plan.bytes_after)
+    write_folder(folder, write, size=plan.bytes_after if shards is None else 0)
 
 
 # What neither training nor quantising changes: how it was pruned, how wide it is, what the dense model could do.

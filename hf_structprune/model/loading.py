@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..library_errors import readable, refuse_adapter
 from ..masking import remember
 from ..quantization.four_bit import compute_as_stored
 from .rebuild import rebuild, with_ties
+from .source import Source
 from .target import Target
 from .towers import has_towers
 
@@ -86,12 +88,15 @@ def _auto_class(config: PreTrainedConfig, towers: bool) -> type:
     )
 
 
-def load_model(model_id: str | os.PathLike, towers: bool = False, **kwargs: Any) -> PreTrainedModel:
+def load_model(
+    model_id: str | os.PathLike, towers: bool = False, source: Source | None = None, **kwargs: Any
+) -> PreTrainedModel:
     """A causal language model with all its weights, in eval mode; 4-bit layers of bitsandbytes are right on every CPU.
 
     Args:
         model_id: Hub id or folder.
         towers: Take a model that sees as well, with `AutoModelForImageTextToText`.
+        source: Takes the weights, which are then not read: parameters stay on the meta device.
         kwargs: Given to `from_pretrained`; `dtype` is the checkpoint's by default, bfloat16 for a `gguf_file`.
 
     Raises:
@@ -106,7 +111,8 @@ def load_model(model_id: str | os.PathLike, towers: bool = False, **kwargs: Any)
         # Quantised weights have fewer bits than bfloat16 holds, and the file names no dtype of its own.
         kwargs = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16, **kwargs}
     options = {"dtype": "auto", **kwargs, "output_loading_info": True}
-    with readable(model_id, subfolder=kwargs.get("subfolder")):
+    reading = nullcontext() if source is None else source.taken()
+    with readable(model_id, subfolder=kwargs.get("subfolder")), reading:
         model, info = _auto_class(config, towers).from_pretrained(model_id, **options)
     cls = type(model).__name__
     lacking, surplus = [*info["missing_keys"], *info["mismatched_keys"]], info["unexpected_keys"]
@@ -127,8 +133,8 @@ def load_model(model_id: str | os.PathLike, towers: bool = False, **kwargs: Any)
         config.dtype = next(model.parameters()).dtype
         model = rebuild(model, Target(type(model), config)).to(config.dtype)
     weights = [getattr(m, "weight", None) for m in (model.get_input_embeddings(), model.get_output_embeddings())]
-    there = all(weight is not None and weight.device.type != "meta" for weight in weights)
-    if there and weights[0].data_ptr() != weights[1].data_ptr():
+    there = all(weight is not None and (weight.device.type != "meta" or source) for weight in weights)
+    if there and weights[0] is not weights[1] and (source or weights[0].data_ptr() != weights[1].data_ptr()):
         with_ties(model.config, False)  # Transformers keeps a head of its own, even if the configuration says tied
     return model.eval()
 

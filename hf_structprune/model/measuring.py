@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
@@ -64,9 +64,14 @@ def measures(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def check_finite(model: nn.Module) -> None:
-    """Refuses weights that are no numbers, by the name of the first; one pass over all of them, without a copy."""
+def check_finite(model: nn.Module, among: Collection[str] | None = None) -> None:
+    """Refuses weights that are no numbers, by the name of the first; one pass over all of them, without a copy.
+
+    With `among` only parameters of these names are looked at; what is not in memory is passed by.
+    """
     for name, parameter in model.named_parameters():
+        if among is not None and name not in among:
+            continue
         if parameter.device.type != "meta" and not _all_finite(parameter.detach()):
             raise UnsupportedModelError(
                 f"`{name}` has values that are not finite (NaN or Inf), so that nothing can be said about what is "

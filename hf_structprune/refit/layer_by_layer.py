@@ -19,6 +19,7 @@ from ..criteria import Scoring, make_criterion
 from ..criteria.base import best_units
 from ..model.experts import Experts
 from ..model.groups import Group, Kept, LayerStructure, matrix
+from ..model.store import Store
 from ..model.structure import ModelStructure
 from ..model.surgery import cut_units, mask_sublayers
 from ..plan import PruningPlan
@@ -38,7 +39,7 @@ States = list[torch.Tensor]  # one tensor of shape (sequences, length, d) for ea
 @torch.no_grad()
 def compress(
     model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan, config: PruningConfig,
-    tokens: Callable[[], torch.Tensor], known: Survey, notes: list[str],
+    tokens: Callable[[], torch.Tensor], known: Survey, notes: list[str], store: Store | None = None,
 ) -> Kept:  # fmt: skip
     """Chooses the units that stay, re-fits what reads them and cuts the others out, in place.
 
@@ -50,15 +51,16 @@ def compress(
         tokens: Loads the calibration tokens; called only where inputs are looked at.
         known: Scores and gradients that are known already.
         notes: What was asked for and could not be done is added here.
+        store: Where the weights are; it gets every layer that has been cut.
     """
-    return _Compression(model, structure, plan, config, known).run(tokens, notes)
+    return _Compression(model, structure, plan, config, known, store or Store()).run(tokens, notes)
 
 
 class _Compression:
     """The state of one run of `compress`."""
 
-    def __init__(self, model, structure, plan, config, known) -> None:
-        self.model, self.structure, self.plan, self.config = model, structure, plan, config
+    def __init__(self, model, structure, plan, config, known, store) -> None:
+        self.model, self.structure, self.plan, self.config, self.store = model, structure, plan, config, store
         self.criterion, self.scores, self.salience = make_criterion(config), known.scores or {}, known.salience
         self.by_inputs = self.criterion.needs_inputs and not plan.chosen and not self.scores
         self.needs_gram = config.compensation or (self.by_inputs and self.criterion.needs_gram)
@@ -77,7 +79,8 @@ class _Compression:
         correcting = self.config.compensation and self.config.error_correction > 0
         correcting = correcting and bool(self.plan.groups or self.plan.dropped)
         if looks or correcting:
-            stream = LayerStream(self.model, self.structure, tokens(), self.config.calibration.batch_size)
+            batch_size = self.config.calibration.batch_size
+            stream = LayerStream(self.model, self.structure, tokens(), batch_size, self.store)
             self.correcting = correcting and stream.additive
             self.stream = stream if looks or self.correcting else None
             if correcting and not stream.additive:
@@ -92,10 +95,12 @@ class _Compression:
             last = len(self.structure.layers)
         layers = [layer for layer in self.structure.layers[: last + 1] if layer.index not in self.gone]
         for layer in tqdm(layers, desc="Pruning"):
-            self._layer(layer, self.correcting and layer.index >= first)
-            if self.stream and layer is not layers[-1]:
-                self.stream.advance(layer.index)
-            cut_units(self.model, [group for group in layer.groups if group.key not in self.cut], self.kept)
+            with self.store.holding(layer.index):
+                self._layer(layer, self.correcting and layer.index >= first)
+                if self.stream and layer is not layers[-1]:
+                    self.stream.advance(layer.index)
+                cut_units(self.model, [group for group in layer.groups if group.key not in self.cut], self.kept)
+                self.store.put(layer.index)
         return self.kept
 
     def _layer(self, layer: LayerStructure, all_consumers: bool) -> None:
@@ -162,8 +167,9 @@ class _Compression:
         """Carries the dense hidden states through the dropped layers that follow layer `index`."""
         while index + 1 in self.gone:
             index += 1
-            self.dense = self.stream.placed(index, self.dense)
-            self.stream.carry(index, self.dense)
+            with self.store.holding(index):
+                self.dense = self.stream.placed(index, self.dense)
+                self.stream.carry(index, self.dense)
 
     def _difference(self, states: States, others: States) -> States:
         """`states - others` in float32."""

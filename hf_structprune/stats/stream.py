@@ -15,6 +15,7 @@ from ..errors import UnsupportedModelError
 from ..hooks import as_output, hooked, others_of, replaced_forwards
 from ..model.groups import Group
 from ..model.measuring import check_numbers
+from ..model.store import OUTSIDE, Store
 from ..model.structure import ModelStructure, decoder_layers
 
 
@@ -44,13 +45,22 @@ class LayerStream:
     changed, its output is computed from these and the module around it is not run again, so that a layer costs one
     forward pass in all.
 
+    Args:
+        model, structure: The model.
+        tokens: Token ids, shape (sequences, length).
+        batch_size: Sequences that go through the model at once.
+        store: Where the weights are. From the recording on, layers have to be in memory whenever they are run.
+
     Attributes:
         hidden: What enters the next layer, one tensor of shape (sequences, length, H) for each batch.
         additive: Whether every layer's output is its input plus the outputs of its consumers, and nothing else.
     """
 
-    def __init__(self, model: PreTrainedModel, structure: ModelStructure, tokens: torch.Tensor, batch_size: int):
-        self.model = model
+    def __init__(
+        self, model: PreTrainedModel, structure: ModelStructure, tokens: torch.Tensor, batch_size: int,
+        store: Store | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.store = model, store or Store()
         self.layers = [layer for _, layer in decoder_layers(model, structure.family)]
         self.batches = tokens.split(batch_size)
         self._arguments: dict[int, list[tuple[tuple, dict[str, Any]]]] = {}
@@ -59,11 +69,16 @@ class LayerStream:
         self._layer_extras: int | None = None
         self._leading: list[torch.Size] = []
         self.hidden: list[torch.Tensor] = []
+        with self.store.holding(OUTSIDE):
+            self._begin(structure)
+
+    def _begin(self, structure: ModelStructure) -> None:
+        """Computes what enters the first layer, and runs the whole model once for each shape of batch."""
         for number, batch in enumerate(self.batches):
             state = first_input(self.layers[0], partial(self._forward, batch))
             if state.ndim != 3:
                 raise UnsupportedModelError(
-                    f"The layers of {type(model).__name__} pass on hidden states of shape {tuple(state.shape)} "
+                    f"The layers of {type(self.model).__name__} pass on hidden states of shape {tuple(state.shape)} "
                     "and not (sequences, length, hidden size): they cannot be carried from layer to layer."
                 )
             self.hidden = self.hidden or self.blank(state)
@@ -119,12 +134,15 @@ class LayerStream:
             if first.numel() == expected.numel() and torch.equal(first.view_as(expected), expected):
                 self._replayable[parent] = others_of(output)
 
-        handles = [layer.register_forward_pre_hook(before_layer, with_kwargs=True) for layer in self.layers]
+        load, free = self.store.load, self.store.free
+        handles = [layer.register_forward_pre_hook(lambda *_, n=n: load(n)) for n, layer in enumerate(self.layers)]
+        handles += [layer.register_forward_pre_hook(before_layer, with_kwargs=True) for layer in self.layers]
         handles += [layer.register_forward_hook(after_layer) for layer in self.layers]
         for names in parents:
             consumer, parent = map(self.model.get_submodule, names)
             handles.append(consumer.register_forward_hook(after_consumer(names[0])))
             handles.append(parent.register_forward_hook(lambda _, __, out, names=names: after_parent(*names, out)))
+        handles += [layer.register_forward_hook(lambda *_, n=n: free(n)) for n, layer in enumerate(self.layers)]
         with hooked(handles):
             self._forward(batch)
         self._arguments[len(batch)] = arguments

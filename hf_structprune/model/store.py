@@ -1,0 +1,152 @@
+"""Where the weights of a model are while it is worked on: all in memory, or on disk but for the layer at hand."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from ..errors import CheckpointError
+from .measuring import check_finite
+from .source import Source
+from .structure import ModelStructure
+from .surgery import name_after, skipped
+from .target import Target
+
+
+Tensors = dict[str, torch.Tensor]
+OUTSIDE, HEAD = "outside", "head"
+
+
+class Store:
+    """A model in memory: every layer is there at any time, and stays where it is when it has been cut.
+
+    `OnDisk` is the other kind. What is done to one layer after the other is written once, for both.
+    """
+
+    def load(self, part: int | str) -> None:
+        """Brings a layer, by its number, or what is `OUTSIDE` of the layers into memory."""
+
+    def free(self, part: int | str) -> None:
+        """The opposite of `load`."""
+
+    @contextmanager
+    def holding(self, part: int | str) -> Iterator[None]:
+        """A layer, or a part outside of the layers, is in memory as long as this is open."""
+        self.load(part)
+        try:
+            yield
+        finally:
+            self.free(part)
+
+    def begin(self, structure: ModelStructure, dropped: dict[str, list[int]], target: Target) -> None:
+        """Says what the model will be, before the first layer is cut; `dropped` are the layers and sublayers that go."""
+
+    def put(self, index: int) -> None:
+        """A layer that is in memory is as it will be."""
+
+    def finish(self) -> None:
+        """All layers that change were put."""
+
+
+class OnDisk(Store):
+    """A model on the meta device whose weights are read from a checkpoint, and handed on when they have been cut.
+
+    Args:
+        model: As it was loaded inside `source.taken()`.
+        source: Its weights.
+        layers: Full names of its decoder layers.
+
+    Attributes:
+        write: Takes the tensors of one layer (or of what is outside of the layers) as they are stored.
+    """
+
+    def __init__(self, model: PreTrainedModel, source: Source, layers: list[str]) -> None:
+        self.model, self.source = model, source
+        self.write: Callable[[Tensors], None] | None = None
+        self._names: dict[int | str, list[str]] = defaultdict(list)
+        self._seen: set[int | str] = set()
+        self._done: set[int] = set()
+        path, base = layers[0].rpartition(".")[0], model.base_model
+        inside = "" if base is model else f"{model.base_model_prefix}."
+        tied: dict[int, list[str]] = defaultdict(list)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            tied[id(parameter)].append(name)
+        self._ties = [names for names in tied.values() if len(names) > 1]
+        shared = {name for names in self._ties for name in names}
+        for name in model.state_dict():
+            number = name[len(path) + 1 :].partition(".")[0] if name.startswith(f"{path}.") else ""
+            alone = not name.startswith(inside) and name not in shared
+            self._names[int(number) if number else HEAD if alone else OUTSIDE].append(name)
+        self._count = len(layers)
+
+    def size(self, part: int | str) -> int:
+        """Bytes of a layer, or of a part outside of the layers."""
+        tensors, state = {}, self.model.state_dict(keep_vars=True)
+        for name in self._names[part]:
+            tensors[id(state[name])] = state[name].numel() * state[name].element_size()
+        return sum(tensors.values())
+
+    def load(self, part):
+        names = self._names[part]
+        if not names:
+            return
+        self.source.read(self.model, [name for name in names if name in self.source.targets])
+        for tie in (tie for tie in self._ties if tie[0] in names):
+            there = next((t for t in map(self._tensor, tie) if t.device.type != "meta"), None)
+            for name in tie if there is not None else ():
+                self._set(name, there)
+        for name in names:
+            if self._tensor(name).device.type == "meta":
+                raise CheckpointError(f"The checkpoint lacks `{name}`, which would be random.")
+        if part not in self._seen:
+            self._seen.add(part)
+            check_finite(self.model, set(names))
+
+    def free(self, part):
+        gone: Tensors = {}
+        for name in self._names[part]:
+            tensor = self._tensor(name)
+            if id(tensor) not in gone:
+                empty = torch.empty_like(tensor, device="meta")
+                is_parameter = isinstance(tensor, nn.Parameter)
+                gone[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+            self._set(name, gone[id(tensor)])
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        module, _, leaf = name.rpartition(".")
+        return getattr(self.model.get_submodule(module), leaf)
+
+    def _set(self, name: str, tensor: torch.Tensor) -> None:
+        module, _, leaf = name.rpartition(".")
+        setattr(self.model.get_submodule(module), leaf, tensor)
+
+    def begin(self, structure, dropped, target):
+        self._result = target.skeleton()
+        gone = tuple(f"{module}." for sublayer in skipped(structure, dropped) for module in sublayer.modules)
+        names = (name for part in self._names.values() for name in part if not name.startswith(gone))
+        self._new_names = {name: name_after(name, structure, dropped) for name in names}
+        stored = remove_tied_weights_from_state_dict(self._result.state_dict(), self._result)
+        self._stored = set(stored) - set(self._result._keys_to_ignore_on_save or ())
+
+    def put(self, part):
+        tensors = {
+            self._new_names[name]: self._tensor(name).detach()
+            for name in self._names[part]
+            if self._new_names.get(name) in self._stored
+        }
+        self.write(revert_weight_conversion(self._result, tensors))
+        self._done.add(part)
+
+    def finish(self):
+        for part in (OUTSIDE, *range(self._count), HEAD):
+            stays = any(self._new_names.get(name) in self._stored for name in self._names[part])
+            if part not in self._done and stays:
+                with self.holding(part):
+                    self.put(part)

@@ -1,0 +1,127 @@
+"""Pruning a checkpoint that is larger than memory: what can be done layer by layer, and where the result grows."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import Timeout
+from transformers import PreTrainedModel
+
+from .config import PruningConfig
+from .criteria import make_criterion
+from .errors import CheckpointError, ConfigurationError, UnsupportedModelError
+from .files.shards import Shards
+from .files.writing import alone, check_folder, draft, must_stay, resolve
+from .model import loading
+from .model.source import Source
+from .model.store import OnDisk
+from .model.structure import ModelStructure
+from .model.towers import has_towers
+from .plan import PruningPlan
+from .units import StreamKind, kinds_of
+
+
+_STREAMS = (
+    "What streams: allocation 'uniform' (also with a width for each kind or layer stated or planned), with every "
+    "criterion of widths and of experts but 'taylor', re-fit and error correction included; and layers and sublayers "
+    "that are named (`layers`, `keep_first`)"
+)
+
+
+def check_streams(config: PruningConfig, ratio: float | PruningPlan | None) -> None:
+    """Refuses what has to look at the whole model at once, or to change all of it.
+
+    Args:
+        config: What is cut and how.
+        ratio: What `prune` was asked for.
+
+    Raises:
+        ConfigurationError: Names what does not stream, what it would need, and what streams.
+    """
+    plan = ratio if isinstance(ratio, PruningPlan) else None
+    chosen = plan is not None and plan.chosen
+    reasons = []
+    if kinds_of(StreamKind)[0] in config.units or (plan is not None and plan.hidden is not None):
+        reasons.append("the hidden size, which is cut in all layers at once with two models in memory")
+    if plan is None and config.allocation != "uniform":
+        reasons.append(f"allocation {config.allocation!r}, which compares all layers of the whole model first")
+    if not chosen and make_criterion(config).needs_gradients:
+        reasons.append("the criterion 'taylor', which needs gradients of the whole model")
+    if plan is None and config.chooses_depth(ratio):
+        reasons.append(
+            f"the choice of layers by {config.depth_criterion!r}, which runs the whole model again and again"
+        )
+    if plan is None and config.iterative_steps > 1:
+        reasons.append("`iterative_steps`, each of which begins with the result of the one before")
+    if reasons:
+        raise ConfigurationError(
+            f"With `stream` the model is never in memory as a whole, which is needed for {'; for '.join(reasons)}. "
+            f"{_STREAMS}. A plan can be made where the model fits, and carried out here (`prune(plan)`, `--plan`)."
+        )
+
+
+def open_model(model_id: str | os.PathLike, **options: Any) -> tuple[PreTrainedModel, Source]:
+    """A model of which everything but the weights is loaded, and where these are.
+
+    Args:
+        model_id: Hub id or folder with weights in safetensors files.
+        options: As for `loading.load_model`.
+
+    Raises:
+        UnsupportedModelError: The model cannot be read layer by layer.
+        CheckpointError: As `loading.load_model`.
+    """
+    for name in ("gguf_file", "device_map"):
+        if options.get(name) is not None:
+            raise ConfigurationError(f"`{name}` and `stream` are both given; a streamed model is read by itself.")
+    if has_towers(loading.load_config(model_id, **options)):
+        raise UnsupportedModelError("Models that see are not streamed: leave `stream` out.")
+    source = Source()
+    return loading.load_model(model_id, source=source, **options), source
+
+
+class Streaming:
+    """One model that is pruned from disk to disk.
+
+    Args:
+        model, source: As `open_model` gives them, the model as it will be cut.
+        structure: Its structure.
+    """
+
+    def __init__(self, model: PreTrainedModel, source: Source, structure: ModelStructure) -> None:
+        self.store = OnDisk(model, source, [layer.name for layer in structure.layers])
+        self.shards: Shards | None = None
+        self.place: Path | None = None
+
+    @contextmanager
+    def into(self, folder: str | os.PathLike | None) -> Iterator[None]:
+        """Weights grow in a hidden folder beside this one (or in it, where nothing can be beside it).
+
+        Raises:
+            ConfigurationError: No folder is given.
+            CheckpointError: Another process is at it.
+        """
+        if folder is None:
+            raise ConfigurationError(
+                "A streamed model is written while it is pruned: give the folder, `prune(ratio, output_dir=...)`."
+            )
+        check_folder(folder)
+        self.place = resolve(folder)
+        work = draft(self.place, "stream", inside=self.place.is_dir() and must_stay(self.place))
+        try:
+            with alone(work, wait=False):
+                shutil.rmtree(work, ignore_errors=True)
+                work.mkdir(parents=True)
+                self.shards = Shards(work)
+                self.store.write = self.shards.add
+                try:
+                    yield
+                finally:
+                    shutil.rmtree(work, ignore_errors=True)
+        except Timeout as error:
+            raise CheckpointError(f"Another process is pruning into {folder}.") from error
