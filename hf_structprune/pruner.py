@@ -227,6 +227,8 @@ class StructuredPruner:
         self.last_plan = plan
 
     def _carry_out(self, run: Execution, plan: PruningPlan, known: Survey | None = None) -> None:
+        if self._streaming is not None:
+            self._streaming.check_room(plan, self.config, self.structure)
         run.carry_out(plan, known)
         self.model = run.model if self._towers is None else self._towers.whole(run.model)
         self.structure = run.structure

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import Timeout
+from tqdm import tqdm
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .config import PruningConfig
 from .criteria import make_criterion
 from .errors import CheckpointError, ConfigurationError, UnsupportedModelError
-from .files.shards import Shards
-from .files.writing import alone, check_folder, draft, must_stay, resolve
+from .files.shards import LEAST, Shards
+from .files.writing import alone, check_folder, check_room, draft, must_stay, resolve
 from .model import loading
 from .model.source import Source
-from .model.store import OnDisk
+from .model.store import OUTSIDE, OnDisk
 from .model.structure import ModelStructure
 from .model.towers import has_towers
 from .plan import PruningPlan
+from .refit.layer_by_layer import MATRICES, looks_at_text
 from .units import StreamKind, kinds_of
 
+
+logger = logging.get_logger(__name__)
 
 _STREAMS = (
     "What streams: allocation 'uniform' (also with a width for each kind or layer stated or planned), with every "
@@ -97,6 +104,51 @@ class Streaming:
         self.store = OnDisk(model, source, [layer.name for layer in structure.layers])
         self.shards: Shards | None = None
         self.place: Path | None = None
+
+    def memory_needed(self, plan: PruningPlan, config: PruningConfig, structure: ModelStructure) -> int:
+        """Bytes that carrying out a plan takes at its peak, about, whatever the number of layers.
+
+        Two layers (or one and what is outside of them), the files that are being filled, the hidden states of the
+        calibration text (cut, dense, what they lack, what goes into and out of each re-fitted map), and `MATRICES`
+        times `width^2 * 4` for the second moments of the widest re-fitted map.
+        """
+        layers = sorted(self.store.size(layer.index) for layer in structure.layers)
+        total = max(sum(layers[-2:]), layers[-1] + self.store.size(OUTSIDE)) + min(layers[-1], LEAST)
+        if not looks_at_text(plan, config):
+            return total
+        model, calibration = self.store.model, config.calibration
+        hidden, each = model.config.hidden_size, next(model.parameters()).element_size()
+        kinds = {group.kind for group in plan.groups}
+        correcting = config.compensation and config.error_correction > 0
+        widths, number = [hidden], 1
+        for layer in structure.layers:
+            groups = [group for group in layer.groups if correcting or group.kind in kinds]
+            widths += [group.reader.index.numel() for group in groups if group.reader is not None]
+            widths += [group.size // group.blocks for group in groups if group.in_experts]
+            number = max(number, len(Counter(group.parent for group in groups)))
+        states = hidden * (2 + 2 * number) * each + 4 * hidden + max(widths) * each
+        running = calibration.batch_size * calibration.length * (4 * max(widths) + 8 * hidden) * 4
+        total += calibration.num_samples * calibration.length * states + running
+        return total + MATRICES * max(widths) ** 2 * 4
+
+    def check_room(self, plan: PruningPlan, config: PruningConfig, structure: ModelStructure) -> None:
+        """Says what a plan needs of memory and disk, before any weight is read.
+
+        Raises:
+            ConfigurationError: There is not so much memory.
+            PlaceError: There is not so much room on the disk.
+        """
+        memory, free = self.memory_needed(plan, config, structure), psutil.virtual_memory().available
+        disk, left = plan.bytes_after, shutil.disk_usage(self.shards.folder).free
+        words = [tqdm.format_sizeof(size, "B") for size in (memory, free, disk, left)]
+        if memory > free:
+            raise ConfigurationError(
+                f"About {words[0]} of memory are needed, and {words[1]} are free. Less text needs less: lower "
+                f"`num_samples` or `length` of the calibration (now {config.calibration.num_samples} sequences of "
+                f"{config.calibration.length} tokens)."
+            )
+        check_room(self.place, disk)
+        logger.warning("About %s of memory are needed (%s free), and %s of disk (%s free).", *words)
 
     @contextmanager
     def into(self, folder: str | os.PathLike | None) -> Iterator[None]:

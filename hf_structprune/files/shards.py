@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 
-_LEAST = 2**28  # bytes that are collected before a file is written
+LEAST = 2**28  # bytes that are collected before a file is written
 
 
 class Shards:
@@ -23,7 +23,7 @@ class Shards:
         least: Bytes that a file has at least, but for the last one.
     """
 
-    def __init__(self, folder: Path, least: int = _LEAST) -> None:
+    def __init__(self, folder: Path, least: int = LEAST) -> None:
         self.folder, self._least = folder, least
         self.written: list[list[tuple[str, int]]] = []  # names and bytes of the tensors of each file
         self._waiting: dict[str, torch.Tensor] = {}

@@ -30,8 +30,8 @@ class Source:
     """The tensors of a checkpoint in safetensors files, by the parameters that they become.
 
     `from_pretrained` inside `taken` finds the files, builds the model and does everything else as always, but leaves
-    the parameters on the meta device; `read` brings some of them into memory. Names, layouts (fused experts) and dtypes
-    are converted by Transformers' own mapping, as far as it acts on one layer at a time.
+    the parameters on the meta device; `read` brings some of them into memory. Names, layouts (fused experts) and
+    dtypes are converted by Transformers' own mapping.
 
     Attributes:
         targets: Names in the checkpoint by the (first) parameter or buffer that is made of them.

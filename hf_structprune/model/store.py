@@ -46,7 +46,7 @@ class Store:
             self.free(part)
 
     def begin(self, structure: ModelStructure, dropped: dict[str, list[int]], target: Target) -> None:
-        """Says what the model will be, before the first layer is cut; `dropped` are the layers and sublayers that go."""
+        """Says what the model will be, before the first layer is cut; `dropped` are layers and sublayers that go."""
 
     def put(self, index: int) -> None:
         """A layer that is in memory is as it will be."""

@@ -33,6 +33,9 @@ from .merging import merge_experts
 from .reader import TokenWeights, by_consumer, consume, kept_columns, refitted, write_columns
 
 
+# Float32 matrices of width x width that are in memory at once, at most, when a map of this many inputs is re-fitted.
+MATRICES = 12
+
 States = list[torch.Tensor]  # one tensor of shape (sequences, length, d) for each batch
 
 
@@ -75,9 +78,7 @@ class _Compression:
         self.cut: set[tuple[int, str]] = set()  # groups that are out already
 
     def run(self, tokens: Callable[[], torch.Tensor], notes: list[str]) -> Kept:
-        looks = bool(self.plan.groups) and (self.needs_gram or self.by_inputs or self.config.merge_experts)
-        correcting = self.config.compensation and self.config.error_correction > 0
-        correcting = correcting and bool(self.plan.groups or self.plan.dropped)
+        looks, correcting = _looks(self.plan, self.config, bool(self.scores)), _corrects(self.plan, self.config)
         if looks or correcting:
             batch_size = self.config.calibration.batch_size
             stream = LayerStream(self.model, self.structure, tokens(), batch_size, self.store)
@@ -260,6 +261,22 @@ class _Compression:
                     drop = group.size - decision.keep
                     score = self.criterion.score(Scoring(group, self.model, statistics, self.salience, drop))
                 self.kept[group.key] = best_units(score, group, decision.keep, blocks)
+
+
+def looks_at_text(plan: PruningPlan, config: PruningConfig) -> bool:
+    """Whether carrying out a plan runs calibration text through the layers."""
+    return _looks(plan, config) or _corrects(plan, config)
+
+
+def _looks(plan: PruningPlan, config: PruningConfig, scored: bool = False) -> bool:
+    """Whether units are ranked or re-fitted by what comes in; `scored`: they are ranked already."""
+    by_inputs = make_criterion(config).needs_inputs and not plan.chosen and not scored
+    return bool(plan.groups) and (config.compensation or by_inputs or config.merge_experts)
+
+
+def _corrects(plan: PruningPlan, config: PruningConfig) -> bool:
+    correcting = config.compensation and config.error_correction > 0
+    return correcting and bool(plan.groups or plan.dropped)
 
 
 def _reach(plan: PruningPlan) -> tuple[int, int]:

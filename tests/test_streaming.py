@@ -1,0 +1,214 @@
+"""Pruning from disk to disk gives what pruning in memory gives, bit for bit, with a layer or two in memory."""
+
+import copy
+import json
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from families import calibration, make_model, make_tokens
+from moe_families import make_moe
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from hf_structprune import PruningConfig, StructuredPruner, streaming
+from hf_structprune.commands import cli
+from hf_structprune.errors import CheckpointError, ConfigurationError, StructPruneError, UnsupportedModelError
+from hf_structprune.model.store import OnDisk
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+def texts(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if ".safetensors" not in path.name}
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """The same tensors, configuration, plan, card and files beside them."""
+    ours, theirs = tensors(one), tensors(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
+    assert texts(one) == texts(other)
+
+
+def save(model, folder: Path, **options) -> Path:
+    model.save_pretrained(folder / "dense", **options)
+    return folder / "dense"
+
+
+def config(**options) -> PruningConfig:
+    return PruningConfig(calibration=calibration(), **options)
+
+
+def prune_both(dense: Path, ratio, loading=None, **options) -> tuple[Path, Path]:
+    """Folders of the same name that the model was pruned into, in memory and from disk."""
+    folders = dense.parent / "memory" / "out", dense.parent / "disk" / "out"
+    for stream, folder in zip((False, True), folders, strict=True):
+        pruner = StructuredPruner.from_pretrained(dense, config(**options), stream=stream, **(loading or {}))
+        pruner.prune(copy.deepcopy(ratio), folder)
+    assert [path.name for path in folders[1].parent.iterdir()] == ["out"]
+    return folders
+
+
+CASES = {
+    "llama": (lambda: make_model("llama"), 0.1, {}),
+    "tied in bf16": (lambda: make_model("llama", dtype=torch.bfloat16, tie_word_embeddings=True), 0.1, {}),
+    "gemma2 heads": (lambda: make_model("gemma2"), 0.1, {"units": ("kv_groups", "mlp_neurons")}),
+    "gpt2 per layer": (lambda: make_model("gpt2"), 0.05, {"units": ("kv_groups",), "layout": "per_layer"}),
+    "phi3 by weights": (lambda: make_model("phi3"), 0.1, {"criterion": "l2", "compensation": False}),
+    "falcon by inputs": (lambda: make_model("falcon"), 0.1, {"criterion": "wanda", "compensation": False}),
+    "layers": (lambda: make_model("qwen2"), None, {"units": ("layers",), "layers": [0, 1]}),
+    "layers and neurons": (lambda: make_model("llama"), 0.5, {"units": ("layers", "mlp_neurons"), "keep_first": 2}),
+    "sublayers": (lambda: make_model("qwen2"), None, {"units": ("mlp",), "layers": [1], "layout": "per_layer"}),
+    "qwen3_moe": (lambda: make_moe("qwen3_moe"), 0.1, {"units": ("experts",), "merge_experts": True}),
+    "gpt_oss": (lambda: make_moe("gpt_oss"), 0.1, {"units": ("experts",)}),
+    "mixtral": (lambda: make_moe("mixtral"), 0.1, {"units": ("expert_neurons",), "round_to": 1}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_result_is_that_of_memory(tmp_path, name):
+    make, ratio, options = CASES[name]
+    shards = {"max_shard_size": "20KB"} if name in ("llama", "qwen3_moe") else {}
+    memory, disk = prune_both(save(make(), tmp_path, **shards), ratio, **options)
+    assert_same(memory, disk)
+    if name in ("llama", "sublayers"):
+        loaded = [
+            AutoModelForCausalLM.from_pretrained(f, trust_remote_code=True)(make_tokens(2)) for f in (memory, disk)
+        ]
+        assert torch.equal(loaded[0].logits, loaded[1].logits)
+
+
+def test_plan_with_chosen_units_and_another_dtype(tmp_path):
+    dense = save(make_model("qwen3", dtype=torch.bfloat16), tmp_path)
+    pruner = StructuredPruner.from_pretrained(dense, config(criterion="taylor"))
+    pruner.prune(0.1)
+    memory, disk = prune_both(dense, pruner.last_plan, {"dtype": torch.float32}, criterion="taylor")
+    assert_same(memory, disk)
+    assert {tensor.dtype for tensor in tensors(disk).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_tie_that_the_checkpoint_stores_twice(tmp_path, equal):
+    dense = save(make_model("llama", tie_word_embeddings=True), tmp_path)
+    stored = load_file(dense / "model.safetensors")
+    embedding = stored["model.embed_tokens.weight"]
+    stored["lm_head.weight"] = embedding.clone() if equal else embedding.flip(0).contiguous()
+    save_file(stored, dense / "model.safetensors", metadata={"format": "pt"})
+    memory, disk = prune_both(dense, 0.1)
+    assert_same(memory, disk)
+    assert ("lm_head.weight" in tensors(disk)) != equal
+
+
+def test_layers_are_in_memory_one_or_two_at_a_time(tmp_path, monkeypatch):
+    dense, held, most = save(make_model("llama", num_hidden_layers=6), tmp_path), [], []
+    load, free = OnDisk.load, OnDisk.free
+
+    def check(store):
+        names = (name for name, tensor in store.model.state_dict().items() if tensor.device.type != "meta")
+        there = {int(name.split(".")[2]) for name in names if name.startswith("model.layers.")}
+        most.append(len(there))
+        assert there <= set(held)
+
+    def watched_load(self, part):
+        held.append(part)
+        load(self, part)
+        check(self)
+
+    def watched_free(self, part):
+        free(self, part)
+        held.remove(part)
+        check(self)
+
+    monkeypatch.setattr(OnDisk, "load", watched_load)
+    monkeypatch.setattr(OnDisk, "free", watched_free)
+    pruner = StructuredPruner.from_pretrained(dense, config(keep_first=5), stream=True)
+    model = pruner.prune(None, tmp_path / "out")
+    assert not held and max(most) == 2  # a layer, and the dropped one behind it
+    assert all(parameter.device.type == "meta" for parameter in model.parameters())
+    with pytest.raises(StructPruneError, match="load it from"):
+        model.save_pretrained(tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("options", "ratio", "words"),
+    [
+        ({"criterion": "taylor"}, 0.1, "gradients"),
+        ({"allocation": "search", "layout": "per_layer"}, 0.1, "'search'"),
+        ({"units": ("layers",)}, 0.4, "'exchange'"),
+        ({"units": ("hidden",)}, 0.1, "hidden size"),
+        ({"iterative_steps": 2}, 0.1, "iterative_steps"),
+    ],
+)
+def test_what_needs_the_whole_model_is_refused(tmp_path, options, ratio, words):
+    pruner = StructuredPruner.from_pretrained(save(make_model("llama"), tmp_path), config(**options), stream=True)
+    for act in (pruner.plan, lambda ratio: pruner.prune(ratio, tmp_path / "out")):
+        with pytest.raises(ConfigurationError, match=words) as refused:
+            act(ratio)
+        assert "What streams" in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def _damage(stored: dict[str, torch.Tensor], how: str) -> None:
+    name = "model.layers.2.mlp.down_proj.weight"
+    if how == "lacks":
+        del stored[name]
+    elif how == "not name":
+        stored["model.layers.7.mlp.down_proj.weight"] = stored[name].clone()
+    elif how == "shape":
+        stored[name] = stored[name][:, :5].contiguous()
+    else:
+        stored[name][0, 0] = torch.nan
+
+
+@pytest.mark.parametrize("how", ["lacks", "not name", "shape", "not finite"])
+def test_damaged_weights_leave_no_folder(tmp_path, how):
+    dense = save(make_model("llama"), tmp_path)
+    stored = load_file(dense / "model.safetensors")
+    _damage(stored, how)
+    save_file(stored, dense / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises((CheckpointError, UnsupportedModelError), match=how):
+        StructuredPruner.from_pretrained(dense, config(), stream=True).prune(0.1, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_what_cannot_be_read_layer_by_layer(tmp_path):
+    dense = save(make_model("llama"), tmp_path)
+    torch.save(load_file(dense / "model.safetensors"), dense / "pytorch_model.bin")
+    (dense / "model.safetensors").unlink()
+    with pytest.raises(UnsupportedModelError, match="safetensors"):
+        StructuredPruner.from_pretrained(dense, config(), stream=True)
+    with pytest.raises(ConfigurationError, match="device_map"):
+        StructuredPruner.from_pretrained(dense, config(), stream=True, device_map="auto")
+    with pytest.raises(ConfigurationError, match="stream"):
+        StructuredPruner.from_pretrained(make_model("llama"), config(), stream=True)
+
+
+def test_too_little_memory_is_refused_before_work(tmp_path, monkeypatch):
+    pruner = StructuredPruner.from_pretrained(save(make_model("llama"), tmp_path), config(), stream=True)
+    free = psutil.virtual_memory()._replace(available=1000)
+    monkeypatch.setattr(streaming.psutil, "virtual_memory", lambda: free)
+    with pytest.raises(ConfigurationError, match="of memory are needed, and 1.00kB are free"):
+        pruner.prune(0.1, tmp_path / "out")
+    with pytest.raises(ConfigurationError, match="output_dir"):
+        pruner.prune(0.1)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_command(tmp_path, capsys):
+    dense = save(make_model("llama"), tmp_path)
+    argv = ["prune", str(dense), "--ratio", "0.1", "--criterion", "l2", "--no-compensation", "--stream", "--json"]
+    assert cli.main([*argv, "--output-dir", str(tmp_path / "out")]) == 0
+    assert json.loads(capsys.readouterr().out)["ratio"] == pytest.approx(0.1, abs=0.05)
+    assert len(tensors(tmp_path / "out")) == len(tensors(dense))
+    assert cli.main(["prune", str(dense), "--num-layers", "1", "--stream", "--output-dir", str(tmp_path / "no")]) != 0
+    assert "What streams" in capsys.readouterr().err
