@@ -28,7 +28,7 @@ from .model.structure import ModelStructure
 from .model.towers import has_towers
 from .plan import PruningPlan
 from .refit.layer_by_layer import MATRICES, looks_at_text
-from .units import StreamKind, kinds_of
+from .units import KINDS, SharedKind, kinds_of
 
 
 logger = logging.get_logger(__name__)
@@ -53,8 +53,9 @@ def check_streams(config: PruningConfig, ratio: float | PruningPlan | None) -> N
     plan = ratio if isinstance(ratio, PruningPlan) else None
     chosen = plan is not None and plan.chosen
     reasons = []
-    if kinds_of(StreamKind)[0] in config.units or (plan is not None and plan.hidden is not None):
-        reasons.append("the hidden size, which is cut in all layers at once with two models in memory")
+    planned = config.kinds(kinds_of(SharedKind)) if plan is None else [decision.kind for decision in plan.shared]
+    for kind in map(KINDS.get, planned):
+        reasons.append(f"{kind.label}, by which all layers change at once")
     if plan is None and config.allocation != "uniform":
         reasons.append(f"allocation {config.allocation!r}, which compares all layers of the whole model first")
     if not chosen and make_criterion(config).needs_gradients:
