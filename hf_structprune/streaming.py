@@ -130,7 +130,8 @@ class Streaming:
         states = hidden * (2 + 2 * number) * each + 4 * hidden + max(widths) * each
         running = calibration.batch_size * calibration.length * (4 * max(widths) + 8 * hidden) * 4
         total += calibration.num_samples * calibration.length * states + running
-        return total + MATRICES * max(widths) ** 2 * 4
+        maps = 12 * max(widths) * hidden * 4  # the map itself, in float64, and products with its targets
+        return total + MATRICES * max(widths) ** 2 * 4 + maps
 
     def check_room(self, plan: PruningPlan, config: PruningConfig, structure: ModelStructure) -> None:
         """Says what a plan needs of memory and disk, before any weight is read.

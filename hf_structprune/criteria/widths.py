@@ -102,4 +102,5 @@ class OBS(Criterion):
         group = scoring.group
         damping = SELECTION_DAMPING if self.config.damping is None else self.config.damping
         weight = scoring.weight(group.reader)
-        return obs_scores(weight, scoring.statistics.gram, group.reader.index, damping, scoring.drop, group.blocks)
+        gram, index = scoring.statistics.moments.matrix(torch.float64), group.reader.index
+        return obs_scores(weight, gram, index, damping, scoring.drop, group.blocks, overwrite=True)

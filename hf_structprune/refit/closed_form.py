@@ -17,6 +17,7 @@ DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 DEFAULT_DAMPING = 0.1  # with too little text to hold any out
 SELECTION_DAMPING = 0.01  # of the OBS selection, unless the user fixes the damping
 _CHUNKS = 16
+_ROWS = 512  # of a matrix that are copied at once
 
 
 def ridge(gram: torch.Tensor, damping: float) -> float:
@@ -41,14 +42,17 @@ def refit(
         damping: `lam / mean(diag C)`.
         target: `T = E[t x^T]`, shape (out, d): what the output should change by.
     """
-    weight, gram = weight.to(dtype), gram.to(dtype)
+    weight = weight.to(dtype)
     pruned = _others(kept, weight.shape[1])
-    matrix = gram[kept][:, kept]
+    matrix = torch.empty(len(kept), len(kept), dtype=dtype, device=gram.device)
+    for rows in torch.arange(len(kept), device=gram.device).split(_ROWS):
+        matrix[rows] = gram[kept[rows][:, None], kept].to(dtype)
     matrix.diagonal().add_(ridge(gram, damping))
-    right = weight[:, pruned] @ gram[pruned][:, kept]
+    right = weight[:, pruned] @ gram[pruned].to(dtype)[:, kept]
+    del gram
     if target is not None:
         right += target.to(dtype)[:, kept]
-    return weight[:, kept] + torch.cholesky_solve(right.T, torch.linalg.cholesky(matrix)).T
+    return weight[:, kept] + _solved(_cholesky(matrix), right.T).T
 
 
 def output_error(
@@ -87,9 +91,20 @@ def choose_damping(weight: torch.Tensor, fit: Moments, held_out: Moments, kept: 
     return DAMPINGS[place]
 
 
+def _cholesky(matrix: torch.Tensor) -> torch.Tensor:
+    """The Cholesky factor of a symmetric matrix, written over it: LAPACK's columns are the rows of this one."""
+    return torch.linalg.cholesky(matrix.mT, out=matrix.mT)
+
+
+def _solved(factor: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`(L L^T)^-1 B`, as `cholesky_solve` computes it, which copies `L` first."""
+    half = torch.linalg.solve_triangular(factor, right, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
+
+
 def obs_scores(
     weight: torch.Tensor, gram: torch.Tensor, index: torch.Tensor, damping: float = SELECTION_DAMPING,
-    drop: int | None = None, blocks: int = 1,
+    drop: int | None = None, blocks: int = 1, overwrite: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """Greedy Optimal Brain Surgeon: the rise of the output error when a unit goes and the rest is re-fitted.
 
@@ -101,6 +116,7 @@ def obs_scores(
         index: Columns of each unit, shape (units, width).
         drop: Units to remove before stopping; `None` removes all but one, which orders all units.
         blocks: Units go evenly from so many equal blocks.
+        overwrite: Whether `gram`, if it is float64, may be written over.
 
     Returns:
         Error at which each unit went, never falling from one removal to the next, shape (units,); units that were
@@ -108,13 +124,17 @@ def obs_scores(
     """
     units, width = index.shape
     drop = units - blocks if drop is None else drop
-    inverse = gram.to(torch.float64, copy=True)
-    inverse.diagonal().add_(ridge(gram, damping))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(inverse, out=inverse))
+    rise = ridge(gram, damping)
+    inverse = gram.to(torch.float64, copy=not overwrite)
+    del gram
+    inverse.diagonal().add_(rise)
+    factor = _cholesky(inverse)
+    torch.cholesky_inverse(factor, out=factor)  # symmetric: `inverse` is the same memory
     weight, index = weight.double().clone(), index.to(weight.device)
     alive = torch.arange(units, device=weight.device)  # units still there, in the order of the columns of `weight`
     columns = index.flatten()
-    weight, inverse = weight[:, columns], inverse[columns[:, None], columns]
+    if not torch.equal(columns, torch.arange(len(inverse), device=columns.device)):
+        weight, inverse = weight[:, columns], inverse[columns[:, None], columns]
     quota = torch.full((blocks,), drop // blocks, device=weight.device)
     scores = torch.zeros(units, dtype=torch.float64, device=weight.device)
     chunk = max(1, -(-drop // _CHUNKS)) if width == 1 and blocks == 1 else 1
@@ -152,8 +172,17 @@ def _remove(weight, inverse, order, width) -> tuple[torch.Tensor, torch.Tensor]:
     gone = (order[:, None] * width + torch.arange(width, device=order.device)).flatten()
     left = _others(gone.sort().values, weight.shape[1])
     solved = torch.linalg.solve(inverse[gone[:, None], gone], inverse[gone[:, None], left])
-    rest = inverse[left[:, None], left].addmm_(inverse[left[:, None], gone], solved, alpha=-1)
+    columns = inverse[left[:, None], gone]
+    rest = _submatrix(inverse, left).addmm_(columns, solved, alpha=-1)
     return weight[:, left].addmm_(weight[:, gone], solved, alpha=-1), rest
+
+
+def _submatrix(matrix: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+    """Rows and columns of a contiguous matrix, written over its own beginning: no row is read after it is written."""
+    result = matrix.view(-1)[: len(left) ** 2].view(len(left), len(left))
+    for rows in torch.arange(len(left), device=left.device).split(_ROWS):
+        result[rows] = matrix[left[rows][:, None], left]
+    return result
 
 
 def _others(chosen: torch.Tensor, total: int) -> torch.Tensor:

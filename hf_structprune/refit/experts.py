@@ -136,5 +136,5 @@ def _fitted(
         errors = [output_error(weight, one, gram, columns, held_out.target) for one in (trial, cut)]
         if errors[0] >= errors[1]:
             return cut
-    both = Moments(fit.lower + held_out.lower, fit.cross + held_out.cross, fit.tokens + held_out.tokens)
+    both = fit + held_out
     return refit(weight, both.gram, columns, damping, both.target).to(weight.dtype)

@@ -2,6 +2,9 @@
 
 What reads the units is re-fitted in place with zeros in the columns that go, so that the layer can still be run; when
 the text has passed it, the units are taken out of all its tensors.
+What this takes of memory are the hidden states, a layer, and second moments: at most `MATRICES` float32 matrices of
+width x width, where the width is that of the map that is re-fitted (the sums of both parts of the text are 1 of them,
+a triangle each; float64 counts twice).
 Layers and sublayers that will be dropped are passed by; with error correction the consumers around them are re-fitted
 to bring the hidden states back to those of the dense model.
 """
@@ -33,8 +36,8 @@ from .merging import merge_experts
 from .reader import TokenWeights, by_consumer, consume, kept_columns, refitted, write_columns
 
 
-# Float32 matrices of width x width that are in memory at once, at most, when a map of this many inputs is re-fitted.
-MATRICES = 12
+# Of width x width in float32, in memory at once at most when a map of this many inputs is ranked and re-fitted.
+MATRICES = 5
 
 States = list[torch.Tensor]  # one tensor of shape (sequences, length, d) for each batch
 

@@ -21,7 +21,9 @@ def refitted(
         return weight[:, columns]
     damping = damping_for(weight, statistics.fit, statistics.held_out, columns, config)
     moments = statistics.moments
-    return refit(weight, moments.gram, columns, damping, moments.target).to(weight.dtype)
+    gram, target = moments.gram, moments.target
+    del moments
+    return refit(weight, gram, columns, damping, target).to(weight.dtype)
 
 
 def damping_for(

@@ -68,9 +68,7 @@ class InputStatistics:
     @property
     def moments(self) -> Moments:
         """Second moments over all tokens."""
-        fit, held_out = self.fit, self.held_out
-        cross = None if fit.cross is None else fit.cross + held_out.cross
-        return Moments(fit.lower + held_out.lower, cross, fit.tokens + held_out.tokens)
+        return self.fit + self.held_out
 
     @property
     def gram(self) -> torch.Tensor:
@@ -80,16 +78,28 @@ class InputStatistics:
 
 @dataclass
 class Moments:
-    """Sums of `x x^T` (lower triangle) and of `t x^T` over tokens."""
+    """Sums of `x x^T` and of `t x^T` over tokens.
 
-    lower: torch.Tensor
+    Attributes:
+        lower: The lower triangle of the first in blocks of rows, each with the columns up to its diagonal, float32:
+            half the memory of the matrix. What is above the diagonal in a block is undefined.
+        cross: The second, shape (targets, d).
+    """
+
+    lower: list[torch.Tensor]
     cross: torch.Tensor | None
     tokens: int = 0
 
     @classmethod
     def zeros(cls, width: int, targets: int, device: torch.device | str) -> Moments:
         cross = torch.zeros(targets, width, device=device) if targets else None
-        return cls(torch.zeros(width, width, device=device), cross)
+        ends = [(start, min(start + _BLOCK, width)) for start in range(0, width, _BLOCK)]
+        return cls([torch.zeros(end - start, end, device=device) for start, end in ends], cross)
+
+    def __add__(self, other: Moments) -> Moments:
+        cross = None if self.cross is None else self.cross + other.cross
+        lower = [one + two for one, two in zip(self.lower, other.lower, strict=True)]
+        return Moments(lower, cross, self.tokens + other.tokens)
 
     def add(self, x: torch.Tensor, targets: torch.Tensor | None) -> None:
         """Adds inputs of shape (tokens, d) and targets of shape (tokens, targets)."""
@@ -101,8 +111,21 @@ class Moments:
 
     @property
     def gram(self) -> torch.Tensor:
-        """`E[x x^T]`, shape (d, d)."""
-        return (self.lower.tril() + self.lower.tril(-1).T) / max(self.tokens, 1)
+        """`E[x x^T]`, shape (d, d), float32."""
+        return self.matrix(torch.float32)
+
+    def matrix(self, dtype: torch.dtype) -> torch.Tensor:
+        """`gram` in another dtype, without a copy in between."""
+        width = self.lower[-1].shape[1] if self.lower else 0
+        full = torch.empty(width, width, dtype=dtype, device=self.lower[0].device if self.lower else None)
+        for block in self.lower:
+            end = block.shape[1]
+            start = end - len(block)
+            mean = block / max(self.tokens, 1)
+            full[start:end, :start] = mean[:, :start]
+            full[:start, start:end] = mean[:, :start].T
+            full[start:end, start:end] = mean[:, start:].tril() + mean[:, start:].tril(-1).T
+        return full
 
     @property
     def target(self) -> torch.Tensor | None:
@@ -110,16 +133,16 @@ class Moments:
         return None if self.cross is None else self.cross / max(self.tokens, 1)
 
 
-def add_gram(lower: torch.Tensor, x: torch.Tensor) -> None:
-    """Adds `x^T x` to the lower triangle of a float32 matrix; entries above the diagonal are left undefined.
+def add_gram(lower: list[torch.Tensor], x: torch.Tensor) -> None:
+    """Adds `x^T x` to the lower triangle of a float32 matrix in blocks of rows, see `Moments`.
 
     A bfloat16 matmul rounds its result to 8 bits, which the inversion of the Gram matrix amplifies. So on the CPU the
     rest is computed too: `hi = x^T x` and `lo = x^T x - hi`, both bfloat16 with float32 accumulation inside; `hi + lo`
     has 16 bits at half the cost of a float32 matmul. CUDA gives float32 outputs itself.
     """
-    for start in range(0, x.shape[1], _BLOCK):
-        end = start + _BLOCK
-        lower[start:end, :end] += _product(x[:, start:end], x[:, :end])
+    for block in lower:
+        end = block.shape[1]
+        block += _product(x[:, end - len(block) : end], x[:, :end])
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
