@@ -3,9 +3,9 @@
     python benchmarks/streaming.py llama-3-8b --layers 2 16
     python benchmarks/streaming.py qwen3-30b-a3b --layers 2 4
 
-For each number of layers: writes a random bfloat16 checkpoint layer by layer, prunes it with `stream=True` in a process
-of its own, and another process carries the same text once through the model (a plain streamed forward). The peak is
-the largest resident set of the process, as the system counts it. Little text: it is the memory that is shown.
+For each number of layers: writes a random bfloat16 checkpoint layer by layer, prunes it with `stream=True` in a
+process of its own, and another process carries the same text once through the model (a plain streamed forward). The
+peak is the largest resident set of the process, as the system counts it. Little text: it is the memory that is shown.
 """
 
 from __future__ import annotations
