@@ -9,8 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 from transformers.utils import logging
 
 from ..errors import CheckpointError, ConfigurationError, UnsupportedModelError
@@ -88,6 +95,30 @@ def _auto_class(config: PreTrainedConfig, towers: bool) -> type:
     )
 
 
+def _names(mapping: Any, config: PreTrainedConfig) -> set[str]:
+    """Names of the classes that a mapping has for a configuration."""
+    found = mapping.get(type(config), ())
+    return {one.__name__ for one in (found if isinstance(found, tuple) else (found,))}
+
+
+def _check_architecture(config: PreTrainedConfig, model_id: str | os.PathLike) -> str:
+    """Refuses a checkpoint of a class of Transformers with another head; says more of one without any, `""` if not.
+
+    Such weights may fit the class that is loaded, as those of a masked language model, which does something else.
+    """
+    known = _names(MODEL_FOR_CAUSAL_LM_MAPPING, config) | _names(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, config)
+    names = [name for name in getattr(config, "architectures", None) or [] if hasattr(transformers, name)]
+    if not names or known & {*names}:
+        return ""
+    whole = f"A part of a model cannot be pruned alone: give a {' or '.join(sorted(known))}."
+    if names[0] in _names(MODEL_MAPPING, config):  # with tied embeddings it lacks nothing
+        return f" This is the checkpoint of a {names[0]}, which has no head. {whole}"
+    raise UnsupportedModelError(
+        f"{model_id} is the checkpoint of a {names[0]}, whose head does not predict the next token of a text: give a "
+        f"{' or '.join(sorted(known))}."
+    )
+
+
 def load_model(
     model_id: str | os.PathLike, towers: bool = False, source: Source | None = None, **kwargs: Any
 ) -> PreTrainedModel:
@@ -103,6 +134,7 @@ def load_model(
         CheckpointError: There is no such model, a file of it is damaged, it is an adapter, weights are missing, which
             Transformers would make up at random, or there are others that it would leave out.
         HubError: The model is gated and the token has no access to it.
+        UnsupportedModelError: It has no head that predicts the next token.
     """
     kwargs = plain_options(kwargs)
     config = load_config(model_id, **kwargs)  # what is wrong with it is found before the weights are read
@@ -112,14 +144,15 @@ def load_model(
         kwargs = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16, **kwargs}
     options = {"dtype": "auto", **kwargs, "output_loading_info": True}
     reading = nullcontext() if source is None else source.taken()
+    auto_class, part = _auto_class(config, towers), _check_architecture(config, model_id)
     with readable(model_id, subfolder=kwargs.get("subfolder")), reading:
-        model, info = _auto_class(config, towers).from_pretrained(model_id, **options)
+        model, info = auto_class.from_pretrained(model_id, **options)
     cls = type(model).__name__
     lacking, surplus = [*info["missing_keys"], *info["mismatched_keys"]], info["unexpected_keys"]
     names = sorted(map(str, lacking or surplus))
     names = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
     if lacking:
-        raise CheckpointError(f"{model_id} lacks weights of a {cls}, which would be random: {names}.")
+        raise CheckpointError(f"{model_id} lacks weights of a {cls}, which would be random: {names}.{part}")
     if surplus:
         raise CheckpointError(
             f"{model_id} has weights that its configuration does not name, so that a {cls} would lose them: {names}. "
