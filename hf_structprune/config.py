@@ -31,6 +31,7 @@ from .units import (
     level_criteria,
 )
 from .units.depth import LAYERS
+from .units.head_size import HeadSize
 from .units.heads import GROUPS
 
 
@@ -44,7 +45,7 @@ _LayerRange = Annotated[tuple[Number, Number], Described("(start, end), 0 <= sta
 Kind = Annotated[str, OneOf(KINDS)]
 _Part = Annotated[float, Limits(0, open="least"), Described("a positive number")]
 _RATIOS = ("attention_ratio", "mlp_ratio")
-_CRITERIA = {level: level.criterion_option for level in (DepthKind, StreamKind, RoutedKind)}
+_CRITERIA = {level: level.criterion_option for level in (DepthKind, StreamKind, HeadSize, RoutedKind)}
 
 
 @dataclass
@@ -56,7 +57,8 @@ class PruningConfig:
             What may be cut. Widths: `"mlp_neurons"`, `"kv_groups"` (a key/value head with its query heads) and
             `"query_heads"` (the same number in every KV group); `"experts"` (whole ones, with their rows of the
             router) and `"expert_neurons"` (equally many of every expert). Depth: `"layers"` (whole decoder layers),
-            `"attention"` and `"mlp"` (one sublayer of a layer). And `"hidden"` (channels of the residual stream).
+            `"attention"` and `"mlp"` (one sublayer of a layer). And `"hidden"` (channels of the residual stream) and
+            `"head_dim"` (dimensions of all heads).
             Default: the kinds that other options name (`attention_ratio`, `mlp_ratio`, `num_layers`, `keep_first`,
             `hidden_size`, `split`), else `("mlp_neurons",)`.
         criterion (`str`): How units are ranked: `"random"`, `"l1"`, `"l2"`, `"taylor"`, `"wanda"`, `"wifv"`,
@@ -90,6 +92,9 @@ class PruningConfig:
             or `"pca"`: the stream is turned into its principal components first (SliceGPT, with one rotation for all
             layers), which is exact for models with RMS norms in front of their readers and a head of its own.
         hidden_size (`int`, *optional*): The hidden size after pruning.
+        head_dim_criterion (`str`): How pairs of dimensions of queries and keys are ranked: `"attention"` (by how much
+            the output of the attention changes without them), `"energy"` (of their part of the scores),
+            `"magnitude"` or `"taylor"`. Values are turned into the directions that matter most for the output.
         expert_criterion (`str`): How experts are ranked: `"reap"` (weight of the router times norm of the output, over
             the tokens that an expert gets), `"frequency"`, `"router"` (mean probability), `"l2"`, `"taylor"`,
             `"random"`, or `"loss"` (each time the one goes without which the block's output changes least).
@@ -99,7 +104,8 @@ class PruningConfig:
             with layers or sublayers among several kinds, the split with the least measured cost is taken.
         keep (`dict` of `str` to `int`, *optional*): What is to be left of each kind of unit, an exact shape:
             `{"layers": 24, "hidden": 512, "mlp_neurons": 1024, "kv_groups": 3}` (widths are those of each layer;
-            query heads count all heads of a layer); on the command line `layers=24 hidden=512`. A ratio, if one is
+            query heads count all heads of a layer; `"head_dim": 64` is the size of every head); on the command line
+            `layers=24 hidden=512`. A ratio, if one is
             given, is reached by the `units` that it does not name.
         layers (list of `int`, *optional*): The layers that may be cut, by number. With only depth to cut and no
             ratio or number given, exactly these go.
@@ -135,6 +141,7 @@ class PruningConfig:
     keep_first: Count | None = None
     hidden_criterion: Annotated[str, OneOf(level_criteria(StreamKind))] = "activation"
     hidden_size: Count | None = None
+    head_dim_criterion: Annotated[str, OneOf(level_criteria(HeadSize))] = "attention"
     expert_criterion: Annotated[str, OneOf(level_criteria(RoutedKind))] = "reap"
     merge_experts: bool = False
     split: dict[str, float] | list[str] | None = None

@@ -347,6 +347,7 @@ def describe(
     hidden_size = plan.hidden.before if plan.hidden else model.config.hidden_size
     plan.warnings = warnings_of(structure, plan, hidden_size, config.align_to)
     plan.warnings += approximations(model, structure, plan)
+    plan.warnings += [line for decision in plan.shared for line in KINDS[decision.kind].remarks(decision)]
     if plan.ratio_requested is not None and (plan.groups or plan.shared):
         plan.warnings += far_off(plan.ratio_requested, plan.ratio, config.align_to, config.round_to)
     return plan

@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 
 from ..config import PruningConfig
-from ..criteria import Method, Paper, channels, class_of, depth
+from ..criteria import Method, Paper, channels, class_of, depth, pairs
 from ..criteria.widths import SURGEON, WIFV
 from ..errors import CheckpointError
 from ..evaluation.results import EvaluationResult
@@ -25,6 +25,7 @@ from ..quantization.configuration import QuantizationConfig
 from ..recovery.configuration import DistillationConfig, RecoveryConfig
 from ..text.calibration import CalibrationConfig
 from ..units import KINDS, DepthKind, StreamKind, UnitKind, WidthKind, kinds_of
+from ..units.head_size import HeadSize
 from .origin import IN_MEMORY, is_file, sources_of
 
 
@@ -66,7 +67,8 @@ def _methods(config: PruningConfig, plan: PruningPlan) -> list[Method]:
 
 def method_of(kind: str, criterion: str) -> Method:
     """What a card says of a criterion that ranks units of a kind."""
-    for level, methods in ((DepthKind, depth.METHODS), (StreamKind, channels.METHODS)):
+    levels = ((DepthKind, depth.METHODS), (StreamKind, channels.METHODS), (HeadSize, pairs.METHODS))
+    for level, methods in levels:
         if isinstance(KINDS[kind], level):
             return methods[criterion]
     found = class_of(kind, criterion)

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
-from ..units import HIDDEN
+from ..units import HEAD_SIZE, HIDDEN
 from .groups import Group
+from .head_size import head_group, smaller_heads
 from .hidden_size import hidden_group, shrunk_target
 from .structure import ModelStructure
 from .target import Target
@@ -26,4 +27,7 @@ class Sized(NamedTuple):
     target: Callable[[PreTrainedModel, ModelStructure, int], Target]
 
 
-SIZED: dict[str, Sized] = {HIDDEN: Sized(hidden_group, shrunk_target)}
+SIZED: dict[str, Sized] = {
+    HIDDEN: Sized(hidden_group, shrunk_target),
+    HEAD_SIZE: Sized(head_group, smaller_heads),
+}

@@ -27,16 +27,20 @@ from ..hooks import as_output, others_of
 from ..model.describe import target_of
 from ..model.experts import Experts, without_experts
 from ..model.families import PROVEN
+from ..model.head_size import counts, head_group
 from ..model.hidden_size import hidden_group, stream_norms
 from ..model.modeling_structprune import PerLayerMixin
 from ..model.rebuild import rebuild
+from ..model.rotation import rotation_of
+from ..model.shared_sizes import SIZED
 from ..model.structure import Group, LayerStructure, ModelStructure, decoder_layers
 from ..model.surgery import Kept, cut_units, drop, mask_sublayers, mask_units
 from ..model.target import make_target, stock_class
 from ..plan import Dropped, PruningPlan, emptied
 from ..refit.channels import cut_hidden
+from ..refit.head_size import cut_head_size, mask_heads
 from ..stats.stream import LayerStream
-from ..units import KINDS, DepthKind, WidthKind, kinds_of
+from ..units import KINDS, DepthKind, StreamKind, WidthKind, kinds_of
 from .shrinking import VOCABULARY, representatives, shrunk_values
 
 
@@ -60,10 +64,15 @@ def prove(model: PreTrainedModel, structure: ModelStructure, kinds: Collection[s
         UnsupportedModelError: A kind is not proven: names it, the model type, and what differs or could not be tried.
             Or the class is none of Transformers'.
     """
-    if is_proven(model):
+    if not is_proven(model):
+        stock_class(model)  # refuses classes of which no checkpoint could be written
+    elif not any(KINDS[kind].always_tried for kind in kinds):
         return
-    stock_class(model)  # refuses classes of which no checkpoint could be written
+    else:
+        kinds = [kind for kind in kinds if KINDS[kind].always_tried]
     kinds = [kind for kind in KINDS if kind in kinds and has_units(structure, kind)]
+    for kind in (kind for kind in kinds if kind in SIZED):
+        SIZED[kind].group(model, structure)  # says best why there is none
     for kind, reason in verdicts(model, structure, kinds).items():
         if reason is not None:
             raise UnsupportedModelError(
@@ -225,8 +234,10 @@ class Trial:
             self._widths(kind)
         elif kind in kinds_of(DepthKind):
             self._depth(kind)
-        else:
+        elif kind in kinds_of(StreamKind):
             self._hidden(kind)
+        else:
+            self._heads(kind)
 
     def _widths(self, kind: str) -> None:
         """Half of the units of every group; with equal widths and with widths of each layer, where they can be had.
@@ -302,6 +313,26 @@ class Trial:
         small, kept = next(_possible(partial(without, step) for step in steps))
         masked = copy.deepcopy(self.model)
         mask_channels(masked, group.dims(), kept)
+        self._check(small, logits(masked, self.tokens))
+
+    def _heads(self, kind: str) -> None:
+        """Half of the dimensions of every head, or as many as can go; values in other bases have to change nothing."""
+        size, rotation = head_group(self.model, self.structure).size, rotation_of(self.model)
+        config, units = PruningConfig(units=(kind,), keep={kind: 2}, compensation=False), rotation.units(size)
+
+        def without(keep: int) -> tuple[PreTrainedModel, torch.Tensor]:
+            pairs, others = counts(self.model, rotation, keep)
+            half = rotation.size // 2
+            chosen = [*torch.randperm(half)[:pairs], *(half + torch.randperm(len(units) - half)[:others])]
+            kept = torch.cat([units[number] for number in chosen])
+            return cut_head_size(copy.deepcopy(self.model), self.structure, keep, config, None, kept)
+
+        sizes = dict.fromkeys(n for n in (size // 4 * 2, size - 2, size - 4, size - 8) if 0 < n < size)
+        small, kept = next(_possible(partial(without, keep) for keep in sizes))
+        masked = copy.deepcopy(self.model)
+        for step in mask_heads(masked, self.structure, kept, small):
+            if step == "turned":
+                _compare(logits(masked, self.tokens), self.dense, "values in another basis give other logits")
         self._check(small, logits(masked, self.tokens))
 
     def _check(self, small: PreTrainedModel, expected: torch.Tensor) -> None:

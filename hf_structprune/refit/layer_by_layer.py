@@ -12,6 +12,7 @@ to bring the hidden states back to those of the dense model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -46,6 +47,7 @@ States = list[torch.Tensor]  # one tensor of shape (sequences, length, d) for ea
 def compress(
     model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan, config: PruningConfig,
     tokens: Callable[[], torch.Tensor], known: Survey, notes: list[str], store: Store | None = None,
+    turns: Turns | None = None,
 ) -> Kept:  # fmt: skip
     """Chooses the units that stay, re-fits what reads them and cuts the others out, in place.
 
@@ -58,15 +60,27 @@ def compress(
         known: Scores and gradients that are known already.
         notes: What was asked for and could not be done is added here.
         store: Where the weights are; it gets every layer that has been cut.
+        turns: What else is done to each layer.
     """
-    return _Compression(model, structure, plan, config, known, store or Store()).run(tokens, notes)
+    return _Compression(model, structure, plan, config, known, store or Store(), turns).run(tokens, notes)
+
+
+class Turns(Protocol):
+    """What is done to the layers beside cutting units, in place."""
+
+    def enter(self, layer: LayerStructure) -> None:
+        """Prepares a layer, when the dense one has been run and nothing of it is re-fitted yet."""
+
+    def turn(self, group: Group, statistics: InputStatistics | None, inputs: States) -> States:
+        """Changes the basis of the units of a group, with the moments of its reader's inputs; returns those anew."""
 
 
 class _Compression:
     """The state of one run of `compress`."""
 
-    def __init__(self, model, structure, plan, config, known, store) -> None:
+    def __init__(self, model, structure, plan, config, known, store, turns) -> None:
         self.model, self.structure, self.plan, self.config, self.store = model, structure, plan, config, store
+        self.turns = turns
         self.criterion, self.scores, self.salience = make_criterion(config), known.scores or {}, known.salience
         self.by_inputs = self.criterion.needs_inputs and not plan.chosen and not self.scores
         self.needs_gram = config.compensation or (self.by_inputs and self.criterion.needs_gram)
@@ -124,9 +138,13 @@ class _Compression:
         if self.correcting:
             dense, ahead = self._step_dense(layer, [*consumers, *(group.parent for group in routed)])
         mask_sublayers(self.model, self.structure, {kind: [layer.index] for kind in self._lost(layer)})
+        if self.turns is not None:
+            self.turns.enter(layer)
         for consumer, groups in consumers.items():
             cut = [group for group in groups if group.kind in planned]
             if self.stream is None:
+                for group in cut if self.turns is not None else ():
+                    self.turns.turn(group, None, [])
                 self._choose(cut, None)
                 continue
             if ahead is not None and consumer == list(consumers)[-1] and not routed:
@@ -200,6 +218,8 @@ class _Compression:
                 if self.config.token_weighting:
                     weights = self.weights(self._state(number, output))
             statistics.update(x, target, weights)
+        for group in cut if self.turns is not None else ():
+            inputs = self.turns.turn(group, statistics, inputs)
         self._choose(cut, statistics)
         columns = kept_columns(cut, self.kept, width)
         write_columns(module, refitted(module, statistics, columns, self.config), columns)

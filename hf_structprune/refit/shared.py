@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 
 from ..config import PruningConfig
 from ..model.structure import ModelStructure
-from ..units import HIDDEN
+from ..units import HEAD_SIZE, HIDDEN
 from .channels import cut_hidden
+from .head_size import cut_head_size
 
 
 Cut = Callable[
@@ -19,4 +20,4 @@ Cut = Callable[
 ]
 # Each gets the model, its structure, how many units stay, the configuration, calibration tokens (`None` where nothing
 # looks at text) and the numbers of the units that stay (`None` to rank them); returns the smaller model and those.
-CUTS: dict[str, Cut] = {HIDDEN: cut_hidden}
+CUTS: dict[str, Cut] = {HIDDEN: cut_hidden, HEAD_SIZE: cut_head_size}

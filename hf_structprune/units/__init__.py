@@ -9,14 +9,15 @@ from __future__ import annotations
 from .base import DepthKind, Reading, RoutedKind, SharedKind, StreamKind, UnitKind, WidthKind
 from .depth import LAYERS, Attention, Layers, Mlp
 from .experts import ExpertNeurons, RoutedExperts, SharedNeurons
+from .head_size import HEAD_SIZE, HeadSize
 from .heads import GROUPS, QUERIES, KVGroups, QueryHeads
 from .hidden import HIDDEN, Hidden
 from .neurons import NEURONS, Neurons
 
 
 __all__ = [
-    "GROUPS", "HIDDEN", "KINDS", "LAYERS", "NEURONS", "QUERIES", "DepthKind", "Reading", "RoutedKind", "SharedKind",
-    "StreamKind", "UnitKind", "WidthKind", "kinds_of", "level_criteria",
+    "GROUPS", "HEAD_SIZE", "HIDDEN", "KINDS", "LAYERS", "NEURONS", "QUERIES", "DepthKind", "Reading", "RoutedKind",
+    "SharedKind", "StreamKind", "UnitKind", "WidthKind", "kinds_of", "level_criteria",
 ]  # fmt: skip
 
 # In the order of tables and messages.
@@ -24,7 +25,7 @@ KINDS: dict[str, UnitKind] = {
     kind.name: kind
     for kind in (
         KVGroups(), QueryHeads(), Neurons(), RoutedExperts(), ExpertNeurons(), SharedNeurons(), Layers(), Attention(),
-        Mlp(), Hidden(),
+        Mlp(), Hidden(), HeadSize(),
     )
 }  # fmt: skip
 

@@ -59,6 +59,7 @@ class UnitKind:
         sublayer: Which half of a decoder layer holds the units, `"attention"` or `"mlp"`; `None` for neither.
         within: Name of the kind of unit that each of these is a part of.
         aligns: Whether `align_to` wants multiples of their number, as of the inputs of a linear map.
+        always_tried: Whether cutting them is tried on a small model first whatever the model type, see `proof`.
         within_experts: Whether they are parts of experts, of which each keeps its own; `keep` says how many in each.
         activated: Whether every unit is multiplied once for each token, as neurons are; counted among the MACs.
     """
@@ -73,6 +74,7 @@ class UnitKind:
     activated: bool = False
     aligns: bool = False
     within_experts: bool = False
+    always_tried: bool = False
 
     def __repr__(self) -> str:
         return self.name
@@ -199,6 +201,10 @@ class SharedKind(UnitKind):
             ConfigurationError: The options allow none.
         """
         return list(range(1, size + 1))
+
+    def remarks(self, decision: Any) -> list[str]:
+        """What is to be said about a decision."""
+        return []
 
 
 class StreamKind(SharedKind):

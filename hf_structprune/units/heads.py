@@ -163,7 +163,7 @@ def _find_heads(
     if shape is None:
         return [f"{names.parent}: the shapes of its projections do not agree, left alone"]
     inputs = names.inputs if len(names.inputs) == 3 else names.inputs * 3
-    q, k, v, o = _indices(shape, names.fused)
+    q, k, v, o = rows_of_heads(shape, names.fused)
     norms = {}  # norms that span all heads
     for norm, index in (("q_norm", o), ("k_norm", k), ("q_layernorm", o), ("k_layernorm", k)):
         weight = getattr(submodule(layer, f"{names.parent}.{norm}"), "weight", None)
@@ -208,9 +208,10 @@ def _attention_shape(names: Projections, layer: nn.Module, config: PreTrainedCon
     return AttentionShape(heads, kv_heads, head_dim)
 
 
-def _indices(shape: AttentionShape, fused: str | None) -> tuple[torch.Tensor, ...]:
+def rows_of_heads(shape: AttentionShape, fused: str | None) -> tuple[torch.Tensor, ...]:
     """Rows of each query, key and value head, and columns of each query head in what reads them.
 
+    `fused` is the layout of a fused projection, see `families.Projections`.
     Shapes `(heads, head_dim)`, `(kv_heads, head_dim)` twice, `(heads, head_dim)`.
     """
     import torch
