@@ -198,7 +198,7 @@ def _of_units(values: torch.Tensor, index: torch.Tensor, units: list[torch.Tenso
 
 
 METHODS = {
-    "attention": Method(),
+    "attention": Method((Paper("lin2024modegpt"),)),
     "energy": Method((Paper("lin2024modegpt"),)),
     "magnitude": Method(Taylor.papers, needs_text=False),
     "taylor": Method(Taylor.papers),

@@ -62,6 +62,8 @@ def layer_groups(model: PreTrainedModel, structure: ModelStructure) -> list[Grou
         notes = f" ({'; '.join(structure.notes)})" if structure.notes and not sizes else ""
         raise UnsupportedModelError(f"{type(model).__name__}: {why}{notes}. {_WAY_OUT}")
     size = sizes.pop()
+    if size < 4:
+        raise UnsupportedModelError(f"{type(model).__name__} has heads of {size} dimensions, of which none can go.")
     _check_own_key(model, size)
     groups = [_layer_group(model, structure, layer) for layer in layers]
     _check_probe(model, structure, groups, size)
@@ -73,7 +75,7 @@ def _check_own_key(model: PreTrainedModel, size: int) -> None:
     config = model.config
     derived = isinstance(getattr(type(config), "head_dim", None), property)
     if not derived:
-        values = _sized_values(model, size // 2 * 2 - 2)
+        values = _sized_values(model, size + 2)
         values["rope_parameters"] = getattr(config, "rope_parameters", None) and _default(config.rope_parameters)
         try:
             small = make_target(model, values).skeleton()

@@ -71,14 +71,24 @@ def prove(model: PreTrainedModel, structure: ModelStructure, kinds: Collection[s
     else:
         kinds = [kind for kind in kinds if KINDS[kind].always_tried]
     kinds = [kind for kind in KINDS if kind in kinds and has_units(structure, kind)]
-    for kind in (kind for kind in kinds if kind in SIZED):
-        SIZED[kind].group(model, structure)  # says best why there is none
-    for kind, reason in verdicts(model, structure, kinds).items():
+    for kind, reason in _reasons(model, structure, kinds):
         if reason is not None:
             raise UnsupportedModelError(
                 f"'{kind}' of model type {model.config.model_type!r} ({type(model).__name__}) is not cut: {reason}. "
                 f"Leave '{kind}' out of `units`."
             )
+
+
+def _reasons(
+    model: PreTrainedModel, structure: ModelStructure, kinds: Collection[str]
+) -> Iterator[tuple[str, str | None]]:
+    """Kinds and why they are refused: first what the model itself shows, which says it best."""
+    for kind in (kind for kind in kinds if kind in SIZED):
+        try:
+            SIZED[kind].group(model, structure)
+        except UnsupportedModelError as error:
+            yield kind, f"{error}".rstrip(".")
+    yield from verdicts(model, structure, kinds).items()
 
 
 def prove_decoder(decoder: PreTrainedModel, structure: ModelStructure) -> None:

@@ -48,8 +48,8 @@ def test_the_list_of_proven_types_is_what_the_guarantee_tests_cover():
 
 RIGHT = [
     ("Olmo3Config", dict(**SIZE, **HEAD), UNITS),  # norms over all heads
-    ("NanoChatConfig", dict(**SIZE, **HEAD), set(UNITS) - {"hidden"}),  # norms without weights
-    ("OlmoConfig", SIZE, set(UNITS) - {"hidden"}),
+    ("NanoChatConfig", dict(**SIZE, **HEAD), set(UNITS) - {"hidden", "head_dim"}),  # norms without weights
+    ("OlmoConfig", SIZE, set(UNITS) - {"hidden", "head_dim"}),
     (
         "YoutuConfig",
         dict(**SIZE, **LATENT, num_attention_heads=4, num_key_value_heads=4),
@@ -82,6 +82,8 @@ KINDS = ["linear_attention", "full_attention"]
 WRONG = [
     ("MiniCPM3Config", dict(num_hidden_layers=2), "hidden", "different logits"),
     ("NanoChatConfig", dict(**SIZE, **HEAD), "hidden", "different logits"),
+    ("NanoChatConfig", dict(**SIZE, **HEAD), "head_dim", "different logits"),
+    ("OlmoConfig", SIZE, "head_dim", "heads of 2 dimensions"),
     ("OlmoConfig", SIZE, "hidden", "different logits"),
     (
         "Qwen3NextConfig",
@@ -200,7 +202,7 @@ def test_types_that_the_tests_prove_are_not_tried(monkeypatch):
     monkeypatch.setattr(proof, "small_twin", pytest.fail)
     for name in ("llama", "qwen3", "falcon"):
         model = families.make_model(name)
-        prove(model, ModelStructure.of(model), UNITS)
+        prove(model, ModelStructure.of(model), set(UNITS) - {"head_dim"})  # which is tried on every type
 
 
 def test_the_settings_of_the_caller_stay_and_do_not_matter():
