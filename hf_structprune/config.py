@@ -26,6 +26,7 @@ from .units import (
     RoutedKind,
     SharedKind,
     StreamKind,
+    VocabularyKind,
     WidthKind,
     kinds_of,
     level_criteria,
@@ -45,7 +46,9 @@ _LayerRange = Annotated[tuple[Number, Number], Described("(start, end), 0 <= sta
 Kind = Annotated[str, OneOf(KINDS)]
 _Part = Annotated[float, Limits(0, open="least"), Described("a positive number")]
 _RATIOS = ("attention_ratio", "mlp_ratio")
-_CRITERIA = {level: level.criterion_option for level in (DepthKind, StreamKind, HeadSize, RoutedKind)}
+_CRITERIA = {
+    level: level.criterion_option for level in (DepthKind, StreamKind, HeadSize, RoutedKind, VocabularyKind)
+}
 
 
 @dataclass
@@ -57,8 +60,9 @@ class PruningConfig:
             What may be cut. Widths: `"mlp_neurons"`, `"kv_groups"` (a key/value head with its query heads) and
             `"query_heads"` (the same number in every KV group); `"experts"` (whole ones, with their rows of the
             router) and `"expert_neurons"` (equally many of every expert). Depth: `"layers"` (whole decoder layers),
-            `"attention"` and `"mlp"` (one sublayer of a layer). And `"hidden"` (channels of the residual stream) and
-            `"head_dim"` (dimensions of all heads).
+            `"attention"` and `"mlp"` (one sublayer of a layer). `"hidden"` (channels of the residual stream) and
+            `"head_dim"` (dimensions of all heads). And `"vocabulary"` (tokens: rows of the embedding and the LM head;
+            the tokenizer is trimmed with them).
             Default: the kinds that other options name (`attention_ratio`, `mlp_ratio`, `num_layers`, `keep_first`,
             `hidden_size`, `split`), else `("mlp_neurons",)`.
         criterion (`str`): How units are ranked: `"random"`, `"l1"`, `"l2"`, `"taylor"`, `"wanda"`, `"wifv"`,
@@ -98,6 +102,12 @@ class PruningConfig:
         expert_criterion (`str`): How experts are ranked: `"reap"` (weight of the router times norm of the output, over
             the tokens that an expert gets), `"frequency"`, `"router"` (mean probability), `"l2"`, `"taylor"`,
             `"random"`, or `"loss"` (each time the one goes without which the block's output changes least).
+        vocabulary_criterion (`str`): Which tokens stay: `"frequency"` (those that the text has most of; beyond what it
+            shows, those that the tokenizer made first), or `"embedding_norm"`.
+        vocabulary_text (`str` or list of `str`, *optional*): The text in which tokens are counted: as `dataset` of the
+            calibration. Give text of every language, and of every kind, that the model is to write. Default: all
+            of the calibration's data.
+        vocabulary_tokens (`int`): Tokens of it that are counted at most.
         merge_experts (`bool`): Average every expert that goes into the nearest that stays, instead of dropping it.
         split (`dict` of `str` to `float`, *optional*): The part of the budget of each kind of unit, for example
             `{"layers": 0.5, "mlp_neurons": 0.5}`; on the command line `layers=0.5 mlp_neurons=0.5`. Without it, and
@@ -143,6 +153,9 @@ class PruningConfig:
     hidden_size: Count | None = None
     head_dim_criterion: Annotated[str, OneOf(level_criteria(HeadSize))] = "attention"
     expert_criterion: Annotated[str, OneOf(level_criteria(RoutedKind))] = "reap"
+    vocabulary_criterion: Annotated[str, OneOf(level_criteria(VocabularyKind))] = "frequency"
+    vocabulary_text: str | list[str] | None = None
+    vocabulary_tokens: Count = 50_000_000
     merge_experts: bool = False
     split: dict[str, float] | list[str] | None = None
     keep: dict[str, int] | list[str] | None = None
@@ -440,6 +453,8 @@ def _between_kinds(config: PruningConfig) -> Iterator[str]:
             yield f"{criterion!r} does not rank {KINDS[kind].label}; these do: {', '.join(KINDS[kind].criteria)}."
     if config.merge_experts and not config.kinds(kinds_of(RoutedKind)):
         yield f"`merge_experts` is given, but `units` is {config.units}: no whole experts go."
+    if config.vocabulary_text is not None and not config.kinds(kinds_of(VocabularyKind)):
+        yield f"`vocabulary_text` is given, but `units` is {config.units}: no 'vocabulary' in it."
     inside = [kind for kind in config.units if KINDS[kind].within_experts]
     if inside and config.kinds(kinds_of(RoutedKind)):
         yield f"`units` names '{inside[0]}' beside whole experts: cut the one first, and the other from the result."

@@ -21,6 +21,7 @@ from .files.reading import read_json_object
 from .files.writing import write_text
 from .model.structure import ModelStructure
 from .units import HIDDEN, KINDS, LAYERS, DepthKind, SharedKind, WidthKind, kinds_of
+from .vocabulary.report import in_words
 
 
 PLAN_NAME = "pruning_plan.json"
@@ -158,6 +159,8 @@ class PruningPlan:
         warnings: Widths that later tools will refuse or run slowly, and what is not quite as if it were zeroed.
         given: Whether it was given to `prune`, so that the configuration there did not decide how much goes.
         calibrated: Whether text was looked at to make it and to carry it out; `None` where that is not recorded.
+        vocabulary_report: Of tokens that go: how much of the text in which they were counted the others cover, how
+            many more of them held-out text needs, and which scripts lose tokens; see `TokenChoice.report`.
     """
 
     ratio_requested: float | None
@@ -178,6 +181,7 @@ class PruningPlan:
     bytes_per_parameter_after: float | None = None
     given: bool = field(default=False, compare=False)
     calibrated: bool | None = None
+    vocabulary_report: dict[str, Any] | None = field(default=None, compare=False)
 
     @property
     def groups(self) -> list[Decision]:
@@ -374,7 +378,9 @@ class PruningPlan:
             ("GMACs, 1 x 64 tokens", f"{self.macs_before / 1e9:,.2f}", f"{self.macs_after / 1e9:,.2f}"),
         ):
             table.add_row("all", name, before, after)
-        for name, lines in (("note", self.notes), ("warning", self.warnings)):
+        for name, lines in (
+            ("vocabulary", in_words(self.vocabulary_report)), ("note", self.notes), ("warning", self.warnings),
+        ):  # fmt: skip
             for line in lines:
                 table.add_row("", f"{name}: {line}", "", "")
         return table

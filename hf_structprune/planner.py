@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from .model.structure import ModelStructure
 from .plan import Decision, Dropped, PruningPlan, normalised, removed_by
 from .stats.survey import Survey, survey
 from .units import KINDS, LAYERS, DepthKind, SharedKind, WidthKind, kinds_of
+from .vocabulary.choosing import TokenChoice
 
 
 _PATIENCE = 2  # removals that may cost more than they save before no more are tried
@@ -36,6 +37,7 @@ class Planner:
 
     Attributes:
         tokens: Loads the calibration tokens; called only where they are needed.
+        choices: Of kinds whose units are chosen here already, what chooses them.
         known: What was found out about the model for the last plan; `None` where nothing had to be.
         depth: How layers and sublayers were chosen by the last plan; `None` where nothing was measured.
     """
@@ -44,6 +46,7 @@ class Planner:
     structure: ModelStructure
     config: PruningConfig
     tokens: Callable[[], torch.Tensor]
+    choices: Mapping[str, TokenChoice] = field(default_factory=dict)
     known: Survey | None = field(init=False, default=None)
     depth: DepthChoice | None = field(init=False, default=None)
 
@@ -83,6 +86,9 @@ class Planner:
             self.model, self._narrow, counts, config, layout=config.layout, ratio_requested=ratio, dropped=dropped,
             shared=shared,
         )  # fmt: skip
+        for decision, _ in shared:
+            if decision.kind in self.choices and decision.kept is not None:
+                plan.vocabulary_report = self.choices[decision.kind].report(decision.kept)
         target_of(shell, self._narrow, plan)  # raises if no checkpoint could hold the result
         return plan
 
@@ -116,6 +122,10 @@ class Planner:
         """How many units of a kind that all layers share stay, and the model that has as many (without weights)."""
         group, stated = SIZED[kind].group(shell, self._narrow), self.config.stated_size(kind)
         option, label = next(iter(KINDS[kind].options), "keep"), KINDS[kind].label
+        choice = self.choices.get(kind)
+        if choice is not None:
+            choice.check(group.size, stated)
+            group = dataclasses.replace(group, least=choice.least)
         if stated is not None and stated >= group.size:
             raise ConfigurationError(f"`{option}` is {stated}; it must be less than the model's own, {group.size}.")
         refused: CheckpointError | None = None
@@ -125,7 +135,8 @@ class Planner:
             try:
                 small = SIZED[kind].target(shell, self._narrow, size).skeleton()
                 self._narrow = ModelStructure.of(small)
-                return Decision(kind, None, group.size, size), small
+                kept = None if choice is None or not choice.ready else choice.choose(group.size, size)
+                return Decision(kind, None, group.size, size, kept), small
             except CheckpointError as error:  # some classes want a multiple of the number of heads
                 refused = refused or error
         raise refused
@@ -135,10 +146,12 @@ class Planner:
         config = self.config
         parameters = (config.split or {group.kind: 1.0})[group.kind] * ratio * self.structure.total_parameters
         sizes = KINDS[group.kind].sizes(group.size, config.round_to, config.align_to)
+        sizes = [size for size in sizes if size >= group.least]
         most = (group.size - min(sizes)) * group.cost
         if parameters > most:
+            least = f", since {group.least} must stay" if group.least > 1 else ""
             raise RatioError(
-                f"{parameters:,.0f} parameters are to go by the {label}, which can take at most {most:,}. "
+                f"{parameters:,.0f} parameters are to go by the {label}, which can take at most {most:,}{least}. "
                 "Ask for less."
             )
         wanted = group.size - parameters / group.cost

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +26,7 @@ from .refit.layer_by_layer import compress
 from .refit.shared import CUTS
 from .stats.survey import Survey, survey
 from .units import GROUPS, KINDS, QUERIES
+from .vocabulary.choosing import TokenChoice
 
 
 ENOUGH_TOKENS = 256  # of calibration text for each expert
@@ -35,7 +36,8 @@ ENOUGH_TOKENS = 256  # of calibration text for each expert
 class Execution:
     """A model on its way from dense to pruned, with its coupled groups.
 
-    `tokens` loads the calibration tokens; `store` is where the weights are.
+    `tokens` loads the calibration tokens; `store` is where the weights are; `choices` choose the units of kinds that
+    are chosen before anything is cut, and are told when that is done.
     """
 
     model: PreTrainedModel
@@ -43,6 +45,7 @@ class Execution:
     config: PruningConfig
     tokens: Callable[[], torch.Tensor]
     store: Store = field(default_factory=Store)
+    choices: Mapping[str, TokenChoice] = field(default_factory=dict)
     _notes: list[str] = field(init=False, default_factory=list)
     _plan: PruningPlan | None = field(init=False, default=None)
 
@@ -72,6 +75,10 @@ class Execution:
         if self.config.merge_experts:
             _check_merging(structure, plan)
         for decision in plan.shared:
+            if (choice := self.choices.get(decision.kind)) is not None:
+                if decision.kept is None:
+                    decision.kept = choice.choose(decision.before, decision.keep)
+                choice.trimmed(decision.kept)  # raises if it cannot be
             shell = SIZED[decision.kind].target(shell, structure, decision.keep).skeleton()
             structure = ModelStructure.of(shell)
         target = target_of(shell, structure, plan)
@@ -83,10 +90,13 @@ class Execution:
         self._shared.append((decision, self.structure))
         kept = None if decision.kept is None else torch.tensor(decision.kept)
         data_free = kept is not None or self.config.criterion_of(decision.kind) == "magnitude"
-        tokens = None if data_free and not self.config.compensation else self.tokens()
+        data_free = data_free and not self.config.compensation
+        tokens = None if data_free or not KINDS[decision.kind].reads_text else self.tokens()
         cut = CUTS[decision.kind]
         self.model, kept = cut(self.model, self.structure, decision.keep, self.config, tokens, kept)
         decision.kept = None if kept is None else kept.tolist()
+        if decision.kind in self.choices:
+            self.choices[decision.kind].carry_out(decision.kept)
         self.structure = self._narrow = ModelStructure.of(self.model)
 
     def _cut(self, plan: PruningPlan, target: Target, known: Survey) -> None:
@@ -117,7 +127,7 @@ class Execution:
             self.model, self._narrow, counts, self.config, layout=plan.layout, ratio_requested=ratio,
             dropped=plan.dropped, shared=self._shared,
         )  # fmt: skip
-        result.model_type = self._model_type
+        result.model_type, result.vocabulary_report = self._model_type, plan.vocabulary_report
         result.notes += dict.fromkeys(self._notes)
         result.bytes_per_parameter = self._bytes / self._dense.own_parameters
         seen = {(group.layer, group.kind): group.seen for group in plan.groups}

@@ -10,6 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import CommitInfo
 from torch import nn
@@ -34,7 +35,9 @@ from .proof.guarantee import kinds_in, prove, prove_decoder
 from .prune import Execution, check_plan
 from .stats.survey import Survey
 from .streaming import Streaming, check_streams, open_model
-from .text.calibration import check_token_ids, load_tokens
+from .text.calibration import check_token_ids, load_tokens, respelled
+from .units import VOCABULARY
+from .vocabulary.choosing import TokenChoice
 
 
 class StructuredPruner:
@@ -75,6 +78,7 @@ class StructuredPruner:
         self._saved: Path | None = None
         self._calibrated = False
         self._streaming: Streaming | None = None
+        self._dense_tokenizer, self._choice = self.tokenizer, None
 
     @classmethod
     def from_pretrained(
@@ -127,7 +131,7 @@ class StructuredPruner:
             check_streams(self.config, ratio)
         with measuring(self.model):
             decoder = self._proven(self.config.units)
-            planner = Planner(decoder, self.structure, self.config, self._tokens)
+            planner = Planner(decoder, self.structure, self.config, self._tokens, self._choices())
             if planner.looks_first or self.config.chooses_depth(ratio):
                 check_finite(self.model)
             plan = planner.plan(ratio)
@@ -190,9 +194,27 @@ class StructuredPruner:
             try:
                 self._prune(decoder, ratio)
             except BaseException as error:
+                self.tokenizer = self._dense_tokenizer
                 if self.model is not dense:  # some of several steps are done
                     mark(self.model, interrupted(error))
                 raise
+
+    def _choices(self) -> dict[str, TokenChoice]:
+        """Chooses which tokens stay, and puts the tokenizer without the others in its place."""
+        known = self._choice
+        if known is None or known.tokenizer is not self.tokenizer or known.config is not self.config:
+            named = (self.model.config, getattr(self.model, "generation_config", None))
+
+            def norms() -> np.ndarray:
+                return self.model.get_input_embeddings().weight.detach().float().norm(dim=1).cpu().numpy()
+
+            def done(tokenizer: Any) -> None:
+                self.tokenizer = tokenizer
+
+            self._dense_tokenizer = self.tokenizer
+            here = norms if has_weights(self.model) else None
+            self._choice = TokenChoice(self.tokenizer, self.config, named, here, done)
+        return {VOCABULARY: self._choice}
 
     def _decoder(self) -> PreTrainedModel:
         """What is cut: the model, or the text decoder of one that sees."""
@@ -209,13 +231,13 @@ class StructuredPruner:
     def _prune(self, decoder: PreTrainedModel, ratio: float | PruningPlan | None) -> None:
         """Carries out a plan, or as many as there are steps."""
         store = Store() if self._streaming is None else self._streaming.store
-        run = Execution(decoder, self.structure, self.config, self._tokens, store)
+        run = Execution(decoder, self.structure, self.config, self._tokens, store, self._choices())
         given = isinstance(ratio, PruningPlan)
         if given:
             check_plan(decoder, self.structure, ratio)
             self._carry_out(run, copy.deepcopy(ratio))
         else:
-            planner = Planner(decoder, self.structure, self.config, self._tokens)
+            planner = Planner(decoder, self.structure, self.config, self._tokens, self._choices())
             for steps_left in range(self.config.iterative_steps, 0, -1):
                 plan = planner.plan(ratio, steps_left)
                 self._carry_out(run, plan, planner.known)
@@ -283,6 +305,8 @@ class StructuredPruner:
     def calibration_tokens(self) -> torch.Tensor:
         """The token ids that `config.calibration` names, shape (sequences, length), checked against the vocabulary."""
         tokens = load_tokens(self.config.calibration, self.tokenizer)
+        if self.config.calibration.tokens is not None and self.tokenizer is not self._dense_tokenizer:
+            tokens = respelled(tokens, self._dense_tokenizer, self.tokenizer)
         check_token_ids(tokens, self.model.get_input_embeddings().weight.shape[0])
         return tokens
 

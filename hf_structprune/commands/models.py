@@ -22,6 +22,7 @@ from ..hardware import DTYPES, check_device, dtype_of
 from ..hub.words import RECOVERY_NAME
 from ..model.loading import load_config, load_model, load_tokenizer, refuse_quantised, shapes_of
 from ..pruner import StructuredPruner
+from ..units import VocabularyKind, kinds_of
 
 
 @dataclass
@@ -110,7 +111,8 @@ def load_shapes(arguments: ModelArguments, config: PruningConfig | None = None) 
     if dtype == "auto":  # as `loading.load_model` does it
         dtype = torch.bfloat16 if arguments.gguf_file else model_config.dtype
     model = shapes_of(model_config, arguments.model, True, dtype=dtype, trust_remote_code=arguments.trust_remote_code)
-    return StructuredPruner(model, config)
+    by_tokens = config is not None and config.kinds(kinds_of(VocabularyKind))
+    return StructuredPruner(model, config, load_tokenizer(arguments.model, **options) if by_tokens else None)
 
 
 def load_to_plan(arguments: ModelArguments, config: PruningConfig, ratio: float | None) -> StructuredPruner:

@@ -302,6 +302,8 @@ class PerplexityResult:
         windows, window: Number of windows that were run, and tokens in each.
         protocol, source: How was measured, and where the text comes from, in words.
         parts: The windows that each figure was added up from, by the first word of the figure's name.
+        text_tokens: Tokens of the whole text. With another vocabulary there are others, and a token is another part
+            of the text: the perplexities of tokens are then no more comparable, those of words and bytes are.
     """
 
     perplexity: float
@@ -321,10 +323,12 @@ class PerplexityResult:
     bytes: int | None = None
     source: str = ""
     parts: dict[str, Parts | None] = field(default_factory=dict)
+    text_tokens: int | None = None
 
     def figures(self, name: str) -> list[Figure]:
         """Those there are, less is better: `perplexity/<name>`, and with `word_`, `byte_`, `bits_per_byte/<name>`."""
-        details = {key: getattr(self, key) for key in ("source", "tokens", "words", "bytes", "windows", "window")}
+        keys = ("source", "tokens", "words", "bytes", "windows", "window", "text_tokens")
+        details = {key: getattr(self, key) for key in keys}
         return [
             Figure(
                 f"{kind}/{name}", getattr(self, kind), "bit/B" if kind == "bits_per_byte" else "",
@@ -402,6 +406,7 @@ def measure_perplexity(
     losses = window_losses(model, ids, counts, batch_size)
     key = fingerprint([ids.numpy().tobytes(), *map(str, counts)])
     values = {"windows": len(windows), "window": ids.shape[1], "protocol": words, "source": text.source, "parts": {}}
+    values["text_tokens"] = len(encoded.ids)
     totals = {"tokens": np.arange(len(encoded.ids) + 1), "words": encoded.words, "bytes": encoded.bytes}
     for kind, (unit, form) in _KINDS.items():
         if totals[unit] is None or not (counts := totals[unit][stops] - totals[unit][starts]).any():

@@ -98,8 +98,12 @@ def quality_figure(
         return [point for point in points if all(cell and math.isfinite(cell.value) for cell in point[2:])]
 
     if quality is None:
-        names = [name for family in ("perplexity/", "tasks/") for name in rows if name.startswith(family)]
-        quality = next((name for name in names if len(measured(name)) >= 2), None)
+        families = ("perplexity/", "word_perplexity/", "tasks/")
+        names = [name for family in families for name in rows if name.startswith(family)]
+        found = [name for name in names if len(measured(name)) >= 2]
+        # Perplexities of tokens are not comparable where vocabularies differ; those of words are.
+        alike = (name for name in found if all(point[3].comparable for point in measured(name)))
+        quality = next(alike, next(iter(found), None))
     if quality is None:
         raise ConfigurationError(f"No perplexity and no task was measured on two of the results together with {size}.")
     for label, *_, cell in measured(quality):

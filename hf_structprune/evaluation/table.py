@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,10 @@ _CONDITIONS = (
     "version", "num_fewshot", "samples", "filter", "source", "window", "stride", "bos",
     "batch_size", "length", "new_tokens", "device",
 )  # fmt: skip
+
+_PER_TOKEN = "perplexity/"
+# Of windows in the words of a protocol: "12 non-overlapping windows ..., evenly spaced over 137".
+_NUMBERS = re.compile(r"^\d+ |, evenly spaced over \d+|(?<=window)s")
 
 # Metrics of tasks that are shares of questions, shown in per cent.
 _SHARES = ("acc", "exact_match", "f1", "em", "pass@")
@@ -95,7 +100,8 @@ class ResultTable:
         self._rows: list[Row] = []
         others = defaultdict(list)  # figures by whose they are, whom they are not compared with, and why
         names = dict.fromkeys(name for result in results for name in result.figures)
-        for name in sorted(names, key=_family):  # a stable sort: within a family as measured
+        last = {name for name in names if name.startswith(_PER_TOKEN) and len(_vocabularies(name, results)) > 1}
+        for name in sorted(names, key=lambda name: (_family(name), name in last)):  # stable: else as measured
             first, cells = next(number for number, result in enumerate(results) if name in result.figures), []
             for number, result in enumerate(results):
                 why = _other_conditions(name, result, results[first]) if name in result.figures else None
@@ -211,6 +217,12 @@ def _labels(results: Sequence[EvaluationResult]) -> list[str]:
     ]
 
 
+def _vocabularies(name: str, results: Sequence[EvaluationResult]) -> set[int]:
+    """How many tokens a text has, where that is known: different ones are of different vocabularies."""
+    found = (result.figures[name].details.get("text_tokens") for result in results if name in result.figures)
+    return {tokens for tokens in found if tokens is not None}
+
+
 def _family(name: str) -> int:
     """Perplexities, tasks, efficiency: in this order."""
     return {"tasks": 1, "efficiency": 2}.get(name.partition("/")[0], 0)
@@ -244,6 +256,12 @@ def compare_figures(figure: Figure, base: Figure) -> Comparison | None:
 def _other_conditions(name: str, result: EvaluationResult, reference: EvaluationResult) -> str | None:
     """`"limit is 100 instead of 200"`: why a figure is not compared with the reference's; `None` where it may be."""
     mine, other = _conditions_of(name, result), _conditions_of(name, reference)
+    if len(_vocabularies(name, [result, reference])) > 1:
+        if name.startswith(_PER_TOKEN):
+            one, two = (f"{each.figures[name].details['text_tokens']:,}" for each in (result, reference))
+            return f"its vocabulary makes {one} tokens of the text instead of {two}: compare words or bytes"
+        for conditions in (mine, other):  # how many windows there are follows from the number of tokens
+            conditions["protocol"] = _NUMBERS.sub("", conditions["protocol"])
     keys = [key for key in {**other, **mine} if mine.get(key) != other.get(key)]
     # The protocol repeats the numbers; it is quoted only where it is all there is.
     keys = [key for key in keys if key != "protocol"] or keys

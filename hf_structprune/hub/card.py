@@ -26,6 +26,7 @@ from ..evaluation.results import EvaluationResult, Figure
 from ..evaluation.table import ResultTable
 from ..files.writing import write_text
 from ..library_errors import is_network_error
+from ..units import VocabularyKind, kinds_of
 from . import words
 from .contents import CARD_NAME, Contents, protocols, read_metadata, read_text
 from .origin import TAGS, Origin, attribution, base_metadata, is_file, public_config, read_origin
@@ -199,7 +200,7 @@ def _metadata(
         # A card has one relation: for weights derived from others in full precision, or the one that the Hub itself
         # infers where weights are quantised.
         fields |= {"base_model": origin.name, "base_model_relation": "quantized" if quantised else "finetune"}
-    entries = model_index(contents.result) if contents.result is not None else []
+    entries = model_index(contents.result, trimmed=_is_trimmed(contents)) if contents.result is not None else []
     if entries:
         fields |= {"model_name": name.rsplit("/", 1)[-1], "eval_results": entries}
     order = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag", "base_model")
@@ -256,17 +257,23 @@ def _how(figure: Figure, result: EvaluationResult) -> dict[str, Any]:
     return {name: value for name, value in (("num_few_shot", shots), ("limit", limit)) if value is not None}
 
 
-def model_index(result: EvaluationResult) -> list[EvalResult]:
-    """Perplexities and task results as the entries of `model-index`.
+def _is_trimmed(contents: Contents) -> bool:
+    """Whether tokens went, so that perplexities of tokens cannot be compared with those of other models."""
+    return any(one.kind in kinds_of(VocabularyKind) for one in contents.plan.shared)
+
+
+def model_index(result: EvaluationResult, trimmed: bool = False) -> list[EvalResult]:
+    """Perplexities and task results as the entries of `model-index`; of a `trimmed` vocabulary those of words.
 
     The metric's name says how it was measured, for example on how few documents. Infinite values have no entry.
     """
-    entries = []
+    entries, metric_of_text = [], "word_perplexity" if trimmed else "perplexity"
     for figure in result.figures.values():
         kind, _, rest = figure.name.partition("/")
-        if not math.isfinite(figure.value) or kind not in ("tasks", "perplexity"):
+        if not math.isfinite(figure.value) or kind not in ("tasks", metric_of_text):
             continue
-        name, metric = (rest, "perplexity") if kind == "perplexity" else rest.rsplit("/", 1)
+        kind = "perplexity" if kind == metric_of_text else kind
+        name, metric = (rest, metric_of_text) if kind == "perplexity" else rest.rsplit("/", 1)
         known = (TEXTS if kind == "perplexity" else TASKS).get(name)
         source = str(figure.details.get("source", ""))
         if known is None or (kind == "perplexity" and name != "sample" and not source.startswith(known.dataset)):

@@ -24,7 +24,7 @@ from ..plan import PruningPlan
 from ..quantization.configuration import QuantizationConfig
 from ..recovery.configuration import DistillationConfig, RecoveryConfig
 from ..text.calibration import CalibrationConfig
-from ..units import KINDS, DepthKind, StreamKind, UnitKind, WidthKind, kinds_of
+from ..units import KINDS, DepthKind, StreamKind, UnitKind, VocabularyKind, WidthKind, kinds_of
 from ..units.head_size import HeadSize
 from .origin import IN_MEMORY, is_file, sources_of
 
@@ -71,6 +71,8 @@ def method_of(kind: str, criterion: str) -> Method:
     for level, methods in levels:
         if isinstance(KINDS[kind], level):
             return methods[criterion]
+    if isinstance(KINDS[kind], VocabularyKind):
+        return Method(needs_text=criterion == "frequency")
     found = class_of(kind, criterion)
     return Method(found.papers, found.needs_inputs or found.needs_gradients)
 

@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
-from ..units import HEAD_SIZE, HIDDEN
+from ..units import HEAD_SIZE, HIDDEN, VOCABULARY
 from .groups import Group
 from .head_size import head_group, smaller_heads
 from .hidden_size import hidden_group, shrunk_target
 from .structure import ModelStructure
 from .target import Target
+from .vocabulary_size import token_group, trimmed_target
 
 
 class Sized(NamedTuple):
@@ -30,4 +31,5 @@ class Sized(NamedTuple):
 SIZED: dict[str, Sized] = {
     HIDDEN: Sized(hidden_group, shrunk_target),
     HEAD_SIZE: Sized(head_group, smaller_heads),
+    VOCABULARY: Sized(token_group, trimmed_target),
 }

@@ -36,11 +36,13 @@ from ..model.shared_sizes import SIZED
 from ..model.structure import Group, LayerStructure, ModelStructure, decoder_layers
 from ..model.surgery import Kept, cut_units, drop, mask_sublayers, mask_units
 from ..model.target import make_target, stock_class
+from ..model.vocabulary_size import cut_tokens, token_group
 from ..plan import Dropped, PruningPlan, emptied
 from ..refit.channels import cut_hidden
 from ..refit.head_size import cut_head_size, mask_heads
 from ..stats.stream import LayerStream
-from ..units import KINDS, DepthKind, StreamKind, WidthKind, kinds_of
+from ..units import KINDS, DepthKind, StreamKind, VocabularyKind, WidthKind, kinds_of
+from ..vocabulary.tokenizers import named_ids
 from .shrinking import VOCABULARY, representatives, shrunk_values
 
 
@@ -244,6 +246,8 @@ class Trial:
             self._widths(kind)
         elif kind in kinds_of(DepthKind):
             self._depth(kind)
+        elif kind in kinds_of(VocabularyKind):
+            self._tokens()
         elif kind in kinds_of(StreamKind):
             self._hidden(kind)
         else:
@@ -345,11 +349,24 @@ class Trial:
                 _compare(logits(masked, self.tokens), self.dense, "values in another basis give other logits")
         self._check(small, logits(masked, self.tokens))
 
+    def _tokens(self) -> None:
+        """Half of the tokens: the logits of the others have to be the same."""
+        group, values = token_group(self.model, self.structure), self.model.config.to_dict()
+        named = {number for number in named_ids(values) if 0 <= number < group.size}
+        kept = torch.tensor(sorted(named | set(torch.randperm(group.size)[: group.size // 2].tolist())))
+        small, tokens = cut_tokens(self.model, self.structure, kept, group), self.tokens % len(kept)
+        _compare(logits(small, tokens), logits(self.model, kept[tokens])[..., kept], "logits of kept tokens differ")
+        self._reload(small)
+
     def _check(self, small: PreTrainedModel, expected: torch.Tensor) -> None:
-        """Compares a cut model with the logits that it should have, and its first checkpoint with it."""
+        """Compares a cut model with the logits that it should have, and a checkpoint of it with the model."""
         if _difference(expected, self.dense) < EFFECT:
             raise UnsupportedModelError("cutting from the small model changed nothing, so that nothing is shown")
         _compare(logits(small, self.tokens), expected, "zeroing and cutting give different logits")
+        self._reload(small)
+
+    def _reload(self, small: PreTrainedModel) -> None:
+        """Compares the first checkpoint of a class with the cut model."""
         self.cut.append(small)
         if type(small) in self._reloaded:
             return

@@ -224,7 +224,12 @@ class LoraRecoveryCallback(TrainerCallback):
             )
         if self._first:
             dense = dense_log_perplexity(
-                self.dense, self._text, device=args.device, autocast=self._autocast, dtype=dtype
+                self.dense,
+                self._text,
+                device=args.device,
+                autocast=self._autocast,
+                dtype=dtype,
+                vocab_size=underneath(model).config.get_text_config().vocab_size,
             )
         self.curve = RecoveryCurve(pruned, agreed(dense))
         self.kept = Point(step, self._value(model) if step else pruned)

@@ -64,7 +64,8 @@ class HeldOutText:
         self.text = load_text(text) if isinstance(text, str) else text
         self.tokenizer, self.window = tokenizer, protocol.window
         max_windows = checked("max_windows", max_windows, Count | None)
-        _, _, self.ids, self.protocol = prepare(tokenizer, self.text, protocol, max_windows)
+        encoded, _, self.ids, self.protocol = prepare(tokenizer, self.text, protocol, max_windows)
+        self.text_tokens = len(encoded.ids)
         self.tokens = self.ids.shape[0] * (self.ids.shape[1] - 1)  # that are predicted
         self.fingerprint = hashlib.sha256(self.text.text.encode()).hexdigest()[:16]  # as in `EvaluationResult`
 
@@ -131,13 +132,15 @@ class _Whole(nn.Module):
 
 def dense_log_perplexity(
     dense: Any, held_out: HeldOutText, *, device: torch.device | str = "cpu", autocast: torch.dtype | None = None,
-    **loading: Any,
+    vocab_size: int | None = None, **loading: Any,
 ) -> float | None:  # fmt: skip
     """What the dense model reaches on the held-out text, in nats: given, measured, or read from results.
 
     Args:
         dense: A perplexity, a model, the folder or Hub id of one, the JSON file of an evaluation, or `None`.
         device, autocast: Where a model that is loaded runs, and in what dtype.
+        vocab_size: Of the pruned model, if the dense one must have it too: with fewer tokens a model splits text
+            otherwise, so that the losses of tokens are of other things.
         loading: Given to `load_model`.
 
     Raises:
@@ -147,7 +150,7 @@ def dense_log_perplexity(
     if dense is None:
         return None
     if isinstance(dense, nn.Module):
-        return _measured(dense, held_out, autocast)
+        return _measured(dense, held_out, autocast, vocab_size)
     if isinstance(dense, (str, os.PathLike)) and Path(dense).suffix == ".json":
         dense = _from_results(Path(dense), held_out)
     if isinstance(dense, (int, float)) and not isinstance(dense, bool):
@@ -169,15 +172,21 @@ def dense_log_perplexity(
                 f"`dense` is {str(dense)!r}, whose tokenizer is not that of the pruned model: their perplexities "
                 "cannot be compared."
             )
-        value = _measured(model.to(device), held_out, autocast)
+        value = _measured(model.to(device), held_out, autocast, vocab_size)
     del model  # its memory is needed for training
     gc.collect()
     release_memory()
     return value
 
 
-def _measured(model: Any, held_out: HeldOutText, autocast: torch.dtype | None) -> float:
+def _measured(model: Any, held_out: HeldOutText, autocast: torch.dtype | None, vocab_size: int | None) -> float:
     largest, size = int(held_out.ids.max()), model.get_input_embeddings().num_embeddings
+    if vocab_size is not None and vocab_size != (theirs := model.config.get_text_config().vocab_size):
+        raise ConfigurationError(
+            f"`dense` has a vocabulary of {theirs} tokens and the pruned model one of {vocab_size}: they split text "
+            "otherwise, so that losses of tokens cannot be compared. Leave `dense` out, and compare bits per byte "
+            "afterwards (`evaluate`)."
+        )
     if largest >= size:
         raise ConfigurationError(
             f"`dense` has {size} embeddings, but the pruned model's tokenizer gives ids up to {largest}: it must be "
@@ -198,6 +207,7 @@ def _from_results(path: Path, held_out: HeldOutText) -> float:
     for name, fingerprint in result.settings.get(TEXTS, {}).items():
         figure = result.figures.get(f"perplexity/{name}")
         same = figure is not None and fingerprint == held_out.fingerprint and figure.protocol == held_out.protocol
+        same = same and figure.details.get("text_tokens", held_out.text_tokens) == held_out.text_tokens
         if same and {key: figure.details.get(key) for key in mine} == mine:
             return figure.value
     held = [f"{name} ({figure.protocol})" for name, figure in result.figures.items() if "perplexity/" in name]

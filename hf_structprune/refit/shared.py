@@ -9,9 +9,14 @@ from transformers import PreTrainedModel
 
 from ..config import PruningConfig
 from ..model.structure import ModelStructure
-from ..units import HEAD_SIZE, HIDDEN
+from ..model.vocabulary_size import cut_tokens
+from ..units import HEAD_SIZE, HIDDEN, VOCABULARY
 from .channels import cut_hidden
 from .head_size import cut_head_size
+
+
+def _cut_vocabulary(model, structure, keep, config, tokens, kept):
+    return cut_tokens(model, structure, kept), kept
 
 
 Cut = Callable[
@@ -20,4 +25,4 @@ Cut = Callable[
 ]
 # Each gets the model, its structure, how many units stay, the configuration, calibration tokens (`None` where nothing
 # looks at text) and the numbers of the units that stay (`None` to rank them); returns the smaller model and those.
-CUTS: dict[str, Cut] = {HIDDEN: cut_hidden, HEAD_SIZE: cut_head_size}
+CUTS: dict[str, Cut] = {HIDDEN: cut_hidden, HEAD_SIZE: cut_head_size, VOCABULARY: _cut_vocabulary}

@@ -132,6 +132,24 @@ def load_tokens(config: CalibrationConfig, tokenizer: Any) -> torch.LongTensor:
     return tokens
 
 
+def respelled(tokens: torch.LongTensor, dense: Any, small: Any) -> torch.LongTensor:
+    """Tokens of one tokenizer as another one spells their text, in sequences of the same length.
+
+    Sequences are joined first; there may be some more or fewer of them afterwards.
+
+    Raises:
+        CalibrationError: Not one full sequence comes out.
+    """
+    import torch
+
+    texts = dense.batch_decode(tokens, clean_up_tokenization_spaces=False)
+    rows = small(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    ids, length = torch.tensor(list(chain.from_iterable(rows)), dtype=torch.long), tokens.shape[1]
+    if len(ids) < length:
+        raise CalibrationError(f"The calibration tokens are {len(ids)} after tokens went: fewer than one sequence.")
+    return ids[: len(ids) // length * length].view(-1, length)
+
+
 def check_token_ids(tokens: torch.LongTensor, vocab_size: int) -> None:
     """Raises `CalibrationError` if an id has no row in an embedding of `vocab_size` rows."""
     low, high = int(tokens.min()), int(tokens.max())

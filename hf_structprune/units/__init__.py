@@ -6,26 +6,27 @@ option by what its class says; CONTRIBUTING.md tells how to add one.
 
 from __future__ import annotations
 
-from .base import DepthKind, Reading, RoutedKind, SharedKind, StreamKind, UnitKind, WidthKind
+from .base import DepthKind, Reading, RoutedKind, SharedKind, StreamKind, UnitKind, VocabularyKind, WidthKind
 from .depth import LAYERS, Attention, Layers, Mlp
 from .experts import ExpertNeurons, RoutedExperts, SharedNeurons
 from .head_size import HEAD_SIZE, HeadSize
 from .heads import GROUPS, QUERIES, KVGroups, QueryHeads
 from .hidden import HIDDEN, Hidden
 from .neurons import NEURONS, Neurons
+from .vocabulary import VOCABULARY, Tokens
 
 
 __all__ = [
-    "GROUPS", "HEAD_SIZE", "HIDDEN", "KINDS", "LAYERS", "NEURONS", "QUERIES", "DepthKind", "Reading", "RoutedKind",
-    "SharedKind", "StreamKind", "UnitKind", "WidthKind", "kinds_of", "level_criteria",
+    "GROUPS", "HEAD_SIZE", "HIDDEN", "KINDS", "LAYERS", "NEURONS", "QUERIES", "VOCABULARY", "DepthKind", "Reading",
+    "RoutedKind", "SharedKind", "StreamKind", "UnitKind", "VocabularyKind", "WidthKind", "kinds_of", "level_criteria",
 ]  # fmt: skip
 
-# In the order of tables and messages.
+# In the order of tables and messages; what all layers share is cut in this order, too.
 KINDS: dict[str, UnitKind] = {
     kind.name: kind
     for kind in (
         KVGroups(), QueryHeads(), Neurons(), RoutedExperts(), ExpertNeurons(), SharedNeurons(), Layers(), Attention(),
-        Mlp(), Hidden(), HeadSize(),
+        Mlp(), Tokens(), Hidden(), HeadSize(),
     )
 }  # fmt: skip
 

@@ -188,7 +188,12 @@ class SharedKind(UnitKind):
     """Units that all layers share: one decision says how many of them the model keeps.
 
     `model.shared_sizes` says where they are and what a model with fewer is, `refit.shared` how they are cut.
+
+    Attributes:
+        reads_text: Whether cutting them looks at calibration text.
     """
+
+    reads_text: bool = True
 
     def told(self, plan):
         decision = plan.of_model(self.name)
@@ -211,3 +216,11 @@ class StreamKind(SharedKind):
     """Channels of the residual stream."""
 
     criterion_option = "hidden_criterion"
+
+
+class VocabularyKind(SharedKind):
+    """Tokens. Which of them stay is decided by the tokenizer, before anything is cut."""
+
+    criterion_option = "vocabulary_criterion"
+    criteria = ("frequency", "embedding_norm")
+    reads_text = False

@@ -149,6 +149,10 @@ class Vocabulary:
         """Ids of tokens with exactly this text."""
         return {self._ids[text]} if text in self._ids else set()
 
+    def order(self, number: int) -> float:
+        """Where a token is in the tokenizer's own order, the most frequent first: by score, or as it was made."""
+        return -self._model["vocab"][number][1] if self.kind == "Unigram" and number in self._own else number
+
     def choose(self, ranked: Collection[int], keep: int, stay: Collection[int] = ()) -> list[int]:
         """The first tokens of a ranking, with all that they are made from and all that must stay: `keep` in all.
 

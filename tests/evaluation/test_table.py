@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -93,6 +94,36 @@ def test_other_conditions_are_marked_and_not_compared(base, other, words):
     assert words in table.notes[0] and table.notes[0] in table.to_markdown()
     assert " †" in table.to_markdown().splitlines()[2]
     assert table.to_dict()["notes"] == table.notes
+
+
+def texts(tokens, value, windows):
+    words = (
+        f"{windows} non-overlapping windows of 64 tokens, 63 predictions in each, evenly spaced over {tokens // 64}"
+    )
+    details = {"source": "a", "window": 64, "text_tokens": tokens}
+    return [
+        Figure(
+            f"{kind}/a", value, "", 0.1, False, words.replace("1 non-overlapping windows", "1 window"), dict(details)
+        )
+        for kind in ("perplexity", "word_perplexity", "bits_per_byte")
+    ]
+
+
+def test_other_vocabularies_are_compared_by_words_and_bytes_alone():
+    table = ResultTable([make("dense", "d", *texts(6400, 9.0, 12)), make("pruned", "p", *texts(7000, 8.0, 11))])
+    assert [row.name for row in table.rows()] == ["word_perplexity/a", "bits_per_byte/a", "perplexity/a"]
+    found = {row.name.partition("/")[0]: row.cells[1] for row in table.rows()}
+    assert not found["perplexity"].comparable and found["perplexity"].difference is None
+    for kind in ("word_perplexity", "bits_per_byte"):
+        assert found[kind].comparable and found[kind].difference == -1 and found[kind].comparison.test == "unpaired"
+    assert "makes 7,000 tokens of the text instead of 6,400: compare words or bytes" in " ".join(table.notes)
+    same = ResultTable([make("dense", "d", *texts(6400, 9.0, 12)), make("pruned", "p", *texts(6400, 8.0, 12))])
+    assert [row.name for row in same.rows()][0] == "perplexity/a" and not same.notes
+    assert all(row.cells[1].difference == -1 for row in same.rows())
+    other = texts(7000, 8.0, 11)
+    other[1] = replace(other[1], protocol=other[1].protocol.replace("63 predictions", "62 predictions"))
+    table = ResultTable([make("dense", "d", *texts(6400, 9.0, 12)), make("pruned", "p", *other)])
+    assert not cell(table, "word_perplexity/a", 1).comparable
 
 
 def test_one_note_for_all_figures_with_the_same_reason():

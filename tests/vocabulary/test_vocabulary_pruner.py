@@ -1,0 +1,233 @@
+"""Models with fewer tokens: logits of those that stay are the dense model's; what is saved is a plain checkpoint."""
+
+import json
+import random
+
+import pytest
+import torch
+from families import FAMILIES, count, logits, make_model
+from test_trimming import TEXTS, _strings, _tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3nForCausalLM, Gemma3nTextConfig, GenerationConfig
+
+from hf_structprune import CalibrationConfig, PruningConfig, PruningPlan, StructuredPruner
+from hf_structprune.errors import ConfigurationError, RatioError, UnsupportedModelError
+from hf_structprune.model.structure import ModelStructure
+from hf_structprune.model.vocabulary_size import cut_tokens, token_group
+from hf_structprune.proof.guarantee import verdicts
+from hf_structprune.vocabulary import counting
+
+
+ROWS = 1064  # more than there are tokens
+MORE = {
+    "gemma2_softcap": ("gemma2", dict(final_logit_softcapping=30.0)),
+    "cohere_scale": ("cohere2", dict(logit_scale=0.3)),
+    "llama_tied": ("llama", dict(tie_word_embeddings=True)),
+    "granite_scale": ("granite", dict(logits_scaling=4.0, embedding_multiplier=3.0)),
+}
+TEXT = CalibrationConfig(texts=TEXTS, num_samples=8, length=32)
+
+
+def _model(name="llama", **changes):
+    family, more = MORE.get(name, (name, {}))
+    return make_model(family, torch.float64, vocab_size=ROWS, **more, **changes)
+
+
+def _pruner(model=None, tokenizer=None, **options):
+    options = {"units": ("vocabulary",), "calibration": TEXT, **options}
+    return StructuredPruner(model or _model(), PruningConfig(**options), tokenizer or _tokenizer("byte_level"))
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *MORE])
+def test_logits_of_the_tokens_that_stay_are_the_dense_models(name):
+    model = _model(name)
+    structure, state = ModelStructure.of(model), {k: v.clone() for k, v in model.state_dict().items()}
+    group = token_group(model, structure)
+    kept = torch.tensor(sorted({0, 1, *random.Random(0).sample(range(2, ROWS), 300)}))
+    tokens = torch.randint(3, len(kept), (2, 9))
+    small = cut_tokens(model, structure, kept)
+    expected = logits(model, kept[tokens])[..., kept]
+    assert (logits(small, tokens) - expected).abs().max() <= 1e-10 * max(1, expected.abs().max())
+    assert count(model) - count(small) == (ROWS - len(kept)) * group.cost
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert tied == (small.get_input_embeddings().weight is small.get_output_embeddings().weight)
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    small.get_input_embeddings().weight.data.zero_()  # and no memory of the dense model
+    small.model.norm.weight.data.zero_() if hasattr(getattr(small, "model", None), "norm") else None
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+
+
+def test_biases_of_the_head_go_along():
+    from transformers import PhiConfig, PhiForCausalLM
+
+    config = PhiConfig(
+        vocab_size=ROWS, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = PhiForCausalLM(config).double().eval()
+    model.lm_head.bias.data.normal_()
+    kept = torch.arange(0, ROWS, 3)
+    tokens = torch.randint(3, len(kept), (2, 9))
+    small = cut_tokens(model, ModelStructure.of(model), kept)
+    assert torch.equal(small.lm_head.bias, model.lm_head.bias[kept])
+    assert (logits(small, tokens) - logits(model, kept[tokens])[..., kept]).abs().max() < 1e-10
+
+
+def test_unproven_types_are_tried_on_a_small_model():
+    from transformers import PhiConfig, PhiForCausalLM
+
+    config = PhiConfig(vocab_size=ROWS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    model = PhiForCausalLM(config)
+    assert verdicts(model, ModelStructure.of(model), ["vocabulary"]) == {"vocabulary": None}
+
+
+def test_other_tables_of_tokens_are_refused():
+    config = Gemma3nTextConfig(
+        vocab_size=ROWS, vocab_size_per_layer_input=ROWS, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, hidden_size_per_layer_input=8,
+        num_kv_shared_layers=0, laurel_rank=4, altup_num_inputs=2,
+        layer_types=["full_attention"] * 2, activation_sparsity_pattern=[0.0] * 2,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = Gemma3nForCausalLM(config)
+    with pytest.raises(UnsupportedModelError, match="another table"):
+        token_group(model, ModelStructure.of(model))
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback", "unigram", "wordpiece"])
+def test_what_is_saved_is_a_plain_checkpoint_with_its_tokenizer(kind, tmp_path):
+    dense_tokenizer, model = _tokenizer(kind), _model()
+    rows = len(dense_tokenizer) + 20
+    model = make_model("llama", torch.float64, vocab_size=rows, tie_word_embeddings=kind == "unigram")
+    model.config.eos_token_id, model.config.pad_token_id = [2, rows - 1], None
+    model.generation_config = GenerationConfig(
+        eos_token_id=[2, 4], bos_token_id=1, suppress_tokens=[5, 9], bad_words_ids=[[7, 8]], forced_eos_token_id=2
+    )
+    pruner = _pruner(model, dense_tokenizer, keep={"vocabulary": 640})
+    assert pruner.prune() is pruner.model and len(pruner.tokenizer) == 640
+    plan = pruner.last_plan
+    decision = plan.of_model("vocabulary")
+    new = {old: number for number, old in enumerate(decision.kept)}
+    assert decision.before == rows and {1, 2, 4, 5, 7, 8, 9} <= new.keys() and max(new) < len(dense_tokenizer)
+    generation = pruner.model.generation_config
+    assert generation.eos_token_id == [new[2], new[4]] and generation.suppress_tokens == [new[5], new[9]]
+    assert generation.bad_words_ids == [[new[7], new[8]]] and pruner.model.config.eos_token_id == [new[2]]
+    pruner.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(again) is type(model) and again.config.vocab_size == len(tokenizer) == 640
+    for text in _strings(20):
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        if not ids.numel():
+            continue
+        old = torch.tensor(decision.kept)[ids]
+        assert (logits(again, ids) - logits(model, old)[..., decision.kept]).abs().max() < 1e-10
+        assert tokenizer.decode(ids[0]) == dense_tokenizer.decode(old[0])
+    loaded = PruningPlan.load(tmp_path)
+    assert loaded == plan and loaded.vocabulary_report == plan.vocabulary_report
+    twin = _pruner(make_model("llama", torch.float64, vocab_size=rows), dense_tokenizer, units=("mlp_neurons",))
+    twin.model.config.eos_token_id = [2, rows - 1]
+    if kind != "unigram":  # the plan alone, without any text
+        twin.prune(loaded)
+        assert twin.tokenizer.get_vocab() == pruner.tokenizer.get_vocab()
+
+
+def test_generation_ends_with_the_new_id():
+    model = _model()
+    model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0, max_new_tokens=8)
+    pruner = _pruner(model, keep={"vocabulary": 512})
+    small = pruner.prune()
+    eos = pruner.tokenizer.eos_token_id
+    with torch.no_grad():
+        small.lm_head.weight[eos] = 50 * small.model(torch.tensor([[5, 6]])).last_hidden_state[0, -1]
+    assert small.generate(torch.tensor([[5, 6]]), do_sample=False).tolist() == [[5, 6, eos]]
+
+
+def test_the_most_frequent_tokens_stay_and_the_plan_says_what_they_cover():
+    pruner = _pruner()
+    plan = pruner.plan(0.3)
+    decision, (source,) = plan.of_model("vocabulary"), plan.vocabulary_report["sources"]
+    assert decision.keep % 64 == 0 and abs(plan.ratio - 0.3) < 0.05 and plan.removed.keys() == {"vocabulary"}
+    tokenizer = pruner.tokenizer
+    ids = [number for text in TEXTS for number in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    covered = sum(number in set(decision.kept) for number in ids) / len(ids)
+    assert abs(covered - source["covered"]) < 0.02 and covered > 0.7
+    assert source["longer"] > 0 and plan.vocabulary_report["scripts"]["LATIN"][0] > 500
+    assert f"{source['covered']:.2%} of {source['tokens']:,} tokens of `texts`" in " ".join(str(plan).split())
+    by_norm = _pruner(vocabulary_criterion="embedding_norm").plan(0.3).of_model("vocabulary").kept
+    random_like = sum(number in set(by_norm) for number in ids) / len(ids)
+    assert random_like < covered
+
+
+def test_beside_other_kinds_the_vocabulary_goes_first_and_they_take_the_rest():
+    model = _model()
+    pruner = _pruner(
+        model, units=None, keep={"vocabulary": 640, "hidden": 24}, criterion={"mlp_neurons": "wanda"}, round_to=1
+    )
+    small = pruner.prune(0.52)
+    plan = pruner.last_plan
+    assert plan.removed.keys() == {"vocabulary", "hidden", "mlp_neurons"} and abs(plan.ratio - 0.52) < 0.01
+    assert [one.kind for one in plan.shared] == ["vocabulary", "hidden"]
+    assert small.get_input_embeddings().weight.shape == (640, 24) and small.config.hidden_size == 24
+    assert count(small) == plan.parameters_after
+
+
+def test_calibration_tokens_in_memory_are_spelled_anew():
+    tokenizer = _tokenizer("byte_level")
+    ids = [number for text in TEXTS for number in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    given = torch.tensor(ids[: 16 * 32]).view(16, 32)
+    pruner = _pruner(
+        calibration=CalibrationConfig(tokens=given), units=("vocabulary", "mlp_neurons"),
+        split={"vocabulary": 0.9, "mlp_neurons": 0.1}, round_to=1,
+    )  # fmt: skip
+    pruner.prune(0.5)
+    tokens = pruner.calibration_tokens()
+    assert tokens.shape[1] == 32 and tokens.max() < len(pruner.tokenizer)
+    texts = ["".join(one.batch_decode(t)) for one, t in ((tokenizer, given), (pruner.tokenizer, tokens))]
+    assert texts[0].startswith(texts[1][: len(texts[1]) - 20])
+
+
+def test_what_cannot_be_is_said(tmp_path):
+    with pytest.raises(ConfigurationError, match="there is none"):
+        StructuredPruner(_model(), PruningConfig(units=("vocabulary",), calibration=TEXT)).plan(0.1)
+    with pytest.raises(ConfigurationError, match=r"100 tokens are to be kept, and \d{3} must"):
+        _pruner(keep={"vocabulary": 100}).plan()
+    with pytest.raises(ConfigurationError, match="there are 1002"):
+        _pruner(keep={"vocabulary": 2000}).plan()
+    with pytest.raises(RatioError, match="must stay"):
+        _pruner().plan(0.9)
+    with pytest.raises(UnsupportedModelError, match="do not belong together"):
+        _pruner(make_model("llama", vocab_size=500)).plan(0.1)
+    with pytest.raises(ConfigurationError, match="no 'vocabulary' in it"):
+        PruningConfig(vocabulary_text="a.txt")
+    with pytest.raises(ConfigurationError, match="costs are not compared"):
+        PruningConfig(units=("vocabulary", "mlp_neurons"))
+    pruner = _pruner(keep={"vocabulary": 640})
+    plan = pruner.plan()
+    gone = plan.of_model("vocabulary").kept.pop(3)
+    plan.of_model("vocabulary").kept.append(1000 + (gone == 1000))
+    state = {key: value.clone() for key, value in pruner.model.state_dict().items()}
+    with pytest.raises(ConfigurationError, match="lack 1 that must stay"):
+        pruner.prune(plan)
+    assert all(torch.equal(state[key], value) for key, value in pruner.model.state_dict().items())
+
+
+def test_rows_without_a_token_go_first():
+    pruner = _pruner(keep={"vocabulary": 1002})
+    small = pruner.prune()
+    assert len(pruner.tokenizer) == 1002 == small.config.vocab_size
+    padded = _pruner(keep={"vocabulary": 1024})
+    assert padded.prune().config.vocab_size == 1024 and len(padded.tokenizer) == 1002
+
+
+def test_text_of_several_sources(tmp_path, monkeypatch):
+    for number in (0, 1):
+        rows = [{"text": text} for text in TEXTS[number::2]]
+        (tmp_path / f"{number}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"text": [{"role": "user", "content": "zygote " * 40}]}) + "\n")
+    paths = [str(tmp_path / name) for name in ("0.jsonl", "1.jsonl", "chat.jsonl")]
+    report = _pruner(vocabulary_text=paths).plan(0.2).vocabulary_report
+    assert [one["source"] for one in report["sources"]] == ["0.jsonl", "1.jsonl", "chat.jsonl"]
+    monkeypatch.setattr(counting, "_BATCH", 1)
+    few = _pruner(vocabulary_text=paths, vocabulary_tokens=30).plan(0.2).vocabulary_report
+    assert sum(one["tokens"] for one in few["sources"]) < sum(one["tokens"] for one in report["sources"])
