@@ -102,11 +102,11 @@ class PruningConfig:
         expert_criterion (`str`): How experts are ranked: `"reap"` (weight of the router times norm of the output, over
             the tokens that an expert gets), `"frequency"`, `"router"` (mean probability), `"l2"`, `"taylor"`,
             `"random"`, or `"loss"` (each time the one goes without which the block's output changes least).
-        vocabulary_criterion (`str`): Which tokens stay: `"frequency"` (those that the text has most of; beyond what it
-            shows, those that the tokenizer made first), or `"embedding_norm"`.
+        vocabulary_criterion (`str`): Which tokens stay: `"frequency"` (those that text like this has most of; where
+            counts are small, the tokenizer's own order has a part in it), or `"embedding_norm"`.
         vocabulary_text (`str` or list of `str`, *optional*): The text in which tokens are counted: as `dataset` of the
-            calibration. Give text of every language, and of every kind, that the model is to write. Default: all
-            of the calibration's data.
+            calibration. Give text of every language, and of every kind, that the model is to write; each source has an
+            equal part. Default: all of the calibration's data.
         vocabulary_tokens (`int`): Tokens of it that are counted at most.
         merge_experts (`bool`): Average every expert that goes into the nearest that stays, instead of dropping it.
         split (`dict` of `str` to `float`, *optional*): The part of the budget of each kind of unit, for example

@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ..checks import Ratio
+from ..checks import Count, Ratio
 from ..config import CalibrationConfig, PruningConfig
 from ..criteria.depth import layer_similarities
 from ..errors import ConfigurationError
@@ -18,9 +18,11 @@ from ..installed import need
 from ..model.structure import Group
 from ..plan import PruningPlan
 from ..streaming import check_streams
+from ..units import VOCABULARY
 from .arguments import command
 from .cli import check_output, make_table
 from .models import ModelArguments, check_ratio, load_pruner, load_shapes, load_to_plan
+from .vocabulary import inspect_vocabulary
 
 
 CSV_NAME, PICTURE_NAME = "layer_distances.csv", "layer_distances.png"
@@ -33,24 +35,43 @@ class InspectArguments:
 
     Args:
         depth (`bool`): Measure how much each layer, attention and MLP does, and which block of each size does least.
-        output_dir (`str`, *optional*): With `--depth`: folder for `layer_distances.csv` and a heat map.
+        vocabulary (`bool`): Count tokens in text: how much of it the most frequent ones cover, and what they save.
+        output_dir (`str`, *optional*): With `--depth`: folder for `layer_distances.csv` and a heat map. With
+            `--vocabulary`: for a picture of the curve.
         overwrite (`bool`): Write to the folder even if it is not empty.
+        vocabulary_text (`str` or list of `str`, *optional*): With `--vocabulary`: the text, as `prune` takes it.
+            Default: all of the calibration's data.
+        vocabulary_tokens (`int`): Tokens of it that are counted at most.
         calibration (`CalibrationConfig`): The text.
     """
 
     depth: bool = False
+    vocabulary: bool = False
     output_dir: str | None = None
     overwrite: bool = False
+    vocabulary_text: str | list[str] | None = None
+    vocabulary_tokens: Count = 50_000_000
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
 
 @command
 def inspect_command(model: ModelArguments, options: InspectArguments) -> tuple[Any, ...]:
     """Show what can be cut from MODEL: coupled groups, their units and sizes, and what is left alone."""
+    if options.depth and options.vocabulary:
+        raise ConfigurationError("--depth and --vocabulary are both given; give one of them.")
     if options.depth:
         return _inspect_depth(model, options)
-    if options.output_dir is not None:
-        raise ConfigurationError("--output-dir is for the distances of layers: add --depth.")
+    if options.vocabulary:
+        config = PruningConfig(
+            units=(VOCABULARY,), calibration=options.calibration, vocabulary_text=options.vocabulary_text,
+            vocabulary_tokens=options.vocabulary_tokens,
+        )  # fmt: skip
+        return inspect_vocabulary(model, config, options.output_dir, options.overwrite)
+    if options.output_dir is not None or options.vocabulary_text is not None:
+        raise ConfigurationError(
+            "--output-dir is for the distances of layers and the coverage of tokens, --vocabulary-text for the "
+            "latter: add --depth or --vocabulary."
+        )
     pruner = load_shapes(model)
     structure = pruner.structure
     groups = [(layer.index, group) for layer in structure.layers for group in layer.groups]

@@ -12,7 +12,7 @@ import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
 
@@ -192,6 +192,27 @@ def distances_figure(similarities: LayerSimilarities) -> Figure:
     axis.set(xlabel="first layer of the block", ylabel="layers in the block")
     whole_numbers(axis.xaxis)
     whole_numbers(axis.yaxis)
+    return figure
+
+
+def coverage_figure(points: Sequence[dict[str, Any]]) -> Figure:
+    """The share of text that tokens cover against the share of tokens kept; what is saved on a second scale.
+
+    Args:
+        points: As `inspect --vocabulary` gives them, ascending.
+    """
+    figure, (axis,) = make_panels(1, 3.6, "Text covered by the tokens that stay")
+    shares = [100 * point["share"] for point in points]
+    for number, (name, label) in enumerate((("covered", "counted text"), ("covered_held_out", "text held out"))):
+        if all(point[name] is not None for point in points):
+            covered = [100 * point[name] for point in points]
+            axis.plot(shares, covered, color=COLOURS[number], marker="o", markersize=3, label=label)
+    axis.set(xlabel="tokens kept (% of all)", ylabel="text covered (%)")
+    other = axis.twinx()
+    other.plot(shares, [100 * point["ratio"] for point in points], color=GREY, linestyle="--", linewidth=1)
+    other.set_ylabel("parameters saved (% of the model, dashed)", color=INK, fontsize=9)
+    other.grid(False)
+    axis.legend(frameon=False, fontsize=8, loc="lower center")
     return figure
 
 

@@ -13,6 +13,7 @@ from ..config import PruningConfig
 from ..errors import ConfigurationError, UnsupportedModelError
 from ..units import VOCABULARY
 from .counting import Counted, count_tokens, coverage, scripts
+from .estimating import frequencies
 from .tokenizers import must_stay, trimmed_tokenizer, vocabulary_of
 
 
@@ -93,7 +94,7 @@ class TokenChoice:
         ids = np.fromiter(self.vocabulary.tokens, np.int64)
         order = np.array([self.vocabulary.order(number) for number in ids.tolist()])
         if self.config.criterion_of(VOCABULARY) == "frequency":
-            useful = sum(one.counts for one in self.counted)[ids]
+            useful = frequencies(self.counted, ids, order)
         else:
             useful = self.norms()[ids]
         return ids[np.lexsort((order, -useful))].tolist()
@@ -107,7 +108,7 @@ class TokenChoice:
         """
         self.check(rows, keep)
         there = len(self.vocabulary.tokens)
-        kept = self.vocabulary.choose(self.ranked(), min(keep, there), self.stay)
+        kept = self.vocabulary.choose(self._ranking, min(keep, there), self.stay)
         last = max(self.vocabulary.tokens)
         return kept + list(range(last + 1, last + 1 + keep - len(kept)))
 
@@ -133,6 +134,22 @@ class TokenChoice:
             self._trimmed = {key: small}
         return self._trimmed[key]
 
+    def covered(self, kept: Sequence[int]) -> dict[str, float | None]:
+        """The share of the counted text, and of the text held out, whose tokens stay; the mean over the sources."""
+        numbers = np.array([number for number in kept if number in self.vocabulary.tokens])
+        shares: dict[str, float | None] = {}
+        for name, counts in (
+            ("covered", [one.counts for one in self.counted]),
+            ("covered_held_out", [one.held_counts for one in self.counted]),
+        ):
+            found = [float(one[numbers].sum() / one.sum()) for one in counts if one.any()]
+            shares[name] = sum(found) / len(found) if found else None
+        return shares
+
+    @cached_property
+    def _ranking(self) -> list[int]:
+        return self.ranked()
+
     def report(self, kept: Sequence[int]) -> dict[str, Any]:
         """What these tokens cover of the text, and which scripts lose tokens, for the plan."""
         small, tokens = self.trimmed(kept), list(self.vocabulary.tokens)
@@ -140,6 +157,6 @@ class TokenChoice:
         lost = sorted(before, key=lambda script: after[script] - before[script])[:_SCRIPTS]
         counted = self.counted if self.config.criterion_of(VOCABULARY) == "frequency" else []
         return {
-            "sources": coverage(counted, set(kept).intersection(tokens), self.tokenizer, small),
+            "sources": coverage(counted, set(kept).intersection(tokens), small),
             "scripts": {name: [before[name], after[name]] for name in lost if after[name] < before[name]},
         }

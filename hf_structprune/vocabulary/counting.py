@@ -33,11 +33,16 @@ class Counted:
         name: What it is called.
         counts: How often each id is in it, shape (ids,).
         held_out: Pieces of it that are not in the counts.
+        held_counts: How often each id is in these.
     """
 
     name: str
     counts: np.ndarray
     held_out: list[str] = field(default_factory=list)
+    held_counts: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.held_counts = np.zeros_like(self.counts)
 
     @property
     def tokens(self) -> int:
@@ -92,16 +97,17 @@ def _count(one: Counted, rows: Sequence[Any], tokenizer: Any, most: int) -> None
                 continue
             batch.append(piece)
             if len(batch) == _BATCH:
-                _add(one, batch, tokenizer)
+                _add(one.counts, batch, tokenizer)
                 batch = []
                 if one.tokens >= most:
-                    return
-        _add(one, batch, tokenizer)
+                    break
+        _add(one.counts, batch, tokenizer)
+        _add(one.held_counts, one.held_out, tokenizer)
 
 
-def _add(one: Counted, batch: list[str], tokenizer: Any) -> None:
+def _add(counts: np.ndarray, batch: list[str], tokenizer: Any) -> None:
     for ids in ids_of(tokenizer, batch):
-        one.counts += np.bincount(ids, minlength=len(one.counts))
+        counts += np.bincount(np.asarray(ids, dtype=np.int64), minlength=len(counts))
 
 
 def ids_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -140,12 +146,12 @@ def _text(row: Any) -> str:
     raise TextError(f"Tokens are counted in texts and in chats; a row is a {type(row).__name__}: {str(row)[:80]!r}.")
 
 
-def coverage(counted: Iterable[Counted], kept: Collection[int], dense: Any, small: Any) -> list[dict[str, Any]]:
+def coverage(counted: Iterable[Counted], kept: Collection[int], small: Any) -> list[dict[str, Any]]:
     """How well the tokens that stay cover each source of text.
 
     Args:
         kept: Ids that stay.
-        dense, small: The tokenizer before and after.
+        small: The tokenizer without the others.
 
     Returns:
         For each source its name, the tokens counted, the share of them that stay (`covered`), tokens of its held-out
@@ -153,7 +159,7 @@ def coverage(counted: Iterable[Counted], kept: Collection[int], dense: Any, smal
     """
     numbers, found = np.fromiter(kept, np.int64, len(kept)), []
     for one in counted:
-        before = sum(map(len, ids_of(dense, one.held_out)))
+        before = int(one.held_counts.sum())
         after = sum(map(len, ids_of(small, one.held_out)))
         covered = float(one.counts[numbers].sum() / max(1, one.tokens))
         longer = after / before - 1 if before else None

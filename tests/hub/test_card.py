@@ -406,8 +406,10 @@ def test_citations(folder):
 def test_every_criterion_can_be_told(kind):
     for name in KINDS[kind].criteria:
         method = method_of(kind, name)
-        assert bool(method.papers) == (name not in ("random", "frequency", "router", *(["l2"] * (kind == "experts"))))
-        assert method.needs_text == (name not in ("random", "l1", "l2", "magnitude"))
+        assert bool(method.papers) == (
+            name not in ("random", "frequency", "router", "embedding_norm", *(["l2"] * (kind == "experts")))
+        )
+        assert method.needs_text == (name not in ("random", "l1", "l2", "magnitude", "embedding_norm"))
         assert all(re.match(r"@(inproceedings|article){\w+,\n  title = {", paper.bibtex) for paper in method.papers)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from families import make_model
-from test_trimming import TEXTS, _tokenizer
+from kinds_of_tokenizers import TEXTS, tokenizer_of
 
 from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
 from hf_structprune.errors import ConfigurationError
@@ -19,7 +19,7 @@ ROWS = 1002
 
 @pytest.fixture(scope="module")
 def trimmed():
-    model, tokenizer = make_model("llama", vocab_size=ROWS), _tokenizer("byte_level")
+    model, tokenizer = make_model("llama", vocab_size=ROWS), tokenizer_of("byte_level")
     calibration = CalibrationConfig(texts=TEXTS)
     pruner = StructuredPruner(model, PruningConfig(keep={"vocabulary": 512}, calibration=calibration), tokenizer)
     pruner.prune()

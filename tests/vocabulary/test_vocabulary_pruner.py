@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from families import FAMILIES, count, logits, make_model
-from test_trimming import TEXTS, _strings, _tokenizer
+from kinds_of_tokenizers import TEXTS, strings, tokenizer_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3nForCausalLM, Gemma3nTextConfig, GenerationConfig
 
 from hf_structprune import CalibrationConfig, PruningConfig, PruningPlan, StructuredPruner
@@ -34,7 +34,7 @@ def _model(name="llama", **changes):
 
 def _pruner(model=None, tokenizer=None, **options):
     options = {"units": ("vocabulary",), "calibration": TEXT, **options}
-    return StructuredPruner(model or _model(), PruningConfig(**options), tokenizer or _tokenizer("byte_level"))
+    return StructuredPruner(model or _model(), PruningConfig(**options), tokenizer or tokenizer_of("byte_level"))
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *MORE])
@@ -96,7 +96,7 @@ def test_other_tables_of_tokens_are_refused():
 
 @pytest.mark.parametrize("kind", ["byte_level", "byte_fallback", "unigram", "wordpiece"])
 def test_what_is_saved_is_a_plain_checkpoint_with_its_tokenizer(kind, tmp_path):
-    dense_tokenizer, model = _tokenizer(kind), _model()
+    dense_tokenizer, model = tokenizer_of(kind), _model()
     rows = len(dense_tokenizer) + 20
     model = make_model("llama", torch.float64, vocab_size=rows, tie_word_embeddings=kind == "unigram")
     model.config.eos_token_id, model.config.pad_token_id = [2, rows - 1], None
@@ -116,7 +116,7 @@ def test_what_is_saved_is_a_plain_checkpoint_with_its_tokenizer(kind, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert type(again) is type(model) and again.config.vocab_size == len(tokenizer) == 640
-    for text in _strings(20):
+    for text in strings(20):
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
         if not ids.numel():
             continue
@@ -173,7 +173,7 @@ def test_beside_other_kinds_the_vocabulary_goes_first_and_they_take_the_rest():
 
 
 def test_calibration_tokens_in_memory_are_spelled_anew():
-    tokenizer = _tokenizer("byte_level")
+    tokenizer = tokenizer_of("byte_level")
     ids = [number for text in TEXTS for number in tokenizer(text, add_special_tokens=False)["input_ids"]]
     given = torch.tensor(ids[: 16 * 32]).view(16, 32)
     pruner = _pruner(

@@ -1,0 +1,134 @@
+"""Fewer tokens on SmolLM2-135M-Instruct: perplexity per token of the dense tokenizer, bits per byte, what it saves.
+
+    python benchmarks/vocabulary.py --wikitext FOLDER --c4 FILE.jsonl [--more FILE.jsonl ...] [--keep 40000 ...]
+
+FOLDER holds the raw WikiText-2 splits; tokens are counted in `train.txt` and `valid.txt`, in all C4 documents but the
+last 300, which are the test text, and in the files of `--more` (`{"text": ...}`). Results go to
+benchmarks/results/vocabulary.json.
+
+The text is that of 12 evenly spaced windows of 2048 tokens of the dense tokenizer, all but the first token of each.
+The small model reads the same text as its own tokenizer splits it; its whole loss is divided by the dense tokens, so
+that perplexities are of the same thing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from core import C4_TEST_DOCUMENTS, environment, write
+from rich.console import Console
+from rich.table import Table
+
+from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
+from hf_structprune.commands.models import DEMO_MODEL, find_model, load_pruner
+from hf_structprune.evaluation import read_text
+
+
+WINDOWS, LENGTH = 12, 2048
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=DEMO_MODEL, help="Hub id or folder")
+    parser.add_argument("--wikitext", type=Path, required=True)
+    parser.add_argument("--c4", type=Path, required=True)
+    parser.add_argument("--more", nargs="*", default=[], help="more text that tokens are counted in")
+    parser.add_argument("--keep", type=int, nargs="*", default=[40000, 32768, 24576, 16384])
+    parser.add_argument("--criterion", default="frequency")
+    options = parser.parse_args()
+    documents = options.c4.read_text(encoding="utf-8").splitlines()
+    folder = Path(tempfile.mkdtemp())
+    counted, test = folder / "c4.jsonl", folder / "c4_test.jsonl"
+    counted.write_text("\n".join(documents[:-C4_TEST_DOCUMENTS]) + "\n", encoding="utf-8")
+    test.write_text("\n".join(documents[-C4_TEST_DOCUMENTS:]) + "\n", encoding="utf-8")
+    texts = {"WikiText-2": read_text(options.wikitext / "test.txt"), "C4": read_text(test)}
+    sources = [*(str(options.wikitext / f"{split}.txt") for split in ("train", "valid")), str(counted), *options.more]
+    rows, dense = [], load(options.model)
+    spans = {name: windows(dense, text) for name, text in texts.items()}
+    for keep in [None, *options.keep]:
+        start, pruner = time.perf_counter(), dense if keep is None else load(options.model)
+        row = {"keep": len(pruner.tokenizer), "ratio": 0.0}
+        if keep is not None:
+            pruner.config = PruningConfig(
+                keep={"vocabulary": keep}, vocabulary_text=sources, vocabulary_criterion=options.criterion,
+                calibration=CalibrationConfig(),
+            )  # fmt: skip
+            pruner.prune()
+            plan = pruner.last_plan
+            row = {"keep": keep, "ratio": plan.ratio, "report": plan.vocabulary_report}
+        row["seconds"] = round(time.perf_counter() - start, 1)
+        row["texts"] = {name: measure(pruner, found) for name, found in spans.items()}
+        rows.append(row)
+        print(row, flush=True)
+        about = {
+            "environment": environment(),
+            "criterion": options.criterion,
+            "sources": [Path(s).name for s in sources],
+        }
+        write("vocabulary.json", {**about, "rows": rows})
+    table = Table(title="Perplexity per token of the dense tokenizer, over dense")
+    for column in (
+        "tokens",
+        "removed",
+        *(f"{name}{what}" for name in texts for what in ("", ", bits per byte", " longer")),
+    ):
+        table.add_column(column)
+    for row in rows:
+        cells = [
+            cell
+            for name, found in row["texts"].items()
+            for cell in (
+                f"{found['perplexity'] / rows[0]['texts'][name]['perplexity']:.3f}",
+                f"{found['bits_per_byte']:.4f}",
+                f"{found['tokens'] / rows[0]['texts'][name]['tokens'] - 1:.2%}",
+            )
+        ]
+        table.add_row(f"{row['keep']:,}", f"{row['ratio']:.2%}", *cells)
+    Console(width=140).print(table)
+
+
+def load(model: str) -> StructuredPruner:
+    """The model in float32."""
+    arguments = find_model(model)
+    arguments.dtype = "fp32"
+    return load_pruner(arguments)
+
+
+def windows(pruner: StructuredPruner, text: str) -> list[tuple[str, int, int]]:
+    """Texts of evenly spaced windows, the character at which each one's first token ends, how many tokens follow."""
+    found = pruner.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets, result = found["offset_mapping"], []
+    whole = len(offsets) // LENGTH
+    for number in range(WINDOWS):
+        start = number * whole // WINDOWS * LENGTH
+        begin, end = offsets[start][0], offsets[start + LENGTH - 1][1]
+        result.append((text[begin:end], offsets[start][1] - begin, LENGTH - 1))
+    return result
+
+
+@torch.no_grad()
+def measure(pruner: StructuredPruner, spans: list[tuple[str, int, int]]) -> dict[str, float]:
+    """Perplexity per token of the dense tokenizer and bits per byte; tokens that the model's own tokenizer makes."""
+    loss, original, size, tokens = 0.0, 0, 0, 0
+    for text, first, count in spans:
+        found = pruner.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids = torch.tensor([found["input_ids"]])
+        counts = torch.tensor([end > first for _, end in found["offset_mapping"]])[1:]
+        hidden = pruner.model.base_model(ids, use_cache=False).last_hidden_state[0, :-1][counts]
+        labels = ids[0, 1:][counts]
+        for states, wanted in zip(hidden.split(512), labels.split(512), strict=True):
+            logits = pruner.model.lm_head(states).float()
+            loss += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
+        original, tokens, size = original + count, tokens + len(labels), size + len(text[first:].encode())
+    return {
+        "perplexity": math.exp(loss / original), "bits_per_byte": loss / size / math.log(2), "tokens": tokens,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

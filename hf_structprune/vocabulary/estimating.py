@@ -1,0 +1,57 @@
+"""How frequent tokens are in text of which only a part was counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .counting import Counted
+
+
+_NEIGHBOURS = 512  # to either side, over which the tokenizer's own order is smoothed
+_STRENGTHS = (1e3, 3e3, 1e4, 3e4, 1e5, 3e5, 1e6)  # in tokens of text
+
+
+def frequencies(counted: Sequence[Counted], ids: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """The share of each token in text like this, where every source has an equal part in it.
+
+    Counts of rare tokens are chance, and most tokens that a text lacks are in the next one. So each source is pulled
+    towards all of them together, and these towards the tokenizer's own order (Dirichlet priors): with counts `c_s` of
+    `N_s` tokens in source `s`, `c = sum_s c_s` and `N = sum_s N_s`,
+
+        q = (c + k r) / (N + k),    p_s = (c_s + k q) / (N_s + k),    p = mean_s p_s,
+
+    where `r` is the mean of `c` over the neighbours in that order. `k` is the one of some by which the held-out text
+    of all sources is most likely.
+
+    Args:
+        counted: The sources.
+        ids: Which tokens, shape (tokens,).
+        order: Their place in the tokenizer's order, shape (tokens,).
+
+    Returns:
+        Shape (tokens,), float64.
+    """
+    places = np.argsort(order, kind="stable")
+    counts = np.stack([one.counts[ids] for one in counted]).astype(np.float64)
+    held_out = np.stack([one.held_counts[ids] for one in counted])
+    total, around = counts.sum(0), np.empty(len(ids))
+    around[places] = _smoothed(total[places] + 1e-3)
+    around /= around.sum()
+
+    def estimated(strength: float) -> np.ndarray:
+        pooled = (total + strength * around) / (total.sum() + strength)
+        return (counts + strength * pooled) / (counts.sum(1, keepdims=True) + strength)
+
+    def likelihood(strength: float) -> float:
+        return float((held_out / held_out.sum(1, keepdims=True).clip(1) * np.log(estimated(strength))).sum())
+
+    return estimated(max(_STRENGTHS, key=likelihood)).mean(0)
+
+
+def _smoothed(values: np.ndarray) -> np.ndarray:
+    """Means over the neighbours of each place; fewer of them at the ends, so that no mean is pulled to one side."""
+    sums, places = np.insert(np.cumsum(values), 0, 0.0), np.arange(len(values))
+    reach = np.minimum(np.minimum(places, len(values) - 1 - places), _NEIGHBOURS)
+    return (sums[places + reach + 1] - sums[places - reach]) / (2 * reach + 1)
