@@ -1,10 +1,10 @@
 """Fewer tokens on SmolLM2-135M-Instruct: perplexity per token of the dense tokenizer, bits per byte, what it saves.
 
-    python benchmarks/vocabulary.py --wikitext FOLDER --c4 FILE.jsonl [--more FILE.jsonl ...] [--keep 40000 ...]
+    python benchmarks/vocabulary.py --wikitext FOLDER --c4 FILE.jsonl --dolly FOLDER [--keep 40000 ...]
 
 FOLDER holds the raw WikiText-2 splits; tokens are counted in `train.txt` and `valid.txt`, in all C4 documents but the
-last 300, which are the test text, and in the files of `--more` (`{"text": ...}`). Results go to
-benchmarks/results/vocabulary.json.
+last 300, which are the test text, and in the training part of Dolly (`train-*.jsonl`: instruction, input, output).
+Results go to benchmarks/results/vocabulary.json.
 
 The text is that of 12 evenly spaced windows of 2048 tokens of the dense tokenizer, all but the first token of each.
 The small model reads the same text as its own tokenizer splits it; its whole loss is divided by the dense tokens, so
@@ -14,6 +14,7 @@ that perplexities are of the same thing.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import tempfile
 import time
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--model", default=DEMO_MODEL, help="Hub id or folder")
     parser.add_argument("--wikitext", type=Path, required=True)
     parser.add_argument("--c4", type=Path, required=True)
-    parser.add_argument("--more", nargs="*", default=[], help="more text that tokens are counted in")
+    parser.add_argument("--dolly", type=Path, required=True)
     parser.add_argument("--keep", type=int, nargs="*", default=[40000, 32768, 24576, 16384])
     parser.add_argument("--criterion", default="frequency")
     options = parser.parse_args()
@@ -47,7 +48,9 @@ def main() -> None:
     counted.write_text("\n".join(documents[:-C4_TEST_DOCUMENTS]) + "\n", encoding="utf-8")
     test.write_text("\n".join(documents[-C4_TEST_DOCUMENTS:]) + "\n", encoding="utf-8")
     texts = {"WikiText-2": read_text(options.wikitext / "test.txt"), "C4": read_text(test)}
-    sources = [*(str(options.wikitext / f"{split}.txt") for split in ("train", "valid")), str(counted), *options.more]
+    dolly = folder / "dolly.jsonl"
+    dolly.write_text("".join(map(as_text, sorted(options.dolly.glob("train-*.jsonl")))), encoding="utf-8")
+    sources = [*(str(options.wikitext / f"{split}.txt") for split in ("train", "valid")), str(counted), str(dolly)]
     rows, dense = [], load(options.model)
     spans = {name: windows(dense, text) for name, text in texts.items()}
     for keep in [None, *options.keep]:
@@ -90,6 +93,13 @@ def main() -> None:
         ]
         table.add_row(f"{row['keep']:,}", f"{row['ratio']:.2%}", *cells)
     Console(width=140).print(table)
+
+
+def as_text(path: Path) -> str:
+    """The rows of a file of Dolly, each as one text."""
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    texts = ("\n\n".join(filter(None, (row["instruction"], row["input"], row["output"]))) for row in rows)
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
 
 
 def load(model: str) -> StructuredPruner:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -150,13 +151,18 @@ class TokenChoice:
     def _ranking(self) -> list[int]:
         return self.ranked()
 
+    @cached_property
+    def _scripts(self) -> dict[int, str]:
+        return scripts(self.tokenizer, list(self.vocabulary.tokens))
+
     def report(self, kept: Sequence[int]) -> dict[str, Any]:
         """What these tokens cover of the text, and which scripts lose tokens, for the plan."""
-        small, tokens = self.trimmed(kept), list(self.vocabulary.tokens)
-        before, after = scripts(self.tokenizer, tokens), scripts(self.tokenizer, set(kept).intersection(tokens))
+        small, tokens, there = self.trimmed(kept), set(kept) & self.vocabulary.tokens.keys(), self._scripts
+        before = Counter(there.values())
+        after = Counter(script for number, script in there.items() if number in tokens)
         lost = sorted(before, key=lambda script: after[script] - before[script])[:_SCRIPTS]
         counted = self.counted if self.config.criterion_of(VOCABULARY) == "frequency" else []
         return {
-            "sources": coverage(counted, set(kept).intersection(tokens), small),
+            "sources": coverage(counted, tokens, small),
             "scripts": {name: [before[name], after[name]] for name in lost if after[name] < before[name]},
         }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import unicodedata
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -169,9 +168,11 @@ def coverage(counted: Iterable[Counted], kept: Collection[int], small: Any) -> l
     return found
 
 
-def scripts(tokenizer: Any, ids: Iterable[int]) -> Counter[str]:
-    """Numbers of tokens by the script of their first letter, as Unicode names it: `LATIN`, `CYRILLIC`, `CJK`."""
-    return Counter(filter(None, (_script(tokenizer.decode([number])) for number in ids)))
+def scripts(tokenizer: Any, ids: Sequence[int]) -> dict[int, str]:
+    """The script of each token's first letter, as Unicode names it: `LATIN`, `CYRILLIC`, `CJK`; not of others."""
+    texts = tokenizer.batch_decode([[number] for number in ids])
+    found = zip(ids, map(_script, texts), strict=True)
+    return {number: script for number, script in found if script is not None}
 
 
 def _script(text: str) -> str | None:
