@@ -102,9 +102,7 @@ def texts(tokens, value, windows):
     )
     details = {"source": "a", "window": 64, "text_tokens": tokens}
     return [
-        Figure(
-            f"{kind}/a", value, "", 0.1, False, words.replace("1 non-overlapping windows", "1 window"), dict(details)
-        )
+        Figure(f"{kind}/a", value, "", 0.1, False, words, dict(details))
         for kind in ("perplexity", "word_perplexity", "bits_per_byte")
     ]
 
