@@ -46,9 +46,7 @@ _LayerRange = Annotated[tuple[Number, Number], Described("(start, end), 0 <= sta
 Kind = Annotated[str, OneOf(KINDS)]
 _Part = Annotated[float, Limits(0, open="least"), Described("a positive number")]
 _RATIOS = ("attention_ratio", "mlp_ratio")
-_CRITERIA = {
-    level: level.criterion_option for level in (DepthKind, StreamKind, HeadSize, RoutedKind, VocabularyKind)
-}
+_CRITERIA = {level: level.criterion_option for level in (DepthKind, StreamKind, HeadSize, RoutedKind, VocabularyKind)}
 
 
 @dataclass

@@ -78,7 +78,8 @@ class StructuredPruner:
         self._saved: Path | None = None
         self._calibrated = False
         self._streaming: Streaming | None = None
-        self._dense_tokenizer, self._choice = self.tokenizer, None
+        self._choice: TokenChoice | None = None
+        self._trimmed_from: Any = None  # the tokenizer before tokens went
 
     @classmethod
     def from_pretrained(
@@ -187,14 +188,14 @@ class StructuredPruner:
                 "model with a `device_map` that fits, or on the CPU."
             )
         check_savable(self.model, configuration=self.config, origin=self.origin and self.origin.options)
-        dense = self.model
+        dense, tokenizer = self.model, self.tokenizer
         with measuring(dense), marked_if_changed(dense, self._given()):
             decoder = self._proven(kinds_in(ratio) if given else self.config.units)
             check_finite(dense)
             try:
                 self._prune(decoder, ratio)
             except BaseException as error:
-                self.tokenizer = self._dense_tokenizer
+                self.tokenizer, self._trimmed_from = tokenizer, None
                 if self.model is not dense:  # some of several steps are done
                     mark(self.model, interrupted(error))
                 raise
@@ -209,9 +210,8 @@ class StructuredPruner:
                 return self.model.get_input_embeddings().weight.detach().float().norm(dim=1).cpu().numpy()
 
             def done(tokenizer: Any) -> None:
-                self.tokenizer = tokenizer
+                self.tokenizer, self._trimmed_from = tokenizer, self.tokenizer
 
-            self._dense_tokenizer = self.tokenizer
             here = norms if has_weights(self.model) else None
             self._choice = TokenChoice(self.tokenizer, self.config, named, here, done)
         return {VOCABULARY: self._choice}
@@ -305,8 +305,8 @@ class StructuredPruner:
     def calibration_tokens(self) -> torch.Tensor:
         """The token ids that `config.calibration` names, shape (sequences, length), checked against the vocabulary."""
         tokens = load_tokens(self.config.calibration, self.tokenizer)
-        if self.config.calibration.tokens is not None and self.tokenizer is not self._dense_tokenizer:
-            tokens = respelled(tokens, self._dense_tokenizer, self.tokenizer)
+        if self.config.calibration.tokens is not None and self._trimmed_from is not None:
+            tokens = respelled(tokens, self._trimmed_from, self.tokenizer)
         check_token_ids(tokens, self.model.get_input_embeddings().weight.shape[0])
         return tokens
 
