@@ -6,9 +6,9 @@ FOLDER holds the raw WikiText-2 splits; tokens are counted in `train.txt` and `v
 last 300, which are the test text, and in the training part of Dolly (`train-*.jsonl`: instruction, input, output).
 Results go to benchmarks/results/vocabulary.json.
 
-The text is that of 12 evenly spaced windows of 2048 tokens of the dense tokenizer, all but the first token of each.
-The small model reads the same text as its own tokenizer splits it; its whole loss is divided by the dense tokens, so
-that perplexities are of the same thing.
+The text is that of evenly spaced windows (12, or `--windows`) of 2048 tokens of the dense tokenizer, all but the first
+token of each. The small model reads the same text as its own tokenizer splits it; its whole loss is divided by the
+dense tokens, so that perplexities are of the same thing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hf_structprune.commands.models import DEMO_MODEL, find_model, load_pruner
 from hf_structprune.evaluation import read_text
 
 
-WINDOWS, LENGTH = 12, 2048
+LENGTH = 2048
 
 
 def main() -> None:
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--c4", type=Path, required=True)
     parser.add_argument("--dolly", type=Path, required=True)
     parser.add_argument("--keep", type=int, nargs="*", default=[40000, 32768, 24576, 16384])
+    parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--criterion", default="frequency")
     options = parser.parse_args()
     documents = options.c4.read_text(encoding="utf-8").splitlines()
@@ -52,7 +53,7 @@ def main() -> None:
     dolly.write_text("".join(map(as_text, sorted(options.dolly.glob("train-*.jsonl")))), encoding="utf-8")
     sources = [*(str(options.wikitext / f"{split}.txt") for split in ("train", "valid")), str(counted), str(dolly)]
     rows, dense = [], load(options.model)
-    spans = {name: windows(dense, text) for name, text in texts.items()}
+    spans = {name: windows(dense, text, options.windows) for name, text in texts.items()}
     for keep in [None, *options.keep]:
         start, pruner = time.perf_counter(), dense if keep is None else load(options.model)
         row = {"keep": len(pruner.tokenizer), "ratio": 0.0}
@@ -71,6 +72,7 @@ def main() -> None:
         about = {
             "environment": environment(),
             "criterion": options.criterion,
+            "windows": options.windows,
             "sources": [Path(s).name for s in sources],
         }
         write("vocabulary.json", {**about, "rows": rows})
@@ -109,13 +111,13 @@ def load(model: str) -> StructuredPruner:
     return load_pruner(arguments)
 
 
-def windows(pruner: StructuredPruner, text: str) -> list[tuple[str, int, int]]:
+def windows(pruner: StructuredPruner, text: str, count: int) -> list[tuple[str, int, int]]:
     """Texts of evenly spaced windows, the character at which each one's first token ends, how many tokens follow."""
     found = pruner.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     offsets, result = found["offset_mapping"], []
     whole = len(offsets) // LENGTH
-    for number in range(WINDOWS):
-        start = number * whole // WINDOWS * LENGTH
+    for number in range(count):
+        start = number * whole // count * LENGTH
         begin, end = offsets[start][0], offsets[start + LENGTH - 1][1]
         result.append((text[begin:end], offsets[start][1] - begin, LENGTH - 1))
     return result

@@ -129,11 +129,17 @@ def _written(key: str, value: Any) -> Any:
 
 def public_config(config: PruningConfig) -> PruningConfig:
     """The configuration with the names of local files in place of their paths."""
-    names = [Path(source).name if is_file(source) else source for source in sources_of(config.calibration)]
-    if not names:
+
+    def public(given: str | list[str] | None) -> str | list[str] | None:
+        if given is None or isinstance(given, str):
+            return Path(given).name if given is not None and is_file(given) else given
+        return [public(source) for source in given]
+
+    calibration = config.calibration
+    if calibration.dataset is None and config.vocabulary_text is None:
         return config
-    public = names if isinstance(config.calibration.dataset, list) else names[0]
-    return dataclasses.replace(config, calibration=dataclasses.replace(config.calibration, dataset=public))
+    calibration = dataclasses.replace(calibration, dataset=public(calibration.dataset))
+    return dataclasses.replace(config, calibration=calibration, vocabulary_text=public(config.vocabulary_text))
 
 
 def sources_of(calibration: CalibrationConfig) -> list[str]:

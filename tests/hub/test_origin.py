@@ -9,13 +9,13 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
-from hf_structprune import PruningConfig, PruningPlan, StructuredPruner
+from hf_structprune import CalibrationConfig, PruningConfig, PruningPlan, StructuredPruner
 from hf_structprune.commands import cli
 from hf_structprune.commands.models import ModelArguments
 from hf_structprune.errors import ConfigurationError
 from hf_structprune.hardware import DTYPES
 from hf_structprune.hub import write_card
-from hf_structprune.hub.origin import Origin, origin_of
+from hf_structprune.hub.origin import Origin, origin_of, public_config
 from hf_structprune.hub.words import COMMAND_OPTIONS, making_in_python, making_on_the_command_line
 from hf_structprune.model.loading import load_model, load_tokenizer, plain_options
 
@@ -151,3 +151,13 @@ def test_a_model_made_by_a_plan_is_made_again_by_that_plan(base, tmp_path, monke
     cli.main([*command.replace("dir pruned", "dir again").replace("pruning_plan", "small/pruning_plan").split()[1:]])
     again = AutoModelForCausalLM.from_pretrained("again").state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in pruner.model.state_dict().items())
+
+
+def test_paths_of_text_are_not_published():
+    config = PruningConfig(
+        units="vocabulary", vocabulary_text=["/home/me/secret/a.jsonl", "allenai/c4"],
+        calibration=CalibrationConfig(dataset="/home/me/b.txt"),
+    )  # fmt: skip
+    public = public_config(config)
+    assert public.vocabulary_text == ["a.jsonl", "allenai/c4"] and public.calibration.dataset == "b.txt"
+    assert public_config(PruningConfig()) == PruningConfig()
