@@ -20,7 +20,8 @@ from .errors import ConfigurationError
 from .files.reading import read_json_object
 from .files.writing import write_text
 from .model.structure import ModelStructure
-from .units import HIDDEN, KINDS, LAYERS, DepthKind, SharedKind, WidthKind, kinds_of
+from .units import GROUPS, HIDDEN, KINDS, LAYERS, DepthKind, SharedKind, WidthKind, kinds_of
+from .units.heads import shape_after
 from .vocabulary.report import in_words
 
 
@@ -161,6 +162,8 @@ class PruningPlan:
         calibrated: Whether text was looked at to make it and to carry it out; `None` where that is not recorded.
         vocabulary_report: Of tokens that go: how much of the text in which they were counted the others cover, how
             many more of them held-out text needs, and which scripts lose tokens; see `TokenChoice.report`.
+        kv_values_before, kv_values_after: Numbers that one token adds to the cache of keys and values; `None` where it
+            is not known what a layer keeps.
     """
 
     ratio_requested: float | None
@@ -182,6 +185,8 @@ class PruningPlan:
     given: bool = field(default=False, compare=False)
     calibrated: bool | None = None
     vocabulary_report: dict[str, Any] | None = field(default=None, compare=False)
+    kv_values_before: int | None = None
+    kv_values_after: int | None = None
 
     @property
     def groups(self) -> list[Decision]:
@@ -256,18 +261,21 @@ class PruningPlan:
             removed[kind] += part.parameters
             weights += part.matrix_parameters
         decisions = decisions_of(decisions, dropped, [one for one, _ in shared], len(structure.layers))
-        return cls(
+        plan = cls(
             ratio_requested, model_type, layout, decisions, dense.total_parameters,
             dense.total_parameters - removed.total(), dense.matrix_parameters, structure.matrix_parameters - weights,
             neurons_before, neurons_after, bytes_per_parameter, list(structure.notes), len(structure.layers),
-            {kind: count for kind, count in removed.items() if count},
+            {kind: count for kind, count in removed.items() if count}, kv_values_before=kv_values(dense),
         )  # fmt: skip
+        plan.kv_values_after = kv_values(structure, plan)
+        return plan
 
     def count(self, structure: ModelStructure, size: int) -> None:
         """Takes the figures after pruning from the model that came out, of `size` bytes: no forecast any more."""
         self.bytes_per_parameter_after = size / structure.own_parameters
         self.parameters_after, self.matrix_parameters_after = structure.total_parameters, structure.matrix_parameters
         self.neurons_after = sum(group.size for group in structure.groups if KINDS[group.kind].activated)
+        self.kv_values_after = kv_values(structure)
 
     @property
     def ratio(self) -> float:
@@ -282,6 +290,16 @@ class PruningPlan:
     @property
     def bytes_after(self) -> int:
         return round(self.parameters_after * (self.bytes_per_parameter_after or self.bytes_per_parameter))
+
+    @property
+    def kv_bytes_before(self) -> int | None:
+        """Bytes that one token adds to the cache of keys and values, in the dtype of the weights."""
+        return None if self.kv_values_before is None else round(self.kv_values_before * self.bytes_per_parameter)
+
+    @property
+    def kv_bytes_after(self) -> int | None:
+        each = self.bytes_per_parameter_after or self.bytes_per_parameter
+        return None if self.kv_values_after is None else round(self.kv_values_after * each)
 
     @property
     def macs_before(self) -> int:
@@ -319,7 +337,16 @@ class PruningPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, with derived figures for programs that read it."""
-        derived = {n: getattr(self, n) for n in ("ratio", "bytes_before", "bytes_after", "macs_before", "macs_after")}
+        names = (
+            "ratio",
+            "bytes_before",
+            "bytes_after",
+            "macs_before",
+            "macs_after",
+            "kv_bytes_before",
+            "kv_bytes_after",
+        )
+        derived = {name: getattr(self, name) for name in names}
         return {"version": 2, **dataclasses.asdict(self), "dropped": self.dropped, **derived}
 
     @classmethod
@@ -378,12 +405,34 @@ class PruningPlan:
             ("GMACs, 1 x 64 tokens", f"{self.macs_before / 1e9:,.2f}", f"{self.macs_after / 1e9:,.2f}"),
         ):
             table.add_row("all", name, before, after)
+        if self.kv_bytes_before and self.kv_bytes_after is not None:
+            table.add_row("all", "KV cache, bytes a token", f"{self.kv_bytes_before:,}", f"{self.kv_bytes_after:,}")
         for name, lines in (
             ("vocabulary", in_words(self.vocabulary_report)), ("note", self.notes), ("warning", self.warnings),
         ):  # fmt: skip
             for line in lines:
                 table.add_row("", f"{name}: {line}", "", "")
         return table
+
+
+def kv_values(structure: ModelStructure, plan: PruningPlan | None = None) -> int | None:
+    """Numbers that one token adds to the cache of keys and values, after a plan if one is given.
+
+    `None` where a layer has attention that is not understood, or that keeps something else (latent attention).
+    """
+    names = structure.family.attention
+    if names is None or len(names.inputs) not in (1, 3):
+        return None
+    total = 0
+    for layer in structure.layers:
+        shape = layer.attention
+        if shape is None and any(
+            KINDS[sublayer.kind].sublayer == KINDS[GROUPS].sublayer for sublayer in layer.sublayers
+        ):
+            return None
+        if shape is not None and not (plan and plan.is_dropped(layer.index, GROUPS)):
+            total += 2 * (shape_after(layer, plan) if plan else shape).kv_width
+    return total
 
 
 def _from_version_1(values: dict[str, Any]) -> list[Decision]:

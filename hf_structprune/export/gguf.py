@@ -184,7 +184,7 @@ def _as_llama_cpp_reads(model: PreTrainedModel) -> tuple[str, State, list[Block]
     Layers that are not alike need the architecture `deci`, the only one of llama.cpp with sizes for every layer. It
     reads a layer without attention, but not as the first one, and forgets the attention of a layer without MLP: these
     get a sublayer of zeros, which adds nothing to the residual stream either. `qwen2` knows no head count that does
-    not multiply to the hidden size; such a model is written as a `llama` with biases.
+    not multiply to the hidden size and no factors of frequencies; such a model is written as a `llama` with biases.
     """
     architecture, (state, blocks, head_dim) = _architecture_of(model.config), llama_layers(model)
     if len(set(blocks)) > 1 or not (blocks[0].heads and blocks[0].width):
@@ -199,7 +199,8 @@ def _as_llama_cpp_reads(model: PreTrainedModel) -> tuple[str, State, list[Block]
         for layer, (old, new) in enumerate(zip(blocks, whole, strict=True)):
             pad_layer(state, layer, old, new, head_dim)
         return "deci", state, whole, head_dim
-    if architecture == "qwen2" and blocks[0].heads * head_dim != model.config.hidden_size:
+    rotated = model.config.rope_parameters.get("rope_type")
+    if architecture == "qwen2" and (blocks[0].heads * head_dim != model.config.hidden_size or rotated == "longrope"):
         architecture = "llama"
     return architecture, state, blocks, head_dim
 
@@ -252,11 +253,19 @@ def _add_rope(writer: Any, config: PreTrainedConfig) -> None:
         frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
         steps = torch.arange(len(frequencies), dtype=torch.float32) / len(frequencies)
         writer.add_tensor("rope_freqs.weight", ((1.0 / rope["rope_theta"] ** steps) / frequencies).numpy())
+    elif kind == "longrope" and writer.arch in _ROTATES_NEIGHBOURS and _is_one_list(rope):
+        writer.add_tensor("rope_freqs.weight", torch.tensor(rope["short_factor"], dtype=torch.float32).numpy())
     elif kind not in ("default", "linear"):
         raise ExportError(
             f"Rotary positions of type {kind!r} cannot be written for llama.cpp's {writer.arch}; those that can are "
-            "default, linear and yarn, and llama3 for models like Llama."
+            "default, linear and yarn, and for models like Llama llama3 and one list of frequencies for all lengths "
+            "(longrope), as smaller heads have."
         )
+
+
+def _is_one_list(rope: dict[str, Any]) -> bool:
+    """Whether longrope says nothing but the frequencies, whatever the length of the text."""
+    return rope["short_factor"] == rope["long_factor"] and rope.get("attention_factor") == 1.0
 
 
 def _add_tensors(writer: Any, config: PreTrainedConfig, state: State, head_dim: int, quant: str) -> None:

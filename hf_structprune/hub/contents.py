@@ -156,13 +156,17 @@ class Contents:
         for state, side in measured.items():
             parameters, size = self.weights_of(state)
             macs = self.plan.macs_before if state == "dense" else self.plan.macs_after
+            cache = self.plan.kv_bytes_before if state == "dense" else self.plan.kv_bytes_after
             figures = {} if side is None else side.figures
             for name, value, unit, how in (
+                ("kv_cache_bytes_per_token", cache, "B", ", keys and values of all layers"),
                 ("macs", macs, "MAC", ", at 1 x 64 tokens"), ("weight_bytes", size, "B", packed),
                 ("parameters", parameters, "", ""),
             ):  # fmt: skip
                 name, how = f"efficiency/{name}", f"counted from the shapes of the weights{how}"
-                if not all(other is not None and name in other.figures for other in measured.values()):
+                if value is not None and not all(
+                    other is not None and name in other.figures for other in measured.values()
+                ):
                     counted = Figure(name, value, unit, higher_is_better=False, protocol=how)
                     figures = {name: counted, **{key: figure for key, figure in figures.items() if key != name}}
             columns.append(dataclasses.replace(side or EvaluationResult("", state), figures=figures))

@@ -24,7 +24,7 @@ from ..model.rotation import rotation_of
 from ..model.structure import ModelStructure
 from ..model.surgery import entries_gone
 from ..plan import PruningPlan
-from ..stats.moments import InputStatistics
+from ..stats.moments import InputStatistics, Moments
 from ..stats.survey import Survey
 from ..units.heads import rows_of_heads
 from .closed_form import DEFAULT_DAMPING, ridge
@@ -208,8 +208,9 @@ class _Heads:
         turn_values(self.model, self.structure, group.layer, bases)
         by_head = bases.repeat_interleave(shape.rep, 0)
         if statistics is not None:
-            for moments in filter(None, (statistics.fit, statistics.held_out)):
-                _turn(moments, by_head)
+            for moments in (statistics.fit, statistics.held_out):
+                if moments is not None and moments.tokens:
+                    _turn(moments, by_head)
         turned = by_head.to(inputs[0]) if inputs else None
         for x in inputs:
             x.copy_(torch.einsum("...hd,hde->...he", x.unflatten(-1, (heads, size)), turned).flatten(-2))
@@ -224,12 +225,14 @@ class _Heads:
         return own @ own.transpose(1, 2)
 
 
-def _turn(moments, bases: torch.Tensor) -> None:
+def _turn(moments: Moments, bases: torch.Tensor) -> None:
     """Moments of inputs whose heads are turned, in place."""
     heads, size = bases.shape[:2]
-    full = (moments.lower.tril() + moments.lower.tril(-1).T).double().view(heads, size, heads, size)
+    full = moments.matrix(torch.float64).mul_(moments.tokens).view(heads, size, heads, size)
     full = torch.einsum("hdke,hdf,keg->hfkg", full, bases, bases).reshape(heads * size, heads * size)
-    moments.lower = full.to(moments.lower.dtype)
+    for block in moments.lower:
+        end = block.shape[1]
+        block.copy_(full[end - len(block) : end, :end])
     if moments.cross is not None:
         cross = moments.cross.double().view(-1, heads, size)
         moments.cross = torch.einsum("ohd,hdf->ohf", cross, bases).flatten(1).to(moments.cross.dtype)

@@ -226,6 +226,12 @@ def test_too_little_room(export, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+LONG = {
+    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.5, 2.0, 1.0], "factor": 1.0,
+    "long_factor": [1.0, 1.5, 2.0, 1.0], "attention_factor": 1.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "name, changes, text",
     [
@@ -239,6 +245,9 @@ def test_too_little_room(export, tmp_path, monkeypatch):
                                  "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
             "'llama3' cannot be written for llama.cpp's qwen2",
         ),
+        ("qwen3", {"rope_parameters": LONG}, "'longrope' cannot be written for llama.cpp's qwen3"),
+        ("llama", {"rope_parameters": {**LONG, "long_factor": [2.0] * 4}}, "'longrope' cannot be written"),
+        ("llama", {"rope_parameters": {**LONG, "attention_factor": 1.2}}, "'longrope' cannot be written"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "attention_factor": 1.0,

@@ -13,6 +13,7 @@ from llama_runtime import RUNTIMES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vocabularies import SPLITS, TEXTS, byte_level, sentence_piece
 
+from hf_structprune import PruningConfig, StructuredPruner
 from hf_structprune.data import wikitext2_sample
 from hf_structprune.export.gguf import QUANTISED, export_gguf
 from hf_structprune.model.structure import ModelStructure
@@ -44,6 +45,11 @@ def scaled(name, **rope):
     return model_of(name, rope_parameters={"rope_theta": 1e4, "original_max_position_embeddings": 16, **rope})
 
 
+def small_heads(name, **options):
+    config = PruningConfig(keep={"head_dim": 4}, head_dim_criterion="magnitude", compensation=False, **options)
+    return StructuredPruner(model_of(name), config).prune()
+
+
 MODELS = {
     "llama": lambda: model_of("llama"),
     "tied llama": lambda: model_of("llama", tie_word_embeddings=True),
@@ -60,6 +66,9 @@ MODELS = {
     "llama, heads": lambda: pruned("llama", ("uniform", "kv_groups", "mlp_neurons")),
     "qwen2, heads": lambda: pruned("qwen2", ("uniform", "query_heads")),
     "qwen3, heads": lambda: pruned("qwen3", ("uniform", "query_heads")),
+    "llama, smaller heads": lambda: small_heads("llama"),
+    "qwen2, smaller heads": lambda: small_heads("qwen2"),
+    "granite, smaller heads": lambda: small_heads("granite"),
     "llama, layers differ": lambda: pruned("llama", ("mlp_neurons", "kv_groups")),
     "llama with biases, layers differ": lambda: pruned("llama_bias", ("mlp_neurons", "kv_groups")),
     "qwen2, layers differ": lambda: pruned("qwen2", ("mlp_neurons", "kv_groups")),

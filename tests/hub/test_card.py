@@ -67,7 +67,7 @@ def test_card_of_a_fresh_checkpoint(folder, pruner):
     assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-generation")
     assert data["datasets"] == ["Salesforce/wikitext", "allenai/c4"]
     assert not {"license", "base_model", "model-index"} & set(data)
-    assert set(table(card)) == {"parameters", "weights", "MACs"}
+    assert set(table(card)) == {"parameters", "weights", "MACs", "KV cache per token"}
     assert table(card)["parameters"][:2] == [f"{plan.parameters_before:,}", f"{plan.parameters_after:,}"]
     assert f"asked 20.00%, got {plan.ratio:.2%}" in card.text
     assert "nothing has been measured" in card.text and "none is set here" in card.text
@@ -83,8 +83,9 @@ def test_every_number_of_the_table_is_one_of_the_files(folder):
         "parameters": (plan.parameters_before, plan.parameters_after),
         "weights": (plan.bytes_before, plan.bytes_after),
         "MACs": (plan.macs_before, plan.macs_after),
+        "KV cache per token": (plan.kv_bytes_before, plan.kv_bytes_after),
     }
-    units = {"kB": 1e3, "MB": 1e6, "M": 1e6, "%": 0.01}
+    units = {"B": 1, "kB": 1e3, "MB": 1e6, "M": 1e6, "%": 0.01}
     names = {"perplexity, wikitext2": "perplexity/wikitext2", "hellaswag, acc_norm": "tasks/hellaswag/acc_norm"}
     names["decode throughput"] = "efficiency/decode_throughput"
     known |= {label: tuple(sides[side].value(name) for side in ("_dense", "")) for label, name in names.items()}

@@ -81,7 +81,7 @@ def test_before_anything_is_measured(folder):
     put(folder, make_report(), picture=False)
     card = make_card(folder)
     assert table(card)[0] == ["", "dense", "pruned", "pruned vs dense", "recovered", "recovered vs dense"]
-    assert {row[0] for row in table(card)[2:]} == {"parameters ↓", "weights ↓", "MACs ↓"}
+    assert {row[0] for row in table(card)[2:]} == {"parameters ↓", "weights ↓", "MACs ↓", "KV cache per token ↓"}
     assert "recovery.png" not in card.text and not card.data.eval_results
     put(folder, make_report() | {"weights": {"parameters": 99_999, "bytes": 199_998}})
     assert "99,999" in make_card(folder).text

@@ -249,6 +249,8 @@ def test_with_other_kinds_in_one_call_and_again_by_its_plan(tmp_path):
     assert (sizes.head_dim, sizes.num_key_value_heads, sizes.intermediate_size, sizes.hidden_size) == (4, 1, 24, 24)
     plan = pruner.last_plan
     assert families.count(small) == plan.parameters_after and set(plan.removed) == set(keep)
+    assert (plan.kv_values_before, plan.kv_values_after) == (3 * 2 * 2 * 8, 3 * 2 * 1 * 4)
+    assert "KV cache, bytes a token" in str(plan) and plan.to_dict()["kv_bytes_after"] == 4 * 24
     pruner.save_pretrained(tmp_path)
     again = StructuredPruner(make_model("mistral"), PruningConfig(**options)).prune(PruningPlan.load(tmp_path))
     tokens = families.make_tokens(2, 20)
