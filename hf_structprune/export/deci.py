@@ -1,6 +1,7 @@
 """DeciLM, the format of NVIDIA's Nemotron-NAS models: Llama layers of different widths that vLLM reads.
 
-As vLLM 0.33.0 (model_executor/models/nemotron_nas.py) and SGLang 0.5.23 (srt/models/nemotron_nas.py) read it:
+As vLLM 0.32.0 and 0.33.0 (model_executor/models/nemotron_nas.py) and SGLang 0.5.23 (srt/models/nemotron_nas.py)
+read it:
 
 * All layers have `num_attention_heads` query heads; `n_heads_in_group` of a layer says how many share a KV head.
 * The width of an MLP is `2 * ffn_mult * hidden_size / 3`, rounded up to a multiple of 256. Where `ffn_mult` is not
@@ -37,9 +38,9 @@ _KEYS = (
 )  # fmt: skip
 WIDTH_MULTIPLE = 256  # of widths that `ffn_mult` can say
 _ARCHITECTURE = "DeciLMForCausalLM"
-_NOT_RUN = (
-    "Not run in vLLM or SGLang: written for what the source of vLLM 0.33.0 and SGLang 0.5.23 reads. Serve it with "
-    "`--trust-remote-code`, which lets them read configuration_decilm.py."
+_SERVING = (
+    "Run in vLLM 0.32.0 on a CPU (`make test-vllm`); not run in SGLang: written for what the source of SGLang 0.5.23 "
+    "reads. Serve it with `--trust-remote-code`, which lets them read configuration_decilm.py."
 )
 
 
@@ -126,7 +127,7 @@ def _config(model: PreTrainedModel, state: State, blocks: list[Block], head_dim:
 
 def _notes(blocks: list[Block], padding: float, tokenizer: Any) -> list[str]:
     """What to know of the checkpoint."""
-    notes = [_NOT_RUN]
+    notes = [_SERVING]
     if padding:
         notes.append(f"Zeros were added: {padding:.1%} more parameters than before. The logits are the same.")
     odd = [str(number) for number, block in enumerate(blocks) if block.width % WIDTH_MULTIPLE]

@@ -185,7 +185,7 @@ def test_a_folder_becomes_a_folder_with_its_tokenizer(tiny_llama, tiny_tokenizer
     assert (values["architectures"], values["model_type"]) == (["DeciLMForCausalLM"], "nemotron-nas")
     assert values["auto_map"] == {"AutoConfig": "configuration_decilm.DeciLMConfig"}
     assert "per_layer_config" not in values and values["sliding_window"] is None
-    assert result.notes[0].startswith("Not run in vLLM") and result.size > 0
+    assert result.notes[0].startswith("Run in vLLM") and result.size > 0
     with pytest.raises(ConfigurationError, match="is a file"):
         export_deci(tmp_path / "in", tmp_path / "in" / "config.json")
     with pytest.raises(ConfigurationError, match="the checkpoint itself"):
@@ -198,13 +198,13 @@ def test_notes_say_what_sglang_does_not_read(tmp_path):
     assert any("which SGLang refuses" in note for note in result.notes)
 
 
-def test_the_command_says_that_it_was_not_run(tmp_path, capsys):
+def test_the_command_says_where_it_was_run(tmp_path, capsys):
     cut(make(), {**KV_HEADS, **WIDTHS}).save_pretrained(tmp_path / "in")
     words = ["export", str(tmp_path / "in"), "--format", "deci", "--output", str(tmp_path / "out")]
     assert main(words) == 2 and "`pad`" in capsys.readouterr().err
     assert main([*words, "--pad"]) == 0
     printed = capsys.readouterr().out
-    assert "Not run in vLLM" in printed and "Zeros were added: " in printed
+    assert "not run in SGLang" in printed and "Zeros were added: " in printed
     assert main([*words, "--overwrite", "--pad", "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["mlp_widths"] == [256, 512, 256, 512] and values["padding"] > 0
