@@ -34,6 +34,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "dbrx": dict(attn_config=dict(kv_n_heads=8, rope_theta=1e4, clip_qkv=8)),
     "deepseek_v2": dict(num_experts_per_tok=6, n_shared_experts=2, first_k_dense_replace=1),
     "dots1": dict(n_routed_experts=64, num_experts_per_tok=6, n_shared_experts=2, first_k_dense_replace=1),
+    "falcon_h1": dict(mamba_n_heads=16),
     "gemma4_assistant": dict(
         text_config=dict(
             model_type="gemma4_text",

@@ -14,7 +14,7 @@ from ..units import KINDS, DepthKind, WidthKind, kinds_of
 from ..units.depth import LAYERS
 from ..units.heads import GROUPS, counts_of, pairs, shape_after
 from ..units.neurons import NEURONS
-from .groups import AttentionShape, LayerStructure
+from .groups import AttentionShape, LayerStructure, is_linear
 from .hidden_size import stream_norms
 from .layer_values import check_layers, without_layers
 from .structure import ModelStructure, decoder_layers
@@ -67,7 +67,7 @@ def _values(
     for key in ("module_overrides", "skip_modules"):
         values.pop(key, None)
     usual = {key: values[key] for own in before.values() for key in own if key in values}
-    layers, skips = [], []
+    keyless, layers, skips = _keyless(structure, config), [], []
     for index, layer in enumerate(_layers_left(structure, plan)):
         own = before.get(index, {})
         gone = {kind for kind in kinds_of(DepthKind, sublayer=True) if layer.index in plan.dropped.get(kind, ())}
@@ -76,7 +76,12 @@ def _values(
         for kind in map(KINDS.get, kinds_of(WidthKind)):
             if kind.is_in(layer) or kind.sublayer in skips[-1]:
                 decided |= set(kind.config_keys(layer, family, config))
-            if kind.is_in(layer) and (heads or not kind.of_heads) and kind.is_written(structure.layers, plan):
+            if kind.name in keyless and heads and kind.name in plan.of_layer(layer.index):
+                raise CheckpointError(
+                    f"it has no key for the number of {kind.label}, which the class derives. Use layout='per_layer'."
+                )
+            named = kind.name not in keyless and (heads or not kind.of_heads)
+            if kind.is_in(layer) and named and kind.is_written(structure.layers, plan):
                 widths |= kind.config_values(layer, plan, family, config)
         layers.append({key: value for key, value in (usual | own).items() if key not in decided} | widths)
     keys = {key for own in layers for key in own}
@@ -133,18 +138,21 @@ def _skip_modules(config: PreTrainedConfig, structure: ModelStructure, plan: Pru
 
 
 def _with_overrides(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> Target | None:
-    """Head counts written as attributes of the modules, for classes that derive the size of a head from their number.
+    """Sizes written as attributes of the modules, for classes that derive them: of heads from their number, of MLPs.
 
     Only in the per-layer layout, whose modelling file travels with the checkpoint.
     """
     names = structure.family.attention
-    if plan.layout != "per_layer" or names is None or names.attributes is None:
+    known, derived = names is not None and names.attributes is not None, _derived(model, structure, plan)
+    if plan.layout != "per_layer" or not (known or derived):
         return None
     values = _values(model, structure, plan, heads=False)
     per_layer = values.setdefault("per_layer_config", {})
     for index, layer in enumerate(_layers_left(structure, plan)):
+        if layer.index in derived:
+            per_layer.setdefault(str(index), {})["module_overrides"] = derived[layer.index]
         before, shape = layer.attention, shape_after(layer, plan)
-        if before is None or plan.is_dropped(layer.index, GROUPS):
+        if not known or before is None or plan.is_dropped(layer.index, GROUPS):
             continue
         heads = model.config.hidden_size // before.head_dim  # as the class builds them
         if shape != AttentionShape(heads, before.kv_heads * heads // before.heads, before.head_dim):
@@ -153,8 +161,28 @@ def _with_overrides(model: PreTrainedModel, structure: ModelStructure, plan: Pru
             modules = {name: {"out_features": size} for name, size in zip(names.inputs, rows, strict=True)}
             attributes = {attribute: getattr(shape, name) for attribute, name in names.attributes.items()}
             modules |= {names.output: {"in_features": query}} | ({names.parent: attributes} if attributes else {})
-            per_layer.setdefault(str(index), {})["module_overrides"] = modules
+            per_layer.setdefault(str(index), {}).setdefault("module_overrides", {}).update(modules)
     return make_target(model, {**values, "module_overrides": {}})
+
+
+def _derived(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> dict[int, dict[str, Any]]:
+    """The sizes of linear maps, by layer and module, of units whose number no key of the configuration holds."""
+    kinds = _keyless(structure, model.config)
+    groups = [group for group in structure.groups if group.kind in kinds]
+    shapes = _shapes_after(model, structure, plan) if groups else {}
+    result: dict[int, dict[str, Any]] = {}
+    for group in groups:
+        for part in group.slices:
+            shape, name = shapes.get(name_after(part.tensor, structure, plan.dropped)), part.module
+            if shape is not None and is_linear(model.get_submodule(name)):
+                short = name[len(structure.layers[group.layer].name) + 1 :]
+                side = "in_features" if part is group.reader else "out_features"
+                result.setdefault(group.layer, {})[short] = {side: shape[part.dim]}
+    return result
+
+
+def _keyless(structure: ModelStructure, config: PreTrainedConfig) -> list[str]:
+    return [kind for kind in kinds_of(WidthKind) if not KINDS[kind].has_key(structure.family, config)]
 
 
 def _plain(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> Target:

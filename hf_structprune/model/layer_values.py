@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -29,8 +30,12 @@ _REPLACED_BY = {
     "global_attn_every_n_layers": "layer_types", "full_attention_interval": "layer_types",
     "no_rope_layer_interval": "no_rope_layers", "interleave_moe_layer_step": "moe_layers",
 }  # fmt: skip
+# Lists that are repeated as often as the depth needs.
+_REPEATED = ("block_types",)
+# Scales of what each layer adds, which the class divides by the root of the number of layers.
+_BY_DEPTH = ("scale_depth",)
 # Attributes that layers which are the same may differ in: their number, and modes.
-_OWN_NUMBER = ("layer_idx", "training", "gradient_checkpointing")
+_OWN_NUMBER = ("layer_idx", "layer_id", "layer_number", "training", "gradient_checkpointing")
 
 
 def without_layers(
@@ -41,7 +46,9 @@ def without_layers(
     Lists with an entry for each layer (`layer_types`, ...) lose those of the dropped ones; numbers of layers
     (`mlp_only_layers`, the keys of `per_layer_config`) and counts of first layers (`first_k_dense_replace`) are those
     of the layers that stay; rules such as every fourth layer are dropped where a list says the same, or become one.
-    Rules that are not known here stay as they are: `check_layers` compares what is built with the dense layers.
+    Where no key holds the number of layers, a list with an entry for each is enough. A scale that the class divides by
+    the root of the depth is made smaller, so that each layer adds what it did. Rules that are not known here stay as
+    they are: `check_layers` compares what is built with the dense layers.
 
     Args:
         count_key: Key of the number of layers; by default the one of `COUNT_KEYS` that holds it.
@@ -51,9 +58,18 @@ def without_layers(
     """
     kept = [index for index in range(num_layers) if index not in set(dropped)]
     count_key = count_key or next((key for key in COUNT_KEYS if values.get(key) == num_layers), COUNT_KEYS[0])
-    if values.get(count_key) != num_layers:
+    counted = values.get(count_key) is not None or not any(
+        isinstance(value, list) and len(value) == num_layers for value in values.values()
+    )
+    if counted and values.get(count_key) != num_layers:
         raise CheckpointError(f"`{count_key}` is {values.get(count_key)!r}, but the model has {num_layers} layers.")
     result = {key: value for key, value in values.items() if not values.get(_REPLACED_BY.get(key, ""))}
+    for key in _REPEATED:
+        if 0 < len(result.get(key) or ()) < num_layers:
+            result[key] = [result[key][index % len(result[key])] for index in range(num_layers)]
+    for key in _BY_DEPTH:
+        if result.get(key) is not None:
+            result[key] *= math.sqrt(len(kept) / num_layers)
     step = values.get("decoder_sparse_step")
     if step and step > 1:  # Qwen MoE: every so manieth layer has experts
         dense = {index for index in range(num_layers) if (index + 1) % step} | set(values.get("mlp_only_layers") or ())
@@ -70,7 +86,7 @@ def without_layers(
             result[key] = {str(new): entries[old] for new, old in enumerate(kept) if old in entries}
     if result.get("attention_types") and result.get("attention_layers"):  # GPT-Neo: runs of the list
         result["attention_types"] = [[[one], 1] for one in result["attention_layers"]]
-    return {**result, count_key: len(kept)}
+    return {**result, count_key: len(kept)} if counted else result
 
 
 def check_layers(dense: Sequence[nn.Module], cut: Sequence[nn.Module], kept: Sequence[int]) -> None:
@@ -87,12 +103,21 @@ def check_layers(dense: Sequence[nn.Module], cut: Sequence[nn.Module], kept: Seq
         before, after = description(dense[old]), description(cut[new])
         for name in sorted({*before, *after}):
             is_now, would_be = (one.get(name, "nothing") for one in (before, after))
-            if is_now != would_be:
+            if not _same(is_now, would_be, len(dense), kept):
                 raise CheckpointError(
                     f"Layer {old} would not be the same as layer {new} of a shallower model: its `{name}` is "
                     f"{is_now!r} and would be {would_be!r}. The configuration has a rule for layers that is not "
                     "understood; drop other layers, or skip attention and MLP."
                 )
+
+
+def _same(before: Any, after: Any, number: int, kept: Sequence[int]) -> bool:
+    """Whether an attribute is the same: within rounding, or as a list of what is in each of so many layers."""
+    if isinstance(before, float) and isinstance(after, float):
+        return math.isclose(before, after, rel_tol=1e-12)
+    if isinstance(before, (list, tuple)) and len(before) == number and isinstance(after, (list, tuple)):
+        return after in (before, type(after)(before[index] for index in kept))
+    return before == after
 
 
 def description(layer: nn.Module) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def _layers_from_their_own_config(model_class: type):
 def _number_in(layer: type) -> str | None:
     """The parameter of a layer's `__init__` that is its number, if it gets one and a configuration."""
     parameters = inspect.signature(layer.__init__).parameters
-    found = (name for name in ("layer_idx", "layer_id") if {name, "config"} <= parameters.keys())
+    found = (name for name in ("layer_idx", "layer_id", "layer_number") if {name, "config"} <= parameters.keys())
     return next(found, None)
 
 

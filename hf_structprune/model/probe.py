@@ -92,8 +92,9 @@ def head_groups(
         What is left alone, and why.
     """
     values = plain_values(model.config)
-    if not values.get("head_dim"):  # else some classes derive it from the number of heads
-        values["head_dim"] = getattr(submodule(layers[0][1], parent), "head_dim", None)
+    size = getattr(submodule(layers[0][1], parent), "head_dim", None)
+    if not values.get("head_dim") and size is not None:  # else some classes derive it from the number of heads
+        values["head_dim"] = size
     heads, kv_heads = (values.get(key) if key else None for key in keys)
     kv_heads = kv_heads or heads
     if not isinstance(heads, int) or not isinstance(kv_heads, int):

@@ -22,7 +22,7 @@ _KINDS = 8  # of layers, that differences in numbers may make
 EPSILON = 0.02
 _HEAD_COUNTS = re.compile(r"(^|_)n_(kv_)?head$|heads$|num_query_groups$")
 _HEAD_SIZES = re.compile(
-    r"head_(dim|size)$|^head_dim|(rope|nope|rotary|v_head)_dim$|_rank$|kv_channels$|d_kv$|d_head$"
+    r"head_?(dim|size)$|^head_dim|(rope|nope|rotary|v_head)_dim$|_rank$|kv_channels$|d_kv$|d_head$"
 )
 _WIDTHS = re.compile(
     r"^(hidden_size|n_embd|d_model|dim|n_inner|d_ff|embed_dim|embedding_size|hidden_dim|lru_width|block_dim)$"
@@ -64,7 +64,7 @@ def _factors(model: PreTrainedModel, values: dict[str, Any]) -> tuple[int, int]:
     hidden, heads, head = (values.get(names.get(k, k)) for k in ("hidden_size", "num_attention_heads", "head_dim"))
     counts = [value for key, value in numbers if _HEAD_COUNTS.search(key) and value > 1]
     head = head or (hidden // heads if heads else 64)
-    sizes = [head, *(value for key, value in numbers if key.endswith("head_dim") and value)]
+    sizes = [head, *(value for key, value in numbers if key.endswith(("head_dim", "headdim", "d_head")) and value)]
     sections = [part for section in _named(values, "mrope_section") for part in section or () if part]
     partial = any(isinstance(value, float) and value < 1 for value in _named(values, "partial_rotary_factor"))
     smallest = 16 if partial else 8

@@ -128,6 +128,10 @@ class WidthKind(UnitKind):
         """Kept units of a layer with `whole` of them are multiples of this; options as in `PruningConfig`."""
         return 1
 
+    def has_key(self, family: Family, config: PreTrainedConfig) -> bool:
+        """Whether the configuration has that key; else only the per-layer layout can say how many units there are."""
+        return True
+
     def config_keys(self, layer: LayerStructure, family: Family, config: PreTrainedConfig) -> tuple[str, ...]:
         """Keys of the configuration that this kind decides in a layer."""
         return (self.key_of(family),)

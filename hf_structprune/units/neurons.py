@@ -79,10 +79,20 @@ class Neurons(WidthKind):
     def key_of(self, family):
         return family.width_key
 
+    def has_key(self, family, config):
+        values = config.to_dict()
+        own = (values.get("per_layer_config") or {}).values()
+        return any(family.width_key in names for names in (values, config.attribute_map, *own))
+
     def config_values(self, layer, plan, family, config):
-        values = super().config_values(layer, plan, family, config)
+        from ..model.probe import size_in
+
+        values, key = super().config_values(layer, plan, family, config), family.width_key
         if values and getattr(config, _ADJUSTED, False):  # LFM2 makes another width of the one that it is given
             values[_ADJUSTED] = False
+        elif values:  # some classes give their MLPs a half of it
+            times, rest = divmod(size_in(config, layer.index, key) or 0, layer.group(self.name).size)
+            values[key] *= 1 if rest or not times else times
         return values
 
 

@@ -17,8 +17,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 def test_a_row_says_what_is_proven_and_what_is_left_alone():
     row = row_of("bloom")
-    assert row.cells == {"layers": "proven"}
-    assert any("ALiBi" in note for note in row.notes) and any(note.startswith("mlp_neurons: ") for note in row.notes)
+    assert row.cells == {"mlp_neurons": "proven (per layer)", "layers": "proven"}
+    assert any("ALiBi" in note for note in row.notes)
 
 
 def test_layouts_are_named():
