@@ -289,7 +289,8 @@ def test_recipes_run_on_tiny_models(recipe, tiny_llama, make_tokenizer, tmp_path
     content["model"] |= {"model": str(tmp_path / "dense"), "dtype": "fp32"}
     content["prune"]["calibration"] = {"num_samples": 4, "length": 16}
     if "recover" in content:
-        content["recover"] |= {"max_steps": 1, "evaluations": 1, "precision": "fp32"}
+        few = {"max_steps": 1, "batch_size": 4, "window": 64, "max_windows": 4}
+        content["recover"] |= {"evaluations": 1, "precision": "fp32", **few}
     del content["evaluate"]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
     assert cli.main(["run", str(tmp_path / "recipe.yaml")]) == 0
