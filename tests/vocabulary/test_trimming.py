@@ -6,12 +6,12 @@ import random
 import pytest
 from kinds_of_tokenizers import BYTES, MAKERS, SPECIAL, TEMPLATE, strings, tokenizer_of, wrapped
 from tiny_tokenizers import build_tokenizer
-from tokenizers import models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, GPT2Tokenizer, LlamaTokenizer
 
 from hf_structprune.errors import ConfigurationError, UnsupportedModelError
 from hf_structprune.vocabulary.tokenizers import must_stay, named_ids, renumbered, trimmed_tokenizer, vocabulary_of
-from hf_structprune.vocabulary.trimming import template_texts
+from hf_structprune.vocabulary.trimming import Vocabulary, template_texts
 
 
 def _ids(tokenizer, text):
@@ -160,3 +160,27 @@ def test_what_cannot_be_trimmed_is_refused():
         vocabulary_of(None)
     with pytest.raises(UnsupportedModelError, match="no tokenizer.json"):
         vocabulary_of(object())
+
+
+def test_ids_of_tokens_at_the_end_move_in_padding_and_around_texts():
+    tokenizer = MAKERS["byte_level"]()
+    number = tokenizer.token_to_id("[added]")
+    tokenizer.enable_padding(pad_id=number, pad_token="[added]")
+    for around in (
+        processors.TemplateProcessing(single="$A [added]", special_tokens=[("[added]", number)]),
+        processors.BertProcessing(("[added]", number), ("<s>", 1)),
+    ):
+        tokenizer.post_processor = around
+        vocabulary = vocabulary_of(wrapped(tokenizer))
+        state, order = vocabulary.trimmed(vocabulary.fixed)
+        small, new = Tokenizer.from_str(json.dumps(state)), order.index(number)
+        assert new < number and small.encode("a").ids[-1] == new == state["padding"]["pad_id"]
+
+
+def test_spaces_and_the_lowest_score_stay_without_a_template():
+    vocabulary = vocabulary_of(wrapped(MAKERS["byte_fallback"]()))
+    assert vocabulary.ids_of("▁") <= vocabulary.fixed
+    state = vocabulary_of(wrapped(MAKERS["unigram"]())).state
+    lowest = next(number for number, (token, _) in enumerate(state["model"]["vocab"]) if token.isalpha() and token[3:])
+    state["model"]["vocab"][lowest][1] = -99.0
+    assert lowest in Vocabulary(state).fixed
