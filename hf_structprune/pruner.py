@@ -140,20 +140,25 @@ class StructuredPruner:
         return plan
 
     def prune(
-        self, ratio: float | PruningPlan | None = None, output_dir: str | os.PathLike | None = None
-    ) -> PreTrainedModel:
+        self, ratio: float | PruningPlan | None = None, output_dir: str | os.PathLike | None = None,
+        resume: bool | None = None,
+    ) -> PreTrainedModel:  # fmt: skip
         """Prunes the model: by a share of all parameters, or by a plan; units that it does not name are chosen.
 
         Args:
             ratio: The share, or the plan.
             output_dir: Folder to save the result in, see `save_pretrained`; a streamed model needs one.
+            resume: Of a streamed model: go on where an interrupted run into this folder stopped, or start it anew
+                (`False`). By default there may be none.
 
         Returns:
             The smaller model, also in `self.model`; the plan that was carried out is in `self.last_plan`. Of a
             streamed model the shapes alone: its weights are in the folder.
         """
         if self._streaming is not None:
-            return self._prune_streamed(ratio, output_dir)
+            return self._prune_streamed(ratio, output_dir, resume)
+        if resume is not None:
+            raise ConfigurationError("`resume` is for streamed models (`from_pretrained(..., stream=True)`).")
         if output_dir is not None:
             check_folder(output_dir)
         self._prune_model(ratio)
@@ -162,11 +167,11 @@ class StructuredPruner:
         return self.model
 
     def _prune_streamed(
-        self, ratio: float | PruningPlan | None, output_dir: str | os.PathLike | None
+        self, ratio: float | PruningPlan | None, output_dir: str | os.PathLike | None, resume: bool | None
     ) -> PreTrainedModel:
         """Reads, cuts and writes layer after layer; the folder appears when everything is there."""
         check_streams(self.config, ratio)
-        with self._streaming.into(output_dir):
+        with self._streaming.into(output_dir, resume):
             self._prune_model(ratio)
             self._save(Path(output_dir), Path(os.path.abspath(output_dir)).name, shards=self._streaming.shards)
         self._saved = Path(output_dir)
@@ -251,6 +256,7 @@ class StructuredPruner:
     def _carry_out(self, run: Execution, plan: PruningPlan, known: Survey | None = None) -> None:
         if self._streaming is not None:
             self._streaming.check_room(plan, self.config, self.structure)
+            self._streaming.keep_state(plan, self.config)
         run.carry_out(plan, known)
         self.model = run.model if self._towers is None else self._towers.whole(run.model)
         self.structure = run.structure

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from filelock import Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -23,7 +29,7 @@ from .files.shards import LEAST, Shards
 from .files.writing import alone, check_folder, check_room, draft, must_stay, resolve
 from .model import loading
 from .model.source import Source
-from .model.store import OUTSIDE, OnDisk
+from .model.store import OUTSIDE, OnDisk, Saved
 from .model.structure import ModelStructure
 from .model.towers import has_towers
 from .plan import PruningPlan
@@ -33,6 +39,8 @@ from .units import KINDS, SharedKind, kinds_of
 
 logger = logging.get_logger(__name__)
 
+SAVE_EVERY = 60.0  # seconds at least between two states of a run
+_STATE = "state.safetensors"
 _STREAMS = (
     "What streams: allocation 'uniform' (also with a width for each kind or layer stated or planned), with every "
     "criterion of widths and of experts but 'taylor', re-fit and error correction included; and layers and sublayers "
@@ -152,12 +160,26 @@ class Streaming:
         check_room(self.place, disk)
         logger.warning("About %s of memory are needed (%s free), and %s of disk (%s free).", *words)
 
+    def keep_state(self, plan: PruningPlan, config: PruningConfig) -> None:
+        """From now on the state of the run is kept, and an earlier one of the same job is continued."""
+        model, files = self.store.model, self.store.source.files
+        job = [plan.to_dict(), config.to_dict(), model.config.to_dict(), str(model.dtype), files]
+        fingerprint = hashlib.sha256(json.dumps(job, sort_keys=True, default=str).encode()).hexdigest()
+        self.store.progress = State(self.shards.folder / _STATE, self.shards, fingerprint)
+
     @contextmanager
-    def into(self, folder: str | os.PathLike | None) -> Iterator[None]:
+    def into(self, folder: str | os.PathLike | None, resume: bool | None = None) -> Iterator[None]:
         """Weights grow in a hidden folder beside this one (or in it, where nothing can be beside it).
 
+        What an error, an interrupt or a kill leaves there is enough to go on from the last layers that were saved.
+
+        Args:
+            folder: Where the checkpoint will be.
+            resume: Go on where an earlier run was ended (from the beginning, if there is none), or start anew
+                (`False`); by default an earlier run is neither continued nor lost, but an error.
+
         Raises:
-            ConfigurationError: No folder is given.
+            ConfigurationError: No folder is given, or there is an interrupted run and nobody says what becomes of it.
             CheckpointError: Another process is at it.
         """
         if folder is None:
@@ -169,13 +191,71 @@ class Streaming:
         work = draft(self.place, "stream", inside=self.place.is_dir() and must_stay(self.place))
         try:
             with alone(work, wait=False):
-                shutil.rmtree(work, ignore_errors=True)
-                work.mkdir(parents=True)
+                state = work / _STATE
+                if state.exists() and resume is None:
+                    raise ConfigurationError(
+                        f"Pruning into {folder} was interrupted. `resume=True` (--resume) goes on where it stopped, "
+                        f"`resume=False` (--overwrite) starts anew; {work} holds what was done."
+                    )
+                if not (state.exists() and resume):
+                    shutil.rmtree(work, ignore_errors=True)
+                work.mkdir(parents=True, exist_ok=True)
                 self.shards = Shards(work)
                 self.store.write = self.shards.add
+                self.store.progress = None
                 try:
                     yield
-                finally:
-                    shutil.rmtree(work, ignore_errors=True)
+                except BaseException:
+                    if state.exists():
+                        logger.warning("Interrupted; `resume` goes on from what %s holds.", work)
+                    else:
+                        shutil.rmtree(work, ignore_errors=True)
+                    raise
+                shutil.rmtree(work, ignore_errors=True)
         except Timeout as error:
             raise CheckpointError(f"Another process is pruning into {folder}.") from error
+
+
+class State:
+    """The state of a run in one file, which is replaced at once; see `model.store.Progress`.
+
+    Args:
+        path: The file.
+        shards: The files of weights that belong to it.
+        fingerprint: Of the job; the state of another one is refused.
+    """
+
+    def __init__(self, path: Path, shards: Shards, fingerprint: str) -> None:
+        self._path, self._shards, self._fingerprint, self._last = path, shards, fingerprint, time.monotonic()
+
+    def due(self) -> bool:
+        """Whether the last state is old enough that writing another one takes little of the time."""
+        return time.monotonic() - self._last >= SAVE_EVERY
+
+    def save(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
+        self._shards.flush()
+        values = {**values, "written": self._shards.written, "fingerprint": self._fingerprint}
+        new = self._path.with_suffix(".new")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new, {"state": json.dumps(values)})
+        os.replace(new, self._path)
+        self._last = time.monotonic()
+
+    def load(self) -> Saved | None:
+        if not self._path.exists():
+            return None
+        try:
+            with safe_open(self._path, "pt") as file:
+                values, names = json.loads(file.metadata()["state"]), list(file.keys())
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise CheckpointError(f"{self._path} is damaged: start anew with overwrite. {error}") from error
+        if values["fingerprint"] != self._fingerprint:
+            raise ConfigurationError(
+                "The interrupted run was of another job (model, plan, options or files differ): give the same, or "
+                "start anew with overwrite."
+            )
+        self._shards.written = [[tuple(one) for one in tensors] for tensors in values["written"]]
+        return Saved(values, self._tensor, names)
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        with safe_open(self._path, "pt") as file:
+            return file.get_tensor(name)

@@ -212,3 +212,59 @@ def test_command(tmp_path, capsys):
     assert len(tensors(tmp_path / "out")) == len(tensors(dense))
     assert cli.main(["prune", str(dense), "--num-layers", "1", "--stream", "--output-dir", str(tmp_path / "no")]) != 0
     assert "What streams" in capsys.readouterr().err
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("name", ["llama", "layers and neurons", "qwen3_moe", "by weights"])
+@pytest.mark.parametrize("last", [1, 2])
+def test_resumed_run_gives_the_same(tmp_path, monkeypatch, name, last):
+    make, ratio, options = CASES[name] if name in CASES else (CASES["llama"][0], 0.1, {"criterion": "l2"})
+    dense, folder = save(make(), tmp_path), tmp_path / "disk" / "out"
+    undisturbed = tmp_path / "whole" / "out"
+    StructuredPruner.from_pretrained(dense, config(**options), stream=True).prune(ratio, undisturbed)
+    monkeypatch.setattr(streaming, "SAVE_EVERY", 0)
+    put, saves = OnDisk.put, []
+
+    def kill(self, part):
+        put(self, part)
+        saves.append(part)
+        if len(saves) == last:
+            monkeypatch.setattr(streaming, "SAVE_EVERY", 1e9)  # the last layer is done, and its state is not saved
+        if len(saves) > last:
+            raise Killed
+
+    monkeypatch.setattr(OnDisk, "put", kill)
+    if last == 1:
+        monkeypatch.setattr(streaming, "SAVE_EVERY", 0)
+    with pytest.raises(Killed):
+        StructuredPruner.from_pretrained(dense, config(**options), stream=True).prune(ratio, folder)
+    monkeypatch.setattr(OnDisk, "put", put)
+    assert not folder.exists()
+    pruner = StructuredPruner.from_pretrained(dense, config(**options), stream=True)
+    if last == 2:
+        with pytest.raises(ConfigurationError, match="interrupted"):
+            pruner.prune(ratio, folder)
+    pruner.prune(ratio, folder, resume=True)
+    assert_same(undisturbed, folder)
+    assert [path.name for path in folder.parent.iterdir()] == ["out"]
+
+
+def test_state_of_another_job_is_refused(tmp_path, monkeypatch):
+    dense, folder = save(make_model("llama"), tmp_path), tmp_path / "out"
+    monkeypatch.setattr(streaming, "SAVE_EVERY", 0)
+    monkeypatch.setattr(OnDisk, "finish", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        StructuredPruner.from_pretrained(dense, config(), stream=True).prune(0.1, folder)
+    monkeypatch.undo()
+    other_text = PruningConfig(calibration=calibration(seed=1))
+    for job, ratio in ((config(seed=1), 0.1), (config(), 0.2), (other_text, 0.1)):
+        with pytest.raises(ConfigurationError, match="another job|other text"):
+            StructuredPruner.from_pretrained(dense, job, stream=True).prune(ratio, folder, resume=True)
+    argv = ["prune", str(dense), "--ratio", "0.1", "--criterion", "l2", "--no-compensation", "--stream"]
+    argv += ["--output-dir", str(folder)]
+    assert cli.main(argv) != 0
+    assert cli.main([*argv, "--overwrite"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out"]

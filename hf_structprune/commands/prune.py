@@ -185,8 +185,9 @@ class PruneArguments:
         output_dir (`str`): Folder for the checkpoint.
         ratio (`float`, *optional*): Share of all parameters to remove: 0.3 removes 30 %.
         plan (`str`, *optional*): Apply this plan, saved by `hf-structprune plan --output`, instead of a ratio.
-        overwrite (`bool`): Write to the folder even if it is not empty.
+        overwrite (`bool`): Write to the folder even if it is not empty, and start an interrupted run anew.
         stream (`bool`): Read, cut and write the model a layer at a time, for models larger than memory.
+        resume (`bool`): With `--stream`: go on where an interrupted run into the folder stopped.
     """
 
     output_dir: str | None = None
@@ -194,6 +195,7 @@ class PruneArguments:
     plan: str | None = None
     overwrite: bool = False
     stream: bool = False
+    resume: bool = False
 
 
 @command
@@ -208,8 +210,11 @@ def prune_command(model: ModelArguments, options: PruneArguments, config: Prunin
     target = options.ratio if options.plan is None else PruningPlan.load(options.plan)
     if options.stream:
         check_streams(config, target)
+    elif options.resume:
+        raise ConfigurationError("--resume is for --stream.")
     pruner = load_pruner(model, config, options.stream)
-    pruner.prune(target, options.output_dir)
+    resume = (True if options.resume else False if options.overwrite else None) if options.stream else None
+    pruner.prune(target, options.output_dir, resume)
     plan, seconds = pruner.last_plan, round(time.monotonic() - started, 1)
     names = ["ratio_requested", "ratio", "layout", "dropped", "removed", "warnings"]
     names += [f"{name}_{when}" for name in ("parameters", "bytes", "macs") for when in ("before", "after")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -111,6 +112,12 @@ class Source:
         if path not in opened:
             opened[path] = stack.enter_context(safe_open(path, framework="pt"))
         return opened[path].get_slice(key)
+
+    @property
+    def files(self) -> list[tuple[str, int, int]]:
+        """Names of the files, their sizes in bytes and when they were written."""
+        found = [(Path(file).name, Path(file).stat()) for file in sorted(set(self._files.values()))]
+        return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
 
     def read(self, model: PreTrainedModel, names: Collection[str]) -> None:
         """Puts these parameters and buffers of a model, which are on the meta device, into memory.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -22,6 +23,24 @@ from .target import Target
 
 Tensors = dict[str, torch.Tensor]
 OUTSIDE, HEAD = "outside", "head"
+
+
+class Saved(NamedTuple):
+    """The state of an interrupted run: values, and a function that reads its tensors by name."""
+
+    values: dict[str, Any]
+    tensor: Callable[[str], torch.Tensor]
+    names: list[str]
+
+
+class Progress(Protocol):
+    """Keeps the state of a run."""
+
+    def save(self, tensors: Tensors, values: dict[str, Any]) -> None: ...
+
+    def load(self) -> Saved | None: ...
+
+    def due(self) -> bool: ...
 
 
 class Store:
@@ -54,6 +73,13 @@ class Store:
     def finish(self) -> None:
         """All layers that change were put."""
 
+    def save(self, state: Callable[[], tuple[Tensors, dict[str, Any]]]) -> None:
+        """The layers so far were put; `state` gives tensors and values (JSON) that are needed to go on from here."""
+
+    def saved(self) -> Saved | None:
+        """What `save` got last before an earlier run was ended; `None` to begin at the first layer."""
+        return None
+
 
 class OnDisk(Store):
     """A model on the meta device whose weights are read from a checkpoint, and handed on when they have been cut.
@@ -65,11 +91,13 @@ class OnDisk(Store):
 
     Attributes:
         write: Takes the tensors of one layer (or of what is outside of the layers) as they are stored.
+        progress: Keeps the state of the run, where it may be resumed.
     """
 
     def __init__(self, model: PreTrainedModel, source: Source, layers: list[str]) -> None:
         self.model, self.source = model, source
         self.write: Callable[[Tensors], None] | None = None
+        self.progress: Progress | None = None
         self._names: dict[int | str, list[str]] = defaultdict(list)
         self._seen: set[int | str] = set()
         self._done: set[int] = set()
@@ -143,6 +171,16 @@ class OnDisk(Store):
         }
         self.write(revert_weight_conversion(self._result, tensors))
         self._done.add(part)
+
+    def save(self, state):
+        if self.progress is not None and self.progress.due():
+            tensors, values = state()
+            self.progress.save(tensors, {**values, "done": sorted(self._done)})
+
+    def saved(self):
+        found = None if self.progress is None else self.progress.load()
+        self._done = set() if found is None else set(found.values["done"])
+        return found
 
     def finish(self):
         for part in (OUTSIDE, *range(self._count), HEAD):

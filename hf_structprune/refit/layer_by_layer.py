@@ -11,8 +11,9 @@ to bring the hidden states back to those of the dense model.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -21,6 +22,7 @@ from transformers.utils.logging import tqdm
 from ..config import PruningConfig
 from ..criteria import Scoring, make_criterion
 from ..criteria.base import best_units
+from ..errors import ConfigurationError
 from ..model.experts import Experts
 from ..model.groups import Group, Kept, LayerStructure, matrix
 from ..model.store import Store
@@ -112,14 +114,49 @@ class _Compression:
             self._pass_dropped(-1)
             last = len(self.structure.layers)
         layers = [layer for layer in self.structure.layers[: last + 1] if layer.index not in self.gone]
-        for layer in tqdm(layers, desc="Pruning"):
+        number, layers = len(layers), self._go_on(layers)
+        for layer in tqdm(layers, desc="Pruning", initial=number - len(layers), total=number):
             with self.store.holding(layer.index):
                 self._layer(layer, self.correcting and layer.index >= first)
                 if self.stream and layer is not layers[-1]:
                     self.stream.advance(layer.index)
                 cut_units(self.model, [group for group in layer.groups if group.key not in self.cut], self.kept)
                 self.store.put(layer.index)
+            self.store.save(lambda layer=layer: self._progress(layer.index))
         return self.kept
+
+    def _progress(self, layer: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """What is needed to go on behind a layer."""
+        states = {"hidden": self.stream.hidden if self.stream else [], "dense": self.dense}
+        tensors = {f"{name}.{number}": s for name, parts in states.items() for number, s in enumerate(parts)}
+        tensors |= {f"kept.{number}.{kind}": units for (number, kind), units in self.kept.items()}
+        seen = [[d.layer, d.kind, d.seen] for d in self.plan.groups if d.seen is not None]
+        return tensors, {"layer": layer, "seen": seen, "tokens": self._digest()}
+
+    def _digest(self) -> str:
+        batches = self.stream.batches if self.stream else []
+        return hashlib.sha256(b"".join(batch.cpu().numpy().tobytes() for batch in batches)).hexdigest()
+
+    def _go_on(self, layers: list[LayerStructure]) -> list[LayerStructure]:
+        """The layers that are left, in the state in which an earlier run was ended, if there was one."""
+        saved = self.store.saved()
+        if saved is None:
+            return layers
+        if saved.values["tokens"] != self._digest():
+            raise ConfigurationError(
+                "The interrupted run was calibrated on other text: give the same, or start it anew (overwrite)."
+            )
+        for name, states in (("hidden", self.stream.hidden if self.stream else []), ("dense", self.dense)):
+            for number, state in enumerate(states):
+                state.copy_(saved.tensor(f"{name}.{number}"))
+        for name in (name for name in saved.names if name.startswith("kept.")):
+            _, number, kind = name.split(".", 2)
+            self.kept[int(number), kind] = saved.tensor(name)
+        for number, kind, seen in saved.values["seen"]:
+            self.plan.of_layer(number)[kind].seen = seen
+        done = [layer for layer in layers if layer.index <= saved.values["layer"]]
+        cut_units(self.model, [group for layer in done for group in layer.groups], self.kept)  # shapes
+        return layers[len(done) :]
 
     def _layer(self, layer: LayerStructure, all_consumers: bool) -> None:
         planned = self.plan.of_layer(layer.index)
