@@ -142,7 +142,7 @@ class Planner:
         raise refused
 
     def _nearest(self, group: Group, label: str, ratio: float) -> list[int]:
-        """Numbers of units that all layers share, nearest to the ratio first."""
+        """Numbers of units that all layers share, nearest to the ratio first; all of them only beside other kinds."""
         config = self.config
         parameters = (config.split or {group.kind: 1.0})[group.kind] * ratio * self.structure.total_parameters
         sizes = KINDS[group.kind].sizes(group.size, config.round_to, config.align_to)
@@ -155,7 +155,25 @@ class Planner:
                 "Ask for less."
             )
         wanted = group.size - parameters / group.cost
-        return sorted(sizes, key=lambda size: (abs(size - wanted), -size))
+        sizes.sort(key=lambda size: (abs(size - wanted), -size))
+        smaller = [size for size in sizes if size < group.size]
+        if config.split is not None or not parameters:
+            return sizes  # other kinds take what this one does not
+        if not smaller or sizes[0] == group.size:
+            total, largest = self.structure.total_parameters, max(smaller, default=None)
+            way = (
+                "there is none smaller"
+                if largest is None
+                else (
+                    f"the nearest one below removes {(group.size - largest) * group.cost / total:.2%} (`keep={{'{group.kind}': "
+                    f"{largest}}}`)"
+                )
+            )
+            raise RatioError(
+                f"{ratio:.2%} of all parameters are to go by the {label} alone, which is nearest to none of it: {way}. "
+                "Ask for that, or cut other units, too."
+            )
+        return smaller
 
     # Layers and sublayers.
 

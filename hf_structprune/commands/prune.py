@@ -11,12 +11,14 @@ from typing import Any
 from ..checks import Count, Ratio
 from ..config import CalibrationConfig, PruningConfig
 from ..criteria.depth import layer_similarities
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, UnsupportedModelError
 from ..evaluation.pictures import distances_figure, save
 from ..files.writing import check_place
 from ..installed import need
+from ..model.shared_sizes import SIZED
 from ..model.structure import Group
 from ..plan import PruningPlan
+from ..pruner import StructuredPruner
 from ..streaming import check_streams
 from ..units import VOCABULARY
 from .arguments import command
@@ -27,6 +29,7 @@ from .vocabulary import inspect_vocabulary
 
 CSV_NAME, PICTURE_NAME = "layer_distances.csv", "layer_distances.png"
 _KINDS = ("layers", "attention", "mlp")
+_SIZES = ("num_units", "unit_parameters", "least")
 
 
 @dataclass
@@ -78,15 +81,35 @@ def inspect_command(model: ModelArguments, options: InspectArguments) -> tuple[A
     layers = [
         {"index": layer.index, "groups": [_group_data(group) for group in layer.groups]} for layer in structure.layers
     ]
+    shared = _shared(pruner)
     data = {
         "model": model.model, "model_type": pruner.model.config.model_type, "parameters": structure.total_parameters,
-        "layers": layers, "notes": list(structure.notes),
+        "layers": layers, "shared": shared, "notes": list(structure.notes),
     }  # fmt: skip
     title = f"{model.model}: {structure.total_parameters:,} parameters, {len(structure.layers)} layers"
     headers = ("layers", "unit", "units", "parameters each", "of the model", "producers -> consumer")
     rows = _rows(groups, structure.total_parameters)
+    for one in (one for one in shared if one["left_alone"] is None):
+        units, cost = one["num_units"], one["unit_parameters"]
+        share = f"{units * cost / structure.total_parameters:.1%}"
+        rows.append(["all", one["kind"], f"{units:,}", f"{cost:,}", share, "shared by all layers"])
+    notes = [*structure.notes, *(f"{one['kind']}: {one['left_alone']}" for one in shared if one["left_alone"])]
     table = make_table(title, headers, rows, left=("layers", "unit", "producers -> consumer"))
-    return data, table, *(f"left alone: {note}" for note in structure.notes)
+    return data, table, *(f"left alone: {note}" for note in notes)
+
+
+def _shared(pruner: StructuredPruner) -> list[dict[str, Any]]:
+    """Units that all layers share, and why they are left alone, if they are."""
+    found, towers = [], pruner.structure.towers
+    model = pruner.model if towers is None else towers.decoder()
+    for kind in SIZED:
+        try:
+            group = SIZED[kind].group(model, pruner.structure)
+            sizes, reason = (group.size, group.cost, group.least), None
+        except UnsupportedModelError as error:
+            sizes, reason = (None, None, None), f"{error}".rstrip(".")
+        found.append({"kind": kind, **dict(zip(_SIZES, sizes, strict=True)), "left_alone": reason})
+    return found
 
 
 def _group_data(group: Group) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from .widths import Taylor
 
 _WATCH = "structprune_watch"
 _SEQUENCES, _QUERIES = 32, 24  # and positions in each that are looked at
+_ENTRIES = 2**22  # numbers held at once for some heads
 
 
 @dataclass
@@ -94,39 +95,45 @@ class _Head:
         for number, unit in enumerate(self.units):
             of[unit, number] = 1.0
         places = torch.linspace(1, query.shape[2] - 1, min(_QUERIES, query.shape[2] - 1)).long().to(query.device)
-        for head in range(self.shape.heads):
-            group = head // self.shape.rep
-            for q, k, v, p in zip(query[:, head], key[:, group], value[:, group], weights[:, head], strict=True):
-                if name == "energy":
-                    energy = (q.float().square() @ of).mean(0) * (k.float().square() @ of).mean(0)
-                    self.products[head] += energy.double().cpu().diag()
-                    continue
-                change = attention_changes(q[places].float(), k.float(), v.float(), p[places].float(), scaling, of)
-                product = torch.einsum("mid,de,mje->ij", change, self.readers[head].to(change.device), change)
-                self.products[head] += product.double().cpu()
+        readers = self.readers.to(query.device)
+        for q, k, v, p in zip(query.float(), key.float(), value.float(), weights.float(), strict=True):
+            k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
+            if name == "energy":
+                energy = (q.square() @ of).mean(1) * (k.square() @ of).mean(1)
+                self.products += energy.double().cpu().diag_embed()
+                continue
+            q, p = q[:, places], p[:, places]
+            some = max(1, _ENTRIES // (q[0].numel() * k.shape[1]))  # heads, for bounded memory
+            for heads in torch.arange(len(q), device=q.device).split(some):
+                change = attention_changes(q[heads], k[heads], v[heads], p[heads], scaling, of)
+                change = change.transpose(1, 2)  # (heads, units, queries, size of values)
+                read = change @ readers[heads, None]
+                self.products[heads.cpu()] += (read.flatten(2) @ change.flatten(2).mT).double().cpu()
 
 
 def attention_changes(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: torch.Tensor, scaling: float, units: torch.Tensor
 ) -> torch.Tensor:
-    """By how much the output of a head changes to first order when a unit's part of its scores goes.
+    """By how much the outputs of heads change to first order when a unit's part of their scores goes.
 
     `d_i(m, n) = scaling sum_{j in unit i} q_mj k_nj` of rotated queries and keys; with `p = softmax` the output
     `sum_n p_mn v_n` changes by `-sum_n p_mn (d_i(m, n) - sum_l p_ml d_i(m, l)) v_n`. What is the same for all keys
     changes nothing, which products of norms (RAP; MoDeGPT, https://huggingface.co/papers/2408.09632, eq. 8, where the
-    energy `|q|^2 |k|^2` ranks columns) do not see.
+    energy `|q|^2 |k|^2` ranks columns) do not see. As `q` is the same in all of the sum, that is
+    `-scaling sum_{j in unit i} q_mj cov_m(k_j, v)`, the covariance of keys and values under `p_m`.
 
     Args:
-        q, k, v: Shapes (queries, size), (keys, size), (keys, size of values).
-        p: Weights of the attention, shape (queries, keys).
+        q, k, v: Shapes (..., queries, size), (..., keys, size), (..., keys, size of values).
+        p: Weights of the attention, shape (..., queries, keys).
         units: 1 where a dimension belongs to a unit, shape (size, units).
 
     Returns:
-        The changes without sign, shape (queries, units, size of values).
+        The changes without sign, shape (..., queries, units, size of values).
     """
-    parts = scaling * (q[:, None] * units.T) @ k.T  # (queries, units, keys)
-    centred = parts - (parts @ p[:, :, None])
-    return (centred * p[:, None]) @ v
+    weighted = k.mT[..., None, :, :] * p[..., None, :]  # (..., queries, size, keys)
+    both = (weighted.flatten(-3, -2) @ v).unflatten(-2, weighted.shape[-3:-1])
+    covariance = both - (p @ k)[..., None] * (p @ v)[..., None, :]
+    return (scaling * units.T * q[..., None, :]) @ covariance
 
 
 @contextmanager

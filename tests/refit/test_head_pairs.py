@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_structprune import PruningConfig
-from hf_structprune.criteria.pairs import attention_changes, pair_losses
+from hf_structprune.criteria.pairs import attention_changes, pair_losses, watched
 from hf_structprune.errors import ConfigurationError
 from hf_structprune.model.rotation import rotation_of
 from hf_structprune.model.structure import ModelStructure
@@ -152,3 +152,31 @@ def test_re_fitting_helps(name, criterion):
     dense = families.logits(families.make_model(name), TOKENS)
     assert error_of(name, dense) < error_of(name, dense, compensation=False)
     assert error_of(name, dense, head_dim_criterion=criterion) < 2 * float(dense.square().mean())
+
+
+def test_all_heads_at_once_are_as_one_after_the_other():
+    """Grouped heads of a model: its sums of products against those of scores that are written out."""
+    model = families.make_model("llama")
+    structure, tokens = ModelStructure.of(model), families.make_tokens(2, 12)
+    units = rotation_of(model).units(8)
+    found = pair_losses(model, structure, units, CONFIG, tokens)
+    slow = {layer.index: torch.zeros_like(found.by_head[layer.index]) for layer in structure.layers}
+    by_module = {id(model.get_submodule(f"{layer.name}.self_attn")): layer for layer in structure.layers}
+
+    def look(module, query, key, value, weights, scaling):
+        layer = by_module[id(module)]
+        rep = layer.attention.rep
+        for head in range(layer.attention.heads):
+            reader = module.o_proj.weight[:, head * 8 : (head + 1) * 8].double()
+            k, v = key[0, head // rep].double(), value[0, head // rep].double()
+            q, p = query[0, head, 1:].double(), weights[0, head, 1:].double()
+            parts = torch.stack([scaling * q[:, unit] @ k[:, unit].T for unit in units])
+            moved = (p * (parts - (p * parts).sum(-1, keepdim=True))) @ v @ reader.T
+            slow[layer.index][head] += torch.einsum("imo,jmo->ij", moved, moved)
+
+    with torch.no_grad(), watched(model, look):
+        for row in tokens.split(1):
+            model.base_model(input_ids=row, use_cache=False)
+    for index, products in slow.items():
+        assert torch.allclose(found.by_head[index], products, rtol=1e-4, atol=1e-5 * float(products.abs().max()))
+    assert torch.allclose(found.total, sum(products.sum(0) for products in slow.values()), rtol=1e-3, atol=1e-9)
