@@ -156,22 +156,15 @@ class Planner:
             )
         wanted = group.size - parameters / group.cost
         sizes.sort(key=lambda size: (abs(size - wanted), -size))
-        smaller = [size for size in sizes if size < group.size]
         if config.split is not None or not parameters:
             return sizes  # other kinds take what this one does not
-        if not smaller or sizes[0] == group.size:
-            total, largest = self.structure.total_parameters, max(smaller, default=None)
-            way = (
-                "there is none smaller"
-                if largest is None
-                else (
-                    f"the nearest one below removes {(group.size - largest) * group.cost / total:.2%} (`keep={{'{group.kind}': "
-                    f"{largest}}}`)"
-                )
-            )
+        smaller = [size for size in sizes if size < group.size]
+        if sizes[0] == group.size:
+            share = (group.size - max(smaller)) * group.cost / self.structure.total_parameters
             raise RatioError(
-                f"{ratio:.2%} of all parameters are to go by the {label} alone, which is nearest to none of it: {way}. "
-                "Ask for that, or cut other units, too."
+                f"The ratio is {ratio:.2%} and nothing but the {label} is to go, of which the least that can go "
+                f"removes {share:.2%}: {max(smaller)} of {group.size} stay. Ask for {share:.4f}, set "
+                f"keep={{'{group.kind}': ...}}, or cut other units."
             )
         return smaller
 

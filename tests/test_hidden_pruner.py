@@ -10,7 +10,15 @@ from test_depth_pruner import check, make_pruner
 from transformers import AutoModelForCausalLM
 
 from hf_structprune import PruningConfig, StructuredPruner
-from hf_structprune.errors import ConfigurationError, UnsupportedModelError
+from hf_structprune.errors import ConfigurationError, RatioError, UnsupportedModelError
+
+
+def test_a_ratio_that_is_nearest_to_none_is_refused():
+    with pytest.raises(RatioError, match="nothing but the hidden size.*: 31 of 32 stay"):
+        make_pruner(families.make_model("llama"), units="hidden").plan(0.001)
+    options = dict(units=("hidden", "mlp_neurons"), split={"hidden": 0.01, "mlp_neurons": 0.99})
+    plan = make_pruner(families.make_model("llama"), **options).plan(0.05)  # neurons take it all
+    assert set(plan.removed) == {"mlp_neurons"}
 
 
 @pytest.mark.parametrize("name", ["qwen2", "cohere2"])

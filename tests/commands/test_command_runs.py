@@ -8,7 +8,14 @@ import pytest
 import torch
 from forced_hardware import force_bf16_cpu
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from hf_structprune import StructuredPruner
 from hf_structprune.commands import cli, measure, run
@@ -60,6 +67,23 @@ def test_inspect(folder, capsys):
     assert groups["mlp_neurons"]["consumer"].endswith("layers.2.mlp.down_proj")
     text = run_text(capsys, "inspect", folder)
     assert "0-2" in text and "gate_proj, up_proj -> down_proj" in text
+
+
+def test_inspect_lists_what_all_layers_share(folder, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    own = {"hidden": 32, "head_dim": 8, "vocabulary": 257}
+    shared = {one["kind"]: one for one in run_json(capsys, "inspect", folder)["shared"]}
+    assert {kind: one["num_units"] for kind, one in shared.items()} == own
+    attention = sum(p.numel() for name, p in model.named_parameters() if "self_attn" in name)
+    assert shared["head_dim"]["unit_parameters"] * 8 == attention and shared["head_dim"]["least"] == 2
+    assert shared["hidden"]["unit_parameters"] * 32 == sum(p.numel() for p in model.parameters())
+    rows = [line.split() for line in run_text(capsys, "inspect", folder).splitlines() if "all" in line.split()[:2]]
+    assert [[kind for kind in own if kind in row] for row in rows] == [[kind] for kind in own]
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=257, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    alone = {one["kind"]: one["left_alone"] for one in run_json(capsys, "inspect", str(tmp_path))["shared"]}
+    assert "no size of heads of its own" in alone["head_dim"] and alone["vocabulary"] is None
+    assert "head_dim: GPT2Config has no size" in run_text(capsys, "inspect", str(tmp_path))
 
 
 def test_inspect_joins_neighbours_alone(folder, tmp_path, capsys):
