@@ -286,9 +286,9 @@ def demo_command(argv: Sequence[str]) -> None:
     check_output(options.output_dir, overwrite=(folder / CONFIG_NAME).exists())
     out, started = console(), time.monotonic()
     # In bfloat16 a CPU without instructions for it is five times slower.
-    dense = dataclasses.replace(find_model(options.model), dtype="auto" if cpu_has_bf16() else "fp32")
-    pruner = load_pruner(dense)
-    if dense.model != options.model:
+    given = dataclasses.replace(find_model(options.model), dtype="auto" if cpu_has_bf16() else "fp32")
+    pruner = load_pruner(given)
+    if given.model != options.model:
         pruner.origin = Origin.of(options.model).with_options_of(pruner.origin)
     out.print(f"1/4  Loaded {options.model}; measuring the dense model ...")
     dense = _measure_demo(pruner, options.model, "dense", options.prompt)
@@ -299,7 +299,7 @@ def demo_command(argv: Sequence[str]) -> None:
     pruned = _measure_demo(pruner, folder.name, "pruned", options.prompt)
     pruned.base_model = options.model
     pruner.save_pretrained(folder)
-    subjects = [Subject(dense, "dense", None), Subject(ModelArguments(str(folder)), "pruned", options.model)]
+    subjects = [Subject(given, "dense", None), Subject(ModelArguments(str(folder)), "pruned", options.model)]
     for result, timed in zip((dense, pruned), take_turns_apart(subjects, EfficiencyConfig(), 1), strict=True):
         result.add(*timed.figures.values())
     dense.save(folder / DENSE_RESULTS_NAME)

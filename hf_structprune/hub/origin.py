@@ -135,11 +135,10 @@ def public_config(config: PruningConfig) -> PruningConfig:
             return Path(given).name if given is not None and is_file(given) else given
         return [public(source) for source in given]
 
-    calibration = config.calibration
-    if calibration.dataset is None and config.vocabulary_text is None:
-        return config
-    calibration = dataclasses.replace(calibration, dataset=public(calibration.dataset))
-    return dataclasses.replace(config, calibration=calibration, vocabulary_text=public(config.vocabulary_text))
+    changes = {"calibration": dataclasses.replace(config.calibration, dataset=public(config.calibration.dataset))}
+    if isinstance(config, PruningConfig):  # others calibrate, too
+        changes["vocabulary_text"] = public(config.vocabulary_text)
+    return dataclasses.replace(config, **changes)
 
 
 def sources_of(calibration: CalibrationConfig) -> list[str]:
