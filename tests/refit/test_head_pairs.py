@@ -154,8 +154,10 @@ def test_re_fitting_helps(name, criterion):
     assert error_of(name, dense, head_dim_criterion=criterion) < 2 * float(dense.square().mean())
 
 
-def test_all_heads_at_once_are_as_one_after_the_other():
+@pytest.mark.parametrize("entries", [1, 2500, 2**22])
+def test_all_heads_at_once_are_as_one_after_the_other(entries, monkeypatch):
     """Grouped heads of a model: its sums of products against those of scores that are written out."""
+    monkeypatch.setattr("hf_structprune.criteria.pairs._ENTRIES", entries)
     model = families.make_model("llama")
     structure, tokens = ModelStructure.of(model), families.make_tokens(2, 12)
     units = rotation_of(model).units(8)
