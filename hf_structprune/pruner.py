@@ -106,15 +106,15 @@ class StructuredPruner:
         kwargs = loading.plain_options(kwargs)
         model_config = loading.load_config(model_or_id, **kwargs)
         loading.refuse_quantised(model_config, str(model_or_id))
-        model, source = open_model(model_or_id, **kwargs) if stream else (None, None)
+        model, stored = open_model(model_or_id, **kwargs) if stream else (None, None)
         model = model or loading.load_model(model_or_id, towers=True, **kwargs)
         if tokenizer is None:
             load = loading.load_processor if has_towers(model_config) else loading.load_tokenizer
             tokenizer = load(model_or_id, **kwargs)
         pruner = cls(model, config, tokenizer)
         pruner.origin = origin_of(model, kwargs)
-        if source is not None:
-            pruner._streaming = Streaming(pruner.model, source, pruner.structure)
+        if stored is not None:
+            pruner._streaming = Streaming(pruner.model, stored, pruner.structure)
         return pruner
 
     def plan(self, ratio: float | None = None) -> PruningPlan:

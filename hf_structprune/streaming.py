@@ -28,8 +28,8 @@ from .errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from .files.shards import LEAST, Shards
 from .files.writing import alone, check_folder, check_room, draft, must_stay, resolve
 from .model import loading
-from .model.source import Source
 from .model.store import OUTSIDE, OnDisk, Saved
+from .model.stored import StoredWeights
 from .model.structure import ModelStructure
 from .model.towers import has_towers
 from .plan import PruningPlan
@@ -81,7 +81,7 @@ def check_streams(config: PruningConfig, ratio: float | PruningPlan | None) -> N
         )
 
 
-def open_model(model_id: str | os.PathLike, **options: Any) -> tuple[PreTrainedModel, Source]:
+def open_model(model_id: str | os.PathLike, **options: Any) -> tuple[PreTrainedModel, StoredWeights]:
     """A model of which everything but the weights is loaded, and where these are.
 
     Args:
@@ -97,20 +97,20 @@ def open_model(model_id: str | os.PathLike, **options: Any) -> tuple[PreTrainedM
             raise ConfigurationError(f"`{name}` and `stream` are both given; a streamed model is read by itself.")
     if has_towers(loading.load_config(model_id, **options)):
         raise UnsupportedModelError("Models that see are not streamed: leave `stream` out.")
-    source = Source()
-    return loading.load_model(model_id, source=source, **options), source
+    stored = StoredWeights()
+    return loading.load_model(model_id, stored=stored, **options), stored
 
 
 class Streaming:
     """One model that is pruned from disk to disk.
 
     Args:
-        model, source: As `open_model` gives them, the model as it will be cut.
+        model, stored: As `open_model` gives them, the model as it will be cut.
         structure: Its structure.
     """
 
-    def __init__(self, model: PreTrainedModel, source: Source, structure: ModelStructure) -> None:
-        self.store = OnDisk(model, source, [layer.name for layer in structure.layers])
+    def __init__(self, model: PreTrainedModel, stored: StoredWeights, structure: ModelStructure) -> None:
+        self.store = OnDisk(model, stored, [layer.name for layer in structure.layers])
         self.shards: Shards | None = None
         self.place: Path | None = None
 
@@ -162,7 +162,7 @@ class Streaming:
 
     def keep_state(self, plan: PruningPlan, config: PruningConfig) -> None:
         """From now on the state of the run is kept, and an earlier one of the same job is continued."""
-        model, files = self.store.model, self.store.source.files
+        model, files = self.store.model, self.store.weights.files
         job = [plan.to_dict(), config.to_dict(), model.config.to_dict(), str(model.dtype), files]
         fingerprint = hashlib.sha256(json.dumps(job, sort_keys=True, default=str).encode()).hexdigest()
         self.store.progress = State(self.shards.folder / _STATE, self.shards, fingerprint)

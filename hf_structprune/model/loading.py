@@ -25,7 +25,7 @@ from ..library_errors import readable, refuse_adapter
 from ..masking import remember
 from ..quantization.four_bit import compute_as_stored
 from .rebuild import rebuild, with_ties
-from .source import Source
+from .stored import StoredWeights
 from .target import Target
 from .towers import has_towers
 
@@ -120,14 +120,14 @@ def _check_architecture(config: PreTrainedConfig, model_id: str | os.PathLike) -
 
 
 def load_model(
-    model_id: str | os.PathLike, towers: bool = False, source: Source | None = None, **kwargs: Any
+    model_id: str | os.PathLike, towers: bool = False, stored: StoredWeights | None = None, **kwargs: Any
 ) -> PreTrainedModel:
     """A causal language model with all its weights, in eval mode; 4-bit layers of bitsandbytes are right on every CPU.
 
     Args:
         model_id: Hub id or folder.
         towers: Take a model that sees as well, with `AutoModelForImageTextToText`.
-        source: Takes the weights, which are then not read: parameters stay on the meta device.
+        stored: Takes the weights, which are then not read: parameters stay on the meta device.
         kwargs: Given to `from_pretrained`; `dtype` is the checkpoint's by default, bfloat16 for a `gguf_file`.
 
     Raises:
@@ -143,7 +143,7 @@ def load_model(
         # Quantised weights have fewer bits than bfloat16 holds, and the file names no dtype of its own.
         kwargs = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16, **kwargs}
     options = {"dtype": "auto", **kwargs, "output_loading_info": True}
-    reading = nullcontext() if source is None else source.taken()
+    reading = nullcontext() if stored is None else stored.taken()
     auto_class, part = _auto_class(config, towers), _check_architecture(config, model_id)
     with readable(model_id, subfolder=kwargs.get("subfolder")), reading:
         model, info = auto_class.from_pretrained(model_id, **options)
@@ -166,8 +166,8 @@ def load_model(
         config.dtype = next(model.parameters()).dtype
         model = rebuild(model, Target(type(model), config)).to(config.dtype)
     weights = [getattr(m, "weight", None) for m in (model.get_input_embeddings(), model.get_output_embeddings())]
-    there = all(weight is not None and (weight.device.type != "meta" or source) for weight in weights)
-    if there and weights[0] is not weights[1] and (source or weights[0].data_ptr() != weights[1].data_ptr()):
+    there = all(weight is not None and (weight.device.type != "meta" or stored) for weight in weights)
+    if there and weights[0] is not weights[1] and (stored or weights[0].data_ptr() != weights[1].data_ptr()):
         with_ties(model.config, False)  # Transformers keeps a head of its own, even if the configuration says tied
     return model.eval()
 

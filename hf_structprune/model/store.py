@@ -15,7 +15,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ..errors import CheckpointError
 from .measuring import check_finite
-from .source import Source
+from .stored import StoredWeights
 from .structure import ModelStructure
 from .surgery import name_after, skipped
 from .target import Target
@@ -85,8 +85,8 @@ class OnDisk(Store):
     """A model on the meta device whose weights are read from a checkpoint, and handed on when they have been cut.
 
     Args:
-        model: As it was loaded inside `source.taken()`.
-        source: Its weights.
+        model: As it was loaded inside `stored.taken()`.
+        stored: Its weights.
         layers: Full names of its decoder layers.
 
     Attributes:
@@ -94,8 +94,8 @@ class OnDisk(Store):
         progress: Keeps the state of the run, where it may be resumed.
     """
 
-    def __init__(self, model: PreTrainedModel, source: Source, layers: list[str]) -> None:
-        self.model, self.source = model, source
+    def __init__(self, model: PreTrainedModel, stored: StoredWeights, layers: list[str]) -> None:
+        self.model, self.weights = model, stored
         self.write: Callable[[Tensors], None] | None = None
         self.progress: Progress | None = None
         self._names: dict[int | str, list[str]] = defaultdict(list)
@@ -125,7 +125,7 @@ class OnDisk(Store):
         names = self._names[part]
         if not names:
             return
-        self.source.read(self.model, [name for name in names if name in self.source.targets])
+        self.weights.read(self.model, [name for name in names if name in self.weights.targets])
         for tie in (tie for tie in self._ties if tie[0] in names):
             there = next((t for t in map(self._tensor, tie) if t.device.type != "meta"), None)
             for name in tie if there is not None else ():

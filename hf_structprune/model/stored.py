@@ -27,7 +27,7 @@ from ..errors import CheckpointError, UnsupportedModelError
 _ROWS = 4096  # of two tied matrices that are compared at once
 
 
-class Source:
+class StoredWeights:
     """The tensors of a checkpoint in safetensors files, by the parameters that they become.
 
     `from_pretrained` inside `taken` finds the files, builds the model and does everything else as always, but leaves
