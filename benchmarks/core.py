@@ -217,18 +217,26 @@ def measure(pruner: StructuredPruner, text: str, windows: int | None = 12) -> fl
     return perplexity(pruner.model, pruner.tokenizer, text, max_windows=windows).perplexity
 
 
-def data(options: argparse.Namespace) -> tuple[list[str] | None, dict[str, str | None], str]:
-    """Calibration sources, test texts and what they are."""
+def data(options: argparse.Namespace, samples: int = 128) -> tuple[list[str] | None, dict[str, str | None], str]:
+    """Calibration sources, test texts and what they are; `samples` of 256 tokens are taken to calibrate."""
     if options.wikitext is None or options.c4 is None:
         return None, {"WikiText-2 sample": None}, "packaged samples"
-    documents = options.c4.read_text(encoding="utf-8").splitlines()
-    folder = Path(tempfile.mkdtemp())
-    calibration, test = folder / "c4_calibration.jsonl", folder / "c4_test.jsonl"
-    calibration.write_text("\n".join(documents[:-C4_TEST_DOCUMENTS]) + "\n", encoding="utf-8")
-    test.write_text("\n".join(documents[-C4_TEST_DOCUMENTS:]) + "\n", encoding="utf-8")
-    texts = {"WikiText-2": read_text(options.wikitext / "test.txt"), "C4": read_text(test)}
-    note = "calibrated on 64 x 256 tokens of WikiText-2 valid and 64 x 256 of C4; C4 test: the last 300 documents"
+    calibration, texts = split_texts(options.wikitext, options.c4)
+    each = f"{samples // 2} x 256 tokens"
+    note = (
+        f"calibrated on {each} of WikiText-2 valid and {each} of C4; C4 test: the last {C4_TEST_DOCUMENTS} documents"
+    )
     return [str(options.wikitext / "valid.txt"), str(calibration)], texts, note
+
+
+def split_texts(wikitext: Path, c4: Path) -> tuple[Path, dict[str, str]]:
+    """A file of all C4 documents but the last, which are the test text, and both test texts."""
+    documents, folder = c4.read_text(encoding="utf-8").splitlines(), Path(tempfile.mkdtemp())
+    parts = {"c4": documents[:-C4_TEST_DOCUMENTS], "c4_test": documents[-C4_TEST_DOCUMENTS:]}
+    for name, part in parts.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(part) + "\n", encoding="utf-8")
+    test = read_text(folder / "c4_test.jsonl")
+    return folder / "c4.jsonl", {"WikiText-2": read_text(wikitext / "test.txt"), "C4": test}
 
 
 def write(name: str, content: dict) -> None:

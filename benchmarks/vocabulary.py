@@ -16,18 +16,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import tempfile
 import time
 from pathlib import Path
 
 import torch
-from core import C4_TEST_DOCUMENTS, environment, write
+from core import environment, split_texts, write
 from rich.console import Console
 from rich.table import Table
 
 from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
 from hf_structprune.commands.models import DEMO_MODEL, find_model, load_pruner
-from hf_structprune.evaluation import read_text
 
 
 LENGTH = 2048
@@ -43,13 +41,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--criterion", default="frequency")
     options = parser.parse_args()
-    documents = options.c4.read_text(encoding="utf-8").splitlines()
-    folder = Path(tempfile.mkdtemp())
-    counted, test = folder / "c4.jsonl", folder / "c4_test.jsonl"
-    counted.write_text("\n".join(documents[:-C4_TEST_DOCUMENTS]) + "\n", encoding="utf-8")
-    test.write_text("\n".join(documents[-C4_TEST_DOCUMENTS:]) + "\n", encoding="utf-8")
-    texts = {"WikiText-2": read_text(options.wikitext / "test.txt"), "C4": read_text(test)}
-    dolly = folder / "dolly.jsonl"
+    counted, texts = split_texts(options.wikitext, options.c4)
+    dolly = counted.with_name("dolly.jsonl")
     dolly.write_text("".join(map(as_text, sorted(options.dolly.glob("train-*.jsonl")))), encoding="utf-8")
     sources = [*(str(options.wikitext / f"{split}.txt") for split in ("train", "valid")), str(counted), str(dolly)]
     rows, dense = [], load(options.model)
