@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from .alignment import far_off
@@ -23,6 +22,7 @@ from .model.rebuild import has_weights
 from .model.shared_sizes import SIZED
 from .model.structure import ModelStructure
 from .plan import Decision, Dropped, PruningPlan, normalised, removed_by
+from .stats.seen import Calibration
 from .stats.survey import Survey, survey
 from .units import KINDS, LAYERS, DepthKind, SharedKind, WidthKind, kinds_of
 from .vocabulary.choosing import TokenChoice
@@ -45,7 +45,7 @@ class Planner:
     model: PreTrainedModel
     structure: ModelStructure
     config: PruningConfig
-    tokens: Callable[[], torch.Tensor]
+    tokens: Callable[[], Calibration]
     choices: Mapping[str, TokenChoice] = field(default_factory=dict)
     known: Survey | None = field(init=False, default=None)
     depth: DepthChoice | None = field(init=False, default=None)

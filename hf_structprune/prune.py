@@ -24,6 +24,7 @@ from .plan import Decision, PruningPlan, normalised
 from .planner import describe, size_of
 from .refit.layer_by_layer import compress
 from .refit.shared import CUTS
+from .stats.seen import Calibration
 from .stats.survey import Survey, survey
 from .units import GROUPS, KINDS, QUERIES
 from .vocabulary.choosing import TokenChoice
@@ -43,7 +44,7 @@ class Execution:
     model: PreTrainedModel
     structure: ModelStructure
     config: PruningConfig
-    tokens: Callable[[], torch.Tensor]
+    tokens: Callable[[], Calibration]
     store: Store = field(default_factory=Store)
     choices: Mapping[str, TokenChoice] = field(default_factory=dict)
     _notes: list[str] = field(init=False, default_factory=list)
@@ -145,6 +146,8 @@ class Execution:
             return []
         size = self.config.calibration.num_samples * self.config.calibration.length
         wanted = f"{size * -(-ENOUGH_TOKENS // min(few)):,}" if min(few) else f"many more than {size:,}"
+        if self.config.calibration.image_column is not None:  # rows of any length
+            wanted = "many more"
         return [
             f"experts of {len(few)} layers got fewer than {ENOUGH_TOKENS} calibration tokens, the one with fewest "
             f"{min(few)}, which is little to rank and to re-fit them by: {wanted} tokens of calibration text would do"

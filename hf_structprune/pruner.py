@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from huggingface_hub import CommitInfo
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from .allocation.depth import DepthChoice
 from .config import PruningConfig
-from .errors import ConfigurationError, StructPruneError, UnsupportedModelError
+from .errors import CalibrationError, ConfigurationError, StructPruneError, UnsupportedModelError
 from .files.writing import check_folder, check_place
 from .hub.checkpoint import push_folder, save_checkpoint, take_over
 from .hub.origin import origin_of, record
@@ -33,9 +32,11 @@ from .plan import PruningPlan
 from .planner import Planner
 from .proof.guarantee import kinds_in, prove, prove_decoder
 from .prune import Execution, check_plan
+from .stats.seen import Calibration, SeenRows, see
 from .stats.survey import Survey
 from .streaming import Streaming, check_streams, open_model
-from .text.calibration import check_token_ids, load_tokens, respelled
+from .text.calibration import check_given, check_token_ids, load_tokens, respelled
+from .text.images import load_image_rows
 from .units import VOCABULARY
 from .vocabulary.choosing import TokenChoice
 
@@ -80,6 +81,7 @@ class StructuredPruner:
         self._streaming: Streaming | None = None
         self._choice: TokenChoice | None = None
         self._trimmed_from: Any = None  # the tokenizer before tokens went
+        self._seen: tuple[Any, SeenRows] | None = None  # what rows with images were drawn by, and the rows
 
     @classmethod
     def from_pretrained(
@@ -130,6 +132,7 @@ class StructuredPruner:
         ratio = self.config.check_ratio(ratio)
         if self._streaming is not None:
             check_streams(self.config, ratio)
+        self._check_images()
         with measuring(self.model):
             decoder = self._proven(self.config.units)
             planner = Planner(decoder, self.structure, self.config, self._tokens, self._choices())
@@ -192,6 +195,7 @@ class StructuredPruner:
                 "Some weights are not in memory (meta device or offloaded): only planning is possible. Load the "
                 "model with a `device_map` that fits, or on the CPU."
             )
+        self._check_images()
         check_savable(self.model, configuration=self.config, origin=self.origin and self.origin.options)
         dense, tokenizer = self.model, self.tokenizer
         with measuring(dense), marked_if_changed(dense, self._given()):
@@ -308,15 +312,47 @@ class StructuredPruner:
         about = {"config": self.config, "plan": self.last_plan, "origin": self.origin}
         save_checkpoint(self.model, self._processor or self.tokenizer, folder, name, **about, **kwargs)
 
-    def calibration_tokens(self) -> torch.Tensor:
-        """The token ids that `config.calibration` names, shape (sequences, length), checked against the vocabulary."""
+    def calibration_tokens(self) -> Calibration:
+        """The token ids that `config.calibration` names, shape (sequences, length), checked against the vocabulary.
+
+        With `image_column` it is what the text decoder gets of rows with images, which the whole model is run on once.
+        """
+        if self.config.calibration.image_column is not None:
+            return self._rows()
         tokens = load_tokens(self.config.calibration, self.tokenizer)
         if self.config.calibration.tokens is not None and self._trimmed_from is not None:
             tokens = respelled(tokens, self._trimmed_from, self.tokenizer)
         check_token_ids(tokens, self.model.get_input_embeddings().weight.shape[0])
         return tokens
 
-    def _tokens(self) -> torch.Tensor:
+    def _check_images(self) -> None:
+        """Refuses rows with images that nothing could be done with."""
+        calibration = self.config.calibration
+        if calibration.image_column is None:
+            return
+        if self._towers is None:
+            raise ConfigurationError(
+                f"`image_column` is {calibration.image_column!r}, but a {type(self.model).__name__} does not see: "
+                "leave it out to calibrate on the text alone."
+            )
+        if self._processor is None:
+            raise CalibrationError(
+                "Calibration on rows with images needs the model's processor and there is none: give it as "
+                "`tokenizer`, or calibrate on text (no `image_column`)."
+            )
+        check_given(calibration)
+
+    def _rows(self) -> SeenRows:
+        """What the decoder gets of rows with images; the same for all steps: what comes before it is not cut."""
+        calibration = self.config.calibration
+        key = calibration.to_dict()
+        if self._seen is None or self._seen[0] != key:
+            self._check_images()
+            rows = load_image_rows(calibration, self._processor)
+            self._seen = key, see(self.model, self._decoder(), self.structure, rows)
+        return self._seen[1]
+
+    def _tokens(self) -> Calibration:
         """The calibration tokens for the work itself, which is recorded to have looked at them."""
         self._calibrated = True
         return self.calibration_tokens()

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 
-import torch
 from transformers import PreTrainedModel
 
 from ..config import PruningConfig
@@ -16,6 +15,7 @@ from ..model.measuring import measures
 from ..model.structure import ModelStructure
 from ..plan import Dropped
 from ..stats.losses import TextLoss
+from ..stats.seen import Calibration
 from ..units import LAYERS
 from .removal import Amount, Removal, Unit, as_dropped, depth_candidates
 
@@ -53,7 +53,7 @@ class DepthChoice:
 @measures
 def choose_depth(
     model: PreTrainedModel, structure: ModelStructure, config: PruningConfig, kinds: tuple[str, ...], *,
-    count: int | None = None, parameters: int | None = None, tokens: Callable[[], torch.Tensor],
+    count: int | None = None, parameters: int | None = None, tokens: Callable[[], Calibration],
     without: Dropped | None = None, most: bool = False, until: Stop | None = None,
 ) -> DepthChoice:  # fmt: skip
     """Chooses layers and sublayers by `config.depth_criterion`; changes nothing.
@@ -236,7 +236,7 @@ class _Chooser(LossSearch):
     model: PreTrainedModel
     config: PruningConfig
     kinds: tuple[str, ...]
-    tokens: Callable[[], torch.Tensor]
+    tokens: Callable[[], Calibration]
 
     def take_block(self) -> None:
         """The contiguous block with the least angular distance between its ends."""

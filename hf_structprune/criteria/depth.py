@@ -27,6 +27,7 @@ from ..hooks import Silencer
 from ..model.measuring import check_numbers, measures
 from ..model.structure import LayerStructure, ModelStructure
 from ..stats.gradients import weight_changes
+from ..stats.seen import Calibration, few_tokens
 from ..stats.stream import LayerStream
 from ..units import LAYERS, DepthKind, kinds_of
 from .base import Method, Paper
@@ -34,7 +35,7 @@ from .base import Method, Paper
 
 @measures
 def layer_similarities(
-    model: PreTrainedModel, structure: ModelStructure, tokens: torch.Tensor, *,
+    model: PreTrainedModel, structure: ModelStructure, tokens: Calibration, *,
     batch_size: int = 8, sublayers: bool = False,
 ) -> LayerSimilarities:  # fmt: skip
     """Compares the residual stream at all positions, in one pass over the text; the model is left as it is.
@@ -51,11 +52,11 @@ def layer_similarities(
     attention first. This runs every attention twice.
 
     Args:
-        tokens: Token ids, shape (sequences, length), without padding.
+        tokens: Token ids, shape (sequences, length), without padding, or rows with images.
         sublayers: Measure attentions and MLPs too.
     """
     stream = LayerStream(model, structure, tokens, batch_size)
-    silencer = Silencer(model, structure, tokens[:1, :2]) if sublayers else None
+    silencer = Silencer(model, structure, few_tokens(tokens)) if sublayers else None
 
     def last_tokens() -> torch.Tensor:
         return torch.cat([state[:, -1] for state in stream.hidden]).cpu()
@@ -198,7 +199,7 @@ def magnitude_scores(model: PreTrainedModel, structure: ModelStructure, units: I
 
 
 def taylor_scores(
-    model: PreTrainedModel, structure: ModelStructure, units: Iterable[Unit], tokens: torch.Tensor,
+    model: PreTrainedModel, structure: ModelStructure, units: Iterable[Unit], tokens: Calibration,
     config: PruningConfig,
 ) -> dict[Unit, float]:  # fmt: skip
     """`sum |w g|` over the linear weights of each unit (Shortened-LLM, arXiv 2402.02834, Taylor).

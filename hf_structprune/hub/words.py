@@ -105,6 +105,8 @@ def calibration_datasets(calibration: CalibrationConfig) -> list[str]:
 def calibration_in_words(calibration: CalibrationConfig) -> str:
     """A calibration text; of local files the name only, since the card is public."""
     size, sources = f"{calibration.num_samples} x {calibration.length} tokens", sources_of(calibration)
+    if calibration.image_column is not None:
+        size = f"{calibration.num_samples} rows of text and images"
     if calibration.fingerprint is not None:
         return f"{size}, given in memory (SHA-256 begins with `{calibration.fingerprint}`)"
     if not sources:

@@ -79,6 +79,10 @@ class Towers:
         )
         self.note = f"{', '.join(modules)}: no part of the text decoder ({self.parameters:,} parameters), left alone"
 
+    def place(self, name: str) -> str:
+        """Where a module of the decoder stands in the whole model."""
+        return _moved(name, {new: old for old, new in self._places.items()})
+
     def decoder(self) -> PreTrainedModel:
         """The text decoder as a causal language model with the tensors of the whole one; none is copied.
 

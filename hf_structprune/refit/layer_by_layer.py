@@ -31,6 +31,7 @@ from ..model.surgery import cut_units, mask_sublayers
 from ..plan import PruningPlan
 from ..stats.moments import InputStatistics
 from ..stats.routing import ExpertInputs, RoutingStatistics, routing_statistics
+from ..stats.seen import Calibration
 from ..stats.stream import LayerStream
 from ..stats.survey import Survey
 from ..units import KINDS, LAYERS, DepthKind, kinds_of
@@ -48,7 +49,7 @@ States = list[torch.Tensor]  # one tensor of shape (sequences, length, d) for ea
 @torch.no_grad()
 def compress(
     model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan, config: PruningConfig,
-    tokens: Callable[[], torch.Tensor], known: Survey, notes: list[str], store: Store | None = None,
+    tokens: Callable[[], Calibration], known: Survey, notes: list[str], store: Store | None = None,
     turns: Turns | None = None,
 ) -> Kept:  # fmt: skip
     """Chooses the units that stay, re-fits what reads them and cuts the others out, in place.
@@ -96,7 +97,7 @@ class _Compression:
         self.kept: Kept = {}
         self.cut: set[tuple[int, str]] = set()  # groups that are out already
 
-    def run(self, tokens: Callable[[], torch.Tensor], notes: list[str]) -> Kept:
+    def run(self, tokens: Callable[[], Calibration], notes: list[str]) -> Kept:
         looks, correcting = _looks(self.plan, self.config, bool(self.scores)), _corrects(self.plan, self.config)
         if looks or correcting:
             batch_size = self.config.calibration.batch_size

@@ -13,10 +13,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import tqdm
 
 from ..config import PruningConfig
-from ..hooks import hooked
+from ..hooks import as_output, hooked, others_of, replaced_forwards
 from ..model.experts import Experts
 from ..model.measuring import check_numbers, has_plain_head, measuring, positions_at_once
 from ..model.structure import Group, is_linear, matrix
+from .seen import Calibration, SeenRow, SeenRows
 
 
 Salience = dict[tuple[str, int], torch.Tensor]
@@ -37,9 +38,7 @@ class _Probe(torch.autograd.Function):
         return gradient, None, None
 
 
-def taylor_salience(
-    model: nn.Module, groups: Iterable[Group], tokens: torch.Tensor, config: PruningConfig
-) -> Salience:
+def taylor_salience(model: nn.Module, groups: Iterable[Group], tokens: Calibration, config: PruningConfig) -> Salience:
     """Importance of the rows and columns of the matrices of coupled groups, by the variant `config.taylor`.
 
     For a batch with mean loss gradient `g` and per-sequence gradients `g_j` (`F = mean_j g_j^2`): `first` sums
@@ -54,7 +53,8 @@ def taylor_salience(
     salience: Salience = {}
 
     def report(name: str, share: float, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
-        module, length = model.get_submodule(name), tokens.shape[1]
+        module = model.get_submodule(name)
+        length = gradient.shape[:-1].numel() if isinstance(tokens, SeenRows) else tokens.shape[1]
         linear = matrix(module).float()
         inputs, gradient = inputs.reshape(-1, length, inputs.shape[-1]), gradient.reshape(-1, length, linear.shape[0])
         change = _change(linear, inputs, gradient, config.taylor)
@@ -78,7 +78,7 @@ def taylor_salience(
     return {key: score.abs() for key, score in salience.items()}
 
 
-def gate_salience(model: nn.Module, groups: list[Group], tokens: torch.Tensor, config: PruningConfig) -> Salience:
+def gate_salience(model: nn.Module, groups: list[Group], tokens: Calibration, config: PruningConfig) -> Salience:
     """Squared first-order change of the loss when an expert's output goes: `mean over batches of (dL / dm_e)^2`.
 
     `m_e`, which is 1, multiplies what expert `e` puts out (Molchanov et al., 2019, eq. 8,
@@ -103,7 +103,7 @@ def gate_salience(model: nn.Module, groups: list[Group], tokens: torch.Tensor, c
 
 
 def weight_changes(
-    model: nn.Module, weights: dict[str, nn.Parameter], tokens: torch.Tensor, config: PruningConfig,
+    model: nn.Module, weights: dict[str, nn.Parameter], tokens: Calibration, config: PruningConfig,
     reduce: Callable[[str, torch.Tensor, float], None],
 ) -> None:  # fmt: skip
     """Hands on `|w g|` of whole weights, each as soon as its gradient `g` is complete, which is then freed.
@@ -138,15 +138,21 @@ def weight_changes(
 
 
 def _backward_passes(
-    model: nn.Module, tokens: torch.Tensor, config: PruningConfig, around: Callable[[float], AbstractContextManager]
+    model: nn.Module, tokens: Calibration, config: PruningConfig, around: Callable[[float], AbstractContextManager]
 ) -> None:
     """Backward pass of the mean next-token loss of each batch, in what `around` opens, given its share of sequences.
 
     No parameter asks for a gradient, unless `around` lets it; the model is left as it was.
     """
     with measuring(model):
-        plain = has_plain_head(model, on_device(model, tokens[:1]))
+        seen = isinstance(tokens, SeenRows)
+        plain = not seen and has_plain_head(model, on_device(model, tokens[:1]))
         with _frozen(model, config.gradient_checkpointing):
+            for row in tqdm(tokens.rows, desc="Gradients") if seen else ():
+                with around(1 / len(tokens)):
+                    _backward_row(model, row, tokens.layers)
+            if seen:
+                return
             for batch in tqdm(tokens.split(config.calibration.batch_size), desc="Gradients"):
                 with around(len(batch) / len(tokens)):
                     _backward(model, on_device(model, batch), plain)
@@ -206,6 +212,20 @@ def _backward(model: nn.Module, batch: torch.Tensor, plain: bool) -> None:
     if wanted:  # where the head is tied, the embeddings' part is added to it before it is handed on
         head.weight.grad = of_head.to(head.weight.dtype)
     states.backward(torch.cat(gradients))
+
+
+def _backward_row(model: nn.Module, row: SeenRow, layers: list[str]) -> None:
+    """Backward pass of the mean loss of the text of a row with images, through the layers of the decoder."""
+    modules, hidden = [model.get_submodule(name) for name in layers], row.hidden.clone().requires_grad_(True)
+    for index, module in enumerate(modules):
+        args, kwargs = row.arguments[index]
+        output = module(hidden, *args, **kwargs)
+        hidden = row.behind(index, output[0] if isinstance(output, tuple) else output)
+    chosen = (row.targets[0] >= 0).nonzero().flatten()  # float32 logits of few positions
+    value = as_output(hidden[:, chosen], others_of(output))
+    with replaced_forwards((module, lambda *args, **kwargs: value) for module in modules):
+        logits = model(input_ids=row.ids[:, chosen], use_cache=False).logits
+    nn.functional.cross_entropy(logits[0].float(), row.targets[0, chosen]).backward()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from ..hooks import Silencer
 from ..model.measuring import context_length, positions_at_once
 from ..model.structure import ModelStructure
 from ..units import LAYERS, DepthKind, kinds_of
+from .seen import Calibration, SeenRows, few_tokens
 from .stream import LayerStream
 
 
@@ -45,17 +46,21 @@ class TextLoss:
     The hidden states in front of a layer do not depend on whether it goes. They are carried along, and only what
     follows a candidate is run again: all single removals of `L` layers cost about `L / 2` forward passes.
 
-    Of the tokens the first `SEQUENCES` are used, see `joined`; the model, in eval mode, is left as it is.
+    Of the tokens the first `SEQUENCES` are used, see `joined`; of rows with images as many rows, and pictures are not
+    predicted. The model, in eval mode, is left as it is.
     """
 
-    def __init__(self, model: PreTrainedModel, structure: ModelStructure, tokens: torch.Tensor, batch_size: int = 8):
-        windows = joined(tokens[:SEQUENCES], context_length(model))
-        batch_size = max(1, batch_size * tokens.shape[1] // windows.shape[1])
+    def __init__(self, model: PreTrainedModel, structure: ModelStructure, tokens: Calibration, batch_size: int = 8):
+        windows = tokens[:SEQUENCES]
+        if not isinstance(tokens, SeenRows):
+            windows = joined(windows, context_length(model))
+            batch_size = max(1, batch_size * tokens.shape[1] // windows.shape[1])
         self.structure = structure
-        self._silencer = Silencer(model, structure, windows[:1, :2])
+        self._silencer = Silencer(model, structure, few_tokens(windows))
         self._stream = LayerStream(model, structure, windows, batch_size)
         self._entered = self._stream.copy(self._stream.hidden)
-        self._positions = windows.shape[0] * (windows.shape[1] - 1)
+        numbers = range(len(self._stream.batches))
+        self._positions = sum(int((self._stream.targets(number) >= 0).sum()) for number in numbers)
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
 
     def of(self, gone: Gone) -> float:
@@ -102,15 +107,15 @@ class TextLoss:
         with self._silenced(index, gone):
             for number, batch in enumerate(self._stream.batches):
                 states = self._stream.outputs(index, number, skip=gone[LAYERS])
-                total += self._batch_loss(states, batch)
+                total += self._batch_loss(states, batch, self._stream.targets(number))
         return total / self._positions if math.isfinite(total) else math.inf
 
-    def _batch_loss(self, states: torch.Tensor, ids: torch.Tensor) -> float:
+    def _batch_loss(self, states: torch.Tensor, ids: torch.Tensor, following: torch.Tensor) -> float:
         """Summed loss of a batch, a few positions at a time: float32 logits of all would need the most memory."""
         total, chunk = 0.0, max(1, positions_at_once(self._vocabulary) // len(ids))
         for begin in range(0, ids.shape[1] - 1, chunk):
             end = min(begin + chunk, ids.shape[1] - 1)
             logits = self._stream.head(states[:, begin:end], ids[:, begin:end]).float().flatten(0, 1)
-            targets = ids[:, begin + 1 : end + 1].flatten().to(logits.device)
+            targets = following[:, begin:end].flatten().to(logits.device)
             total += float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
         return total

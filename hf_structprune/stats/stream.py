@@ -17,6 +17,7 @@ from ..model.groups import Group
 from ..model.measuring import check_numbers
 from ..model.store import OUTSIDE, Store
 from ..model.structure import ModelStructure, decoder_layers
+from .seen import Calibration, SeenRows
 
 
 class _Stop(Exception):
@@ -47,7 +48,7 @@ class LayerStream:
 
     Args:
         model, structure: The model.
-        tokens: Token ids, shape (sequences, length).
+        tokens: Token ids, shape (sequences, length), or rows with images, each of its own length and a batch.
         batch_size: Sequences that go through the model at once.
         store: Where the weights are. From the recording on, layers have to be in memory whenever they are run.
 
@@ -57,13 +58,14 @@ class LayerStream:
     """
 
     def __init__(
-        self, model: PreTrainedModel, structure: ModelStructure, tokens: torch.Tensor, batch_size: int,
+        self, model: PreTrainedModel, structure: ModelStructure, tokens: Calibration, batch_size: int,
         store: Store | None = None,
     ) -> None:  # fmt: skip
         self.model, self.store = model, store or Store()
         self.layers = [layer for _, layer in decoder_layers(model, structure.family)]
-        self.batches = tokens.split(batch_size)
-        self._arguments: dict[int, list[tuple[tuple, dict[str, Any]]]] = {}
+        self.rows = tokens.rows if isinstance(tokens, SeenRows) else None
+        self.batches = tokens.split(batch_size) if self.rows is None else [row.ids for row in self.rows]
+        self._arguments = {number: row.arguments for number, row in enumerate(self.rows or [])}
         self._replayable: dict[str, int | None] = {}
         self._replaced: dict[str, list[torch.Tensor]] = {}
         self._layer_extras: int | None = None
@@ -74,8 +76,8 @@ class LayerStream:
 
     def _begin(self, structure: ModelStructure) -> None:
         """Computes what enters the first layer, and runs the whole model once for each shape of batch."""
-        for number, batch in enumerate(self.batches):
-            state = first_input(self.layers[0], partial(self._forward, batch))
+        for number in range(len(self.batches)):
+            state = first_input(self.layers[0], partial(self._forward, number))
             if state.ndim != 3:
                 raise UnsupportedModelError(
                     f"The layers of {type(self.model).__name__} pass on hidden states of shape {tuple(state.shape)} "
@@ -85,9 +87,16 @@ class LayerStream:
             self.hidden[number].copy_(state)
         self.additive = True
         parents = _outermost(structure.groups)
-        for batch in self.batches:
-            if len(batch) not in self._arguments:
-                self._record(batch, () if self._arguments else parents)
+        if self.rows is not None:
+            self._record(0, parents)
+            return
+        for number in range(len(self.batches)):
+            if self._shape(number) not in self._arguments:
+                self._record(number, () if self._arguments else parents)
+
+    def _shape(self, number: int) -> int:
+        """What batches have in common that get the same masks and position embeddings."""
+        return len(self.batches[number]) if self.rows is None else number
 
     def blank(self, like: torch.Tensor, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
         """Room for one tensor of shape (sequences, length, d) for each batch, `d` and device as in `like`.
@@ -95,20 +104,26 @@ class LayerStream:
         One block of memory for all of them: freed blocks of this size go back to the system, while many smaller ones
         would leave a heap full of holes.
         """
-        shape = (sum(map(len, self.batches)), self.batches[0].shape[1], like.shape[-1])
-        block = torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
-        return list(block.split([len(batch) for batch in self.batches]))
+        sizes = [batch.numel() for batch in self.batches]
+        block = torch.empty(sum(sizes), like.shape[-1], dtype=dtype or like.dtype, device=like.device)
+        parts = zip(block.split(sizes), self.batches, strict=True)
+        return [part.view(*batch.shape, like.shape[-1]) for part, batch in parts]
 
     def copy(self, states: list[torch.Tensor]) -> list[torch.Tensor]:
         """A copy of hidden states, in one block of memory."""
         return [room.copy_(state) for room, state in zip(self.blank(states[0]), states, strict=True)]
 
     @torch.no_grad()
-    def _forward(self, batch: torch.Tensor) -> None:
+    def _forward(self, number: int) -> None:
+        if self.rows is not None:
+            hidden = self.rows[number].hidden
+            for index in range(len(self.layers)):
+                hidden = self._run(index, number, hidden)
+            return
         device = self.model.get_input_embeddings().weight.device
-        self.model.base_model(input_ids=batch.to(device), use_cache=False)
+        self.model.base_model(input_ids=self.batches[number].to(device), use_cache=False)
 
-    def _record(self, batch: torch.Tensor, parents: Iterable[tuple[str, str]]) -> None:
+    def _record(self, number: int, parents: Iterable[tuple[str, str]]) -> None:
         """Records the arguments of every layer, and which consumers' outputs are those of the modules around them."""
         arguments: list[tuple[tuple, dict[str, Any]]] = []
         outputs: dict[str, torch.Tensor] = {}
@@ -144,18 +159,19 @@ class LayerStream:
             handles.append(parent.register_forward_hook(lambda _, __, out, names=names: after_parent(*names, out)))
         handles += [layer.register_forward_hook(lambda *_, n=n: free(n)) for n, layer in enumerate(self.layers)]
         with hooked(handles):
-            self._forward(batch)
-        self._arguments[len(batch)] = arguments
+            self._forward(number)
+        self._arguments[self._shape(number)] = arguments
 
     def _run(self, index: int, number: int, hidden: torch.Tensor) -> torch.Tensor:
         """The output of a layer for a batch; modules whose outputs were replaced return those."""
-        args, kwargs = self._arguments[len(self.batches[number])][index]
+        args, kwargs = self._arguments[self._shape(number)][index]
         forwards = []
         for name, outputs in self._replaced.items():
             value = as_output(outputs[number].clone(), self._replayable[name])  # some layers add to it in place
             forwards.append((self.model.get_submodule(name), lambda *args, value=value, **kwargs: value))
         with replaced_forwards(forwards):
-            return _first(self.layers[index](hidden, *args, **kwargs))
+            output = _first(self.layers[index](hidden, *args, **kwargs))
+        return output if self.rows is None else self.rows[number].behind(index, output)
 
     def enter(self, index: int) -> None:
         """Moves the hidden states to the device of layer `index`, where layers are spread over several."""
@@ -239,9 +255,18 @@ class LayerStream:
             return self.model(input_ids=ids.to(device), use_cache=False).logits
 
     def finish(self, index: int, number: int, every: int = 1) -> torch.Tensor:
-        """Logits of a batch when the layers from `index` on run as they are now, at each `every`-th position."""
-        hidden = self.outputs(index, number)
-        return self.head(hidden[:, ::every], self.batches[number][:, ::every])
+        """Logits of a batch when the layers from `index` on run as they are now, at each `every`-th position.
+
+        Of rows with images, positions count that a token of text follows.
+        """
+        hidden, chosen = self.outputs(index, number), slice(None, None, every)
+        if self.rows is not None and every > 1:
+            chosen = (self.targets(number)[0] >= 0).nonzero().flatten()[::every]
+        return self.head(hidden[:, chosen], self.batches[number][:, chosen])
+
+    def targets(self, number: int) -> torch.Tensor:
+        """The tokens of a batch that are predicted, shape (sequences, length - 1); -100 for what is no text."""
+        return self.batches[number][:, 1:] if self.rows is None else self.rows[number].targets
 
 
 def _outermost(groups: Iterable[Group]) -> dict[tuple[str, str], None]:

@@ -23,6 +23,7 @@ from ..refit.reader import kept_columns, refitted, write_columns
 from .gradients import Salience, gate_salience, taylor_salience
 from .moments import InputStatistics, is_held_out
 from .routing import RoutingStatistics, routing_statistics
+from .seen import Calibration
 from .stream import LayerStream
 
 
@@ -36,7 +37,7 @@ _EVERY = 4  # predictions are compared at each so many-th token
 @measures
 def measure_sensitivity(
     model: PreTrainedModel, structure: ModelStructure, criterion: Criterion, config: PruningConfig,
-    tokens: torch.Tensor, groups: list[Group], salience: Salience | None = None,
+    tokens: Calibration, groups: list[Group], salience: Salience | None = None,
 ) -> Sensitivity:  # fmt: skip
     """For every group the coefficient `a` of `KL(dense || cut) = a * share^2`, where `share` of its units go.
 
@@ -44,7 +45,7 @@ def measure_sensitivity(
     `a` is the geometric mean of the two values of `KL / share^2`. The model is left as it was.
 
     Args:
-        tokens: Calibration tokens; one sequence in eight is held out, the others are fitted on.
+        tokens: Calibration tokens, or rows with images; one sequence in eight is held out, the others are fitted on.
         groups: Groups to probe; query heads are not among them.
         salience: Reduced gradients, for gradient criteria.
     """
@@ -139,7 +140,7 @@ class Survey:
 
 @measures
 def survey(
-    model: PreTrainedModel, structure: ModelStructure, config: PruningConfig, tokens: Callable[[], torch.Tensor]
+    model: PreTrainedModel, structure: ModelStructure, config: PruningConfig, tokens: Callable[[], Calibration]
 ) -> Survey:
     """Finds out what the configuration's criterion and allocation need; changes nothing.
 

@@ -1,4 +1,7 @@
-"""Calibration text: `CalibrationConfig` says which, `load_tokens` makes full token sequences of one length of it."""
+"""Calibration text: `CalibrationConfig` says which, `load_tokens` makes full token sequences of one length of it.
+
+Rows with images, for models that see, are in `images`.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ import numpy as np
 from ..checks import Count, Limits, Number, check_fields, check_keys
 from ..data import calibration_sample
 from ..errors import CalibrationError, ConfigurationError, TextError
+from .images import digest_of
 from .reading import read_rows, token_ids
 
 
@@ -42,8 +46,12 @@ class CalibrationConfig:
         name (`str`, *optional*): Configuration name of a Hub dataset, for example `"wikitext-2-raw-v1"`.
         split (`str`): Split of a dataset.
         column (`str`): Column of a dataset or key of a JSONL row; a text, or chat messages with `chat_template`.
-        texts (list of `str`, *optional*): Texts given in memory instead of a dataset.
+        texts (list of `str`, *optional*): Texts given in memory instead of a dataset; with `image_column` a list of
+            rows such as `{"text": "...", "images": [...]}`, or a `datasets.Dataset`.
         tokens (`torch.Tensor`, *optional*): Token ids of shape `(num_samples, length)` given in memory.
+        image_column (`str`, *optional*): Column of the picture, or list of pictures, of a row: a model that sees is
+            then calibrated on what its decoder gets of text and pictures, each of `num_samples` rows a sequence of
+            its own length. Chat messages may hold their pictures themselves. Paths are relative to the file.
         num_samples (`int`): Number of sequences.
         length (`int`): Tokens in a sequence. Sequences are full: no padding is ever calibrated on.
         batch_size (`int`): Sequences that go through the model at once.
@@ -58,6 +66,7 @@ class CalibrationConfig:
     column: str = "text"
     texts: list[Any] | None = None
     tokens: Any = None
+    image_column: str | None = None
     num_samples: Count = 128
     length: Annotated[int, Limits(2)] = 256
     batch_size: Count = 8
@@ -68,11 +77,18 @@ class CalibrationConfig:
     def __post_init__(self) -> None:
         if isinstance(self.texts, str):
             raise ConfigurationError("`texts` is one string; it must be a list of strings. Use `dataset` for a file.")
+        table = self.texts if self.image_column is not None and hasattr(self.texts, "column_names") else None
+        self.texts = None if table is not None else self.texts
         check_fields(self)
+        self.texts = self.texts if table is None else table  # pictures of a `datasets.Dataset` are decoded when asked
         given = [n for n in ("dataset", "texts", "tokens") if getattr(self, n) is not None]
         if len(given) > 1:
             raise ConfigurationError(f"`{given[0]}` and `{given[1]}` both give calibration data; give one of them.")
-        if self.texts is not None:
+        if self.image_column is not None and self.tokens is not None:
+            raise ConfigurationError("`tokens` and `image_column` are both given; token ids hold no pictures.")
+        if self.image_column is not None and self.texts is not None:
+            self.fingerprint = getattr(self.texts, "_fingerprint", None) or digest_of(self.texts)
+        elif self.texts is not None:
             self.fingerprint = hashlib.sha256("\0".join(map(str, self.texts)).encode()).hexdigest()[:16]
         if self.tokens is not None:
             if getattr(self.tokens, "ndim", None) != 2 or self.tokens.dtype.is_floating_point:
@@ -109,10 +125,11 @@ def load_tokens(config: CalibrationConfig, tokenizer: Any) -> torch.LongTensor:
 
     if config.tokens is not None:
         return config.tokens.long()
-    if config.fingerprint is not None and config.texts is None and config.dataset is None:
+    check_given(config)
+    if config.image_column is not None:
         raise CalibrationError(
-            "The calibration data was given in memory and is not part of a saved configuration "
-            f"(fingerprint {config.fingerprint}): give `texts`, `tokens` or `dataset` again."
+            "`image_column` is given: rows with pictures calibrate the pruning of models that see, and nothing else. "
+            "Leave it out to use the text alone."
         )
     if tokenizer is None:
         raise CalibrationError("Calibration text needs a tokenizer and there is none: give one, or give `tokens`.")
@@ -130,6 +147,15 @@ def load_tokens(config: CalibrationConfig, tokenizer: Any) -> torch.LongTensor:
     for i, sequences in enumerate(found):
         tokens[i :: len(found)] = sequences
     return tokens
+
+
+def check_given(config: CalibrationConfig) -> None:
+    """Raises `CalibrationError` if the data was in memory when the configuration was saved, and is not here."""
+    if config.fingerprint is not None and config.texts is None and config.dataset is None:
+        raise CalibrationError(
+            "The calibration data was given in memory and is not part of a saved configuration "
+            f"(fingerprint {config.fingerprint}): give `texts`, `tokens` or `dataset` again."
+        )
 
 
 def respelled(tokens: torch.LongTensor, dense: Any, small: Any) -> torch.LongTensor:

@@ -70,6 +70,20 @@ def read_table(source: str | os.PathLike, *, name: str | None = None, split: str
     return as_table(list(_objects(path)), path.name)
 
 
+def read_objects(source: str | os.PathLike, *, name: str | None = None, split: str = "train") -> Sequence[Any]:
+    """The rows of a source with all their columns, each read only when it is asked for; as `read_rows`.
+
+    Raises:
+        TextError: Also for a `.txt` file, whose rows have no columns.
+    """
+    path = _file(source)
+    if path is None:
+        return _load(str(source), name, split, {})
+    if path.suffix == ".txt":
+        raise TextError(f"{path} is plain text; rows with several columns are those of a .jsonl or .json file.")
+    return _objects(path)
+
+
 def as_table(rows: Sequence[Any], name: str) -> Any:
     """Objects as a `datasets.Dataset` with every key that one of them has; where it is missing, there is `None`."""
     import datasets
