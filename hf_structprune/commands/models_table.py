@@ -130,8 +130,6 @@ def row_of(model_type: str, kinds: Iterable[str] = COLUMNS) -> Row:
         trial = Trial()
         why_not = reason_of(partial(trial.begin, model, structure))
         for kind in (kind for kind in kinds if has_units(structure, kind)):
-            if why_not is None:
-                trial.cut.clear()
             reason = why_not or reason_of(partial(trial.test, kind))
             if reason is not None:
                 row.notes.append(f"{kind}: {reason}")

@@ -241,7 +241,8 @@ class Trial:
         _compare(got, self.dense, "hidden states carried from layer to layer give other logits than the model")
 
     def test(self, kind: str) -> None:
-        """Tries a kind of unit."""
+        """Tries a kind of unit; `cut` is then what was cut of it, and no longer of the kind before."""
+        self.cut.clear()
         if kind in kinds_of(WidthKind):
             self._widths(kind)
         elif kind in kinds_of(DepthKind):
