@@ -101,6 +101,26 @@ def open_model(model_id: str | os.PathLike, **options: Any) -> tuple[PreTrainedM
     return loading.load_model(model_id, stored=stored, **options), stored
 
 
+def load_streamed(model_id: str | os.PathLike, **options: Any) -> tuple[PreTrainedModel, OnDisk]:
+    """A model to measure or to export, of which one layer at a time is in memory.
+
+    Args:
+        model_id: Hub id or folder with weights in safetensors files.
+        options: As for `from_pretrained`.
+
+    Returns:
+        The model, on the meta device, and where its weights are: `measure_perplexity(..., store=...)`,
+        `evaluate(..., store=...)`.
+
+    Raises:
+        UnsupportedModelError: The model is quantised, sees, or cannot be read layer by layer.
+        CheckpointError: As `loading.load_model`.
+    """
+    loading.refuse_quantised(loading.load_config(model_id, **options), str(model_id))
+    model, stored = open_model(model_id, **options)
+    return model, OnDisk(model, stored, [layer.name for layer in ModelStructure.of(model, whole=False).layers])
+
+
 class Streaming:
     """One model that is pruned from disk to disk.
 

@@ -139,6 +139,7 @@ class ExportArguments(SourceArguments):
         quant (`str`, *optional*): gguf: type of the weights, such as f16, bf16, f32, q8_0, q4_k_m. Default: f16.
         dtype (`str`, *optional*): onnx: fp32 or fp16, of weights and arithmetic. Default: fp32.
         pad (`bool`): deci: add heads and neurons of zeros where a layer does not fit the format.
+        stream (`bool`): gguf: read a layer at a time, for models larger than memory.
     """
 
     format: Annotated[str, OneOf(FORMATS)] | None = None
@@ -147,6 +148,7 @@ class ExportArguments(SourceArguments):
     quant: str | None = None
     dtype: str | None = None
     pad: bool = False
+    stream: bool = False
 
 
 @command
@@ -157,7 +159,7 @@ def export_command(options: ExportArguments) -> tuple[Any, ...]:
     check_output(options.output, options.overwrite, file=True, folders=True)
     module = importlib.import_module(f"..export.{options.format}", __package__)
     function = getattr(module, f"export_{options.format}")
-    names = ("quant", "dtype", "pad", "trust_remote_code")
+    names = ("quant", "dtype", "pad", "stream", "trust_remote_code")
     given = {name: getattr(options, name) for name in names if getattr(options, name)}
     for name in given.keys() - inspect.signature(function).parameters:
         raise ConfigurationError(f"--{name.replace('_', '-')} is no option of --format {options.format}.")

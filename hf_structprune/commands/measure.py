@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel
 
 from ..checks import Count, OneOf, check_fields
 from ..config import CONFIG_NAME
@@ -31,10 +32,11 @@ from ..evaluation.results import RESULTS_NAME, STATES, EvaluationResult, Figure,
 from ..evaluation.table import ResultTable
 from ..evaluation.tasks import SUITES
 from ..files.writing import check_place, write_text
+from ..model.store import OnDisk
 from ..plan import PLAN_NAME, PruningPlan
 from .arguments import command, parse
 from .cli import check_output, console
-from .models import ModelArguments, Subject, find_subject, load_for_measuring
+from .models import ModelArguments, Subject, find_subject, load_for_measuring, load_for_streaming
 
 
 @dataclass
@@ -68,11 +70,14 @@ class EvaluateArguments(SidesArguments):
             `study-a`, `leaderboard`.
         base_model (`str`, *optional*): What MODEL was made from. Default: what its files say, or the baseline.
         pictures (`bool`): Draw pictures (PNG) into a folder `pictures` beside the results.
+        stream (`bool`): Take all text through one layer after the other, for models larger than memory: perplexity
+            and size alone.
     """
 
     suite: list[str] | None = None
     base_model: str | None = None
     pictures: bool = False
+    stream: bool = False
 
 
 @dataclass
@@ -109,12 +114,12 @@ def evaluate_command(model: ModelArguments, options: EvaluateArguments, config: 
     config.load()  # what is wrong with texts and tasks shows before a model is loaded
     results = []
     if isinstance(baseline, Subject):
-        results.append(_evaluate(baseline, config, beside, baseline.base_model, options.overwrite))
+        results.append(_evaluate(baseline, config, beside, baseline.base_model, options))
     elif baseline is not None:
         results.append(baseline)
         _save_baseline(baseline, beside, options.overwrite)
     base = options.base_model or subject.base_model or (results[0].model if results else None)
-    results.append(_evaluate(subject, config, output, base, options.overwrite))
+    results.append(_evaluate(subject, config, output, base, options))
     if options.pictures:
         draw_all(results, output.parent / "pictures", plan)
     where = "Not saved: there was no --output." if output is None else f"Saved to {output}"
@@ -127,13 +132,18 @@ def _shown(results: list[EvaluationResult], output: Path | None) -> tuple[dict[s
 
 
 def _evaluate(
-    subject: Subject, config: EvaluationConfig, output: Path | None, base_model: str | None, overwrite: bool
+    subject: Subject, config: EvaluationConfig, output: Path | None, base_model: str | None, options: EvaluateArguments
 ) -> EvaluationResult:
-    model, tokenizer = load_for_measuring(subject.arguments)
+    model, tokenizer, store = _load(subject.arguments, options.stream)
     folder = Path(subject.arguments.model)
     name = folder.absolute().name if folder.is_dir() else subject.arguments.model  # results are published: no paths
     about = {"name": name, "state": subject.state, "base_model": base_model}
-    return evaluate(model, tokenizer, config, **about, output=output, overwrite=overwrite)
+    return evaluate(model, tokenizer, config, **about, output=output, overwrite=options.overwrite, store=store)
+
+
+def _load(arguments: ModelArguments, stream: bool) -> tuple[PreTrainedModel, Any, OnDisk | None]:
+    """A model, its tokenizer, and where its weights are if they are not in memory."""
+    return load_for_streaming(arguments) if stream else (*load_for_measuring(arguments), None)
 
 
 def _sides(
@@ -257,6 +267,7 @@ class PerplexityArguments:
             start of the text. Default: what the tokenizer does.
         max_windows (`int`, *optional*): At most so many windows, evenly spaced over the text. Default: all.
         batch_size (`int`): Windows that go through the model at once.
+        stream (`bool`): Take all windows through one layer after the other, for models larger than memory.
     """
 
     text: str = "sample"
@@ -269,6 +280,7 @@ class PerplexityArguments:
     bos: bool | None = None
     max_windows: Count | None = None
     batch_size: Count = 1
+    stream: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -280,10 +292,10 @@ def perplexity_command(model: ModelArguments, options: PerplexityArguments) -> t
     """Perplexity of MODEL, dense, pruned or quantised, on a text (lower is better)."""
     place = {"config_name": options.text_config_name, "split": options.split, "column": options.column}
     text = load_text(options.text, **place)
-    loaded, tokenizer = load_for_measuring(model)
+    loaded, tokenizer, store = _load(model, options.stream)
     window = options.window or find_protocol(options.protocol).window_for(loaded)
     chosen = {name: getattr(options, name) for name in ("stride", "bos", "max_windows", "batch_size")}
-    result = measure_perplexity(loaded, tokenizer, text, options.protocol, window=window, **chosen)
+    result = measure_perplexity(loaded, tokenizer, text, options.protocol, window=window, store=store, **chosen)
     values = {field.name: getattr(result, field.name) for field in dataclasses.fields(result) if field.name != "parts"}
     # JSON has no infinity and no NaN.
     values = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}

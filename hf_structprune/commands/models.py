@@ -21,7 +21,9 @@ from ..files.writing import write_folder
 from ..hardware import DTYPES, check_device, dtype_of
 from ..hub.words import RECOVERY_NAME
 from ..model.loading import load_config, load_model, load_tokenizer, refuse_quantised, shapes_of
+from ..model.store import OnDisk
 from ..pruner import StructuredPruner
+from ..streaming import load_streamed
 from ..units import VocabularyKind, kinds_of
 
 
@@ -84,8 +86,8 @@ def load_pruner(
     arguments: ModelArguments, config: PruningConfig | None = None, stream: bool = False
 ) -> StructuredPruner:
     """A pruner of the model that the options name."""
-    if stream and arguments.device not in (None, "cpu"):
-        raise ConfigurationError("--device and --stream are both given; a streamed model is computed on the CPU.")
+    if stream:
+        _check_streamed(arguments)
     options = arguments.loading_options()
     pruner = StructuredPruner.from_pretrained(arguments.model, config, stream=stream, **options)
     if arguments.device is not None and not stream:
@@ -97,9 +99,26 @@ def load_for_measuring(arguments: ModelArguments) -> tuple[PreTrainedModel, Any]
     """A model as it is, quantised ones too, and its tokenizer."""
     options = arguments.loading_options()
     model, tokenizer = load_model(arguments.model, True, **options), load_tokenizer(arguments.model, **options)
+    return (model if arguments.device is None else model.to(arguments.device)), _needed(tokenizer, arguments)
+
+
+def load_for_streaming(arguments: ModelArguments) -> tuple[PreTrainedModel, Any, OnDisk]:
+    """A model that is measured a layer at a time, its tokenizer, and where its weights are."""
+    _check_streamed(arguments)
+    options = arguments.loading_options()
+    model, store = load_streamed(arguments.model, **options)
+    return model, _needed(load_tokenizer(arguments.model, **options), arguments), store
+
+
+def _check_streamed(arguments: ModelArguments) -> None:
+    if arguments.device not in (None, "cpu"):
+        raise ConfigurationError("--device and --stream are both given; a streamed model is computed on the CPU.")
+
+
+def _needed(tokenizer: Any, arguments: ModelArguments) -> Any:
     if tokenizer is None:
         raise StructPruneError(f"{arguments.model} has no tokenizer, without which nothing can be measured.")
-    return (model if arguments.device is None else model.to(arguments.device)), tokenizer
+    return tokenizer
 
 
 def load_shapes(arguments: ModelArguments, config: PruningConfig | None = None) -> StructuredPruner:

@@ -124,6 +124,9 @@ def _size_figures(model: PreTrainedModel, config: EfficiencyConfig, ids: torch.L
         figures.append(_smaller("macs", count_macs(shapes, **counted), "MAC", how, **counted))
     except UnsupportedModelError as error:
         logger.warning(f"efficiency/macs is left out: {error}")
+    if model.device.type == "meta":
+        logger.warning("efficiency/macs_with_attention and kv_cache_bytes_per_token are left out without weights.")
+        return figures
     if quantised:
         logger.warning("efficiency/macs_with_attention is left out: torch does not count quantised kernels.")
     else:
@@ -208,10 +211,15 @@ def weight_bytes(model: nn.Module) -> dict[str, int]:
     Quantised weights count as they are stored, with their scales and zero points.
     """
     total: Counter[str] = Counter()
-    tensors = {(t.device, t.data_ptr(), t.nbytes): t for t in _saved_tensors(model.state_dict().values())}
+    tensors = {(t.device, _place(t), t.nbytes): t for t in _saved_tensors(model.state_dict().values())}
     for tensor in tensors.values():
         total[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
     return dict(total)
+
+
+def _place(tensor: torch.Tensor) -> int:
+    """Where it begins; without weights that is nowhere, and only what holds it tells it from others."""
+    return tensor.data_ptr() or tensor.untyped_storage()._cdata
 
 
 def _saved_tensors(values: Iterable[object]) -> Iterator[torch.Tensor]:

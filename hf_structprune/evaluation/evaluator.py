@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -19,12 +20,15 @@ from ..checks import Count, Limit, Number, check_fields
 from ..errors import ConfigurationError
 from ..files.writing import check_place
 from ..model.loading import as_tokenizer
+from ..model.store import OnDisk
 from .efficiency import EfficiencyConfig, measure_efficiency
 from .generation import generate_samples
 from .perplexity import EvaluationText, find_protocol, load_text, measure_perplexity
 from .results import EvaluationResult, describe_environment, model_fingerprint
 from .tasks import check_tasks, run_tasks
 
+
+logger = logging.get_logger(__name__)
 
 # Keys of `EvaluationResult.settings` besides the fields of the configuration.
 COMPLETED, MODEL, TEXTS = "completed", "model_fingerprint", "text_fingerprints"
@@ -97,7 +101,7 @@ class EvaluationConfig:
 def evaluate(
     model: PreTrainedModel, tokenizer: Any, config: EvaluationConfig | None = None, *, name: str,
     state: str = "dense", base_model: str | None = None, output: str | os.PathLike | None = None,
-    overwrite: bool = False,
+    overwrite: bool = False, store: OnDisk | None = None,
 ) -> EvaluationResult:  # fmt: skip
     """Measures perplexity on each text, each task, efficiency and sample texts, in this order.
 
@@ -113,21 +117,25 @@ def evaluate(
         base_model: What the model was made from, if that is known.
         output: JSON file for the result.
         overwrite: Start anew where `output` is of other settings, of another model or not ours at all.
+        store: Where the weights are, of a model that is not in memory (`streaming.load_streamed`). Perplexities are
+            the same as in memory, of efficiency there is what shapes tell, and there are no samples.
 
     Raises:
         StructPruneError: A text or a task cannot be used, or `output` holds something else or cannot be written.
     """
     config, tokenizer = config or EvaluationConfig(), as_tokenizer(tokenizer)
+    if store is not None:
+        config = _streamed(config)
     if output is not None:
         check_place(output, file=True)
     texts, tasks = config.load()
-    result = EvaluationResult(name, state, base_model, environment=describe_environment(model.device))
+    result = EvaluationResult(name, state, base_model, environment=describe_environment(_device(model, store)))
     result.settings = json.loads(json.dumps(config.to_dict()))
     result.settings |= {  # results are published: names, and no paths of this machine
         "texts": [text.name for text in texts],
         "include_path": config.include_path and Path(config.include_path).name,
         TEXTS: {text.name: hashlib.sha256(text.text.encode()).hexdigest()[:16] for text in texts},
-        MODEL: model_fingerprint(model),
+        MODEL: _fingerprint(model, store),
         COMPLETED: [],
     }
     steps = [f"perplexity/{text.name}" for text in texts] + [f"tasks/{task}" for task in tasks]
@@ -138,7 +146,7 @@ def evaluate(
     bar = logging.tqdm([step for step in steps if step not in completed], desc="Evaluation", unit="step")
     for step in bar:
         bar.set_postfix_str(step)
-        measured = _measure(step, model, tokenizer, config, texts)
+        measured = _measure(step, model, tokenizer, config, texts, store)
         if step == "samples":
             result.samples = measured
         else:
@@ -149,21 +157,53 @@ def evaluate(
     return result
 
 
+def _streamed(config: EvaluationConfig) -> EvaluationConfig:
+    """What of it can be measured of a model that is read layer by layer; says what is left out.
+
+    Raises:
+        ConfigurationError: There are tasks to run, or nothing is left.
+    """
+    if config.tasks:
+        raise ConfigurationError(
+            "Tasks (lm-eval) are not run on a streamed model, which would be read anew for every batch: measure "
+            "perplexity (`texts`), or run them where the model, or a quantised one, is in memory."
+        )
+    if config.samples or config.efficiency:
+        logger.warning(
+            "Streamed: no speed and no sample texts are measured, for which every token would read the whole model. "
+            "An exported GGUF file in few bits (`export --stream`) may fit in memory."
+        )
+    return dataclasses.replace(config, samples=False)
+
+
+def _device(model: PreTrainedModel, store: OnDisk | None) -> torch.device | str:
+    return model.device if store is None else "cpu"
+
+
+def _fingerprint(model: PreTrainedModel, store: OnDisk | None) -> str:
+    if store is None:
+        return model_fingerprint(model)
+    with store.reading() as read:
+        return model_fingerprint(model, read)
+
+
 def _measure(
-    step: str, model: PreTrainedModel, tokenizer: Any, config: EvaluationConfig, texts: list[EvaluationText]
-) -> list:
+    step: str, model: PreTrainedModel, tokenizer: Any, config: EvaluationConfig, texts: list[EvaluationText],
+    store: OnDisk | None = None,
+) -> list:  # fmt: skip
     """The figures of a step, or sample texts."""
     kind, _, name = step.partition("/")
     if kind == "perplexity":
         text = next(text for text in texts if text.name == name)
         window = config.window or find_protocol(config.protocol).window_for(model)
         options = {name: getattr(config, name) for name in ("stride", "bos", "max_windows", "batch_size")}
-        return measure_perplexity(model, tokenizer, text, config.protocol, window=window, **options).figures(name)
+        options |= {"window": window, "store": store}
+        return measure_perplexity(model, tokenizer, text, config.protocol, **options).figures(name)
     if kind == "tasks":
         names = ("num_fewshot", "limit", "include_path", "batch_size", "seed")
         return run_tasks(model, tokenizer, [name], **{name: getattr(config, name) for name in names})
     if kind == "efficiency":
-        return measure_efficiency(model, EfficiencyConfig(seed=config.seed))
+        return measure_efficiency(model, EfficiencyConfig(seed=config.seed, speed=store is None))
     return generate_samples(model, tokenizer, seed=config.seed)
 
 

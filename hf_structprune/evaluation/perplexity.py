@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -21,6 +23,9 @@ from ..data import wikitext2_sample
 from ..errors import ConfigurationError, TextError
 from ..model.loading import as_tokenizer
 from ..model.measuring import context_length, has_plain_head, measuring, positions_at_once
+from ..model.store import Store
+from ..model.structure import ModelStructure
+from ..stats.stream import layer_by_layer, without_layers
 from ..text.reading import FILES, is_local, read_lines, read_rows, tokenise
 from .comparison import FORMS, Parts, fingerprint, ratio_and_stderr
 from .results import Figure
@@ -361,7 +366,7 @@ def perplexity(
 def measure_perplexity(
     model: PreTrainedModel, tokenizer: Any, text: EvaluationText, protocol: str = "paper", *,
     window: int | None = None, stride: int | None = None, bos: bool | None = None, max_windows: int | None = None,
-    batch_size: int = 1,
+    batch_size: int = 1, store: Store | None = None,
 ) -> PerplexityResult:  # fmt: skip
     """Perplexity by one of the `PROTOCOLS`.
 
@@ -387,6 +392,8 @@ def measure_perplexity(
         bos: `None`: a BOS token where the tokenizer puts one by default; `True`: where the table says; `False`: none.
         max_windows: Number of windows to run, spread evenly over the text. Default: all.
         batch_size: Windows that go through the model at once; it does not change the result but for rounding.
+        store: Where the weights are, of a model that is not in memory (`streaming.load_streamed`): all windows go
+            through one layer after the other. The result is the same.
 
     Raises:
         ConfigurationError: The window is longer than the text or the model's context, the tokenizer has no BOS token,
@@ -403,7 +410,7 @@ def measure_perplexity(
     encoded, windows, ids, words = prepare(tokenizer, text, chosen, max_windows)
     _, starts, stops = windows.T
     counts = (stops - starts).tolist()
-    losses = window_losses(model, ids, counts, batch_size)
+    losses = window_losses(model, ids, counts, batch_size, store=store)
     key = fingerprint([ids.numpy().tobytes(), *map(str, counts)])
     values = {"windows": len(windows), "window": ids.shape[1], "protocol": words, "source": text.source, "parts": {}}
     values["text_tokens"] = len(encoded.ids)
@@ -475,20 +482,26 @@ def _count(text: str, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def window_losses(
     model: PreTrainedModel, ids: torch.LongTensor, counts: list[int], batch_size: int,
-    autocast: torch.dtype | None = None,
+    autocast: torch.dtype | None = None, store: Store | None = None,
 ) -> np.ndarray:  # fmt: skip
     """Summed negative log-likelihood of the last `counts` tokens of each window, in nats, of shape `(windows,)`.
 
     `ids` are of shape `(windows, window)`, and at most `window - 1` tokens of each count. Of `autocast` see
-    `measuring`.
+    `measuring`; of `store`, `measure_perplexity`.
     """
-    ids, sums = ids.to(model.device), []
+    ids, sums = ids if store is not None else ids.to(model.device), []
     with measuring(model, autocast=autocast):
-        plain = has_plain_head(model, ids[:1])
+        structure = None if store is None else ModelStructure.of(model, whole=False)
+        with nullcontext() if store is None else without_layers(model, structure, ids[:1, :2], store):
+            plain = has_plain_head(model, ids[:1])
         size = batch_size if plain else 1  # all logits of a window exist at once
         batches = list(zip(ids.split(size), torch.tensor(counts).split(size), strict=True))
-        for rows, last in logging.tqdm(batches, desc="Perplexity"):
-            sums += [part.sum().item() for part in _losses(model, rows, last, plain).split(last.tolist())]
+        whole = nullcontext(repeat(nullcontext()))
+        with whole if store is None else layer_by_layer(model, structure, ids, size, store) as turns:
+            for (rows, last), turn in zip(logging.tqdm(batches, desc="Perplexity"), turns, strict=False):
+                with turn:
+                    losses = _losses(model, rows, last, plain)
+                sums += [part.sum().item() for part in losses.split(last.tolist())]
     return np.array(sums)
 
 

@@ -10,7 +10,7 @@ import math
 import os
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -177,16 +177,18 @@ def describe_environment(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 @torch.no_grad()
-def model_fingerprint(model: PreTrainedModel) -> str:
+def model_fingerprint(model: PreTrainedModel, read: Callable[[str], torch.Tensor] | None = None) -> str:
     """16 hexadecimal digits of the configuration and of the names, shapes, dtypes and some elements of all parameters.
 
     Where a model was loaded from does not count. A change of a single element is likely to be missed; training,
-    merging, pruning, rounding and quantising change all of them and are not. On the meta device only shapes count.
+    merging, pruning, rounding and quantising change all of them and are not. On the meta device only shapes count,
+    unless there is something that will `read` a parameter by its name.
     """
     config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_THE_MODEL}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, parameter in model.named_parameters():
+    for name, parameter in list(model.named_parameters()):  # before any is put in the place of another
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        parameter = parameter if read is None else read(name)
         if parameter.device.type != "meta":
             step = max(1, parameter.numel() // _SAMPLES) | 1  # odd, so that it does not stay in one column
             some = parameter.detach().reshape(-1)[::step].contiguous().cpu()

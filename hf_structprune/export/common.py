@@ -15,6 +15,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..errors import ConfigurationError, ExportError
 from ..files.writing import check_folder
 from ..model.loading import as_tokenizer, load_config, load_model, load_tokenizer
+from ..model.store import OnDisk
+from ..streaming import load_streamed
 
 
 @dataclass
@@ -41,12 +43,14 @@ def load_source(
     tokenizer: Any = None,
     *,
     with_tokenizer: bool = True,
+    stream: bool = False,
     check: Callable[[PreTrainedConfig], Any] = lambda config: None,
     **kwargs: Any,
-) -> tuple[PreTrainedModel, Any]:
-    """The model to export in eval mode, loaded whole and not quantised, and its tokenizer or `None`.
+) -> tuple[PreTrainedModel, Any, OnDisk | None]:
+    """The model to export in eval mode, not quantised, its tokenizer or `None`, and where its weights are on disk.
 
-    `check` refuses configurations before weights are read; `kwargs` go to `from_pretrained`.
+    `check` refuses configurations before weights are read; with `stream` they are not read at all; `kwargs` go to
+    `from_pretrained`.
 
     Raises:
         ExportError: The model is quantised, or has no tokenizer and shall have one.
@@ -62,12 +66,15 @@ def load_source(
             "checkpoint that was quantised, and let the other format do the quantising."
         )
     check(config)
+    store = None
+    if loaded and stream:
+        raise ConfigurationError("`stream` reads a model from disk, and this one is loaded: give its id or folder.")
     if not loaded:
         tokenizer = load_tokenizer(model, **kwargs) if tokenizer is None else as_tokenizer(tokenizer)
-        model = load_model(model, **kwargs)
+        model, store = load_streamed(model, **kwargs) if stream else (load_model(model, **kwargs), None)
     if tokenizer is None and with_tokenizer:
         raise ExportError("The model has no tokenizer, which this format stores with it; save one beside it.")
-    return model.eval(), tokenizer
+    return model.eval(), tokenizer, store
 
 
 def class_name(config: PreTrainedConfig) -> str:
@@ -95,8 +102,10 @@ class Block:
 
 def llama_layers(model: PreTrainedModel) -> tuple[State, list[Block], int]:
     """The tensors by name, without a head that is tied to the embeddings; the sizes of all layers; those of a head."""
-    config, state = model.config, dict(model.state_dict())
-    if "lm_head.weight" in state and state["lm_head.weight"].data_ptr() == state[EMBEDDINGS].data_ptr():
+    config, parameters = model.config, dict(model.state_dict(keep_vars=True))
+    state = {name: tensor.detach() for name, tensor in parameters.items()}
+    head, embeddings = parameters.get("lm_head.weight"), parameters[EMBEDDINGS]
+    if head is embeddings or (head is not None and head.data_ptr() and head.data_ptr() == embeddings.data_ptr()):
         del state["lm_head.weight"]
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 

@@ -69,7 +69,7 @@ def export_deci(
     """
     output = output_folder(model, output)
     options = {"with_tokenizer": False, "check": _check_kind, "trust_remote_code": trust_remote_code}
-    model, tokenizer = load_source(model, tokenizer, **options)
+    model, tokenizer, _ = load_source(model, tokenizer, **options)
     state, dense, head_dim = llama_layers(model)
     before, blocks = sum(tensor.numel() for tensor in state.values()), fit(dense, pad)
     for layer, (old, new) in enumerate(zip(dense, blocks, strict=True)):

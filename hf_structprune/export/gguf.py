@@ -7,7 +7,8 @@ import json
 import os
 import re
 from collections import Counter
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -24,7 +25,7 @@ from transformers.utils.logging import is_progress_bar_enabled
 from ..errors import ConfigurationError, ExportError, StructPruneError
 from ..files.writing import appearing, check_place
 from ..installed import need
-from .common import Block, Exported, State, class_name, llama_layers, load_source, pad_layer
+from .common import EMBEDDINGS, Block, Exported, State, class_name, llama_layers, load_source, pad_layer
 
 
 try:
@@ -49,6 +50,7 @@ def export_gguf(
     *,
     quant: str = "f16",
     tokenizer: Any = None,
+    stream: bool = False,
     trust_remote_code: bool = False,
 ) -> Exported:
     """Writes a model as one GGUF file, which llama.cpp and what is built on it read.
@@ -61,6 +63,7 @@ def export_gguf(
         quant: Type of the matrices: `f32`, `f16`, `bf16` or `q8_0`, which need the package `gguf`, or one of
             `QUANTISED` such as `q4_k_m`, which llama.cpp makes itself. Vectors are float32.
         tokenizer: Tokenizer to use instead of the model's own.
+        stream: Read a layer of the checkpoint when its turn comes; the file is the same.
         trust_remote_code: Run modelling code that comes with the model.
 
     Raises:
@@ -80,7 +83,8 @@ def export_gguf(
     output = Path(output)
     loaded = isinstance(model, PreTrainedModel)
     name = Path(model.config._name_or_path or "model" if loaded else model).absolute().name
-    model, tokenizer = load_source(model, tokenizer, check=_architecture_of, trust_remote_code=trust_remote_code)
+    options = {"stream": stream, "check": _architecture_of, "trust_remote_code": trust_remote_code}
+    model, tokenizer, store = load_source(model, tokenizer, **options)
     architecture, state, blocks, head_dim = _as_llama_cpp_reads(model)
     written = quant if quant in WRITTEN else _LOSSLESS.get(model.dtype, "f32")
     writer = gguf.GGUFWriter(None, architecture)
@@ -91,8 +95,21 @@ def export_gguf(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_hyperparameters(writer, model.config, blocks, head_dim)
     notes = _add_vocabulary(writer, tokenizer, model.config)
-    _add_tensors(writer, model.config, state, head_dim, written)
-    size = sum(tensor.nbytes for tensor in writer.tensors[0].values())
+    with nullcontext() if store is None else store.reading() as read:
+        if store is not None:
+            dense, before, _ = llama_layers(model)
+            read = partial(_padded, read, dense, before, blocks, head_dim)
+        _add_tensors(writer, model.config, state, head_dim, written, read or state.__getitem__)
+        size = sum(tensor.nbytes for tensor in writer.tensors[0].values())
+        matrices = _write(writer, output, size, written, quant, types[quant])
+    notes += _remarks(model.config, architecture, quant, matrices)
+    kinds = dict(Counter(kind for kind, _ in matrices))
+    details = {"quant": quant, "architecture": architecture, "matrices": kinds}
+    return Exported(output, output.stat().st_size, details, notes)
+
+
+def _write(writer: Any, output: Path, size: int, written: str, quant: str, file_type: int) -> list[tuple[str, int]]:
+    """Writes the file; gives the types of its matrices, and the lengths of their rows."""
     with appearing(output, size * (1 if written == quant else 2)) as path:
         first = path if written == quant else path.with_name("whole.gguf")
         with closing(writer):
@@ -100,13 +117,24 @@ def export_gguf(
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file(progress=is_progress_bar_enabled())
         if first != path:
-            _quantise(first, path, types[quant])
+            _quantise(first, path, file_type)
         tensors = gguf.GGUFReader(path).tensors
-        matrices = [(t.tensor_type.name.lower(), int(t.shape[0])) for t in tensors if len(t.shape) > 1]
-    notes += _remarks(model.config, architecture, quant, matrices)
-    kinds = dict(Counter(kind for kind, _ in matrices))
-    details = {"quant": quant, "architecture": architecture, "matrices": kinds}
-    return Exported(output, output.stat().st_size, details, notes)
+        return [(t.tensor_type.name.lower(), int(t.shape[0])) for t in tensors if len(t.shape) > 1]
+
+
+def _padded(
+    read: Callable[[str], torch.Tensor], dense: State, before: list[Block], after: list[Block], head_dim: int,
+    name: str,
+) -> torch.Tensor:  # fmt: skip
+    """One tensor of a model that is read from disk, padded like that of one in memory; of others the names count."""
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    if layer is None or before[int(layer[1])] == after[int(layer[1])]:
+        return read(name)
+    state = {other: None for other in dense if not other.startswith(layer[0])}
+    state[EMBEDDINGS] = torch.empty(1, dense[EMBEDDINGS].shape[1], dtype=dense[EMBEDDINGS].dtype)
+    state |= {name: read(name)} if name in dense else {}
+    pad_layer(state, int(layer[1]), before[int(layer[1])], after[int(layer[1])], head_dim)
+    return state[name]
 
 
 def _quantise(whole: Path, target: Path, file_type: int) -> None:
@@ -268,8 +296,10 @@ def _is_one_list(rope: dict[str, Any]) -> bool:
     return rope["short_factor"] == rope["long_factor"] and rope.get("attention_factor") == 1.0
 
 
-def _add_tensors(writer: Any, config: PreTrainedConfig, state: State, head_dim: int, quant: str) -> None:
-    """Gives the tensors to the writer, which reads one at a time when it writes them.
+def _add_tensors(
+    writer: Any, config: PreTrainedConfig, state: State, head_dim: int, quant: str, read: Callable[[str], torch.Tensor]
+) -> None:
+    """Gives the tensors to the writer, which reads one at a time, by its name, when it writes them.
 
     Matrices are stored in the type that is asked for, or in half precision where rows do not divide into its blocks;
     vectors in float32, as llama.cpp wants them.
@@ -287,17 +317,17 @@ def _add_tensors(writer: Any, config: PreTrainedConfig, state: State, head_dim: 
         kind = asked if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[asked][0] == 0 else gguf.GGMLQuantizationType.F16
         kind = gguf.GGMLQuantizationType.F32 if tensor.ndim == 1 else kind
         rotated = name.rpartition(".")[0].endswith(("q_proj", "k_proj")) and writer.arch in _ROTATES_NEIGHBOURS
-        read = partial(_values, stored, tensor, kind, head_dim if rotated else None)
+        values = partial(_values, stored, partial(read, name), kind, head_dim if rotated else None)
         meta = LazyNumpyTensor.meta_with_dtype_and_shape(np.float32, tuple(tensor.shape))
-        writer.add_tensor(stored, quantize(LazyNumpyTensor(meta=meta, func=read), kind), raw_dtype=kind)
+        writer.add_tensor(stored, quantize(LazyNumpyTensor(meta=meta, func=values), kind), raw_dtype=kind)
 
 
-def _values(name: str, tensor: torch.Tensor, kind: Any, head_dim: int | None) -> np.ndarray:
+def _values(name: str, read: Callable[[], torch.Tensor], kind: Any, head_dim: int | None) -> np.ndarray:
     """The float32 values of a tensor of the file; rotary rows in the order of rotation by neighbours.
 
     Transformers rotates row `i` of a head with row `i + head_dim / 2`; in the result these two are neighbours.
     """
-    values = tensor.detach().to("cpu", torch.float32).contiguous()
+    values = read().detach().to("cpu", torch.float32).contiguous()
     if kind.name == "F16" and values.abs().max() > torch.finfo(torch.float16).max:
         raise ExportError(f"{name} holds {values.abs().max():.4g}, too large for f16. Say --quant bf16.")
     if head_dim is not None:

@@ -68,7 +68,7 @@ def export_onnx(
         raise ConfigurationError(f"`dtype` is {dtype!r}; allowed values are fp32, fp16.")
     output = output_folder(model, output)
     options = {"dtype": wanted, "trust_remote_code": trust_remote_code or None}
-    model, tokenizer = load_source(model, tokenizer, with_tokenizer=False, **options)
+    model, tokenizer, _ = load_source(model, tokenizer, with_tokenizer=False, **options)
     if model.dtype != wanted or model.device.type != "cpu":
         model = copy.deepcopy(model).to("cpu", wanted)
     # The graph's own weights, beside the model while it is written and checked.

@@ -25,6 +25,7 @@ from ..files.shards import Shards
 from ..files.writing import check_folder, write_folder
 from ..library_errors import LOGIN, clear_errors
 from ..model.rebuild import check_whole
+from ..model.stored import without_bars
 from ..plan import PLAN_NAME, PruningPlan
 from .card import EVAL_RESULTS, TASKS, card_name, is_ours, write_card
 from .contents import BEFORE, CARD_NAME, DENSE_RESULTS_NAME, WIDTHS_NAME, Contents, check_card, read_text
@@ -54,7 +55,8 @@ def save_checkpoint(
         if shards is None:
             model.save_pretrained(path, **kwargs)
         else:
-            model.save_pretrained(path, state_dict={}, **kwargs)
+            with without_bars():  # a bar of no weights
+                model.save_pretrained(path, state_dict={}, **kwargs)
             shards.finish(path, model.num_parameters())
         if tokenizer is not None:
             tokenizer.save_pretrained(path)

@@ -147,6 +147,28 @@ class OnDisk(Store):
                 gone[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
             self._set(name, gone[id(tensor)])
 
+    @contextmanager
+    def reading(self) -> Iterator[Callable[[str], torch.Tensor]]:
+        """Reads tensors by their names in the model; the part that one is in stays until another part is needed."""
+        parts = {name: part for part, names in self._names.items() for name in names}
+        there: list[int | str] = []
+
+        def free() -> None:
+            while there:
+                self.free(there.pop())
+
+        def read(name: str) -> torch.Tensor:
+            if parts[name] not in there:
+                free()
+                there.append(parts[name])
+                self.load(parts[name])
+            return self._tensor(name).detach()
+
+        try:
+            yield read
+        finally:
+            free()
+
     def _tensor(self, name: str) -> torch.Tensor:
         module, _, leaf = name.rpartition(".")
         return getattr(self.model.get_submodule(module), leaf)

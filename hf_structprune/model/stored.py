@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,6 +26,18 @@ from ..errors import CheckpointError, UnsupportedModelError
 
 
 _ROWS = 4096  # of two tied matrices that are compared at once
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Transformers shows no progress bars as long as this is open."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 class StoredWeights:
@@ -126,13 +139,12 @@ class StoredWeights:
             CheckpointError: One of them has another shape than the configuration says, or cannot be converted.
         """
         keys = [key for name in names for key in self.targets.get(name, ())]
-        bars = logging.is_progress_bar_enabled()
         with ExitStack() as stack:
             opened: dict = {}
             tensors = {key: self._slice(stack, opened, key) for key in keys}
-            if bars:  # one for every layer says nothing
-                logging.disable_progress_bar()
-                stack.callback(logging.enable_progress_bar)
+            stack.enter_context(without_bars())  # one for every layer says nothing
+            # In turn: threads would have read all of a layer before the first tensors are merged.
+            stack.enter_context(mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"))
             info, _ = convert_and_load_state_dict_in_model(model, tensors, self._config)
         for name, found, expected in info.mismatched_keys:
             raise CheckpointError(

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils.logging import tqdm
 
 from ..errors import UnsupportedModelError
 from ..hooks import as_output, hooked, others_of, replaced_forwards
 from ..model.groups import Group
 from ..model.measuring import check_numbers
-from ..model.store import OUTSIDE, Store
+from ..model.store import HEAD, OUTSIDE, Store
 from ..model.structure import ModelStructure, decoder_layers
 from .seen import Calibration, SeenRows
 
@@ -249,10 +250,14 @@ class LayerStream:
 
         What comes after it (norm, head, scaling) is the model's own business: it is run with layers that return them.
         """
-        value = as_output(hidden, self._layer_extras)
-        with replaced_forwards((layer, lambda *args, **kwargs: value) for layer in self.layers):
+        with self.passed(hidden):
             device = self.model.get_input_embeddings().weight.device
             return self.model(input_ids=ids.to(device), use_cache=False).logits
+
+    def passed(self, hidden: torch.Tensor) -> AbstractContextManager[None]:
+        """The model runs no layer, and takes these hidden states for what leaves the last, as long as this is open."""
+        value = as_output(hidden, self._layer_extras)
+        return replaced_forwards((layer, lambda *args, **kwargs: value) for layer in self.layers)
 
     def finish(self, index: int, number: int, every: int = 1) -> torch.Tensor:
         """Logits of a batch when the layers from `index` on run as they are now, at each `every`-th position.
@@ -267,6 +272,49 @@ class LayerStream:
     def targets(self, number: int) -> torch.Tensor:
         """The tokens of a batch that are predicted, shape (sequences, length - 1); -100 for what is no text."""
         return self.batches[number][:, 1:] if self.rows is None else self.rows[number].targets
+
+
+@contextmanager
+def without_layers(
+    model: PreTrainedModel, structure: ModelStructure, ids: torch.Tensor, store: Store
+) -> Iterator[None]:
+    """What is outside of the layers is in memory, and the layers pass on what they get, as long as this is open.
+
+    A few token ids, shape (1, length), show in what form the first layer returns it.
+    """
+    layers, forms = [layer for _, layer in decoder_layers(model, structure.family)], []
+
+    def stop(_, __, output):
+        forms.append(others_of(output))
+        raise _Stop
+
+    with store.holding(OUTSIDE), store.holding(HEAD):
+        with store.holding(0), layers[0].register_forward_hook(stop), suppress(_Stop):
+            model.base_model(input_ids=ids, use_cache=False)
+        form = forms[0]
+        with replaced_forwards((layer, lambda *a, **k: as_output(_hidden(a, k), form)) for layer in layers):
+            yield
+
+
+@contextmanager
+def layer_by_layer(
+    model: PreTrainedModel, structure: ModelStructure, ids: torch.Tensor, batch_size: int, store: Store
+) -> Iterator[Iterator[AbstractContextManager[None]]]:
+    """Takes all sequences through one layer after the other, and then has a turn for each batch, in order.
+
+    In its turn the model can be run on the batch, and gives what it gives when all of it is in memory.
+
+    Args:
+        ids: Token ids, shape (sequences, length).
+        batch_size: Sequences of a batch.
+        store: Where the weights are.
+    """
+    stream = LayerStream(model, structure, ids, batch_size, store)
+    for index in tqdm(range(len(stream.layers)), desc="Layers"):
+        with store.holding(index):
+            stream.advance(index)
+    with store.holding(OUTSIDE), store.holding(HEAD):
+        yield map(stream.passed, stream.hidden)
 
 
 def _outermost(groups: Iterable[Group]) -> dict[tuple[str, str], None]:
