@@ -86,6 +86,7 @@ class Benchmark:
     def run(self) -> int:
         steps: dict[str, Callable[[], dict[str, Any]]] = {"forward": self.forward}
         steps |= {f"prune, {way}": lambda way=way: self.prune_shape(way) for way in WAYS}
+        steps |= {"prune, layers in turns": self.prune_in_turns}
         steps |= {f"width, {name}": lambda name=name: self.width(name) for name in WIDTHS}
         steps |= {"dense": self.dense}
         steps |= {f"quality, {way}": lambda way=way: self.quality(way) for way in WAYS}
@@ -106,7 +107,7 @@ class Benchmark:
             try:
                 with peak_memory({self.device}) as peak:
                     values = what()
-                self.steps[name] = {**values, "peak_bytes": peak.value, "bytes_before": peak.before}
+                self.steps[name] = {"peak_bytes": peak.value, "bytes_before": peak.before, **values}
                 self.found["memory"] = peak.method
             except Exception as error:  # whatever it is, the others are still to be tried
                 self.steps[name] = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
@@ -151,7 +152,7 @@ class Benchmark:
         """One plain pass of the calibration tokens through the body of the model, and the speed of the dense one."""
         model = self.shape()
         text = self.text(model)
-        batches = [batch.to(self.device) for batch in torch.tensor(text.tokens).split(text.batch_size)]
+        batches = [batch.to(self.device) for batch in text.tokens.split(text.batch_size)]
 
         def run() -> None:
             for batch in batches:
@@ -170,6 +171,18 @@ class Benchmark:
         plain = self.steps.get("forward", {}).get("seconds")
         values = {"seconds": seconds, "forwards": plain and seconds / plain, "removed": pruner.last_plan.ratio}
         return {**values, **self.speed(pruner.model)}
+
+    def prune_in_turns(self) -> dict[str, Any]:
+        """The default with the model in the machine's memory: the device has one layer of it at a time."""
+        model = self.shape().to("cpu")
+        release_memory()
+        config = PruningConfig(calibration=self.text(model))
+        pruner = StructuredPruner(model, config, device=str(self.device))
+        del model
+        with peak_memory({self.device}) as peak:
+            seconds = self.seconds(lambda: pruner.prune(RATIO))
+        plain = self.steps.get("forward", {}).get("seconds")
+        return {"seconds": seconds, "forwards": plain and seconds / plain, "peak_bytes": peak.value}
 
     def width(self, name: str) -> dict[str, Any]:
         """Speed of a width: what is left of MLPs, rounded in several ways."""

@@ -20,7 +20,7 @@ def dtype_of(name: str | torch.dtype) -> torch.dtype | None:
     return next((dtype for short, dtype in DTYPES.items() if plain in (short, str(dtype)[6:])), None)
 
 
-def check_device(device: str | None) -> None:
+def check_device(device: str | torch.device | None) -> None:
     """Refuses a device that is not there; `None` is the CPU."""
     try:
         torch.empty(0, device=device)

@@ -102,9 +102,12 @@ class Execution:
 
     def _cut(self, plan: PruningPlan, target: Target, known: Survey) -> None:
         """Cuts layers, heads and neurons."""
-        self.store.begin(self.structure, plan.dropped, target)
-        kept = compress(self.model, self.structure, plan, self.config, self.tokens, known, self._notes, self.store)
-        self.store.finish()
+        self.store.begin(self.model, self.structure, plan.dropped, target)
+        try:
+            kept = compress(self.model, self.structure, plan, self.config, self.tokens, known, self._notes, self.store)
+            self.store.finish()
+        finally:
+            self.store.close()
         drop(self.model, self.structure, plan.dropped)
         self.model = rebuild(self.model, target)
         self.structure = ModelStructure.of(self.model, whole=False, towers=self.structure.towers)

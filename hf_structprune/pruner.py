@@ -11,21 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from huggingface_hub import CommitInfo
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.utils import logging
 
 from .allocation.depth import DepthChoice
 from .config import PruningConfig
 from .errors import CalibrationError, ConfigurationError, StructPruneError, UnsupportedModelError
 from .files.writing import check_folder, check_place
+from .hardware import check_device
 from .hub.checkpoint import push_folder, save_checkpoint, take_over
 from .hub.origin import origin_of, record
 from .model import loading
 from .model.checks import check_model, check_savable
 from .model.measuring import check_finite, measuring
 from .model.rebuild import has_weights, interrupted, mark, marked_if_changed
-from .model.store import Store
+from .model.store import InTurns, Store
 from .model.structure import ModelStructure
 from .model.towers import Towers, has_towers
 from .plan import PruningPlan
@@ -34,11 +37,14 @@ from .proof.guarantee import kinds_in, prove, prove_decoder
 from .prune import Execution, check_plan
 from .stats.seen import Calibration, SeenRows, see
 from .stats.survey import Survey
-from .streaming import Streaming, check_streams, open_model
+from .streaming import Streaming, check_device_room, check_streams, needs_whole, open_model
 from .text.calibration import check_given, check_token_ids, load_tokens, respelled
 from .text.images import load_image_rows
 from .units import VOCABULARY
 from .vocabulary.choosing import TokenChoice
+
+
+logger = logging.get_logger(__name__)
 
 
 class StructuredPruner:
@@ -50,6 +56,9 @@ class StructuredPruner:
         config (`PruningConfig`, *optional*): What to cut and how. The defaults suit most models.
         tokenizer (*optional*): Needed to calibrate on text, and saved with the checkpoint; also its folder or Hub id,
             or the processor of a model that sees.
+        device (`str`, *optional*): Where the layers of a model that is in the machine's memory are worked on, one
+            after the other, for example `"cuda"`: the device may be smaller than the model. What needs the whole
+            model at once is computed where the model is. Default: where the model is.
 
     Example:
 
@@ -63,8 +72,12 @@ class StructuredPruner:
     ```
     """
 
-    def __init__(self, model: PreTrainedModel, config: PruningConfig | None = None, tokenizer: Any = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, config: PruningConfig | None = None, tokenizer: Any = None,
+        device: str | torch.device | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.tokenizer = check_model(model), loading.as_tokenizer(tokenizer)
+        self._device = _visited(device, self.model)
         self._processor = self.tokenizer if isinstance(self.tokenizer, ProcessorMixin) else None
         if self._processor is not None:
             self.tokenizer = self._processor.tokenizer
@@ -90,6 +103,7 @@ class StructuredPruner:
         config: PruningConfig | None = None,
         tokenizer: Any = None,
         stream: bool = False,
+        device: str | torch.device | None = None,
         **kwargs: Any,
     ) -> StructuredPruner:
         """Loads a model (and its tokenizer) from the Hub or a folder, or takes one that is loaded.
@@ -100,11 +114,13 @@ class StructuredPruner:
         With `stream` no weights are loaded: `prune(ratio, output_dir=...)` reads them from the safetensors files a
         layer at a time and writes each as soon as it is cut, so that the model may be larger than memory. The result
         is the same; what needs the whole model at once is refused (`streaming.check_streams` says what).
+
+        With `device` layers are worked on there, one after the other, wherever the others are: see the class.
         """
         if isinstance(model_or_id, nn.Module):
             for name in (*kwargs, *["stream"] * stream):
                 raise ConfigurationError(f"`{name}` is an option of loading, but the model is loaded already.")
-            return cls(model_or_id, config, tokenizer)
+            return cls(model_or_id, config, tokenizer, device)
         kwargs = loading.plain_options(kwargs)
         model_config = loading.load_config(model_or_id, **kwargs)
         loading.refuse_quantised(model_config, str(model_or_id))
@@ -113,10 +129,10 @@ class StructuredPruner:
         if tokenizer is None:
             load = loading.load_processor if has_towers(model_config) else loading.load_tokenizer
             tokenizer = load(model_or_id, **kwargs)
-        pruner = cls(model, config, tokenizer)
+        pruner = cls(model, config, tokenizer, device)
         pruner.origin = origin_of(model, kwargs)
         if stored is not None:
-            pruner._streaming = Streaming(pruner.model, stored, pruner.structure)
+            pruner._streaming = Streaming(pruner.model, stored, pruner.structure, pruner._device)
         return pruner
 
     def plan(self, ratio: float | None = None) -> PruningPlan:
@@ -239,7 +255,10 @@ class StructuredPruner:
 
     def _prune(self, decoder: PreTrainedModel, ratio: float | PruningPlan | None) -> None:
         """Carries out a plan, or as many as there are steps."""
-        store = Store() if self._streaming is None else self._streaming.store
+        store = Store() if self._device is None else InTurns(self._device)
+        store = store if self._streaming is None else self._streaming.store
+        if self._device is not None and (whole := needs_whole(self.config, ratio)):
+            logger.warning("Computed where the model is, not on %s: %s.", self._device, "; ".join(whole))
         run = Execution(decoder, self.structure, self.config, self._tokens, store, self._choices())
         given = isinstance(ratio, PruningPlan)
         if given:
@@ -258,6 +277,9 @@ class StructuredPruner:
         self.last_plan = plan
 
     def _carry_out(self, run: Execution, plan: PruningPlan, known: Survey | None = None) -> None:
+        if isinstance(run.store, InTurns):
+            run.store.begin(run.model, run.structure)
+            check_device_room(run.store, run.model, plan, self.config, run.structure)
         if self._streaming is not None:
             self._streaming.check_room(plan, self.config, self.structure)
             self._streaming.keep_state(plan, self.config)
@@ -330,6 +352,11 @@ class StructuredPruner:
         calibration = self.config.calibration
         if calibration.image_column is None:
             return
+        if self._device is not None:
+            raise ConfigurationError(
+                f"`image_column` and `device` '{self._device}' are both given: the whole model is run on rows with "
+                "images, and layers alone go to the device. Leave one of them out."
+            )
         if self._towers is None:
             raise ConfigurationError(
                 f"`image_column` is {calibration.image_column!r}, but a {type(self.model).__name__} does not see: "
@@ -356,3 +383,17 @@ class StructuredPruner:
         """The calibration tokens for the work itself, which is recorded to have looked at them."""
         self._calibrated = True
         return self.calibration_tokens()
+
+
+def _visited(device: str | torch.device | None, model: PreTrainedModel) -> torch.device | None:
+    """The device that layers go to for their turn; `None` for the one where they are."""
+    if device is None:
+        return None
+    check_device(device)
+    device, places = torch.device(device), {parameter.device for parameter in model.parameters()}
+    if others := sorted(str(place) for place in places if place.type not in ("cpu", "meta")):
+        raise ConfigurationError(
+            f"`device` is '{device}', where layers go from the machine's memory, but the model is on {others[0]} "
+            "already: leave `device` out, or load the model on the CPU."
+        )
+    return None if device.type == "cpu" else device

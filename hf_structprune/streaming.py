@@ -27,8 +27,9 @@ from .criteria import make_criterion
 from .errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from .files.shards import LEAST, Shards
 from .files.writing import alone, check_folder, check_room, draft, must_stay, resolve
+from .hardware import free_memory, release_memory
 from .model import loading
-from .model.store import OUTSIDE, OnDisk, Saved
+from .model.store import OUTSIDE, InTurns, OnDisk, Saved, Store
 from .model.stored import StoredWeights
 from .model.structure import ModelStructure
 from .model.towers import has_towers
@@ -48,16 +49,8 @@ _STREAMS = (
 )
 
 
-def check_streams(config: PruningConfig, ratio: float | PruningPlan | None) -> None:
-    """Refuses what has to look at the whole model at once, or to change all of it.
-
-    Args:
-        config: What is cut and how.
-        ratio: What `prune` was asked for.
-
-    Raises:
-        ConfigurationError: Names what does not stream, what it would need, and what streams.
-    """
+def needs_whole(config: PruningConfig, ratio: float | PruningPlan | None) -> list[str]:
+    """What has to look at the whole model at once, or to change all of it, in words: see `check_streams`."""
     plan = ratio if isinstance(ratio, PruningPlan) else None
     chosen = plan is not None and plan.chosen
     reasons = []
@@ -74,6 +67,20 @@ def check_streams(config: PruningConfig, ratio: float | PruningPlan | None) -> N
         )
     if plan is None and config.iterative_steps > 1:
         reasons.append("`iterative_steps`, each of which begins with the result of the one before")
+    return reasons
+
+
+def check_streams(config: PruningConfig, ratio: float | PruningPlan | None) -> None:
+    """Refuses what has to look at the whole model at once, or to change all of it.
+
+    Args:
+        config: What is cut and how.
+        ratio: What `prune` was asked for.
+
+    Raises:
+        ConfigurationError: Names what does not stream, what it would need, and what streams.
+    """
+    reasons = needs_whole(config, ratio)
     if reasons:
         raise ConfigurationError(
             f"With `stream` the model is never in memory as a whole, which is needed for {'; for '.join(reasons)}. "
@@ -121,53 +128,87 @@ def load_streamed(model_id: str | os.PathLike, **options: Any) -> tuple[PreTrain
     return model, OnDisk(model, stored, [layer.name for layer in ModelStructure.of(model, whole=False).layers])
 
 
+def memory_needed(
+    store: Store, model: PreTrainedModel, plan: PruningPlan, config: PruningConfig, structure: ModelStructure
+) -> int:
+    """Bytes that carrying out a plan takes at its peak where layers are worked on, about, whatever their number.
+
+    Two layers (or one and what is outside of them), the hidden states of the calibration text (cut, dense, what they
+    lack, what goes into and out of each re-fitted map), and `MATRICES` times `width^2 * 4` for the second moments of
+    the widest re-fitted map.
+    """
+    layers = sorted(store.size(layer.index) for layer in structure.layers)
+    total = max(sum(layers[-2:]), layers[-1] + store.size(OUTSIDE))
+    if not looks_at_text(plan, config):
+        return total
+    calibration = config.calibration
+    hidden, each = model.config.hidden_size, next(model.parameters()).element_size()
+    kinds = {group.kind for group in plan.groups}
+    correcting = config.compensation and config.error_correction > 0
+    widths, number = [hidden], 1
+    for layer in structure.layers:
+        groups = [group for group in layer.groups if correcting or group.kind in kinds]
+        widths += [group.reader.index.numel() for group in groups if group.reader is not None]
+        widths += [group.size // group.blocks for group in groups if group.in_experts]
+        number = max(number, len(Counter(group.parent for group in groups)))
+    states = hidden * (2 + 2 * number) * each + 4 * hidden + max(widths) * each
+    running = calibration.batch_size * calibration.length * (4 * max(widths) + 8 * hidden) * 4
+    total += calibration.num_samples * calibration.length * states + running
+    maps = 12 * max(widths) * hidden * 4  # the map itself, in float64, and products with its targets
+    return total + MATRICES * max(widths) ** 2 * 4 + maps
+
+
+def check_device_room(
+    store: InTurns | OnDisk, model: PreTrainedModel, plan: PruningPlan, config: PruningConfig,
+    structure: ModelStructure,
+) -> None:  # fmt: skip
+    """Refuses a device that does not hold what is worked on at a time.
+
+    Raises:
+        ConfigurationError: Says what is needed and what there is.
+    """
+    release_memory()
+    needed, free = memory_needed(store, model, plan, config, structure), free_memory(store.device)
+    if free is not None and needed > free:
+        words = [tqdm.format_sizeof(size, "B") for size in (needed, free)]
+        raise ConfigurationError(
+            f"About {words[0]} of the memory of {store.device} are needed, and {words[1]} are free. Less text needs "
+            f"less: lower `num_samples` or `length` of the calibration (now {config.calibration.num_samples} "
+            f"sequences of {config.calibration.length} tokens)."
+        )
+
+
 class Streaming:
     """One model that is pruned from disk to disk.
 
     Args:
         model, stored: As `open_model` gives them, the model as it will be cut.
         structure: Its structure.
+        device: Where layers are worked on; default: where they are read to.
     """
 
-    def __init__(self, model: PreTrainedModel, stored: StoredWeights, structure: ModelStructure) -> None:
-        self.store = OnDisk(model, stored, [layer.name for layer in structure.layers])
+    def __init__(
+        self, model: PreTrainedModel, stored: StoredWeights, structure: ModelStructure,
+        device: torch.device | None = None,
+    ) -> None:  # fmt: skip
+        self.store = OnDisk(model, stored, [layer.name for layer in structure.layers], device)
         self.shards: Shards | None = None
         self.place: Path | None = None
 
     def memory_needed(self, plan: PruningPlan, config: PruningConfig, structure: ModelStructure) -> int:
-        """Bytes that carrying out a plan takes at its peak, about, whatever the number of layers.
-
-        Two layers (or one and what is outside of them), the files that are being filled, the hidden states of the
-        calibration text (cut, dense, what they lack, what goes into and out of each re-fitted map), and `MATRICES`
-        times `width^2 * 4` for the second moments of the widest re-fitted map.
-        """
-        layers = sorted(self.store.size(layer.index) for layer in structure.layers)
-        total = max(sum(layers[-2:]), layers[-1] + self.store.size(OUTSIDE)) + min(layers[-1], LEAST)
-        if not looks_at_text(plan, config):
-            return total
-        model, calibration = self.store.model, config.calibration
-        hidden, each = model.config.hidden_size, next(model.parameters()).element_size()
-        kinds = {group.kind for group in plan.groups}
-        correcting = config.compensation and config.error_correction > 0
-        widths, number = [hidden], 1
-        for layer in structure.layers:
-            groups = [group for group in layer.groups if correcting or group.kind in kinds]
-            widths += [group.reader.index.numel() for group in groups if group.reader is not None]
-            widths += [group.size // group.blocks for group in groups if group.in_experts]
-            number = max(number, len(Counter(group.parent for group in groups)))
-        states = hidden * (2 + 2 * number) * each + 4 * hidden + max(widths) * each
-        running = calibration.batch_size * calibration.length * (4 * max(widths) + 8 * hidden) * 4
-        total += calibration.num_samples * calibration.length * states + running
-        maps = 12 * max(widths) * hidden * 4  # the map itself, in float64, and products with its targets
-        return total + MATRICES * max(widths) ** 2 * 4 + maps
+        """Bytes that carrying out a plan takes at its peak, about: see `memory_needed`, and the files being filled."""
+        largest = max(self.store.size(layer.index) for layer in structure.layers)
+        return memory_needed(self.store, self.store.model, plan, config, structure) + min(largest, LEAST)
 
     def check_room(self, plan: PruningPlan, config: PruningConfig, structure: ModelStructure) -> None:
         """Says what a plan needs of memory and disk, before any weight is read.
 
         Raises:
-            ConfigurationError: There is not so much memory.
+            ConfigurationError: There is not so much memory, or not so much on the device.
             PlaceError: There is not so much room on the disk.
         """
+        if self.store.device is not None:
+            check_device_room(self.store, self.store.model, plan, config, structure)
         memory, free = self.memory_needed(plan, config, structure), psutil.virtual_memory().available
         disk, left = plan.bytes_after, shutil.disk_usage(self.shards.folder).free
         words = [tqdm.format_sizeof(size, "B") for size in (memory, free, disk, left)]
@@ -256,7 +297,8 @@ class State:
         self._shards.flush()
         values = {**values, "written": self._shards.written, "fingerprint": self._fingerprint}
         new = self._path.with_suffix(".new")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new, {"state": json.dumps(values)})
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+        save_file(tensors, new, {"state": json.dumps(values)})
         os.replace(new, self._path)
         self._last = time.monotonic()
 

@@ -75,7 +75,7 @@ class _Python(TorchFunctionMode):
             asked = [torch.device("cpu")]
         if function is torch.Tensor.to and len(args) > 1 and isinstance(args[1], torch.Tensor):
             asked = [DEVICE if is_other(args[1]) else args[1].device]
-        if not asked or function is torch._C._nn._parse_to:
+        if not asked or function in (torch.device, torch._C._nn._parse_to):
             return self._run(function, args, kwargs)
         other, cpu = torch.device(asked[0]).type == DEVICE.type, torch.device("cpu")
         args, kwargs = tree_map(lambda one: cpu if other and _is_device(one) else one, (args, kwargs))

@@ -5,8 +5,11 @@ import moe_families
 import pytest
 import torch
 from other_device import DEVICE, OtherDevice, is_other
+from safetensors.torch import load_file
 
-from hf_structprune import PruningConfig, StructuredPruner
+from hf_structprune import PruningConfig, StructuredPruner, streaming
+from hf_structprune.errors import ConfigurationError, StructPruneError
+from hf_structprune.model.store import InTurns
 
 
 CASES = {
@@ -56,3 +59,101 @@ def test_the_second_device_refuses_what_cuda_refuses():
                 mix()
         with pytest.raises(TypeError, match="numpy"):
             there.numpy()
+
+
+IN_TURNS = {
+    **{case: CASES[case] for case in ("default", "taylor", "experts")},
+    "layers, chosen on the CPU": ("gpt2", None, {"num_layers": 1}),
+    "in steps, tied": ("gemma2", 0.2, {"iterative_steps": 2}),
+}
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """Bytes that are free on the second device."""
+    free = [10**9]
+    monkeypatch.setattr(streaming, "free_memory", lambda device: free[0])
+    return free
+
+
+@pytest.fixture
+def turns(monkeypatch):
+    """The numbers of the layers that are on the device whenever something is brought there."""
+    seen, load = [], InTurns.load
+
+    def watched(store, part):
+        load(store, part)
+        seen.append([n for n, layer in enumerate(store._layers) if any(map(is_other, layer.parameters()))])
+
+    monkeypatch.setattr(InTurns, "load", watched)
+    return seen
+
+
+@pytest.mark.parametrize("case", IN_TURNS)
+def test_layers_in_turns_on_another_device(case, room, turns):
+    name, ratio, options = IN_TURNS[case]
+    make = moe_families.make_moe if name in moe_families.CONFIGS else families.make_model
+    config = PruningConfig(round_to=1, calibration=families.calibration(8, 12), **options)
+    plain = StructuredPruner(make(name), config)
+    expected = plain.prune(ratio).state_dict()
+    with OtherDevice() as device:
+        pruner = StructuredPruner(make(name), config, device="cuda")
+        model = pruner.prune(ratio)
+        model(families.make_tokens(2, 8))
+        assert not any(map(is_other, (*model.parameters(), *model.buffers())))
+    layers = set(range(len(plain.structure.layers) + len(plain.last_plan.dropped.get("layers", ()))))
+    assert max(map(len, turns)) == 1 and {n for (n,) in filter(None, turns)} == layers and device.operations > 300
+    assert pruner.last_plan.to_dict() == plain.last_plan.to_dict() and model.state_dict().keys() == expected.keys()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
+
+
+def test_layers_that_are_read_from_disk_go_to_the_device(room, tmp_path, monkeypatch):
+    dense = families.make_model("gemma2")  # tied
+    dense.save_pretrained(tmp_path / "dense")
+    config = PruningConfig(round_to=1, calibration=families.calibration(8, 12))
+    monkeypatch.setattr(streaming, "SAVE_EVERY", 0.0)
+    StructuredPruner.from_pretrained(tmp_path / "dense", config).prune(0.2, tmp_path / "plain")
+    with OtherDevice() as device:
+        pruner = StructuredPruner.from_pretrained(tmp_path / "dense", config, stream=True, device="cuda")
+        pruner.prune(0.2, tmp_path / "read")
+    assert device.operations > 300
+    plain, read = (
+        {
+            name: tensor
+            for file in (tmp_path / folder).glob("*.safetensors")
+            for name, tensor in load_file(file).items()
+        }
+        for folder in ("plain", "read")
+    )
+    assert plain.keys() == read.keys() and all(torch.equal(plain[name], read[name]) for name in plain)
+
+
+def test_a_device_that_is_too_small_is_refused_before_anything_changes(room, turns):
+    room[0] = 1000
+    model = families.make_model("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with OtherDevice():
+        pruner = StructuredPruner(model, PruningConfig(calibration=families.calibration(8, 12)), device="cuda")
+        with pytest.raises(ConfigurationError, match="of the memory of cuda are needed, and 1"):
+            pruner.prune(0.2)
+    assert not turns and all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert "save_pretrained" not in vars(model)  # it is not marked as half-pruned
+
+
+def test_what_fails_on_the_device_leaves_nothing_there(room, turns):
+    model = families.make_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.fill_(1e38)  # what leaves layer 1 is infinite
+    with OtherDevice():
+        pruner = StructuredPruner(model, PruningConfig(calibration=families.calibration(8, 12)), device="cuda")
+        with pytest.raises(StructPruneError, match="layer 1|inputs of"):
+            pruner.prune(0.2)
+        assert turns[-1] == [1] and not any(map(is_other, (*model.parameters(), *model.buffers())))
+
+
+def test_a_model_on_the_device_is_no_model_to_bring_there():
+    with OtherDevice():
+        model = families.make_model("llama").to("cuda")
+        with pytest.raises(ConfigurationError, match="already"):
+            StructuredPruner(model, device="cuda")

@@ -83,14 +83,15 @@ class ModelArguments(SourceArguments):
 
 
 def load_pruner(
-    arguments: ModelArguments, config: PruningConfig | None = None, stream: bool = False
+    arguments: ModelArguments, config: PruningConfig | None = None, stream: bool = False, offload: bool = False
 ) -> StructuredPruner:
     """A pruner of the model that the options name."""
-    if stream:
-        _check_streamed(arguments)
-    options = arguments.loading_options()
-    pruner = StructuredPruner.from_pretrained(arguments.model, config, stream=stream, **options)
-    if arguments.device is not None and not stream:
+    if offload and arguments.device in (None, "cpu"):
+        raise ConfigurationError("--offload brings layers to a device for their turn: say which, `--device cuda`.")
+    options, in_turns = arguments.loading_options(), stream or offload
+    device = arguments.device if in_turns else None
+    pruner = StructuredPruner.from_pretrained(arguments.model, config, stream=stream, device=device, **options)
+    if arguments.device is not None and not in_turns:
         pruner.model.to(arguments.device)
     return pruner
 
@@ -112,7 +113,7 @@ def load_for_streaming(arguments: ModelArguments) -> tuple[PreTrainedModel, Any,
 
 def _check_streamed(arguments: ModelArguments) -> None:
     if arguments.device not in (None, "cpu"):
-        raise ConfigurationError("--device and --stream are both given; a streamed model is computed on the CPU.")
+        raise ConfigurationError("--device and --stream are both given; a streamed model is measured on the CPU.")
 
 
 def _needed(tokenizer: Any, arguments: ModelArguments) -> Any:

@@ -209,7 +209,10 @@ class PruneArguments:
         ratio (`float`, *optional*): Share of all parameters to remove: 0.3 removes 30 %.
         plan (`str`, *optional*): Apply this plan, saved by `hf-structprune plan --output`, instead of a ratio.
         overwrite (`bool`): Write to the folder even if it is not empty, and start an interrupted run anew.
-        stream (`bool`): Read, cut and write the model a layer at a time, for models larger than memory.
+        stream (`bool`): Read, cut and write the model a layer at a time, for models larger than memory; with
+            `--device` each layer is worked on there.
+        offload (`bool`): The model stays in the machine's memory, and each layer goes to `--device` for its turn: for
+            models larger than the device.
         resume (`bool`): With `--stream`: go on where an interrupted run into the folder stopped.
     """
 
@@ -218,6 +221,7 @@ class PruneArguments:
     plan: str | None = None
     overwrite: bool = False
     stream: bool = False
+    offload: bool = False
     resume: bool = False
 
 
@@ -235,7 +239,7 @@ def prune_command(model: ModelArguments, options: PruneArguments, config: Prunin
         check_streams(config, target)
     elif options.resume:
         raise ConfigurationError("--resume is for --stream.")
-    pruner = load_pruner(model, config, options.stream)
+    pruner = load_pruner(model, config, options.stream, options.offload)
     resume = (True if options.resume else False if options.overwrite else None) if options.stream else None
     pruner.prune(target, options.output_dir, resume)
     plan, seconds = pruner.last_plan, round(time.monotonic() - started, 1)

@@ -103,7 +103,8 @@ class TensorCriterion(Criterion):
 
     def score(self, scoring: Scoring) -> torch.Tensor:
         parts = [p for p in scoring.group.slices if scoring.weight(p).ndim > 1]
-        channels = [self.part_score(scoring, p)[p.index.to(scoring.weight(p).device)].double() for p in parts]
+        scores = [(self.part_score(scoring, p), p.index) for p in parts]
+        channels = [score[index.to(score.device)].double() for score, index in scores]
         return join(channels, self.config.aggregation)
 
 

@@ -1,4 +1,4 @@
-"""Where the weights of a model are while it is worked on: all in memory, or on disk but for the layer at hand."""
+"""Where the weights of a model are while it is worked on: in memory, on a device in turns, or on disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from ..errors import CheckpointError
 from .measuring import check_finite
 from .stored import StoredWeights
-from .structure import ModelStructure
+from .structure import ModelStructure, decoder_layers
 from .surgery import name_after, skipped
 from .target import Target
 
@@ -46,7 +46,7 @@ class Progress(Protocol):
 class Store:
     """A model in memory: every layer is there at any time, and stays where it is when it has been cut.
 
-    `OnDisk` is the other kind. What is done to one layer after the other is written once, for both.
+    `InTurns` and `OnDisk` are other kinds. What is done to one layer after the other is written once, for all.
     """
 
     def load(self, part: int | str) -> None:
@@ -64,14 +64,23 @@ class Store:
         finally:
             self.free(part)
 
-    def begin(self, structure: ModelStructure, dropped: dict[str, list[int]], target: Target) -> None:
+    def begin(
+        self, model: PreTrainedModel, structure: ModelStructure, dropped: dict[str, list[int]], target: Target
+    ) -> None:
         """Says what the model will be, before the first layer is cut; `dropped` are layers and sublayers that go."""
+
+    def size(self, part: int | str) -> int:
+        """Bytes of a layer, or of a part outside of the layers."""
+        raise NotImplementedError
 
     def put(self, index: int) -> None:
         """A layer that is in memory is as it will be."""
 
     def finish(self) -> None:
         """All layers that change were put."""
+
+    def close(self) -> None:
+        """The work is over, or has failed."""
 
     def save(self, state: Callable[[], tuple[Tensors, dict[str, Any]]]) -> None:
         """The layers so far were put; `state` gives tensors and values (JSON) that are needed to go on from here."""
@@ -81,6 +90,59 @@ class Store:
         return None
 
 
+class InTurns(Store):
+    """A model in the machine's memory whose layers go to a device for their turn, and come back.
+
+    The hidden states, and what is measured of them, stay on the device. The LM head never goes there.
+
+    Args:
+        device: Where layers are worked on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._layers: list[nn.Module] = []
+        self._outside: list[nn.Module] = []
+        self._there: set[int | str] = set()  # what is on the device
+
+    def begin(self, model, structure, dropped=None, target=None):
+        self._layers = [layer for _, layer in decoder_layers(model, structure.family)]
+        inside = {id(module) for layer in self._layers for module in layer.modules()}
+        self._outside = [module for module in model.base_model.modules() if id(module) not in inside]
+
+    def load(self, part):
+        self._there.add(part)
+        self._move(part, self.device)
+
+    def free(self, part):
+        self._move(part, torch.device("cpu"))
+        self._there.discard(part)
+
+    def close(self):
+        for part in list(self._there):
+            self.free(part)
+
+    def size(self, part):
+        tensors = {id(one): one for module in self._parts(part) for one in _own(module).values()}
+        return sum(tensor.nbytes for tensor in tensors.values())
+
+    def _parts(self, part: int | str) -> list[nn.Module]:
+        return self._outside if part == OUTSIDE else [*self._layers[part].modules()]
+
+    def _move(self, part: int | str, device: torch.device) -> None:
+        for module in self._parts(part):
+            for name, tensor in _own(module).items():
+                if isinstance(tensor, nn.Parameter):
+                    tensor.data = tensor.data.to(device)  # the same parameter: what is tied stays so
+                else:
+                    setattr(module, name, tensor.to(device))
+
+
+def _own(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of a module itself."""
+    return {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+
+
 class OnDisk(Store):
     """A model on the meta device whose weights are read from a checkpoint, and handed on when they have been cut.
 
@@ -88,14 +150,17 @@ class OnDisk(Store):
         model: As it was loaded inside `stored.taken()`.
         stored: Its weights.
         layers: Full names of its decoder layers.
+        device: Where layers are worked on.
 
     Attributes:
         write: Takes the tensors of one layer (or of what is outside of the layers) as they are stored.
         progress: Keeps the state of the run, where it may be resumed.
     """
 
-    def __init__(self, model: PreTrainedModel, stored: StoredWeights, layers: list[str]) -> None:
-        self.model, self.weights = model, stored
+    def __init__(
+        self, model: PreTrainedModel, stored: StoredWeights, layers: list[str], device: torch.device | None = None
+    ) -> None:
+        self.model, self.weights, self.device = model, stored, device
         self.write: Callable[[Tensors], None] | None = None
         self.progress: Progress | None = None
         self._names: dict[int | str, list[str]] = defaultdict(list)
@@ -114,8 +179,7 @@ class OnDisk(Store):
             self._names[int(number) if number else HEAD if alone else OUTSIDE].append(name)
         self._count = len(layers)
 
-    def size(self, part: int | str) -> int:
-        """Bytes of a layer, or of a part outside of the layers."""
+    def size(self, part):
         tensors, state = {}, self.model.state_dict(keep_vars=True)
         for name in self._names[part]:
             tensors[id(state[name])] = state[name].numel() * state[name].element_size()
@@ -136,6 +200,18 @@ class OnDisk(Store):
         if part not in self._seen:
             self._seen.add(part)
             check_finite(self.model, set(names))
+        self._move(names)
+
+    def _move(self, names: list[str]) -> None:
+        """Brings tensors that were read to the device; those that are one stay one."""
+        moved: dict[int, torch.Tensor] = {}
+        for name in names if self.device is not None else ():
+            tensor = self._tensor(name)
+            if id(tensor) not in moved:
+                there = tensor.detach().to(self.device)
+                is_parameter = isinstance(tensor, nn.Parameter)
+                moved[id(tensor)] = nn.Parameter(there, tensor.requires_grad) if is_parameter else there
+            self._set(name, moved[id(tensor)])
 
     def free(self, part):
         gone: Tensors = {}
@@ -177,7 +253,7 @@ class OnDisk(Store):
         module, _, leaf = name.rpartition(".")
         setattr(self.model.get_submodule(module), leaf, tensor)
 
-    def begin(self, structure, dropped, target):
+    def begin(self, model, structure, dropped, target):
         self._result = target.skeleton()
         gone = tuple(f"{module}." for sublayer in skipped(structure, dropped) for module in sublayer.modules)
         names = (name for part in self._names.values() for name in part if not name.startswith(gone))
@@ -187,7 +263,7 @@ class OnDisk(Store):
 
     def put(self, part):
         tensors = {
-            self._new_names[name]: self._tensor(name).detach()
+            self._new_names[name]: self._tensor(name).detach().cpu()
             for name in self._names[part]
             if self._new_names.get(name) in self._stored
         }
