@@ -17,7 +17,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/hf-structprune demo "$(MODEL)" --ratio $(RATIO) --output-dir "$(OUT)"
 
 test: quality
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --durations=15
 
 # vLLM, for CPUs, in an environment of its own: it wants other versions of torch and Transformers.
 test-vllm: $(VENV)/.installed-dev $(VLLM_VENV)/.installed

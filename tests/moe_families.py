@@ -33,7 +33,7 @@ CONFIGS = {
     "granitemoeshared": dict(**_WIDTH, num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=16),
     "granitemoehybrid": dict(
         **_WIDTH, num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=16, mamba_n_heads=8,
-        mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, layer_types=["mamba", "attention"],
+        mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=8, layer_types=["mamba", "attention"],
     ),
     "gpt_oss": dict(**_WIDTH, num_local_experts=4, num_experts_per_tok=2, head_dim=HEAD_DIM),
     "deepseek_v2": dict(
@@ -78,7 +78,7 @@ CONFIGS = {
     ),
     "nemotron_h": dict(
         **_MOE, n_routed_experts=4, n_group=1, topk_group=1, head_dim=HEAD_DIM, layers_block_type=["attention", "moe"],
-        mamba_num_heads=8, mamba_head_dim=8, moe_shared_expert_intermediate_size=16,
+        mamba_num_heads=8, mamba_head_dim=8, chunk_size=8, moe_shared_expert_intermediate_size=16,
     ),
     "jamba": dict(
         **_WIDTH, num_experts=4, num_experts_per_tok=2, attn_layer_period=2, attn_layer_offset=1,

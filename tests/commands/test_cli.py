@@ -58,6 +58,7 @@ def test_version(capsys):
         (["plan", "m", "--ratio", "1.5"], ["--ratio: `ratio` is 1.5"]),
         (["plan", "m", "--ratio", "0.3", "--mlp-ratio", "0.3"], ["both given"]),
         (["plan", "m", "--ratio", "0.3", "--criterion", "best"], ["`criterion`", "'best'", "obs"]),
+        (["plan", "/no/such/model", "--ratio", "0.3"], ["cannot load '/no/such/model'"]),
         (["plan", "m", "--ratio", "0.3", "--config", "no-such.yaml"], ["There is no file no-such.yaml"]),
         (["prune", "m", "--ratio", "0.3"], ["--output-dir is missing"]),
         (["prune", "m", "--output-dir", "o", "--plan", "p", "--ratio", "0.3"], ["--ratio and --plan"]),
@@ -104,10 +105,11 @@ def test_nothing_is_written_over(command, overwrite_needed, tmp_path, capsys):
     assert kept.read_text() == "mine"
 
 
-def test_no_such_model():
-    result = run("plan", "/no/such/model", "--ratio", "0.3")
+def test_the_exit_code_and_the_line_of_a_process():
+    """With a mistake that is found before torch is imported."""
+    result = run("bogus")
     assert (result.returncode, result.stdout) == (2, "")
-    assert_one_error_line(result.stderr, "/no/such/model")
+    assert_one_error_line(result.stderr, "'bogus'")
 
 
 @pytest.mark.parametrize(

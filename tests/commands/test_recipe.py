@@ -256,23 +256,24 @@ def test_recipe_of_the_llm_pruner_study_recovers_as_its_recipe():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "recipe",
+    ("recipe", "layers"),
     [  # the recipes of the studies differ in their model, and their settings are looked at below
-        "tinyllama-1.1b-chat/study-recovered",
-        "smollm2-135m-instruct/prune-recover-quantize",
-        "llama-2-7b-chat/prune-qlora",
-        "llama-3-8b-instruct/drop-layers-quantize",
-        "mistral-7b-instruct/drop-blocks-lora",
+        ("tinyllama-1.1b-chat/study-recovered", 18),  # as many as its range of layers names
+        ("smollm2-135m-instruct/prune-recover-quantize", 3),
+        ("llama-2-7b-chat/prune-qlora", 3),
+        ("llama-3-8b-instruct/drop-layers-quantize", 10),
+        ("mistral-7b-instruct/drop-blocks-lora", 14),  # six that are protected and six that go
     ],
 )
-def test_recipes_run_on_tiny_models(recipe, tiny_llama, make_tokenizer, tmp_path, monkeypatch):
+def test_recipes_run_on_tiny_models(recipe, layers, tiny_llama, make_tokenizer, tmp_path, monkeypatch):
     """A stand-in of the right class goes through what the recipe says, with one step of training."""
     pytest.importorskip("trl")
     if "qlora" in recipe or "quantize" in recipe:
         pytest.importorskip("bitsandbytes")
     mistral = "mistral" in recipe
-    config = tiny_llama.config.to_dict() | {"num_hidden_layers": 20, "model_type": "mistral" if mistral else "llama"}
-    config = (MistralConfig if mistral else LlamaConfig)(**{**config, "max_position_embeddings": 4096})
+    changes = {"num_hidden_layers": layers, "model_type": "mistral" if mistral else "llama"}
+    changes |= {"max_position_embeddings": 4096}
+    config = (MistralConfig if mistral else LlamaConfig)(**tiny_llama.config.to_dict() | changes)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
     make_tokenizer().save_pretrained(tmp_path / "dense")
     rows = [{"instruction": f"Say {n}.", "input": "", "output": "All right, here it is."} for n in range(8)]
@@ -301,7 +302,7 @@ def test_recipes_run_on_tiny_models(recipe, tiny_llama, make_tokenizer, tmp_path
     assert ("## Quantised" in card) == bool(loaded.quantization)
     small = AutoModelForCausalLM.from_pretrained(folder)
     dropped = loaded.pruning.num_layers or 0
-    assert small.config.num_hidden_layers == 20 - dropped
+    assert small.config.num_hidden_layers == layers - dropped
     assert ("Decoder layers gone" in card) == bool(dropped)
 
 
