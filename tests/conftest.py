@@ -1,16 +1,15 @@
 """Tiny models and tokenizers made in memory; nothing is downloaded."""
 
+import gc
 import os
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it once
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: matrices this small lose time with more
 
+# Neither torch nor Transformers here or in `real_model`: pytest-xdist's own process, which runs no test, reads this.
 import pytest  # noqa: E402
-import torch  # noqa: E402
 from real_model import per_layer_smollm2, pruned_smollm2, smollm2  # noqa: E402, F401
-from tiny_tokenizers import build_tokenizer  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
@@ -27,14 +26,22 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group(module))
 
 
+def pytest_collection_finish(session):
+    """Garbage collection passes over what is imported by now: trainers and quantisers ask for it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def make_tokenizer():
+    from tiny_tokenizers import build_tokenizer
+
     return build_tokenizer
 
 
 @pytest.fixture
-def tiny_tokenizer():
-    return build_tokenizer()
+def tiny_tokenizer(make_tokenizer):
+    return make_tokenizer()
 
 
 @pytest.fixture
@@ -45,10 +52,15 @@ def tiny_llama():
 @pytest.fixture(scope="session")
 def tiny_builders():
     """The functions that make a tiny Llama and its tokenizer, for what is made once a session."""
+    from tiny_tokenizers import build_tokenizer
+
     return build_llama, build_tokenizer
 
 
 def build_llama():
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,

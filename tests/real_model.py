@@ -2,20 +2,13 @@
 
 import pytest
 
-from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
-from hf_structprune.commands.models import DEMO_MODEL, find_model
-from hf_structprune.errors import StructPruneError
-
-
-# A few seconds of pruning; every width is a multiple of 64, as the group sizes of quantisation want.
-_QUICK = dict(
-    criterion="wanda", compensation=False, round_to=64, calibration=CalibrationConfig(num_samples=8, length=128)
-)
-
 
 @pytest.fixture(scope="session")
 def smollm2():
     """Folder of the dense model, bfloat16."""
+    from hf_structprune.commands.models import DEMO_MODEL, find_model
+    from hf_structprune.errors import StructPruneError
+
     try:
         return find_model(DEMO_MODEL).model
     except StructPruneError as error:
@@ -23,7 +16,13 @@ def smollm2():
 
 
 def _pruned(model, folder, **settings):
-    pruner = StructuredPruner.from_pretrained(model, PruningConfig(**_QUICK, **settings), dtype="float32")
+    """A few seconds of pruning; every width is a multiple of 64, as the group sizes of quantisation want."""
+    from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
+
+    quick = dict(criterion="wanda", compensation=False, round_to=64)
+    calibration = CalibrationConfig(num_samples=8, length=128)
+    config = PruningConfig(**quick, calibration=calibration, **settings)
+    pruner = StructuredPruner.from_pretrained(model, config, dtype="float32")
     pruner.prune(0.1)
     pruner.model.bfloat16()
     pruner.save_pretrained(folder)

@@ -221,6 +221,9 @@ def test_demo(has_bf16, folder, tmp_path, capsys, monkeypatch):
         loaded.extend(measure.load_for_measuring(subject.arguments)[0].dtype for subject in subjects)
         return measure.take_turns(subjects, EfficiencyConfig(new_tokens=2, warmup=0, repeats=1), 1)
 
+    read = StructuredPruner.calibration_tokens
+    monkeypatch.setattr(StructuredPruner, "calibration_tokens", lambda pruner: read(pruner)[:8])
+    monkeypatch.setattr(run, "MAX_WINDOWS", 2)
     monkeypatch.setattr(run, "take_turns_apart", briefly)
     monkeypatch.setattr(measure, "time_loading", lambda *_, **__: Figure("efficiency/load_time", 1.0, "s"))
     out = str(tmp_path / "out")

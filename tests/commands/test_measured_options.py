@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -237,7 +238,8 @@ def test_benchmark_of_sizes_only(pruned, capsys):
     assert "MACs ↓" in run(capsys, "benchmark", pruned, "--no-speed")
 
 
-def test_benchmark_asks_questions_of_both(dense, pruned, tmp_path, capsys):
+def test_benchmark_asks_questions_of_both(dense, pruned, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measure, "question_protocol", partial(measure.question_protocol, max_length=90))
     folder, output = tmp_path / "made" / "questions", tmp_path / "benchmark.json"
     argv = ["--no-speed", "--questions", str(folder), "--output", str(output)]
     run(capsys, "benchmark", pruned, "--baseline", dense, *argv)
