@@ -37,7 +37,7 @@ LAYERS = {
     "nemotron_h": dict(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
         layers_block_type=["mamba", "attention", "mlp", "mamba", "mlp"], mamba_num_heads=4, mamba_head_dim=16,
-        n_groups=2, ssm_state_size=8, use_mamba_kernels=False,
+        n_groups=2, ssm_state_size=8, chunk_size=8, use_mamba_kernels=False,
     ),
 }  # fmt: skip
 TOKENS = torch.arange(4, 32).view(2, 14)
