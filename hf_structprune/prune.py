@@ -24,6 +24,7 @@ from .plan import Decision, PruningPlan, normalised
 from .planner import describe, size_of
 from .refit.layer_by_layer import compress
 from .refit.shared import CUTS
+from .stats.processes import Processes
 from .stats.seen import Calibration
 from .stats.survey import Survey, survey
 from .units import GROUPS, KINDS, QUERIES
@@ -38,7 +39,7 @@ class Execution:
     """A model on its way from dense to pruned, with its coupled groups.
 
     `tokens` loads the calibration tokens; `store` is where the weights are; `choices` choose the units of kinds that
-    are chosen before anything is cut, and are told when that is done.
+    are chosen before anything is cut, and are told when that is done; `processes` divide the text among them.
     """
 
     model: PreTrainedModel
@@ -47,6 +48,7 @@ class Execution:
     tokens: Callable[[], Calibration]
     store: Store = field(default_factory=Store)
     choices: Mapping[str, TokenChoice] = field(default_factory=dict)
+    processes: Processes = field(default_factory=Processes)
     _notes: list[str] = field(init=False, default_factory=list)
     _plan: PruningPlan | None = field(init=False, default=None)
 
@@ -104,7 +106,10 @@ class Execution:
         """Cuts layers, heads and neurons."""
         self.store.begin(self.model, self.structure, plan.dropped, target)
         try:
-            kept = compress(self.model, self.structure, plan, self.config, self.tokens, known, self._notes, self.store)
+            kept = compress(
+                self.model, self.structure, plan, self.config, self.tokens, known, self._notes, self.store,
+                processes=self.processes,
+            )  # fmt: skip
             self.store.finish()
         finally:
             self.store.close()

@@ -35,6 +35,7 @@ from .plan import PruningPlan
 from .planner import Planner
 from .proof.guarantee import kinds_in, prove, prove_decoder
 from .prune import Execution, check_plan
+from .stats.processes import Processes
 from .stats.seen import Calibration, SeenRows, see
 from .stats.survey import Survey
 from .streaming import Streaming, check_device_room, check_streams, needs_whole, open_model
@@ -59,6 +60,8 @@ class StructuredPruner:
         device (`str`, *optional*): Where the layers of a model that is in the machine's memory are worked on, one
             after the other, for example `"cuda"`: the device may be smaller than the model. What needs the whole
             model at once is computed where the model is. Default: where the model is.
+        data_parallel (`bool`): Divide the calibration text among the processes of `accelerate launch`. Each has the
+            whole model and gets the same result; `save_pretrained` writes on the first one alone.
 
     Example:
 
@@ -74,10 +77,10 @@ class StructuredPruner:
 
     def __init__(
         self, model: PreTrainedModel, config: PruningConfig | None = None, tokenizer: Any = None,
-        device: str | torch.device | None = None,
+        device: str | torch.device | None = None, data_parallel: bool = False,
     ) -> None:  # fmt: skip
         self.model, self.tokenizer = check_model(model), loading.as_tokenizer(tokenizer)
-        self._device = _visited(device, self.model)
+        self._device, self._processes = _visited(device, self.model), Processes(data_parallel)
         self._processor = self.tokenizer if isinstance(self.tokenizer, ProcessorMixin) else None
         if self._processor is not None:
             self.tokenizer = self._processor.tokenizer
@@ -104,6 +107,7 @@ class StructuredPruner:
         tokenizer: Any = None,
         stream: bool = False,
         device: str | torch.device | None = None,
+        data_parallel: bool = False,
         **kwargs: Any,
     ) -> StructuredPruner:
         """Loads a model (and its tokenizer) from the Hub or a folder, or takes one that is loaded.
@@ -115,12 +119,15 @@ class StructuredPruner:
         layer at a time and writes each as soon as it is cut, so that the model may be larger than memory. The result
         is the same; what needs the whole model at once is refused (`streaming.check_streams` says what).
 
-        With `device` layers are worked on there, one after the other, wherever the others are: see the class.
+        With `device` layers are worked on there, one after the other, wherever the others are, and with
+        `data_parallel` several processes divide the text among them: see the class.
         """
         if isinstance(model_or_id, nn.Module):
             for name in (*kwargs, *["stream"] * stream):
                 raise ConfigurationError(f"`{name}` is an option of loading, but the model is loaded already.")
-            return cls(model_or_id, config, tokenizer, device)
+            return cls(model_or_id, config, tokenizer, device, data_parallel)
+        if stream and data_parallel:
+            raise ConfigurationError("`stream` and `data_parallel` are both given; one process streams a model.")
         kwargs = loading.plain_options(kwargs)
         model_config = loading.load_config(model_or_id, **kwargs)
         loading.refuse_quantised(model_config, str(model_or_id))
@@ -129,7 +136,7 @@ class StructuredPruner:
         if tokenizer is None:
             load = loading.load_processor if has_towers(model_config) else loading.load_tokenizer
             tokenizer = load(model_or_id, **kwargs)
-        pruner = cls(model, config, tokenizer, device)
+        pruner = cls(model, config, tokenizer, device, data_parallel)
         pruner.origin = origin_of(model, kwargs)
         if stored is not None:
             pruner._streaming = Streaming(pruner.model, stored, pruner.structure, pruner._device)
@@ -217,6 +224,8 @@ class StructuredPruner:
         with measuring(dense), marked_if_changed(dense, self._given()):
             decoder = self._proven(kinds_in(ratio) if given else self.config.units)
             check_finite(dense)
+            if self._processes.count > 1:
+                self._check_divided(ratio)
             try:
                 self._prune(decoder, ratio)
             except BaseException as error:
@@ -224,6 +233,21 @@ class StructuredPruner:
                 if self.model is not dense:  # some of several steps are done
                     mark(self.model, interrupted(error))
                 raise
+
+    def _check_divided(self, ratio: float | PruningPlan | None) -> None:
+        """Refuses what several processes cannot do together, and processes that were given different things."""
+        reasons = needs_whole(self.config, ratio)
+        if any(group.reader is None for group in self.structure.groups):
+            reasons.append("mixtures of experts, whose tokens each process would send elsewhere")
+        if self.config.calibration.image_column is not None:
+            reasons.append("rows with images")
+        if reasons:
+            raise ConfigurationError(
+                f"With `data_parallel` the calibration text is divided among {self._processes.count} processes, which "
+                f"is not done for {'; for '.join(reasons)}. Leave it out, and start one process."
+            )
+        about = ratio.to_dict() if isinstance(ratio, PruningPlan) else ratio
+        self._processes.check_same(self.model, self.calibration_tokens(), config=self.config.to_dict(), ratio=about)
 
     def _choices(self) -> dict[str, TokenChoice]:
         """Chooses which tokens stay, and puts the tokenizer without the others in its place."""
@@ -259,7 +283,8 @@ class StructuredPruner:
         store = store if self._streaming is None else self._streaming.store
         if self._device is not None and (whole := needs_whole(self.config, ratio)):
             logger.warning("Computed where the model is, not on %s: %s.", self._device, "; ".join(whole))
-        run = Execution(decoder, self.structure, self.config, self._tokens, store, self._choices())
+        choices, processes = self._choices(), self._processes
+        run = Execution(decoder, self.structure, self.config, self._tokens, store, choices, processes)
         given = isinstance(ratio, PruningPlan)
         if given:
             check_plan(decoder, self.structure, ratio)
@@ -296,7 +321,9 @@ class StructuredPruner:
         when it was pruned.
         """
         check_place(folder)
-        self._save(Path(folder), Path(os.path.abspath(folder)).name, **kwargs)
+        if self._processes.rank == 0:
+            self._save(Path(folder), Path(os.path.abspath(folder)).name, **kwargs)
+        self._processes.wait()
         self._saved = Path(folder)
 
     def push_to_hub(

@@ -30,6 +30,7 @@ from ..model.structure import ModelStructure
 from ..model.surgery import cut_units, mask_sublayers
 from ..plan import PruningPlan
 from ..stats.moments import InputStatistics
+from ..stats.processes import Processes
 from ..stats.routing import ExpertInputs, RoutingStatistics, routing_statistics
 from ..stats.seen import Calibration
 from ..stats.stream import LayerStream
@@ -50,7 +51,7 @@ States = list[torch.Tensor]  # one tensor of shape (sequences, length, d) for ea
 def compress(
     model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan, config: PruningConfig,
     tokens: Callable[[], Calibration], known: Survey, notes: list[str], store: Store | None = None,
-    turns: Turns | None = None,
+    turns: Turns | None = None, processes: Processes | None = None,
 ) -> Kept:  # fmt: skip
     """Chooses the units that stay, re-fits what reads them and cuts the others out, in place.
 
@@ -64,8 +65,10 @@ def compress(
         notes: What was asked for and could not be done is added here.
         store: Where the weights are; it gets every layer that has been cut.
         turns: What else is done to each layer.
+        processes: Those that divide the text among them, and come to the same.
     """
-    return _Compression(model, structure, plan, config, known, store or Store(), turns).run(tokens, notes)
+    processes = processes or Processes()
+    return _Compression(model, structure, plan, config, known, store or Store(), turns, processes).run(tokens, notes)
 
 
 class Turns(Protocol):
@@ -81,9 +84,10 @@ class Turns(Protocol):
 class _Compression:
     """The state of one run of `compress`."""
 
-    def __init__(self, model, structure, plan, config, known, store, turns) -> None:
+    def __init__(self, model, structure, plan, config, known, store, turns, processes) -> None:
         self.model, self.structure, self.plan, self.config, self.store = model, structure, plan, config, store
-        self.turns = turns
+        self.turns, self.processes = turns, processes
+        self.first = 0  # number of the first sequence that is read here
         self.criterion, self.scores, self.salience = make_criterion(config), known.scores or {}, known.salience
         self.by_inputs = self.criterion.needs_inputs and not plan.chosen and not self.scores
         self.needs_gram = config.compensation or (self.by_inputs and self.criterion.needs_gram)
@@ -93,7 +97,7 @@ class _Compression:
         self.dense: States = []  # the hidden states of the dense model
         self.error: States = []  # what the hidden states lack of those, float32
         self.outputs: list[States] = []  # of the layer's consumers so far
-        self.weights = TokenWeights()
+        self.weights = TokenWeights(processes)
         self.kept: Kept = {}
         self.cut: set[tuple[int, str]] = set()  # groups that are out already
 
@@ -101,7 +105,9 @@ class _Compression:
         looks, correcting = _looks(self.plan, self.config, bool(self.scores)), _corrects(self.plan, self.config)
         if looks or correcting:
             batch_size = self.config.calibration.batch_size
-            stream = LayerStream(self.model, self.structure, tokens(), batch_size, self.store)
+            share, self.first = self.processes.share(tokens(), batch_size)
+            stream = LayerStream(self.model, self.structure, share, batch_size, self.store)
+            stream.additive = bool(self.processes.agree(stream.additive))
             self.correcting = correcting and stream.additive
             self.stream = stream if looks or self.correcting else None
             if correcting and not stream.additive:
@@ -172,7 +178,7 @@ class _Compression:
         ahead: States | None = None
         if self.stream is not None:
             self.stream.enter(layer.index)
-            self.outputs, self.weights = [], TokenWeights()
+            self.outputs, self.weights = [], TokenWeights(self.processes)
         if self.correcting:
             dense, ahead = self._step_dense(layer, [*consumers, *(group.parent for group in routed)])
         mask_sublayers(self.model, self.structure, {kind: [layer.index] for kind in self._lost(layer)})
@@ -245,7 +251,7 @@ class _Compression:
         dense = None if inside else dense
         module, inputs = self.model.get_submodule(consumer), self.stream.capture(layer.index, consumer)
         width, size = matrix(module).shape[1], 0 if dense is None else dense[0].shape[-1]
-        statistics = InputStatistics(width, self.needs_gram, size, inputs[0].device)
+        statistics = InputStatistics(width, self.needs_gram, size, inputs[0].device, self.first)
         for number, x in enumerate(inputs):
             target = weights = None
             if self.needs_gram and (dense is not None or self.config.token_weighting):
@@ -256,11 +262,13 @@ class _Compression:
                 if self.config.token_weighting:
                     weights = self.weights(self._state(number, output))
             statistics.update(x, target, weights)
+        statistics.gather(self.processes)
         for group in cut if self.turns is not None else ():
             inputs = self.turns.turn(group, statistics, inputs)
         self._choose(cut, statistics)
         columns = kept_columns(cut, self.kept, width)
         write_columns(module, refitted(module, statistics, columns, self.config), columns)
+        self.processes.take_first(module.weight)
         self._pass_on(parent, (consume(module, x, columns) for x in inputs), dense, adds=not inside)
 
     def _experts(self, layer: LayerStructure, group: Group, cut: bool, dense: States | None) -> None:
@@ -322,6 +330,7 @@ class _Compression:
                     drop = group.size - decision.keep
                     score = self.criterion.score(Scoring(group, self.model, statistics, self.salience, drop))
                 self.kept[group.key] = best_units(score, group, decision.keep, blocks)
+                self.processes.take_first(self.kept[group.key])
 
 
 def looks_at_text(plan: PruningPlan, config: PruningConfig) -> bool:

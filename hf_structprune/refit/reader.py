@@ -8,6 +8,7 @@ from torch import nn
 from ..config import PruningConfig
 from ..model.groups import Group, Kept, dropped, matrix
 from ..stats.moments import InputStatistics, Moments
+from ..stats.processes import Processes
 from .closed_form import DEFAULT_DAMPING, choose_damping, refit
 
 
@@ -36,14 +37,18 @@ def damping_for(
 
 
 class TokenWeights:
-    """`1 / ||h||^2` of hidden states `h`, relative to the mean of the first batch: the next norm divides by it."""
+    """`1 / ||h||^2` of hidden states `h`, relative to the mean of the first batch: the next norm divides by it.
 
-    def __init__(self) -> None:
+    Of several processes the first one's batch counts.
+    """
+
+    def __init__(self, processes: Processes | None = None) -> None:
         self.unit: float | None = None
+        self._processes = processes or Processes()
 
     def __call__(self, state: torch.Tensor) -> torch.Tensor:
         weights = 1 / state.square().sum(-1).clamp_min(1e-12)
-        self.unit = self.unit or float(weights.mean())
+        self.unit = self.unit or self._processes.agree(float(weights.mean()))
         return weights / self.unit
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .processes import Processes
+
 
 HELD_OUT = 8  # one in eight calibration sequences is kept for choosing the damping
 _BLOCK = 512  # the Gram matrix is symmetric: only blocks on and below the diagonal are computed
@@ -23,6 +25,7 @@ class InputStatistics:
         width: Number of input features `d`.
         gram: Whether to accumulate the second moments `C = E[x x^T]` (d x d).
         targets: Number of features of a target `t`, if `E[t x^T]` is wanted too; 0 otherwise.
+        first: Number of the first sequence among those of all processes, by which some are held out.
 
     Attributes:
         total, squares: Sums of `x` and of `x^2`, shape (d,).
@@ -30,8 +33,10 @@ class InputStatistics:
         fit, held_out: Second moments over the two parts of the sequences; `None` without `gram`.
     """
 
-    def __init__(self, width: int, gram: bool, targets: int = 0, device: torch.device | str = "cpu") -> None:
-        self.width, self.tokens, self.sequences = width, 0, 0
+    def __init__(
+        self, width: int, gram: bool, targets: int = 0, device: torch.device | str = "cpu", first: int = 0
+    ) -> None:
+        self.width, self.tokens, self.sequences, self._first = width, 0, 0, first
         self.total, self.squares, self.activity = (torch.zeros(width, device=device) for _ in range(3))
         self.fit, self.held_out = (Moments.zeros(width, targets, device) if gram else None for _ in range(2))
 
@@ -42,7 +47,8 @@ class InputStatistics:
 
         `weights` are those of the tokens in the second moments, shape (sequences, tokens); default 1.
         """
-        held_out = is_held_out(torch.arange(self.sequences, self.sequences + len(inputs), device=inputs.device))
+        start = self._first + self.sequences
+        held_out = is_held_out(torch.arange(start, start + len(inputs), device=inputs.device))
         for rows in inputs:
             x = rows.float()
             self.total += x.sum(0)
@@ -57,6 +63,19 @@ class InputStatistics:
                 moments.add(inputs[chosen].flatten(0, 1), None if targets is None else targets[chosen].flatten(0, 1))
         self.tokens += inputs.shape[0] * inputs.shape[1]
         self.sequences += len(inputs)
+
+    def gather(self, processes: Processes) -> None:
+        """Adds what other processes have seen; afterwards this is the same on all of them."""
+        parts = [moments for moments in (self.fit, self.held_out) if moments is not None]
+        counts = torch.tensor([self.tokens, self.sequences, *(moments.tokens for moments in parts)])
+        sums = [self.total, self.squares, self.activity, counts]
+        for moments in parts:
+            sums += [*moments.lower, *([] if moments.cross is None else [moments.cross])]
+        for tensor in sums:
+            processes.add(tensor)
+        self.tokens, self.sequences, *seen = counts.tolist()
+        for moments, tokens in zip(parts, seen, strict=True):
+            moments.tokens = tokens
 
     @property
     def variance(self) -> torch.Tensor:
