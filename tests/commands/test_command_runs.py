@@ -192,6 +192,7 @@ def test_perplexity_options_from_a_file(folder, tmp_path, capsys):
             ["prune", "--ratio", "0.2", "--output-dir", "never", "--calibration-dataset", "no-such.txt"],
             ["no-such.txt"],
         ),
+        (["prune", "--ratio", "0.2", "--output-dir", "never", "--offload"], ["--offload", "`--device cuda`"]),
         (["perplexity", "--text", "no-such.txt"], ["no-such.txt"]),
         (["perplexity", "--window", "100000"], ["100000"]),
         (["perplexity", "--text", "ptb"], ["'ptb'", "ptb-text-only/ptb_text_only", ".txt"]),
