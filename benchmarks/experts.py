@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--gguf-file", help="file in it")
     parser.add_argument("--wikitext", type=Path, help="folder with `train.txt` and `test.txt`")
     parser.add_argument("--minutes", type=float, default=6, help="of training (default: 6)")
+    parser.add_argument("--steps", type=int, help="of training instead, with --upcycle: the same model anywhere")
     parser.add_argument("--test-windows", type=int, default=32, help="of 256 tokens (default: 32)")
     parser.add_argument("--calibration", type=int, default=32, help="sequences of 256 tokens (default: 32)")
     parser.add_argument("--criteria", nargs="+", default=level_criteria(RoutedKind))
@@ -76,7 +77,7 @@ def main() -> None:
         model = upcycling.upcycled(dense, tokens, UPCYCLED, 2)
         rows["mixture, untrained"] = measured(model, windows)
         print({name: row["perplexity"] for name, row in rows.items()}, flush=True)
-        steps = upcycling.trained(model, train, LENGTH, options.minutes, options.seed)
+        steps = upcycling.trained(model, train, LENGTH, options.minutes, options.seed, options.steps)
     else:
         model, steps = trained(train, options.minutes, options.seed)
     rows["mixture"] = measured(model, windows)

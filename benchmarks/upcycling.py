@@ -90,13 +90,15 @@ def _clusters(active: torch.Tensor, number: int) -> list[torch.Tensor]:
     return [(places == cluster).nonzero().squeeze(1) for cluster in range(number)]
 
 
-def trained(model: nn.Module, text: torch.Tensor, length: int, minutes: float, seed: int) -> int:
-    """Trains a model on token ids for some minutes, in place; returns the steps."""
+def trained(
+    model: nn.Module, text: torch.Tensor, length: int, minutes: float, seed: int, number: int | None = None
+) -> int:
+    """Trains a model on token ids for some minutes, or for a `number` of steps, in place; returns the steps."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.0, betas=(0.9, 0.95))
     started, steps = time.monotonic(), 0
     model.train()
-    while (share := (time.monotonic() - started) / (60 * minutes)) < 1:
+    while (share := steps / number if number else (time.monotonic() - started) / (60 * minutes)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = 3e-4 * min(1.0, (steps + 1) / 10) * (0.55 + 0.45 * math.cos(math.pi * share))
         starts = torch.randint(len(text) - length, (4,), generator=generator).tolist()

@@ -46,14 +46,21 @@ def replaced_forwards(replacements: Iterable[tuple[nn.Module, Callable[..., Any]
                 module.forward = forward
 
 
-def as_output(value: Any, others: int | None) -> Any:
-    """A first output in the form that a module returns it, in a tuple with `others` more unless that is `None`."""
-    return value if others is None else (value, *[None] * others)
+def as_output(value: Any, others: list | tuple | None) -> Any:
+    """A first output in the form that a module returns it, with `others` behind it unless those are `None`."""
+    return value if others is None else type(others)((value, *others))
 
 
-def others_of(output: Any) -> int | None:
-    """How many other outputs a module returned in a tuple with the first, see `as_output`."""
-    return len(output) - 1 if isinstance(output, tuple) else None
+def others_of(output: Any) -> list | tuple | None:
+    """What stands for the other outputs of a module that returned several, with the first, see `as_output`."""
+    if isinstance(output, list):
+        return [None] * (len(output) - 1)
+    return (None,) * (len(output) - 1) if isinstance(output, tuple) else None
+
+
+def first_of(output: Any) -> torch.Tensor:
+    """What a module returned, or the first where that is several."""
+    return output[0] if isinstance(output, (list, tuple)) else output
 
 
 class Silencer:
@@ -69,8 +76,7 @@ class Silencer:
         self._silent: dict[str, Callable[..., Any]] = {}
 
         def look(name: str, output: Any) -> None:
-            states = output[0] if isinstance(output, tuple) else output
-            self._silent[name] = _zeros(states.shape[-1], others_of(output))
+            self._silent[name] = _zeros(first_of(output).shape[-1], others_of(output))
 
         names = [sublayer.module for layer in structure.layers for sublayer in layer.sublayers]
         modules = [(name, model.get_submodule(name)) for name in names]
@@ -90,7 +96,7 @@ def _pass_on(hidden_states: torch.Tensor) -> torch.Tensor:
     return hidden_states
 
 
-def _zeros(hidden: int, others: int | None) -> Callable[..., Any]:
+def _zeros(hidden: int, others: list | tuple | None) -> Callable[..., Any]:
     def zeros(*args: Any, **kwargs: Any) -> Any:
         states = args[0] if args else kwargs["hidden_states"]
         return as_output(states.new_zeros(*states.shape[:-1], hidden), others)

@@ -1,7 +1,7 @@
 import pytest
 from torch import nn
 
-from hf_structprune.hooks import replaced_forwards
+from hf_structprune.hooks import as_output, first_of, others_of, replaced_forwards
 
 
 def test_modules_run_other_functions_only_while_it_is_open():
@@ -15,3 +15,11 @@ def test_modules_run_other_functions_only_while_it_is_open():
         raise KeyError
     assert plain(2) == 2 and "forward" not in plain.__dict__
     assert wrapped(2) == 3 and wrapped.__dict__["forward"] is own
+
+
+@pytest.mark.parametrize("output", [1, (1,), (1, 2, 3), [1], [1, 2]])
+def test_an_output_keeps_its_form(output):
+    assert first_of(output) == 1
+    new = as_output(7, others_of(output))
+    assert type(new) is type(output) and first_of(new) == 7
+    assert output == 1 or new == type(output)([7, *[None] * (len(output) - 1)])

@@ -143,7 +143,9 @@ def _with_overrides(model: PreTrainedModel, structure: ModelStructure, plan: Pru
     Only in the per-layer layout, whose modelling file travels with the checkpoint.
     """
     names = structure.family.attention
-    known, derived = names is not None and names.attributes is not None, _derived(model, structure, plan)
+    # Of queries, keys and values, or of all in one; projections of latents have widths of other kinds.
+    known = names is not None and names.attributes is not None and len(names.inputs) in (1, 3)
+    derived = _derived(model, structure, plan)
     if plan.layout != "per_layer" or not (known or derived):
         return None
     values = _values(model, structure, plan, heads=False)

@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import tqdm
 
 from ..config import PruningConfig
-from ..hooks import as_output, hooked, others_of, replaced_forwards
+from ..hooks import as_output, first_of, hooked, others_of, replaced_forwards
 from ..model.experts import Experts
 from ..model.measuring import check_numbers, has_plain_head, measuring, positions_at_once
 from ..model.structure import Group, is_linear, matrix
@@ -220,7 +220,7 @@ def _backward_row(model: nn.Module, row: SeenRow, layers: list[str]) -> None:
     for index, module in enumerate(modules):
         args, kwargs = row.arguments[index]
         output = module(hidden, *args, **kwargs)
-        hidden = row.behind(index, output[0] if isinstance(output, tuple) else output)
+        hidden = row.behind(index, first_of(output))
     chosen = (row.targets[0] >= 0).nonzero().flatten()  # float32 logits of few positions
     value = as_output(hidden[:, chosen], others_of(output))
     with replaced_forwards((module, lambda *args, **kwargs: value) for module in modules):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from ..errors import CalibrationError, UnsupportedModelError
-from ..hooks import hooked
+from ..hooks import first_of, hooked
 from ..model.measuring import check_numbers, context_length, measures
 from ..model.structure import ModelStructure
 
@@ -193,7 +193,7 @@ class _Run:
         self.arguments.append((args[1:], others))
 
     def _after(self, layer: nn.Module, _: Any, output: Any) -> None:
-        self.output = (output[0] if isinstance(output, tuple) else output).clone()
+        self.output = first_of(output).clone()
         if self._keep:
             self.outputs.append(self.output)
         if layer is self._layers[-1]:
@@ -224,8 +224,7 @@ def _check_alone(name: str, layers: list[nn.Module], run: _Run) -> None:
     """Refuses a decoder whose layers alone do not put out what they do in the whole model."""
     for index, (layer, hidden, expected) in enumerate(zip(layers, run.inputs, run.outputs, strict=True)):
         args, kwargs = run.arguments[index]
-        got = layer(hidden, *args, **kwargs)
-        got = got[0] if isinstance(got, tuple) else got
+        got = first_of(layer(hidden, *args, **kwargs))
         difference = float((got.double() - expected.double()).norm() / expected.double().norm())
         if not difference <= _TOLERANCE.get(expected.dtype, _LOW_PRECISION):
             raise UnsupportedModelError(

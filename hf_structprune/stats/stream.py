@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from ..errors import UnsupportedModelError
-from ..hooks import as_output, hooked, others_of, replaced_forwards
+from ..hooks import as_output, first_of, hooked, others_of, replaced_forwards
 from ..model.groups import Group
 from ..model.measuring import check_numbers
 from ..model.store import HEAD, OUTSIDE, Store
@@ -67,9 +67,9 @@ class LayerStream:
         self.rows = tokens.rows if isinstance(tokens, SeenRows) else None
         self.batches = tokens.split(batch_size) if self.rows is None else [row.ids for row in self.rows]
         self._arguments = {number: row.arguments for number, row in enumerate(self.rows or [])}
-        self._replayable: dict[str, int | None] = {}
+        self._replayable: dict[str, list | tuple | None] = {}
         self._replaced: dict[str, list[torch.Tensor]] = {}
-        self._layer_extras: int | None = None
+        self._layer_extras: list | tuple | None = None
         self._leading: list[torch.Size] = []
         self.hidden: list[torch.Tensor] = []
         with self.store.holding(OUTSIDE):
@@ -136,17 +136,17 @@ class LayerStream:
             entered.append(_hidden(args, kwargs))
 
         def after_layer(_, __, output):
-            check_numbers(_first(output), f"The hidden states that leave layer {len(entered) - 1}")
+            check_numbers(first_of(output), f"The hidden states that leave layer {len(entered) - 1}")
             self._layer_extras = others_of(output)
             if outputs:
-                self.additive &= _is_sum(_first(output), [entered[-1], *outputs.values()])
+                self.additive &= _is_sum(first_of(output), [entered[-1], *outputs.values()])
                 outputs.clear()
 
         def after_consumer(name):  # a copy: some layers add to the output in place
-            return lambda _, __, output: outputs.update({name: _first(output).clone()})
+            return lambda _, __, output: outputs.update({name: first_of(output).clone()})
 
         def after_parent(consumer, parent, output):
-            first, expected = _first(output), outputs[consumer]
+            first, expected = first_of(output), outputs[consumer]
             if first.numel() == expected.numel() and torch.equal(first.view_as(expected), expected):
                 self._replayable[parent] = others_of(output)
 
@@ -171,7 +171,7 @@ class LayerStream:
             value = as_output(outputs[number].clone(), self._replayable[name])  # some layers add to it in place
             forwards.append((self.model.get_submodule(name), lambda *args, value=value, **kwargs: value))
         with replaced_forwards(forwards):
-            output = _first(self.layers[index](hidden, *args, **kwargs))
+            output = first_of(self.layers[index](hidden, *args, **kwargs))
         return output if self.rows is None else self.rows[number].behind(index, output)
 
     def enter(self, index: int) -> None:
@@ -215,7 +215,8 @@ class LayerStream:
 
         modules = {name: self.model.get_submodule(name) for name in (*inputs_of, *outputs_of)}
         handles = [modules[n].register_forward_pre_hook(lambda _, args, n=n: keep(n, args[0])) for n in inputs_of]
-        handles += [modules[n].register_forward_hook(lambda _, __, out, n=n: keep(n, _first(out))) for n in outputs_of]
+        for name in outputs_of:
+            handles.append(modules[name].register_forward_hook(lambda _, __, out, n=name: keep(n, first_of(out))))
         with hooked(handles):
             for number, state in enumerate(states):
                 state.copy_(self._run(index, number, state))
@@ -323,10 +324,6 @@ def _outermost(groups: Iterable[Group]) -> dict[tuple[str, str], None]:
     pairs = [(block[:-1], block[:-1]) for block in blocks]
     pairs += [(g.reader.module, g.parent) for g in groups if g.reader and not g.parent.startswith(blocks)]
     return dict.fromkeys(pairs)
-
-
-def _first(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _hidden(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:

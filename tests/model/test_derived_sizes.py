@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from moe_families import make_moe
 from transformers import AutoConfig, AutoModelForCausalLM
 from untouched import untouched
 
@@ -114,3 +115,12 @@ def test_layers_go_where_depth_is_in_a_scale_a_pattern_or_a_list_alone(family, t
 def _pass_over(_, args, kwargs, output):
     states = args[0] if args else kwargs["hidden_states"]
     return (states, *output[1:]) if isinstance(output, tuple) else states
+
+
+def test_heads_of_latents_that_differ_by_layer_are_refused():
+    """Their projections are neither queries, keys and values nor all in one, whose widths modules could be told."""
+    model = make_moe("deepseek_v2")
+    structure = ModelStructure.of(model)
+    plan = PruningPlan.from_counts(structure, {(1, "kv_groups"): 2}, model_type="deepseek_v2", layout="per_layer")
+    with pytest.raises(CheckpointError, match="No DeepseekV2Config describes"):
+        target_of(model, structure, plan)

@@ -20,7 +20,8 @@ from sweep_model_types import CRASH, REFUSED, RIGHT, TOOK, TYPES, WRONG  # noqa:
     ("model_type", "right", "refused"),
     [
         ("olmoe", {"experts"}, {"kv_groups"}),  # whose norms are over all heads
-        ("gpt2", {"mlp_neurons", "layers"}, {"head_dim"}),
+        ("gpt2", {"mlp_neurons"}, {"head_dim"}),
+        ("openai-gpt", {"layers"}, set()),  # which put out lists
         ("mistral3", {"mlp_neurons"}, {"hidden"}),  # which what it sees is written into
     ],
 )

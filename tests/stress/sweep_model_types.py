@@ -50,7 +50,7 @@ from transformers.models.auto.modeling_auto import (
 
 from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
 from hf_structprune.commands.models_table import build
-from hf_structprune.errors import StructPruneError
+from hf_structprune.errors import ConfigurationError, StructPruneError
 from hf_structprune.files.writing import write_text
 from hf_structprune.model.structure import ModelStructure
 from hf_structprune.plan import PruningPlan
@@ -132,11 +132,17 @@ def planned(model: torch.nn.Module, structure: ModelStructure, kind: str) -> tup
 
 def least(pruner: StructuredPruner, named: bool) -> PruningPlan:
     """The first plan by which something goes; `named`: what does is named in the configuration."""
-    for ratio in [None] if named else [0.005, 0.02, 0.08, 0.16, 0.3]:
-        plan = pruner.plan(ratio)
-        if plan.parameters_after < plan.parameters_before:
-            break
-    return plan
+    if named:
+        return pruner.plan()
+    for ratio in (0.005, 0.02, 0.04, 0.08, 0.16, 0.3):
+        try:
+            plan = pruner.plan(ratio)
+        except ConfigurationError as error:  # some kinds cannot lose as little, and the last what is too much
+            refused = error
+        else:
+            if plan.parameters_after < plan.parameters_before:
+                return plan
+    raise refused
 
 
 def pruned(model: torch.nn.Module, kind: str, sees: bool = False) -> tuple[str, str]:
@@ -154,10 +160,7 @@ def pruned(model: torch.nn.Module, kind: str, sees: bool = False) -> tuple[str, 
         calibration=CalibrationConfig(tokens=tokens), **options,
     )  # fmt: skip
     pruner = StructuredPruner(model, config)
-    plan = least(pruner, bool(options))
-    if plan.parameters_after == plan.parameters_before:
-        return REFUSED, "no plan takes anything from the small model"
-    small = pruner.prune(plan)
+    small = pruner.prune(least(pruner, bool(options)))
     parameters = sum(parameter.numel() for parameter in small.parameters())
     if pruner.last_plan.parameters_after != parameters:
         return WRONG, f"the plan says {pruner.last_plan.parameters_after} parameters, the model has {parameters}"

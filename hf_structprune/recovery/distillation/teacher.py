@@ -37,7 +37,7 @@ from ...evaluation.results import model_fingerprint
 from ...files.reading import read_json_object
 from ...files.writing import appearing, check_room, write_text
 from ...hardware import DTYPES
-from ...hooks import hooked
+from ...hooks import first_of, hooked
 from ...installed import need
 from ...model.families import family_of
 from ...model.loading import load_config, load_model, load_tokenizer
@@ -310,7 +310,7 @@ def record_outputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str, module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-        outputs[name] = output[0] if isinstance(output, tuple) else output
+        outputs[name] = first_of(output)
 
     with hooked(module.register_forward_hook(partial(keep, name)) for name, module in modules.items()):
         yield outputs
