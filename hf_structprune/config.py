@@ -44,6 +44,7 @@ ALLOCATIONS = ("uniform", "global", "search")
 LAYOUTS = ("uniform", "per_layer")
 _LayerRange = Annotated[tuple[Number, Number], Described("(start, end), 0 <= start < end, end excluded")]
 Kind = Annotated[str, OneOf(KINDS)]
+AUTO = "auto"
 _Part = Annotated[float, Limits(0, open="least"), Described("a positive number")]
 _RATIOS = ("attention_ratio", "mlp_ratio")
 _CRITERIA = {level: level.criterion_option for level in (DepthKind, StreamKind, HeadSize, RoutedKind, VocabularyKind)}
@@ -60,7 +61,8 @@ class PruningConfig:
             router) and `"expert_neurons"` (equally many of every expert). Depth: `"layers"` (whole decoder layers),
             `"attention"` and `"mlp"` (one sublayer of a layer). `"hidden"` (channels of the residual stream) and
             `"head_dim"` (dimensions of all heads). And `"vocabulary"` (tokens: rows of the embedding and the LM head;
-            the tokenizer is trimmed with them).
+            the tokenizer is trimmed with them). Or `"auto"`: heads, neurons, experts and layers in the mixture that
+            costs least on this model, by measurement on the calibration text.
             Default: the kinds that other options name (`attention_ratio`, `mlp_ratio`, `num_layers`, `keep_first`,
             `hidden_size`, `split`), else `("mlp_neurons",)`.
         criterion (`str`): How units are ranked: `"random"`, `"l1"`, `"l2"`, `"taylor"`, `"wanda"`, `"wifv"`,
@@ -134,7 +136,7 @@ class PruningConfig:
         calibration (`CalibrationConfig`): The text.
     """
 
-    units: tuple[Kind, ...] | None = None
+    units: tuple[Annotated[str, OneOf((*KINDS, AUTO))], ...] | None = None
     criterion: str | dict[Kind, str] | list[str] = "obs"
     taylor: Annotated[str, OneOf(TAYLOR_VARIANTS)] = "first"
     aggregation: Annotated[str, OneOf(AGGREGATIONS)] = "sum"
@@ -188,6 +190,8 @@ class PruningConfig:
         self.units = tuple(dict.fromkeys(self.units))
         if not self.units:
             raise ConfigurationError(f"`units` is empty; name at least one of {', '.join(KINDS)}.")
+        if AUTO in self.units and len(self.units) > 1:
+            raise ConfigurationError(f"`units` is {self.units}: '{AUTO}' chooses the kinds, so that it stands alone.")
         _share_criteria(self)
         check_step(self.round_to, self.align_to)
         for contradiction in chain(_in_layers(self), _in_amounts(self), _between_kinds(self)):
@@ -215,8 +219,8 @@ class PruningConfig:
 
     def is_stated(self, kind: str) -> bool:
         """Whether the configuration says how many units of a kind stay or go (not which share of each layer)."""
-        if kind in (self.keep or {}):
-            return True
+        if kind in (self.keep or {}) or kind == AUTO:
+            return kind != AUTO
         return not isinstance(KINDS[kind], WidthKind) and bool(_given(self, *KINDS[kind].options))
 
     def stated_size(self, kind: str) -> int | None:
@@ -453,7 +457,7 @@ def _between_kinds(config: PruningConfig) -> Iterator[str]:
         yield f"`merge_experts` is given, but `units` is {config.units}: no whole experts go."
     if config.vocabulary_text is not None and not config.kinds(kinds_of(VocabularyKind)):
         yield f"`vocabulary_text` is given, but `units` is {config.units}: no 'vocabulary' in it."
-    inside = [kind for kind in config.units if KINDS[kind].within_experts]
+    inside = [kind for kind in config.kinds(tuple(KINDS)) if KINDS[kind].within_experts]
     if inside and config.kinds(kinds_of(RoutedKind)):
         yield f"`units` names '{inside[0]}' beside whole experts: cut the one first, and the other from the result."
     for kind in config.kinds(kinds_of(SharedKind)) if len(config.units) > 1 and not split else ():

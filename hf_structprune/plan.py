@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -164,6 +165,9 @@ class PruningPlan:
             many more of them held-out text needs, and which scripts lose tokens; see `TokenChoice.report`.
         kv_values_before, kv_values_after: Numbers that one token adds to the cache of keys and values; `None` where it
             is not known what a layer keeps.
+        predicted_nats: By how much the model's predictions would change, `KL(dense || pruned)` in nats a token, as
+            measured on a part of the calibration text (see `StructuredPruner.plan`): about the rise of the loss.
+            `None` where it was not measured.
     """
 
     ratio_requested: float | None
@@ -187,6 +191,7 @@ class PruningPlan:
     vocabulary_report: dict[str, Any] | None = field(default=None, compare=False)
     kv_values_before: int | None = None
     kv_values_after: int | None = None
+    predicted_nats: float | None = field(default=None, compare=False)
 
     @property
     def groups(self) -> list[Decision]:
@@ -281,6 +286,11 @@ class PruningPlan:
     def ratio(self) -> float:
         """The share of all parameters that goes."""
         return 1.0 - self.parameters_after / self.parameters_before
+
+    @property
+    def predicted_factor(self) -> float | None:
+        """What that would multiply the perplexity by."""
+        return None if self.predicted_nats is None else math.exp(min(self.predicted_nats, 100))
 
     @property
     def bytes_before(self) -> int:
@@ -407,6 +417,9 @@ class PruningPlan:
             table.add_row("all", name, before, after)
         if self.kv_bytes_before and self.kv_bytes_after is not None:
             table.add_row("all", "KV cache, bytes a token", f"{self.kv_bytes_before:,}", f"{self.kv_bytes_after:,}")
+        if self.predicted_nats is not None:
+            said = f"predicted loss: +{self.predicted_nats:.3f} nats a token, perplexity x {self.predicted_factor:.2f}"
+            table.add_row("", said, "", "")
         for name, lines in (
             ("vocabulary", in_words(self.vocabulary_report)), ("note", self.notes), ("warning", self.warnings),
         ):  # fmt: skip

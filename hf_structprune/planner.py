@@ -28,6 +28,7 @@ from .units import KINDS, LAYERS, DepthKind, SharedKind, WidthKind, kinds_of
 from .vocabulary.choosing import TokenChoice
 
 
+_MUCH = 0.45  # of a kind of units
 _PATIENCE = 2  # removals that may cost more than they save before no more are tried
 
 
@@ -90,6 +91,8 @@ class Planner:
             if decision.kind in self.choices and decision.kept is not None:
                 plan.vocabulary_report = self.choices[decision.kind].report(decision.kept)
         target_of(shell, self._narrow, plan)  # raises if no checkpoint could hold the result
+        if ratio is not None:
+            plan.warnings += _one_sided(self._narrow, plan)
         return plan
 
     def _left(self, budget: int | None, gone: int, *options: str) -> int | None:
@@ -375,6 +378,23 @@ def describe(
     if plan.ratio_requested is not None and (plan.groups or plan.shared):
         plan.warnings += far_off(plan.ratio_requested, plan.ratio, config.align_to, config.round_to)
     return plan
+
+
+def _one_sided(structure: ModelStructure, plan: PruningPlan) -> list[str]:
+    """A warning where most of what there is of a kind goes for a small share of the model."""
+    found = []
+    for kind in {group.kind for group in plan.groups}:
+        there = sum(group.size * group.cost for group in structure.groups if group.kind == kind)
+        gone = plan.removed.get(kind, 0) / there
+        if gone < _MUCH or len(plan.removed) > 1:
+            continue
+        outside = 1 - sum(layer.parameters for layer in structure.layers) / structure.total_parameters
+        rows = f" ({outside:.0%} are outside of the layers: units='vocabulary' cuts there)" if outside > 0.3 else ""
+        found.append(
+            f"{gone:.0%} of all {KINDS[kind].label} go, since they are only {there / structure.total_parameters:.0%} "
+            f"of the model's parameters{rows}: units='auto' looks for a mixture that costs less"
+        )
+    return found
 
 
 def size_of(model: PreTrainedModel) -> int:

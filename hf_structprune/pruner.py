@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
 from .allocation.depth import DepthChoice
-from .config import PruningConfig
+from .choosing_kinds import KindChooser
+from .config import AUTO, PruningConfig
 from .errors import CalibrationError, ConfigurationError, StructPruneError, UnsupportedModelError
 from .files.writing import check_folder, check_place
 from .hardware import check_device
@@ -35,6 +36,7 @@ from .plan import PruningPlan
 from .planner import Planner
 from .proof.guarantee import kinds_in, prove, prove_decoder
 from .prune import Execution, check_plan
+from .refit.price import Prices
 from .stats.processes import Processes
 from .stats.seen import Calibration, SeenRows, see
 from .stats.survey import Survey
@@ -46,6 +48,11 @@ from .vocabulary.choosing import TokenChoice
 
 
 logger = logging.get_logger(__name__)
+
+_NO_WEIGHTS = (
+    "Some weights are not in memory (meta device or offloaded): only planning is possible. Load the model with a "
+    "`device_map` that fits, or on the CPU."
+)
 
 
 class StructuredPruner:
@@ -85,7 +92,7 @@ class StructuredPruner:
         if self._processor is not None:
             self.tokenizer = self._processor.tokenizer
         self._given = weakref.ref(model)
-        self.config = config or PruningConfig()
+        self.config = self._decided = config or PruningConfig()
         with measuring(self.model):
             self._towers = Towers(self.model) if has_towers(self.model.config) else None
             self.structure = ModelStructure.of(self._decoder(), towers=self._towers)
@@ -95,6 +102,8 @@ class StructuredPruner:
         self._saved: Path | None = None
         self._calibrated = False
         self._streaming: Streaming | None = None
+        self._prices: Prices | None = None
+        self._why = ""  # the configuration decided as it did, where it was "auto"
         self._choice: TokenChoice | None = None
         self._trimmed_from: Any = None  # the tokenizer before tokens went
         self._seen: tuple[Any, SeenRows] | None = None  # what rows with images were drawn by, and the rows
@@ -142,11 +151,14 @@ class StructuredPruner:
             pruner._streaming = Streaming(pruner.model, stored, pruner.structure, pruner._device)
         return pruner
 
-    def plan(self, ratio: float | None = None) -> PruningPlan:
+    def plan(self, ratio: float | None = None, estimate: bool = False) -> PruningPlan:
         """What `prune(ratio)` would do: how many units of each group go and what that saves. Changes nothing.
 
         The ratio is the share of **all** parameters of the model to remove, embeddings counted; `None` if the
         configuration says how much goes (`num_layers`, `hidden_size`, `attention_ratio`, `mlp_ratio`, ...).
+
+        With `estimate` (always for units="auto") the plan is carried out layer by layer on a part of the calibration
+        text, and what that does to the predictions for other text is measured: `plan.predicted_nats`.
 
         Raises:
             RatioError: More than can be cut; says how much can.
@@ -157,11 +169,12 @@ class StructuredPruner:
             check_streams(self.config, ratio)
         self._check_images()
         with measuring(self.model):
-            decoder = self._proven(self.config.units)
-            planner = Planner(decoder, self.structure, self.config, self._tokens, self._choices())
-            if planner.looks_first or self.config.chooses_depth(ratio):
+            decoder = self._decide(ratio)
+            planner = Planner(decoder, self.structure, self._decided, self._tokens, self._choices())
+            if planner.looks_first or self._decided.chooses_depth(ratio):
                 check_finite(self.model)
             plan = planner.plan(ratio)
+            self._tell(plan, estimate)
         self.depth_choice, plan.calibrated = planner.depth, self._calibrated
         return plan
 
@@ -214,18 +227,15 @@ class StructuredPruner:
                 "This pruner has pruned its model. To prune the result again, make a new pruner from `pruner.model`."
             )
         if self._streaming is None and not has_weights(self.model):
-            raise UnsupportedModelError(
-                "Some weights are not in memory (meta device or offloaded): only planning is possible. Load the "
-                "model with a `device_map` that fits, or on the CPU."
-            )
+            raise UnsupportedModelError(_NO_WEIGHTS)
         self._check_images()
         check_savable(self.model, configuration=self.config, origin=self.origin and self.origin.options)
         dense, tokenizer = self.model, self.tokenizer
         with measuring(dense), marked_if_changed(dense, self._given()):
-            decoder = self._proven(kinds_in(ratio) if given else self.config.units)
             check_finite(dense)
             if self._processes.count > 1:
                 self._check_divided(ratio)
+            decoder = self._proven(kinds_in(ratio)) if given else self._decide(ratio)
             try:
                 self._prune(decoder, ratio)
             except BaseException as error:
@@ -248,6 +258,28 @@ class StructuredPruner:
             )
         about = ratio.to_dict() if isinstance(ratio, PruningPlan) else ratio
         self._processes.check_same(self.model, self.calibration_tokens(), config=self.config.to_dict(), ratio=about)
+
+    def _decide(self, ratio: float | None) -> PreTrainedModel:
+        """Puts the kinds that are cut in the place of "auto"; gives what is cut, once it is shown that it can be."""
+        if AUTO in self.config.units:
+            chooser = KindChooser(self._decoder(), self.structure, self.config, self._measured_prices, self._proven)
+            self._decided, self._why = chooser.choose(ratio)
+        return self._proven(self._decided.units)
+
+    def _measured_prices(self) -> Prices:
+        """What measures the costs of plans on the model as it is."""
+        if self._prices is None or self._prices.calibration is not self.config.calibration:
+            self._prices = Prices(self._decoder(), self.structure, self._tokens(), self.config.calibration)
+        return self._prices
+
+    def _tell(self, plan: PruningPlan, estimate: bool) -> None:
+        """Writes into a plan why it is as it is, and what it costs if that is asked for."""
+        automatic = AUTO in self.config.units
+        plan.notes += [self._why] if automatic else []
+        if estimate or (automatic and has_weights(self.model)):
+            if not has_weights(self.model):
+                raise UnsupportedModelError(_NO_WEIGHTS)
+            plan.predicted_nats = self._measured_prices().of(plan, self._decided)
 
     def _choices(self) -> dict[str, TokenChoice]:
         """Chooses which tokens stay, and puts the tokenizer without the others in its place."""
@@ -283,22 +315,28 @@ class StructuredPruner:
         store = store if self._streaming is None else self._streaming.store
         if self._device is not None and (whole := needs_whole(self.config, ratio)):
             logger.warning("Computed where the model is, not on %s: %s.", self._device, "; ".join(whole))
-        choices, processes = self._choices(), self._processes
-        run = Execution(decoder, self.structure, self.config, self._tokens, store, choices, processes)
+        choices, processes, config = self._choices(), self._processes, self._decided
+        run = Execution(decoder, self.structure, config, self._tokens, store, choices, processes)
         given = isinstance(ratio, PruningPlan)
         if given:
             check_plan(decoder, self.structure, ratio)
             self._carry_out(run, copy.deepcopy(ratio))
         else:
-            planner = Planner(decoder, self.structure, self.config, self._tokens, self._choices())
-            for steps_left in range(self.config.iterative_steps, 0, -1):
+            planner = Planner(decoder, self.structure, config, self._tokens, self._choices())
+            for steps_left in range(config.iterative_steps, 0, -1):
                 plan = planner.plan(ratio, steps_left)
+                if steps_left == config.iterative_steps == 1:
+                    self._tell(plan, False)
+                predicted, self._prices = plan.predicted_nats, None  # of a model that is no more
                 self._carry_out(run, plan, planner.known)
                 planner.model, planner.structure, self.depth_choice = run.model, run.structure, planner.depth
         plan = run.describe(ratio.ratio_requested if given else ratio)
+        if not given:
+            plan.predicted_nats = predicted
+            plan.notes += [self._why] if self._why else []
         plan.given = given
         plan.calibrated = self._calibrated or (ratio.calibrated if given else False)
-        record(self.model, self.origin, self.config, plan)
+        record(self.model, self.origin, config, plan)
         self.last_plan = plan
 
     def _carry_out(self, run: Execution, plan: PruningPlan, known: Survey | None = None) -> None:
@@ -358,7 +396,7 @@ class StructuredPruner:
             return push_folder(folder, repo_id, commit_message=commit_message, **where)
 
     def _save(self, folder: Path, name: str, **kwargs: Any) -> None:
-        about = {"config": self.config, "plan": self.last_plan, "origin": self.origin}
+        about = {"config": self._decided, "plan": self.last_plan, "origin": self.origin}
         save_checkpoint(self.model, self._processor or self.tokenizer, folder, name, **about, **kwargs)
 
     def calibration_tokens(self) -> Calibration:

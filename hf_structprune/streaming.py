@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .config import PruningConfig
+from .config import AUTO, PruningConfig
 from .criteria import make_criterion
 from .errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from .files.shards import LEAST, Shards
@@ -55,6 +55,8 @@ def needs_whole(config: PruningConfig, ratio: float | PruningPlan | None) -> lis
     chosen = plan is not None and plan.chosen
     reasons = []
     planned = config.kinds(kinds_of(SharedKind)) if plan is None else [decision.kind for decision in plan.shared]
+    if plan is None and AUTO in config.units:
+        reasons.append(f"`units` {AUTO!r}, which tries what each kind costs on the whole model")
     for kind in map(KINDS.get, planned):
         reasons.append(f"{kind.label}, by which all layers change at once")
     if plan is None and config.allocation != "uniform":

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from ..checks import check_fields
-from ..config import CONFIG_NAME, PruningConfig
+from ..config import AUTO, CONFIG_NAME, PruningConfig
 from ..errors import ConfigurationError, StructPruneError
 from ..evaluation.results import STATES
 from ..files.writing import write_folder
@@ -142,7 +142,7 @@ def load_to_plan(arguments: ModelArguments, config: PruningConfig, ratio: float 
 
 def plans_by_shapes(config: PruningConfig, ratio: float | None) -> bool:
     """Whether a plan can be made without the weights: only choices between layers look at them."""
-    return config.allocation == "uniform" and not config.chooses_depth(ratio)
+    return config.allocation == "uniform" and AUTO not in config.units and not config.chooses_depth(ratio)
 
 
 def check_ratio(ratio: float | None, config: PruningConfig) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import Count, Ratio
-from ..config import CalibrationConfig, PruningConfig
+from ..config import AUTO, CalibrationConfig, PruningConfig
 from ..criteria.depth import layer_similarities
 from ..errors import ConfigurationError, UnsupportedModelError
 from ..evaluation.pictures import distances_figure, save
@@ -23,12 +23,19 @@ from ..streaming import check_streams
 from ..units import VOCABULARY
 from .arguments import command
 from .cli import check_output, make_table
+from .curve import inspect_curve
 from .models import ModelArguments, check_ratio, load_pruner, load_shapes, load_to_plan
 from .vocabulary import inspect_vocabulary
 
 
 CSV_NAME, PICTURE_NAME = "layer_distances.csv", "layer_distances.png"
 _KINDS = ("layers", "attention", "mlp")
+_ONLY_WITH = {
+    "output_dir": ("--depth", "--vocabulary", "--curve"),
+    "units": ("--curve",),
+    "vocabulary_text": ("--vocabulary",),
+    "vocabulary_tokens": ("--vocabulary",),
+}
 _SIZES = ("num_units", "unit_parameters", "least")
 
 
@@ -39,42 +46,48 @@ class InspectArguments:
     Args:
         depth (`bool`): Measure how much each layer, attention and MLP does, and which block of each size does least.
         vocabulary (`bool`): Count tokens in text: how much of it the most frequent ones cover, and what they save.
+        curve (`bool`): Predict what removing 5 to 40 % of the parameters costs, from the calibration text.
+        units (list of `str`): With `--curve`: what may go, as in `prune`. Default: `auto`.
         output_dir (`str`, *optional*): With `--depth`: folder for `layer_distances.csv` and a heat map. With
-            `--vocabulary`: for a picture of the curve.
+            `--vocabulary` or `--curve`: for a picture of the curve.
         overwrite (`bool`): Write to the folder even if it is not empty.
         vocabulary_text (`str` or list of `str`, *optional*): With `--vocabulary`: the text, as `prune` takes it.
             Default: all of the calibration's data.
-        vocabulary_tokens (`int`): Tokens of it that are counted at most.
+        vocabulary_tokens (`int`, *optional*): Tokens of it that are counted at most. Default: 50,000,000.
         calibration (`CalibrationConfig`): The text.
     """
 
     depth: bool = False
     vocabulary: bool = False
+    curve: bool = False
+    units: list[str] | None = None
     output_dir: str | None = None
     overwrite: bool = False
     vocabulary_text: str | list[str] | None = None
-    vocabulary_tokens: Count = 50_000_000
+    vocabulary_tokens: Count | None = None
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
 
 @command
 def inspect_command(model: ModelArguments, options: InspectArguments) -> tuple[Any, ...]:
     """Show what can be cut from MODEL: coupled groups, their units and sizes, and what is left alone."""
-    if options.depth and options.vocabulary:
-        raise ConfigurationError("--depth and --vocabulary are both given; give one of them.")
+    asked = [f"--{name}" for name in ("depth", "vocabulary", "curve") if getattr(options, name)]
+    if len(asked) > 1:
+        raise ConfigurationError(f"{' and '.join(asked)} are given; give one of them.")
+    for name, wants in _ONLY_WITH.items():
+        if getattr(options, name) is not None and not set(asked) & set(wants):
+            raise ConfigurationError(f"--{name.replace('_', '-')} goes with {' or '.join(wants)}, which is not given.")
     if options.depth:
         return _inspect_depth(model, options)
     if options.vocabulary:
+        counted = {} if options.vocabulary_tokens is None else {"vocabulary_tokens": options.vocabulary_tokens}
         config = PruningConfig(
-            units=(VOCABULARY,), calibration=options.calibration, vocabulary_text=options.vocabulary_text,
-            vocabulary_tokens=options.vocabulary_tokens,
-        )  # fmt: skip
-        return inspect_vocabulary(model, config, options.output_dir, options.overwrite)
-    if options.output_dir is not None or options.vocabulary_text is not None:
-        raise ConfigurationError(
-            "--output-dir is for the distances of layers and the coverage of tokens, --vocabulary-text for the "
-            "latter: add --depth or --vocabulary."
+            units=(VOCABULARY,), calibration=options.calibration, vocabulary_text=options.vocabulary_text, **counted
         )
+        return inspect_vocabulary(model, config, options.output_dir, options.overwrite)
+    if options.curve:
+        config = PruningConfig(units=options.units or (AUTO,), calibration=options.calibration)
+        return inspect_curve(model, config, options.output_dir, options.overwrite)
     pruner = load_shapes(model)
     structure = pruner.structure
     groups = [(layer.index, group) for layer in structure.layers for group in layer.groups]
@@ -181,10 +194,13 @@ class PlanArguments:
 
     Args:
         ratio (`float`, *optional*): Share of all parameters to remove: 0.3 removes 30 %.
+        estimate (`bool`): Predict the loss as well, by what the cut does to a part of the calibration text; needs
+            the weights.
         output (`str`, *optional*): File to save the plan in, as JSON.
     """
 
     ratio: Ratio | None = None
+    estimate: bool = False
     output: str | None = None
 
 
@@ -194,7 +210,10 @@ def plan_command(model: ModelArguments, options: PlanArguments, config: PruningC
     check_ratio(options.ratio, config)
     if options.output is not None:
         check_place(options.output, file=True)
-    plan = load_to_plan(model, config, options.ratio).plan(options.ratio)
+    if options.estimate:
+        plan = load_pruner(model, config).plan(options.ratio, estimate=True)
+    else:
+        plan = load_to_plan(model, config, options.ratio).plan(options.ratio)
     if options.output is not None:
         plan.save(options.output)
     return {"model": model.model, **plan.to_dict()}, plan.table()

@@ -47,7 +47,12 @@ class Store:
     """A model in memory: every layer is there at any time, and stays where it is when it has been cut.
 
     `InTurns` and `OnDisk` are other kinds. What is done to one layer after the other is written once, for all.
+
+    Attributes:
+        cuts: Whether layers are to get smaller; else what goes of them is as good as zero.
     """
+
+    cuts = True
 
     def load(self, part: int | str) -> None:
         """Brings a layer, by its number, or what is `OUTSIDE` of the layers into memory."""

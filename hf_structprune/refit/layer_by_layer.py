@@ -127,7 +127,8 @@ class _Compression:
                 self._layer(layer, self.correcting and layer.index >= first)
                 if self.stream and layer is not layers[-1]:
                     self.stream.advance(layer.index)
-                cut_units(self.model, [group for group in layer.groups if group.key not in self.cut], self.kept)
+                if self.store.cuts:
+                    cut_units(self.model, [group for group in layer.groups if group.key not in self.cut], self.kept)
                 self.store.put(layer.index)
             self.store.save(lambda layer=layer: self._progress(layer.index))
         return self.kept

@@ -65,7 +65,9 @@ def measure_sensitivity(
                 keep = group.size - max(1, round(share * group.size))
                 keep = max(keep // group.blocks * group.blocks, group.least)
                 with _cut(model, group, {group.key: best_units(score, group, keep)}, statistics, config):
-                    divergence = sum(_kl(d, test.finish(group.layer, n, _EVERY)) for n, d in enumerate(dense))
+                    divergence = sum(
+                        kl_divergence(d, test.finish(group.layer, n, _EVERY)) for n, d in enumerate(dense)
+                    )
                 per_token = divergence / sum(d.shape[0] * d.shape[1] for d in dense)
                 costs.append(max(per_token, 1e-12) / (max(group.size - keep, 1) / group.size) ** 2)
             sensitivity[group.key] = (costs[0] * costs[1]) ** 0.5
@@ -105,7 +107,7 @@ def _cut(model: nn.Module, group: Group, kept: Kept, statistics: InputStatistics
         module.weight = original
 
 
-def _kl(dense: torch.Tensor, cut: torch.Tensor) -> float:
+def kl_divergence(dense: torch.Tensor, cut: torch.Tensor) -> float:
     """`KL(dense || cut)` summed over tokens, one sequence at a time to keep float32 logits few."""
     pairs = ((q.float().log_softmax(-1), p.float().log_softmax(-1)) for p, q in zip(dense, cut, strict=True))
     return sum(float(nn.functional.kl_div(q, p, log_target=True, reduction="sum")) for q, p in pairs)

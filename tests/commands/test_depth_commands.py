@@ -57,7 +57,7 @@ def test_inspect_depth_writes_the_csv_and_the_heat_map(folder, tmp_path, capsys)
 def test_inspect_depth_does_not_write_over_something(folder, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("x")
     assert "--overwrite" in refused(capsys, "inspect", folder, "--depth", "--output-dir", str(tmp_path), *CALIBRATION)
-    assert "add --depth" in refused(capsys, "inspect", folder, "--output-dir", str(tmp_path / "new"))
+    assert "goes with --depth" in refused(capsys, "inspect", folder, "--output-dir", str(tmp_path / "new"))
 
 
 def test_prune_drops_layers_and_says_which(folder, tmp_path, capsys):

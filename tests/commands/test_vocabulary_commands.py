@@ -58,4 +58,4 @@ def test_inspect_shows_the_curve(folder, tmp_path, capsys):
     assert (out / "vocabulary_coverage.png").stat().st_size > 5000
     assert "of text held out" in run(capsys, "inspect", dense, *options)
     assert cli.main(["inspect", dense, "--vocabulary-text", text]) == 2
-    assert "add --depth or --vocabulary" in capsys.readouterr().err
+    assert "--vocabulary-text goes with --vocabulary" in capsys.readouterr().err

@@ -1,0 +1,156 @@
+"""`units="auto"` against every kind alone, on models that are mostly MLP, mostly attention, mostly vocabulary.
+
+    python benchmarks/kinds.py --text FOLDER            # three small Llamas, trained here for a minute each
+    python benchmarks/kinds.py --text FOLDER --model ID  # a model of yours
+
+FOLDER holds `train.txt`, `valid.txt` and `test.txt` (WikiText-2, raw). Perplexity of `test.txt` (48 windows of 256
+tokens; of a given model 8 of 1024), pruned over dense, and what was predicted from the calibration text: the dense
+perplexity times `exp` of the nats that were measured while the kinds were priced. Results go to
+benchmarks/results/kinds.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import re
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
+from hf_structprune.commands.models import find_model
+from hf_structprune.errors import StructPruneError
+
+
+RESULTS = Path(__file__).parent / "results" / "kinds.json"
+SHAPES = {
+    "mostly MLP": dict(
+        vocab_size=512, hidden_size=128, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=4,
+    ),
+    "mostly attention": dict(
+        vocab_size=512, hidden_size=128, intermediate_size=96, num_hidden_layers=8, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=32,
+    ),
+    "mostly vocabulary": dict(
+        vocab_size=16384, hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4,
+    ),
+}  # fmt: skip
+WAYS = {
+    "auto": ("auto",),
+    "MLP neurons (default)": ("mlp_neurons",),
+    "KV groups": ("kv_groups",),
+    "layers": ("layers",),
+    "neurons and groups": ("mlp_neurons", "kv_groups"),
+}
+
+
+def tokenizer_of(text: str, size: int) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(text.split("\n"), trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def trained(shape: dict, tokens: torch.Tensor, seconds: float, seed: int) -> LlamaForCausalLM:
+    """A Llama that was trained for a while: AdamW, windows of 128 tokens, 16 at a time."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=2048, tie_word_embeddings=True)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+    draw, begin, step = torch.Generator().manual_seed(seed), time.monotonic(), 0
+    while (part := (time.monotonic() - begin) / seconds) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1.0, (step + 1) / 20, 1.1 - part)
+        starts = torch.randint(len(tokens) - 128, (16,), generator=draw)
+        batch = torch.stack([tokens[start : start + 128] for start in starts])
+        model(input_ids=batch, labels=batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+    return model.eval()
+
+
+@torch.no_grad()
+def perplexity(model: torch.nn.Module, windows: torch.Tensor) -> float:
+    losses = [
+        cross_entropy(model(input_ids=one[None]).logits[0, :-1].float(), one[1:], reduction="mean") for one in windows
+    ]
+    return math.exp(torch.stack(losses).mean())
+
+
+def spread(tokens: torch.Tensor, length: int, number: int) -> torch.Tensor:
+    windows = tokens[: len(tokens) // length * length].view(-1, length)
+    return windows[torch.linspace(0, len(windows) - 1, number).long()]
+
+
+def measured(name: str, model, tokenizer, texts: dict[str, str], windows: tuple[int, int], ratios) -> list[dict]:
+    test = torch.tensor(tokenizer(texts["test"], add_special_tokens=False)["input_ids"])
+    held = spread(test, *windows)
+    calibration = torch.tensor(tokenizer(texts["valid"], add_special_tokens=False)["input_ids"])
+    config = CalibrationConfig(tokens=spread(calibration, 256, min(128, len(calibration) // 256)), batch_size=16)
+    dense, rows = perplexity(model, held), []
+    total = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{name}: {total:,} parameters, perplexity {dense:.2f}", flush=True)
+    for ratio in ratios:
+        for way, units in WAYS.items():
+            pruner = StructuredPruner(copy.deepcopy(model), PruningConfig(units=units, calibration=config))
+            begin = time.monotonic()
+            try:
+                pruned = pruner.prune(ratio)
+            except StructPruneError as error:
+                print(f"  {ratio:.0%} {way}: {str(error)[:100]}", flush=True)
+                continue
+            seconds, plan = time.monotonic() - begin, pruner.last_plan
+            why = next((note for note in plan.notes if note.startswith("units='auto'")), "")
+            nats = re.search(r"\+([0-9.]+) nats", why)
+            row = {
+                "model": name, "parameters": total, "dense": dense, "ratio": ratio, "way": way, "got": plan.ratio,
+                "perplexity": perplexity(pruned, held), "seconds": seconds, "removed": plan.removed, "why": why,
+                "predicted": None if nats is None else dense * math.exp(float(nats[1])),
+            }  # fmt: skip
+            rows.append(row)
+            print(
+                f"  {ratio:.0%} {way}: {row['perplexity'] / dense:.3f} of dense, {plan.ratio:.1%} gone, "
+                f"{seconds:.0f} s {why}", flush=True,
+            )  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--model")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.3])
+    parser.add_argument("--seconds", type=float, default=60, help="of training for each small model")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    texts = {name: (options.text / f"{name}.txt").read_text(encoding="utf-8") for name in ("train", "valid", "test")}
+    rows = []
+    if options.model:
+        pruner = StructuredPruner.from_pretrained(find_model(options.model).model, dtype=torch.float32)
+        rows += measured(options.model, pruner.model, pruner.tokenizer, texts, (1024, 8), options.ratios)
+    for name, shape in {} if options.model else SHAPES.items():
+        tokenizer = tokenizer_of(texts["train"][:3_000_000], shape["vocab_size"])
+        tokens = torch.tensor(tokenizer(texts["train"])["input_ids"])
+        model = trained(shape, tokens, options.seconds, options.seed)
+        rows += measured(name, model, tokenizer, texts, (256, 48), options.ratios)
+    old = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    new = {row["model"] for row in rows}
+    RESULTS.write_text(json.dumps([row for row in old if row["model"] not in new] + rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""`units="auto"`: what is free on a model goes first, and nothing that was measured is cheaper than what is taken."""
+
+import json
+import math
+
+import families
+import moe_families
+import pytest
+import torch
+
+from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
+from hf_structprune.choosing_kinds import Curve
+from hf_structprune.errors import ConfigurationError, RatioError
+
+
+def auto(model, **options):
+    tokens = torch.randint(3, 60, (24, 16), generator=torch.Generator().manual_seed(1))
+    calibration = CalibrationConfig(tokens=tokens, batch_size=8)
+    return StructuredPruner(model, PruningConfig(units="auto", round_to=1, calibration=calibration, **options))
+
+
+def why(plan):
+    return next(note for note in plan.notes if note.startswith("units='auto'"))
+
+
+def without_neurons(model):
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight.data[:, 12:] *= 1e-4
+
+
+def without_groups(model):
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data[:, layer.self_attn.o_proj.in_features // 2 :] *= 1e-4
+
+
+def without_layer(model):
+    model.model.layers[1].mlp.down_proj.weight.data *= 1e-4
+    model.model.layers[1].self_attn.o_proj.weight.data *= 1e-4
+
+
+FREE = [(without_neurons, {"mlp_neurons"}), (without_groups, {"kv_groups"}), (without_layer, {"layers"})]
+
+
+@pytest.mark.parametrize(("spare", "kinds"), FREE, ids=[f"{kinds}" for _, kinds in FREE])
+def test_what_does_nothing_goes_first(spare, kinds):
+    model = families.make_model("llama", torch.float32, num_hidden_layers=4)
+    spare(model)
+    total = families.count(model)
+    layer = families.count(model.model.layers[1])
+    groups = sum(families.count(layer.self_attn) for layer in model.model.layers) / 2
+    amounts = {"mlp_neurons": 0.1, "kv_groups": groups / total + 0.01, "layers": layer / total + 0.01}
+    pruner = auto(model)
+    pruner.prune(amounts[next(iter(kinds))])
+    removed = pruner.last_plan.removed
+    assert sum(removed[kind] for kind in kinds) > 0.8 * sum(removed.values())
+    assert pruner.last_plan.predicted_nats < 0.05
+
+
+def test_what_is_taken_is_the_cheapest_of_all_that_was_measured_each_time():
+    plans = [auto(families.make_model("llama", torch.float32, num_hidden_layers=4)).plan(0.25) for _ in range(2)]
+    assert plans[0] == plans[1] and why(plans[0]) == why(plans[1])
+    nats = [float(part.split(" nats")[0]) for part in why(plans[0]).split("+")[1:]]
+    assert len(nats) > 1 and nats[0] == min(nats) == round(plans[0].predicted_nats, 3)
+
+
+def test_experts_that_no_token_is_sent_to_go():
+    model = moe_families.make_moe("mixtral")
+    for layer in model.model.layers:
+        layer.mlp.gate.weight.data[-1] = 0
+        layer.mlp.gate.weight.data[:-1] = layer.mlp.gate.weight.data[:-1].abs() * 10
+        layer.post_attention_layernorm.weight.data.abs_()
+    pruner = auto(model)
+    expert = sum(p[0].numel() for layer in model.model.layers for p in layer.mlp.experts.parameters())
+    plan = pruner.plan((expert + 100) / families.count(model))
+    assert set(plan.removed) & {"experts", "expert_neurons"}
+
+
+def test_the_saved_configuration_names_what_was_taken(tmp_path):
+    pruner = auto(families.make_model("qwen3", torch.float32))
+    pruner.prune(0.2)
+    pruner.save_pretrained(tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "pruning_config.json").read_text())
+    assert "auto" not in saved["units"] and pruner.config.units == ("auto",)
+    again = StructuredPruner(families.make_model("qwen3", torch.float32), PruningConfig.load(tmp_path / "out"))
+    again.config.calibration = pruner.config.calibration
+    again.prune(0.2)
+    for name, tensor in pruner.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], tensor)
+
+
+def test_without_weights_the_plan_says_that_nothing_was_measured():
+    with torch.device("meta"):
+        model = families.make_model("llama", torch.float32)
+    plan = auto(model).plan(0.1)
+    assert set(plan.removed) == {"mlp_neurons"} and "not in memory" in why(plan)
+
+
+def test_more_than_can_go_is_refused_with_what_can():
+    with pytest.raises(RatioError, match="at most"):
+        auto(families.make_model("gpt2", torch.float32)).plan(0.97)
+
+
+@pytest.mark.parametrize("options", [{"units": ("auto", "layers")}, {"units": "auto", "num_layers": 2}])
+def test_it_stands_alone(options):
+    with pytest.raises(ConfigurationError, match="auto"):
+        PruningConfig(**options)
+
+
+def test_a_ratio_is_needed():
+    with pytest.raises(ConfigurationError, match="ratio"):
+        auto(families.make_model("llama", torch.float32)).plan()
+
+
+def test_a_curve_goes_through_its_points_and_ends_with_them():
+    curve = Curve([(100, 0.1), (300, 0.9)])  # 0.1 * (x / 100) ** 2
+    assert [curve.at(x) for x in (0, 50, 100, 200, 300, 400)] == pytest.approx([0, 0.025, 0.1, 0.4, 0.9, 1.6])
+    assert curve.at(601) == math.inf and Curve([]).at(1) == math.inf
+    assert Curve([(100, 0.1)]).at(200) == pytest.approx(0.1 * 2**1.5)
+    assert Curve([(100, 0.2), (200, 0.3)]).at(50) == pytest.approx(0.1)  # never less than in proportion
+
+
+def test_a_plan_that_takes_most_of_a_small_part_says_so_and_the_card_does_not():
+    model = families.make_model("llama", torch.float32, vocab_size=512)
+    config = PruningConfig(criterion="l2", compensation=False, round_to=1)
+    (line,) = [one for one in StructuredPruner(model, config).plan(0.2).warnings if "auto" in one]
+    share = sum(families.count(layer.mlp) for layer in model.model.layers) / families.count(model)
+    assert f"{0.2 / share:.0%} of all MLP neurons go" in line and f"only {share:.0%}" in line
+    assert "units='vocabulary'" in line
+    assert not [one for one in StructuredPruner(model, config).plan(0.05).warnings if "auto" in one]
+    pruner = StructuredPruner(model, config)
+    pruner.prune(0.2)
+    assert not [one for one in pruner.last_plan.warnings if "auto" in one]
