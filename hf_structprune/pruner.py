@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import tempfile
 import weakref
@@ -235,7 +236,7 @@ class StructuredPruner:
             check_finite(dense)
             if self._processes.count > 1:
                 self._check_divided(ratio)
-            decoder = self._proven(kinds_in(ratio)) if given else self._decide(ratio)
+            decoder = self._decide(ratio)
             try:
                 self._prune(decoder, ratio)
             except BaseException as error:
@@ -259,8 +260,15 @@ class StructuredPruner:
         about = ratio.to_dict() if isinstance(ratio, PruningPlan) else ratio
         self._processes.check_same(self.model, self.calibration_tokens(), config=self.config.to_dict(), ratio=about)
 
-    def _decide(self, ratio: float | None) -> PreTrainedModel:
+    def _decide(self, ratio: float | PruningPlan | None) -> PreTrainedModel:
         """Puts the kinds that are cut in the place of "auto"; gives what is cut, once it is shown that it can be."""
+        self._decided, self._why = self.config, ""
+        if isinstance(ratio, PruningPlan):
+            if AUTO in self.config.units:
+                self._decided = dataclasses.replace(
+                    self.config, units=tuple(sorted(kinds_in(ratio))), layout=ratio.layout
+                )
+            return self._proven(kinds_in(ratio))
         if AUTO in self.config.units:
             chooser = KindChooser(self._decoder(), self.structure, self.config, self._measured_prices, self._proven)
             self._decided, self._why = chooser.choose(ratio)

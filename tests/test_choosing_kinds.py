@@ -88,6 +88,22 @@ def test_the_saved_configuration_names_what_was_taken(tmp_path):
         assert torch.equal(again.model.state_dict()[name], tensor)
 
 
+def test_a_plan_that_is_given_needs_no_choice(tmp_path):
+    plan = auto(families.make_model("llama", torch.float32)).plan(0.2)
+    pruner = auto(families.make_model("llama", torch.float32))
+    pruner.prune(plan)
+    pruner.save_pretrained(tmp_path / "out")
+    assert set(PruningConfig.load(tmp_path / "out").units) == set(plan.removed)
+    assert pruner.last_plan.removed == plan.removed
+
+
+def test_a_configuration_that_is_put_in_its_place_counts():
+    pruner = auto(families.make_model("llama", torch.float32))
+    pruner.plan(0.2)
+    pruner.config = PruningConfig(units="kv_groups", criterion="l2", compensation=False)
+    assert set(pruner.plan(0.1).removed) == {"kv_groups"}
+
+
 def test_without_weights_the_plan_says_that_nothing_was_measured():
     with torch.device("meta"):
         model = families.make_model("llama", torch.float32)
