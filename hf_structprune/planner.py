@@ -25,6 +25,7 @@ from .plan import Decision, Dropped, PruningPlan, normalised, removed_by
 from .stats.seen import Calibration
 from .stats.survey import Survey, survey
 from .units import KINDS, LAYERS, DepthKind, SharedKind, WidthKind, kinds_of
+from .units.heads import pairs
 from .vocabulary.choosing import TokenChoice
 
 
@@ -338,7 +339,8 @@ class Planner:
         widths = config.kinds(kinds_of(WidthKind))
         if not any(KINDS[kind].of_heads for kind in widths):
             return None
-        found = expressible_heads(self.model, structure, config.layout)
+        every = expressible_heads(self.model, structure, config.layout)
+        found = every & {pair for layer in structure.layers for pair in pairs(layer, widths)[1:]}
         if found or not any(layer.attention for layer in structure.layers):
             return found
         why = (
@@ -351,6 +353,8 @@ class Planner:
             )
         except CheckpointError as error:  # nor can it have what the model has now
             why = f"{error}".rstrip(".")
+        if every:  # with other units
+            why = f"its layers can only have {sorted(every)} (KV groups, query heads in each)"
         if all(KINDS[kind].of_heads for kind in widths) or config.split is not None:
             raise UnsupportedModelError(f"`units` is {config.units}, but heads are left alone: {why}.")
         structure.notes = list(dict.fromkeys([*structure.notes, f"heads are left alone: {why}"]))

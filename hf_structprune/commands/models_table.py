@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError, StructPruneError
@@ -43,6 +44,8 @@ VALUES: dict[str, dict[str, Any]] = {
             enable_moe_block=False,
         )
     ),
+    "gemma4_text": dict(hidden_size_per_layer_input=0),  # as in the larger ones
+    "gemma4_unified_text": dict(hidden_size_per_layer_input=0),
     "granitemoehybrid": dict(layer_types=_MIXED * 16),
     "hunyuan_v1_dense": dict(head_dim=128, num_key_value_heads=8),
     "hunyuan_v1_moe": dict(head_dim=128, num_key_value_heads=8, num_experts=16, moe_topk=2),
@@ -129,14 +132,16 @@ def row_of(model_type: str, kinds: Iterable[str] = COLUMNS) -> Row:
     with apart():
         trial = Trial()
         why_not = reason_of(partial(trial.begin, model, structure))
+        reasons: dict[str, list[str]] = {}
         for kind in (kind for kind in kinds if has_units(structure, kind)):
             reason = why_not or reason_of(partial(trial.test, kind))
             if reason is not None:
-                row.notes.append(f"{kind}: {reason}")
+                reasons.setdefault(reason, []).append(kind)
                 continue
             plain = [small for small in trial.cut if not isinstance(small, PerLayerMixin)]
             word = PROVEN if _generates((plain or trial.cut)[0], trial.tokens) else WORKS
             row.cells[kind] = word if plain else f"{word} (per layer)"
+    row.notes += [f"{', '.join(those)}: {reason}" for reason, those in reasons.items()]
     return row
 
 
@@ -157,20 +162,23 @@ def _generates(model: PreTrainedModel, tokens: Any) -> bool:
     return torch.equal(with_cache, without)
 
 
-def markdown(rows: dict[str, Row]) -> str:
-    """The table as a page."""
+def markdown(rows: dict[str, Row], page: str = "") -> str:
+    """The table as a page; other rows are those of a page that is there already."""
     import transformers
 
-    counts = Counter(kind for row in rows.values() for kind, cell in row.cells.items() if cell.startswith(PROVEN))
-    told = ", ".join(f"{KINDS[kind].label} {counts[kind]}" for kind in COLUMNS)
-    lines = [_INTRODUCTION.format(version=transformers.__version__, counts=f"Proven of {len(rows)} types: {told}.")]
-    lines.append(f"| type | {' | '.join(KINDS[kind].label for kind in COLUMNS)} | left alone |\n")
-    lines.append(f"| --- {'| --- ' * len(COLUMNS)}| --- |\n")
+    there = (line for line in page.splitlines(keepends=True) if line.startswith("| `"))
+    lines = {line[3:].partition("`")[0]: line for line in there}
     for name, row in rows.items():
         cells = (row.cells.get(kind, "") for kind in COLUMNS)
         notes = "; ".join(" ".join(note.replace("|", "/").removesuffix(", left alone").split()) for note in row.notes)
-        lines.append(f"| `{name}` | {' | '.join(cells)} | {notes} |\n")
-    return "".join(lines)
+        lines[name] = f"| `{name}` | {' | '.join(cells)} | {notes} |\n"
+    table = "".join(lines[name] for name in sorted(lines))
+    found = (cells for cells in read_markdown(table).values())
+    counts = Counter(kind for cells in found for kind, cell in cells.items() if cell.startswith(PROVEN))
+    told = ", ".join(f"{KINDS[kind].label} {counts[kind]}" for kind in COLUMNS)
+    begin = _INTRODUCTION.format(version=transformers.__version__, counts=f"Proven of {len(lines)} types: {told}.")
+    head = f"| type | {' | '.join(KINDS[kind].label for kind in COLUMNS)} | left alone |\n"
+    return f"{begin}{head}| --- {'| --- ' * len(COLUMNS)}| --- |\n{table}"
 
 
 def read_markdown(text: str) -> dict[str, dict[str, str]]:
@@ -189,7 +197,8 @@ class TypesArguments:
     Args:
         types (list of `str`): Model types, such as llama; all that Transformers has when none is named, which takes
             half an hour.
-        output (`str`, *optional*): Markdown file to write instead of printing.
+        output (`str`, *optional*): Markdown file to write instead of printing; where types are named, their rows are
+            changed in a page that is there.
         json (`bool`): Print one JSON object and nothing else on stdout.
     """
 
@@ -206,11 +215,12 @@ def models_command(options: TypesArguments) -> tuple[Any, ...]:
         raise ConfigurationError(f"{unknown[0]!r} is no model type of a causal language model in Transformers.")
     rows = {}
     for name in options.types or model_types():
-        rows[name] = row_of(name, KINDS if options.types else COLUMNS)
+        rows[name] = row_of(name, KINDS if options.types and options.output is None else COLUMNS)
         print(name, ", ".join(rows[name].cells), file=sys.stderr)
     data = {name: {"kinds": row.cells, "left_alone": row.notes} for name, row in rows.items()}
     if options.output is not None:
-        write_text(options.output, markdown(rows))
+        page = Path(options.output)
+        write_text(page, markdown(rows, page.read_text() if options.types and page.exists() else ""))
         return data, f"Wrote {options.output}."
     headers = ("type", *(kind.label for kind in KINDS.values()))
     cells = [(name, *(row.cells.get(kind, "") for kind in KINDS)) for name, row in rows.items()]

@@ -59,7 +59,7 @@ def layer_similarities(
     silencer = Silencer(model, structure, few_tokens(tokens)) if sublayers else None
 
     def last_tokens() -> torch.Tensor:
-        return torch.cat([state[:, -1] for state in stream.hidden]).cpu()
+        return torch.cat([state[:, -1].flatten(1) for state in stream.hidden]).cpu()
 
     positions = [last_tokens()]
     cosines: dict[Unit, float] = defaultdict(float)  # summed over all tokens
@@ -71,7 +71,7 @@ def layer_similarities(
             ends = {LAYERS: (before, after)}
             if silencer is not None:
                 ends.update(_around_sublayers(stream, silencer, layer, number, after))
-            for kind, (a, b) in ends.items():
+            for kind, (a, b) in ((kind, (a.flatten(2), b.flatten(2))) for kind, (a, b) in ends.items()):
                 all_tokens = cosine_similarity(a.float(), b.float(), dim=-1).clamp(-1.0, 1.0)
                 cosines[layer.index, kind] += float(all_tokens.sum(dtype=torch.float64))
                 last = cosine_similarity(a[:, -1].double(), b[:, -1].double(), dim=-1)

@@ -17,6 +17,7 @@ from ..units.neurons import NEURONS
 from .groups import AttentionShape, LayerStructure, is_linear
 from .hidden_size import stream_norms
 from .layer_values import check_layers, without_layers
+from .per_layer import native_keys
 from .structure import ModelStructure, decoder_layers
 from .surgery import Kept, entries_gone, name_after, skipped
 from .target import Target, make_target, plain_values, skeleton
@@ -85,16 +86,20 @@ def _values(
                 widths |= kind.config_values(layer, plan, family, config)
         layers.append({key: value for key, value in (usual | own).items() if key not in decided} | widths)
     keys = {key for own in layers for key in own}
-    if heads and all(len({own[key] for own in layers if key in own}) == 1 for key in keys):
+    for key in (key for key in keys if isinstance(values.get(key), list)):  # it has a value for each layer
+        values[key] = [own.pop(key, old) for own, old in zip(layers, values[key], strict=True)]
+    keys = {key for own in layers for key in own}
+    same = {key for key in keys if len({own[key] for own in layers if key in own}) == 1}
+    native = native_keys(config)
+    if heads and keys - same <= native:
         for own in layers:
-            values |= own
-        layers = [{} for _ in layers]
+            values |= {key: own.pop(key) for key in same & own.keys()}
     elif plan.layout == "uniform":
         raise CheckpointError(
             "The uniform layout needs the same widths in all layers, but the layers of this model differ already. "
             "Use layout='per_layer'."
         )
-    for own in layers:  # one size of heads for the whole model
+    for own in layers if "head_dim" not in native else ():  # one size of heads for the whole model
         values |= {"head_dim": own.pop("head_dim")} if "head_dim" in own else {}
     if any(skips):
         if plan.layout == "uniform":
@@ -116,6 +121,7 @@ def _without_dropped(model: PreTrainedModel, structure: ModelStructure, plan: Pr
     """Configuration values without the layers that a plan drops; widths and skipped sublayers are those of before."""
     values, dropped = plain_values(model.config), plan.dropped.get(LAYERS, [])
     key = structure.family.key("layers_key", model.config)
+    key = key if values.get(key) == len(structure.layers) else None  # else another one counts layers
     return without_layers(values, dropped, len(structure.layers), key) if dropped else values
 
 
@@ -162,9 +168,17 @@ def _with_overrides(model: PreTrainedModel, structure: ModelStructure, plan: Pru
             rows = [query, kv, kv] if len(names.inputs) == 3 else [query + 2 * kv]
             modules = {name: {"out_features": size} for name, size in zip(names.inputs, rows, strict=True)}
             attributes = {attribute: getattr(shape, name) for attribute, name in names.attributes.items()}
+            modules |= _norms_of(layer, kv, query)
             modules |= {names.output: {"in_features": query}} | ({names.parent: attributes} if attributes else {})
             per_layer.setdefault(str(index), {}).setdefault("module_overrides", {}).update(modules)
     return make_target(model, {**values, "module_overrides": {}})
+
+
+def _norms_of(layer: LayerStructure, kv_width: int, query_width: int) -> dict[str, dict[str, int]]:
+    """The sizes of norms over all heads, by module: those of queries are units of the query heads, too."""
+    names = {norm for group in layer.groups if KINDS[group.kind].of_heads for norm in group.norms}
+    widths = {name: kv_width if name.rpartition(".")[2].startswith("k_") else query_width for name in names}
+    return {name[len(layer.name) + 1 :]: {"out_features": width} for name, width in sorted(widths.items())}
 
 
 def _derived(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> dict[int, dict[str, Any]]:
@@ -258,21 +272,34 @@ def expressible_heads(model: PreTrainedModel, structure: ModelStructure, layout:
     """Pairs of (KV groups, query heads in each) that a checkpoint of this model can have."""
     attentions, result, works = [layer for layer in structure.layers if layer.attention], set(), {}
     for pair in pairs(attentions[0], kinds_of(WidthKind))[1:] if attentions else ():
-        keep = {key: count for layer in attentions for key, count in counts_of(layer, *pair).items()}
+        own = [_pair_in(layer.attention, pair, attentions[0].attention) for layer in attentions]
+        keep = {k: n for layer, one in zip(attentions, own, strict=True) for k, n in counts_of(layer, *one).items()}
         plan = PruningPlan.from_counts(structure, keep, model_type=model.config.model_type, layout=layout)
         try:
             target_of(model, structure, plan, works)
-            result.add(pair)
+            result |= set(own)
         except CheckpointError:
             continue
     return result
+
+
+def _pair_in(shape: AttentionShape, pair: tuple[int, int], first: AttentionShape) -> tuple[int, int]:
+    """A pair of the first attention in another one: what is whole there is whole."""
+    kv_heads, rep = pair
+    return shape.kv_heads if kv_heads == first.kv_heads else kv_heads, shape.rep if rep == first.rep else rep
 
 
 def approximations(model: PreTrainedModel, structure: ModelStructure, plan: PruningPlan) -> list[str]:
     """One line for each norm that sees less after a plan than it would see with zeros in the place of what goes."""
     lines = []
     kept = {(group.layer, group.kind): group.keep < group.before for group in plan.groups}
-    if any(group.norms and kept.get(group.key) for group in structure.groups):
+    cut = [group for group in structure.groups if kept.get(group.key)]
+    if any(group.coupled for group in cut):
+        lines.append(
+            "a norm or a threshold depends on all units of a layer, in the cut model on those that are left; its "
+            "re-fit looks at what comes of it"
+        )
+    if any(group.norms and not group.coupled for group in cut):
         lines.append(
             "queries and keys are normalised over all heads; the cut model normalises over the heads that are left, "
             "which a zeroed head would still count in"

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ..errors import CheckpointError, UnsupportedModelError
 from .groups import Group, Kept, LayerStructure, Slice, dropped, tensor_of
 from .probe import changed_dims, size_in, with_more
-from .target import make_target, plain_values, skeleton
+from .target import make_target, named_values, plain_values, skeleton
 
 
 # Keys of a configuration that hold the number of experts of a layer, and of those that a token is sent to.
@@ -43,11 +43,13 @@ def expert_groups(kind: str, model: PreTrainedModel, layers: list[tuple[LayerStr
     Returns:
         What is left alone, and why.
     """
-    values = plain_values(model.config)
+    values, named = plain_values(model.config), named_values(model.config)
     key = next((key for key in _NUMBER if type(values.get(key)) is int and values[key] > 1), None)
     if key is None:
         return []
-    size, blocks = values[key], int(values.get("n_group") or 1)
+    if any(name.endswith("tid2eid") for _, layer in layers for name, _ in layer.named_buffers()):
+        return [f"{key}: some layers choose experts by the token ids, and one number holds for all layers, left alone"]
+    size, blocks = values[key], int(named.get("n_group") or 1)
     larger = size + blocks
     now, other = skeleton(model), make_target(model, {**values, key: larger}).skeleton()
     grown, counts, notes = _tensors(other), _counts(now, other, size, larger), []
@@ -57,16 +59,16 @@ def expert_groups(kind: str, model: PreTrainedModel, layers: list[tuple[LayerStr
             for dim in changed_dims(tensor.shape, grown.get(name, tensor).shape):
                 width = tensor.shape[dim] // size
                 if (size * width, larger * width) != (tensor.shape[dim], grown[name].shape[dim]):
-                    return [f"{key}: `{name}` does not grow with it in whole experts, left alone"]
+                    short = name.removeprefix(f"{structure.name}.")
+                    return [f"{key}: `{short}` does not grow with it in whole experts, left alone"]
                 found.append((Slice(name, dim, torch.arange(size)[:, None] * width + torch.arange(width)), tensor))
         if not found:
             continue
         stacks = {part.module for part, tensor in found if tensor.ndim > 2 or part.index.shape[1] > 1}
         block = os.path.commonprefix([f"{part.module}." for part, _ in found]).rpartition(".")[0]
         if len(stacks) != 1 or len(block) <= len(structure.name) or block in stacks:
-            notes.append(
-                f"{key}: the experts in {' and '.join(sorted(stacks)) or block} are not understood, left alone"
-            )
+            places = (name.removeprefix(f"{structure.name}.") for name in sorted(stacks) or [block])
+            notes.append(f"{key}: the experts in {' and '.join(places)} are not understood, left alone")
             continue
         parameters = [(part, tensor) for part, tensor in found if isinstance(tensor, nn.Parameter)]
         linear = [tensor for part, tensor in parameters if isinstance(now.get_submodule(part.module), nn.Linear)]
@@ -75,7 +77,7 @@ def expert_groups(kind: str, model: PreTrainedModel, layers: list[tuple[LayerStr
                 kind, structure.index, size, tuple(part for part, _ in found), None, block, blocks=blocks,
                 cost=sum(tensor.numel() // size for _, tensor in parameters),
                 matrix_cost=sum(tensor.numel() // size for tensor in linear if tensor.ndim > 1),
-                least=_least(values, blocks), key_in_config=key,
+                least=_least(named, blocks), key_in_config=key,
                 counters=tuple(name for name in counts if name.startswith(f"{block}.")),
                 router=next((p.tensor for p, t in parameters if t.ndim == 2 and p.module not in stacks), ""),
             )

@@ -64,6 +64,7 @@ class Group:
         counters: Full names of attributes of modules that hold their number.
         router: Full name of the weight of the router's linear map, shape (experts, hidden), for what is in experts.
         in_experts: Whether the units are parts of experts, each of which keeps its own, and not whole experts.
+        coupled: Whether what the reader gets of a unit depends on the others, as through a norm over all of them.
     """
 
     kind: str
@@ -81,6 +82,7 @@ class Group:
     counters: tuple[str, ...] = ()
     router: str = ""
     in_experts: bool = False
+    coupled: bool = False
 
     @property
     def key(self) -> tuple[int, str]:
@@ -242,8 +244,6 @@ def not_understood(layer: nn.Module, names: Projections, norms: Collection[str] 
 
 def _stranger(module: nn.Module, names: Projections, norms: Collection[str]) -> str | None:
     """Parameters in a module that the description does not account for."""
-    if getattr(module, "activation_sparsity", 0):
-        return "its activation compares each neuron with the mean of all, so that none can go alone"
     for name, parameter in module.named_parameters(prefix=names.parent):
         owner = name.rpartition(".")[0]
         if parameter.numel() == 1:  # of an activation

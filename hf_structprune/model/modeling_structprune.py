@@ -188,6 +188,9 @@ def _override(module: nn.Module, values: dict) -> None:
             setattr(module, name, value)
     if not {"in_features", "out_features"} & set(values):
         return
+    if module.weight.dim() == 1:  # a norm over all units
+        module.weight = nn.Parameter(module.weight.new_ones(values["out_features"]))
+        return
     linear = isinstance(module, nn.Linear)
     rows, columns = module.weight.shape if linear else module.weight.shape[::-1]
     rows, columns = values.get("out_features", rows), values.get("in_features", columns)

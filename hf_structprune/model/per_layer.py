@@ -6,9 +6,33 @@ import importlib.util
 import sys
 from functools import wraps
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+# Keys of which the classes of Transformers themselves read a value for each layer.
+_NATIVE = {
+    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), {"head_dim", "num_key_value_heads"}),
+    "dots3_note_text": {
+        "head_dim", "num_attention_heads", "num_key_value_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim",
+        "qk_rope_head_dim", "v_head_dim", "rope_parameters", "sliding_window",
+    },
+}  # fmt: skip
 _FACTORY = "transformers.models.auto.auto_factory"
+
+
+def native_keys(config: PreTrainedConfig) -> set[str]:
+    """Keys of which the class of Transformers itself reads a value for each layer (Gemma 4)."""
+    return _NATIVE.get(config.model_type, set())
+
+
+def needs_per_layer_class(config: PreTrainedConfig) -> bool:
+    """Whether a configuration has values of single layers that the class of Transformers does not read."""
+    overrides = config._heterogeneity_spec.per_layer_overrides if config.is_heterogeneous else {}
+    return bool({key for own in overrides.values() for key in own} - native_keys(config))
 
 
 def load_per_layer_checkpoints() -> None:
@@ -51,7 +75,7 @@ def _wrap(factory: ModuleType) -> None:
         from .modeling_structprune import per_layer_class
 
         model_class = original(config, model_mapping)
-        per_layer = model_mapping is MODEL_FOR_CAUSAL_LM_MAPPING and config.is_heterogeneous
+        per_layer = model_mapping is MODEL_FOR_CAUSAL_LM_MAPPING and needs_per_layer_class(config)
         return per_layer_class(model_class) if per_layer else model_class
 
     factory._get_model_class = get_model_class

@@ -69,7 +69,7 @@ def family_from_modules(model: PreTrainedModel) -> Family | None:
     number = values.get(keys.get("layers_key"), getattr(text, "num_hidden_layers", None))
     lists = [(name, module) for name, module in base.named_modules() if isinstance(module, nn.ModuleList)]
     path, layers = next(((name, module) for name, module in lists if len(module) == number), (None, None))
-    if path is None:
+    if path is None or path.endswith("attentions"):  # XLM has a list for each part of its layers
         return None
     attention, mlps, widths = None, [], []
     for layer in layers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,8 @@ __all__ = [
 
 # Layers that are not `stream + sublayer(stream)`, although their modules have the usual names.
 _SCALED_STREAMS = ("minimax",)
+# What mixes tokens in the place of attention, or beside it, and is not skipped alone.
+_MIXERS = ("mamba", "linear_attn", "conv", "short_conv")
 _NORM_NAMES = frozenset(name for row in NORMS for name in row.all)
 # What a block of experts may hold; each expert's output, and that of one all tokens share, is `down_proj`'s.
 _ROUTERS = ("gate", "router", "shared_expert_gate")
@@ -86,7 +89,7 @@ class ModelStructure:
         if whole and len(structure.layers) < 2 and not any(one.groups or one.sublayers for one in structure.layers):
             raise UnsupportedModelError(f"Nothing of this model can be cut. {'; '.join(structure.notes)}.")
         if towers is not None:
-            structure.towers, structure.notes = towers, [*structure.notes, towers.note]
+            structure.towers, structure.notes = towers, [*structure.notes, *filter(None, [towers.note])]
             structure.total_parameters += towers.parameters
         return structure
 
@@ -108,6 +111,7 @@ class ModelStructure:
         layers = [(LayerStructure(index, name), layer) for index, (name, layer) in enumerate(found)]
         for kind in kinds_of(WidthKind):
             notes += KINDS[kind].find(Reading(model, family, layers))
+        notes += _without_shared(layers)
         for structure, layer in layers:
             structure.parameters = sum(parameter.numel() for parameter in layer.parameters())
             structure.matrix_parameters = matrix_parameters(layer, active)
@@ -127,6 +131,21 @@ class ModelStructure:
 
     def kinds(self) -> list[str]:
         return list(dict.fromkeys(group.kind for group in self.groups))
+
+
+def _without_shared(layers: list[tuple[LayerStructure, nn.Module]]) -> list[str]:
+    """Leaves alone units whose weights several layers share (Zamba): they could not go from one of them."""
+    owners, notes = Counter(id(parameter) for _, layer in layers for parameter in layer.parameters()), []
+    for structure, layer in layers:
+        own = {name for name, parameter in layer.named_parameters(prefix=structure.name) if owners[id(parameter)] > 1}
+        for group in structure.groups:
+            if own & group.dims().keys():
+                short = group.parent[len(structure.name) + 1 :]
+                notes.append(f"{short}: several layers share its weights, left alone")
+        structure.groups = [group for group in structure.groups if not own & group.dims().keys()]
+        if not any(KINDS[group.kind].of_heads for group in structure.groups):
+            structure.attention = None
+    return notes
 
 
 def decoder_layers(model: PreTrainedModel, family: Family) -> list[tuple[str, nn.Module]]:
@@ -151,11 +170,15 @@ def _find_sublayers(config, family: Family, structure: LayerStructure, layer: nn
     if reason is not None:
         return [f"sublayers: {reason}, left alone"]
     parts = {kind: KINDS[kind].modules(family, layer) for kind in kinds_of(DepthKind, sublayer=True)}
-    known = {*norms.all, *(module for modules in parts.values() for module in modules)}
+    mixers = [name for name, _ in layer.named_children() if name in _MIXERS]
+    if mixers:  # its norms are those of the attention
+        parts = {kind: modules for kind, modules in parts.items() if KINDS[kind].sublayer == "mlp"}
+    attention = (family.attention.parent,) if mixers and family.attention else ()
+    known = {*norms.all, *mixers, *attention, *(module for modules in parts.values() for module in modules)}
     stranger = next((name for name, _ in layer.named_parameters() if name.partition(".")[0] not in known), None)
     if stranger is not None:
         return [f"sublayers: parameter `{stranger}` is not understood, left alone"]
-    notes = []
+    notes = [f"{name}: it is not skipped alone, left alone" for name in mixers]
     for kind, modules in parts.items():
         consumer = _consumer(layer, modules, KINDS[kind].outputs(family)) if modules else None
         if consumer is None:

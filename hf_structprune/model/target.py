@@ -13,6 +13,7 @@ from transformers import LlamaConfig, MistralConfig, MistralForCausalLM, PreTrai
 
 from ..errors import CheckpointError, UnsupportedModelError
 from .modeling_structprune import per_layer_class
+from .per_layer import needs_per_layer_class
 
 
 # What configuration and model classes raise when they are given numbers that they do not take.
@@ -55,6 +56,12 @@ def overrides_of(config: PreTrainedConfig, layer: int) -> dict[str, Any]:
     return dict(overrides.get(layer, {}))
 
 
+def named_values(config: PreTrainedConfig) -> dict[str, Any]:
+    """`plain_values` under all names that the configuration has for them."""
+    values = plain_values(config)
+    return {**{name: values[key] for name, key in config.attribute_map.items() if key in values}, **values}
+
+
 def stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
     """The Transformers class of a model that may be a per-layer one.
 
@@ -91,7 +98,7 @@ def make_target(model: PreTrainedModel, values: dict[str, Any]) -> Target:
     config._attn_implementation = dense._attn_implementation
     config._experts_implementation = dense._experts_implementation
     config.dtype = dense.dtype
-    return Target(per_layer_class(model_class) if config.is_heterogeneous else model_class, config)
+    return Target(per_layer_class(model_class) if needs_per_layer_class(config) else model_class, config)
 
 
 def _read(config_class: type[PreTrainedConfig], values: dict[str, Any]) -> PreTrainedConfig:

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..errors import CheckpointError, UnsupportedModelError
+from .per_layer import needs_per_layer_class
 from .rebuild import assemble, has_weights, with_ties
 from .target import REFUSALS, Target, make_target, plain_values
 
@@ -78,6 +79,7 @@ class Towers:
             ".".join(key.split(".")[: 2 if key.startswith("model.") else 1]) for key in self._beside
         )
         self.note = f"{', '.join(modules)}: no part of the text decoder ({self.parameters:,} parameters), left alone"
+        self.note = self.note if modules else ""
 
     def place(self, name: str) -> str:
         """Where a module of the decoder stands in the whole model."""
@@ -127,7 +129,7 @@ class Towers:
             CheckpointError: They do not take what the decoder's do.
         """
         name = type(self._model).__name__
-        if target.config.is_heterogeneous:
+        if needs_per_layer_class(target.config):
             raise CheckpointError(f"{name} builds all its layers alike. Use layout='uniform'.")
         before, after = plain_values(self._target.config), plain_values(target.config)
         values = plain_values(self._model.config)

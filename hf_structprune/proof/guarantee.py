@@ -180,9 +180,12 @@ def reason_of(attempt: Callable[[], None]) -> str | None:
     except StructPruneError as error:
         return f"{small} does not show that it can be: {error}".rstrip(".")
     except Exception as error:  # code of any model class runs here
-        reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
-        return f"{small} could not be built and cut ({reason})"
+        return f"{small} could not be built and cut ({_reason(error)})"
     return None
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
 
 
 def small_twin(model: PreTrainedModel, structure: ModelStructure) -> PreTrainedModel:
@@ -236,8 +239,13 @@ class Trial:
         self.cut: list[PreTrainedModel] = []  # that give the logits that they should
         if not self.dense.isfinite().all():
             raise UnsupportedModelError("its logits are not finite")
-        with _Float64(), torch.no_grad():
-            got = LayerStream(self.model, self.structure, self.tokens, _SEQUENCES).finish(0, 0)
+        try:
+            with _Float64(), torch.no_grad():
+                got = LayerStream(self.model, self.structure, self.tokens, _SEQUENCES).finish(0, 0)
+        except StructPruneError:
+            raise
+        except Exception as error:  # code of any model class runs here
+            raise UnsupportedModelError(f"its layers do not run one after the other ({_reason(error)})") from error
         _compare(got, self.dense, "hidden states carried from layer to layer give other logits than the model")
 
     def test(self, kind: str) -> None:
@@ -275,6 +283,8 @@ class Trial:
             share = len(kept.get(group.key, range(group.size))) / group.size
             for norm in group.norms:
                 _over_kept(masked.get_submodule(norm), share)
+            if group.coupled and not group.norms and group.key in kept:
+                _threshold_of(masked.get_submodule(group.parent), kept[group.key])
         with without_experts(masked, self.structure.groups, kept):
             expected = logits(masked, self.tokens)
         counts = {g.key: len(kept[g.key]) // (g.blocks if KINDS[kind].within else 1) for g in groups}
@@ -302,7 +312,11 @@ class Trial:
                 mask_sublayers(masked, self.structure, dropped)
             else:
                 masked.get_submodule(layer.name).register_forward_hook(_pass_over, with_kwargs=True)
-            return small, logits(masked, self.tokens)
+            try:
+                return small, logits(masked, self.tokens)
+            except Exception as error:  # code of any model class runs here
+                reason = f"its layers hand on more than hidden states ({_reason(error)})"
+                raise UnsupportedModelError(reason) from error
 
         layouts = ("per_layer",) if sublayer else LAYOUTS
         modules = [module for _, module in decoder_layers(self.model, self.structure.family)]
@@ -363,7 +377,13 @@ class Trial:
         """Compares a cut model with the logits that it should have, and a checkpoint of it with the model."""
         if _difference(expected, self.dense) < EFFECT:
             raise UnsupportedModelError("cutting from the small model changed nothing, so that nothing is shown")
-        _compare(logits(small, self.tokens), expected, "zeroing and cutting give different logits")
+        try:
+            got = logits(small, self.tokens)
+        except Exception as error:  # code of any model class runs here
+            raise UnsupportedModelError(
+                f"its class builds the cut model and cannot run it ({_reason(error)})"
+            ) from error
+        _compare(got, expected, "zeroing and cutting give different logits")
         self._reload(small)
 
     def _reload(self, small: PreTrainedModel) -> None:
@@ -458,6 +478,18 @@ def _over_kept(norm: nn.Module, share: float) -> None:
     for name in ("variance_epsilon", "eps"):
         if isinstance(getattr(norm, name, None), float):
             setattr(norm, name, getattr(norm, name) * share)
+
+
+def _threshold_of(mlp: nn.Module, kept: torch.Tensor) -> None:
+    """Lets an MLP of Gemma 3n compare the neurons that are kept with a threshold of theirs; the others give zeros."""
+    over = mlp._gaussian_topk
+
+    def sparse(inputs: torch.Tensor) -> torch.Tensor:
+        outputs = torch.zeros_like(inputs)
+        outputs[..., kept] = over(inputs[..., kept])
+        return outputs
+
+    mlp._gaussian_topk = sparse
 
 
 def _pass_over(_, args, kwargs, output):

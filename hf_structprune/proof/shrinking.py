@@ -10,24 +10,25 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import StructPruneError
+from ..errors import StructPruneError, UnsupportedModelError
 from ..model.layer_values import description, without_layers
 from ..model.structure import ModelStructure, decoder_layers
-from ..model.target import make_target, skeleton
+from ..model.target import make_target, named_values, skeleton
 
 
 VOCABULARY, WINDOW, EXPERTS = 128, 8, 16
 _KINDS = 8  # of layers, that differences in numbers may make
 # An epsilon that shows: beside activations of about 1, one of 1e-6 would hide what is wrong with it.
 EPSILON = 0.02
-_HEAD_COUNTS = re.compile(r"(^|_)n_(kv_)?head$|heads$|num_query_groups$")
+_HEAD_COUNTS = re.compile(r"(^|_)n_(kv_)?head$|heads(_per_layer)?$|num_query_groups$")
 _HEAD_SIZES = re.compile(
     r"head_?(dim|size)$|^head_dim|(rope|nope|rotary|v_head)_dim$|_rank$|kv_channels$|d_kv$|d_head$"
 )
 _WIDTHS = re.compile(
-    r"^(hidden_size|n_embd|d_model|dim|n_inner|d_ff|embed_dim|embedding_size|hidden_dim|lru_width|block_dim)$"
+    r"^(hidden_size|n_embd|d_model|dim|n_inner|d_ff|embed_dim|emb_dim|embedding_(size|dim)|hidden_dim|lru_width|block_dim)$"
     r"|^(in|out)_features$|intermediate|ffn|feed_?forward|embed_proj_dim|block_ff_dim|(^|_)hidden_size|_mlp$|mamba_d_ssm"
 )
+_GROUPS = re.compile(r"(^|_)n_?groups$")  # of heads of Mamba 2, which share their inputs
 _NOT_SIZES = re.compile(r"_dims$|multiplier|factor|scale|group")
 _WINDOWS = re.compile(r"sliding_window(_size)?$|attention_chunk_size$|attention_window$|window_size$")
 
@@ -48,7 +49,7 @@ def shrunk_values(model: PreTrainedModel, structure: ModelStructure) -> tuple[di
         values.pop(key, None)
     values, kept = _with_few_layers(model, structure, values)
     size, count = _factors(model, values)
-    return _shrunk(values, size, count, _experts(values)), kept
+    return _shrunk(values, size, count, _experts(named_values(model.config))), kept
 
 
 def _experts(values: dict[str, Any]) -> int:
@@ -63,13 +64,17 @@ def _factors(model: PreTrainedModel, values: dict[str, Any]) -> tuple[int, int]:
     numbers, names = list(_numbers(values)), getattr(model.config, "attribute_map", {})
     hidden, heads, head = (values.get(names.get(k, k)) for k in ("hidden_size", "num_attention_heads", "head_dim"))
     counts = [value for key, value in numbers if _HEAD_COUNTS.search(key) and value > 1]
+    if not isinstance(hidden, int):
+        raise UnsupportedModelError("its configuration has no hidden size of its own, but parts that have one")
     head = head or (hidden // heads if heads else 64)
     sizes = [head, *(value for key, value in numbers if key.endswith(("head_dim", "headdim", "d_head")) and value)]
     sections = [part for section in _named(values, "mrope_section") for part in section or () if part]
     partial = any(isinstance(value, float) and value < 1 for value in _named(values, "partial_rotary_factor"))
     smallest = 16 if partial else 8
     size = max((n for n in _divisors(math.gcd(*sizes, *sections)) if min(sizes) / n >= smallest), default=1)
-    count = max((n for n in _divisors(math.gcd(*counts)) if min(counts) / n >= 2), default=1) if counts else 1
+    groups = max((value for key, value in numbers if _GROUPS.search(key)), default=1)
+    possible = (n for n in _divisors(math.gcd(*counts)) if min(counts) / n >= 2 and not max(counts) // n % groups)
+    count = max(possible, default=1)
     while hidden % (size * count) and count > 1:
         count = _divisors(count)[-2]
     while hidden % (size * count) and size > 1:
@@ -115,7 +120,7 @@ def _shrunk(values: Any, size: int, count: int, experts: int, key: str = "") -> 
 
 
 def _number(key: str, value: int, size: int, count: int, experts: int) -> int:
-    if "vocab_size" in key:
+    if "vocab_size" in key or key == "n_words":
         return min(value, VOCABULARY)
     if key.endswith(("token_id", "token_index")):
         return value if value < VOCABULARY else 3

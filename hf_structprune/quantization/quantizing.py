@@ -34,6 +34,7 @@ from ..hub.words import PICTURE_NAME, QUANTIZATION_NAME, RECOVERY_NAME, SCHEMA_V
 from ..installed import need, versions
 from ..model.loading import load_config, load_model, load_tokenizer, shapes_of
 from ..model.measuring import context_length
+from ..model.per_layer import needs_per_layer_class
 from ..text.calibration import check_token_ids, load_tokens
 from .configuration import QuantizationConfig
 
@@ -285,7 +286,7 @@ class Gptq(Backend):
                     f"{name} has {shape[0]} outputs and {shape[1]} inputs; GPTQModel packs weights where both are "
                     "multiples of 32: choose bitsandbytes, or prune with `PruningConfig(align_to=32)`."
                 )
-        if self.original.shapes.config.is_heterogeneous:
+        if needs_per_layer_class(self.original.shapes.config):
             raise UnsupportedModelError(
                 f"{self.original.name} has layers of different widths, which GPTQModel builds all alike: quantise it "
                 "with bitsandbytes or torchao, or prune with `layout='uniform'`."

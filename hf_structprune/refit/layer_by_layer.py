@@ -240,7 +240,7 @@ class _Compression:
 
     def _difference(self, states: States, others: States) -> States:
         """`states - others` in float32."""
-        rooms = self.stream.blank(states[0], torch.float32)
+        rooms = self.stream.blank(states[0], torch.float32, states[0].shape[2:])
         return [room.copy_(state).sub_(other) for room, state, other in zip(rooms, states, others, strict=True)]
 
     def _consumer(
@@ -268,9 +268,33 @@ class _Compression:
             inputs = self.turns.turn(group, statistics, inputs)
         self._choose(cut, statistics)
         columns = kept_columns(cut, self.kept, width)
+        if any(group.coupled for group in cut):
+            statistics, inputs = self._without(layer, consumer, cut, inputs, dense)
+            columns = torch.arange(len(columns))
         write_columns(module, refitted(module, statistics, columns, self.config), columns)
         self.processes.take_first(module.weight)
         self._pass_on(parent, (consume(module, x, columns) for x in inputs), dense, adds=not inside)
+
+    def _without(
+        self, layer: LayerStructure, consumer: str, cut: list[Group], inputs: States, dense: States | None
+    ) -> tuple[InputStatistics, States]:
+        """Takes units out at once that the others depend on; the consumer's inputs without them, and their moments."""
+        module = self.model.get_submodule(consumer)
+        every = torch.arange(matrix(module).shape[1])
+        targets = [consume(module, x, every).float() for x in inputs]
+        for number, target in enumerate(targets) if dense is not None else ():
+            lacking = self.error[number] + dense[number].float() - target
+            target.add_(lacking, alpha=self.config.error_correction)
+        cut_units(self.model, cut, self.kept)
+        self.cut |= {group.key for group in cut}
+        inputs = self.stream.capture(layer.index, consumer)
+        every = torch.arange(matrix(module).shape[1])
+        statistics = InputStatistics(len(every), self.needs_gram, targets[0].shape[-1], inputs[0].device)
+        for number, x in enumerate(inputs):
+            output = consume(module, x, every).float()
+            weights = self.weights(self._state(number, output)) if self.config.token_weighting else None
+            statistics.update(x, targets[number] - output, weights)
+        return statistics, inputs
 
     def _experts(self, layer: LayerStructure, group: Group, cut: bool, dense: States | None) -> None:
         """Chooses the experts (or what is in them) that stay, and re-fits those; whole ones go at once."""
@@ -301,7 +325,7 @@ class _Compression:
     def _state(self, number: int, output: torch.Tensor) -> torch.Tensor:
         """Hidden states that an output is added to, with what the layer's consumers have added so far, and itself."""
         hidden = sum((outputs[number] for outputs in self.outputs), self.stream.hidden[number]).float()
-        return hidden + output if self.stream.additive else hidden
+        return hidden + output if self.stream.additive else hidden.flatten(2)
 
     def _pass_on(self, parent: str, outputs: Iterable[torch.Tensor], dense: States | None, adds: bool = True) -> None:
         """Keeps what a consumer puts out now, and counts what that lacks; `adds`: to the hidden states as it is."""

@@ -54,7 +54,8 @@ class LayerStream:
         store: Where the weights are. From the recording on, layers have to be in memory whenever they are run.
 
     Attributes:
-        hidden: What enters the next layer, one tensor of shape (sequences, length, H) for each batch.
+        hidden: What enters the next layer, one tensor of shape (sequences, length, H) for each batch; of a model with
+            several residual streams (DeepSeek-V4, Gemma 3n) of shape (sequences, length, streams, H).
         additive: Whether every layer's output is its input plus the outputs of its consumers, and nothing else.
     """
 
@@ -67,6 +68,8 @@ class LayerStream:
         self.rows = tokens.rows if isinstance(tokens, SeenRows) else None
         self.batches = tokens.split(batch_size) if self.rows is None else [row.ids for row in self.rows]
         self._arguments = {number: row.arguments for number, row in enumerate(self.rows or [])}
+        self._by_name = [False] * len(self.layers)  # whether layers get hidden states by their name
+        self._streams_first = False
         self._replayable: dict[str, list | tuple | None] = {}
         self._replaced: dict[str, list[torch.Tensor]] = {}
         self._layer_extras: list | tuple | None = None
@@ -77,14 +80,17 @@ class LayerStream:
 
     def _begin(self, structure: ModelStructure) -> None:
         """Computes what enters the first layer, and runs the whole model once for each shape of batch."""
-        for number in range(len(self.batches)):
+        for number, batch in enumerate(self.batches):
             state = first_input(self.layers[0], partial(self._forward, number))
-            if state.ndim != 3:
+            self._streams_first = state.ndim == 4 and state.shape[1:3] == batch.shape
+            state = self._turned(state, 0, 2)
+            if state.ndim not in (3, 4) or state.shape[:2] != batch.shape:
                 raise UnsupportedModelError(
                     f"The layers of {type(self.model).__name__} pass on hidden states of shape {tuple(state.shape)} "
-                    "and not (sequences, length, hidden size): they cannot be carried from layer to layer."
+                    f"for token ids of shape {tuple(batch.shape)}, and not (sequences, length, hidden size): they "
+                    "cannot be carried from layer to layer."
                 )
-            self.hidden = self.hidden or self.blank(state)
+            self.hidden = self.hidden or self.blank(state, tail=state.shape[2:])
             self.hidden[number].copy_(state)
         self.additive = True
         parents = _outermost(structure.groups)
@@ -99,20 +105,27 @@ class LayerStream:
         """What batches have in common that get the same masks and position embeddings."""
         return len(self.batches[number]) if self.rows is None else number
 
-    def blank(self, like: torch.Tensor, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+    def _turned(self, state: torch.Tensor, source: int, to: int) -> torch.Tensor:
+        """Moves the dimension of residual streams, where the layers have it first and not third."""
+        return state.movedim(source, to) if self._streams_first else state
+
+    def blank(
+        self, like: torch.Tensor, dtype: torch.dtype | None = None, tail: torch.Size | None = None
+    ) -> list[torch.Tensor]:
         """Room for one tensor of shape (sequences, length, d) for each batch, `d` and device as in `like`.
 
-        One block of memory for all of them: freed blocks of this size go back to the system, while many smaller ones
-        would leave a heap full of holes.
+        With `tail` of shape (sequences, length, *tail). One block of memory for all of them: freed blocks of this
+        size go back to the system, while many smaller ones would leave a heap full of holes.
         """
-        sizes = [batch.numel() for batch in self.batches]
-        block = torch.empty(sum(sizes), like.shape[-1], dtype=dtype or like.dtype, device=like.device)
+        tail, sizes = tail or like.shape[-1:], [batch.numel() for batch in self.batches]
+        block = torch.empty(sum(sizes), *tail, dtype=dtype or like.dtype, device=like.device)
         parts = zip(block.split(sizes), self.batches, strict=True)
-        return [part.view(*batch.shape, like.shape[-1]) for part, batch in parts]
+        return [part.view(*batch.shape, *tail) for part, batch in parts]
 
     def copy(self, states: list[torch.Tensor]) -> list[torch.Tensor]:
         """A copy of hidden states, in one block of memory."""
-        return [room.copy_(state) for room, state in zip(self.blank(states[0]), states, strict=True)]
+        rooms = self.blank(states[0], tail=states[0].shape[2:])
+        return [room.copy_(state) for room, state in zip(rooms, states, strict=True)]
 
     @torch.no_grad()
     def _forward(self, number: int) -> None:
@@ -129,10 +142,12 @@ class LayerStream:
         arguments: list[tuple[tuple, dict[str, Any]]] = []
         outputs: dict[str, torch.Tensor] = {}
         entered: list[torch.Tensor] = []
+        by_name: list[bool] = []
 
         def before_layer(_, args, kwargs):
             others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
             arguments.append((args[1:], others))
+            by_name.append(not args)
             entered.append(_hidden(args, kwargs))
 
         def after_layer(_, __, output):
@@ -161,7 +176,12 @@ class LayerStream:
         handles += [layer.register_forward_hook(lambda *_, n=n: free(n)) for n, layer in enumerate(self.layers)]
         with hooked(handles):
             self._forward(number)
-        self._arguments[self._shape(number)] = arguments
+        if len(arguments) != len(self.layers):
+            raise UnsupportedModelError(
+                f"The {len(self.layers)} layers of {type(self.model).__name__} run {len(arguments)} times for text "
+                "and not once each: hidden states cannot be carried from layer to layer."
+            )
+        self._arguments[self._shape(number)], self._by_name = arguments, by_name
 
     def _run(self, index: int, number: int, hidden: torch.Tensor) -> torch.Tensor:
         """The output of a layer for a batch; modules whose outputs were replaced return those."""
@@ -171,7 +191,12 @@ class LayerStream:
             value = as_output(outputs[number].clone(), self._replayable[name])  # some layers add to it in place
             forwards.append((self.model.get_submodule(name), lambda *args, value=value, **kwargs: value))
         with replaced_forwards(forwards):
-            output = first_of(self.layers[index](hidden, *args, **kwargs))
+            hidden = self._turned(hidden, 2, 0)
+            if self._by_name[index]:
+                output = self.layers[index](*args, **kwargs, hidden_states=hidden)
+            else:
+                output = self.layers[index](hidden, *args, **kwargs)
+            output = self._turned(first_of(output), 0, 2)
         return output if self.rows is None else self.rows[number].behind(index, output)
 
     def enter(self, index: int) -> None:
@@ -257,7 +282,7 @@ class LayerStream:
 
     def passed(self, hidden: torch.Tensor) -> AbstractContextManager[None]:
         """The model runs no layer, and takes these hidden states for what leaves the last, as long as this is open."""
-        value = as_output(hidden, self._layer_extras)
+        value = as_output(self._turned(hidden, 2, 0), self._layer_extras)
         return replaced_forwards((layer, lambda *args, **kwargs: value) for layer in self.layers)
 
     def finish(self, index: int, number: int, every: int = 1) -> torch.Tensor:
@@ -332,6 +357,8 @@ def _hidden(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
 
 def _is_sum(total: torch.Tensor, terms: list[torch.Tensor]) -> bool:
     """Whether a tensor is the sum of others, within the rounding of low-precision additions."""
+    if len({term.numel() for term in (total, *terms)}) > 1:  # outputs go into several residual streams
+        return False
     parts = sum(term.reshape(total.shape).float() for term in terms[1:])
     rest = (total.float() - terms[0].reshape(total.shape).float() - parts).norm(dim=-1)
     return float((rest / parts.norm(dim=-1).clamp_min(1e-30)).median()) < 0.1

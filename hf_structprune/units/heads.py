@@ -37,11 +37,11 @@ class KVGroups(WidthKind):
         from ..model.probe import head_groups
 
         family, config = reading.family, reading.config
+        bound = _bound(config)
+        if bound is not None:
+            return [f"{family.attention.parent if family.attention else 'attention'}: {bound}, left alone"]
         if family.attention is None:
             return ["attention: its projections are not understood, left alone"]
-        bound = _bound(family.attention, config)
-        if bound is not None:
-            return [bound]
         reasons = {}
         for structure, layer in reading.layers:
             found = _find_heads(config, family.attention, structure, layer)
@@ -57,16 +57,21 @@ class KVGroups(WidthKind):
         return [note for reason in reasons.values() for note in reason] + notes
 
     def config_keys(self, layer, family, config):
-        """Numbers of query heads and of KV heads, where there is one."""
-        return (family.key("heads_key", config), *filter(None, [family.kv_heads_key]))
+        """Numbers of query heads and of KV heads, where there is one; lists of them where the layers differ."""
+        from ..model.probe import list_of
+
+        keys = (family.key("heads_key", config), *filter(None, [family.kv_heads_key]))
+        return tuple(list_of(config, key) or key for key in keys)
 
     def config_values(self, layer, plan, family, config):
+        from ..model.target import overrides_of, plain_values
+
         if layer.attention is None or plan.is_dropped(layer.index, self.name):
             return {}
         shape = shape_after(layer, plan)
         values = dict(zip(self.config_keys(layer, family, config), (shape.heads, shape.kv_heads), strict=False))
         derived = isinstance(getattr(type(config), "head_dim", None), property)
-        other = None if config.is_heterogeneous else getattr(config, "head_dim", None)
+        other = overrides_of(config, layer.index).get("head_dim", plain_values(config).get("head_dim"))
         if not derived and other in (None, shape.head_dim):  # of latent attention it is the size of something else
             values["head_dim"] = shape.head_dim
         return values
@@ -142,12 +147,16 @@ def shape_after(layer: LayerStructure, plan: Decided) -> AttentionShape | None:
     return AttentionShape(heads, kv_heads, before.head_dim)
 
 
-def _bound(names: Projections, config: PreTrainedConfig) -> str | None:
-    """What binds a head to its number or to other layers, so that none can go."""
+def _bound(config: PreTrainedConfig) -> str | None:
+    """What binds a head to its number, to others or to other layers, so that none can go."""
     if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
-        return f"{names.parent}: ALiBi slopes are bound to the numbers of the heads, left alone"
+        return "ALiBi slopes are bound to the numbers of the heads"
     if getattr(config, "num_kv_shared_layers", 0):
-        return f"{names.parent}: layers share their keys and values, left alone"
+        return "layers share their keys and values"
+    if config.model_type == "codegen":
+        return "its fused projection holds the heads in four parts, of which each would have to lose as many"
+    if config.model_type == "diffllama":
+        return "each head subtracts what one in the other half of the heads finds"
     return None
 
 

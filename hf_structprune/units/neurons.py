@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..alignment import step_of
@@ -38,9 +39,8 @@ class Neurons(WidthKind):
         for structure, layer in reading.layers:
             found = [note for names in reading.family.mlps for note in self._in_layer(structure, layer, names)]
             reasons[structure.index] = found
-            coupled = any(getattr(module, "activation_sparsity", 0) for module in layer.modules())
             other = structure.group(self.name) or any(_OWN_KEY in one for one in found)
-            if probed and found and not coupled and not other:
+            if probed and found and not other:
                 rest.append((structure, layer))
         notes = grouped(self.name, reading.family.width_key, reading.model, rest)
         for structure, _ in rest:
@@ -51,7 +51,7 @@ class Neurons(WidthKind):
     def _in_layer(self, structure: LayerStructure, layer: nn.Module, names: Projections) -> list[str]:
         import torch
 
-        from ..model.groups import make_group, matrix, not_understood
+        from ..model.groups import make_group, matrix, not_understood, submodule
 
         reason = not_understood(layer, names)
         if reason is not None:
@@ -68,7 +68,10 @@ class Neurons(WidthKind):
             if rows not in (width, 2 * width):
                 return [f"{name}: {rows} rows do not match the {width} columns of {names.output}, left alone"]
             producers += [(name, index + half * width) for half in range(rows // width)]
-        structure.groups.append(make_group(self.name, structure, layer, names, width, producers, index))
+        group = make_group(self.name, structure, layer, names, width, producers, index)
+        # Gemma 3n compares each neuron with a threshold that depends on all of them.
+        sparse = getattr(submodule(layer, names.parent), "activation_sparsity", 0)
+        structure.groups.append(replace(group, coupled=bool(sparse)))
         return []
 
     def multiple(self, whole, round_to, align_to):
@@ -91,8 +94,12 @@ class Neurons(WidthKind):
         if values and getattr(config, _ADJUSTED, False):  # LFM2 makes another width of the one that it is given
             values[_ADJUSTED] = False
         elif values:  # some classes give their MLPs a half of it
-            times, rest = divmod(size_in(config, layer.index, key) or 0, layer.group(self.name).size)
-            values[key] *= 1 if rest or not times else times
+            size, own = size_in(config, layer.index, key) or 0, layer.group(self.name).size
+            times, rest = divmod(max(size, own), min(size, own) or 1)
+            if size > own and not rest:
+                values[key] *= times
+            elif size and not rest and not values[key] % times:  # or, as Gemma 4, twice as much
+                values[key] //= times
         return values
 
 

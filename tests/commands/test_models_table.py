@@ -33,6 +33,9 @@ def test_a_page_says_what_the_rows_say():
     text = markdown(rows)
     assert read_markdown(text) == {"llama": rows["llama"].cells, "bert": {}}
     assert "experts 1" in text and "decoder layers 0" in text and "| a / b |" in text
+    changed = markdown({"bert": Row({"layers": "proven"})}, text)
+    assert read_markdown(changed) == {"bert": {"layers": "proven"}, "llama": rows["llama"].cells}
+    assert "of 2 types" in changed and "decoder layers 1" in changed and "| a / b |" in changed
 
 
 def test_unknown_types_are_refused(capsys):
@@ -55,7 +58,7 @@ def test_the_page_has_every_type(page):
     assert list(page) == model_types()
 
 
-@pytest.mark.parametrize("name", ["granite", "gpt_oss", "youtu", "bart"])
+@pytest.mark.parametrize("name", ["granite", "gpt_oss", "youtu", "bart", "olmoe"])
 def test_the_page_is_up_to_date(page, name):
     assert row_of(name).cells == page[name]
 

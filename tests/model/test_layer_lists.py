@@ -63,6 +63,25 @@ def test_a_step_between_layers_with_experts_becomes_a_list():
     assert (after["decoder_sparse_step"], after["mlp_only_layers"]) == (1, [0, 1, 2])
 
 
+JAMBA = {"attn_layer_period": 4, "attn_layer_offset": 2, "expert_layer_period": 2, "expert_layer_offset": 1}
+
+
+@pytest.mark.parametrize("dropped", [[0], [7], [0, 1, 2], [2, 3, 4, 5], [4, 5, 6, 7], [0, 6, 7], [0, 1, 2, 4, 6, 7]])
+def test_periods_are_those_of_the_layers_that_stay(dropped):
+    after = cut(JAMBA, dropped, 8)
+    kept = [index for index in range(8) if index not in dropped]
+    for kind in ("attn", "expert"):
+        rules = [(values[f"{kind}_layer_period"], values[f"{kind}_layer_offset"]) for values in (JAMBA, after)]
+        old, new = ([i % period == offset for i in places] for (period, offset), places in
+                    zip(rules, (kept, range(len(kept))), strict=True))  # fmt: skip
+        assert old == new and rules[1][1] < rules[1][0]
+
+
+def test_layers_that_follow_no_period_are_refused():
+    with pytest.raises(CheckpointError, match="`expert_layer_period` is 2.*Drop 2 layers that follow each other"):
+        cut(JAMBA, [3], 8)
+
+
 def test_runs_of_gpt_neo_follow_its_list():
     after = without_layers(
         {"num_layers": 4, "attention_types": [[["g", "l"], 2]], "attention_layers": list("glgl")}, [1], 4

@@ -198,14 +198,13 @@ def test_norms_without_weights_are_read():
     assert structure.kinds() == ["kv_groups", "query_heads", "mlp_neurons"]
 
 
-def test_neurons_that_are_compared_with_each_other_are_left_alone():
+def test_neurons_that_are_compared_with_each_other_are_coupled():
     with torch.device("meta"):
         values = dict(
             num_hidden_layers=5, num_kv_shared_layers=0, activation_sparsity_pattern=[0.9, 0.0, 0.9, 0.0, 0.9]
         )
         structure = ModelStructure.of(AutoModelForCausalLM.from_config(transformers.Gemma3nTextConfig(**values)))
-    assert [layer.group("mlp_neurons") is not None for layer in structure.layers] == [False, True, False, True, False]
-    assert any("compares each neuron with the mean of all" in note for note in structure.notes)
+    assert [layer.group("mlp_neurons").coupled for layer in structure.layers] == [True, False, True, False, True]
 
 
 def test_what_crashes_the_reading_is_a_refusal_that_names_the_type():

@@ -94,8 +94,8 @@ WRONG = [
     ("Qwen3_5TextConfig", dict(**SIZE, **HEAD, **LINEAR, layer_types=KINDS), "hidden", "shares the epsilon"),
     ("KimiLinearConfig", dict(num_hidden_layers=4), "hidden", "shares the epsilon"),
     ("Dots3NoteTextConfig", dict(num_hidden_layers=4), "hidden", r"q_lora_scale.*derives it from the hidden size"),
-    ("Gemma3nTextConfig", dict(num_hidden_layers=5, num_kv_shared_layers=0), "mlp_neurons", "hidden states of shape"),
-    ("HYV4Config", dict(num_hidden_layers=3), "mlp_neurons", "hidden states of shape"),
+    ("Gemma3nTextConfig", dict(num_hidden_layers=5, num_kv_shared_layers=0), "layers", "cannot describe.*per_layer"),
+    ("HYV4Config", dict(num_hidden_layers=3), "layers", "hand on more than hidden states"),
 ]
 
 
