@@ -289,11 +289,13 @@ class _Compression:
         self.cut |= {group.key for group in cut}
         inputs = self.stream.capture(layer.index, consumer)
         every = torch.arange(matrix(module).shape[1])
-        statistics = InputStatistics(len(every), self.needs_gram, targets[0].shape[-1], inputs[0].device)
+        size, device = targets[0].shape[-1], inputs[0].device
+        statistics = InputStatistics(len(every), self.needs_gram, size, device, self.first)
         for number, x in enumerate(inputs):
             output = consume(module, x, every).float()
             weights = self.weights(self._state(number, output)) if self.config.token_weighting else None
             statistics.update(x, targets[number] - output, weights)
+        statistics.gather(self.processes)
         return statistics, inputs
 
     def _experts(self, layer: LayerStructure, group: Group, cut: bool, dense: States | None) -> None:
