@@ -113,7 +113,9 @@ def test_heads_that_no_checkpoint_can_have_are_refused():
         attention_k_eq_v=True, num_global_key_value_heads=2,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, **OPTIONS)
-    with pytest.raises(UnsupportedModelError, match=r"heads are left alone: its layers can only have \[\(2, 1\)"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"heads are left alone: its layers can only have \[\(1, 1\), \(2, 1\)\]"
+    ):
         StructuredPruner(model, PruningConfig(keep={"kv_groups": 2})).plan()
 
 
