@@ -1,7 +1,8 @@
-"""What can be cut from each type of causal language model that Transformers knows: a table that is computed.
+"""What can be cut from each type of model that Transformers knows: a table that is computed.
 
 The default configuration of a type is built on the meta device and its structure read; every kind of unit that is
-found is then tried on a small random twin of the model, as planning does (see `proof`).
+found is then tried on a small random twin of the model, as planning does (see `proof`). Models that see are a table of
+their own: their text decoder is tried, alone and in the whole, and the whole has to be able to hold what is left.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError, StructPruneError
+from ..files.reading import read_text
 from ..files.writing import write_text
 from ..units import KINDS
 from .arguments import command
@@ -24,12 +26,16 @@ from .cli import make_table
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..model.structure import ModelStructure
+
 PROVEN, WORKS, LEFT = "proven", "works", "left alone"
 # On the page; a command that names types also tries sublayers and the hidden size.
 COLUMNS = ("kv_groups", "query_heads", "mlp_neurons", "experts", "expert_neurons", "shared_neurons", "layers")
 # What default configurations lack to build a model, or to have a layer of each kind.
 _MIXED = ["linear_attention", "full_attention"]
+_DIRECTIONS = dict(text_config=dict(rope_parameters=dict(rope_theta=1e6, mrope_section=[16, 24, 24])))
 VALUES: dict[str, dict[str, Any]] = {
+    "aya_vision": dict(vision_config=dict(model_type="siglip_vision_model")),
     "bamba": dict(attn_layer_indices=[9, 18, 27]),
     "cohere_compass_text": dict(rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 1e4}}),
     "dbrx": dict(attn_config=dict(kv_n_heads=8, rope_theta=1e4, clip_qkv=8)),
@@ -53,6 +59,8 @@ VALUES: dict[str, dict[str, Any]] = {
     "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 16),
     "ministral": dict(head_dim=128),
     "nemotron": dict(num_key_value_heads=8, head_dim=128),
+    "qwen2_5_vl": _DIRECTIONS,
+    "qwen2_vl": _DIRECTIONS,
     "xmod": dict(default_language="en_XX"),
 }
 
@@ -73,14 +81,27 @@ Computed by `hf-structprune models --output docs/models.md`, for every type of `
 {{counts}}
 
 """
+_SEEING = f"""
+## Models that see
+
+Every type of `AutoModelForImageTextToText`. Only the text decoder is cut, alike in all layers; the rest stays as it
+is. **{PROVEN}** as above, and: the whole gives the decoder's logits for text, and its class builds what is left.
+
+{{counts}}
+
+"""
+SEES = " (sees)"  # after the name of a type in what a command prints
 
 
-def build(model_type: str) -> PreTrainedModel:
-    """A model of a type on the meta device."""
+def build(model_type: str, sees: bool = False) -> PreTrainedModel:
+    """A model of a type on the meta device; the whole of one that `sees`."""
     import torch
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
     config = CONFIG_MAPPING[model_type](**VALUES.get(model_type, {}))
+    if sees:
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(config)
     if getattr(config, "is_decoder", None) is False and not config.is_encoder_decoder:
         config.is_decoder = True  # BERT and its like see what follows by default
     with torch.device("meta"):
@@ -92,6 +113,13 @@ def model_types() -> list[str]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def seeing_types() -> list[str]:
+    """All types of models for images and text."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    return sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
 
 @dataclass
@@ -107,24 +135,29 @@ class Row:
     notes: list[str] = field(default_factory=list)
 
 
-def row_of(model_type: str, kinds: Iterable[str] = COLUMNS) -> Row:
-    """Reads and tries a model type; takes some seconds."""
+def row_of(model_type: str, kinds: Iterable[str] = COLUMNS, sees: bool = False) -> Row:
+    """Reads and tries a model type, the whole model of one that `sees`; takes some seconds."""
     from ..model.modeling_structprune import PerLayerMixin
     from ..model.structure import ModelStructure
     from ..model.towers import Towers, has_towers
-    from ..proof.guarantee import Trial, apart, has_units, reason_of
+    from ..proof.guarantee import Trial, apart, has_units, prove_decoder, reason_of
 
     row = Row()
     try:
         with apart():
-            model = build(model_type)
+            model = build(model_type, sees)
     except Exception as error:  # code of any model class runs here
         row.notes.append(f"its default configuration builds no model ({_first_line(error)})")
+        return row
+    if sees and not has_towers(model.config):
+        row.notes.append("it has no text decoder with a configuration of its own")
         return row
     try:
         towers = Towers(model) if has_towers(model.config) else None
         model = model if towers is None else towers.decoder()
         structure = ModelStructure.of(model, towers=towers)
+        if towers is not None:
+            prove_decoder(model, structure)
     except StructPruneError as error:
         row.notes.append(f"{error}")
         return row
@@ -138,11 +171,37 @@ def row_of(model_type: str, kinds: Iterable[str] = COLUMNS) -> Row:
             if reason is not None:
                 reasons.setdefault(reason, []).append(kind)
                 continue
+            if towers is not None and (reason := _not_whole(model, structure, kind)):
+                row.notes.append(f"{kind}: {reason}")
+                continue
             plain = [small for small in trial.cut if not isinstance(small, PerLayerMixin)]
             word = PROVEN if _generates((plain or trial.cut)[0], trial.tokens) else WORKS
             row.cells[kind] = word if plain else f"{word} (per layer)"
     row.notes += [f"{', '.join(those)}: {reason}" for reason, those in reasons.items()]
     return row
+
+
+def _not_whole(model: PreTrainedModel, structure: ModelStructure, kind: str) -> str | None:
+    """Why a model that sees cannot hold its decoder with half of the units of a kind, or without some layer."""
+    from ..model.describe import target_of
+    from ..plan import PruningPlan
+
+    groups = [group for group in structure.groups if group.kind == kind]
+    halves = {group: max(1, group.whole // 2, -(-group.least // group.blocks)) for group in groups}
+    counts = {g.key: half * (1 if KINDS[kind].within else g.blocks) for g, half in halves.items()}
+    ways = [(counts, None)] if groups else [({}, {kind: [layer.index]}) for layer in structure.layers]
+    reason = None
+    for keep, dropped in ways:
+        plan = PruningPlan.from_counts(
+            structure, keep, model_type=model.config.model_type, layout="uniform", dropped=dropped
+        )
+        try:
+            target_of(model, structure, plan)
+        except StructPruneError as error:
+            reason = reason or f"{error}".rstrip(".")
+        else:
+            return None
+    return reason
 
 
 def _first_line(error: Exception) -> str:
@@ -162,32 +221,55 @@ def _generates(model: PreTrainedModel, tokens: Any) -> bool:
     return torch.equal(with_cache, without)
 
 
-def markdown(rows: dict[str, Row], page: str = "") -> str:
-    """The table as a page; other rows are those of a page that is there already."""
+def markdown(rows: dict[str, Row], seeing: dict[str, Row] | None = None) -> str:
+    """The tables as a page: of causal language models, and of models that see."""
     import transformers
 
-    there = (line for line in page.splitlines(keepends=True) if line.startswith("| `"))
-    lines = {line[3:].partition("`")[0]: line for line in there}
+    page = _INTRODUCTION.format(version=transformers.__version__, counts=_counts(rows)) + _table(rows)
+    return page + (_SEEING.format(counts=_counts(seeing)) + _table(seeing) if seeing else "")
+
+
+def _counts(rows: dict[str, Row]) -> str:
+    counts = Counter(kind for row in rows.values() for kind, cell in row.cells.items() if cell.startswith(PROVEN))
+    return f"Proven of {len(rows)} types: {', '.join(f'{KINDS[kind].label} {counts[kind]}' for kind in COLUMNS)}."
+
+
+def _table(rows: dict[str, Row]) -> str:
+    lines = []
+    lines.append(f"| type | {' | '.join(KINDS[kind].label for kind in COLUMNS)} | left alone |\n")
+    lines.append(f"| --- {'| --- ' * len(COLUMNS)}| --- |\n")
     for name, row in rows.items():
         cells = (row.cells.get(kind, "") for kind in COLUMNS)
         notes = "; ".join(" ".join(note.replace("|", "/").removesuffix(", left alone").split()) for note in row.notes)
-        lines[name] = f"| `{name}` | {' | '.join(cells)} | {notes} |\n"
-    table = "".join(lines[name] for name in sorted(lines))
-    found = (cells for cells in read_markdown(table).values())
-    counts = Counter(kind for cells in found for kind, cell in cells.items() if cell.startswith(PROVEN))
-    told = ", ".join(f"{KINDS[kind].label} {counts[kind]}" for kind in COLUMNS)
-    begin = _INTRODUCTION.format(version=transformers.__version__, counts=f"Proven of {len(lines)} types: {told}.")
-    head = f"| type | {' | '.join(KINDS[kind].label for kind in COLUMNS)} | left alone |\n"
-    return f"{begin}{head}| --- {'| --- ' * len(COLUMNS)}| --- |\n{table}"
+        lines.append(f"| `{name}` | {' | '.join(cells)} | {notes} |\n")
+    return "".join(lines)
 
 
-def read_markdown(text: str) -> dict[str, dict[str, str]]:
-    """The cells of such a page, by type and kind."""
-    lines = (line.split(" | ") for line in text.splitlines() if line.startswith("| `"))
-    return {
-        name[3:-1]: {kind: cell.strip() for kind, cell in zip(COLUMNS, cells, strict=False) if cell.strip()}
-        for name, *cells in lines
-    }
+def read_markdown(text: str, sees: bool = False) -> dict[str, Row]:
+    """The rows of such a page, each with its notes in one; those of models that see."""
+    text = text.partition(_SEEING.splitlines()[1])[2 if sees else 0]
+    rows = {}
+    for line in (line for line in text.splitlines() if line.startswith("| `")):
+        name, *cells = line.removesuffix("|").split(" | ", len(COLUMNS) + 1)
+        *cells, notes = (cell.strip() for cell in cells)
+        found = zip(COLUMNS, cells, strict=True)
+        rows[name[3:-1]] = Row({kind: cell for kind, cell in found if cell}, [notes] if notes else [])
+    return rows
+
+
+def _known(path: str | None) -> list[dict[str, Row]]:
+    """The rows of a page that is there, if it was made with the same version of Transformers."""
+    import transformers
+
+    if path is None or not Path(path).is_file():
+        return [{}, {}]
+    text = read_text(path)
+    if f"{transformers.__version__}; do not edit." not in text:
+        raise ConfigurationError(
+            f"{path} is no page that Transformers {transformers.__version__} was tried for: name no types, to make "
+            "it anew."
+        )
+    return [read_markdown(text), read_markdown(text, sees=True)]
 
 
 @dataclass
@@ -195,10 +277,10 @@ class TypesArguments:
     """Which types.
 
     Args:
-        types (list of `str`): Model types, such as llama; all that Transformers has when none is named, which takes
-            half an hour.
-        output (`str`, *optional*): Markdown file to write instead of printing; where types are named, their rows are
-            changed in a page that is there.
+        types (list of `str`): Model types, such as llama or qwen2_vl; all that Transformers has when none is named,
+            which takes an hour.
+        output (`str`, *optional*): Markdown file to write instead of printing; of one that is there, the rows of the
+            types that are named are made anew.
         json (`bool`): Print one JSON object and nothing else on stdout.
     """
 
@@ -210,17 +292,23 @@ class TypesArguments:
 @command
 def models_command(options: TypesArguments) -> tuple[Any, ...]:
     """Show which kinds of units can be cut from which model types, as tried on small random models."""
-    unknown = sorted({*options.types} - {*model_types()})
+    unknown = sorted({*options.types} - {*model_types(), *seeing_types()})
     if unknown:
-        raise ConfigurationError(f"{unknown[0]!r} is no model type of a causal language model in Transformers.")
-    rows = {}
-    for name in options.types or model_types():
-        rows[name] = row_of(name, KINDS if options.types and options.output is None else COLUMNS)
-        print(name, ", ".join(rows[name].cells), file=sys.stderr)
+        raise ConfigurationError(
+            f"{unknown[0]!r} is no model type of a causal language model in Transformers, nor of one that sees."
+        )
+    tables: list[dict[str, Row]] = [{}, {}]
+    known = _known(options.output) if options.types else tables
+    kinds = KINDS if options.types and options.output is None else COLUMNS
+    for sees, (there, table) in enumerate(zip((model_types(), seeing_types()), tables, strict=True)):
+        for name in (name for name in options.types or there if name in there):
+            table[name] = row_of(name, kinds, bool(sees))
+            print(name + SEES * sees, ", ".join(table[name].cells), file=sys.stderr)
+    rows = tables[0] | {name + SEES: row for name, row in tables[1].items()}
     data = {name: {"kinds": row.cells, "left_alone": row.notes} for name, row in rows.items()}
     if options.output is not None:
-        page = Path(options.output)
-        write_text(page, markdown(rows, page.read_text() if options.types and page.exists() else ""))
+        page = markdown(*(dict(sorted((old | new).items())) for old, new in zip(known, tables, strict=True)))
+        write_text(options.output, page)
         return data, f"Wrote {options.output}."
     headers = ("type", *(kind.label for kind in KINDS.values()))
     cells = [(name, *(row.cells.get(kind, "") for kind in KINDS)) for name, row in rows.items()]

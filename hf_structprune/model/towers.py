@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -190,7 +191,8 @@ def _decoder_target(model: PreTrainedModel, text: PreTrainedConfig) -> Target:
         raise UnsupportedModelError(f"The text decoder of {type(model).__name__} cannot be built: {error}") from error
     for key, value in _NOT_IN_WHOLE.items():
         if hasattr(config, key):
-            setattr(config, key, value)
+            with suppress(*REFUSALS):  # what a class insists on is compared with the whole before anything is cut
+                setattr(config, key, value)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     with_ties(config, head is not None and head.weight is embeddings.weight)
     config._attn_implementation = text._attn_implementation

@@ -7,6 +7,7 @@ address is never fetched, and no path that comes with a dataset of the Hub is op
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import random
 from collections.abc import Sequence
@@ -176,14 +177,15 @@ def _rendered(where: str, chat: list[dict[str, Any]], processor: Any) -> str:
 
 def _opened(where: str, image: Any, folder: Path | None) -> Any:
     """A picture in RGB; what has no file name, path or bytes is left to the processor."""
-    from PIL import Image
+    from PIL import Image, ImageOps
+
+    def upright(opened: Image.Image) -> Image.Image:  # as the loaders of Transformers and `datasets` turn it
+        return ImageOps.exif_transpose(opened).convert("RGB")
 
     try:
         if isinstance(image, dict):  # as `datasets` gives what it has not decoded
             if image.get("bytes") is not None:
-                import io
-
-                return Image.open(io.BytesIO(image["bytes"])).convert("RGB")
+                return upright(Image.open(io.BytesIO(image["bytes"])))
             image = image.get("path")
         if isinstance(image, (str, os.PathLike)):
             if "://" in str(image) or str(image).startswith("data:"):
@@ -197,7 +199,7 @@ def _opened(where: str, image: Any, folder: Path | None) -> Any:
                     "opened. Give a dataset that holds its pictures."
                 )
             with Image.open(folder / Path(image).expanduser()) as opened:
-                return opened.convert("RGB")
+                return upright(opened)
         return image.convert("RGB") if isinstance(image, Image.Image) else image
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, CalibrationError):
@@ -210,10 +212,10 @@ def _processed(where: str, processor: Any, text: str, images: list[Any]) -> dict
     try:
         made = processor(text=[text], images=images or None, return_tensors="pt")
     except Exception as error:  # processors are of the models' authors and fail as they like
-        token = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
+        token, reason = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None), f"{error}"
         raise CalibrationError(
-            f"{where}, with {len(images)} pictures, is refused by the processor: {error}. A text holds a placeholder "
-            f"for each picture{f', here {token!r}' if isinstance(token, str) else ''}; `chat_template=True` puts it "
-            "there."
+            f"{where}, with {len(images)} pictures, is refused by the processor: {reason.rstrip('.')}. A text holds a "
+            f"placeholder for each picture{f', here {token!r}' if isinstance(token, str) else ''}; "
+            "`chat_template=True` puts it there."
         ) from error
     return dict(made)

@@ -5,7 +5,16 @@ from pathlib import Path
 import pytest
 
 from hf_structprune.commands import cli
-from hf_structprune.commands.models_table import COLUMNS, Row, build, markdown, model_types, read_markdown, row_of
+from hf_structprune.commands.models_table import (
+    COLUMNS,
+    Row,
+    build,
+    markdown,
+    model_types,
+    read_markdown,
+    row_of,
+    seeing_types,
+)
 from hf_structprune.errors import StructPruneError
 from hf_structprune.model.structure import ModelStructure
 from hf_structprune.model.towers import Towers, has_towers
@@ -13,6 +22,10 @@ from hf_structprune.proof.guarantee import has_units
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+
+
+def cells_of(text, sees=False):
+    return {name: row.cells for name, row in read_markdown(text, sees).items()}
 
 
 def test_a_row_says_what_is_proven_and_what_is_left_alone():
@@ -31,11 +44,12 @@ def test_layouts_are_named():
 def test_a_page_says_what_the_rows_say():
     rows = {"llama": Row({"layers": "works", "experts": "proven"}, ["a | b, left alone"]), "bert": Row()}
     text = markdown(rows)
-    assert read_markdown(text) == {"llama": rows["llama"].cells, "bert": {}}
+    assert cells_of(text) == {"llama": rows["llama"].cells, "bert": {}}
     assert "experts 1" in text and "decoder layers 0" in text and "| a / b |" in text
-    changed = markdown({"bert": Row({"layers": "proven"})}, text)
-    assert read_markdown(changed) == {"bert": {"layers": "proven"}, "llama": rows["llama"].cells}
-    assert "of 2 types" in changed and "decoder layers 1" in changed and "| a / b |" in changed
+    both = markdown(rows, {"llava": Row({"layers": "proven"})})
+    assert both.startswith(text) and read_markdown(both) == read_markdown(text)
+    assert cells_of(both, sees=True) == {"llava": {"layers": "proven"}}
+    assert markdown(read_markdown(both), read_markdown(both, sees=True)) == both
 
 
 def test_unknown_types_are_refused(capsys):
@@ -45,17 +59,41 @@ def test_unknown_types_are_refused(capsys):
 
 def test_all_types_are_tried_where_none_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr("hf_structprune.commands.models_table.model_types", lambda: ["opt"])
+    monkeypatch.setattr("hf_structprune.commands.models_table.seeing_types", lambda: ["git"])
     assert cli.main(["models", "--output", str(tmp_path / "models.md")]) == 0
-    assert list(read_markdown((tmp_path / "models.md").read_text())) == ["opt"]
+    page = (tmp_path / "models.md").read_text()
+    assert list(read_markdown(page)) == ["opt"] and cells_of(page, sees=True) == {"git": {}}
+
+
+def test_rows_of_types_that_are_named_are_made_anew_in_a_page(tmp_path, capsys):
+    page = tmp_path / "models.md"
+    page.write_text(markdown({"opt": Row({"layers": "old"}), "zamba": Row({}, ["a; b"])}, {"llava": Row()}))
+    assert cli.main(["models", "opt", "--output", str(page)]) == 0
+    text = page.read_text()
+    assert list(read_markdown(text)) == ["opt", "zamba"] and cells_of(text)["opt"]["layers"] == "proven"
+    assert "`zamba` |  |  |  |  |  |  |  | a; b |" in text and list(read_markdown(text, sees=True)) == ["llava"]
+    page.write_text(text.replace("; do not edit", ".0; do not edit"))
+    assert cli.main(["models", "opt", "--output", str(page)]) == 2
+    assert "make it anew" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
 def page():
-    return read_markdown(PAGE.read_text())
+    return cells_of(PAGE.read_text())
 
 
-def test_the_page_has_every_type(page):
-    assert list(page) == model_types()
+@pytest.fixture(scope="module")
+def seeing():
+    return cells_of(PAGE.read_text(), sees=True)
+
+
+def test_the_page_has_every_type(page, seeing):
+    assert list(page) == model_types() and list(seeing) == seeing_types()
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "blip-2"])
+def test_the_page_is_up_to_date_about_models_that_see(seeing, name):
+    assert row_of(name, sees=True).cells == seeing[name]
 
 
 @pytest.mark.parametrize("name", ["granite", "gpt_oss", "youtu", "bart", "olmoe"])

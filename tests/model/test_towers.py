@@ -165,6 +165,11 @@ def test_decoder_that_computes_something_else_alone_is_refused(monkeypatch):
         pruned(build_seeing("aya_vision"), **BOTH)
 
 
+def test_values_that_a_configuration_insists_on_stay(monkeypatch):
+    monkeypatch.setattr("hf_structprune.model.towers._NOT_IN_WHOLE", {"vocab_size": None})
+    assert Towers(build_seeing("llava")).decoder().config.vocab_size == 128
+
+
 def test_parts_of_a_model_are_refused_with_the_way_out():
     model = build_seeing("llava")
     for part, way_out in (

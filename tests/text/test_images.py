@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_processors import make_processor, picture
 
 from hf_structprune.config import CalibrationConfig
@@ -74,6 +75,15 @@ def test_files_name_pictures_relative_to_themselves(tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     found = load(dataset=str(tmp_path / "rows.jsonl"), num_samples=4)
     assert [(spelled(row)[4:], shades(row)) for row in found] == [(str(i), [i]) for i in range(1, 5)]
+    turned = Image.fromarray(np.tile(np.arange(0, 256, 16, dtype=np.uint8)[:, None, None], (1, 16, 3)))
+    exif = turned.getexif()
+    exif[0x0112] = 3  # upside down
+    turned.save(tmp_path / "turned.png", exif=exif)
+    rows = [{"text": "<image>", "images": str(tmp_path / "turned.png")}]
+    shown = load(texts=rows, num_samples=1)[0]["pixel_values"]
+    assert torch.equal(
+        shown, load(texts=[{**rows[0], "images": turned.rotate(180)}], num_samples=1)[0]["pixel_values"]
+    )
     few = load(dataset=str(tmp_path / "rows.jsonl"))
     assert [shades(row)[0] in part for row, part in zip(few, ((1, 2), (3, 4)), strict=True)] == [True, True]
     both = load(dataset=[str(tmp_path / "rows.jsonl")] * 2, num_samples=4)
