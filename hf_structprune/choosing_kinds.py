@@ -168,10 +168,12 @@ class KindChooser:
                     curves[kind].points.append((one.plan.parameters_before - one.plan.parameters_after, one.nats))
                     bar.update()
             singles = [one for one in (self._candidate((kind,), None, ratio) for kind in kinds) if one is not None]
-            singles = [one for one in singles if abs(one.plan.ratio - ratio) < max(0.02, 0.1 * ratio)]
             looked = self._mixtures(curves, ratio * total, number)
             mixtures = [one for one in (self._candidate(*mixture, ratio) for mixture in looked) if one is not None]
-            for one in (found := [*singles, *mixtures]):
+            far = [abs(one.plan.ratio - ratio) for one in (*singles, *mixtures)]
+            near = max(0.02, 0.1 * ratio, min(far, default=0))  # as near as whole units allow
+            found = [one for one, away in zip((*singles, *mixtures), far, strict=True) if away <= near]
+            for one in found:
                 one.nats = self._prices().of(one.plan, one.config)
                 bar.update()
         if not found:

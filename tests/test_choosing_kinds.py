@@ -88,6 +88,11 @@ def test_the_saved_configuration_names_what_was_taken(tmp_path):
         assert torch.equal(again.model.state_dict()[name], tensor)
 
 
+def test_what_is_taken_is_as_near_to_the_ratio_as_whole_units_allow():
+    plan = auto(moe_families.make_moe("deepseek_v3")).plan(0.15)  # experts alone go by 13 %, some heads by 5 %
+    assert abs(plan.ratio - 0.15) < 0.03
+
+
 def test_a_plan_that_is_given_needs_no_choice(tmp_path):
     plan = auto(families.make_model("llama", torch.float32)).plan(0.2)
     pruner = auto(families.make_model("llama", torch.float32))
