@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -136,7 +136,7 @@ class PruningConfig:
         calibration (`CalibrationConfig`): The text.
     """
 
-    units: tuple[Annotated[str, OneOf((*KINDS, AUTO))], ...] | None = None
+    units: tuple[Annotated[str, OneOf(ChainMap({AUTO: None}, KINDS))], ...] | None = None
     criterion: str | dict[Kind, str] | list[str] = "obs"
     taylor: Annotated[str, OneOf(TAYLOR_VARIANTS)] = "first"
     aggregation: Annotated[str, OneOf(AGGREGATIONS)] = "sum"

@@ -73,12 +73,29 @@ class PerLayerMixin:
                 raise RuntimeError(f"{pretrained_model_name_or_path} {problem}: {', '.join(names)}.")
         return (model, info) if output_loading_info else model
 
+    def initialize_weights(self):
+        # Of a class outside of Transformers not all modules are initialised after loading, which for some is where
+        # buffers come from that no checkpoint holds (`mup_vector` of Falcon-H1). What is built here are stock modules.
+        self.is_custom_code = lambda: False
+        try:
+            super().initialize_weights()
+        finally:
+            del self.is_custom_code
+
     def set_attn_implementation(self, *args, **kwargs):
         super().set_attn_implementation(*args, **kwargs)
+        self._hand_on("_attn_implementation")
+
+    def set_experts_implementation(self, *args, **kwargs):
+        super().set_experts_implementation(*args, **kwargs)
+        self._hand_on("_experts_implementation")
+
+    def _hand_on(self, name: str) -> None:
+        """Gives a value of the model's configuration to those of its layers."""
         for module in self.modules():
             config = getattr(module, "config", None)
             if config is not None and config is not self.config:
-                config._attn_implementation = self.config._attn_implementation
+                setattr(config, name, getattr(self.config, name))
 
 
 @contextmanager

@@ -19,7 +19,8 @@ from sweep_model_types import CRASH, REFUSED, RIGHT, TOOK, TYPES, WRONG  # noqa:
 @pytest.mark.parametrize(
     ("model_type", "right", "refused"),
     [
-        ("olmoe", {"experts"}, {"kv_groups"}),  # whose norms are over all heads
+        ("olmoe", {"experts", "kv_groups"}, set()),
+        ("falcon_h1", {"kv_groups"}, set()),  # which fills in a buffer when it is loaded
         ("gpt2", {"mlp_neurons"}, {"head_dim"}),
         ("openai-gpt", {"layers"}, set()),  # which put out lists
         ("mistral3", {"mlp_neurons"}, {"hidden"}),  # which what it sees is written into
