@@ -198,9 +198,15 @@ class Streaming:
         self.place: Path | None = None
 
     def memory_needed(self, plan: PruningPlan, config: PruningConfig, structure: ModelStructure) -> int:
-        """Bytes that carrying out a plan takes at its peak, about: see `memory_needed`, and the files being filled."""
-        largest = max(self.store.size(layer.index) for layer in structure.layers)
-        return memory_needed(self.store, self.store.model, plan, config, structure) + min(largest, LEAST)
+        """Bytes that carrying out a plan takes at its peak, about: see `memory_needed`, and what files take.
+
+        Of those that are written: what is not a file yet, which is at most `LEAST` and a layer. Of those that are
+        read: what is made of several stored tensors, as fused experts are, is there three times.
+        """
+        layers = [layer.index for layer in structure.layers]
+        written = min(sum(map(self.store.size, layers)), LEAST + max(map(self.store.size, layers)))
+        read = 2 * max(map(self.store.merged_size, layers))
+        return memory_needed(self.store, self.store.model, plan, config, structure) + written + read
 
     def check_room(self, plan: PruningPlan, config: PruningConfig, structure: ModelStructure) -> None:
         """Says what a plan needs of memory and disk, before any weight is read.

@@ -273,3 +273,14 @@ def test_state_of_another_job_is_refused(tmp_path, monkeypatch):
     assert cli.main(argv) != 0
     assert cli.main([*argv, "--overwrite"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out"]
+
+
+def test_experts_that_are_stored_one_by_one_are_there_several_times_while_they_are_read(tmp_path):
+    model = make_moe("qwen3_moe")
+    model.save_pretrained(tmp_path)
+    streaming = StructuredPruner.from_pretrained(tmp_path, stream=True)._streaming
+    experts = sum(p.numel() * p.element_size() for p in model.model.layers[0].mlp.experts.parameters())
+    assert streaming.store.merged_size(0) == experts
+    make_model("llama").save_pretrained(tmp_path / "llama")
+    dense = StructuredPruner.from_pretrained(tmp_path / "llama", stream=True)._streaming
+    assert dense.store.merged_size(0) == 0

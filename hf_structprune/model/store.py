@@ -250,6 +250,11 @@ class OnDisk(Store):
         finally:
             free()
 
+    def merged_size(self, part: int | str) -> int:
+        """Bytes of what is made of several stored tensors in it."""
+        names = (name for name in self._names[part] if len(self.weights.targets.get(name, ())) > 1)
+        return sum(t.numel() * t.element_size() for t in map(self._tensor, names))
+
     def _tensor(self, name: str) -> torch.Tensor:
         module, _, leaf = name.rpartition(".")
         return getattr(self.model.get_submodule(module), leaf)
