@@ -15,7 +15,6 @@ import argparse
 import copy
 import json
 import math
-import re
 import time
 from pathlib import Path
 
@@ -33,15 +32,15 @@ from hf_structprune.errors import StructPruneError
 RESULTS = Path(__file__).parent / "results" / "kinds.json"
 SHAPES = {
     "mostly MLP": dict(
-        vocab_size=512, hidden_size=128, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4,
+        vocab_size=256, hidden_size=64, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=4,
     ),
     "mostly attention": dict(
-        vocab_size=512, hidden_size=128, intermediate_size=96, num_hidden_layers=8, num_attention_heads=16,
+        vocab_size=256, hidden_size=64, intermediate_size=48, num_hidden_layers=6, num_attention_heads=8,
         num_key_value_heads=8, head_dim=32,
     ),
     "mostly vocabulary": dict(
-        vocab_size=16384, hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        vocab_size=4096, hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=4,
     ),
 }  # fmt: skip
@@ -95,16 +94,19 @@ def spread(tokens: torch.Tensor, length: int, number: int) -> torch.Tensor:
     return windows[torch.linspace(0, len(windows) - 1, number).long()]
 
 
-def measured(name: str, model, tokenizer, texts: dict[str, str], windows: tuple[int, int], ratios) -> list[dict]:
+def measured(
+    name: str, model, tokenizer, texts: dict[str, str], windows: tuple[int, int], options: argparse.Namespace
+) -> list[dict]:
     test = torch.tensor(tokenizer(texts["test"], add_special_tokens=False)["input_ids"])
     held = spread(test, *windows)
     calibration = torch.tensor(tokenizer(texts["valid"], add_special_tokens=False)["input_ids"])
-    config = CalibrationConfig(tokens=spread(calibration, 256, min(128, len(calibration) // 256)), batch_size=16)
+    sequences = min(options.sequences, len(calibration) // 256)
+    config = CalibrationConfig(tokens=spread(calibration, 256, sequences), batch_size=16)
     dense, rows = perplexity(model, held), []
     total = sum(parameter.numel() for parameter in model.parameters())
     print(f"{name}: {total:,} parameters, perplexity {dense:.2f}", flush=True)
-    for ratio in ratios:
-        for way, units in WAYS.items():
+    for ratio in options.ratios:
+        for way, units in ((way, WAYS[way]) for way in options.ways or WAYS):
             pruner = StructuredPruner(copy.deepcopy(model), PruningConfig(units=units, calibration=config))
             begin = time.monotonic()
             try:
@@ -114,11 +116,11 @@ def measured(name: str, model, tokenizer, texts: dict[str, str], windows: tuple[
                 continue
             seconds, plan = time.monotonic() - begin, pruner.last_plan
             why = next((note for note in plan.notes if note.startswith("units='auto'")), "")
-            nats = re.search(r"\+([0-9.]+) nats", why)
             row = {
                 "model": name, "parameters": total, "dense": dense, "ratio": ratio, "way": way, "got": plan.ratio,
                 "perplexity": perplexity(pruned, held), "seconds": seconds, "removed": plan.removed, "why": why,
-                "predicted": None if nats is None else dense * math.exp(float(nats[1])),
+                "sequences": sequences,
+                "predicted": None if plan.predicted_nats is None else dense * plan.predicted_factor,
             }  # fmt: skip
             rows.append(row)
             print(
@@ -134,6 +136,8 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.3])
     parser.add_argument("--seconds", type=float, default=60, help="of training for each small model")
+    parser.add_argument("--sequences", type=int, default=128, help="of 256 tokens, of calibration text")
+    parser.add_argument("--ways", nargs="+", choices=WAYS)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
@@ -141,12 +145,12 @@ def main() -> None:
     rows = []
     if options.model:
         pruner = StructuredPruner.from_pretrained(find_model(options.model).model, dtype=torch.float32)
-        rows += measured(options.model, pruner.model, pruner.tokenizer, texts, (1024, 8), options.ratios)
+        rows += measured(options.model, pruner.model, pruner.tokenizer, texts, (1024, 8), options)
     for name, shape in {} if options.model else SHAPES.items():
         tokenizer = tokenizer_of(texts["train"][:3_000_000], shape["vocab_size"])
         tokens = torch.tensor(tokenizer(texts["train"])["input_ids"])
         model = trained(shape, tokens, options.seconds, options.seed)
-        rows += measured(name, model, tokenizer, texts, (256, 48), options.ratios)
+        rows += measured(name, model, tokenizer, texts, (256, 48), options)
     old = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     new = {row["model"] for row in rows}
     RESULTS.write_text(json.dumps([row for row in old if row["model"] not in new] + rows, indent=1) + "\n")
