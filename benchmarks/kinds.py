@@ -148,7 +148,7 @@ def main() -> None:
         rows += measured(options.model, pruner.model, pruner.tokenizer, texts, (1024, 8), options)
     for name, shape in {} if options.model else SHAPES.items():
         tokenizer = tokenizer_of(texts["train"][:3_000_000], shape["vocab_size"])
-        tokens = torch.tensor(tokenizer(texts["train"])["input_ids"])
+        tokens = torch.tensor(tokenizer(texts["train"][:3_000_000])["input_ids"])
         model = trained(shape, tokens, options.seconds, options.seed)
         rows += measured(name, model, tokenizer, texts, (256, 48), options)
     old = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
