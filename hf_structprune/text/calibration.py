@@ -20,7 +20,6 @@ import numpy as np
 from ..checks import Count, Limits, Number, check_fields, check_keys
 from ..data import calibration_sample
 from ..errors import CalibrationError, ConfigurationError, TextError
-from .images import digest_of
 from .reading import read_rows, token_ids
 
 
@@ -32,6 +31,25 @@ PEEK_ROWS = 1000  # looked at to tell lines of one text from documents
 # No text has more tokens: a character has four bytes at most; a row gets some special tokens or a separator.
 _TOKENS_PER_CHARACTER, _SEPARATORS = 8, 16
 _FIRST_WORD = re.compile(r"^\S{0,1000}\s")
+
+
+def digest_of(value: Any) -> str:
+    """A short name for rows in memory that depends on their text and pixels alone."""
+    sha = hashlib.sha256()
+
+    def add(part: Any) -> None:
+        if isinstance(part, dict):
+            for key in sorted(part):
+                sha.update(f"\0{key}\0".encode())
+                add(part[key])
+        elif isinstance(part, (list, tuple)):
+            for one in part:
+                add(one)
+        else:
+            sha.update(part.tobytes() if hasattr(part, "tobytes") else f"\0{part}".encode())
+
+    add(value)
+    return sha.hexdigest()[:16]
 
 
 @dataclass

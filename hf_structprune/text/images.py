@@ -6,20 +6,16 @@ address is never fetched, and no path that comes with a dataset of the Hub is op
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import CalibrationError, TextError
+from .calibration import CalibrationConfig
 from .reading import is_local, read_objects
-
-
-if TYPE_CHECKING:
-    from .calibration import CalibrationConfig
 
 
 def load_image_rows(config: CalibrationConfig, processor: Any) -> list[dict[str, Any]]:
@@ -56,25 +52,6 @@ def load_image_rows(config: CalibrationConfig, processor: Any) -> list[dict[str,
             f"{', '.join(map(repr, row))}), nor among its messages."
         )
     return found
-
-
-def digest_of(value: Any) -> str:
-    """A short name for rows in memory that depends on their text and pixels alone."""
-    sha = hashlib.sha256()
-
-    def add(part: Any) -> None:
-        if isinstance(part, dict):
-            for key in sorted(part):
-                sha.update(f"\0{key}\0".encode())
-                add(part[key])
-        elif isinstance(part, (list, tuple)):
-            for one in part:
-                add(one)
-        else:
-            sha.update(part.tobytes() if hasattr(part, "tobytes") else f"\0{part}".encode())
-
-    add(value)
-    return sha.hexdigest()[:16]
 
 
 def _sources(config: CalibrationConfig) -> list[tuple[str, Path | None, Sequence[Any]]]:
