@@ -94,7 +94,21 @@ class Planner:
         target_of(shell, self._narrow, plan)  # raises if no checkpoint could hold the result
         if ratio is not None:
             plan.warnings += _one_sided(self._narrow, plan)
+        if ratio and self._dense is None and plan.parameters_after == plan.parameters_before:
+            plan.warnings.append(self._nothing_goes(ratio))
         return plan
+
+    def _nothing_goes(self, ratio: float) -> str:
+        """What is to be said of a ratio to which no cut at all is nearest."""
+        units, total, steps = self.config.units, self.structure.total_parameters, []
+        for layer in self.structure.layers if self.config.kinds(kinds_of(DepthKind)) else ():
+            steps += [layer.parameters] if LAYERS in units else []
+            steps += [sublayer.parameters for sublayer in layer.sublayers if sublayer.kind in units]
+        least = f" (the least that can go is {min(steps) / total:.2%})" if steps else ""
+        return (
+            f"nothing goes: the ratio is {ratio:.2%}, and {', '.join(units)} go in larger steps{least}: ask for more, "
+            "or cut finer units"
+        )
 
     def _left(self, budget: int | None, gone: int, *options: str) -> int | None:
         """What is left of a budget; refuses that one of these options, which say how much goes, takes more."""

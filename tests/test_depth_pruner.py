@@ -160,3 +160,12 @@ def test_every_criterion_ranks_sublayers(criterion):
     assert families.count(pruner.prune(0.2)) == plan.parameters_after
     assert pruner.last_plan.dropped == plan.dropped
     assert set(pruner.depth_choice.scores) >= {(1, "attention"), (1, "mlp")}
+
+
+def test_a_ratio_to_which_no_layer_is_nearest_says_what_can_go():
+    model = families.make_model("llama", torch.float32)
+    layer = families.count(model.model.layers[0]) / families.count(model)
+    pruner = StructuredPruner(model, PruningConfig(units="layers", depth_criterion="magnitude"))
+    (line,) = pruner.plan(layer / 3).warnings
+    assert line.startswith("nothing goes") and f"the least that can go is {layer:.2%}" in line
+    assert not [one for one in pruner.plan(0.6 * layer).warnings + pruner.plan(0.0).warnings if "nothing" in one]
