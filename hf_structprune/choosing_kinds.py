@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from itertools import pairwise, product
+from itertools import islice, pairwise, product
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -29,6 +29,7 @@ from .units import GROUPS, KINDS, LAYERS, WidthKind, kinds_of
 
 
 MIXTURES = 2  # that are priced
+_TRIED = 12  # of those that look best, to find some that can be
 _SMALL = 1 / 3  # of the amount that is asked for, the other one at which a kind is priced
 _QUICK = "block_influence"  # ranks layers in one pass; what is taken in the end is ranked as configured, too
 _REACH = 2  # times the largest amount that was priced
@@ -44,15 +45,15 @@ class Curve:
 
     points: list[tuple[int, float]] = field(default_factory=list)
 
-    def at(self, removed: float) -> float:
+    def at(self, removed: float, reach: float = _REACH) -> float:
         """Nats a token for so many parameters: on the power law through the two neighbouring points.
 
-        With one point alone the power is 1.5. Infinite far beyond the last point, which says little there.
+        With one point alone the power is 1.5. Infinite beyond `reach` times the last point, which says little there.
         """
         if removed <= 0:
             return 0.0
         points = sorted(self.points)
-        if not points or removed > _REACH * points[-1][0]:
+        if not points or removed > reach * points[-1][0]:
             return math.inf
         if len(points) == 1:
             return points[0][1] * (removed / points[0][0]) ** 1.5
@@ -168,8 +169,13 @@ class KindChooser:
                     curves[kind].points.append((one.plan.parameters_before - one.plan.parameters_after, one.nats))
                     bar.update()
             singles = [one for one in (self._candidate((kind,), None, ratio) for kind in kinds) if one is not None]
-            looked = self._mixtures(curves, ratio * total, number)
-            mixtures = [one for one in (self._candidate(*mixture, ratio) for mixture in looked) if one is not None]
+            looked = self._mixtures(curves, ratio * total, number) or (
+                [] if singles else self._mixtures(curves, ratio * total, number, math.inf)
+            )
+            able = (
+                one for one in (self._candidate(*mixture, ratio) for mixture in looked[:_TRIED]) if one is not None
+            )
+            mixtures = list(islice(able, MIXTURES))
             far = [abs(one.plan.ratio - ratio) for one in (*singles, *mixtures)]
             near = max(0.02, 0.1 * ratio, min(far, default=0))  # as near as whole units allow
             found = [one for one, away in zip((*singles, *mixtures), far, strict=True) if away <= near]
@@ -213,24 +219,25 @@ class KindChooser:
         return [one for one in found if one is not None and one.plan.parameters_after < one.plan.parameters_before]
 
     def _mixtures(
-        self, curves: dict[str, Curve], wanted: float, number: int
+        self, curves: dict[str, Curve], wanted: float, number: int, reach: float = _REACH
     ) -> list[tuple[tuple[str, ...], dict[str, int]]]:
         """The mixtures of one fine kind with coarse ones that the curves say cost least, the cheapest first."""
         layer = max(layer.parameters for layer in self.structure.layers)
         heads = [group for group in self.structure.groups if group.kind == GROUPS] if GROUPS in self.coarse else []
         size = min((group.size for group in heads), default=1)
         each = sum(group.cost for group in heads)
+        sizes = {kind: sum(g.size * g.cost for g in self.structure.groups if g.kind == kind) for kind in self.fine}
         found = []
         gone_layers = range(min(number, math.ceil(wanted / layer) + 1)) if LAYERS in self.coarse else [0]
         for fine, layers, groups in product(self.fine, gone_layers, range(size)):
             left = (number - layers) / number
             rest = wanted - layers * layer - groups * each * left
-            if not (layers or groups) or rest < 0:
+            if not (layers or groups) or not 0 <= rest / left < sizes[fine]:
                 continue
-            nats = curves[LAYERS].at(layers * layer) if layers else 0.0
-            nats += left * (curves[GROUPS].at(groups * each) if groups else 0.0)
-            nats += left * curves[fine].at(rest / left)
+            nats = curves[LAYERS].at(layers * layer, reach) if layers else 0.0
+            nats += left * (curves[GROUPS].at(groups * each, reach) if groups else 0.0)
+            nats += left * curves[fine].at(rest / left, reach)
             keep = ({LAYERS: number - layers} if layers else {}) | ({GROUPS: size - groups} if groups else {})
             found.append((nats, ((fine, *keep), keep)))
         found = sorted((one for one in found if one[0] < math.inf), key=lambda one: one[0])
-        return [mixture for _, mixture in found[:MIXTURES]]
+        return [mixture for _, mixture in found]

@@ -116,6 +116,11 @@ def test_without_weights_the_plan_says_that_nothing_was_measured():
     assert set(plan.removed) == {"mlp_neurons"} and "not in memory" in why(plan)
 
 
+def test_what_takes_most_of_several_kinds_is_found():
+    plan = auto(families.make_model("llama", torch.float32, num_hidden_layers=4, vocab_size=512)).plan(0.4)
+    assert abs(plan.ratio - 0.4) < 0.03 and len(plan.removed) > 1  # no kind alone can
+
+
 def test_more_than_can_go_is_refused_with_what_can():
     with pytest.raises(RatioError, match="at most"):
         auto(families.make_model("gpt2", torch.float32)).plan(0.97)
