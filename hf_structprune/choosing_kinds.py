@@ -21,10 +21,11 @@ from transformers.utils.logging import tqdm
 from .config import PruningConfig
 from .errors import RatioError, StructPruneError, UnsupportedModelError
 from .model.rebuild import has_weights
+from .model.stored import without_bars
 from .model.structure import ModelStructure
 from .plan import PruningPlan
 from .planner import Planner
-from .refit.price import Prices, quiet
+from .refit.price import Prices
 from .units import GROUPS, KINDS, LAYERS, WidthKind, kinds_of
 
 
@@ -101,7 +102,7 @@ class KindChooser:
         prices: Callable[[], Prices], proven: Callable[[Collection[str]], Any],
     ) -> None:  # fmt: skip
         self.model, self.structure, self.config, self._prices = model, structure, config, prices
-        self.notes: list[str] = []
+        self.left_out: dict[str, str] = {}
         self.fine, self.coarse = self._kinds(proven)
 
     def _kinds(self, proven: Callable[[Collection[str]], Any]) -> tuple[list[str], list[str]]:
@@ -119,11 +120,11 @@ class KindChooser:
                 Planner(self.model, self.structure, self._with((kind,), None), self._none)
                 there.append(kind)
             except StructPruneError as error:
-                self.notes.append(f"{kind}: {error}")
+                self.left_out[kind] = f"{error}"
         coarse = [kind for kind in there if kind == LAYERS or KINDS[kind].of_heads]
         fine = [kind for kind in there if kind not in coarse]
         if not there:
-            raise UnsupportedModelError(f"Nothing of this model can be cut: {'; '.join(self.notes)}")
+            raise UnsupportedModelError(f"Nothing of this model can be cut: {'; '.join(self.left_out.values())}")
         return fine, coarse
 
     @staticmethod
@@ -148,12 +149,15 @@ class KindChooser:
         found = self._candidates(ratio)
         best = min(found, key=lambda one: one.nats)
         if LAYERS in best.config.units and self.config.depth_criterion != _QUICK:
-            found.append(self._candidate(best.config.units, best.config.keep, ratio, self.config.depth_criterion))
-            found[-1].nats = self._prices().of(found[-1].plan, found[-1].config)
-            best = min(best, found[-1], key=lambda one: one.nats)
+            slow = self._candidate(best.config.units, best.config.keep, ratio, self.config.depth_criterion)
+            if slow is not None:  # it may choose layers without which no checkpoint can be
+                slow.nats = self._prices().of(slow.plan, slow.config)
+                found.append(slow)
+                best = min(best, slow, key=lambda one: one.nats)
         others = [one for one in found if one is not best]
         words = [f"units='auto' took the cheapest that was measured, {best}"]
         words += [f"instead of {one}" for one in sorted(others, key=lambda one: one.nats)[:3]]
+        words += [f"not tried: {', '.join(self.left_out)}"] if self.left_out else []
         return best.config, "; ".join(words)
 
     def _candidates(self, ratio: float) -> list[Candidate]:
@@ -193,7 +197,7 @@ class KindChooser:
         """A way to reach a ratio, or an exact shape; `None` if it cannot be."""
         config = self._with(units, keep, **({"depth_criterion": depth_criterion} if LAYERS in units else {}))
         try:
-            with quiet():
+            with without_bars():
                 return Candidate(config, Planner(self.model, self.structure, config, self._fit).plan(ratio))
         except StructPruneError:
             return None

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
-from hf_structprune.choosing_kinds import Curve
+from hf_structprune.choosing_kinds import Curve, KindChooser
 from hf_structprune.errors import ConfigurationError, RatioError
 
 
@@ -86,6 +86,19 @@ def test_the_saved_configuration_names_what_was_taken(tmp_path):
     again.prune(0.2)
     for name, tensor in pruner.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], tensor)
+
+
+def test_layers_that_cannot_go_by_the_slower_criterion_are_those_of_the_quick_one(monkeypatch):
+    model = families.make_model("llama", torch.float32, num_hidden_layers=4)
+    without_layer(model)
+    able = KindChooser._candidate
+
+    def none_by_exchange(self, units, keep, ratio, depth_criterion="block_influence"):
+        return None if depth_criterion == "exchange" else able(self, units, keep, ratio, depth_criterion)
+
+    monkeypatch.setattr(KindChooser, "_candidate", none_by_exchange)
+    ratio = families.count(model.model.layers[1]) / families.count(model) + 0.01
+    assert auto(model).plan(ratio).dropped["layers"] == [1]
 
 
 def test_what_is_taken_is_as_near_to_the_ratio_as_whole_units_allow():

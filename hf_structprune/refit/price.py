@@ -10,11 +10,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from ..config import CalibrationConfig, PruningConfig
 from ..errors import ConfigurationError
 from ..model.store import Store
+from ..model.stored import without_bars
 from ..model.structure import ModelStructure
 from ..plan import PruningPlan
 from ..stats.stream import LayerStream
@@ -73,18 +73,6 @@ def untouched(module: nn.Module) -> Iterator[None]:
             vars(one).update(attributes)
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Progress bars of what is done inside are not shown."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 class Prices:
     """Measures what plans cost on one model.
 
@@ -140,7 +128,7 @@ class Prices:
         stream = self._stream
         stream.hidden = stream.copy(self._entered)
         trial = _Trial(stream)
-        with quiet():
+        with without_bars():
             compress(self.model, self.structure, plan, config, lambda: self.fit, Survey(), [], trial)
         gone = {*plan.dropped.get(LAYERS, ()), *trial.passed}
         total = 0.0

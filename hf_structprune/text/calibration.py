@@ -292,13 +292,18 @@ def _as_text(where: str, row: Any, config: CalibrationConfig, tokenizer: Any) ->
         kinds = "a text or a list of {role, content} messages" if config.chat_template else "a text"
         hint = " Set `chat_template=True` to render chat messages." if is_chat else ""
         raise CalibrationError(f"{where} is a {type(row).__name__}, not {kinds}.{hint}")
-    if not getattr(tokenizer, "chat_template", None):
-        raise CalibrationError(
-            "`chat_template` is True, but the tokenizer has no chat template: use an instruction-tuned model's "
-            "tokenizer, set `tokenizer.chat_template`, or set `chat_template=False`."
-        )
+    return rendered(
+        where, chat, tokenizer, "the tokenizer has no chat template: use an instruction-tuned model's tokenizer, set "
+        "`tokenizer.chat_template`, or set `chat_template=False`."
+    )  # fmt: skip
+
+
+def rendered(where: str, chat: list[dict[str, Any]], owner: Any, if_none: str) -> str:
+    """A chat as text, by the template of its `owner`, a tokenizer or a processor; `if_none` is said if it has none."""
+    if not getattr(owner, "chat_template", None):
+        raise CalibrationError(f"`chat_template` is True, but {if_none}")
     try:
-        return tokenizer.apply_chat_template(chat, tokenize=False)
+        return owner.apply_chat_template(chat, tokenize=False)
     except Exception as error:  # a template is a program of the model's author and fails as it likes
         raise CalibrationError(f"{where} cannot be rendered by the chat template: {error}") from error
 

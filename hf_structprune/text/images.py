@@ -14,8 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CalibrationError, TextError
-from .calibration import CalibrationConfig
+from .calibration import CalibrationConfig, rendered
 from .reading import is_local, read_objects
+
+
+_NO_TEMPLATE = (
+    "the processor has no chat template: set `processor.chat_template`, or give texts with the model's own "
+    "placeholders of pictures and `chat_template=False`."
+)
 
 
 def load_image_rows(config: CalibrationConfig, processor: Any) -> list[dict[str, Any]]:
@@ -98,7 +104,7 @@ def _text_and_images(
     given = given if isinstance(given, (list, tuple)) else [given]
     if config.chat_template:
         chat, given = _chat(where, content, given)
-        content = _rendered(where, chat, processor)
+        content = rendered(where, chat, processor, _NO_TEMPLATE)
     elif not isinstance(content, str):
         raise CalibrationError(
             f"{where} has a {type(content).__name__} as its text. Set `chat_template=True` to render chat messages."
@@ -138,18 +144,6 @@ def _chat(where: str, content: Any, given: list[Any]) -> tuple[list[dict[str, An
     if left:
         raise CalibrationError(f"{where} has {len(places)} places for pictures and {len(given)} pictures.")
     return chat, images
-
-
-def _rendered(where: str, chat: list[dict[str, Any]], processor: Any) -> str:
-    if not getattr(processor, "chat_template", None):
-        raise CalibrationError(
-            "`chat_template` is True, but the processor has no chat template: set `processor.chat_template`, or give "
-            "texts with the model's own placeholders of pictures and `chat_template=False`."
-        )
-    try:
-        return processor.apply_chat_template(chat, tokenize=False)
-    except Exception as error:  # a template is a program of the model's author and fails as it likes
-        raise CalibrationError(f"{where} cannot be rendered by the chat template: {error}") from error
 
 
 def _opened(where: str, image: Any, folder: Path | None) -> Any:
