@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 from transformers.utils import is_torch_bf16_gpu_available
@@ -65,6 +68,21 @@ def release_memory() -> None:
     """Gives memory that nothing uses any more back to the CUDA device, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+@cache
+def _c_library() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def trim_memory() -> None:
+    """Gives what is free in the heap back to the system, where the C library can (glibc).
+
+    Matrices of up to 32 MB lie in the heap, which does not shrink as long as anything behind them is in use.
+    """
+    trim = getattr(_c_library(), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def free_memory(device: torch.device) -> int | None:

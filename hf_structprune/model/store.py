@@ -14,6 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ..errors import CheckpointError
+from ..hardware import trim_memory
 from .measuring import check_finite
 from .stored import StoredWeights
 from .structure import ModelStructure, decoder_layers
@@ -227,6 +228,7 @@ class OnDisk(Store):
                 is_parameter = isinstance(tensor, nn.Parameter)
                 gone[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
             self._set(name, gone[id(tensor)])
+        trim_memory()
 
     @contextmanager
     def reading(self) -> Iterator[Callable[[str], torch.Tensor]]:
