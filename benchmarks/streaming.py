@@ -106,7 +106,7 @@ def load(shape: str, dense: str, refit: bool) -> StructuredPruner:
 def prune(shape: str, dense: str, output: str, refit: bool) -> dict:
     pruner = load(shape, dense, refit)
     plan = pruner.plan(0.1)
-    stated = pruner._streaming.memory_needed(plan, pruner.config, pruner.structure)
+    stated = sum(pruner._streaming.memory_needed(plan, pruner.config, pruner.structure))
     pruner.prune(0.1, output)
     return {"stated_bytes": stated, "ratio": pruner.last_plan.ratio}
 

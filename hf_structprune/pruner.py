@@ -22,6 +22,7 @@ from .allocation.depth import DepthChoice
 from .choosing_kinds import KindChooser
 from .config import AUTO, PruningConfig
 from .errors import CalibrationError, ConfigurationError, StructPruneError, UnsupportedModelError
+from .files.rooms import Spill
 from .files.writing import check_folder, check_place
 from .hardware import check_device
 from .hub.checkpoint import push_folder, save_checkpoint, take_over
@@ -118,6 +119,7 @@ class StructuredPruner:
         stream: bool = False,
         device: str | torch.device | None = None,
         data_parallel: bool = False,
+        spill: Spill | None = None,
         **kwargs: Any,
     ) -> StructuredPruner:
         """Loads a model (and its tokenizer) from the Hub or a folder, or takes one that is loaded.
@@ -127,15 +129,18 @@ class StructuredPruner:
 
         With `stream` no weights are loaded: `prune(ratio, output_dir=...)` reads them from the safetensors files a
         layer at a time and writes each as soon as it is cut, so that the model may be larger than memory. The result
-        is the same; what needs the whole model at once is refused (`streaming.check_streams` says what).
+        is the same; what needs the whole model at once is refused (`streaming.check_streams` says what). `spill` says
+        when hidden states of the text are kept on disk, too.
 
         With `device` layers are worked on there, one after the other, wherever the others are, and with
         `data_parallel` several processes divide the text among them: see the class.
         """
         if isinstance(model_or_id, nn.Module):
-            for name in (*kwargs, *["stream"] * stream):
+            for name in (*kwargs, *["stream"] * stream, *["spill"] * (spill is not None)):
                 raise ConfigurationError(f"`{name}` is an option of loading, but the model is loaded already.")
             return cls(model_or_id, config, tokenizer, device, data_parallel)
+        if spill is not None and not stream:
+            raise ConfigurationError("`spill` says where a streamed model keeps hidden states: give `stream`, too.")
         if stream and data_parallel:
             raise ConfigurationError("`stream` and `data_parallel` are both given; one process streams a model.")
         kwargs = loading.plain_options(kwargs)
@@ -149,7 +154,7 @@ class StructuredPruner:
         pruner = cls(model, config, tokenizer, device, data_parallel)
         pruner.origin = origin_of(model, kwargs)
         if stored is not None:
-            pruner._streaming = Streaming(pruner.model, stored, pruner.structure, pruner._device)
+            pruner._streaming = Streaming(pruner.model, stored, pruner.structure, pruner._device, spill)
         return pruner
 
     def plan(self, ratio: float | None = None, estimate: bool = False) -> PruningPlan:

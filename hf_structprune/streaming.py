@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -25,11 +26,13 @@ from transformers.utils import logging
 from .config import AUTO, PruningConfig
 from .criteria import make_criterion
 from .errors import CheckpointError, ConfigurationError, UnsupportedModelError
+from .files.rooms import Spill
 from .files.shards import LEAST, Shards
 from .files.writing import alone, check_folder, check_room, draft, must_stay, resolve
 from .hardware import free_memory, release_memory
 from .model import loading
-from .model.store import OUTSIDE, InTurns, OnDisk, Saved, Store
+from .model.measuring import MAX_LOGITS
+from .model.store import HEAD, OUTSIDE, InTurns, OnDisk, Saved, Store
 from .model.stored import StoredWeights
 from .model.structure import ModelStructure
 from .model.towers import has_towers
@@ -110,11 +113,14 @@ def open_model(model_id: str | os.PathLike, **options: Any) -> tuple[PreTrainedM
     return loading.load_model(model_id, stored=stored, **options), stored
 
 
-def load_streamed(model_id: str | os.PathLike, **options: Any) -> tuple[PreTrainedModel, OnDisk]:
+def load_streamed(
+    model_id: str | os.PathLike, spill: Spill | None = None, **options: Any
+) -> tuple[PreTrainedModel, OnDisk]:
     """A model to measure or to export, of which one layer at a time is in memory.
 
     Args:
         model_id: Hub id or folder with weights in safetensors files.
+        spill: When hidden states of the text go to disk.
         options: As for `from_pretrained`.
 
     Returns:
@@ -127,22 +133,68 @@ def load_streamed(model_id: str | os.PathLike, **options: Any) -> tuple[PreTrain
     """
     loading.refuse_quantised(loading.load_config(model_id, **options), str(model_id))
     model, stored = open_model(model_id, **options)
-    return model, OnDisk(model, stored, [layer.name for layer in ModelStructure.of(model, whole=False).layers])
+    layers = [layer.name for layer in ModelStructure.of(model, whole=False).layers]
+    return model, OnDisk(model, stored, layers, spill=spill)
+
+
+def check_measuring(store: OnDisk, tokens: torch.Tensor, batch_size: int, plain: bool) -> None:
+    """Says what it takes of memory and disk to take text through a model once, and where hidden states are kept.
+
+    Args:
+        tokens: Token ids, shape (sequences, length).
+        batch_size: Sequences that go through a layer at once.
+        plain: The logits are those of some positions at a time, else of a batch.
+
+    Raises:
+        ConfigurationError: There is not so much memory.
+        PlaceError: There is not so much room on the disk.
+    """
+    config, layers = store.model.config.get_text_config(), range(store.count)
+    each, batch = next(store.model.parameters()).element_size(), batch_size * tokens.shape[1]
+    reading = max(store.size(layer) + 2 * store.merged_size(layer) for layer in layers)
+    widest = max(map(store.widest, layers))  # of what is inside of a layer
+    logits = 3 * 4 * max(MAX_LOGITS, config.vocab_size * (1 if plain else batch))  # and what is computed of them
+    layer = reading + batch * (4 * widest + 8 * config.hidden_size) * each
+    memory = store.size(OUTSIDE) + max(layer, store.size(HEAD) + logits)
+    states, folder = tokens.numel() * config.hidden_size * each, Path(tempfile.gettempdir())
+    _check_room(store, memory, states, folder, "take fewer windows (`max_windows`) or a smaller `batch_size`")
+
+
+def _check_room(store: OnDisk, memory: int, states: int, folder: Path, less: str, disk: int = 0) -> None:
+    """Decides where hidden states are kept; says what is needed, or refuses it, before any weight is read."""
+    if store.device is None:
+        store.rooms = store.spill.place(states, folder)
+        memory += 0 if store.rooms else states
+    free = psutil.virtual_memory().available
+    words = [tqdm.format_sizeof(size, "B") for size in (memory, free, states)]
+    if memory > free:
+        spill = "" if store.rooms or not states else f"; {words[2]} of hidden states can go to disk (`spill`)"
+        raise ConfigurationError(
+            f"About {words[0]} of memory are needed, and {words[1]} are free. Less text needs less: {less}{spill}."
+        )
+    needed, said = [(folder, disk)] if disk else [], ""
+    needed += [(store.rooms, states)] if store.rooms is not None else []
+    for place, size in needed:
+        check_room(place, sum(other for where, other in needed if where.stat().st_dev == place.stat().st_dev))
+        left = tqdm.format_sizeof(shutil.disk_usage(place).free, "B")
+        what = " for hidden states" if place is store.rooms and size == states else ""
+        said += f", {tqdm.format_sizeof(size, 'B')} of disk in {place} ({left} free){what}"
+    logger.warning("About %s of memory are needed (%s free)%s.", *words[:2], said)
 
 
 def memory_needed(
     store: Store, model: PreTrainedModel, plan: PruningPlan, config: PruningConfig, structure: ModelStructure
-) -> int:
+) -> tuple[int, int]:
     """Bytes that carrying out a plan takes at its peak where layers are worked on, about, whatever their number.
 
-    Two layers (or one and what is outside of them), the hidden states of the calibration text (cut, dense, what they
-    lack, what goes into and out of each re-fitted map), and `MATRICES` times `width^2 * 4` for the second moments of
-    the widest re-fitted map.
+    First two layers (or one and what is outside of them), and `MATRICES` times `width^2 * 4` for the second moments of
+    the widest re-fitted map. Then the hidden states of the calibration text (cut, dense, what they lack, what goes
+    into and out of each re-fitted map), which may be on disk.
     """
     layers = sorted(store.size(layer.index) for layer in structure.layers)
     total = max(sum(layers[-2:]), layers[-1] + store.size(OUTSIDE))
     if not looks_at_text(plan, config):
-        return total
+        return total, 0
     calibration = config.calibration
     hidden, each = model.config.hidden_size, next(model.parameters()).element_size()
     kinds = {group.kind for group in plan.groups}
@@ -154,10 +206,12 @@ def memory_needed(
         widths += [group.size // group.blocks for group in groups if group.in_experts]
         number = max(number, len(Counter(group.parent for group in groups)))
     states = hidden * (2 + 2 * number) * each + 4 * hidden + max(widths) * each
-    running = calibration.batch_size * calibration.length * (4 * max(widths) + 8 * hidden) * 4
-    total += calibration.num_samples * calibration.length * states + running
-    maps = 12 * max(widths) * hidden * 4  # the map itself, in float64, and products with its targets
-    return total + MATRICES * max(widths) ** 2 * 4 + maps
+    tokens = calibration.num_samples * calibration.length
+    total += calibration.batch_size * calibration.length * (4 * max(widths) + 8 * hidden) * 4
+    if any(group.reader is None for group in structure.groups):  # what blocks of experts give, and are to give
+        total += tokens * hidden * 8
+    total += 12 * max(widths) * hidden * 4  # the map itself, in float64, and products with its targets
+    return total + MATRICES * max(widths) ** 2 * 4, tokens * states
 
 
 def check_device_room(
@@ -170,7 +224,7 @@ def check_device_room(
         ConfigurationError: Says what is needed and what there is.
     """
     release_memory()
-    needed, free = memory_needed(store, model, plan, config, structure), free_memory(store.device)
+    needed, free = sum(memory_needed(store, model, plan, config, structure)), free_memory(store.device)
     if free is not None and needed > free:
         words = [tqdm.format_sizeof(size, "B") for size in (needed, free)]
         raise ConfigurationError(
@@ -187,18 +241,19 @@ class Streaming:
         model, stored: As `open_model` gives them, the model as it will be cut.
         structure: Its structure.
         device: Where layers are worked on; default: where they are read to.
+        spill: When hidden states go to disk.
     """
 
     def __init__(
         self, model: PreTrainedModel, stored: StoredWeights, structure: ModelStructure,
-        device: torch.device | None = None,
+        device: torch.device | None = None, spill: Spill | None = None,
     ) -> None:  # fmt: skip
-        self.store = OnDisk(model, stored, [layer.name for layer in structure.layers], device)
+        self.store = OnDisk(model, stored, [layer.name for layer in structure.layers], device, spill)
         self.shards: Shards | None = None
         self.place: Path | None = None
 
-    def memory_needed(self, plan: PruningPlan, config: PruningConfig, structure: ModelStructure) -> int:
-        """Bytes that carrying out a plan takes at its peak, about: see `memory_needed`, and what files take.
+    def memory_needed(self, plan: PruningPlan, config: PruningConfig, structure: ModelStructure) -> tuple[int, int]:
+        """Bytes that carrying out a plan takes at its peak, about: see `memory_needed`, and (first) what files take.
 
         Of those that are written: what is not a file yet, which is at most `LEAST` and a layer. Of those that are
         read: what is made of several stored tensors, as fused experts are, is there three times.
@@ -206,7 +261,8 @@ class Streaming:
         layers = [layer.index for layer in structure.layers]
         written = min(sum(map(self.store.size, layers)), LEAST + max(map(self.store.size, layers)))
         read = 2 * max(map(self.store.merged_size, layers))
-        return memory_needed(self.store, self.store.model, plan, config, structure) + written + read
+        working, states = memory_needed(self.store, self.store.model, plan, config, structure)
+        return working + written + read, states
 
     def check_room(self, plan: PruningPlan, config: PruningConfig, structure: ModelStructure) -> None:
         """Says what a plan needs of memory and disk, before any weight is read.
@@ -217,17 +273,17 @@ class Streaming:
         """
         if self.store.device is not None:
             check_device_room(self.store, self.store.model, plan, config, structure)
-        memory, free = self.memory_needed(plan, config, structure), psutil.virtual_memory().available
-        disk, left = plan.bytes_after, shutil.disk_usage(self.shards.folder).free
-        words = [tqdm.format_sizeof(size, "B") for size in (memory, free, disk, left)]
-        if memory > free:
-            raise ConfigurationError(
-                f"About {words[0]} of memory are needed, and {words[1]} are free. Less text needs less: lower "
-                f"`num_samples` or `length` of the calibration (now {config.calibration.num_samples} sequences of "
-                f"{config.calibration.length} tokens)."
-            )
-        check_room(self.place, disk)
-        logger.warning("About %s of memory are needed (%s free), and %s of disk (%s free).", *words)
+        memory, states = self.memory_needed(plan, config, structure)
+        calibration, disk = config.calibration, plan.bytes_after
+        if states:  # the state of the run, of which there are two for a moment
+            each = next(self.store.model.parameters()).element_size()
+            disk += 4 * calibration.num_samples * calibration.length * self.store.model.config.hidden_size * each
+        there = sum(path.stat().st_size for path in self.shards.folder.iterdir())  # of an interrupted run
+        less = (
+            f"lower `num_samples` or `length` of the calibration (now {calibration.num_samples} sequences of "
+            f"{calibration.length} tokens)"
+        )
+        _check_room(self.store, memory, states, self.shards.folder, less, max(0, disk - there))
 
     def keep_state(self, plan: PruningPlan, config: PruningConfig) -> None:
         """From now on the state of the run is kept, and an earlier one of the same job is continued."""

@@ -1,7 +1,9 @@
 """What is measured and exported a layer at a time is what comes out in memory, bit for bit."""
 
 import json
+import shutil
 
+import psutil
 import pytest
 import torch
 from families import cut, make_model, make_tokens
@@ -11,14 +13,15 @@ from test_streaming import save
 from vocabularies import byte_level
 
 from hf_structprune.commands import cli
-from hf_structprune.errors import CheckpointError, ConfigurationError, UnsupportedModelError
+from hf_structprune.errors import CheckpointError, ConfigurationError, PlaceError, UnsupportedModelError
 from hf_structprune.evaluation.evaluator import EvaluationConfig, evaluate
 from hf_structprune.evaluation.perplexity import EvaluationText, measure_perplexity, window_losses
 from hf_structprune.evaluation.results import model_fingerprint
 from hf_structprune.export.gguf import export_gguf
+from hf_structprune.files.rooms import Spill
 from hf_structprune.model.loading import load_model
 from hf_structprune.model.store import OnDisk
-from hf_structprune.streaming import load_streamed
+from hf_structprune.streaming import check_measuring, load_streamed
 
 
 def per_layer(name, dropped, **changes):
@@ -44,15 +47,16 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_losses_are_those_of_memory(tmp_path, name):
-    folder = save(MODELS[name](), tmp_path)
+    folder, spill = save(MODELS[name](), tmp_path), Spill(0, tmp_path) if len(name) > 6 else None
     tokens, counts = make_tokens(7, 12), [11, 11, 5, 1, 11, 11, 3]
     options = {"trust_remote_code": True} if name == "sublayers skipped" else {}
     whole = load_model(folder, **options)
-    model, store = load_streamed(folder, **options)
+    model, store = load_streamed(folder, spill, **options)
     assert all(parameter.device.type == "meta" for parameter in model.parameters())
     for size in (1, 3):  # the last batch of three is smaller
         losses = window_losses(model, tokens, counts, size, store=store)
         assert losses.tolist() == window_losses(whole, tokens, counts, size).tolist()
+    assert store.rooms == (tmp_path if spill else None)
     assert all(parameter.device.type == "meta" for parameter in model.parameters())
     with store.reading() as read:
         assert model_fingerprint(model, read) == model_fingerprint(whole)
@@ -70,6 +74,30 @@ def test_one_layer_is_in_memory(tmp_path, monkeypatch):
     model, store = load_streamed(folder)
     window_losses(model, make_tokens(4), [3] * 4, 2, store=store)
     assert max(seen) == 1 and len(seen) < 20  # each layer twice, whatever the number of batches
+
+
+def test_memory_is_announced_and_refused(tmp_path, monkeypatch, caplog):
+    folder, tokens = save(make_model("llama", vocab_size=300_000), tmp_path), make_tokens(8, 64)
+    model, store = load_streamed(folder)
+    states = tokens.numel() * model.config.hidden_size * 4
+    window_losses(model, tokens, [63] * 8, 2, store=store)
+    assert "of memory are needed" in caplog.text and "disk" not in caplog.text
+    memory = psutil.virtual_memory()
+    least = model.get_input_embeddings().weight.numel() * 8  # with the head
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=least))
+    monkeypatch.setattr(OnDisk, "load", None)  # no weight is read any more
+    with pytest.raises(ConfigurationError, match="max_windows"):
+        check_measuring(store, tokens, 2, True)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=4 * states - 1))
+    small, store = load_streamed(save(make_model("llama"), tmp_path / "small"), Spill(folder=tmp_path))
+    with pytest.raises(ConfigurationError, match=r"needed"):
+        check_measuring(store, tokens, 2, True)
+    assert store.rooms == tmp_path  # more than a quarter of what is free
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: psutil.disk_usage("/")._replace(free=states - 1))
+    store.spill = Spill(0, tmp_path)
+    with pytest.raises(PlaceError, match="the disk has"):
+        check_measuring(store, tokens, 2, True)
 
 
 def test_damage_shows(tmp_path):
@@ -124,7 +152,7 @@ def test_commands(checkpoint, tmp_path, capsys):
     text = ["--text", str(tmp_path / "own.txt"), "--window", "16", "--json"]
     found = []
     for command in (["perplexity", str(checkpoint), *text], ["evaluate", str(checkpoint), *text, "--no-samples"]):
-        for how in ([], ["--stream"]):
+        for how in ([], ["--stream", "--spill-above", "0"]):
             assert cli.main([*command, *how]) == 0
             found.append(json.loads(capsys.readouterr().out))
     assert found[0] == found[1]

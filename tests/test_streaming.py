@@ -1,7 +1,11 @@
 """Pruning from disk to disk gives what pruning in memory gives, bit for bit, with a layer or two in memory."""
 
 import copy
+import errno
 import json
+import math
+import os
+import shutil
 from pathlib import Path
 
 import psutil
@@ -11,11 +15,20 @@ from families import calibration, make_model, make_tokens
 from moe_families import make_moe
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from hf_structprune import PruningConfig, StructuredPruner, streaming
 from hf_structprune.commands import cli
-from hf_structprune.errors import CheckpointError, ConfigurationError, StructPruneError, UnsupportedModelError
+from hf_structprune.errors import (
+    CheckpointError,
+    ConfigurationError,
+    PlaceError,
+    StructPruneError,
+    UnsupportedModelError,
+)
+from hf_structprune.files.rooms import Spill, on_disk
+from hf_structprune.model import store
 from hf_structprune.model.store import OnDisk
 
 
@@ -49,11 +62,11 @@ def config(**options) -> PruningConfig:
     return PruningConfig(calibration=calibration(), **options)
 
 
-def prune_both(dense: Path, ratio, loading=None, **options) -> tuple[Path, Path]:
+def prune_both(dense: Path, ratio, loading=None, spill=None, **options) -> tuple[Path, Path]:
     """Folders of the same name that the model was pruned into, in memory and from disk."""
     folders = dense.parent / "memory" / "out", dense.parent / "disk" / "out"
-    for stream, folder in zip((False, True), folders, strict=True):
-        pruner = StructuredPruner.from_pretrained(dense, config(**options), stream=stream, **(loading or {}))
+    for stream, folder in zip(({}, {"stream": True, "spill": spill}), folders, strict=True):
+        pruner = StructuredPruner.from_pretrained(dense, config(**options), **stream, **(loading or {}))
         pruner.prune(copy.deepcopy(ratio), folder)
     assert [path.name for path in folders[1].parent.iterdir()] == ["out"]
     return folders
@@ -71,16 +84,29 @@ CASES = {
     "sublayers": (lambda: make_model("qwen2"), None, {"units": ("mlp",), "layers": [1], "layout": "per_layer"}),
     "qwen3_moe": (lambda: make_moe("qwen3_moe"), 0.1, {"units": ("experts",), "merge_experts": True}),
     "gpt_oss": (lambda: make_moe("gpt_oss"), 0.1, {"units": ("experts",)}),
-    "mixtral": (lambda: make_moe("mixtral"), 0.1, {"units": ("expert_neurons",), "round_to": 1}),
+    "mixtral": (lambda: make_moe("mixtral"), 0.3, {"units": ("expert_neurons",), "round_to": 1}),
 }
 
 
+SPILLED = ("tied in bf16", "gemma2 heads", "falcon by inputs", "layers and neurons", "qwen3_moe", "mixtral")
+
+
+@pytest.fixture
+def mapped(monkeypatch):
+    """Shapes of what is kept on disk."""
+    seen = []
+    monkeypatch.setattr(store, "on_disk", lambda shape, *where: (seen.append(shape), on_disk(shape, *where))[1])
+    return seen
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_result_is_that_of_memory(tmp_path, name):
+def test_result_is_that_of_memory(tmp_path, name, mapped):
     make, ratio, options = CASES[name]
     shards = {"max_shard_size": "20KB"} if name in ("llama", "qwen3_moe") else {}
-    memory, disk = prune_both(save(make(), tmp_path, **shards), ratio, **options)
+    spill = Spill(0) if name in SPILLED else None
+    memory, disk = prune_both(save(make(), tmp_path, **shards), ratio, spill=spill, **options)
     assert_same(memory, disk)
+    assert len(mapped) > 2 if spill else not mapped
     if name in ("llama", "sublayers"):
         loaded = [
             AutoModelForCausalLM.from_pretrained(f, trust_remote_code=True)(make_tokens(2)) for f in (memory, disk)
@@ -204,10 +230,70 @@ def test_too_little_memory_is_refused_before_work(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
+def test_hidden_states_go_to_disk_above_a_limit(tmp_path, monkeypatch, mapped, caplog):
+    dense, rooms = save(make_model("llama"), tmp_path), tmp_path / "rooms"
+    rooms.mkdir()
+
+    def prune(spill):
+        mapped.clear()
+        caplog.clear()
+        pruner = StructuredPruner.from_pretrained(dense, config(), stream=True, spill=spill)
+        memory, states = pruner._streaming.memory_needed(pruner.plan(0.1), pruner.config, pruner.structure)
+        pruner.prune(0.1, tmp_path / "out", resume=False)
+        return memory, states
+
+    memory, states = prune(None)
+    assert not mapped and "hidden states" not in caplog.text
+    in_words = tqdm.format_sizeof(memory + states, "B")
+    assert f"About {in_words} of memory" in caplog.text
+    prune(Spill(states / 1e6, rooms))
+    assert not mapped  # as much as there may be
+    prune(Spill(states / 1e6 - 1e-6, rooms))
+    tokens, width = config().calibration.tokens.numel(), make_model("llama").config.hidden_size
+    assert {shape for shape in mapped if shape[1] == width} == {(tokens, width)} and not any(rooms.iterdir())
+    for words in (f"About {tqdm.format_sizeof(memory, 'B')} of memory", f"disk in {rooms} ", "for hidden states"):
+        assert words in caplog.text
+    kept = sum(math.prod(shape) for shape in mapped) * 4
+    assert 0 < states < kept  # not all of them at once
+    # On one disk there must be room for both, and for the state of the run.
+    disk = psutil.disk_usage(tmp_path)._replace(free=pruned_size(dense) + states // 2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: disk)
+    with pytest.raises(PlaceError, match="the disk has"):
+        prune(Spill(0, rooms))
+    monkeypatch.undo()
+    with pytest.raises(ConfigurationError, match="not there"):
+        Spill(folder=tmp_path / "nothing")
+    with pytest.raises(ConfigurationError, match="above"):
+        Spill(-1)
+    with pytest.raises(ConfigurationError, match="`stream`"):
+        StructuredPruner.from_pretrained(dense, config(), spill=Spill(0))
+
+
+def pruned_size(dense: Path) -> int:
+    return StructuredPruner.from_pretrained(dense, config(), stream=True).plan(0.1).bytes_after
+
+
+def test_no_room_for_hidden_states(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(PlaceError, match="No space left"):
+        on_disk((2, 3), torch.float32, tmp_path)
+    monkeypatch.undo()
+    assert on_disk((0, 3), torch.bfloat16, tmp_path).shape == (0, 3)
+    tensor = on_disk((2, 3), torch.bfloat16, tmp_path)
+    tensor.copy_(torch.arange(6.0).view(2, 3))
+    assert tensor.dtype == torch.bfloat16 and tensor[1].tolist() == [3, 4, 5] and not any(tmp_path.iterdir())
+
+
 def test_command(tmp_path, capsys):
     dense = save(make_model("llama"), tmp_path)
-    argv = ["prune", str(dense), "--ratio", "0.1", "--criterion", "l2", "--no-compensation", "--stream", "--json"]
-    assert cli.main([*argv, "--output-dir", str(tmp_path / "out")]) == 0
+    argv = ["prune", str(dense), "--ratio", "0.1", "--criterion", "l2", "--no-compensation", "--json"]
+    argv += ["--output-dir", str(tmp_path / "out"), "--spill-above", "0", "--spill-dir", str(tmp_path)]
+    assert cli.main(argv) != 0
+    assert "for --stream" in capsys.readouterr().err
+    assert cli.main([*argv, "--stream"]) == 0
     assert json.loads(capsys.readouterr().out)["ratio"] == pytest.approx(0.1, abs=0.05)
     assert len(tensors(tmp_path / "out")) == len(tensors(dense))
     assert cli.main(["prune", str(dense), "--num-layers", "1", "--stream", "--output-dir", str(tmp_path / "no")]) != 0
@@ -243,7 +329,8 @@ def test_resumed_run_gives_the_same(tmp_path, monkeypatch, name, last):
         StructuredPruner.from_pretrained(dense, config(**options), stream=True).prune(ratio, folder)
     monkeypatch.setattr(OnDisk, "put", put)
     assert not folder.exists()
-    pruner = StructuredPruner.from_pretrained(dense, config(**options), stream=True)
+    spill = Spill(0) if name in ("layers and neurons", "qwen3_moe") else None  # states may be kept elsewhere now
+    pruner = StructuredPruner.from_pretrained(dense, config(**options), stream=True, spill=spill)
     if last == 2:
         with pytest.raises(ConfigurationError, match="interrupted"):
             pruner.prune(ratio, folder)

@@ -36,7 +36,7 @@ from ..model.store import OnDisk
 from ..plan import PLAN_NAME, PruningPlan
 from .arguments import command, parse
 from .cli import check_output, console
-from .models import ModelArguments, Subject, find_subject, load_for_measuring, load_for_streaming
+from .models import ModelArguments, StreamArguments, Subject, find_subject, load_for_measuring, load_for_streaming
 
 
 @dataclass
@@ -58,7 +58,7 @@ class SidesArguments:
 
 
 @dataclass
-class EvaluateArguments(SidesArguments):
+class EvaluateArguments(StreamArguments, SidesArguments):
     """Options of `evaluate`.
 
     Args:
@@ -77,7 +77,6 @@ class EvaluateArguments(SidesArguments):
     suite: list[str] | None = None
     base_model: str | None = None
     pictures: bool = False
-    stream: bool = False
 
 
 @dataclass
@@ -134,16 +133,17 @@ def _shown(results: list[EvaluationResult], output: Path | None) -> tuple[dict[s
 def _evaluate(
     subject: Subject, config: EvaluationConfig, output: Path | None, base_model: str | None, options: EvaluateArguments
 ) -> EvaluationResult:
-    model, tokenizer, store = _load(subject.arguments, options.stream)
+    model, tokenizer, store = _load(subject.arguments, options)
     folder = Path(subject.arguments.model)
     name = folder.absolute().name if folder.is_dir() else subject.arguments.model  # results are published: no paths
     about = {"name": name, "state": subject.state, "base_model": base_model}
     return evaluate(model, tokenizer, config, **about, output=output, overwrite=options.overwrite, store=store)
 
 
-def _load(arguments: ModelArguments, stream: bool) -> tuple[PreTrainedModel, Any, OnDisk | None]:
+def _load(arguments: ModelArguments, options: StreamArguments) -> tuple[PreTrainedModel, Any, OnDisk | None]:
     """A model, its tokenizer, and where its weights are if they are not in memory."""
-    return load_for_streaming(arguments) if stream else (*load_for_measuring(arguments), None)
+    spill = options.spill
+    return load_for_streaming(arguments, spill) if options.stream else (*load_for_measuring(arguments), None)
 
 
 def _sides(
@@ -249,7 +249,7 @@ def _pool(rounds: list[list[Figure]]) -> list[Figure]:
 
 
 @dataclass
-class PerplexityArguments:
+class PerplexityArguments(StreamArguments):
     """Options of `perplexity`.
 
     Args:
@@ -267,7 +267,6 @@ class PerplexityArguments:
             start of the text. Default: what the tokenizer does.
         max_windows (`int`, *optional*): At most so many windows, evenly spaced over the text. Default: all.
         batch_size (`int`): Windows that go through the model at once.
-        stream (`bool`): Take all windows through one layer after the other, for models larger than memory.
     """
 
     text: str = "sample"
@@ -280,7 +279,6 @@ class PerplexityArguments:
     bos: bool | None = None
     max_windows: Count | None = None
     batch_size: Count = 1
-    stream: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -292,7 +290,7 @@ def perplexity_command(model: ModelArguments, options: PerplexityArguments) -> t
     """Perplexity of MODEL, dense, pruned or quantised, on a text (lower is better)."""
     place = {"config_name": options.text_config_name, "split": options.split, "column": options.column}
     text = load_text(options.text, **place)
-    loaded, tokenizer, store = _load(model, options.stream)
+    loaded, tokenizer, store = _load(model, options)
     window = options.window or find_protocol(options.protocol).window_for(loaded)
     chosen = {name: getattr(options, name) for name in ("stride", "bos", "max_windows", "batch_size")}
     result = measure_perplexity(loaded, tokenizer, text, options.protocol, window=window, store=store, **chosen)

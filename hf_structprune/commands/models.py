@@ -17,6 +17,7 @@ from ..checks import check_fields
 from ..config import AUTO, CONFIG_NAME, PruningConfig
 from ..errors import ConfigurationError, StructPruneError
 from ..evaluation.results import STATES
+from ..files.rooms import Spill
 from ..files.writing import write_folder
 from ..hardware import DTYPES, check_device, dtype_of
 from ..hub.words import RECOVERY_NAME
@@ -82,15 +83,43 @@ class ModelArguments(SourceArguments):
         return {name: value for name, value in options.items() if value is not None}
 
 
+@dataclass
+class StreamArguments:
+    """A model that is larger than memory.
+
+    Args:
+        stream (`bool`): Take all text through one layer after the other, for models larger than memory.
+        spill_above (`float`, *optional*): With `--stream`: MB of hidden states beyond which they are kept on disk.
+            Default: a quarter of the memory that is free.
+        spill_dir (`str`, *optional*): With `--stream`: where that is. Default: beside the result, or in the system's
+            folder for temporary files.
+    """
+
+    stream: bool = False
+    spill_above: float | None = None
+    spill_dir: str | None = None
+
+    @property
+    def spill(self) -> Spill | None:
+        """When hidden states go to disk; a `ConfigurationError` if it is said of a model that is in memory."""
+        if self.spill_above is None and self.spill_dir is None:
+            return None
+        if not self.stream:
+            raise ConfigurationError("--spill-above and --spill-dir are for --stream.")
+        return Spill(self.spill_above, self.spill_dir)
+
+
 def load_pruner(
-    arguments: ModelArguments, config: PruningConfig | None = None, stream: bool = False, offload: bool = False
-) -> StructuredPruner:
+    arguments: ModelArguments, config: PruningConfig | None = None, stream: bool = False, offload: bool = False,
+    spill: Spill | None = None,
+) -> StructuredPruner:  # fmt: skip
     """A pruner of the model that the options name."""
     if offload and arguments.device in (None, "cpu"):
         raise ConfigurationError("--offload brings layers to a device for their turn: say which, `--device cuda`.")
     options, in_turns = arguments.loading_options(), stream or offload
     device = arguments.device if in_turns else None
-    pruner = StructuredPruner.from_pretrained(arguments.model, config, stream=stream, device=device, **options)
+    options |= {"stream": stream, "device": device, "spill": spill}
+    pruner = StructuredPruner.from_pretrained(arguments.model, config, **options)
     if arguments.device is not None and not in_turns:
         pruner.model.to(arguments.device)
     return pruner
@@ -103,11 +132,11 @@ def load_for_measuring(arguments: ModelArguments) -> tuple[PreTrainedModel, Any]
     return (model if arguments.device is None else model.to(arguments.device)), _needed(tokenizer, arguments)
 
 
-def load_for_streaming(arguments: ModelArguments) -> tuple[PreTrainedModel, Any, OnDisk]:
+def load_for_streaming(arguments: ModelArguments, spill: Spill | None = None) -> tuple[PreTrainedModel, Any, OnDisk]:
     """A model that is measured a layer at a time, its tokenizer, and where its weights are."""
     _check_streamed(arguments)
     options = arguments.loading_options()
-    model, store = load_streamed(arguments.model, **options)
+    model, store = load_streamed(arguments.model, spill, **options)
     return model, _needed(load_tokenizer(arguments.model, **options), arguments), store
 
 

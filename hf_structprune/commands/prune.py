@@ -24,7 +24,7 @@ from ..units import VOCABULARY
 from .arguments import command
 from .cli import check_output, make_table
 from .curve import inspect_curve
-from .models import ModelArguments, check_ratio, load_pruner, load_shapes, load_to_plan
+from .models import ModelArguments, StreamArguments, check_ratio, load_pruner, load_shapes, load_to_plan
 from .vocabulary import inspect_vocabulary
 
 
@@ -220,7 +220,7 @@ def plan_command(model: ModelArguments, options: PlanArguments, config: PruningC
 
 
 @dataclass
-class PruneArguments:
+class PruneArguments(StreamArguments):
     """Options of `prune`.
 
     Args:
@@ -239,7 +239,6 @@ class PruneArguments:
     ratio: Ratio | None = None
     plan: str | None = None
     overwrite: bool = False
-    stream: bool = False
     offload: bool = False
     resume: bool = False
 
@@ -258,7 +257,7 @@ def prune_command(model: ModelArguments, options: PruneArguments, config: Prunin
         check_streams(config, target)
     elif options.resume:
         raise ConfigurationError("--resume is for --stream.")
-    pruner = load_pruner(model, config, options.stream, options.offload)
+    pruner = load_pruner(model, config, options.stream, options.offload, options.spill)
     resume = (True if options.resume else False if options.overwrite else None) if options.stream else None
     pruner.prune(target, options.output_dir, resume)
     plan, seconds = pruner.last_plan, round(time.monotonic() - started, 1)

@@ -23,9 +23,10 @@ from ..data import wikitext2_sample
 from ..errors import ConfigurationError, TextError
 from ..model.loading import as_tokenizer
 from ..model.measuring import context_length, has_plain_head, measuring, positions_at_once
-from ..model.store import Store
+from ..model.store import OnDisk
 from ..model.structure import ModelStructure
 from ..stats.stream import layer_by_layer, without_layers
+from ..streaming import check_measuring
 from ..text.reading import FILES, is_local, read_lines, read_rows, tokenise
 from .comparison import FORMS, Parts, fingerprint, ratio_and_stderr
 from .results import Figure
@@ -366,7 +367,7 @@ def perplexity(
 def measure_perplexity(
     model: PreTrainedModel, tokenizer: Any, text: EvaluationText, protocol: str = "paper", *,
     window: int | None = None, stride: int | None = None, bos: bool | None = None, max_windows: int | None = None,
-    batch_size: int = 1, store: Store | None = None,
+    batch_size: int = 1, store: OnDisk | None = None,
 ) -> PerplexityResult:  # fmt: skip
     """Perplexity by one of the `PROTOCOLS`.
 
@@ -482,7 +483,7 @@ def _count(text: str, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def window_losses(
     model: PreTrainedModel, ids: torch.LongTensor, counts: list[int], batch_size: int,
-    autocast: torch.dtype | None = None, store: Store | None = None,
+    autocast: torch.dtype | None = None, store: OnDisk | None = None,
 ) -> np.ndarray:  # fmt: skip
     """Summed negative log-likelihood of the last `counts` tokens of each window, in nats, of shape `(windows,)`.
 
@@ -496,6 +497,8 @@ def window_losses(
             plain = has_plain_head(model, ids[:1])
         size = batch_size if plain else 1  # all logits of a window exist at once
         batches = list(zip(ids.split(size), torch.tensor(counts).split(size), strict=True))
+        if store is not None:
+            check_measuring(store, ids, size, plain)
         whole = nullcontext(repeat(nullcontext()))
         with whole if store is None else layer_by_layer(model, structure, ids, size, store) as turns:
             for (rows, last), turn in zip(logging.tqdm(batches, desc="Perplexity"), turns, strict=False):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ..errors import CheckpointError
+from ..files.rooms import Spill, on_disk
 from ..hardware import trim_memory
 from .measuring import check_finite
 from .stored import StoredWeights
@@ -88,6 +90,10 @@ class Store:
     def close(self) -> None:
         """The work is over, or has failed."""
 
+    def room(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A tensor for hidden states, with any content."""
+        return torch.empty(shape, dtype=dtype, device=device)
+
     def save(self, state: Callable[[], tuple[Tensors, dict[str, Any]]]) -> None:
         """The layers so far were put; `state` gives tensors and values (JSON) that are needed to go on from here."""
 
@@ -157,16 +163,21 @@ class OnDisk(Store):
         stored: Its weights.
         layers: Full names of its decoder layers.
         device: Where layers are worked on.
+        spill: When hidden states are kept on disk.
 
     Attributes:
+        count: Number of layers.
+        rooms: The folder whose disk has the hidden states; `None` if they are in memory, or on the device.
         write: Takes the tensors of one layer (or of what is outside of the layers) as they are stored.
         progress: Keeps the state of the run, where it may be resumed.
     """
 
     def __init__(
-        self, model: PreTrainedModel, stored: StoredWeights, layers: list[str], device: torch.device | None = None
-    ) -> None:
-        self.model, self.weights, self.device = model, stored, device
+        self, model: PreTrainedModel, stored: StoredWeights, layers: list[str], device: torch.device | None = None,
+        spill: Spill | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.weights, self.device, self.spill = model, stored, device, spill or Spill()
+        self.rooms: Path | None = None
         self.write: Callable[[Tensors], None] | None = None
         self.progress: Progress | None = None
         self._names: dict[int | str, list[str]] = defaultdict(list)
@@ -183,7 +194,7 @@ class OnDisk(Store):
             number = name[len(path) + 1 :].partition(".")[0] if name.startswith(f"{path}.") else ""
             alone = not name.startswith(inside) and name not in shared
             self._names[int(number) if number else HEAD if alone else OUTSIDE].append(name)
-        self._count = len(layers)
+        self.count = len(layers)
 
     def size(self, part):
         tensors, state = {}, self.model.state_dict(keep_vars=True)
@@ -257,6 +268,13 @@ class OnDisk(Store):
         names = (name for name in self._names[part] if len(self.weights.targets.get(name, ())) > 1)
         return sum(t.numel() * t.element_size() for t in map(self._tensor, names))
 
+    def widest(self, part: int | str) -> int:
+        """Rows or columns that the largest matrix of a part has."""
+        return max((max(tensor.shape[-2:]) for tensor in map(self._tensor, self._names[part])), default=0)
+
+    def room(self, shape, dtype, device):
+        return super().room(shape, dtype, device) if self.rooms is None else on_disk(shape, dtype, self.rooms)
+
     def _tensor(self, name: str) -> torch.Tensor:
         module, _, leaf = name.rpartition(".")
         return getattr(self.model.get_submodule(module), leaf)
@@ -293,7 +311,7 @@ class OnDisk(Store):
         return found
 
     def finish(self):
-        for part in (OUTSIDE, *range(self._count), HEAD):
+        for part in (OUTSIDE, *range(self.count), HEAD):
             stays = any(self._new_names.get(name) in self._stored for name in self._names[part])
             if part not in self._done and stays:
                 with self.holding(part):

@@ -114,11 +114,11 @@ class LayerStream:
     ) -> list[torch.Tensor]:
         """Room for one tensor of shape (sequences, length, d) for each batch, `d` and device as in `like`.
 
-        With `tail` of shape (sequences, length, *tail). One block of memory for all of them: freed blocks of this
-        size go back to the system, while many smaller ones would leave a heap full of holes.
+        With `tail` of shape (sequences, length, *tail). One block for all of them, in memory or on disk, as the store
+        has it: freed blocks of this size go back to the system, many smaller ones would leave a heap full of holes.
         """
         tail, sizes = tail or like.shape[-1:], [batch.numel() for batch in self.batches]
-        block = torch.empty(sum(sizes), *tail, dtype=dtype or like.dtype, device=like.device)
+        block = self.store.room((sum(sizes), *tail), dtype or like.dtype, like.device)
         parts = zip(block.split(sizes), self.batches, strict=True)
         return [part.view(*batch.shape, *tail) for part, batch in parts]
 
