@@ -20,6 +20,7 @@ from .model.describe import approximations, expressible_heads, target_of, warnin
 from .model.groups import Group
 from .model.rebuild import has_weights
 from .model.shared_sizes import SIZED
+from .model.store import Store
 from .model.structure import ModelStructure
 from .plan import Decision, Dropped, PruningPlan, normalised, removed_by
 from .stats.seen import Calibration
@@ -40,6 +41,7 @@ class Planner:
     Attributes:
         tokens: Loads the calibration tokens; called only where they are needed.
         choices: Of kinds whose units are chosen here already, what chooses them.
+        store: Where the weights are that are read a layer at a time; `None` if all are in memory, or none are needed.
         known: What was found out about the model for the last plan; `None` where nothing had to be.
         depth: How layers and sublayers were chosen by the last plan; `None` where nothing was measured.
     """
@@ -49,6 +51,7 @@ class Planner:
     config: PruningConfig
     tokens: Callable[[], Calibration]
     choices: Mapping[str, TokenChoice] = field(default_factory=dict)
+    store: Store | None = None
     known: Survey | None = field(init=False, default=None)
     depth: DepthChoice | None = field(init=False, default=None)
 
@@ -200,7 +203,7 @@ class Planner:
             return normalised({LAYERS: list(range(config.keep_first, len(layers)))}, self._narrow)
         if not config.chooses_depth(left):
             return normalised({kind: config.layers for kind in kinds}, self._narrow)
-        if not has_weights(self.model):
+        if self.store is None and not has_weights(self.model):
             raise UnsupportedModelError(
                 "Which layers go is measured on the model, but some weights are not in memory (meta device or "
                 "offloaded). Load it with a `device_map` that fits, or name the layers."
@@ -231,8 +234,9 @@ class Planner:
     def _choose(self, kinds: tuple[str, ...], dropped: Dropped, **amount: Any) -> Dropped:
         """What is dropped already, and so much more of some kinds."""
         self.depth = choose_depth(
-            self.model, self._narrow, self.config, kinds, tokens=self.tokens, without=dropped, **amount
-        )
+            self.model, self._narrow, self.config, kinds, tokens=self.tokens, without=dropped, store=self.store,
+            **amount,
+        )  # fmt: skip
         found = [(layer, kind) for one in (dropped, self.depth.dropped) for kind in one for layer in one[kind]]
         return as_dropped(found, self._narrow)
 

@@ -172,11 +172,11 @@ class StructuredPruner:
         """
         ratio = self.config.check_ratio(ratio)
         if self._streaming is not None:
-            check_streams(self.config, ratio)
+            check_streams(self.config, ratio, self.model)
         self._check_images()
         with measuring(self.model):
             decoder = self._decide(ratio)
-            planner = Planner(decoder, self.structure, self._decided, self._tokens, self._choices())
+            planner = self._planner(decoder)
             if planner.looks_first or self._decided.chooses_depth(ratio):
                 check_finite(self.model)
             plan = planner.plan(ratio)
@@ -215,7 +215,7 @@ class StructuredPruner:
         self, ratio: float | PruningPlan | None, output_dir: str | os.PathLike | None, resume: bool | None
     ) -> PreTrainedModel:
         """Reads, cuts and writes layer after layer; the folder appears when everything is there."""
-        check_streams(self.config, ratio)
+        check_streams(self.config, ratio, self.model)
         with self._streaming.into(output_dir, resume):
             self._prune_model(ratio)
             self._save(Path(output_dir), Path(os.path.abspath(output_dir)).name, shards=self._streaming.shards)
@@ -335,7 +335,7 @@ class StructuredPruner:
             check_plan(decoder, self.structure, ratio)
             self._carry_out(run, copy.deepcopy(ratio))
         else:
-            planner = Planner(decoder, self.structure, config, self._tokens, self._choices())
+            planner = self._planner(decoder)
             for steps_left in range(config.iterative_steps, 0, -1):
                 plan = planner.plan(ratio, steps_left)
                 if steps_left == config.iterative_steps == 1:
@@ -456,6 +456,18 @@ class StructuredPruner:
             rows = load_image_rows(calibration, self._processor)
             self._seen = key, see(self.model, self._decoder(), self.structure, rows)
         return self._seen[1]
+
+    def _planner(self, decoder: PreTrainedModel) -> Planner:
+        """What plans by the configuration that was decided on."""
+        if self._streaming is None:
+            return Planner(decoder, self.structure, self._decided, self._tokens, self._choices())
+
+        def tokens() -> Calibration:
+            found = self._tokens()
+            self._streaming.check_choice(found, self.config)
+            return found
+
+        return Planner(decoder, self.structure, self._decided, tokens, self._choices(), self._streaming.store)
 
     def _tokens(self) -> Calibration:
         """The calibration tokens for the work itself, which is recorded to have looked at them."""

@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from .config import AUTO, PruningConfig
 from .criteria import make_criterion
+from .criteria.depth import LAYER_BY_LAYER
 from .errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from .files.rooms import Spill
 from .files.shards import LEAST, Shards
@@ -48,12 +49,17 @@ _STATE = "state.safetensors"
 _STREAMS = (
     "What streams: allocation 'uniform' (also with a width for each kind or layer stated or planned), with every "
     "criterion of widths and of experts but 'taylor', re-fit and error correction included; and layers and sublayers "
-    "that are named (`layers`, `keep_first`)"
+    f"that are named (`layers`, `keep_first`) or chosen by `depth_criterion` {', '.join(map(repr, LAYER_BY_LAYER))}"
 )
+_LOSSES = "measures the loss of the whole model without each of them"
+_GRADIENTS = "needs gradients of the whole model"
 
 
-def needs_whole(config: PruningConfig, ratio: float | PruningPlan | None) -> list[str]:
-    """What has to look at the whole model at once, or to change all of it, in words: see `check_streams`."""
+def needs_whole(config: PruningConfig, ratio: float | PruningPlan | None, by_layer: bool = False) -> list[str]:
+    """What has to look at the whole model at once, or to change all of it, in words: see `check_streams`.
+
+    With `by_layer` a choice of layers is made in one pass through them, where its criterion can be.
+    """
     plan = ratio if isinstance(ratio, PruningPlan) else None
     chosen = plan is not None and plan.chosen
     reasons = []
@@ -66,30 +72,37 @@ def needs_whole(config: PruningConfig, ratio: float | PruningPlan | None) -> lis
         reasons.append(f"allocation {config.allocation!r}, which compares all layers of the whole model first")
     if not chosen and make_criterion(config).needs_gradients:
         reasons.append("the criterion 'taylor', which needs gradients of the whole model")
-    if plan is None and config.chooses_depth(ratio):
-        reasons.append(
-            f"the choice of layers by {config.depth_criterion!r}, which runs the whole model again and again"
-        )
+    if plan is None and config.chooses_depth(ratio) and not (by_layer and config.depth_criterion in LAYER_BY_LAYER):
+        why = _GRADIENTS if config.depth_criterion == "taylor" else _LOSSES
+        reasons.append(f"the choice of layers by {config.depth_criterion!r}, which {why}")
     if plan is None and config.iterative_steps > 1:
         reasons.append("`iterative_steps`, each of which begins with the result of the one before")
     return reasons
 
 
-def check_streams(config: PruningConfig, ratio: float | PruningPlan | None) -> None:
+def check_streams(
+    config: PruningConfig, ratio: float | PruningPlan | None, model: PreTrainedModel | None = None
+) -> None:
     """Refuses what has to look at the whole model at once, or to change all of it.
 
     Args:
         config: What is cut and how.
         ratio: What `prune` was asked for.
+        model: To say what it would need of memory.
 
     Raises:
         ConfigurationError: Names what does not stream, what it would need, and what streams.
     """
-    reasons = needs_whole(config, ratio)
+    reasons, needs = needs_whole(config, ratio, by_layer=True), ""
     if reasons:
+        if model is not None:
+            size = tqdm.format_sizeof(model.num_parameters() * next(model.parameters()).element_size(), "B")
+            gradients = ", and as much for gradients" if any("gradients" in reason for reason in reasons) else ""
+            needs = f"That would take {size} of memory for the weights{gradients}, besides the hidden states. "
         raise ConfigurationError(
             f"With `stream` the model is never in memory as a whole, which is needed for {'; for '.join(reasons)}. "
-            f"{_STREAMS}. A plan can be made where the model fits, and carried out here (`prune(plan)`, `--plan`)."
+            f"{needs}{_STREAMS}. A plan can be made where the model fits, and carried out here (`prune(plan)`, "
+            "`--plan`)."
         )
 
 
@@ -137,13 +150,17 @@ def load_streamed(
     return model, OnDisk(model, stored, layers, spill=spill)
 
 
-def check_measuring(store: OnDisk, tokens: torch.Tensor, batch_size: int, plain: bool) -> None:
+def check_measuring(
+    store: OnDisk, tokens: torch.Tensor, batch_size: int, plain: bool | None, less: str, folder: Path | None = None
+) -> None:
     """Says what it takes of memory and disk to take text through a model once, and where hidden states are kept.
 
     Args:
         tokens: Token ids, shape (sequences, length).
         batch_size: Sequences that go through a layer at once.
-        plain: The logits are those of some positions at a time, else of a batch.
+        plain: The logits are those of some positions at a time, else of a batch; `None`: there are none.
+        less: What needs less, in words.
+        folder: Where hidden states go that are too large for memory; default: where temporary files are.
 
     Raises:
         ConfigurationError: There is not so much memory.
@@ -153,11 +170,12 @@ def check_measuring(store: OnDisk, tokens: torch.Tensor, batch_size: int, plain:
     each, batch = next(store.model.parameters()).element_size(), batch_size * tokens.shape[1]
     reading = max(store.size(layer) + 2 * store.merged_size(layer) for layer in layers)
     widest = max(map(store.widest, layers))  # of what is inside of a layer
-    logits = 3 * 4 * max(MAX_LOGITS, config.vocab_size * (1 if plain else batch))  # and what is computed of them
-    layer = reading + batch * (4 * widest + 8 * config.hidden_size) * each
-    memory = store.size(OUTSIDE) + max(layer, store.size(HEAD) + logits)
-    states, folder = tokens.numel() * config.hidden_size * each, Path(tempfile.gettempdir())
-    _check_room(store, memory, states, folder, "take fewer windows (`max_windows`) or a smaller `batch_size`")
+    at_once = reading + batch * (4 * widest + 8 * config.hidden_size) * each
+    if plain is not None:  # float32, and what is computed of them
+        logits = 3 * 4 * max(MAX_LOGITS, config.vocab_size * (1 if plain else batch))
+        at_once = max(at_once, store.size(HEAD) + logits)
+    states, folder = tokens.numel() * config.hidden_size * each, folder or Path(tempfile.gettempdir())
+    _check_room(store, store.size(OUTSIDE) + at_once, states, folder, less)
 
 
 def _check_room(store: OnDisk, memory: int, states: int, folder: Path, less: str, disk: int = 0) -> None:
@@ -187,14 +205,14 @@ def memory_needed(
 ) -> tuple[int, int]:
     """Bytes that carrying out a plan takes at its peak where layers are worked on, about, whatever their number.
 
-    First two layers (or one and what is outside of them), and `MATRICES` times `width^2 * 4` for the second moments of
-    the widest re-fitted map. Then the hidden states of the calibration text (cut, dense, what they lack, what goes
-    into and out of each re-fitted map), which may be on disk.
+    First one layer and what is outside of them, or, where that is more, two layers and, for a re-fit, `MATRICES` times
+    `width^2 * 4` for the second moments of the widest map. Then the hidden states of the text (cut, dense, what they
+    lack, what goes into and out of each re-fitted map), which may be on disk.
     """
     layers = sorted(store.size(layer.index) for layer in structure.layers)
-    total = max(sum(layers[-2:]), layers[-1] + store.size(OUTSIDE))
+    before, total = layers[-1] + store.size(OUTSIDE), sum(layers[-2:])  # at the recording, and at work
     if not looks_at_text(plan, config):
-        return total, 0
+        return max(before, total), 0
     calibration = config.calibration
     hidden, each = model.config.hidden_size, next(model.parameters()).element_size()
     kinds = {group.kind for group in plan.groups}
@@ -207,11 +225,14 @@ def memory_needed(
         number = max(number, len(Counter(group.parent for group in groups)))
     states = hidden * (2 + 2 * number) * each + 4 * hidden + max(widths) * each
     tokens = calibration.num_samples * calibration.length
-    total += calibration.batch_size * calibration.length * (4 * max(widths) + 8 * hidden) * 4
+    running = calibration.batch_size * calibration.length * (4 * max(widths) + 8 * hidden) * 4
     if any(group.reader is None for group in structure.groups):  # what blocks of experts give, and are to give
         total += tokens * hidden * 8
-    total += 12 * max(widths) * hidden * 4  # the map itself, in float64, and products with its targets
-    return total + MATRICES * max(widths) ** 2 * 4, tokens * states
+    if config.compensation or (make_criterion(config).needs_gram and not plan.chosen):
+        total += MATRICES * max(widths) ** 2 * 4
+    if config.compensation:
+        total += 12 * max(widths) * hidden * 4  # the map itself, in float64, and products with its targets
+    return max(before, total) + running, tokens * states
 
 
 def check_device_room(
@@ -229,9 +250,13 @@ def check_device_room(
         words = [tqdm.format_sizeof(size, "B") for size in (needed, free)]
         raise ConfigurationError(
             f"About {words[0]} of the memory of {store.device} are needed, and {words[1]} are free. Less text needs "
-            f"less: lower `num_samples` or `length` of the calibration (now {config.calibration.num_samples} "
-            f"sequences of {config.calibration.length} tokens)."
+            f"less: {_less(config)}."
         )
+
+
+def _less(config: PruningConfig) -> str:
+    number, length = config.calibration.num_samples, config.calibration.length
+    return f"lower `num_samples` or `length` of the calibration (now {number} sequences of {length} tokens)"
 
 
 class Streaming:
@@ -255,14 +280,21 @@ class Streaming:
     def memory_needed(self, plan: PruningPlan, config: PruningConfig, structure: ModelStructure) -> tuple[int, int]:
         """Bytes that carrying out a plan takes at its peak, about: see `memory_needed`, and (first) what files take.
 
-        Of those that are written: what is not a file yet, which is at most `LEAST` and a layer. Of those that are
-        read: what is made of several stored tensors, as fused experts are, is there three times.
+        Of those that are written: what is not a file yet, which is at most `LEAST`, and a layer while it is added. Of
+        those that are read: what is made of several stored tensors, as fused experts are, is there three times.
         """
-        layers = [layer.index for layer in structure.layers]
-        written = min(sum(map(self.store.size, layers)), LEAST + max(map(self.store.size, layers)))
-        read = 2 * max(map(self.store.merged_size, layers))
+        sizes = [self.store.size(layer.index) for layer in structure.layers]
+        merged = max(self.store.merged_size(layer.index) for layer in structure.layers)
+        waiting, largest = min(sum(sizes), LEAST), max(sizes)
         working, states = memory_needed(self.store, self.store.model, plan, config, structure)
-        return working + written + read, states
+        recording = self.store.size(OUTSIDE) + largest + 2 * merged if looks_at_text(plan, config) else 0
+        turn = waiting + max(working, largest + 2 * merged, 2 * largest + merged)
+        return max(recording, turn), states
+
+    def check_choice(self, tokens: torch.Tensor, config: PruningConfig) -> None:
+        """Says what choosing layers by this text needs of memory and disk, as `check_room` does."""
+        folder = None if self.shards is None else self.shards.folder
+        check_measuring(self.store, tokens, config.calibration.batch_size, None, _less(config), folder)
 
     def check_room(self, plan: PruningPlan, config: PruningConfig, structure: ModelStructure) -> None:
         """Says what a plan needs of memory and disk, before any weight is read.
@@ -279,11 +311,7 @@ class Streaming:
             each = next(self.store.model.parameters()).element_size()
             disk += 4 * calibration.num_samples * calibration.length * self.store.model.config.hidden_size * each
         there = sum(path.stat().st_size for path in self.shards.folder.iterdir())  # of an interrupted run
-        less = (
-            f"lower `num_samples` or `length` of the calibration (now {calibration.num_samples} sequences of "
-            f"{calibration.length} tokens)"
-        )
-        _check_room(self.store, memory, states, self.shards.folder, less, max(0, disk - there))
+        _check_room(self.store, memory, states, self.shards.folder, _less(config), max(0, disk - there))
 
     def keep_state(self, plan: PruningPlan, config: PruningConfig) -> None:
         """From now on the state of the run is kept, and an earlier one of the same job is continued."""

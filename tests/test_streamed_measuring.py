@@ -87,17 +87,17 @@ def test_memory_is_announced_and_refused(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=least))
     monkeypatch.setattr(OnDisk, "load", None)  # no weight is read any more
     with pytest.raises(ConfigurationError, match="max_windows"):
-        check_measuring(store, tokens, 2, True)
+        check_measuring(store, tokens, 2, True, "less (`max_windows`)")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=4 * states - 1))
     small, store = load_streamed(save(make_model("llama"), tmp_path / "small"), Spill(folder=tmp_path))
     with pytest.raises(ConfigurationError, match=r"needed"):
-        check_measuring(store, tokens, 2, True)
+        check_measuring(store, tokens, 2, True, "less (`max_windows`)")
     assert store.rooms == tmp_path  # more than a quarter of what is free
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: psutil.disk_usage("/")._replace(free=states - 1))
     store.spill = Spill(0, tmp_path)
     with pytest.raises(PlaceError, match="the disk has"):
-        check_measuring(store, tokens, 2, True)
+        check_measuring(store, tokens, 2, True, "less (`max_windows`)")
 
 
 def test_damage_shows(tmp_path):

@@ -82,13 +82,32 @@ CASES = {
     "layers": (lambda: make_model("qwen2"), None, {"units": ("layers",), "layers": [0, 1]}),
     "layers and neurons": (lambda: make_model("llama"), 0.5, {"units": ("layers", "mlp_neurons"), "keep_first": 2}),
     "sublayers": (lambda: make_model("qwen2"), None, {"units": ("mlp",), "layers": [1], "layout": "per_layer"}),
+    "block by angles": (
+        lambda: make_model("llama", num_hidden_layers=5), None,
+        {"units": ("layers",), "num_layers": 2, "depth_criterion": "angular"},
+    ),
+    "sublayers by influence": (
+        lambda: make_model("gemma2"), 0.2,
+        {"units": ("attention", "mlp"), "depth_criterion": "block_influence", "layout": "per_layer"},
+    ),
+    "layers by weights": (
+        lambda: make_moe("qwen3_moe"), None, {"units": ("layers",), "num_layers": 1, "depth_criterion": "magnitude"},
+    ),
     "qwen3_moe": (lambda: make_moe("qwen3_moe"), 0.1, {"units": ("experts",), "merge_experts": True}),
     "gpt_oss": (lambda: make_moe("gpt_oss"), 0.1, {"units": ("experts",)}),
     "mixtral": (lambda: make_moe("mixtral"), 0.3, {"units": ("expert_neurons",), "round_to": 1}),
-}
+}  # fmt: skip
 
 
-SPILLED = ("tied in bf16", "gemma2 heads", "falcon by inputs", "layers and neurons", "qwen3_moe", "mixtral")
+SPILLED = (
+    "block by angles",
+    "tied in bf16",
+    "gemma2 heads",
+    "falcon by inputs",
+    "layers and neurons",
+    "qwen3_moe",
+    "mixtral",
+)
 
 
 @pytest.fixture
@@ -160,6 +179,10 @@ def test_layers_are_in_memory_one_or_two_at_a_time(tmp_path, monkeypatch):
     pruner = StructuredPruner.from_pretrained(dense, config(keep_first=5), stream=True)
     model = pruner.prune(None, tmp_path / "out")
     assert not held and max(most) == 2  # a layer, and the dropped one behind it
+    most.clear()
+    chosen = config(units=("attention", "mlp"), layout="per_layer", depth_criterion="block_influence")
+    assert StructuredPruner.from_pretrained(dense, chosen, stream=True).plan(0.3).dropped
+    assert not held and max(most) == 1
     assert all(parameter.device.type == "meta" for parameter in model.parameters())
     with pytest.raises(StructPruneError, match="load it from"):
         model.save_pretrained(tmp_path / "again")
@@ -170,7 +193,8 @@ def test_layers_are_in_memory_one_or_two_at_a_time(tmp_path, monkeypatch):
     [
         ({"criterion": "taylor"}, 0.1, "gradients"),
         ({"allocation": "search", "layout": "per_layer"}, 0.1, "'search'"),
-        ({"units": ("layers",)}, 0.4, "'exchange'"),
+        ({"units": ("layers",)}, 0.4, "'exchange', which measures the loss .* memory for the weights, besides"),
+        ({"units": ("layers",), "depth_criterion": "taylor"}, 0.4, "weights, and as much for gradients"),
         ({"units": ("hidden",)}, 0.1, "hidden size"),
         ({"iterative_steps": 2}, 0.1, "iterative_steps"),
     ],
@@ -298,6 +322,30 @@ def test_command(tmp_path, capsys):
     assert len(tensors(tmp_path / "out")) == len(tensors(dense))
     assert cli.main(["prune", str(dense), "--num-layers", "1", "--stream", "--output-dir", str(tmp_path / "no")]) != 0
     assert "What streams" in capsys.readouterr().err
+    argv = ["plan", str(dense), "--num-layers", "1", "--units", "layers", "--depth-criterion", "magnitude", "--json"]
+    plans = []
+    for how in ([], ["--stream"]):
+        assert cli.main([*argv, *how]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    assert plans[0] == plans[1] and plans[0]["dropped"]
+    assert cli.main([*argv, "--stream", "--estimate"]) != 0
+
+
+def test_what_is_announced_is_what_is_done(tmp_path):
+    """Second moments are counted where there are any, and experts that are read while nothing is re-fitted."""
+
+    def needed(model, **options):
+        pruner = StructuredPruner.from_pretrained(save(model, tmp_path), config(**options), stream=True)
+        return pruner._streaming.memory_needed(pruner.plan(0.1), pruner.config, pruner.structure)[0], pruner
+
+    model = make_model("llama", intermediate_size=4096)
+    width = 4096**2 * 4
+    assert needed(model)[0] > 5 * width
+    assert needed(model, criterion="wanda", compensation=False)[0] < width
+    assert needed(model, criterion="obs", compensation=False)[0] > 5 * width
+    memory, pruner = needed(make_moe("qwen3_moe"), units=("experts",))
+    store = pruner._streaming.store
+    assert memory >= store.size("outside") + store.size(0) + 2 * store.merged_size(0)
 
 
 class Killed(BaseException):

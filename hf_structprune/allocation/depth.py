@@ -12,6 +12,7 @@ from ..config import PruningConfig
 from ..criteria.depth import LayerSimilarities, layer_similarities, magnitude_scores, taylor_scores
 from ..errors import RatioError
 from ..model.measuring import measures
+from ..model.store import Store
 from ..model.structure import ModelStructure
 from ..plan import Dropped
 from ..stats.losses import TextLoss
@@ -54,7 +55,7 @@ class DepthChoice:
 def choose_depth(
     model: PreTrainedModel, structure: ModelStructure, config: PruningConfig, kinds: tuple[str, ...], *,
     count: int | None = None, parameters: int | None = None, tokens: Callable[[], Calibration],
-    without: Dropped | None = None, most: bool = False, until: Stop | None = None,
+    without: Dropped | None = None, most: bool = False, until: Stop | None = None, store: Store | None = None,
 ) -> DepthChoice:  # fmt: skip
     """Chooses layers and sublayers by `config.depth_criterion`; changes nothing.
 
@@ -71,6 +72,7 @@ def choose_depth(
         without: Layers and sublayers that are gone already, in addition to which others are chosen.
         most: Never remove more than `parameters`, and be content with fewer where there are no more.
         until: For `"greedy"` and `"exchange"`: asked after each removal whether it is enough.
+        store: Where the weights are, for criteria that look at one layer after the other.
 
     Raises:
         RatioError: More is asked for than can go; says how much can.
@@ -81,7 +83,7 @@ def choose_depth(
     text = cache(lambda: TextLoss(model, structure, tokens(), config.calibration.batch_size))
     amount = Amount(count, parameters, most)
     chooser = _Chooser(
-        text, candidates, amount, removal, model=model, config=config, kinds=tuple(kinds), tokens=tokens
+        text, candidates, amount, removal, model=model, config=config, kinds=tuple(kinds), tokens=tokens, store=store
     )
     if config.depth_criterion == "angular" and chooser.kinds == (LAYERS,):
         chooser.take_block()
@@ -237,6 +239,7 @@ class _Chooser(LossSearch):
     config: PruningConfig
     kinds: tuple[str, ...]
     tokens: Callable[[], Calibration]
+    store: Store | None = None
 
     def take_block(self) -> None:
         """The contiguous block with the least angular distance between its ends."""
@@ -300,7 +303,7 @@ class _Chooser(LossSearch):
             losses, self.baseline = self.text().scan(self.removal, self.candidates, "Perplexity without each")
             return self.scored(losses, self.baseline)
         if criterion == "magnitude":
-            scores = magnitude_scores(self.model, structure, self.candidates)
+            scores = magnitude_scores(self.model, structure, self.candidates, self.store)
         elif criterion == "taylor":
             scores = taylor_scores(self.model, structure, self.candidates, self.tokens(), self.config)
         else:
@@ -322,8 +325,8 @@ class _Chooser(LossSearch):
 
     def _similarities(self) -> LayerSimilarities:
         size, sublayers = self.config.calibration.batch_size, self.kinds != (LAYERS,)
-        structure = self.removal.structure
-        return layer_similarities(self.model, structure, self.tokens(), batch_size=size, sublayers=sublayers)
+        options = {"batch_size": size, "sublayers": sublayers, "store": self.store}
+        return layer_similarities(self.model, self.removal.structure, self.tokens(), **options)
 
     def _check(self) -> None:
         """Refuses what cannot be reached, before anything is measured."""

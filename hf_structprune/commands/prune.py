@@ -19,7 +19,6 @@ from ..model.shared_sizes import SIZED
 from ..model.structure import Group
 from ..plan import PruningPlan
 from ..pruner import StructuredPruner
-from ..streaming import check_streams
 from ..units import VOCABULARY
 from .arguments import command
 from .cli import check_output, make_table
@@ -189,13 +188,15 @@ def _inspect_depth(model: ModelArguments, options: InspectArguments) -> tuple[An
 
 
 @dataclass
-class PlanArguments:
+class PlanArguments(StreamArguments):
     """Options of `plan`.
 
     Args:
         ratio (`float`, *optional*): Share of all parameters to remove: 0.3 removes 30 %.
         estimate (`bool`): Predict the loss as well, by what the cut does to a part of the calibration text; needs
             the weights.
+        stream (`bool`): Where layers are chosen by what they do: read one after the other, for models larger than
+            memory.
         output (`str`, *optional*): File to save the plan in, as JSON.
     """
 
@@ -210,7 +211,12 @@ def plan_command(model: ModelArguments, options: PlanArguments, config: PruningC
     check_ratio(options.ratio, config)
     if options.output is not None:
         check_place(options.output, file=True)
-    if options.estimate:
+    if options.stream and options.estimate:
+        raise ConfigurationError("--estimate tries the plan on the whole model in memory: leave --stream out.")
+    spill = options.spill
+    if options.stream:
+        plan = load_pruner(model, config, True, spill=spill).plan(options.ratio)
+    elif options.estimate:
         plan = load_pruner(model, config).plan(options.ratio, estimate=True)
     else:
         plan = load_to_plan(model, config, options.ratio).plan(options.ratio)
@@ -253,9 +259,7 @@ def prune_command(model: ModelArguments, options: PruneArguments, config: Prunin
         raise ConfigurationError("--ratio and --plan are both given; the plan says how much goes.")
     started = time.monotonic()
     target = options.ratio if options.plan is None else PruningPlan.load(options.plan)
-    if options.stream:
-        check_streams(config, target)
-    elif options.resume:
+    if options.resume and not options.stream:
         raise ConfigurationError("--resume is for --stream.")
     pruner = load_pruner(model, config, options.stream, options.offload, options.spill)
     resume = (True if options.resume else False if options.overwrite else None) if options.stream else None

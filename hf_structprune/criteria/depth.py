@@ -25,10 +25,11 @@ from ..errors import ConfigurationError, RatioError
 from ..files.writing import write_text
 from ..hooks import Silencer
 from ..model.measuring import check_numbers, measures
+from ..model.store import Store
 from ..model.structure import LayerStructure, ModelStructure
 from ..stats.gradients import weight_changes
 from ..stats.seen import Calibration, few_tokens
-from ..stats.stream import LayerStream
+from ..stats.stream import LayerStream, read_in_turn
 from ..units import LAYERS, DepthKind, kinds_of
 from .base import Method, Paper
 
@@ -36,7 +37,7 @@ from .base import Method, Paper
 @measures
 def layer_similarities(
     model: PreTrainedModel, structure: ModelStructure, tokens: Calibration, *,
-    batch_size: int = 8, sublayers: bool = False,
+    batch_size: int = 8, sublayers: bool = False, store: Store | None = None,
 ) -> LayerSimilarities:  # fmt: skip
     """Compares the residual stream at all positions, in one pass over the text; the model is left as it is.
 
@@ -54,9 +55,13 @@ def layer_similarities(
     Args:
         tokens: Token ids, shape (sequences, length), without padding, or rows with images.
         sublayers: Measure attentions and MLPs too.
+        store: Where the weights are; one layer at a time is read.
     """
-    stream = LayerStream(model, structure, tokens, batch_size)
-    silencer = Silencer(model, structure, few_tokens(tokens)) if sublayers else None
+    store, silencer = store or Store(), None
+    if sublayers:
+        with read_in_turn(model, structure, store):
+            silencer = Silencer(model, structure, few_tokens(tokens))
+    stream = LayerStream(model, structure, tokens, batch_size, store)
 
     def last_tokens() -> torch.Tensor:
         return torch.cat([state[:, -1].flatten(1) for state in stream.hidden]).cpu()
@@ -65,18 +70,19 @@ def layer_similarities(
     cosines: dict[Unit, float] = defaultdict(float)  # summed over all tokens
     angles: dict[Unit, float] = defaultdict(float)  # of the last tokens, summed over the sequences
     for layer in tqdm(structure.layers, desc="Distances"):
-        stream.enter(layer.index)
-        for number, before in enumerate(stream.hidden):
-            after = stream.outputs(layer.index, number, last=layer.index)
-            ends = {LAYERS: (before, after)}
-            if silencer is not None:
-                ends.update(_around_sublayers(stream, silencer, layer, number, after))
-            for kind, (a, b) in ((kind, (a.flatten(2), b.flatten(2))) for kind, (a, b) in ends.items()):
-                all_tokens = cosine_similarity(a.float(), b.float(), dim=-1).clamp(-1.0, 1.0)
-                cosines[layer.index, kind] += float(all_tokens.sum(dtype=torch.float64))
-                last = cosine_similarity(a[:, -1].double(), b[:, -1].double(), dim=-1)
-                angles[layer.index, kind] += float(angular_distance(last).sum())
-            before.copy_(after)
+        with store.holding(layer.index):
+            stream.enter(layer.index)
+            for number, before in enumerate(stream.hidden):
+                after = stream.outputs(layer.index, number, last=layer.index)
+                ends = {LAYERS: (before, after)}
+                if silencer is not None:
+                    ends.update(_around_sublayers(stream, silencer, layer, number, after))
+                for kind, (a, b) in ((kind, (a.flatten(2), b.flatten(2))) for kind, (a, b) in ends.items()):
+                    all_tokens = cosine_similarity(a.float(), b.float(), dim=-1).clamp(-1.0, 1.0)
+                    cosines[layer.index, kind] += float(all_tokens.sum(dtype=torch.float64))
+                    last = cosine_similarity(a[:, -1].double(), b[:, -1].double(), dim=-1)
+                    angles[layer.index, kind] += float(angular_distance(last).sum())
+                before.copy_(after)
         positions.append(last_tokens())
     return LayerSimilarities(
         _mean_distances(positions),
@@ -190,12 +196,18 @@ def unit_matrices(model: nn.Module, structure: ModelStructure, unit: Unit) -> di
 
 
 @torch.no_grad()
-def magnitude_scores(model: PreTrainedModel, structure: ModelStructure, units: Iterable[Unit]) -> dict[Unit, float]:
+def magnitude_scores(
+    model: PreTrainedModel, structure: ModelStructure, units: Iterable[Unit], store: Store | None = None
+) -> dict[Unit, float]:
     """`sum |w|` over the linear weights of each unit (Shortened-LLM, Kim et al. 2024, arXiv 2402.02834, Mag)."""
-    members = {unit: unit_matrices(model, structure, unit) for unit in units}
-    weights = {name: weight for of_unit in members.values() for name, weight in of_unit.items()}
-    totals = {name: float(weight.abs().sum(dtype=torch.float64)) for name, weight in weights.items()}
-    return {unit: sum(totals[name] for name in names) for unit, names in members.items()}
+    units, scores, store = list(units), {}, store or Store()
+    for layer in dict.fromkeys(number for number, _ in units):
+        with store.holding(layer):
+            members = {unit: unit_matrices(model, structure, unit) for unit in units if unit[0] == layer}
+            weights = {name: weight for of_unit in members.values() for name, weight in of_unit.items()}
+            totals = {name: float(weight.abs().sum(dtype=torch.float64)) for name, weight in weights.items()}
+            scores |= {unit: sum(totals[name] for name in names) for unit, names in members.items()}
+    return {unit: scores[unit] for unit in units}
 
 
 def taylor_scores(
@@ -219,6 +231,9 @@ def taylor_scores(
         check_numbers(total, f"The gradients of `{name}`")
     return {unit: float(sum(totals[name] for name in names)) for unit, names in members.items()}
 
+
+# Those that look at one layer after the other, in one pass of the text or without any.
+LAYER_BY_LAYER = ("angular", "block_influence", "magnitude")
 
 METHODS = {
     "angular": Method((Paper("gromov2025unreasonable"),)),

@@ -498,7 +498,7 @@ def window_losses(
         size = batch_size if plain else 1  # all logits of a window exist at once
         batches = list(zip(ids.split(size), torch.tensor(counts).split(size), strict=True))
         if store is not None:
-            check_measuring(store, ids, size, plain)
+            check_measuring(store, ids, size, plain, "take fewer windows (`max_windows`) or a smaller `batch_size`")
         whole = nullcontext(repeat(nullcontext()))
         with whole if store is None else layer_by_layer(model, structure, ids, size, store) as turns:
             for (rows, last), turn in zip(logging.tqdm(batches, desc="Perplexity"), turns, strict=False):

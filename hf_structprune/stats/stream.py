@@ -301,6 +301,16 @@ class LayerStream:
 
 
 @contextmanager
+def read_in_turn(model: PreTrainedModel, structure: ModelStructure, store: Store) -> Iterator[None]:
+    """What is outside of the layers is in memory, and each layer while it is run, as long as this is open."""
+    layers = [layer for _, layer in decoder_layers(model, structure.family)]
+    handles = [layer.register_forward_pre_hook(lambda *_, n=n: store.load(n)) for n, layer in enumerate(layers)]
+    handles += [layer.register_forward_hook(lambda *_, n=n: store.free(n)) for n, layer in enumerate(layers)]
+    with store.holding(OUTSIDE), hooked(handles):
+        yield
+
+
+@contextmanager
 def without_layers(
     model: PreTrainedModel, structure: ModelStructure, ids: torch.Tensor, store: Store
 ) -> Iterator[None]:
