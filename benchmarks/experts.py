@@ -10,7 +10,8 @@ text is the raw WikiText-2 split `train.txt` in FOLDER, or the packaged sample w
 the experts of every layer go, by every criterion; merging is measured with `reap` alone. Figures are perplexity of a
 token, or of a byte, on the test text (`test.txt`, or the packaged one). Results go to benchmarks/results/experts.json
 (experts_upcycled.json), a table to the terminal. Another machine trains another model in the same minutes: compare
-rows, not runs.
+rows, not runs, or say `--steps`. `--mixture FOLDER` keeps the model that was made, or takes the one that is there, so
+that a run that was stopped goes on: rows that the file has of the same settings are passed over.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import transformers
 import upcycling
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import hf_structprune
 from hf_structprune import PruningConfig, StructuredPruner
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--wikitext", type=Path, help="folder with `train.txt` and `test.txt`")
     parser.add_argument("--minutes", type=float, default=6, help="of training (default: 6)")
     parser.add_argument("--steps", type=int, help="of training instead, with --upcycle: the same model anywhere")
+    parser.add_argument("--mixture", type=Path, help="folder of the mixture of --upcycle, kept for another run")
     parser.add_argument("--test-windows", type=int, default=32, help="of 256 tokens (default: 32)")
     parser.add_argument("--calibration", type=int, default=32, help="sequences of 256 tokens (default: 32)")
     parser.add_argument("--criteria", nargs="+", default=level_criteria(RoutedKind))
@@ -73,25 +75,42 @@ def main() -> None:
     starts = torch.randint(len(train) - LENGTH, (options.calibration,), generator=torch.Generator().manual_seed(1))
     tokens = torch.stack([train[start : start + LENGTH] for start in starts])
     if options.upcycle:
-        rows["dense model"] = measured(dense, windows)
-        model = upcycling.upcycled(dense, tokens, UPCYCLED, 2)
-        rows["mixture, untrained"] = measured(model, windows)
-        print({name: row["perplexity"] for name, row in rows.items()}, flush=True)
-        steps = upcycling.trained(model, train, LENGTH, options.minutes, options.seed, options.steps)
+        model, rows, steps = mixture(dense, train, tokens, windows, options)
     else:
         model, steps = trained(train, options.minutes, options.seed)
     rows["mixture"] = measured(model, windows)
     print(f"mixture, after {steps} steps: perplexity {rows['mixture']['perplexity']:.2f}", flush=True)
-    kept = (number * 3 // 4, number // 2)
+    kept, path = (number * 3 // 4, number // 2), RESULTS / f"experts{'_upcycled' if options.upcycle else ''}.json"
+    if options.mixture and path.exists():
+        earlier = json.loads(path.read_text())
+        if earlier["settings"] == settings(options, steps) and earlier["rows"]["mixture"] == rows["mixture"]:
+            rows = earlier["rows"]
     for criterion in options.criteria:
         for keep in kept:
             for way, changes in ways(criterion).items():
                 name = f"{criterion}, {keep} of {number}, {way}"
+                if name in rows:
+                    continue
                 rows[name] = pruned(model, windows, tokens, criterion, keep, changes)
                 print(name, f"{rows[name]['perplexity']:.2f}", f"{rows[name]['seconds']:.0f} s", flush=True)
-        path = RESULTS / ("experts_upcycled.json" if options.upcycle else "experts.json")
-        path.write_text(json.dumps({"rows": rows, "settings": settings(options, steps)}, indent=1) + "\n")
+                path.write_text(json.dumps({"rows": rows, "settings": settings(options, steps)}, indent=1) + "\n")
     show(rows, options.criteria, number, kept)
+
+
+def mixture(dense, train, tokens, windows, options: argparse.Namespace) -> tuple[MixtralForCausalLM, dict, int]:
+    """The mixture, made of a dense model or of an earlier run, rows of what it was made of, and steps of training."""
+    if options.mixture and (options.mixture / "rows.json").exists():
+        kept = json.loads((options.mixture / "rows.json").read_text())
+        return MixtralForCausalLM.from_pretrained(options.mixture, dtype=torch.float32).eval(), *kept
+    rows = {"dense model": measured(dense, windows)}
+    model = upcycling.upcycled(dense, tokens, UPCYCLED, 2)
+    rows["mixture, untrained"] = measured(model, windows)
+    print({name: row["perplexity"] for name, row in rows.items()}, flush=True)
+    steps = upcycling.trained(model, train, LENGTH, options.minutes, options.seed, options.steps)
+    if options.mixture:
+        model.save_pretrained(options.mixture)
+        (options.mixture / "rows.json").write_text(json.dumps([rows, steps]))
+    return model, rows, steps
 
 
 def ways(criterion: str) -> dict[str, dict[str, bool]]:

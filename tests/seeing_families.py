@@ -48,6 +48,8 @@ _GRID = dict(_VISION, image_size=[16, 16], patch_size=[4, 4])
 _VISUAL = dict(_QWEN, hidden_size=32, intermediate_size=48, out_hidden_size=64)
 _DEEP = dict(_VISUAL, deepstack_visual_indexes=[0], num_position_embeddings=16)
 _INTERLEAVED = dict(_MROPE, mrope_interleaved=True)
+_GLM = dict(_VISUAL, image_size=16)
+_HALF = dict(_MROPE, mrope_section=[1, 1, 2], partial_rotary_factor=0.5)
 _LLAMA, _MISTRAL, _QWEN3 = (_text(name, head_dim=16) for name in ("llama", "mistral", "qwen3"))
 _OPT = _text("opt", ffn_dim=48, word_embed_proj_dim=64)
 _Q_FORMER = dict(num_query_tokens=4, qformer_config=dict(_VISION, encoder_hidden_size=32))
@@ -100,6 +102,14 @@ SEEING = {
     "exaone4_5": (
         _text("exaone4", head_dim=16), dict(_VISUAL, fullatt_block_indexes=[1], num_key_value_heads=1), {}, 4,
         _patches,
+    ),
+    "glm4v": (
+        _text("glm4v_text", rope_parameters=_HALF), _GLM, {}, 4, _patches,
+    ),
+    "glm4v_moe": (
+        _text("glm4v_moe_text", head_dim=16, rope_parameters=_HALF, n_routed_experts=4, num_experts_per_tok=2,
+              moe_intermediate_size=24, first_k_dense_replace=1, n_group=1, topk_group=1),
+        _GLM, {}, 4, _patches,
     ),
     "got_ocr2": (_text("qwen2"), _SAM, {}, 1, lambda: _picture(64)),
     "lfm2_vl": (

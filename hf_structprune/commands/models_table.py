@@ -33,7 +33,14 @@ PROVEN, WORKS, LEFT = "proven", "works", "left alone"
 COLUMNS = ("kv_groups", "query_heads", "mlp_neurons", "experts", "expert_neurons", "shared_neurons", "layers")
 # What default configurations lack to build a model, or to have a layer of each kind.
 _MIXED = ["linear_attention", "full_attention"]
-_DIRECTIONS = dict(text_config=dict(rope_parameters=dict(rope_theta=1e6, mrope_section=[16, 24, 24])))
+
+
+def _directions(*sections: int, partial: float = 1.0, **text: Any) -> dict[str, Any]:
+    """What checkpoints with positions in several directions say, and their classes assume without a word."""
+    rope = {"rope_theta": 1e6, "mrope_section": list(sections), "partial_rotary_factor": partial}
+    return {"text_config": {"rope_parameters": rope, **text}}
+
+
 VALUES: dict[str, dict[str, Any]] = {
     "aya_vision": dict(vision_config=dict(model_type="siglip_vision_model")),
     "bamba": dict(attn_layer_indices=[9, 18, 27]),
@@ -50,6 +57,10 @@ VALUES: dict[str, dict[str, Any]] = {
             enable_moe_block=False,
         )
     ),
+    "glm46v": _directions(8, 12, 12, partial=0.5),
+    "glm4v": _directions(8, 12, 12, partial=0.5),
+    "glm4v_moe": _directions(8, 12, 12, partial=0.5, head_dim=128),
+    "glmga": _directions(8, 12, 12, partial=0.5),
     "gemma4_text": dict(hidden_size_per_layer_input=0),  # as in the larger ones
     "gemma4_unified_text": dict(hidden_size_per_layer_input=0),
     "granitemoehybrid": dict(layer_types=_MIXED * 16),
@@ -59,8 +70,10 @@ VALUES: dict[str, dict[str, Any]] = {
     "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 16),
     "ministral": dict(head_dim=128),
     "nemotron": dict(num_key_value_heads=8, head_dim=128),
-    "qwen2_5_vl": _DIRECTIONS,
-    "qwen2_vl": _DIRECTIONS,
+    "qwen2_5_omni_thinker": _directions(16, 24, 24),
+    "qwen2_5_vl": _directions(16, 24, 24),
+    "qwen2_vl": _directions(16, 24, 24),
+    "qwen3_omni_moe_thinker": _directions(24, 20, 20, num_attention_heads=32, num_key_value_heads=4, head_dim=128),
     "xmod": dict(default_language="en_XX"),
 }
 

@@ -24,8 +24,12 @@ from .target import REFUSALS, Target, make_target, plain_values
 _AS_TEXT = {
     "qwen2_vl_text": ("qwen2", {}),
     "qwen2_5_vl_text": ("qwen2", {}),
+    "qwen2_5_omni_text": ("qwen2", {}),
     "qwen3_vl_text": ("qwen3", {}),
     "qwen3_vl_moe_text": ("qwen3_moe", {"norm_topk_prob": True}),
+    "qwen3_omni_moe_text": ("qwen3_moe", {"norm_topk_prob": True}),
+    "glm4v_text": ("glm4", {}),
+    "glm4v_moe_text": ("glm4_moe", {}),
 }
 _DIRECTIONS = {"mrope_section", "mrope_interleaved"}
 # What causal language models do to their logits or masks and larger models do not, or do themselves.
@@ -138,7 +142,11 @@ class Towers:
             changed = {
                 key: value for key, value in after.items() if before.get(key) != value and key not in _NOT_BUILT
             }
-            kept = {key: v for key, v in values[self._key].items() if key in after or key not in before}
+            own = values[self._key]
+            for name, key in target.config.attribute_map.items():  # what the whole may call by the other name
+                if key in changed and key not in own and name in own:
+                    changed[name] = changed.pop(key)
+            kept = {key: v for key, v in own.items() if key in after or key not in before or key in changed}
             after = kept | changed
         elif self._target.config.model_type != values[self._key]["model_type"]:
             raise CheckpointError(f"The decoder of {name} cannot be of another type.")
@@ -175,7 +183,10 @@ def _decoder_target(model: PreTrainedModel, text: PreTrainedConfig) -> Target:
         model_type, more = _AS_TEXT[text.model_type]
         # A subclass, so that nothing is said of the keys for several directions of positions, which stay.
         parent, known = CONFIG_MAPPING[model_type], {"ignore_keys_at_rope_validation": _DIRECTIONS}
-        values = {**values, "model_type": model_type, **more}
+        size = (
+            values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
+        )  # not the twin's default
+        values = {**values, "model_type": model_type, "head_dim": size, **more}
         config_class = type(parent.__name__, (parent,), {"__module__": parent.__module__, **known})
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[parent]
     else:

@@ -52,7 +52,8 @@ _COMPUTED_ANEW = 1e-4  # the same of a model that was loaded
 # What has to change at least for a test to say anything.
 EFFECT = 1e-5
 _LARGEST = 3e7  # parameters of a small model
-_LENGTH, _SEQUENCES = 14, 2
+# Three sequences: what expects a pair would take two of them for one.
+_LENGTH, _SEQUENCES = 14, 3
 # Why a kind is refused, `None` if it is proven, by what `_key` gives.
 _verdicts: dict[tuple, str | None] = {}
 
@@ -106,7 +107,11 @@ def prove_decoder(decoder: PreTrainedModel, structure: ModelStructure) -> None:
         whole, tokens = structure.towers.whole(twin, empty=True), torch.randint(4, VOCABULARY, (_SEQUENCES, _LENGTH))
         whole.set_attn_implementation("eager")
         whole.set_experts_implementation("eager")
-        _compare(logits(whole, tokens), logits(twin, tokens), "its logits for text differ from those of the whole")
+        try:
+            got = logits(whole, tokens)
+        except Exception as error:  # not ours: such as that of Llama 4 in Transformers 5.24
+            raise UnsupportedModelError(f"the whole {type(whole).__name__} does not run on text: {error}") from error
+        _compare(got, logits(twin, tokens), "its logits for text differ from those of the whole")
 
     key = (*_key(decoder, structure), structure.towers.note)
     if key not in _verdicts:

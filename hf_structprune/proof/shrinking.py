@@ -68,10 +68,15 @@ def _factors(model: PreTrainedModel, values: dict[str, Any]) -> tuple[int, int]:
         raise UnsupportedModelError("its configuration has no hidden size of its own, but parts that have one")
     head = head or (hidden // heads if heads else 64)
     sizes = [head, *(value for key, value in numbers if key.endswith(("head_dim", "headdim", "d_head")) and value)]
-    sections = [part for section in _named(values, "mrope_section") for part in section or () if part]
+    sections = [sum(section) for section in _named(values, "mrope_section") if section]
+    most = min(
+        (sum(section) // sum(map(bool, section)) for section in _named(values, "mrope_section") if section),
+        default=head,
+    )
     partial = any(isinstance(value, float) and value < 1 for value in _named(values, "partial_rotary_factor"))
     smallest = 16 if partial else 8
-    size = max((n for n in _divisors(math.gcd(*sizes, *sections)) if min(sizes) / n >= smallest), default=1)
+    possible = (n for n in _divisors(math.gcd(*sizes, *sections)) if min(sizes) / n >= smallest and n <= most)
+    size = max(possible, default=1)
     groups = max((value for key, value in numbers if _GROUPS.search(key)), default=1)
     possible = (n for n in _divisors(math.gcd(*counts)) if min(counts) / n >= 2 and not max(counts) // n % groups)
     count = max(possible, default=1)
@@ -110,6 +115,8 @@ def _shrunk(values: Any, size: int, count: int, experts: int, key: str = "") -> 
         return {k: _shrunk(v, *again, key if str(k).isdigit() else str(k)) for k, v in values.items()}
     if key in ("short_factor", "long_factor") and isinstance(values, (list, tuple)):
         return list(values[::size])
+    if key == "mrope_section" and isinstance(values, (list, tuple)):
+        return _sections(values, size)
     if isinstance(values, (list, tuple)):
         return [_shrunk(value, *again, key) for value in values]
     if isinstance(values, float) and "eps" in key.split("_") + [key[-3:]] and 0 < values < EPSILON:
@@ -119,6 +126,19 @@ def _shrunk(values: Any, size: int, count: int, experts: int, key: str = "") -> 
     return _number(key, values, *again)
 
 
+def _sections(sections: Sequence[int], size: int) -> list[int]:
+    """Shares of the frequencies of a smaller head: their sum is right, and none becomes empty."""
+    small = [max(part // size, min(part, 1)) for part in sections]
+    while sum(small) != sum(sections) // size:
+        far = [part / size - one for part, one in zip(sections, small, strict=True)]
+        more = sum(small) < sum(sections) // size
+        place = (
+            far.index(max(far)) if more else min((i for i, one in enumerate(small) if one > 1), key=far.__getitem__)
+        )
+        small[place] += 1 if more else -1
+    return small
+
+
 def _number(key: str, value: int, size: int, count: int, experts: int) -> int:
     if "vocab_size" in key or key == "n_words":
         return min(value, VOCABULARY)
@@ -126,8 +146,6 @@ def _number(key: str, value: int, size: int, count: int, experts: int) -> int:
         return value if value < VOCABULARY else 3
     if _WINDOWS.search(key):
         return min(value, WINDOW)
-    if key == "mrope_section":
-        return value // size
     if _HEAD_COUNTS.search(key) and value > 1:
         return value // count
     if _HEAD_SIZES.search(key) and value:

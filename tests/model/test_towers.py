@@ -32,7 +32,15 @@ BOTH = dict(
 NEURONS = dict(units="mlp_neurons", criterion="l2", keep={"mlp_neurons": 24})
 HEADS = dict(units=("kv_groups", "query_heads"), criterion="l2", keep={"kv_groups": 1, "query_heads": 2})
 # What cannot be written: a decoder with heads of another size, a connector as wide as the MLPs, an MLP that is none.
-KINDS = {"qwen2_vl": NEURONS, "qwen2_5_vl": NEURONS, "lfm2_vl": NEURONS, "idefics2": HEADS, "qwen3_vl_moe": HEADS}
+KINDS = {
+    "qwen2_vl": NEURONS,
+    "qwen2_5_vl": NEURONS,
+    "glm4v": NEURONS,
+    "glm4v_moe": HEADS,
+    "lfm2_vl": NEURONS,
+    "idefics2": HEADS,
+    "qwen3_vl_moe": HEADS,
+}
 REFUSED = ("llama4", "blip-2", "instructblip")
 
 
@@ -76,7 +84,8 @@ def test_cut_decoder_is_the_zeroed_one_in_the_whole_and_is_loaded_by_the_stock_c
     assert not any(info.values())
     state = small.state_dict()
     assert state.keys() == loaded.state_dict().keys()
-    assert all(torch.equal(state[name], tensor) for name, tensor in loaded.state_dict().items())
+    # Corrections of routers are held in float32.
+    assert all(torch.equal(state[name].to(tensor.dtype), tensor) for name, tensor in loaded.state_dict().items())
     reference = zeroed(model, plan)
     for one, before in zip(inputs, dense, strict=True):
         expected = logits(reference, one)
@@ -155,7 +164,7 @@ def test_what_no_whole_model_can_hold_is_refused_before_anything_changes():
 
 @pytest.mark.parametrize("family", REFUSED)
 def test_decoder_that_cannot_be_run_on_text_is_refused(family):
-    with pytest.raises(UnsupportedModelError, match="could not be built and cut|does not show"):
+    with pytest.raises(UnsupportedModelError, match="does not run on text|does not show|not be built"):
         pruned(build_seeing(family), **BOTH)
 
 

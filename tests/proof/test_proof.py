@@ -6,6 +6,7 @@ import families
 import pytest
 import torch
 import transformers
+from moe_families import make_moe
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -232,3 +233,9 @@ def test_kinds_of_a_plan_are_those_that_it_takes_something_from():
     counts = {(group.layer, group.kind): group.size // group.blocks for group in structure.groups}
     counts[1, "mlp_neurons"] -= 1
     assert kinds_in(families.plan_of(model, counts, "per_layer", {"attention": [2]})) == {"mlp_neurons", "attention"}
+
+
+def test_output_that_is_a_pair_is_not_taken_for_two_sequences():
+    model = make_moe("gpt_oss")  # its layers unpack what their MLPs put out
+    found = verdicts(model, ModelStructure.of(model), ["mlp", "attention"])
+    assert "cannot run it (ValueError: too many values" in found["mlp"] and found["attention"] is None

@@ -6,7 +6,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from hf_structprune.model.structure import ModelStructure
-from hf_structprune.proof.shrinking import EPSILON, VOCABULARY, WINDOW, shrunk_values
+from hf_structprune.proof.shrinking import EPSILON, VOCABULARY, WINDOW, _sections, shrunk_values
 
 
 def shrunk(class_name, **values):
@@ -80,3 +80,12 @@ def test_numbers_of_heads_keep_their_kind(heads, kv_heads, expected):
     )  # fmt: skip
     assert (values["num_attention_heads"], values["num_key_value_heads"]) == expected
     assert values["hidden_size"] == 8 * expected[0]
+
+
+@pytest.mark.parametrize("sections", [[8, 12, 12], [16, 24, 24], [24, 20, 20], [11, 11, 10], [32, 0, 32], [1, 2, 29]])
+def test_shares_of_frequencies_add_up_to_a_smaller_head(sections):
+    for size in (1, 2, 4, 8):
+        small = _sections(sections, size)
+        assert sum(small) == sum(sections) // size
+        assert [bool(part) for part in small] == [bool(part) for part in sections]
+        assert all(abs(part / size - one) < 3 for part, one in zip(sections, small, strict=True))

@@ -17,7 +17,7 @@ from hf_structprune.stats.seen import see
 from hf_structprune.stats.stream import LayerStream
 
 
-SHOWN = [name for name, (*_, picture) in SEEING.items() if picture and name not in ("llama4", "blip-2")]
+SHOWN = [name for name, (*_, picture) in SEEING.items() if picture and name not in ("llama4", "blip-2", "glm4v")]
 
 
 def longer(inputs, number):
