@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import psutil
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
+from vocabularies import byte_level
 
 from hf_structprune import PruningConfig, StructuredPruner, streaming
 from hf_structprune.commands import cli
@@ -384,6 +386,53 @@ def test_resumed_run_gives_the_same(tmp_path, monkeypatch, name, last):
             pruner.prune(ratio, folder)
     pruner.prune(ratio, folder, resume=True)
     assert_same(undisturbed, folder)
+    assert [path.name for path in folder.parent.iterdir()] == ["out"]
+
+
+def _killed(monkeypatch, place, name: str, time: int, argv: list[str]) -> int:
+    """Runs a command in another process, which is killed when it calls a function so many times; gives its status."""
+    process = os.fork()
+    if process:
+        return os.waitpid(process, 0)[1]
+    try:
+        function, calls = getattr(place, name), []
+
+        def kill(*args):
+            calls.append(1)
+            if len(calls) == time:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args)
+
+        monkeypatch.setattr(place, name, kill)
+        cli.main(argv)
+    finally:
+        os._exit(0)  # never back into the tests
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not copied here")
+def test_process_that_is_killed_twice_is_resumed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(streaming, "SAVE_EVERY", 0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # those of OpenMP do not survive a fork
+    make_model("llama", vocab_size=416, num_hidden_layers=4).save_pretrained(tmp_path / "dense")
+    byte_level("smollm", 400).save_pretrained(tmp_path / "dense")
+    argv = ["prune", str(tmp_path / "dense"), "--ratio", "0.1", "--stream", "--spill-above", "0"]
+    argv += ["--calibration-num-samples", "8", "--calibration-length", "16", "--output-dir"]
+    whole, folder = tmp_path / "whole" / "out", tmp_path / "killed" / "out"
+    assert cli.main([*argv, str(whole)]) == 0
+    # While the second state is written, with its weights on disk; then behind the third layer, before it is saved.
+    assert _killed(monkeypatch, streaming.os, "replace", 2, [*argv, str(folder)]) == signal.SIGKILL
+    assert not folder.exists() and cli.main([*argv, str(folder)]) != 0
+    assert "--resume" in capsys.readouterr().err
+    assert _killed(monkeypatch, OnDisk, "put", 2, [*argv, str(folder), "--resume"]) == signal.SIGKILL
+    assert not folder.exists()
+    loaded, load = [], OnDisk.load
+    monkeypatch.setattr(OnDisk, "load", lambda self, part: (loaded.append(part), load(self, part))[1])
+    assert cli.main([*argv, str(folder), "--resume"]) == 0
+    torch.set_num_threads(threads)
+    files = [{path.name: path.read_bytes() for path in place.iterdir()} for place in (whole, folder)]
+    assert files[0] == files[1] and sum(".safetensors" in name for name in files[0]) > 4
+    assert loaded.count(1) < loaded.count(2)  # two layers were done
     assert [path.name for path in folder.parent.iterdir()] == ["out"]
 
 
