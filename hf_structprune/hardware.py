@@ -6,12 +6,16 @@ import ctypes
 import sys
 from collections.abc import Iterable
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.utils import is_torch_bf16_gpu_available
 
 from .errors import ConfigurationError
 
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 # By the names that options have for them.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -35,6 +39,17 @@ def check_device(device: str | torch.device | None) -> None:
 def has_accelerator() -> bool:
     """Whether there is anything but the CPU to compute on: CUDA, XPU, MPS, ..."""
     return torch.accelerator.is_available()
+
+
+def process_state() -> PartialState:
+    """The processes that `accelerate launch` (or torch's launcher) began, on the CPU, too.
+
+    What asks first decides for all: `PartialState()` by itself takes each process on a CPU for the only one.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not has_accelerator())
 
 
 def default_device() -> str:

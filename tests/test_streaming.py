@@ -8,12 +8,14 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
 import torch
 from families import calibration, make_model, make_tokens
 from moe_families import make_moe
+from processes import forked
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -389,27 +391,20 @@ def test_resumed_run_gives_the_same(tmp_path, monkeypatch, name, last):
     assert [path.name for path in folder.parent.iterdir()] == ["out"]
 
 
-def _killed(monkeypatch, place, name: str, time: int, argv: list[str]) -> int:
-    """Runs a command in another process, which is killed when it calls a function so many times; gives its status."""
-    process = os.fork()
-    if process:
-        return os.waitpid(process, 0)[1]
-    try:
-        function, calls = getattr(place, name), []
+def _killed(place, name: str, time: int, argv: list[str]) -> list[int]:
+    """Runs a command in another process, which is killed when it calls a function so many times; gives its code."""
+    function, calls = getattr(place, name), []
 
-        def kill(*args):
-            calls.append(1)
-            if len(calls) == time:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args)
+    def kill(*args):
+        calls.append(1)
+        if len(calls) == time:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args)
 
-        monkeypatch.setattr(place, name, kill)
-        cli.main(argv)
-    finally:
-        os._exit(0)  # never back into the tests
+    with mock.patch.object(place, name, kill):
+        return forked(cli.main, argv)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not copied here")
 def test_process_that_is_killed_twice_is_resumed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(streaming, "SAVE_EVERY", 0)
     threads = torch.get_num_threads()
@@ -421,10 +416,10 @@ def test_process_that_is_killed_twice_is_resumed(tmp_path, monkeypatch, capsys):
     whole, folder = tmp_path / "whole" / "out", tmp_path / "killed" / "out"
     assert cli.main([*argv, str(whole)]) == 0
     # While the second state is written, with its weights on disk; then behind the third layer, before it is saved.
-    assert _killed(monkeypatch, streaming.os, "replace", 2, [*argv, str(folder)]) == signal.SIGKILL
+    assert _killed(streaming.os, "replace", 2, [*argv, str(folder)]) == [-signal.SIGKILL]
     assert not folder.exists() and cli.main([*argv, str(folder)]) != 0
     assert "--resume" in capsys.readouterr().err
-    assert _killed(monkeypatch, OnDisk, "put", 2, [*argv, str(folder), "--resume"]) == signal.SIGKILL
+    assert _killed(OnDisk, "put", 2, [*argv, str(folder), "--resume"]) == [-signal.SIGKILL]
     assert not folder.exists()
     loaded, load = [], OnDisk.load
     monkeypatch.setattr(OnDisk, "load", lambda self, part: (loaded.append(part), load(self, part))[1])

@@ -22,6 +22,7 @@ from ..errors import CheckpointError, ConfigurationError
 from ..evaluation.perplexity import EvaluationText
 from ..files.reading import read_json_object
 from ..files.writing import write_text
+from ..hardware import process_state
 from ..hub.words import SCHEMA_VERSION, recovery_section
 from ..installed import versions
 from ..model.measuring import context_length, measuring
@@ -195,8 +196,6 @@ class LoraRecoveryCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
         """Puts the best weights back, merges and saves."""
-        from accelerate import PartialState
-
         self._active, seconds = False, time.perf_counter() - self._start
         if self._trainer is not None:
             vars(self._trainer).pop("get_batch_samples", None)
@@ -211,7 +210,7 @@ class LoraRecoveryCallback(TrainerCallback):
                 merged = self._merged(args) if self.merge else None
                 save_all(self.curve, model, self._tokenizer, self.report, Path(args.output_dir), merged)
         finally:
-            PartialState().wait_for_everyone()
+            process_state().wait_for_everyone()
 
     def _begin(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
         """Measures the pruned and the dense model, and keeps the weights as they are."""

@@ -236,9 +236,7 @@ def _check_folders(folder: Path, training: Path, resume: bool, overwrite: bool) 
 
 def _remove_others(training: Path, checkpoint: Path | None) -> None:
     """Removes all checkpoints but the one that is resumed: a later `resume` must not take one of another training."""
-    from accelerate import PartialState
-
-    state = PartialState()
+    state = hardware.process_state()
     state.wait_for_everyone()  # all have looked which of them is whole
     if state.is_main_process:
         best = [training / BEST_FOLDER] if checkpoint is None else []
@@ -399,7 +397,6 @@ def _check_modules(targets: Sequence[str], whole: Sequence[str], model: PreTrain
 
 def training_arguments(config: RecoveryConfig, output_dir: str | os.PathLike) -> SFTConfig:
     """TRL's arguments, with checkpoints in `output_dir`. Rows are tokenised, cut and packed already, see `prepare`."""
-    from accelerate import PartialState
     from trl import SFTConfig
 
     precision = choose_precision(config.precision)
@@ -409,7 +406,7 @@ def training_arguments(config: RecoveryConfig, output_dir: str | os.PathLike) ->
         warmup_steps=config.warmup,  # a share, below 1
         num_train_epochs=config.epochs, max_steps=-1 if config.max_steps is None else config.max_steps,
         per_device_train_batch_size=config.micro_batch_size,
-        gradient_accumulation_steps=accumulation_steps(config, PartialState().num_processes),
+        gradient_accumulation_steps=accumulation_steps(config, hardware.process_state().num_processes),
         gradient_checkpointing=config.gradient_checkpointing, bf16=precision == "bf16", fp16=precision == "fp16",
         use_cpu=not hardware.has_accelerator(),  # Transformers trains in bfloat16 on a CPU only if told to be there
         max_length=None, packing=False, padding_free=config.packing,  # positions begin anew in every packed example

@@ -11,7 +11,7 @@ import torch
 from torch import distributed, nn
 
 from ..errors import ConfigurationError
-from ..hardware import has_accelerator
+from ..hardware import process_state
 
 
 _SEEN = 64  # entries of each parameter that are compared
@@ -29,13 +29,8 @@ class Processes:
     def __init__(self, several: bool = False) -> None:
         self.rank, self.count, self._device = 0, 1, None
         if several:
-            from accelerate import PartialState
-            from accelerate.utils import parse_flag_from_env
-
-            cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not has_accelerator()
-            state = PartialState(cpu=cpu)
-            self.rank, self.count = state.process_index, state.num_processes
-            self._device = torch.device("cpu") if cpu else state.device
+            state = process_state()
+            self.rank, self.count, self._device = state.process_index, state.num_processes, state.device
             if self.count != int(os.environ.get("WORLD_SIZE", 1)):
                 raise ConfigurationError(
                     f"{os.environ['WORLD_SIZE']} processes were started, but this one knows of {self.count}: make the "

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from forced_hardware import force_accelerator, force_bf16_cpu, force_cuda, force_no_accelerator
+from processes import forked
 from training_setup import quick_picture  # noqa: F401
 
 
@@ -40,7 +41,14 @@ def test_arguments_follow_the_settings(tmp_path):
     assert arguments.report_to == []
 
 
-def test_a_batch_is_shared_out_among_processes():
+def two_processes(folder):
+    assert (
+        training_arguments(RecoveryConfig(batch_size=16, micro_batch_size=2), folder).gradient_accumulation_steps == 4
+    )
+
+
+def test_a_batch_is_shared_out_among_processes(tmp_path):
+    assert forked(two_processes, tmp_path, count=2) == [0, 0]
     config = RecoveryConfig(batch_size=64, micro_batch_size=4)
     assert [accumulation_steps(config, n) for n in (1, 2, 8)] == [16, 8, 2]
     with pytest.raises(ConfigurationError, match="`batch_size` is 64, which 3 processes .* a multiple of 12"):
