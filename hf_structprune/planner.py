@@ -19,6 +19,7 @@ from .errors import CheckpointError, ConfigurationError, RatioError, Unsupported
 from .model.describe import approximations, expressible_heads, target_of, warnings_of
 from .model.groups import Group
 from .model.rebuild import has_weights
+from .model.served import misread
 from .model.shared_sizes import SIZED
 from .model.store import Store
 from .model.structure import ModelStructure
@@ -94,7 +95,8 @@ class Planner:
         for decision, _ in shared:
             if decision.kind in self.choices and decision.kept is not None:
                 plan.vocabulary_report = self.choices[decision.kind].report(decision.kept)
-        target_of(shell, self._narrow, plan)  # raises if no checkpoint could hold the result
+        target = target_of(shell, self._narrow, plan)  # raises if no checkpoint could hold the result
+        plan.warnings += misread(self.model.config, target.config)
         if ratio is not None:
             plan.warnings += _one_sided(self._narrow, plan)
         if ratio and self._dense is None and plan.parameters_after == plan.parameters_before:

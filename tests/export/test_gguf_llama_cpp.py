@@ -34,9 +34,9 @@ def model_of(name, **changes):
     return make_model(name, vocab_size=VOCAB, **({"sliding_window": None} if name == "mistral" else {}), **changes)
 
 
-def pruned(name, kinds=(), dropped=None):
+def pruned(name, kinds=(), dropped=None, **changes):
     """Random units of the kinds are cut, other numbers of them in each layer if they are not to be uniform."""
-    model, uniform = model_of(name), "uniform" in kinds
+    model, uniform = model_of(name, **changes), "uniform" in kinds
     kept, counts = random_units(ModelStructure.of(model), [kind for kind in kinds if kind != "uniform"], uniform)
     return cut(model, kept, counts, "uniform" if uniform else "per_layer", dropped)
 
@@ -50,6 +50,12 @@ def small_heads(name, **options):
     return StructuredPruner(model_of(name), config).prune()
 
 
+def narrow(name, **changes):
+    config = PruningConfig(keep={"hidden": 24}, hidden_criterion="magnitude", compensation=False, round_to=1)
+    return StructuredPruner(model_of(name, **changes), config).prune()
+
+
+ALIKE = ("uniform", "kv_groups", "mlp_neurons")
 MODELS = {
     "llama": lambda: model_of("llama"),
     "tied llama": lambda: model_of("llama", tie_word_embeddings=True),
@@ -66,6 +72,12 @@ MODELS = {
     "llama, heads": lambda: pruned("llama", ("uniform", "kv_groups", "mlp_neurons")),
     "qwen2, heads": lambda: pruned("qwen2", ("uniform", "query_heads")),
     "qwen3, heads": lambda: pruned("qwen3", ("uniform", "query_heads")),
+    "qwen3, heads wider than the hidden size": lambda: pruned("qwen3", ALIKE, {"layers": [1]}, head_dim=16),
+    "smollm3, heads": lambda: pruned("smollm3", ALIKE),
+    "granite, heads": lambda: pruned("granite", ALIKE),
+    "llama, hidden size": lambda: narrow("llama"),
+    "qwen2, hidden size": lambda: narrow("qwen2"),
+    "qwen3, hidden size": lambda: narrow("qwen3"),
     "llama, smaller heads": lambda: small_heads("llama"),
     "qwen2, smaller heads": lambda: small_heads("qwen2"),
     "granite, smaller heads": lambda: small_heads("granite"),

@@ -1,0 +1,52 @@
+"""What vLLM and MLX are known to misread is said before anything is cut, and nothing is said where they read it."""
+
+import families
+import moe_families
+import pytest
+
+from hf_structprune import PruningConfig, StructuredPruner
+
+
+def said(model, **options):
+    config = PruningConfig(round_to=1, depth_criterion="magnitude", calibration=families.calibration(4, 8), **options)
+    return [line for line in StructuredPruner(model, config).plan().warnings if "vLLM" in line or "mlx" in line]
+
+
+@pytest.mark.parametrize("name, runtimes", [("qwen2", "vLLM 0.32 and mlx-lm 0.32 "), ("granite", "mlx-lm 0.32 "),
+                                            ("phi3", "mlx-lm 0.32 ")])  # fmt: skip
+def test_a_derived_size_of_heads_is_said_with_both_sizes(name, runtimes):
+    model = families.make_model(name)
+    size = model.config.hidden_size // model.config.num_attention_heads
+    (line,) = said(model, keep={"kv_groups": 1})
+    assert line.startswith(runtimes) and f"`head_dim` ({size})" in line
+    assert f"({model.config.hidden_size} / {model.config.num_attention_heads // 2})" in line
+    assert ("export --format deci" in line) == (name == "qwen2")
+    (line,) = said(model, keep={"hidden": model.config.hidden_size - 8})
+    assert f"({model.config.hidden_size - 8} / {model.config.num_attention_heads})" in line
+
+
+def test_mixtures_are_in_the_table_too():
+    (line,) = said(moe_families.make_moe("granitemoe"), keep={"kv_groups": 1})
+    assert line.startswith("vLLM 0.32 and mlx-lm 0.32 will not load this granitemoe")
+
+
+@pytest.mark.parametrize("keep", [{"mlp_neurons": 8}, {"layers": 1}])
+def test_nothing_is_said_of_what_is_read(keep):
+    assert not said(families.make_model("qwen2"), keep=keep)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
+def test_nothing_is_said_of_types_whose_size_of_heads_is_read(name):
+    assert not said(families.make_model(name), keep={"kv_groups": 1})
+
+
+def test_nothing_is_said_of_layers_that_differ():
+    model = families.make_model("qwen2")
+    assert not said(model, layout="per_layer", units=("kv_groups",), protect_first=1, keep={"kv_groups": 1})
+
+
+def test_decays_that_a_server_would_compute_are_said():
+    model = moe_families.make_moe("minimax")
+    (line,) = said(model, keep={"layers": model.config.num_hidden_layers - 1})
+    assert "decays of a minimax" in line and "vLLM up to 0.23" in line
+    assert not said(model, keep={"experts": 3})
