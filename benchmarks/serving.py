@@ -4,8 +4,8 @@
 
 Each of `--keep` is one cut of all layers alike (which units go makes no difference to the speed, so that they are
 chosen without data). Both models are served by a process of their own, on one thread, the dense one is asked before
-every turn of the pruned one, and what counts is the median over the turns of pruned over dense: another program on the
-machine slows both. `--clock cpu` compares the processor time of the server, for machines that are never quiet.
+every turn of the pruned one, and the best turn of each counts, since what else runs on the machine only adds time; the
+JSON has all turns. `--clock cpu` compares the processor time of the server, for machines that are never quiet.
 
 Gain over saving: the share of the time that went over the share of all parameters that went. Decoding reads every
 parameter once a step (tied embeddings as the head), so that 1 is what arithmetic promises; `dense` against itself says
@@ -15,6 +15,7 @@ go to benchmarks/results/serving.json, a table to the terminal.
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -133,26 +134,37 @@ def make_models(model: str, keeps: list[str], folder: Path, gguf: bool) -> dict[
     from hf_structprune.commands.models import find_model
     from hf_structprune.export.gguf import export_gguf
 
-    made, blind = {}, {"layers": "depth_criterion", "hidden": "hidden_criterion"}
+    blind = {"layers": {"depth_criterion": "magnitude"}, "hidden": {"hidden_criterion": "magnitude"}, "head_dim": {}}
     for keep in ["dense", *keeps]:
         unit, _, number = keep.partition("=")
-        options = {"keep": {unit: int(number)}, "round_to": 1, "compensation": False} if number else {}
-        if number and unit != "head_dim":
-            options[blind.get(unit, "criterion")] = "magnitude" if unit in blind else "random"
-        config = PruningConfig(**options)
+        if (folder / keep / "config.json").exists() and (not gguf or (folder / keep).with_suffix(".gguf").exists()):
+            continue
+        config = PruningConfig()
+        if number:
+            options = blind.get(unit, {"criterion": "random"})
+            config = PruningConfig(keep={unit: int(number)}, round_to=1, compensation=False, **options)
         pruner = StructuredPruner.from_pretrained(find_model(model).model, config, dtype="float32")
         if number:
             pruner.prune()
-        path = folder / unit
-        pruner.model.save_pretrained(path)
+        pruner.model.save_pretrained(folder / keep)
         if gguf:
-            export_gguf(pruner.model, path.with_suffix(".gguf"), tokenizer=pruner.tokenizer)
-        made[keep] = path, sum(parameter.numel() for parameter in pruner.model.parameters())
-    return made
+            export_gguf(pruner.model, (folder / keep).with_suffix(".gguf"), tokenizer=pruner.tokenizer)
+    return {keep: (folder / keep, parameters_in(folder / keep)) for keep in ["dense", *keeps]}
+
+
+def parameters_in(folder: Path) -> int:
+    """What a checkpoint holds, tied weights once."""
+    from safetensors import safe_open
+
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as tensors:
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return total
 
 
 def in_turns(dense: Served, pruned: Served, turns: int, clock: int) -> dict[str, dict]:
-    """For each request the medians over the turns: tokens per second of both, and the ratio of their times."""
+    """For each request the best of the turns: tokens per second of both, and the ratio of their times."""
     for served in (dense, pruned):
         for request in REQUESTS.values():
             served.ask(request)
@@ -163,12 +175,10 @@ def in_turns(dense: Served, pruned: Served, turns: int, clock: int) -> dict[str,
     rows = {}
     for name, request in REQUESTS.items():
         tokens = request["batch"] * (request["prompt"] if request["new"] == 1 else request["new"])
-        ratios = [after / before for before, after in times[name]]
-        rows[name] = {
-            "dense": tokens / statistics.median(before for before, _ in times[name]),
-            "pruned": tokens / statistics.median(after for _, after in times[name]),
-            "time": statistics.median(ratios), "quartiles": statistics.quantiles(ratios, n=4)[::2],
-        }  # fmt: skip
+        before, after = (min(side) for side in zip(*times[name], strict=True))
+        ratio = statistics.median(after / before for before, after in times[name])
+        rows[name] = {"dense": tokens / before, "pruned": tokens / after, "time": after / before, "median": ratio,
+                      "seconds": times[name]}  # fmt: skip
     return rows
 
 
@@ -200,6 +210,7 @@ def main() -> None:
     parser.add_argument("--vllm", metavar="PYTHON", help="interpreter that has vLLM; without, llama.cpp alone")
     parser.add_argument("--llama", metavar="PYTHON", default=sys.executable, help="interpreter that has xllamacpp")
     parser.add_argument("--servers", nargs="+", choices=SERVERS, help="default: those that are there")
+    parser.add_argument("--folder", type=Path, help="where models that were made stay, and are taken from")
     parser.add_argument("--eager", action="store_true", help="vLLM without torch.compile")
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
@@ -212,9 +223,11 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     pythons = {"llama.cpp": options.llama, **({"vllm": options.vllm} if options.vllm else {})}
     servers = options.servers or list(pythons)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as made_in:
+        folder = options.folder or Path(made_in)
+        folder.mkdir(parents=True, exist_ok=True)
         model = DEMO_MODEL if options.model == "demo" else options.model
-        made = make_models(model, options.keep, Path(folder), "llama.cpp" in servers)
+        made = make_models(model, options.keep, folder, "llama.cpp" in servers)
         for server in servers:
             rows = measured(server, pythons[server], options, made)
             old = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}

@@ -73,7 +73,7 @@ MODELS = {
     "qwen2, heads": lambda: pruned("qwen2", ("uniform", "query_heads")),
     "qwen3, heads": lambda: pruned("qwen3", ("uniform", "query_heads")),
     "qwen3, heads wider than the hidden size": lambda: pruned("qwen3", ALIKE, {"layers": [1]}, head_dim=16),
-    "smollm3, heads": lambda: pruned("smollm3", ALIKE),
+    "smollm3, heads": lambda: pruned("smollm3", ALIKE, num_hidden_layers=4, no_rope_layers=[1, 1, 1, 0]),
     "granite, heads": lambda: pruned("granite", ALIKE),
     "llama, hidden size": lambda: narrow("llama"),
     "qwen2, hidden size": lambda: narrow("qwen2"),
