@@ -8,8 +8,8 @@ every turn of the pruned one, and the best turn of each counts, since what else 
 JSON has all turns. `--clock cpu` compares the processor time of the server, for machines that are never quiet.
 
 Gain over saving: the share of the time that went over the share of all parameters that went. Decoding reads every
-parameter once a step (tied embeddings as the head), so that 1 is what arithmetic promises; `dense` against itself says
-how far off figures of this run are. vLLM runs in float32, llama.cpp on the f16 file of `export --format gguf`. Results
+parameter once a step (tied embeddings as the head), so that 1 is what arithmetic promises; `--keep dense ...` asks the
+dense model twice, which says how far off figures of a run are. vLLM runs in float32, llama.cpp on the f16 file of `export --format gguf`. Results
 go to benchmarks/results/serving.json, a table to the terminal.
 """
 
@@ -30,8 +30,8 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results" / "serving.json"
 KEEP = ["layers=24", "mlp_neurons=1152", "kv_groups=2", "hidden=480"]
 REQUESTS = {
-    "decode, 1": dict(batch=1, prompt=8, new=24), "decode, 8": dict(batch=8, prompt=8, new=12),
-    "prefill, 128": dict(batch=1, prompt=128, new=1),
+    "decode, 1": dict(batch=1, prompt=2, new=8), "decode, 8": dict(batch=8, prompt=2, new=4),
+    "prefill, 64": dict(batch=1, prompt=64, new=1),
 }  # fmt: skip
 CONTEXT, SLOTS, MARK = 512, 8, "@@"
 
@@ -135,7 +135,7 @@ def make_models(model: str, keeps: list[str], folder: Path, gguf: bool) -> dict[
     from hf_structprune.export.gguf import export_gguf
 
     blind = {"layers": {"depth_criterion": "magnitude"}, "hidden": {"hidden_criterion": "magnitude"}, "head_dim": {}}
-    for keep in ["dense", *keeps]:
+    for keep in dict.fromkeys(["dense", *keeps]):
         unit, _, number = keep.partition("=")
         if (folder / keep / "config.json").exists() and (not gguf or (folder / keep).with_suffix(".gguf").exists()):
             continue
@@ -149,7 +149,7 @@ def make_models(model: str, keeps: list[str], folder: Path, gguf: bool) -> dict[
         pruner.model.save_pretrained(folder / keep)
         if gguf:
             export_gguf(pruner.model, (folder / keep).with_suffix(".gguf"), tokenizer=pruner.tokenizer)
-    return {keep: (folder / keep, parameters_in(folder / keep)) for keep in ["dense", *keeps]}
+    return {keep: (folder / keep, parameters_in(folder / keep)) for keep in dict.fromkeys(["dense", *keeps])}
 
 
 def parameters_in(folder: Path) -> int:
@@ -190,7 +190,8 @@ def measured(server: str, python: str, options: argparse.Namespace, made: dict[s
 
     (path, total), rows = made["dense"], []
     dense = start(path)
-    for keep, (path, parameters) in made.items():
+    for keep in options.keep:
+        path, parameters = made[keep]
         pruned, saved = start(path), 1 - parameters / total
         for request, row in in_turns(dense, pruned, options.turns, options.clock == "cpu").items():
             gain = (1 - row["time"]) / saved if saved else None
@@ -212,7 +213,7 @@ def main() -> None:
     parser.add_argument("--servers", nargs="+", choices=SERVERS, help="default: those that are there")
     parser.add_argument("--folder", type=Path, help="where models that were made stay, and are taken from")
     parser.add_argument("--eager", action="store_true", help="vLLM without torch.compile")
-    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     options = parser.parse_args()
 
