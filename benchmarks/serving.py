@@ -9,8 +9,8 @@ JSON has all turns. `--clock cpu` compares the processor time of the server, for
 
 Gain over saving: the share of the time that went over the share of all parameters that went. Decoding reads every
 parameter once a step (tied embeddings as the head), so that 1 is what arithmetic promises; `--keep dense ...` asks the
-dense model twice, which says how far off figures of a run are. vLLM runs in float32, llama.cpp on the f16 file of `export --format gguf`. Results
-go to benchmarks/results/serving.json, a table to the terminal.
+dense model twice, which says how far off figures of a run are. vLLM runs in float32, llama.cpp on the f16 file of
+`export --format gguf`. Results go to benchmarks/results/serving.json, a table to the terminal.
 """
 
 import argparse
