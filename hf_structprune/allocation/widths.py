@@ -126,7 +126,8 @@ class Budget:
     def step(self, group: Group) -> int:
         """Kept units of a group are multiples of this."""
         whole = self.dense.layers[group.layer].group(group.kind).whole
-        return KINDS[group.kind].multiple(whole, self.config.round_to, self.config.align_to) * group.blocks
+        multiple = KINDS[group.kind].multiple(whole, self.config.round_to, self.config.align_to)
+        return math.lcm(multiple * group.blocks, group.step)
 
     def least(self, group: Group) -> int:
         """The fewest units that may be kept of a group."""
@@ -262,8 +263,9 @@ def allocate_stated(budget: Budget) -> Counts:
             raise ConfigurationError(f"{said} layer {group.layer} has only {most} {kind.label}.")
         if kind.step > 1 and keep[group.kind] % kind.step:
             raise ConfigurationError(f"{said} {kind.label} can only be a multiple of {kind.step} in each.")
-        if left % group.blocks or left < group.least:
+        if left % group.multiple or left < group.least:
             each = f", the same number in each of {group.blocks} parts" if group.blocks > 1 else ""
+            each += f", a multiple of {group.step}" if group.step > 1 else ""
             raise ConfigurationError(
                 f"{said} layer {group.layer} must keep at least {group.least} {kind.label}{each}."
             )

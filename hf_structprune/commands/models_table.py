@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 PROVEN, WORKS, LEFT = "proven", "works", "left alone"
 # On the page; a command that names types also tries sublayers and the hidden size.
-COLUMNS = ("kv_groups", "query_heads", "mlp_neurons", "experts", "expert_neurons", "shared_neurons", "layers")
+COLUMNS = (
+    "kv_groups", "query_heads", "mamba_heads", "mlp_neurons", "experts", "expert_neurons", "shared_neurons", "layers",
+)  # fmt: skip
 # What default configurations lack to build a model, or to have a layer of each kind.
 _MIXED = ["linear_attention", "full_attention"]
 
@@ -200,8 +202,7 @@ def _not_whole(model: PreTrainedModel, structure: ModelStructure, kind: str) -> 
     from ..plan import PruningPlan
 
     groups = [group for group in structure.groups if group.kind == kind]
-    halves = {group: max(1, group.whole // 2, -(-group.least // group.blocks)) for group in groups}
-    counts = {g.key: half * (1 if KINDS[kind].within else g.blocks) for g, half in halves.items()}
+    counts = {group.key: group.half // (group.blocks if KINDS[kind].within else 1) for group in groups}
     ways = [(counts, None)] if groups else [({}, {kind: [layer.index]}) for layer in structure.layers]
     reason = None
     for keep, dropped in ways:

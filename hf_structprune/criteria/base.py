@@ -102,7 +102,7 @@ class TensorCriterion(Criterion):
         raise NotImplementedError
 
     def score(self, scoring: Scoring) -> torch.Tensor:
-        parts = [p for p in scoring.group.slices if scoring.weight(p).ndim > 1]
+        parts = [p for p in scoring.group.slices if scoring.weight(p).ndim == 2]
         scores = [(self.part_score(scoring, p), p.index) for p in parts]
         channels = [score[index.to(score.device)].double() for score, index in scores]
         return join(channels, self.config.aggregation)

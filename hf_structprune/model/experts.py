@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
@@ -78,7 +79,7 @@ def expert_groups(kind: str, model: PreTrainedModel, layers: list[tuple[LayerStr
                 cost=sum(tensor.numel() // size for _, tensor in parameters),
                 matrix_cost=sum(tensor.numel() // size for tensor in linear if tensor.ndim > 1),
                 least=_least(named, blocks), key_in_config=key,
-                counters=tuple(name for name in counts if name.startswith(f"{block}.")),
+                counters=tuple((name, Fraction(1)) for name in counts if name.startswith(f"{block}.")),
                 router=next((p.tensor for p, t in parameters if t.ndim == 2 and p.module not in stacks), ""),
             )
         )  # fmt: skip

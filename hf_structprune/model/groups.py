@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import torch
@@ -60,8 +62,10 @@ class Group:
         matrix_cost: Those of them that multiply each token: matrices, without biases and norms; of neurons of experts,
             of which a token sees some, the mean.
         least: The fewest units that can be left.
+        step: Kept units are a multiple of it, besides being spread evenly over the blocks.
         key_in_config: Key of the configuration that holds their number, where the kind has not one for all models.
-        counters: Full names of attributes of modules that hold their number.
+        keys_along: Further keys that follow their number, and by how much for each unit.
+        counters: Full names of attributes of modules that follow their number, and by how much for each unit.
         router: Full name of the weight of the router's linear map, shape (experts, hidden), for what is in experts.
         in_experts: Whether the units are parts of experts, each of which keeps its own, and not whole experts.
         coupled: Whether what the reader gets of a unit depends on the others, as through a norm over all of them.
@@ -78,8 +82,10 @@ class Group:
     cost: int = 0
     matrix_cost: float = 0
     least: int = 1
+    step: int = 1
     key_in_config: str = ""
-    counters: tuple[str, ...] = ()
+    keys_along: tuple[tuple[str, Fraction], ...] = ()
+    counters: tuple[tuple[str, Fraction], ...] = ()
     router: str = ""
     in_experts: bool = False
     coupled: bool = False
@@ -97,6 +103,16 @@ class Group:
     def whole(self) -> int:
         """Units in each block."""
         return self.size // self.blocks
+
+    @property
+    def multiple(self) -> int:
+        """Kept units are a multiple of this."""
+        return math.lcm(self.blocks, self.step)
+
+    @property
+    def half(self) -> int:
+        """Units of which a half goes, or as many as can."""
+        return max(self.least, self.multiple, self.size // 2 // self.multiple * self.multiple)
 
     @property
     def producers(self) -> list[str]:

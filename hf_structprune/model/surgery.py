@@ -45,9 +45,10 @@ def cut_units(model: nn.Module, groups: Iterable[Group], kept: Kept) -> None:
         parameter = isinstance(old, nn.Parameter)
         setattr(model.get_submodule(module), leaf, nn.Parameter(new, old.requires_grad) if parameter else new)
     for group in groups:
-        for name in group.counters if group.key in kept else ():
-            module, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(module), attribute, len(kept[group.key]))
+        for name, each in group.counters if group.key in kept else ():
+            path, _, attribute = name.rpartition(".")
+            module, fewer = model.get_submodule(path), group.size - len(kept[group.key])
+            setattr(module, attribute, int(getattr(module, attribute) - each * fewer))
 
 
 def _cut_stack(stack: torch.Tensor, dim: int, gone: torch.Tensor) -> torch.Tensor:

@@ -442,7 +442,7 @@ def _compare(got: torch.Tensor, expected: torch.Tensor, what: str) -> None:
 
 def _half(group: Group) -> torch.Tensor:
     """Every other unit of each block, at random; as many at least as can be left."""
-    keep = max(1, group.whole // 2, -(-group.least // group.blocks))
+    keep = group.half // group.blocks
     chosen = [block * group.whole + torch.randperm(group.whole)[:keep] for block in range(group.blocks)]
     return torch.cat(chosen).sort().values
 

@@ -29,6 +29,7 @@ _WIDTHS = re.compile(
     r"|^(in|out)_features$|intermediate|ffn|feed_?forward|embed_proj_dim|block_ff_dim|(^|_)hidden_size|_mlp$|mamba_d_ssm"
 )
 _GROUPS = re.compile(r"(^|_)n_?groups$")  # of heads of Mamba 2, which share their inputs
+_MIXED = re.compile(r"mamba_(num|n)_heads$|^n_mamba_heads$|^num_heads$")  # those heads
 _NOT_SIZES = re.compile(r"_dims$|multiplier|factor|scale|group")
 _WINDOWS = re.compile(r"sliding_window(_size)?$|attention_chunk_size$|attention_window$|window_size$")
 
@@ -78,7 +79,12 @@ def _factors(model: PreTrainedModel, values: dict[str, Any]) -> tuple[int, int]:
     possible = (n for n in _divisors(math.gcd(*sizes, *sections)) if min(sizes) / n >= smallest and n <= most)
     size = max(possible, default=1)
     groups = max((value for key, value in numbers if _GROUPS.search(key)), default=1)
-    possible = (n for n in _divisors(math.gcd(*counts)) if min(counts) / n >= 2 and not max(counts) // n % groups)
+    mixed = [value for key, value in numbers if _MIXED.search(key)] or [max(counts, default=1)]
+    possible = (
+        n
+        for n in _divisors(math.gcd(*counts))
+        if min(counts) / n >= 2 and all(not m // n % groups and m // n >= min(m, 2 * groups) for m in mixed)
+    )
     count = max(possible, default=1)
     while hidden % (size * count) and count > 1:
         count = _divisors(count)[-2]

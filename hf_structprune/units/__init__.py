@@ -12,6 +12,7 @@ from .experts import ExpertNeurons, RoutedExperts, SharedNeurons
 from .head_size import HEAD_SIZE, HeadSize
 from .heads import GROUPS, QUERIES, KVGroups, QueryHeads
 from .hidden import HIDDEN, Hidden
+from .mamba import MambaHeads
 from .neurons import NEURONS, Neurons
 from .vocabulary import VOCABULARY, Tokens
 
@@ -25,8 +26,8 @@ __all__ = [
 KINDS: dict[str, UnitKind] = {
     kind.name: kind
     for kind in (
-        KVGroups(), QueryHeads(), Neurons(), RoutedExperts(), ExpertNeurons(), SharedNeurons(), Layers(), Attention(),
-        Mlp(), Tokens(), Hidden(), HeadSize(),
+        KVGroups(), QueryHeads(), MambaHeads(), Neurons(), RoutedExperts(), ExpertNeurons(), SharedNeurons(), Layers(),
+        Attention(), Mlp(), Tokens(), Hidden(), HeadSize(),
     )
 }  # fmt: skip
 
