@@ -58,11 +58,11 @@ class PruningConfig:
         units (tuple of `str`, *optional*):
             What may be cut. Widths: `"mlp_neurons"`, `"kv_groups"` (a key/value head with its query heads) and
             `"query_heads"` (the same number in every KV group); `"mamba_heads"` (of Mamba 2 mixers); `"experts"`
-            (whole ones, with their rows of the router) and `"expert_neurons"` (equally many of every expert). Depth: `"layers"` (whole decoder layers),
-            `"attention"` and `"mlp"` (one sublayer of a layer). `"hidden"` (channels of the residual stream) and
-            `"head_dim"` (dimensions of all heads). And `"vocabulary"` (tokens: rows of the embedding and the LM head;
-            the tokenizer is trimmed with them). Or `"auto"`: heads, neurons, experts and layers in the mixture that
-            costs least on this model, by measurement on the calibration text.
+            (whole ones, with their rows of the router) and `"expert_neurons"` (equally many of every expert). Depth:
+            `"layers"` (whole decoder layers), `"attention"` and `"mlp"` (one sublayer of a layer). `"hidden"`
+            (channels of the residual stream) and `"head_dim"` (dimensions of all heads). And `"vocabulary"` (tokens:
+            rows of the embedding and the LM head; the tokenizer is trimmed with them). Or `"auto"`: heads, neurons,
+            experts and layers in the mixture that costs least on this model, by measurement on the calibration text.
             Default: the kinds that other options name (`attention_ratio`, `mlp_ratio`, `num_layers`, `keep_first`,
             `hidden_size`, `split`), else `("mlp_neurons",)`.
         criterion (`str`): How units are ranked: `"random"`, `"l1"`, `"l2"`, `"taylor"`, `"wanda"`, `"wifv"`,
