@@ -65,10 +65,10 @@ OPTIONS = {
 # Shape, numbers of layers, with or without the re-fit, GB that a process may take.
 RUNS = [
     ("llama-3.1-405b", (), True, 10),
-    ("a quarter as wide", (8, 16, 32), True, 10),
+    ("a quarter as wide", (4, 12), True, 10),
     ("llama-3-8b", (16,), False, 10),
     ("qwen3-30b-a3b", (6,), True, 10),
-    ("llama-3-8b", (2,), True, 10),
+    ("llama-3-8b", (2, 6), True, 10),
 ]
 
 

@@ -270,7 +270,7 @@ class OnDisk(Store):
 
     def widest(self, part: int | str) -> int:
         """Rows or columns that the largest matrix of a part has."""
-        return max((max(tensor.shape[-2:]) for tensor in map(self._tensor, self._names[part])), default=0)
+        return max((size for name in self._names[part] for size in self._tensor(name).shape[-2:]), default=0)
 
     def room(self, shape, dtype, device):
         return super().room(shape, dtype, device) if self.rooms is None else on_disk(shape, dtype, self.rooms)
