@@ -4,8 +4,8 @@
 
 Each of `--keep` is one cut of all layers alike (which units go makes no difference to the speed, so that they are
 chosen without data). Both models are served by a process of their own, on one thread, the dense one is asked before
-every turn of the pruned one, and the best turn of each counts, since what else runs on the machine only adds time; the
-JSON has all turns. `--clock cpu` compares the processor time of the server, for machines that are never quiet.
+every turn of the pruned one, and the median over the turns of pruned over dense counts; the JSON has all turns.
+`--clock cpu` compares the processor time of the server, for machines that are never quiet.
 
 Gain over saving: the share of the time that went over the share of all parameters that went. Decoding reads every
 parameter once a step (tied embeddings as the head), so that 1 is what arithmetic promises; `--keep dense ...` asks the
@@ -164,7 +164,7 @@ def parameters_in(folder: Path) -> int:
 
 
 def in_turns(dense: Served, pruned: Served, turns: int, clock: int) -> dict[str, dict]:
-    """For each request the best of the turns: tokens per second of both, and the ratio of their times."""
+    """For each request the medians over the turns: tokens per second of both, and the ratio of their times."""
     for served in (dense, pruned):
         for request in REQUESTS.values():
             served.ask(request)
@@ -175,10 +175,9 @@ def in_turns(dense: Served, pruned: Served, turns: int, clock: int) -> dict[str,
     rows = {}
     for name, request in REQUESTS.items():
         tokens = request["batch"] * (request["prompt"] if request["new"] == 1 else request["new"])
-        before, after = (min(side) for side in zip(*times[name], strict=True))
+        before, after = (statistics.median(side) for side in zip(*times[name], strict=True))
         ratio = statistics.median(after / before for before, after in times[name])
-        rows[name] = {"dense": tokens / before, "pruned": tokens / after, "time": after / before, "median": ratio,
-                      "seconds": times[name]}  # fmt: skip
+        rows[name] = {"dense": tokens / before, "pruned": tokens / after, "time": ratio, "seconds": times[name]}
     return rows
 
 
