@@ -34,6 +34,7 @@ from .units import (
 from .units.depth import LAYERS
 from .units.head_size import HeadSize
 from .units.heads import GROUPS
+from .units.latent_ranks import LatentRanks
 
 
 CONFIG_NAME = "pruning_config.json"
@@ -47,7 +48,8 @@ Kind = Annotated[str, OneOf(KINDS)]
 AUTO = "auto"
 _Part = Annotated[float, Limits(0, open="least"), Described("a positive number")]
 _RATIOS = ("attention_ratio", "mlp_ratio")
-_CRITERIA = {level: level.criterion_option for level in (DepthKind, StreamKind, HeadSize, RoutedKind, VocabularyKind)}
+_LEVELS = (DepthKind, StreamKind, HeadSize, LatentRanks, RoutedKind, VocabularyKind)
+_CRITERIA = {level: level.criterion_option for level in _LEVELS}
 
 
 @dataclass
@@ -60,9 +62,10 @@ class PruningConfig:
             `"query_heads"` (the same number in every KV group); `"mamba_heads"` (of Mamba 2 mixers); `"experts"`
             (whole ones, with their rows of the router) and `"expert_neurons"` (equally many of every expert). Depth:
             `"layers"` (whole decoder layers), `"attention"` and `"mlp"` (one sublayer of a layer). `"hidden"`
-            (channels of the residual stream) and `"head_dim"` (dimensions of all heads). And `"vocabulary"` (tokens:
-            rows of the embedding and the LM head; the tokenizer is trimmed with them). Or `"auto"`: heads, neurons,
-            experts and layers in the mixture that costs least on this model, by measurement on the calibration text.
+            (channels of the residual stream) and `"head_dim"` (dimensions of all heads); `"q_ranks"` and `"kv_ranks"`
+            (directions of the latents of multi-head latent attention). And `"vocabulary"` (tokens: rows of the
+            embedding and the LM head; the tokenizer is trimmed with them). Or `"auto"`: heads, neurons, experts and
+            layers in the mixture that costs least on this model, by measurement on the calibration text.
             Default: the kinds that other options name (`attention_ratio`, `mlp_ratio`, `num_layers`, `keep_first`,
             `hidden_size`, `split`), else `("mlp_neurons",)`.
         criterion (`str`): How units are ranked: `"random"`, `"l1"`, `"l2"`, `"taylor"`, `"wanda"`, `"wifv"`,
@@ -99,6 +102,8 @@ class PruningConfig:
         head_dim_criterion (`str`): How pairs of dimensions of queries and keys are ranked: `"attention"` (by how much
             the output of the attention changes without them), `"energy"` (of their part of the scores),
             `"magnitude"` or `"taylor"`. Values are turned into the directions that matter most for the output.
+        latent_criterion (`str`): How directions of latents are found: `"outputs"` (those without which what reads the
+            latents gives most of its outputs on the calibration text), or `"magnitude"` (the same by weights alone).
         expert_criterion (`str`): How experts are ranked: `"reap"` (weight of the router times norm of the output, over
             the tokens that an expert gets), `"frequency"`, `"router"` (mean probability), `"l2"`, `"taylor"`,
             `"random"`, or `"loss"` (each time the one goes without which the block's output changes least).
@@ -152,6 +157,7 @@ class PruningConfig:
     hidden_criterion: Annotated[str, OneOf(level_criteria(StreamKind))] = "activation"
     hidden_size: Count | None = None
     head_dim_criterion: Annotated[str, OneOf(level_criteria(HeadSize))] = "attention"
+    latent_criterion: Annotated[str, OneOf(level_criteria(LatentRanks))] = "outputs"
     expert_criterion: Annotated[str, OneOf(level_criteria(RoutedKind))] = "reap"
     vocabulary_criterion: Annotated[str, OneOf(level_criteria(VocabularyKind))] = "frequency"
     vocabulary_text: str | list[str] | None = None

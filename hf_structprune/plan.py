@@ -431,14 +431,17 @@ class PruningPlan:
 def kv_values(structure: ModelStructure, plan: PruningPlan | None = None) -> int | None:
     """Numbers that one token adds to the cache of keys and values, after a plan if one is given.
 
-    `None` where a layer has attention that is not understood, or that keeps something else (latent attention).
+    `None` where a layer has attention that is not understood.
     """
     names = structure.family.attention
-    if names is None or len(names.inputs) not in (1, 3):
+    if not any(layer.latent for layer in structure.layers) and (names is None or len(names.inputs) not in (1, 3)):
         return None
     total = 0
     for layer in structure.layers:
         shape = layer.attention
+        if layer.latent:
+            total += 0 if plan and plan.is_dropped(layer.index, GROUPS) else layer.latent
+            continue
         if shape is None and any(
             KINDS[sublayer.kind].sublayer == KINDS[GROUPS].sublayer for sublayer in layer.sublayers
         ):

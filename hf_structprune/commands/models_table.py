@@ -32,6 +32,7 @@ PROVEN, WORKS, LEFT = "proven", "works", "left alone"
 # On the page; a command that names types also tries sublayers and the hidden size.
 COLUMNS = (
     "kv_groups", "query_heads", "mamba_heads", "mlp_neurons", "experts", "expert_neurons", "shared_neurons", "layers",
+    "q_ranks", "kv_ranks",
 )  # fmt: skip
 # What default configurations lack to build a model, or to have a layer of each kind.
 _MIXED = ["linear_attention", "full_attention"]
@@ -199,8 +200,15 @@ def row_of(model_type: str, kinds: Iterable[str] = COLUMNS, sees: bool = False) 
 def _not_whole(model: PreTrainedModel, structure: ModelStructure, kind: str) -> str | None:
     """Why a model that sees cannot hold its decoder with half of the units of a kind, or without some layer."""
     from ..model.describe import target_of
+    from ..model.shared_sizes import SIZED
     from ..plan import PruningPlan
 
+    if kind in SIZED:
+        try:
+            SIZED[kind].group(model, structure)
+        except StructPruneError as error:
+            return f"{error}".rstrip(".")
+        return None
     groups = [group for group in structure.groups if group.kind == kind]
     counts = {group.key: group.half // (group.blocks if KINDS[kind].within else 1) for group in groups}
     ways = [(counts, None)] if groups else [({}, {kind: [layer.index]}) for layer in structure.layers]

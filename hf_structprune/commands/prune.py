@@ -114,7 +114,7 @@ def _shared(pruner: StructuredPruner) -> list[dict[str, Any]]:
     """Units that all layers share, and why they are left alone, if they are."""
     found, towers = [], pruner.structure.towers
     model = pruner.model if towers is None else towers.decoder()
-    for kind in SIZED:
+    for kind in (kind for kind in SIZED if kind in pruner.structure.shared):
         try:
             group = SIZED[kind].group(model, pruner.structure)
             sizes, reason = (group.size, group.cost, group.least), None

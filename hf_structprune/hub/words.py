@@ -26,6 +26,7 @@ from ..recovery.configuration import DistillationConfig, RecoveryConfig
 from ..text.calibration import CalibrationConfig
 from ..units import KINDS, DepthKind, StreamKind, UnitKind, VocabularyKind, WidthKind, kinds_of
 from ..units.head_size import HeadSize
+from ..units.latent_ranks import LatentRanks
 from .origin import IN_MEMORY, is_file, sources_of
 
 
@@ -56,6 +57,11 @@ def _is_ranked(kind: UnitKind, config: PruningConfig, plan: PruningPlan) -> bool
     return not isinstance(kind, DepthKind) or config.chooses_depth(plan.ratio_requested)
 
 
+# Of directions of latents, by `latent_criterion`.
+LATENTS = {
+    "outputs": Method((Paper("lin2024modegpt"), *channels.METHODS["pca"].papers)),
+    "magnitude": Method(channels.METHODS["pca"].papers, needs_text=False),
+}
 LM_EVAL = Paper("eval-harness")
 
 
@@ -67,7 +73,12 @@ def _methods(config: PruningConfig, plan: PruningPlan) -> list[Method]:
 
 def method_of(kind: str, criterion: str) -> Method:
     """What a card says of a criterion that ranks units of a kind."""
-    levels = ((DepthKind, depth.METHODS), (StreamKind, channels.METHODS), (HeadSize, pairs.METHODS))
+    levels = (
+        (DepthKind, depth.METHODS),
+        (StreamKind, channels.METHODS),
+        (HeadSize, pairs.METHODS),
+        (LatentRanks, LATENTS),
+    )
     for level, methods in levels:
         if isinstance(KINDS[kind], level):
             return methods[criterion]

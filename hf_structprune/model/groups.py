@@ -183,6 +183,7 @@ class LayerStructure:
         parameters: All parameters of the layer.
         matrix_parameters: Those of them that multiply each token.
         sublayers: Those that can be skipped.
+        latent: Numbers that its latent attention caches of a token, 0 without one.
     """
 
     index: int
@@ -192,6 +193,7 @@ class LayerStructure:
     parameters: int = 0
     matrix_parameters: int = 0
     sublayers: list[Sublayer] = field(default_factory=list)
+    latent: int = 0
 
     def group(self, kind: str) -> Group | None:
         return next((group for group in self.groups if group.kind == kind), None)

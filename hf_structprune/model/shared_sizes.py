@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
-from ..units import HEAD_SIZE, HIDDEN, VOCABULARY
+from ..units import HEAD_SIZE, HIDDEN, KV_RANKS, Q_RANKS, VOCABULARY
 from .groups import Group
 from .head_size import head_group, smaller_heads
 from .hidden_size import hidden_group, shrunk_target
+from .latent_ranks import rank_group, smaller_ranks
 from .structure import ModelStructure
 from .target import Target
 from .vocabulary_size import token_group, trimmed_target
@@ -32,4 +34,5 @@ SIZED: dict[str, Sized] = {
     HIDDEN: Sized(hidden_group, shrunk_target),
     HEAD_SIZE: Sized(head_group, smaller_heads),
     VOCABULARY: Sized(token_group, trimmed_target),
+    **{kind: Sized(partial(rank_group, kind), partial(smaller_ranks, kind)) for kind in (Q_RANKS, KV_RANKS)},
 }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from ..units import KINDS, DepthKind, Reading, WidthKind, kinds_of
+from ..units import KINDS, DepthKind, Reading, SharedKind, WidthKind, kinds_of
 from .families import NORMS, Family, family_of
 from .groups import (
     AttentionShape,
@@ -35,6 +35,7 @@ __all__ = [
     "matrix",
 ]  # fmt: skip
 
+_LATENTS = "kv_a_proj_with_mqa"  # in all classes of latent attention
 # Layers that are not `stream + sublayer(stream)`, although their modules have the usual names.
 _SCALED_STREAMS = ("minimax",)
 # What mixes tokens in the place of attention, or beside it, and is not skipped alone.
@@ -57,6 +58,7 @@ class ModelStructure:
         total_parameters: All distinct parameters of the model, tied ones once, with those beside a text decoder.
         matrix_parameters: Weights of all linear maps that a token passes, the LM head included.
         towers: What stands beside a text decoder that is a part of a larger model; `None` for a model of its own.
+        shared: Kinds of units that all layers share and that its configuration has.
     """
 
     family: Family
@@ -65,6 +67,7 @@ class ModelStructure:
     total_parameters: int
     matrix_parameters: int
     towers: Towers | None = None
+    shared: tuple[str, ...] = kinds_of(SharedKind)
 
     @classmethod
     def of(cls, model: PreTrainedModel, whole: bool = True, towers: Towers | None = None) -> ModelStructure:
@@ -115,10 +118,13 @@ class ModelStructure:
         for structure, layer in layers:
             structure.parameters = sum(parameter.numel() for parameter in layer.parameters())
             structure.matrix_parameters = matrix_parameters(layer, active)
+            structure.latent = _cached_latents(layer)
             notes += _find_sublayers(config, family, structure, layer, active)
         total = sum(p.numel() for p in model.parameters())
         structures = [structure for structure, _ in layers]
-        return cls(family, structures, list(dict.fromkeys(notes)), total, matrix_parameters(model, active))
+        shared = tuple(kind for kind in kinds_of(SharedKind) if KINDS[kind].is_of(config))
+        matrices = matrix_parameters(model, active)
+        return cls(family, structures, list(dict.fromkeys(notes)), total, matrices, shared=shared)
 
     @property
     def own_parameters(self) -> int:
@@ -131,6 +137,12 @@ class ModelStructure:
 
     def kinds(self) -> list[str]:
         return list(dict.fromkeys(group.kind for group in self.groups))
+
+
+def _cached_latents(layer: nn.Module) -> int:
+    """Values of latents and rotated keys that latent attention caches of a token: what one map gives."""
+    maps = (module for name, module in layer.named_modules() if name.rpartition(".")[2] == _LATENTS)
+    return sum(matrix(module).shape[0] for module in maps if is_linear(module))
 
 
 def _without_shared(layers: list[tuple[LayerStructure, nn.Module]]) -> list[str]:

@@ -29,6 +29,7 @@ from ..model.experts import Experts, without_experts
 from ..model.families import PROVEN
 from ..model.head_size import counts, head_group
 from ..model.hidden_size import hidden_group, stream_norms
+from ..model.latent_ranks import rank_group
 from ..model.modeling_structprune import PerLayerMixin
 from ..model.rebuild import rebuild
 from ..model.rotation import rotation_of
@@ -40,8 +41,9 @@ from ..model.vocabulary_size import cut_tokens, token_group
 from ..plan import Dropped, PruningPlan, emptied
 from ..refit.channels import cut_hidden
 from ..refit.head_size import cut_head_size, mask_heads
+from ..refit.latent_ranks import cut_ranks, mask_ranks
 from ..stats.stream import LayerStream
-from ..units import KINDS, DepthKind, StreamKind, VocabularyKind, WidthKind, kinds_of
+from ..units import KINDS, DepthKind, LatentRanks, SharedKind, StreamKind, VocabularyKind, WidthKind, kinds_of
 from ..vocabulary.tokenizers import named_ids
 from .shrinking import VOCABULARY, representatives, shrunk_values
 
@@ -141,7 +143,9 @@ def has_units(structure: ModelStructure, kind: str) -> bool:
         return any(group.size > group.blocks for group in structure.groups if group.kind == kind)
     if kind in kinds_of(DepthKind, sublayer=True):
         return any(layer.sublayer(kind) for layer in structure.layers)
-    return kind not in kinds_of(DepthKind) or len(structure.layers) > 1
+    if kind in kinds_of(SharedKind):
+        return kind in structure.shared
+    return len(structure.layers) > 1
 
 
 def kinds_in(plan: PruningPlan) -> set[str]:
@@ -265,6 +269,8 @@ class Trial:
             self._tokens()
         elif kind in kinds_of(StreamKind):
             self._hidden(kind)
+        elif kind in kinds_of(LatentRanks):
+            self._ranks(kind)
         else:
             self._heads(kind)
 
@@ -368,6 +374,18 @@ class Trial:
         for step in mask_heads(masked, self.structure, kept, small):
             if step == "turned":
                 _compare(logits(masked, self.tokens), self.dense, "values in another basis give other logits")
+        self._check(small, logits(masked, self.tokens))
+
+    def _ranks(self, kind: str) -> None:
+        """Half of the directions that latents can have, or of the rank; another basis has to change nothing."""
+        size = rank_group(kind, self.model, self.structure).size
+        keep = max(1, min(size, self.model.config.hidden_size) // 2)
+        config = PruningConfig(units=(kind,), latent_criterion="magnitude", compensation=False)
+        small, _ = cut_ranks(kind, copy.deepcopy(self.model), self.structure, keep, config, None)
+        masked = copy.deepcopy(self.model)
+        for step in mask_ranks(kind, masked, self.structure, keep):
+            if step == "turned":
+                _compare(logits(masked, self.tokens), self.dense, "latents in another basis give other logits")
         self._check(small, logits(masked, self.tokens))
 
     def _tokens(self) -> None:

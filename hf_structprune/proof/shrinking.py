@@ -31,7 +31,7 @@ _WIDTHS = re.compile(
 _GROUPS = re.compile(r"(^|_)n_?groups$")  # of heads of Mamba 2, which share their inputs
 _MIXED = re.compile(r"mamba_(num|n)_heads$|^n_mamba_heads$|^num_heads$")  # those heads
 _NOT_SIZES = re.compile(r"_dims$|multiplier|factor|scale|group")
-_WINDOWS = re.compile(r"sliding_window(_size)?$|attention_chunk_size$|attention_window$|window_size$")
+_WINDOWS = re.compile(r"sliding_window(_size)?$|attention_chunk_size$|attention_window$|window_size$|index_topk$")
 
 
 def shrunk_values(model: PreTrainedModel, structure: ModelStructure) -> tuple[dict[str, Any], list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
@@ -10,9 +11,10 @@ from transformers import PreTrainedModel
 from ..config import PruningConfig
 from ..model.structure import ModelStructure
 from ..model.vocabulary_size import cut_tokens
-from ..units import HEAD_SIZE, HIDDEN, VOCABULARY
+from ..units import HEAD_SIZE, HIDDEN, KV_RANKS, Q_RANKS, VOCABULARY
 from .channels import cut_hidden
 from .head_size import cut_head_size
+from .latent_ranks import cut_ranks
 
 
 def _cut_vocabulary(model, structure, keep, config, tokens, kept):
@@ -25,4 +27,7 @@ Cut = Callable[
 ]
 # Each gets the model, its structure, how many units stay, the configuration, calibration tokens (`None` where nothing
 # looks at text) and the numbers of the units that stay (`None` to rank them); returns the smaller model and those.
-CUTS: dict[str, Cut] = {HIDDEN: cut_hidden, HEAD_SIZE: cut_head_size, VOCABULARY: _cut_vocabulary}
+CUTS: dict[str, Cut] = {
+    HIDDEN: cut_hidden, HEAD_SIZE: cut_head_size, VOCABULARY: _cut_vocabulary,
+    **{kind: partial(cut_ranks, kind) for kind in (Q_RANKS, KV_RANKS)},
+}  # fmt: skip

@@ -12,14 +12,16 @@ from .experts import ExpertNeurons, RoutedExperts, SharedNeurons
 from .head_size import HEAD_SIZE, HeadSize
 from .heads import GROUPS, QUERIES, KVGroups, QueryHeads
 from .hidden import HIDDEN, Hidden
+from .latent_ranks import KV_RANKS, Q_RANKS, KVRanks, LatentRanks, QueryRanks
 from .mamba import MambaHeads
 from .neurons import NEURONS, Neurons
 from .vocabulary import VOCABULARY, Tokens
 
 
 __all__ = [
-    "GROUPS", "HEAD_SIZE", "HIDDEN", "KINDS", "LAYERS", "NEURONS", "QUERIES", "VOCABULARY", "DepthKind", "Reading",
-    "RoutedKind", "SharedKind", "StreamKind", "UnitKind", "VocabularyKind", "WidthKind", "kinds_of", "level_criteria",
+    "GROUPS", "HEAD_SIZE", "HIDDEN", "KINDS", "KV_RANKS", "LAYERS", "NEURONS", "QUERIES", "Q_RANKS", "VOCABULARY",
+    "DepthKind", "LatentRanks", "Reading", "RoutedKind", "SharedKind", "StreamKind", "UnitKind", "VocabularyKind",
+    "WidthKind", "kinds_of", "level_criteria",
 ]  # fmt: skip
 
 # In the order of tables and messages; what all layers share is cut in this order, too.
@@ -27,7 +29,7 @@ KINDS: dict[str, UnitKind] = {
     kind.name: kind
     for kind in (
         KVGroups(), QueryHeads(), MambaHeads(), Neurons(), RoutedExperts(), ExpertNeurons(), SharedNeurons(), Layers(),
-        Attention(), Mlp(), Tokens(), Hidden(), HeadSize(),
+        Attention(), Mlp(), Tokens(), Hidden(), HeadSize(), QueryRanks(), KVRanks(),
     )
 }  # fmt: skip
 

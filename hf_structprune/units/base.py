@@ -199,6 +199,10 @@ class SharedKind(UnitKind):
 
     reads_text: bool = True
 
+    def is_of(self, config: PreTrainedConfig) -> bool:
+        """Whether models of a configuration have such units at all."""
+        return True
+
     def told(self, plan):
         decision = plan.of_model(self.name)
         return decision and f"{self.label.capitalize()}: {decision.keep} instead of {decision.before}"

@@ -22,7 +22,7 @@ class Hidden(StreamKind):
         step = step_of(round_to, align_to, min(128, 2 ** int(math.log2(max(1, size // 16)))))
         if align_to is not None and step >= size:
             raise ConfigurationError(
-                f"`align_to` is {align_to!r}, but no hidden size below the model's own, {size}, is a multiple of "
+                f"`align_to` is {align_to!r}, but no {self.label} below the model's own, {size}, is a multiple of "
                 f"{step}."
             )
         return [*range(step, size, step), *([size] if size % multiple_of(align_to) == 0 else [])]

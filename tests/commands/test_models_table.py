@@ -71,7 +71,9 @@ def test_rows_of_types_that_are_named_are_made_anew_in_a_page(tmp_path, capsys):
     assert cli.main(["models", "opt", "--output", str(page)]) == 0
     text = page.read_text()
     assert list(read_markdown(text)) == ["opt", "zamba"] and cells_of(text)["opt"]["layers"] == "proven"
-    assert "`zamba` |  |  |  |  |  |  |  |  | a; b |" in text and list(read_markdown(text, sees=True)) == ["llava"]
+    assert "`zamba` |  |  |  |  |  |  |  |  |  |  | a; b |" in text and list(read_markdown(text, sees=True)) == [
+        "llava"
+    ]
     page.write_text(text.replace("; do not edit", ".0; do not edit"))
     assert cli.main(["models", "opt", "--output", str(page)]) == 2
     assert "make it anew" in capsys.readouterr().err

@@ -54,7 +54,7 @@ RIGHT = [
     (
         "YoutuConfig",
         dict(**SIZE, **LATENT, num_attention_heads=4, num_key_value_heads=4),
-        ["kv_groups", "mlp_neurons", "hidden"],
+        ["kv_groups", "mlp_neurons", "hidden", "q_ranks", "kv_ranks"],
     ),
     ("GptOssConfig", dict(**SIZE, **HEAD, num_local_experts=4, num_experts_per_tok=2), HEADS),  # sinks
     ("Qwen3_5TextConfig", dict(**SIZE, **HEAD, layer_types=["full_attention"] * 2), HEADS),  # gates in q_proj
