@@ -153,7 +153,8 @@ def recover(
         if distillation.teacher_dtype == "auto" and not isinstance(teacher, nn.Module):  # as the student
             computed = dataclasses.replace(distillation, teacher_dtype=choose_precision(config.precision))
         loaded = load_teacher(teacher, student, computed, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
-        dense = loaded.model if dense in (None, teacher) else dense
+        if dense in (None, teacher):  # losses of other tokens are not compared
+            dense = loaded.model if loaded.tokens is None else None
         trainer_class, more = DistillationSFTTrainer, {"teacher": loaded, "distillation": distillation}
     callback = LoraRecoveryCallback(
         dense, text=config.text, window=config.window, max_windows=config.max_windows,

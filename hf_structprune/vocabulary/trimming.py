@@ -120,20 +120,66 @@ class Vocabulary:
         pairs: dict[str, list[tuple[str, str]]] = {}
         for merge in self._merges:
             pairs.setdefault(self._merged(*merge), []).append(merge)
-        ranks = {merge: rank for rank, merge in enumerate(self._merges)}
-        found = {token: self._last_merge(token, ranks) if len(ways) > 1 else ways[0] for token, ways in pairs.items()}
+        found = {token: self._last_merge(token) if len(ways) > 1 else ways[0] for token, ways in pairs.items()}
         return {self._ids[token]: tuple(map(self._ids.get, pair)) for token, pair in found.items() if pair}
 
-    def _last_merge(self, token: str, ranks: dict[tuple[str, str], int]) -> tuple[str, str] | None:
-        """The merge that makes a token out of two; `None` where merges never make it."""
-        parts, never = self.symbols(token), len(ranks)
-        while len(parts) > 2:
-            rank, place = min((ranks.get(pair, never), place) for place, pair in enumerate(itertools.pairwise(parts)))
+    @cached_property
+    def _ranks(self) -> dict[tuple[str, str], int]:
+        return {merge: rank for rank, merge in enumerate(self._merges)}
+
+    def _merge(self, parts: list[str], least: int) -> list[str]:
+        """What merges make of parts, the first ones first, until `least` are left or none fits."""
+        parts, never = [*parts], len(self._ranks)
+        while len(parts) > least:
+            pairs = enumerate(itertools.pairwise(parts))
+            rank, place = min((self._ranks.get(pair, never), place) for place, pair in pairs)
             if rank == never:
-                return None
+                break
             parts[place : place + 2] = [self._merged(*parts[place : place + 2])]
-        pair = tuple(parts)
-        return pair if pair in ranks else None
+        return parts
+
+    def _last_merge(self, token: str) -> tuple[str, str] | None:
+        """The merge that makes a token out of two; `None` where merges never make it."""
+        pair = tuple(self._merge(self.symbols(token), 2))
+        return pair if pair in self._ranks else None
+
+    def spelled(self, token: str) -> list[int]:
+        """Ids of the tokens that write what a token of another vocabulary with the same rules does; none: not at all.
+
+        That is how the token stands alone: beside others, the last of these may become one with what follows.
+        """
+        if token in self._ids:
+            return [self._ids[token]]
+        if self.kind == "BPE":
+            parts = self._merge(self.symbols(token), 1)
+            written = [[part] if part in self._ids or not self.falls_back else _bytes_of(part) for part in parts]
+            parts = [*itertools.chain.from_iterable(written)]
+        else:
+            parts = self._best_split(token) if self.kind == "Unigram" else self._longest_matches(token)
+        return [self._ids[part] for part in parts] if all(part in self._ids for part in parts) else []
+
+    def _best_split(self, token: str) -> list[str]:
+        """The pieces with the highest sum of scores; characters without a piece cost most, and become bytes."""
+        scores, worst = dict(self._model["vocab"]), min(score for _, score in self._model["vocab"]) - 10
+        best: list[tuple[float, list[str]]] = [(0.0, [])]
+        for end in range(1, len(token) + 1):
+            ways = []
+            for start in range(end):
+                part, (score, before) = token[start:end], best[start]
+                if part in scores:
+                    ways.append((score + scores[part], [*before, part]))
+                elif len(part) == 1:
+                    ways.append((score + worst, [*before, *(_bytes_of(part) if self.falls_back else [part])]))
+            best.append(max(ways, key=lambda way: way[0]))
+        return best[-1][1]
+
+    def _longest_matches(self, token: str) -> list[str]:
+        prefix, parts = self._model.get("continuing_subword_prefix") or "", []
+        while token:
+            part = next((token[:end] for end in range(len(token), 0, -1) if token[:end] in self._ids), token)
+            parts, rest = [*parts, part], token[len(part) :]
+            token = prefix + rest if rest else ""
+        return parts
 
     def closure(self, kept: Collection[int]) -> set[int]:
         """These tokens and all that they are made from."""
@@ -212,6 +258,10 @@ class Vocabulary:
             return {**model, "vocab": words}
         merges = [list(m) for m in self._merges if {*m, self._merged(*m)} <= words.keys()]
         return {**model, "vocab": words, "merges": merges}
+
+
+def _bytes_of(text: str) -> list[str]:
+    return [f"<0x{byte:02X}>" for byte in text.encode()]
 
 
 def _parts(part: Any) -> Iterator[dict[str, Any]]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...errors import ConfigurationError
 from ...model.measuring import positions_at_once
+from ...vocabulary.relating import TokenMap
 from ..data import IGNORED
 
 
@@ -94,17 +95,20 @@ class LogitTransform:
 class Head:
     """The head of a model: weight `(vocab, hidden)` and bias `(vocab,)`, and what the model does to the products.
 
-    Without a weight, its "hidden states" are logits already.
+    Without a weight, its "hidden states" are logits already. With `tokens`, logits are those of a student's vocabulary
+    that has fewer.
     """
 
     weight: Tensor | None = None
     bias: Tensor | None = None
     transform: LogitTransform = field(default_factory=LogitTransform)
+    tokens: TokenMap | None = None
 
     def to(self, *where: torch.device | torch.dtype) -> Head:
         """The head on a device or in a dtype."""
         weight, bias = (None if tensor is None else tensor.to(*where) for tensor in (self.weight, self.bias))
-        return Head(weight, bias, self.transform)
+        tokens = None if self.tokens is None else self.tokens.to(*where)
+        return Head(weight, bias, self.transform, tokens)
 
     def products(self, hidden: Tensor) -> Tensor:
         """Logits `(n, vocab)` before `transform`, in the dtype of the weight."""
@@ -113,11 +117,20 @@ class Head:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of a few tokens, in at least float32."""
         products = self.products(hidden)
-        return self.transform(products.to(_wide(products.dtype)))
+        return self.finished(products.to(_wide(products.dtype)))
+
+    def finished(self, products: Tensor) -> Tensor:
+        """Logits that follow from products."""
+        logits = self.transform(products)
+        return logits if self.tokens is None else self.tokens.merged(logits)
+
+    def width(self, hidden: Tensor) -> int:
+        """How many products there are of a token."""
+        return hidden.shape[1] if self.weight is None else self.weight.shape[0]
 
     def vocab(self, hidden: Tensor) -> int:
         """How many tokens it tells apart."""
-        return hidden.shape[1] if self.weight is None else self.weight.shape[0]
+        return self.width(hidden) if self.tokens is None else len(self.tokens.dense)
 
 
 @dataclass(frozen=True)
@@ -161,7 +174,7 @@ def _divergence(own: Tensor, teacher: Predictions, other: Tensor | None, rows: s
     vocabulary or if both spread the rest alike. Of one that is known by its head, `other` holds the products.
     """
     if other is not None:
-        target = _log_softmax(teacher.head.transform(other.to(own.dtype)), temperature)
+        target = _log_softmax(teacher.head.finished(other.to(own.dtype)), temperature)
         return F.kl_div(own, target, log_target=True, reduction="none").sum(-1)
     log_probs, ids = teacher.log_probs[rows].to(own.dtype), teacher.ids[rows]
     rest = own.exp().scatter(1, ids, 0.0).sum(-1, keepdim=True).clamp(min=torch.finfo(own.dtype).tiny)
@@ -196,9 +209,11 @@ def distillation_loss(
         ConfigurationError: The vocabularies differ.
     """
     vocab = head.vocab(hidden)
-    if isinstance(teacher, HeadPredictions) and teacher.head.vocab(teacher.hidden) != vocab:
-        theirs = teacher.head.vocab(teacher.hidden)
-        raise ConfigurationError(f"The teacher predicts {theirs} tokens and the student {vocab}; they must agree.")
+    largest = vocab
+    if isinstance(teacher, HeadPredictions):
+        if (theirs := teacher.head.vocab(teacher.hidden)) != vocab:
+            raise ConfigurationError(f"The teacher predicts {theirs} tokens and the student {vocab}; they must agree.")
+        largest = max(vocab, teacher.head.width(teacher.hidden))
     counts = [torch.as_tensor(n, device=hidden.device).clamp(min=1) for n in counts or targets.counts]
     factors = (1.0 - label_weight) * temperature**2, label_weight
     has_labels = label_weight > 0.0 or temperature == 1.0
@@ -216,7 +231,7 @@ def distillation_loss(
         return sum(f * one * scale / n for f, one, n in zip(factors, sums, counts, strict=True) if f)
 
     # Gradients are scaled while they are computed: half precision would lose the small shares of single tokens.
-    plan = head.transform, teacher, sums_of, weighted, min(counts), chunk or positions_at_once(vocab)
+    plan = head.transform, teacher, sums_of, weighted, min(counts), chunk or positions_at_once(largest)
     loss, sums = _ChunkedLoss.apply(hidden, head.weight, head.bias, plan, torch.is_grad_enabled())
     return {"loss": loss, "kl_sum": sums[0]} | ({"label_sum": sums[1]} if has_labels else {})
 

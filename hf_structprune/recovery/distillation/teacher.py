@@ -11,6 +11,7 @@ others (Sun et al., Massive Activations, arXiv:2402.17762) and would be all that
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -43,6 +44,7 @@ from ...model.families import family_of
 from ...model.loading import load_config, load_model, load_tokenizer
 from ...model.measuring import PROBE_LENGTH, measuring, positions_at_once
 from ...model.structure import decoder_layers
+from ...vocabulary.relating import TokenMap, related
 from ..configuration import DistillationConfig
 from .losses import Head, HeadPredictions, LogitTransform, Predictions, TopPredictions, top_predictions
 
@@ -123,11 +125,14 @@ class ModelTeacher:
     """A model in memory that is asked for each batch; `CachedTeacher` can take its place.
 
     It is called in evaluation mode and without gradients, and stays as it is; only its device may change, see `to`.
-    `by_sequence` says whether a lesson holds all logits, so that it should be asked for one sequence at a time.
+    `by_sequence` says whether a lesson holds all logits, so that it should be asked for one sequence at a time. A
+    student with fewer `tokens` gives its own ids, and gets predictions of its own tokens.
     """
 
-    def __init__(self, model: PreTrainedModel, terms: LayerTerms | None = None) -> None:
-        self.model, self.terms, self.transform = model, terms, find_transform(model)
+    def __init__(
+        self, model: PreTrainedModel, terms: LayerTerms | None = None, tokens: TokenMap | None = None
+    ) -> None:
+        self.model, self.terms, self.tokens, self.transform = model, terms, tokens, find_transform(model)
         self.by_sequence = self.transform is None
 
     def to(self, device: torch.device) -> None:
@@ -141,12 +146,15 @@ class ModelTeacher:
         device = self.model.device
         given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items() if k != "labels"}
         given["use_cache"] = False
+        if self.tokens is not None:
+            given["input_ids"] = self.tokens.dense.to(device)[given["input_ids"]]
         taps = self.terms.modules(self.model, 1) if self.terms else {}
         with measuring(self.model), record_outputs(taps) as outputs:
             hidden, head = run(self.model, self.transform, given)
         states = {name: output[positions.to(output.device)] for name, output in outputs.items()}
         hidden = hidden[positions.to(hidden.device)].to(positions.device)
-        return Lesson(HeadPredictions(hidden, head.to(positions.device)), states)
+        head = dataclasses.replace(head, tokens=self.tokens).to(positions.device)
+        return Lesson(HeadPredictions(hidden, head), states)
 
 
 def load_teacher(
@@ -157,7 +165,9 @@ def load_teacher(
 
     Args:
         teacher: A model, a folder or a Hub id.
-        tokenizer: Of the student. With it, a teacher that comes from a folder or the Hub must have the same one.
+        tokenizer: Of the student. With it, a teacher that comes from a folder or the Hub must have the same one, or
+            one of which the student's has fewer tokens: it then reads what the student reads, and a token that the
+            student lacks counts as the first of those that spell it.
         loading: Given to `load_model`: `revision`, `trust_remote_code`, ...
 
     Raises:
@@ -165,7 +175,7 @@ def load_teacher(
             given in another dtype than the configuration's.
         CheckpointError: The teacher lacks weights.
     """
-    student = student.get_base_model() if hasattr(student, "get_base_model") else student
+    student, theirs = student.get_base_model() if hasattr(student, "get_base_model") else student, None
     if isinstance(teacher, PreTrainedModel):
         model = teacher
         _check_given(model, student, config)
@@ -175,7 +185,7 @@ def load_teacher(
         except CheckpointError as error:
             raise CheckpointError(f"The teacher cannot be used: {error}") from error
         if tokenizer is not None:
-            _check_tokenizer(tokenizer, load_tokenizer(teacher, **loading), str(teacher))
+            theirs = load_tokenizer(teacher, **loading)
         options = {"dtype": DTYPES[config.teacher_dtype]} if config.teacher_dtype in DTYPES else {}
         if config.teacher_dtype == "int8":
             need("bitsandbytes", extra="qlora")
@@ -185,12 +195,15 @@ def load_teacher(
             }
         model = load_model(teacher, **{**options, **loading})
     sizes = [model.config.get_text_config().vocab_size for model in (model, student)]
-    if sizes[0] != sizes[1]:
+    tokens = None
+    if tokenizer is not None and not isinstance(teacher, PreTrainedModel):
+        tokens = _tokens(tokenizer, theirs, sizes, str(teacher))
+    if sizes[0] != sizes[1] and tokens is None:
         raise ConfigurationError(
             f"The teacher knows {sizes[0]} tokens and the student {sizes[1]}. {CROSS_TOKENIZER} If they do share a "
             "tokenizer and one was padded, use `resize_token_embeddings` on the student first."
         )
-    return ModelTeacher(model, layer_terms(student, model, config))
+    return ModelTeacher(model, layer_terms(student, model, config), tokens)
 
 
 def _check_given(teacher: PreTrainedModel, student: PreTrainedModel, config: DistillationConfig) -> None:
@@ -209,7 +222,10 @@ def _check_given(teacher: PreTrainedModel, student: PreTrainedModel, config: Dis
         )
 
 
-def _check_tokenizer(own: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase | None, name: str) -> None:
+def _tokens(
+    own: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase | None, sizes: list[int], name: str
+) -> TokenMap | None:
+    """How the tokens go together, `None` if they are the same; refuses tokenizers that have nothing to do with it."""
     if other is None:
         raise ConfigurationError(
             f"{name} has no tokenizer, so that it cannot be compared with the student's: save it there, or load the "
@@ -217,7 +233,9 @@ def _check_tokenizer(own: PreTrainedTokenizerBase, other: PreTrainedTokenizerBas
         )
     mine, theirs = own.get_vocab(), other.get_vocab()
     if mine == theirs:
-        return
+        return None
+    if (tokens := related(own, other, sizes[1], sizes[0])) is not None:
+        return tokens
     token = min((t for t in mine.keys() | theirs.keys() if mine.get(t) != theirs.get(t)), key=str)
     raise ConfigurationError(
         f"The tokenizers differ: {token!r} is {theirs.get(token, 'unknown')} in {name} and "
@@ -443,6 +461,9 @@ def cached_teacher(
     """
     top_k = min(config.top_k, teacher.model.config.get_text_config().vocab_size)
     origin = {"teacher": model_fingerprint(teacher.model), "top_k": top_k, "temperature": float(config.temperature)}
+    if teacher.tokens is not None:
+        top_k = origin["top_k"] = min(top_k, len(teacher.tokens.dense))
+        origin["tokens"] = teacher.tokens.fingerprint
     sequences = {sequence_key(ids): ids for dataset in datasets for ids in _sequences_of(dataset) if len(ids) > 1}
     cache = CachedTeacher(folder, origin)
     missing = [key for key in sequences if key not in cache]
@@ -487,7 +508,7 @@ def _predict(
     mask, positions = places < lengths[:, None], places < lengths[:, None] - 1
     inputs = {"input_ids": ids, "attention_mask": mask.long()}
     known = teacher.lesson(inputs, positions.to(teacher.model.device)).predictions
-    rows = known.hidden.split(positions_at_once(known.head.vocab(known.hidden)))
+    rows = known.hidden.split(positions_at_once(known.head.width(known.hidden)))
     parts = [top_predictions(known.head.logits(hidden), top_k, temperature) for hidden in rows]
     columns = (torch.cat([getattr(one, name).cpu() for one in parts]) for name in ("ids", "log_probs"))
     return zip(*(column.split((lengths - 1).tolist()) for column in columns), strict=True)
