@@ -261,6 +261,7 @@ class Trial:
     def test(self, kind: str) -> None:
         """Tries a kind of unit; `cut` is then what was cut of it, and no longer of the kind before."""
         self.cut.clear()
+        self._reloaded.clear()  # a buffer that follows one size is right whatever is done about the others
         if kind in kinds_of(WidthKind):
             self._widths(kind)
         elif kind in kinds_of(DepthKind):
@@ -411,7 +412,7 @@ class Trial:
         self._reload(small)
 
     def _reload(self, small: PreTrainedModel) -> None:
-        """Compares the first checkpoint of a class with the cut model."""
+        """Compares the first checkpoint of a class, of those of a kind of unit, with the cut model."""
         self.cut.append(small)
         if type(small) in self._reloaded:
             return

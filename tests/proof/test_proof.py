@@ -239,3 +239,10 @@ def test_output_that_is_a_pair_is_not_taken_for_two_sequences():
     model = make_moe("gpt_oss")  # its layers unpack what their MLPs put out
     found = verdicts(model, ModelStructure.of(model), ["mlp", "attention"])
     assert "cannot run it (ValueError: too many values" in found["mlp"] and found["attention"] is None
+
+
+def test_checkpoints_of_every_kind_are_loaded():
+    size = dict(SIZE, hidden_size=32, num_attention_heads=2, block_types=["recurrent", "attention"])
+    model = on_meta("RecurrentGemmaConfig", head_dim=16, lru_width=32, num_key_value_heads=1, **size)
+    found = verdicts(model, ModelStructure.of(model), ["mlp_neurons", "hidden"])
+    assert found["mlp_neurons"] is None and "other logits after saving and loading" in found["hidden"]
