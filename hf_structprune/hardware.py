@@ -6,8 +6,10 @@ import ctypes
 import sys
 from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -17,6 +19,12 @@ from .errors import ConfigurationError
 if TYPE_CHECKING:
     from accelerate import PartialState
 
+# The limit of a container, what it uses, and where it says which of that are pages of files: cgroups 2, and 1.
+_CGROUP = Path("/sys/fs/cgroup")
+_CONTAINERS = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
 # By the names that options have for them.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -34,6 +42,20 @@ def check_device(device: str | torch.device | None) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigurationError(f"`device` is {device!r}, which cannot be used: {reason}") from error
+
+
+def memory_left() -> int:
+    """Bytes of memory that can be had: what the machine has free, or what the limit of a container leaves of it."""
+    free = psutil.virtual_memory().available
+    for limit, used, details, name in _CONTAINERS:
+        try:
+            most, taken = (int((_CGROUP / file).read_text()) for file in (limit, used))
+            lines = (line.split() for line in (_CGROUP / details).read_text().splitlines())
+            cached = int(dict(lines)[name])  # files, whose pages are given up when memory is needed
+        except (OSError, ValueError, KeyError):  # there is no such file, or "max" in it: no limit
+            continue
+        free = min(free, max(0, most - taken + cached))
+    return free
 
 
 def has_accelerator() -> bool:

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from filelock import Timeout
 from safetensors import SafetensorError, safe_open
@@ -30,7 +29,7 @@ from .errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from .files.rooms import Spill
 from .files.shards import LEAST, Shards
 from .files.writing import alone, check_folder, check_room, draft, must_stay, resolve
-from .hardware import free_memory, release_memory
+from .hardware import free_memory, memory_left, release_memory
 from .model import loading
 from .model.measuring import MAX_LOGITS
 from .model.store import HEAD, OUTSIDE, InTurns, OnDisk, Saved, Store
@@ -183,7 +182,7 @@ def _check_room(store: OnDisk, memory: int, states: int, folder: Path, less: str
     if store.device is None:
         store.rooms = store.spill.place(states, folder)
         memory += 0 if store.rooms else states
-    free = psutil.virtual_memory().available
+    free = memory_left()
     words = [tqdm.format_sizeof(size, "B") for size in (memory, free, states)]
     if memory > free:
         spill = "" if store.rooms or not states else f"; {words[2]} of hidden states can go to disk (`spill`)"

@@ -53,6 +53,21 @@ def test_the_device_that_is_computed_on(monkeypatch):
     assert TorchAo(None, QuantizationConfig(device="cpu")).device == "cpu"
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_limit_of_a_container_is_what_is_left(monkeypatch, tmp_path, version):
+    files = dict(zip(("limit", "used", "details"), hardware._CONTAINERS[2 - version], strict=False))
+    monkeypatch.setattr(hardware, "_CGROUP", tmp_path)
+    there = hardware.psutil.virtual_memory()
+    monkeypatch.setattr("psutil.virtual_memory", lambda: there._replace(available=5000))
+    assert hardware.memory_left() == 5000
+    (tmp_path / "memory").mkdir()
+    name = "inactive_file" if version == 2 else "total_inactive_file"
+    for limit, left in (("4000", 1700), ("9" * 18, 5000), ("max", 5000), ("2000", 0)):
+        for key, text in (("limit", limit), ("used", "2600"), ("details", f"anon 1\n{name} 300\n")):
+            (tmp_path / files[key]).write_text(text)
+        assert hardware.memory_left() == left
+
+
 def test_free_memory_is_known_of_cuda_only(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7, 8))
     assert [hardware.free_memory(device) for device in (CUDA, CPU, MPS)] == [7, None, None]

@@ -250,7 +250,7 @@ def test_what_cannot_be_read_layer_by_layer(tmp_path):
 def test_too_little_memory_is_refused_before_work(tmp_path, monkeypatch):
     pruner = StructuredPruner.from_pretrained(save(make_model("llama"), tmp_path), config(), stream=True)
     free = psutil.virtual_memory()._replace(available=1000)
-    monkeypatch.setattr(streaming.psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
     with pytest.raises(ConfigurationError, match="of memory are needed, and 1.00kB are free"):
         pruner.prune(0.1, tmp_path / "out")
     with pytest.raises(ConfigurationError, match="output_dir"):

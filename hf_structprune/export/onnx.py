@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import transformers
 from torch import nn
@@ -19,7 +18,7 @@ from transformers.utils import logging
 
 from ..errors import ConfigurationError, ExportError
 from ..files.writing import write_folder, write_text
-from ..hardware import DTYPES
+from ..hardware import DTYPES, memory_left
 from ..installed import need
 from ..model.target import overrides_of
 from ..units import KINDS
@@ -72,7 +71,7 @@ def export_onnx(
     if model.dtype != wanted or model.device.type != "cpu":
         model = copy.deepcopy(model).to("cpu", wanted)
     # The graph's own weights, beside the model while it is written and checked.
-    size, free = model.get_memory_footprint(), psutil.virtual_memory().available
+    size, free = model.get_memory_footprint(), memory_left()
     if size > free:
         raise ExportError(
             f"The export needs about {size / 1e9:.1f} GB of memory beside the model, but {free / 1e9:.1f} GB are free."

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import psutil
 import torch
 
 from ..checks import Limits, check_fields
 from ..errors import ConfigurationError, PlaceError
+from ..hardware import memory_left
 
 
 def on_disk(shape: Sequence[int], dtype: torch.dtype, folder: Path) -> torch.Tensor:
@@ -59,5 +59,5 @@ class Spill:
 
     def place(self, size: int, default: Path) -> Path | None:
         """Where so many bytes of hidden states are kept; `None` is memory."""
-        limit = psutil.virtual_memory().available / 4 if self.above is None else self.above * 1e6
+        limit = memory_left() / 4 if self.above is None else self.above * 1e6
         return None if size <= limit else Path(self.folder or default)

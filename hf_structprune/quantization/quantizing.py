@@ -15,7 +15,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel, TorchAoConfig, set_seed
@@ -26,7 +25,7 @@ from ..errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from ..evaluation.results import RESULTS_NAME, EvaluationResult
 from ..files.reading import read_json_object
 from ..files.writing import check_folder, check_room, write_folder, write_text
-from ..hardware import check_device, default_device, free_memory
+from ..hardware import check_device, default_device, free_memory, memory_left
 from ..hub.checkpoint import STILL_TRUE, copy_files, write_card_from
 from ..hub.contents import CARD_NAME, check_card, check_own_files, is_pruned, read_text
 from ..hub.origin import public_config
@@ -474,7 +473,7 @@ def check_memory(backend: Backend) -> None:
     device, needed = torch.device(backend.device), backend.memory()
     where, free = f"of {device}", free_memory(device) if backend.while_loading else None
     if free is None:
-        where, free = "of this machine", psutil.virtual_memory().available
+        where, free = "of this machine", memory_left()
     if needed > free:
         raise CheckpointError(
             f"{backend.original.name} needs about {needed / 1e9:.2f} GB to be quantised by {backend.config.method}, "

@@ -212,7 +212,7 @@ def test_what_is_missing_is_said_before_the_model_is_read(monkeypatch, tmp_path)
 
 def test_too_little_memory_or_disk(monkeypatch, tmp_path, tiny_llama):
     with monkeypatch.context() as patch:
-        patch.setattr(onnx.psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(1000))
+        patch.setattr("psutil.virtual_memory", lambda: namedtuple("Memory", "available")(1000))
         with pytest.raises(ExportError, match="GB of memory"):
             export_onnx(tiny_llama, tmp_path / "out")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(1, 1, 1000))
