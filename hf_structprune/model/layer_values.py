@@ -14,7 +14,7 @@ from ..errors import CheckpointError
 COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _SAME_COUNT = ("num_blocks",)  # that say it once more
 # Lists of numbers of layers; all other lists with an entry for every layer are cut.
-_INDEX_LISTS = (
+INDEX_LISTS = (
     "mlp_only_layers", "moe_layers", "cross_attention_layers", "full_attn_idxs", "attn_layer_indices",
     "hybrid_layer_ids", "global_attn_indexes",
 )  # fmt: skip
@@ -89,7 +89,7 @@ def without_layers(
         dense = {index for index in range(num_layers) if (index + 1) % step} | set(values.get("mlp_only_layers") or ())
         result |= {"decoder_sparse_step": 1, "mlp_only_layers": sorted(dense)}
     for key, value in list(result.items()):
-        if key in _INDEX_LISTS and value is not None:
+        if key in INDEX_LISTS and value is not None:
             result[key] = [kept.index(number) for number in value if number in kept]
         elif key in _PREFIXES and isinstance(value, int) and value < num_layers:
             result[key] = sum(index < value for index in kept)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import StructPruneError, UnsupportedModelError
-from ..model.layer_values import description, without_layers
+from ..model.layer_values import INDEX_LISTS, description, without_layers
 from ..model.structure import ModelStructure, decoder_layers
 from ..model.target import make_target, named_values, skeleton
 
@@ -194,7 +194,11 @@ def representatives(values: dict[str, Any], layers: Sequence[nn.Module]) -> list
     Layers are alike if they have the same entries in all lists of the configuration, too. Those that differ in numbers
     alone (a scale, a window) are of different kinds, unless there are too many.
     """
-    lists = [value for value in values.values() if isinstance(value, (list, tuple)) and len(value) == len(layers)]
+    lists = [
+        [index in value for index in range(len(layers))] if key in INDEX_LISTS else value
+        for key, value in values.items()
+        if isinstance(value, (list, tuple)) and (key in INDEX_LISTS or len(value) == len(layers))
+    ]
     kinds: dict[str, list[int]] = {}
     for describe in (description, _without_numbers):
         kinds = {}

@@ -89,3 +89,16 @@ def test_shares_of_frequencies_add_up_to_a_smaller_head(sections):
         assert sum(small) == sum(sections) // size
         assert [bool(part) for part in small] == [bool(part) for part in sections]
         assert all(abs(part / size - one) < 3 for part, one in zip(sections, small, strict=True))
+
+
+def test_numbers_of_layers_make_no_kinds():
+    values, kept = shrunk(
+        "Llama4TextConfig", num_hidden_layers=12, moe_layers=list(range(12)), no_rope_layers=[1] * 12
+    )
+    assert kept == [0, 1, 2] and values["moe_layers"] == [0, 1, 2]
+    assert shrunk("Llama4TextConfig", num_hidden_layers=12, moe_layers=[5, 6, 7], no_rope_layers=[1] * 12)[1] == [
+        0,
+        1,
+        5,
+        6,
+    ]
