@@ -15,6 +15,7 @@ import moe_families
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from hf_structprune import PruningConfig, StructuredPruner
 from hf_structprune.export.deci import export_deci
@@ -40,6 +41,9 @@ SIZES = {
     "gpt2": dict(n_embd=HIDDEN, n_inner=WIDTH, n_layer=LAYERS, n_head=HEADS),
     "falcon": dict(**_SIZE, ffn_hidden_size=WIDTH),
 }  # fmt: skip
+LATENT = dict(
+    num_key_value_heads=HEADS, q_lora_rank=64, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=32
+)
 _MOE = dict(**_COMMON | dict(intermediate_size=64, num_hidden_layers=2))
 _OWN = dict(moe_intermediate_size=64)
 MIXTURES = {
@@ -49,23 +53,28 @@ MIXTURES = {
 }  # fmt: skip
 
 
-def model_of(name):
+def model_of(name, **changes):
     """A random model, its matrices made smaller so that logits are of the size of real ones."""
-    if name in MIXTURES:
+    if name == "minicpm3":
+        config = transformers.MiniCPM3Config(**_COMMON | LATENT, vocab_size=families.VOCAB, pad_token_id=0)
+        torch.manual_seed(0)
+        model = families.randomise(transformers.MiniCPM3ForCausalLM(config), 0).eval()
+    elif name in MIXTURES:
         model = moe_families.make_moe(name, **_MOE | MIXTURES[name])
     else:
-        model = families.make_model(name, **SIZES.get(name, _COMMON))
+        model = families.make_model(name, **SIZES.get(name, _COMMON) | changes)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter *= 0.5 if parameter.ndim > 1 else 1.0
     return model
 
 
-def pruned(folder, name, ratio=None, **options):
+def pruned(folder, name, ratio=None, changes=None, **options):
     """The model that was pruned, saved into a folder."""
     calibration = families.calibration(8, 12)
     pruner = StructuredPruner(
-        model_of(name), PruningConfig(round_to=1, depth_criterion="magnitude", calibration=calibration, **options)
+        model_of(name, **changes or {}),
+        PruningConfig(round_to=1, depth_criterion="magnitude", calibration=calibration, **options),
     )
     pruner.prune(ratio)
     pruner.save_pretrained(folder)
@@ -85,6 +94,8 @@ CASES = {
     "query heads": partial(pruned, name="llama", keep={"query_heads": 2}),
     "layers": partial(pruned, name="llama", keep={"layers": 2}),
     "hidden size": partial(pruned, name="llama", keep={"hidden": 96}),
+    "head size": partial(pruned, name="llama", keep={"head_dim": 32}, changes={"head_dim": 64}),
+    "latents": partial(pruned, name="minicpm3", keep={"q_ranks": 40, "kv_ranks": 48}),
 }
 for _name in (
     "llama",
