@@ -31,6 +31,7 @@ from .model import loading
 from .model.checks import check_model, check_savable
 from .model.measuring import check_finite, measuring
 from .model.rebuild import has_weights, interrupted, mark, marked_if_changed
+from .model.served import misread
 from .model.store import InTurns, Store
 from .model.structure import ModelStructure
 from .model.towers import Towers, has_towers
@@ -330,7 +331,7 @@ class StructuredPruner:
             logger.warning("Computed where the model is, not on %s: %s.", self._device, "; ".join(whole))
         choices, processes, config = self._choices(), self._processes, self._decided
         run = Execution(decoder, self.structure, config, self._tokens, store, choices, processes)
-        given = isinstance(ratio, PruningPlan)
+        given, warned, dense = isinstance(ratio, PruningPlan), [], decoder.config
         if given:
             check_plan(decoder, self.structure, ratio)
             self._carry_out(run, copy.deepcopy(ratio))
@@ -340,10 +341,18 @@ class StructuredPruner:
                 plan = planner.plan(ratio, steps_left)
                 if steps_left == config.iterative_steps == 1:
                     self._tell(plan, False)
-                predicted, self._prices = plan.predicted_nats, None  # of a model that is no more
+                predicted, self._prices, warned = (
+                    plan.predicted_nats,
+                    None,
+                    plan.warnings,
+                )  # of a model that is no more
                 self._carry_out(run, plan, planner.known)
                 planner.model, planner.structure, self.depth_choice = run.model, run.structure, planner.depth
         plan = run.describe(ratio.ratio_requested if given else ratio)
+        plan.warnings += misread(dense, run.model.config)
+        for line in warned:  # of the choice: the checkpoint is what it is
+            if line not in plan.warnings:
+                logger.warning(line)
         if not given:
             plan.predicted_nats = predicted
             plan.notes += [self._why] if self._why else []

@@ -162,10 +162,14 @@ def test_every_criterion_ranks_sublayers(criterion):
     assert set(pruner.depth_choice.scores) >= {(1, "attention"), (1, "mlp")}
 
 
-def test_a_ratio_to_which_no_layer_is_nearest_says_what_can_go():
+def test_a_ratio_to_which_no_layer_is_nearest_says_what_can_go(monkeypatch):
     model = families.make_model("llama", torch.float32)
     layer = families.count(model.model.layers[0]) / families.count(model)
     pruner = StructuredPruner(model, PruningConfig(units="layers", depth_criterion="magnitude"))
     (line,) = pruner.plan(layer / 3).warnings
     assert line.startswith("nothing goes") and f"the least that can go is {layer:.2%}" in line
     assert not [one for one in pruner.plan(0.6 * layer).warnings + pruner.plan(0.0).warnings if "nothing" in one]
+    said = []
+    monkeypatch.setattr("hf_structprune.pruner.logger.warning", said.append)
+    pruner.prune(layer / 3)
+    assert said == [line] and not pruner.last_plan.warnings

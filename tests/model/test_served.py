@@ -53,3 +53,11 @@ def test_decays_that_a_server_would_compute_are_said():
     (line,) = said(model, keep={"layers": model.config.num_hidden_layers - 1})
     assert "decays of a minimax" in line and "vLLM up to 0.23" in line
     assert not said(model, keep={"experts": 3})
+
+
+def test_it_is_said_of_what_was_pruned_too():
+    options = dict(keep={"kv_groups": 1}, criterion="l2", compensation=False)
+    pruner = StructuredPruner(families.make_model("qwen2"), PruningConfig(**options))
+    (line,) = [one for one in pruner.plan().warnings if "will not load in vLLM" in one]
+    pruner.prune(None)
+    assert pruner.last_plan.warnings.count(line) == 1
