@@ -261,7 +261,8 @@ class Trial:
     def test(self, kind: str) -> None:
         """Tries a kind of unit; `cut` is then what was cut of it, and no longer of the kind before."""
         self.cut.clear()
-        self._reloaded.clear()  # a buffer that follows one size is right whatever is done about the others
+        if kind not in (*kinds_of(WidthKind), *kinds_of(DepthKind)):
+            self._reloaded.clear()  # a buffer may follow what all layers share, whatever the other kinds do
         if kind in kinds_of(WidthKind):
             self._widths(kind)
         elif kind in kinds_of(DepthKind):
