@@ -5,7 +5,7 @@
     python benchmarks/streaming.py --all
 
 For each number of layers: writes a random bfloat16 checkpoint layer by layer, prunes it with `stream=True` in a
-process of its own, which computes in float32 and may take `--limit` GB (`ulimit -d`), and another process carries the
+process of its own, which computes in `--dtype` and may take `--limit` GB (`ulimit -d`), and another process carries the
 same text once through the model (a plain streamed forward). The peak is the largest resident set of the process, pages
 of files that are mapped among it, as the system counts it. Little text: it is the memory that is shown. Of
 llama-3.1-405b there is no checkpoint: a plan is made of its configuration by `hf-structprune plan`.
@@ -62,13 +62,14 @@ OPTIONS = {
     "llama-3-8b": _NEURONS, "a quarter as wide": _NEURONS,
     "qwen3-30b-a3b": dict(units=("experts",), expert_criterion="frequency"),
 }  # fmt: skip
-# Shape, numbers of layers, with or without the re-fit, GB that a process may take.
+# Shape, numbers of layers, with or without the re-fit, what is computed in, GB that a process may take.
 RUNS = [
-    ("llama-3.1-405b", (), True, 10),
-    ("a quarter as wide", (4, 12), True, 10),
-    ("llama-3-8b", (16,), False, 10),
-    ("qwen3-30b-a3b", (6,), True, 10),
-    ("llama-3-8b", (2, 6), True, 10),
+    ("llama-3.1-405b", (), True, "float32", 10),
+    ("a quarter as wide", (4, 12), True, "float32", 10),
+    ("llama-3-8b", (16,), False, "float32", 10),
+    ("qwen3-30b-a3b", (6,), True, "float32", 10),
+    ("llama-3-8b", (2, 6), True, "float32", 10),
+    ("llama-3-8b", (2, 6, 14), True, "bfloat16", 10),
 ]
 
 
@@ -95,25 +96,25 @@ def write_checkpoint(folder: Path, shape: str, layers: int) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def load(shape: str, dense: str, refit: bool) -> StructuredPruner:
+def load(shape: str, dense: str, refit: bool, dtype: str) -> StructuredPruner:
     vocabulary = SHAPES[shape]["vocab_size"]
     size = (TEXT["num_samples"], TEXT["length"])
     tokens = torch.randint(0, vocabulary, size, generator=torch.Generator().manual_seed(0))
     config = PruningConfig(calibration=CalibrationConfig(tokens=tokens), compensation=refit, **OPTIONS[shape])
-    return StructuredPruner.from_pretrained(dense, config, stream=True, dtype=torch.float32)
+    return StructuredPruner.from_pretrained(dense, config, stream=True, dtype=getattr(torch, dtype))
 
 
-def prune(shape: str, dense: str, output: str, refit: bool) -> dict:
-    pruner = load(shape, dense, refit)
+def prune(shape: str, dense: str, output: str, refit: bool, dtype: str) -> dict:
+    pruner = load(shape, dense, refit, dtype)
     plan = pruner.plan(0.1)
     stated = sum(pruner._streaming.memory_needed(plan, pruner.config, pruner.structure))
     pruner.prune(0.1, output)
     return {"stated_bytes": stated, "ratio": pruner.last_plan.ratio}
 
 
-def forward(shape: str, dense: str, output: str, refit: bool) -> dict:
+def forward(shape: str, dense: str, output: str, refit: bool, dtype: str) -> dict:
     """Carries the text through every layer once."""
-    pruner = load(shape, dense, refit)
+    pruner = load(shape, dense, refit, dtype)
     with torch.no_grad():
         size = pruner.config.calibration.batch_size
         stream = LayerStream(
@@ -154,10 +155,11 @@ def plan_only(shape: str) -> dict:
     return {"parameters": plan["parameters_before"], "ratio": plan["ratio"], "plan_seconds": seconds}
 
 
-def measure(shape: str, layers: int, refit: bool, limit: float, where: str | None) -> dict:
+def measure(shape: str, layers: int, refit: bool, dtype: str, limit: float, where: str | None) -> dict:
     with tempfile.TemporaryDirectory(dir=where) as folder:
         dense, output = Path(folder, "dense"), Path(folder, "out")
-        size, args = write_checkpoint(dense, shape, layers), (shape, str(dense), str(output), refit)
+        size = write_checkpoint(dense, shape, layers)
+        args = (shape, str(dense), str(output), refit, dtype)
         once = in_own_process(limit, forward, *args)
         pruned = in_own_process(limit, prune, *args)
         written = sum(path.stat().st_size for path in output.glob("*.safetensors"))
@@ -173,15 +175,18 @@ def main() -> None:
     parser.add_argument("shape", choices=SHAPES, nargs="?")
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--no-refit", action="store_true")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="what is computed in")
     parser.add_argument("--limit", type=float, default=10, help="GB of memory that a process may take")
     parser.add_argument("--all", action="store_true", help="every run of the table in docs/streaming.md")
     parser.add_argument("--folder", default=None, help="where checkpoints are written; default: temporary")
     options = parser.parse_args()
-    asked = [(options.shape, options.layers, not options.no_refit, options.limit)]
-    for shape, counts, refit, limit in RUNS if options.all else asked:
+    asked = [(options.shape, options.layers, not options.no_refit, options.dtype, options.limit)]
+    for shape, counts, refit, dtype, limit in RUNS if options.all else asked:
         for layers in counts if shape in OPTIONS else [SHAPES[shape]["num_hidden_layers"]]:
             key = {"shape": shape, "layers": layers, "refit": refit}
-            row = measure(shape, layers, refit, limit, options.folder) if shape in OPTIONS else plan_only(shape)
+            measured = shape in OPTIONS
+            key |= {"dtype": dtype} if measured else {}
+            row = measure(shape, layers, refit, dtype, limit, options.folder) if measured else plan_only(shape)
             rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
             rows = [one for one in rows if any(one.get(name) != value for name, value in key.items())]
             RESULTS.write_text(json.dumps([*rows, {**key, **row}], indent=2) + "\n")
