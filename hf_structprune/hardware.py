@@ -28,6 +28,8 @@ _CONTAINERS = (
 # By the names that options have for them.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
+ACCELERATORS = ("cuda", "xpu", "npu", "hpu", "mlu", "musa", "sdaa")  # kinds of which a machine may have several
+
 
 def dtype_of(name: str | torch.dtype) -> torch.dtype | None:
     """One of them, by its short or its long name (`"bf16"`, `"bfloat16"`) or itself; `None` for any other."""

@@ -254,8 +254,6 @@ class StructuredPruner:
     def _check_divided(self, ratio: float | PruningPlan | None) -> None:
         """Refuses what several processes cannot do together, and processes that were given different things."""
         reasons = needs_whole(self.config, ratio)
-        if any(group.reader is None for group in self.structure.groups):
-            reasons.append("mixtures of experts, whose tokens each process would send elsewhere")
         if self.config.calibration.image_column is not None:
             reasons.append("rows with images")
         if reasons:

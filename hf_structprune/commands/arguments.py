@@ -37,7 +37,7 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigurationError(f"{message} (see `{self.prog} --help`)")
 
 
-def command(function: Callable[..., tuple[Any, ...]]) -> Callable[[Sequence[str]], None]:
+def command(function: Callable[..., tuple[Any, ...] | None]) -> Callable[[Sequence[str]], None]:
     """Makes `NAME_command` read its arguments, dataclasses all, from a command line, and prints what it gives.
 
     That is data, printed for `--json`, and what people see instead. Stdout holds nothing else: what libraries print
@@ -49,7 +49,10 @@ def command(function: Callable[..., tuple[Any, ...]]) -> Callable[[Sequence[str]
         classes = [kind for name, kind in get_type_hints(function).items() if name != "return"]
         arguments = parse(argv, function.__name__.removesuffix("_command"), function.__doc__, *classes)
         with contextlib.redirect_stdout(sys.stderr):
-            data, *shown = function(*arguments)
+            found = function(*arguments)
+        if found is None:  # another process says it
+            return
+        data, *shown = found
         show(any(getattr(one, "json", False) for one in arguments), data, *shown)
 
     return run

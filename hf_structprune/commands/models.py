@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..errors import ConfigurationError, StructPruneError
 from ..evaluation.results import STATES
 from ..files.rooms import Spill
 from ..files.writing import write_folder
-from ..hardware import DTYPES, check_device, dtype_of
+from ..hardware import ACCELERATORS, DTYPES, check_device, dtype_of, process_state
 from ..hub.words import RECOVERY_NAME
 from ..model.loading import load_config, load_model, load_tokenizer, refuse_quantised, shapes_of
 from ..model.store import OnDisk
@@ -111,14 +111,19 @@ class StreamArguments:
 
 def load_pruner(
     arguments: ModelArguments, config: PruningConfig | None = None, stream: bool = False, offload: bool = False,
-    spill: Spill | None = None,
+    spill: Spill | None = None, data_parallel: bool = False,
 ) -> StructuredPruner:  # fmt: skip
-    """A pruner of the model that the options name."""
+    """A pruner of the model that the options name.
+
+    With `data_parallel` each process takes the device of its number where they say `cuda` without one.
+    """
+    if data_parallel and arguments.device in ACCELERATORS:
+        arguments = replace(arguments, device=str(process_state().device))
     if offload and arguments.device in (None, "cpu"):
         raise ConfigurationError("--offload brings layers to a device for their turn: say which, `--device cuda`.")
     options, in_turns = arguments.loading_options(), stream or offload
     device = arguments.device if in_turns else None
-    options |= {"stream": stream, "device": device, "spill": spill}
+    options |= {"stream": stream, "device": device, "spill": spill, "data_parallel": data_parallel}
     pruner = StructuredPruner.from_pretrained(arguments.model, config, **options)
     if arguments.device is not None and not in_turns:
         pruner.model.to(arguments.device)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+from transformers.utils.logging import disable_progress_bar
 
 from ..checks import Count, Ratio
 from ..config import AUTO, CalibrationConfig, PruningConfig
@@ -14,6 +17,7 @@ from ..criteria.depth import layer_similarities
 from ..errors import ConfigurationError, UnsupportedModelError
 from ..evaluation.pictures import distances_figure, save
 from ..files.writing import check_place
+from ..hardware import process_state
 from ..installed import need
 from ..model.shared_sizes import SIZED
 from ..model.structure import Group
@@ -239,6 +243,8 @@ class PruneArguments(StreamArguments):
         offload (`bool`): The model stays in the machine's memory, and each layer goes to `--device` for its turn: for
             models larger than the device.
         resume (`bool`): With `--stream`: go on where an interrupted run into the folder stopped.
+        data_parallel (`bool`): Divide the calibration text among the processes that `accelerate launch` began, each
+            of which has the whole model.
     """
 
     output_dir: str | None = None
@@ -247,11 +253,13 @@ class PruneArguments(StreamArguments):
     overwrite: bool = False
     offload: bool = False
     resume: bool = False
+    data_parallel: bool = False
 
 
 @command
-def prune_command(model: ModelArguments, options: PruneArguments, config: PruningConfig) -> tuple[Any, ...]:
+def prune_command(model: ModelArguments, options: PruneArguments, config: PruningConfig) -> tuple[Any, ...] | None:
     """Prune MODEL and save a checkpoint that from_pretrained loads."""
+    first = not options.data_parallel or _speaks()
     check_output(options.output_dir, options.overwrite)
     if options.plan is None:
         check_ratio(options.ratio, config)
@@ -261,12 +269,23 @@ def prune_command(model: ModelArguments, options: PruneArguments, config: Prunin
     target = options.ratio if options.plan is None else PruningPlan.load(options.plan)
     if options.resume and not options.stream:
         raise ConfigurationError("--resume is for --stream.")
-    pruner = load_pruner(model, config, options.stream, options.offload, options.spill)
+    pruner = load_pruner(model, config, options.stream, options.offload, options.spill, options.data_parallel)
     resume = (True if options.resume else False if options.overwrite else None) if options.stream else None
     pruner.prune(target, options.output_dir, resume)
+    if not first:
+        return None
     plan, seconds = pruner.last_plan, round(time.monotonic() - started, 1)
     names = ["ratio_requested", "ratio", "layout", "dropped", "removed", "warnings"]
     names += [f"{name}_{when}" for name in ("parameters", "bytes", "macs") for when in ("before", "after")]
     figures = {name: getattr(plan, name) for name in names}
     data = {"model": model.model, "output_dir": options.output_dir, "seconds": seconds, **figures}
     return data, plan.table(), f"Saved to {options.output_dir} after {seconds} s."
+
+
+def _speaks() -> bool:
+    """Whether this is the first of several processes; the others show neither progress nor results."""
+    first = process_state().process_index == 0
+    if not first:
+        disable_progress_bar()
+        logging.getLogger("hf_structprune").setLevel(logging.ERROR)
+    return first

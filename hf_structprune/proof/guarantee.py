@@ -417,8 +417,11 @@ class Trial:
         self.cut.append(small)
         if type(small) in self._reloaded:
             return
+        # Of several processes each tries this by itself, and Transformers would write on the first one alone.
+        small.should_save_on_this_rank = lambda is_main_process: is_main_process
         with tempfile.TemporaryDirectory() as folder:
             small.save_pretrained(folder)
+            del small.should_save_on_this_rank
             text_alone = type(small.config) not in MODEL_FOR_CAUSAL_LM_MAPPING  # of a class that sees, too
             auto = type(small) if text_alone else AutoModelForCausalLM
             loaded = auto.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").eval()

@@ -11,6 +11,7 @@ from ..config import PruningConfig
 from ..model.experts import Experts, Routing
 from ..model.groups import Group
 from ..stats.moments import Moments, is_held_out
+from ..stats.processes import Processes
 from .closed_form import DEFAULT_DAMPING, choose_damping, output_error, refit
 
 
@@ -26,6 +27,8 @@ def refit_experts(
     weights: list[torch.Tensor] | None,
     config: PruningConfig,
     kept: torch.Tensor | None = None,
+    processes: Processes | None = None,
+    first: int = 0,
 ) -> list[torch.Tensor]:
     """Re-fits `D_e` of one expert after the other, in place, to what is still lacking of the block's outputs.
 
@@ -43,12 +46,14 @@ def refit_experts(
         weights: Weights of the tokens, shape (sequences, length) for each batch; `None` for 1.
         config: Damping, and whether to re-fit at all.
         kept: Numbers of the neurons that stay, if the group is one of neurons.
+        processes: Those that divide the text among them, and come to the same weights.
+        first: Number of the first of these sequences among those of all processes.
 
     Returns:
         What the block puts out afterwards, float32.
     """
-    experts = Experts(model, group)
-    batches, start = [], 0
+    experts, processes = Experts(model, group), processes or Processes()
+    batches, start = [], first
     for x, target in zip(inputs, targets, strict=True):
         output, routing, _ = experts.run(x)
         routing.logits = None  # large, and not wanted
@@ -60,6 +65,7 @@ def refit_experts(
         batch.root = weight.flatten().sqrt()[:, None]
     load = sum(torch.bincount(batch.routing.index.flatten(), minlength=experts.number) for batch in batches).cpu()
     load = torch.cat([load, torch.tensor([sum(len(batch.held_out) for batch in batches)])])[: len(experts.parts)]
+    processes.add(load)
     stay = torch.ones(group.size, dtype=torch.bool)
     if kept is not None:
         stay = stay.logical_not_().index_fill_(0, kept.cpu(), True)
@@ -67,7 +73,7 @@ def refit_experts(
         columns = None if kept is None else stay[experts.units(expert)].nonzero().squeeze(1)
         enough = config.compensation and load[expert] >= FEWEST
         if enough or kept is not None:
-            _refit_one(experts, expert, batches, config.damping, columns, enough)
+            _refit_one(experts, expert, batches, config.damping, columns, enough, processes)
     if kept is not None:
         return [experts.run(x)[0].float() for x in inputs]
     return [batch.output for batch in batches]
@@ -91,6 +97,7 @@ def _refit_one(
     damping: float | None,
     columns: torch.Tensor | None,
     enough: bool,
+    processes: Processes,
 ) -> None:
     """Re-fits `D_e` on columns that stay (`None` for all) if there are `enough` tokens, and zeroes the others."""
     weight = experts.down(expert)
@@ -98,7 +105,8 @@ def _refit_one(
     columns = columns.to(weight.device)
     best = weight[:, columns].clone()
     if enough:
-        best = _fitted(experts, expert, batches, damping, columns, best)
+        best = _fitted(experts, expert, batches, damping, columns, best, processes)
+        processes.take_first(best)
     new = torch.zeros_like(weight)
     new[:, columns] = best
     change = (new - weight).float()
@@ -117,6 +125,7 @@ def _fitted(
     damping: float | None,
     columns: torch.Tensor,
     cut: torch.Tensor,
+    processes: Processes,
 ) -> torch.Tensor:
     """The re-fitted columns of `D_e`, or `cut` if those give the larger error on held-out sequences."""
     weight = experts.down(expert)
@@ -128,6 +137,8 @@ def _fitted(
             phi, lack = (phi * batch.root[tokens]).to(phi.dtype), lack * batch.root[tokens]
         for moments, chosen in ((fit, ~batch.held_out[tokens]), (held_out, batch.held_out[tokens])):
             moments.add(phi[chosen], lack[chosen])
+    for moments in (fit, held_out):
+        moments.gather(processes)
     if damping is None:
         damping = choose_damping(weight.float(), fit, held_out, columns) if held_out.tokens else DEFAULT_DAMPING
     if held_out.tokens:

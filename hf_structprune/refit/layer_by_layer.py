@@ -311,17 +311,19 @@ class _Compression:
             for number, target in enumerate(targets) if dense is not None else ():
                 lacking = self.error[number] + dense[number].float() - target
                 target.add_(lacking, alpha=self.config.error_correction)
-            statistics = routing_statistics(self.model, group, self.criterion, inputs, weights)
+            statistics = routing_statistics(self.model, group, self.criterion, inputs, weights, self.processes)
             self._choose([group], statistics)
             self.plan.of_layer(layer.index)[group.kind].seen = statistics.tokens.long().tolist()
             if not group.in_experts:
                 if self.config.merge_experts:
                     neurons = next(one for one in layer.groups if one.in_experts)
-                    merge_experts(self.model, group, neurons, self.kept[group.key], inputs)
+                    merge_experts(self.model, group, neurons, self.kept[group.key], inputs, self.processes)
                 cut_units(self.model, [group], self.kept)
                 self.cut.add(group.key)
             kept = self.kept[group.key] if group.in_experts else None
-            outputs = refit_experts(self.model, group, inputs, targets, weights, self.config, kept)
+            outputs = refit_experts(
+                self.model, group, inputs, targets, weights, self.config, kept, self.processes, self.first
+            )
         self._pass_on(group.parent, outputs, dense)
 
     def _state(self, number: int, output: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..model.experts import Experts, Routing
 from ..model.groups import Group, Slice, dropped, tensor_of
+from ..stats.processes import Processes
 from ..stats.routing import routing_statistics
 
 
@@ -17,8 +18,9 @@ _SAMPLE = 1024  # tokens on which experts are compared
 
 @torch.no_grad()
 def merge_experts(
-    model: nn.Module, group: Group, neurons: Group, kept: torch.Tensor, inputs: Iterable[torch.Tensor]
-) -> None:
+    model: nn.Module, group: Group, neurons: Group, kept: torch.Tensor, inputs: Iterable[torch.Tensor],
+    processes: Processes | None = None,
+) -> None:  # fmt: skip
     """Averages every expert that goes into the one that stays and is nearest to it, in place.
 
     Nearest is the least `||E[f_d(x)] - E[f_s(x)]||` over tokens of the block, and weights are the numbers of tokens
@@ -31,19 +33,23 @@ def merge_experts(
         neurons: The group of the neurons in them.
         kept: Numbers of the experts that stay.
         inputs: Inputs of the block, shape (sequences, length, hidden) for each batch.
+        processes: Those that divide the text among them; experts are compared on that of the first.
     """
+    processes = processes or Processes()
     experts, inputs = Experts(model, group), list(inputs)
-    tokens = routing_statistics(model, group, None, inputs).tokens
+    tokens = routing_statistics(model, group, None, inputs, processes=processes).tokens
     x = experts.run(inputs[0])[1].inputs[:_SAMPLE]
     ones = torch.ones(len(x), 1, device=x.device)
     alone = (Routing(x, torch.full_like(ones, expert, dtype=torch.long), ones, None) for expert in range(group.size))
     means = torch.stack([experts.outputs(expert, routing)[1].mean(0) for expert, routing in enumerate(alone)])
+    processes.take_first(means)
     distance = torch.cdist(means, means)
     gone, stay = dropped(group, kept).tolist(), kept.tolist()
     nearest = {expert: min(stay, key=lambda one: float(distance[expert, one])) for expert in gone}
     parts = {part.tensor: part for part in neurons.slices if part.stacked}
-    stacks = {part.tensor for part in group.slices if part.module == next(iter(parts.values())).module}
-    for survivor in set(nearest.values()):
+    stacked = next(iter(parts.values())).module
+    stacks = list(dict.fromkeys(part.tensor for part in group.slices if part.module == stacked))
+    for survivor in sorted(set(nearest.values())):
         members = [expert for expert, one in nearest.items() if one == survivor and tokens[expert] > 0]
         order = {expert: paired(_rows(model, parts, neurons, survivor) @ _rows(model, parts, neurons, expert).T)
                  for expert in members}  # fmt: skip
@@ -57,6 +63,7 @@ def merge_experts(
                     matrix = _reordered(matrix, parts[name], neurons, order[expert])
                 merged += matrix * float(tokens[expert])
             stack[survivor] = (merged / total).to(stack.dtype)
+            processes.take_first(stack[survivor])
 
 
 def paired(similarity: torch.Tensor) -> torch.Tensor:

@@ -66,16 +66,13 @@ class InputStatistics:
 
     def gather(self, processes: Processes) -> None:
         """Adds what other processes have seen; afterwards this is the same on all of them."""
-        parts = [moments for moments in (self.fit, self.held_out) if moments is not None]
-        counts = torch.tensor([self.tokens, self.sequences, *(moments.tokens for moments in parts)])
-        sums = [self.total, self.squares, self.activity, counts]
-        for moments in parts:
-            sums += [*moments.lower, *([] if moments.cross is None else [moments.cross])]
-        for tensor in sums:
+        counts = torch.tensor([self.tokens, self.sequences])
+        for tensor in (self.total, self.squares, self.activity, counts):
             processes.add(tensor)
-        self.tokens, self.sequences, *seen = counts.tolist()
-        for moments, tokens in zip(parts, seen, strict=True):
-            moments.tokens = tokens
+        self.tokens, self.sequences = counts.tolist()
+        for moments in (self.fit, self.held_out):
+            if moments is not None:
+                moments.gather(processes)
 
     @property
     def variance(self) -> torch.Tensor:
@@ -127,6 +124,13 @@ class Moments:
             # Rounded to the inputs' dtype: unlike the Gram matrix it is never inverted.
             self.cross += (targets.to(x.dtype).T @ x).float()
         self.tokens += len(x)
+
+    def gather(self, processes: Processes) -> None:
+        """Adds what other processes have seen; afterwards this is the same on all of them."""
+        tokens = torch.tensor(self.tokens)
+        for tensor in (*self.lower, *([] if self.cross is None else [self.cross]), tokens):
+            processes.add(tensor)
+        self.tokens = int(tokens)
 
     @property
     def gram(self) -> torch.Tensor:

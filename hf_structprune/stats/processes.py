@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
+from transformers.utils import logging
 
 from ..errors import ConfigurationError
 from ..hardware import process_state
 
+
+logger = logging.get_logger(__name__)
 
 _SEEN = 64  # entries of each parameter that are compared
 
@@ -36,6 +39,11 @@ class Processes:
                     f"{os.environ['WORLD_SIZE']} processes were started, but this one knows of {self.count}: make the "
                     "pruner before anything else of accelerate (`PartialState(cpu=True)` on a CPU)."
                 )
+            if self.count == 1:
+                logger.warning(
+                    "`data_parallel` is given, but this is the only process. `accelerate launch --multi_gpu` begins "
+                    "several; on a CPU it begins one, and `torchrun --nproc-per-node 2` as many as it is told."
+                )
 
     def share(self, tokens: Any, batch_size: int) -> tuple[Any, int]:
         """The sequences that this process reads, whole batches that follow each other, and the number of the first.
@@ -57,6 +65,19 @@ class Processes:
     def add(self, tensor: torch.Tensor) -> None:
         """Adds what the other processes have in this tensor, in place."""
         self._with(tensor, distributed.all_reduce)
+
+    def first(self, rows: torch.Tensor, number: int) -> torch.Tensor:
+        """So many rows, the first among those of all processes; each gives those that it has, first of them first."""
+        if self.count == 1:
+            return rows[:number]
+        counts = torch.zeros(self.count, dtype=torch.long)
+        counts[self.rank] = len(rows)
+        self.add(counts)
+        start = int(counts[: self.rank].sum())
+        found, mine = rows.new_zeros(number, *rows.shape[1:]), rows[: max(0, number - start)]
+        found[start : start + len(mine)] = mine
+        self.add(found)  # of zeros and one row each
+        return found
 
     def take_first(self, tensor: torch.Tensor) -> None:
         """Replaces a tensor by that of the first process, in place."""

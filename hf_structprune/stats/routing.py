@@ -12,6 +12,7 @@ from torch import nn
 from ..model.experts import Experts, Routing
 from ..model.groups import Group
 from .moments import InputStatistics
+from .processes import Processes
 
 
 _SAMPLE = 1024  # tokens on which whole blocks are run again and again
@@ -50,6 +51,17 @@ class RoutingStatistics:
             if sum(len(one[0]) for one in self.inputs) < _SAMPLE:
                 self.inputs.append(sequence[None].clone())
 
+    def gather(self, processes: Processes) -> None:
+        """Adds what other processes have seen; afterwards this is the same on all of them."""
+        total = torch.tensor(self.total)
+        for tensor in (self.tokens, self.norms, self.probabilities, total):
+            processes.add(tensor)
+        self.total = int(total)
+        if self.keeps:
+            each = self.inputs[0].shape[1]
+            self.inputs = list(processes.first(torch.cat(self.inputs), min(-(-_SAMPLE // each), self.total // each)))
+            self.inputs = [sequence[None] for sequence in self.inputs]
+
 
 class ExpertInputs:
     """Moments of what the last matrix of each expert of a block reads; one expert's are in memory at a time.
@@ -59,19 +71,23 @@ class ExpertInputs:
         gram: Whether second moments are wanted.
         inputs: Inputs of the block, shape (sequences, length, hidden) for each batch.
         weights: Weights of the tokens in second moments, shape (sequences, length) for each batch; `None` for 1.
+        processes: Those that divide the text among them; all of them ask for the same experts, in the same order.
 
     Attributes:
         tokens: Tokens that each expert got, a shared one all, shape (experts,).
     """
 
     def __init__(
-        self, experts: Experts, gram: bool, inputs: Iterable[torch.Tensor], weights: list[torch.Tensor] | None
-    ) -> None:
+        self, experts: Experts, gram: bool, inputs: Iterable[torch.Tensor], weights: list[torch.Tensor] | None,
+        processes: Processes | None = None,
+    ) -> None:  # fmt: skip
         self._experts, self._gram, self._weights = experts, gram, weights
+        self._processes = processes or Processes()
         self._routings = [replace(experts.run(x)[1], logits=None) for x in inputs]
         routed = sum(torch.bincount(one.index.flatten(), minlength=experts.number) for one in self._routings).cpu()
         everything = torch.tensor([sum(len(one.inputs) for one in self._routings)])
         self.tokens = torch.cat([routed, everything])[: len(experts.parts)]
+        self._processes.add(self.tokens)
 
     def of(self, expert: int) -> InputStatistics:
         """The moments of one expert; every batch counts as a sequence."""
@@ -82,6 +98,7 @@ class ExpertInputs:
             weights = None if self._weights is None else self._weights[number].flatten()[tokens][None]
             if len(tokens):
                 statistics.update(phi[None], weights=weights)
+        statistics.gather(self._processes)
         return statistics
 
 
@@ -92,13 +109,19 @@ def routing_statistics(
     criterion: Any,
     inputs: Iterable[torch.Tensor],
     weights: list[torch.Tensor] | None = None,
+    processes: Processes | None = None,
 ) -> RoutingStatistics | ExpertInputs:
-    """What the experts of a group do with inputs of their block, as far as a criterion asks for it."""
+    """What the experts of a group do with inputs of their block, as far as a criterion asks for it.
+
+    Of several `processes` each gives its part of the inputs, and gets what all of them saw.
+    """
     own = getattr(criterion, "criteria", {}).get(group.kind, criterion)
     if group.in_experts:
-        return ExpertInputs(Experts(model, group), own.needs_gram, inputs, weights)
+        return ExpertInputs(Experts(model, group), own.needs_gram, inputs, weights, processes)
     needs = (getattr(own, need, False) for need in ("needs_outputs", "needs_sample"))
     statistics = RoutingStatistics(Experts(model, group), *needs)
     for x in inputs:
         statistics.update(x, statistics.experts.run(x)[1])
+    if processes is not None and processes.count > 1:
+        statistics.gather(processes)
     return statistics

@@ -1,12 +1,15 @@
 """Every subcommand on a tiny model: what it prints, what it writes, and what it refuses."""
 
+import contextlib
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from forced_hardware import force_bf16_cpu
+from processes import forked
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -262,3 +265,21 @@ def test_demo_model_comes_from_the_package_index_without_the_hub(folder, tmp_pat
     assert (loaded[0].model, loaded[0].gguf_file, loaded[0].dtype) == (str(tmp_path), "cached.gguf", "bf16")
     assert command_models.find_model(command_models.DEMO_MODEL) == found and len(loaded) == 1  # made once
     assert command_models.find_model(str(tmp_path)).model == str(tmp_path)
+
+
+def prune_together(folder, output):
+    with open(f"{output} {os.environ.get('RANK', '')}", "w") as said, contextlib.redirect_stdout(said):
+        argv = ["prune", folder, "--ratio", "0.2", "--output-dir", str(output), "--data-parallel", "--json"]
+        assert cli.main([*argv, *CALIBRATION, "--calibration-batch-size", "2"]) == 0
+
+
+def test_processes_that_divide_the_text_write_and_say_it_once(folder, tmp_path, capsys):
+    assert forked(prune_together, folder, tmp_path / "two", count=2) == [0, 0]
+    plans = [json.loads((tmp_path / "two" / "pruning_plan.json").read_text())]
+    said = json.loads((tmp_path / "two 0").read_text())
+    assert said["output_dir"] == str(tmp_path / "two") and (tmp_path / "two 1").read_text() == ""
+    capsys.readouterr()
+    prune_together(folder, tmp_path / "one")
+    assert "the only process" in capsys.readouterr().err
+    plans.append(json.loads((tmp_path / "one" / "pruning_plan.json").read_text()))
+    assert plans[0] == plans[1]
