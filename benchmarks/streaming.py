@@ -6,8 +6,8 @@
 
 For each number of layers: writes a random bfloat16 checkpoint layer by layer, prunes it with `stream=True` in a
 process of its own, which computes in `--dtype` and may take `--limit` GB (`ulimit -d`), and another process carries
-the same text once through the model (a plain streamed forward). The peak is the largest resident set of the process, pages
-of files that are mapped among it, as the system counts it. Little text: it is the memory that is shown. Of
+the same text once through the model (a plain streamed forward). The peak is the largest resident set of the process,
+pages of files that are mapped among it, as the system counts it. Little text: it is the memory that is shown. Of
 llama-3.1-405b there is no checkpoint: a plan is made of its configuration by `hf-structprune plan`.
 """
 
