@@ -41,7 +41,8 @@ CONFIG_NAME = "pruning_config.json"
 
 TAYLOR_VARIANTS = ("vectorize", "first", "second", "mix")
 AGGREGATIONS = ("sum", "mean", "max", "prod", "first", "last")
-ALLOCATIONS = ("uniform", "global", "search")
+ALLOCATIONS = ("uniform", "global", "search", "evolution")
+EVOLUTION = "evolution"
 LAYOUTS = ("uniform", "per_layer")
 _LayerRange = Annotated[tuple[Number, Number], Described("(start, end), 0 <= start < end, end excluded")]
 Kind = Annotated[str, OneOf(KINDS)]
@@ -86,7 +87,15 @@ class PruningConfig:
             chooses it for each layer on held-out calibration text.
         allocation (`str`): `"uniform"` cuts the same share of every group of a kind, `"global"` compares the
             standardised scores of all groups, `"search"` measures how much the model's predictions change when each
-            group alone is cut and takes most where it costs least.
+            group alone is cut and takes most where it costs least. `"evolution"` goes on from there: groups are
+            re-fitted at about ten widths, and widths are exchanged between layers for as long as `search_minutes`
+            says, or until `search_evaluations` models were measured, whenever the predictions of the whole model
+            change less.
+        levels (`str`, *optional*): Folder that keeps what `"evolution"` re-fitted and measured: another ratio, and a
+            search that was interrupted, go on from it. By default it is made for the one run.
+        search_minutes (`float`): For `"evolution"`: minutes that widths are exchanged, after levels were made.
+        search_evaluations (`int`, *optional*): For `"evolution"`: models that are measured, whatever time it takes;
+            with the same seed this gives the same plan.
         layout (`str`): `"uniform"` keeps all layers alike, so that the result is a vanilla checkpoint; `"per_layer"`
             lets widths differ and writes them as Transformers' `per_layer_config`.
         depth_criterion (`str`): How layers and sublayers are ranked: `"angular"` (the contiguous block with the least
@@ -150,6 +159,9 @@ class PruningConfig:
     token_weighting: bool = True
     damping: Annotated[float, Limits(0, open="least"), Described("a positive number")] | None = None
     allocation: Annotated[str, OneOf(ALLOCATIONS)] = "uniform"
+    levels: str | None = None
+    search_minutes: Annotated[float, Limits(0), Described("a number of minutes")] = 10.0
+    search_evaluations: Number | None = None
     layout: Annotated[str, OneOf(LAYOUTS)] = "uniform"
     depth_criterion: Annotated[str, OneOf(level_criteria(DepthKind))] = "exchange"
     num_layers: Count | None = None
@@ -200,7 +212,7 @@ class PruningConfig:
             raise ConfigurationError(f"`units` is {self.units}: '{AUTO}' chooses the kinds, so that it stands alone.")
         _share_criteria(self)
         check_step(self.round_to, self.align_to)
-        for contradiction in chain(_in_layers(self), _in_amounts(self), _between_kinds(self)):
+        for contradiction in chain(_in_layers(self), _in_amounts(self), _in_search(self), _between_kinds(self)):
             raise ConfigurationError(contradiction)
 
     def kinds(self, among: tuple[str, ...]) -> tuple[str, ...]:
@@ -440,6 +452,19 @@ def _in_amounts(config: PruningConfig) -> Iterator[str]:
             yield f"`{given[0]}` and `{given[1]}` are both given; give one of them."
     yield from _not_cut("keep", config.keep, config)
     yield from _not_cut("split", config.split, config)
+
+
+def _in_search(config: PruningConfig) -> Iterator[str]:
+    """What the search over the widths of the whole model asks of other options, and they of it."""
+    if config.allocation != EVOLUTION:
+        for option in _given(config, "levels", "search_evaluations"):
+            yield f"`{option}` is given, but `allocation` is {config.allocation!r}: it belongs to {EVOLUTION!r}."
+        return
+    others = [kind for kind in config.units if kind not in kinds_of(WidthKind)]
+    if others:
+        yield f"allocation={EVOLUTION!r} gives out heads and neurons alone: cut {others[0]!r} first, or afterwards."
+    for option in (*_given(config, *_RATIOS, "keep", "split"), *["iterative_steps"] * (config.iterative_steps > 1)):
+        yield f"`{option}` and allocation={EVOLUTION!r} are both given; give one of them."
 
 
 def _between_kinds(config: PruningConfig) -> Iterator[str]:

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from .alignment import far_off
 from .allocation.depth import DepthChoice, choose_depth
+from .allocation.evolution import evolve
 from .allocation.removal import Unit, as_dropped
 from .allocation.widths import Budget, Counts, allocate, allocate_stated, next_counts
-from .config import PruningConfig
+from .config import EVOLUTION, PruningConfig
 from .errors import CheckpointError, ConfigurationError, RatioError, UnsupportedModelError
 from .model.describe import approximations, expressible_heads, target_of, warnings_of
 from .model.groups import Group
@@ -45,6 +46,7 @@ class Planner:
         store: Where the weights are that are read a layer at a time; `None` if all are in memory, or none are needed.
         known: What was found out about the model for the last plan; `None` where nothing had to be.
         depth: How layers and sublayers were chosen by the last plan; `None` where nothing was measured.
+        how: How a search found the widths of the last plan, in words.
     """
 
     model: PreTrainedModel
@@ -54,6 +56,7 @@ class Planner:
     choices: Mapping[str, TokenChoice] = field(default_factory=dict)
     store: Store | None = None
     known: Survey | None = field(init=False, default=None)
+    how: str = field(init=False, default="")
     depth: DepthChoice | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -97,6 +100,7 @@ class Planner:
                 plan.vocabulary_report = self.choices[decision.kind].report(decision.kept)
         target = target_of(shell, self._narrow, plan)  # raises if no checkpoint could hold the result
         plan.warnings += misread(self.model.config, target.config)
+        plan.notes += [self.how] if self.how else []
         if ratio is not None:
             plan.warnings += _one_sided(self._narrow, plan)
         if ratio and self._dense is None and plan.parameters_after == plan.parameters_before:
@@ -341,6 +345,11 @@ class Planner:
         sensitivity: dict[tuple[int, str], float] | None = None,
     ) -> Counts:  # fmt: skip
         known, budget = self.known or Survey(), self._budget(config, dropped)
+        if config.allocation == EVOLUTION and sensitivity is None:
+            target = budget.target(ratio, target)
+            evolved = (self.model, self.structure, config, budget, target, self.tokens(), known.salience)
+            counts, self.how = evolve(*evolved) if target else ({}, "")
+            return counts
         return allocate(budget, ratio, target, known.scores, sensitivity or known.sensitivity)
 
     def _budget(self, config: PruningConfig, dropped: Dropped) -> Budget:

@@ -353,7 +353,7 @@ class StructuredPruner:
                 logger.warning(line)
         if not given:
             plan.predicted_nats = predicted
-            plan.notes += [self._why] if self._why else []
+            plan.notes += [line for line in (self._why, planner.how) if line]
         plan.given = given
         plan.calibrated = self._calibrated or (ratio.calibrated if given else False)
         record(self.model, self.origin, config, plan)

@@ -423,6 +423,18 @@ def _search(budget: Budget, target: int, sensitivity: dict[tuple[int, str], floa
     return _smaller(groups, counts)
 
 
+def rounded(budget: Budget, counts: Counts, target: int, sensitivity: dict[tuple[int, str], float]) -> Counts:
+    """Counts of all ranked groups that take less than `target`, with the cheapest steps taken that are still to go.
+
+    Args:
+        sensitivity: Cost of cutting each group, as for the search.
+    """
+    groups, counts = budget.ranked, dict(counts)
+    left = target - sum((group.size - counts[group.key]) * group.cost for group in groups)
+    _take_cheapest(budget, groups, counts, left, sensitivity, 1.0)
+    return _smaller(groups, counts)
+
+
 def _take_cheapest(budget: Budget, groups: list[Group], counts: Counts, left: float, sensitivity, cap: float) -> None:
     """Takes steps from the groups until nothing fits the rest of the budget better than leaving it."""
     heap: list[tuple[float, int, int]] = []

@@ -12,7 +12,7 @@ from typing import Any
 
 import jinja2
 
-from ..config import PruningConfig
+from ..config import EVOLUTION, PruningConfig
 from ..criteria import Method, Paper, channels, class_of, depth, pairs
 from ..criteria.widths import SURGEON, WIFV
 from ..errors import CheckpointError
@@ -62,7 +62,7 @@ LATENTS = {
     "outputs": Method((Paper("lin2024modegpt"), *channels.METHODS["pca"].papers)),
     "magnitude": Method(channels.METHODS["pca"].papers, needs_text=False),
 }
-LM_EVAL = Paper("eval-harness")
+LM_EVAL, EVOPRESS = Paper("eval-harness"), Paper("sieberling2024evopress")
 
 
 def _methods(config: PruningConfig, plan: PruningPlan) -> list[Method]:
@@ -92,6 +92,7 @@ def citations(config: PruningConfig, plan: PruningPlan, results: Sequence[Evalua
     """BibTeX entries of what a configuration uses; of lm-eval too if its tasks were measured."""
     papers = [paper for method in _methods(config, plan) for paper in method.papers]
     papers += WIFV.papers if config.allocation == "global" else ()
+    papers += [EVOPRESS] if config.allocation == EVOLUTION else []
     papers += [SURGEON] if config.compensation else []
     papers += [LM_EVAL] if any(name.startswith("tasks/") for side in results for name in side.figures) else []
     return [paper.bibtex for paper in dict.fromkeys(papers)]
@@ -101,7 +102,7 @@ def uses_text(config: PruningConfig, plan: PruningPlan) -> bool:
     """Whether calibration text was looked at: as recorded, or else as the configuration asks for."""
     if plan.calibrated is not None:
         return plan.calibrated
-    by_text = config.compensation or config.allocation == "search"
+    by_text = config.compensation or config.allocation in ("search", EVOLUTION)
     return by_text or any(method.needs_text for method in _methods(config, plan))
 
 

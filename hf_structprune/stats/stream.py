@@ -290,10 +290,14 @@ class LayerStream:
 
         Of rows with images, positions count that a token of text follows.
         """
-        hidden, chosen = self.outputs(index, number), slice(None, None, every)
-        if self.rows is not None and every > 1:
-            chosen = (self.targets(number)[0] >= 0).nonzero().flatten()[::every]
+        hidden, chosen = self.outputs(index, number), self.positions(number, every)
         return self.head(hidden[:, chosen], self.batches[number][:, chosen])
+
+    def positions(self, number: int, every: int) -> slice | torch.Tensor:
+        """Each `every`-th position of a batch; of rows with images, of those that a token of text follows."""
+        if self.rows is None or every == 1:
+            return slice(None, None, every)
+        return (self.targets(number)[0] >= 0).nonzero().flatten()[::every]
 
     def targets(self, number: int) -> torch.Tensor:
         """The tokens of a batch that are predicted, shape (sequences, length - 1); -100 for what is no text."""

@@ -59,7 +59,7 @@ def measure_sensitivity(
     sensitivity: Sensitivity = {}
     for layer in tqdm(structure.layers, desc="Sensitivity"):
         for group in (g for g in groups if g.layer == layer.index):
-            statistics = _statistics(fit, group, criterion, gram=True)
+            statistics = statistics_of(fit, group, criterion, gram=True)
             score, costs = criterion.score(Scoring(group, model, statistics, salience)), []
             for share in PROBES:
                 keep = group.size - max(1, round(share * group.size))
@@ -76,7 +76,7 @@ def measure_sensitivity(
     return sensitivity
 
 
-def _statistics(
+def statistics_of(
     stream: LayerStream, group: Group, criterion: Criterion, gram: bool
 ) -> InputStatistics | RoutingStatistics:
     """Moments of what the reader of a group gets, or what is done with what a block of experts gets."""
@@ -125,7 +125,7 @@ def _score_inputs(
         for group in (g for g in groups if g.layer == layer.index):
             place = group.key if group.reader is None else group.reader.module
             if place not in known:
-                known = {place: _statistics(stream, group, criterion, criterion.needs_gram)}
+                known = {place: statistics_of(stream, group, criterion, criterion.needs_gram)}
             scores[group.key] = criterion.score(Scoring(group, stream.model, known[place], salience)).cpu()
         stream.advance(layer.index)
     return scores
