@@ -21,6 +21,7 @@ from transformers.utils import logging
 from .allocation.depth import DepthChoice
 from .choosing_kinds import KindChooser
 from .config import AUTO, PruningConfig
+from .criteria.tokens import token_importance
 from .errors import CalibrationError, ConfigurationError, StructPruneError, UnsupportedModelError
 from .files.rooms import Spill
 from .files.writing import check_folder, check_place
@@ -35,6 +36,7 @@ from .model.served import misread
 from .model.store import InTurns, Store
 from .model.structure import ModelStructure
 from .model.towers import Towers, has_towers
+from .model.vocabulary_size import token_group
 from .plan import PruningPlan
 from .planner import Planner
 from .proof.guarantee import kinds_in, prove, prove_decoder
@@ -299,13 +301,15 @@ class StructuredPruner:
         if known is None or known.tokenizer is not self.tokenizer or known.config is not self.config:
             named = (self.model.config, getattr(self.model, "generation_config", None))
 
-            def norms() -> np.ndarray:
-                return self.model.get_input_embeddings().weight.detach().float().norm(dim=1).cpu().numpy()
+            def importance() -> np.ndarray:
+                decoder = self._decoder()
+                group = token_group(decoder, self.structure)
+                return token_importance(decoder, group, self.config, self._tokens).numpy()
 
             def done(tokenizer: Any) -> None:
                 self.tokenizer, self._trimmed_from = tokenizer, self.tokenizer
 
-            here = norms if has_weights(self.model) else None
+            here = importance if has_weights(self.model) else None
             self._choice = TokenChoice(self.tokenizer, self.config, named, here, done)
         return {VOCABULARY: self._choice}
 

@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 
 from ..config import EVOLUTION, PruningConfig
-from ..criteria import Method, Paper, channels, class_of, depth, pairs
+from ..criteria import Method, Paper, channels, class_of, depth, pairs, tokens
 from ..criteria.widths import SURGEON, WIFV
 from ..errors import CheckpointError
 from ..evaluation.results import EvaluationResult
@@ -78,12 +78,11 @@ def method_of(kind: str, criterion: str) -> Method:
         (StreamKind, channels.METHODS),
         (HeadSize, pairs.METHODS),
         (LatentRanks, LATENTS),
+        (VocabularyKind, tokens.METHODS),
     )
     for level, methods in levels:
         if isinstance(KINDS[kind], level):
             return methods[criterion]
-    if isinstance(KINDS[kind], VocabularyKind):
-        return Method(needs_text=criterion == "frequency")
     found = class_of(kind, criterion)
     return Method(found.papers, found.needs_inputs or found.needs_gradients)
 

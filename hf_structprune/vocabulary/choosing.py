@@ -29,14 +29,14 @@ class TokenChoice:
         tokenizer: Of the dense model.
         config: Says how tokens are ranked, and which text they are counted in.
         configurations: Configurations whose ids must stay.
-        norms: Gives the norm of the embedding of each row, shape (rows,); `None` where there are no weights.
+        importance: Gives that of each row by what looks at weights, shape (rows,); `None` where there are none.
         done: Called with the trimmed tokenizer once the model is cut.
     """
 
     tokenizer: Any
     config: PruningConfig
     configurations: Sequence[Any] = ()
-    norms: Callable[[], np.ndarray] | None = None
+    importance: Callable[[], np.ndarray] | None = None
     done: Callable[[Any], None] | None = None
     _trimmed: dict[tuple[int, ...], Any] = field(init=False, default_factory=dict)
 
@@ -58,7 +58,7 @@ class TokenChoice:
     @property
     def ready(self) -> bool:
         """Whether what ranks tokens is there."""
-        return self.norms is not None or self.config.criterion_of(VOCABULARY) == "frequency"
+        return self.importance is not None or self.config.criterion_of(VOCABULARY) == "frequency"
 
     def carry_out(self, kept: Sequence[int]) -> None:
         """Says that the model has these tokens now."""
@@ -97,7 +97,7 @@ class TokenChoice:
         if self.config.criterion_of(VOCABULARY) == "frequency":
             useful = frequencies(self.counted, ids, order)
         else:
-            useful = self.norms()[ids]
+            useful = self.importance()[ids]
         return ids[np.lexsort((order, -useful))].tolist()
 
     def choose(self, rows: int, keep: int) -> list[int]:

@@ -10,11 +10,13 @@ from kinds_of_tokenizers import TEXTS, strings, tokenizer_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3nForCausalLM, Gemma3nTextConfig, GenerationConfig
 
 from hf_structprune import CalibrationConfig, PruningConfig, PruningPlan, StructuredPruner
+from hf_structprune.criteria.tokens import token_importance
 from hf_structprune.errors import ConfigurationError, RatioError, UnsupportedModelError
 from hf_structprune.model.structure import ModelStructure
 from hf_structprune.model.vocabulary_size import cut_tokens, token_group
 from hf_structprune.proof.guarantee import verdicts
 from hf_structprune.vocabulary import counting
+from hf_structprune.vocabulary.choosing import TokenChoice
 
 
 ROWS = 1064  # more than there are tokens
@@ -157,6 +159,25 @@ def test_the_most_frequent_tokens_stay_and_the_plan_says_what_they_cover():
     by_norm = _pruner(vocabulary_criterion="embedding_norm").plan(0.3).of_model("vocabulary").kept
     random_like = sum(number in set(by_norm) for number in ids) / len(ids)
     assert random_like < covered
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_taylor_ranks_tokens_by_the_first_order_change_of_the_loss_of_their_rows(tied):
+    model = _model("llama", tie_word_embeddings=tied)
+    tokens = torch.randint(3, 1000, (4, 16))
+    calibration = CalibrationConfig(tokens=tokens, batch_size=2)
+    pruner = _pruner(model, keep={"vocabulary": 700}, vocabulary_criterion="taylor", calibration=calibration)
+    expected = torch.zeros(ROWS, dtype=torch.float64)
+    for batch in tokens.split(2):
+        model.zero_grad()
+        model.requires_grad_(True)(input_ids=batch, labels=batch).loss.backward()
+        rows = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+        expected += sum((row * row.grad).abs().sum(1).detach() for row in rows) / 2
+    model.zero_grad()
+    choice = TokenChoice(pruner.tokenizer, pruner.config, [model.config], lambda: expected.numpy())
+    assert pruner.plan().of_model("vocabulary").kept == choice.choose(ROWS, 700)
+    found = token_importance(model, token_group(model, pruner.structure), pruner.config, lambda: tokens)
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-12) and found.count_nonzero() > 50
 
 
 def test_beside_other_kinds_the_vocabulary_goes_first_and_they_take_the_rest():
