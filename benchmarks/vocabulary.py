@@ -4,7 +4,8 @@
 
 FOLDER holds the raw WikiText-2 splits; tokens are counted in `train.txt` and `valid.txt`, in all C4 documents but the
 last 300, which are the test text, and in the training part of Dolly (`train-*.jsonl`: instruction, input, output).
-Results go to benchmarks/results/vocabulary.json.
+Results go to benchmarks/results/vocabulary.json; sizes that are in it already, of the same settings, are not measured
+again.
 
 The text is that of evenly spaced windows (12, or `--windows`) of 2048 tokens of the dense tokenizer, all but the first
 token of each. The small model reads the same text as its own tokenizer splits it; its whole loss is divided by the
@@ -20,7 +21,7 @@ import time
 from pathlib import Path
 
 import torch
-from core import environment, split_texts, write
+from core import RESULTS, environment, split_texts, write
 from rich.console import Console
 from rich.table import Table
 
@@ -40,15 +41,26 @@ def main() -> None:
     parser.add_argument("--keep", type=int, nargs="*", default=[40000, 32768, 24576, 16384])
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--criterion", default="frequency")
+    parser.add_argument("--dtype", default="bf16")
     options = parser.parse_args()
     counted, texts = split_texts(options.wikitext, options.c4)
     dolly = counted.with_name("dolly.jsonl")
     dolly.write_text("".join(map(as_text, sorted(options.dolly.glob("train-*.jsonl")))), encoding="utf-8")
     sources = [*(str(options.wikitext / f"{split}.txt") for split in ("train", "valid")), str(counted), str(dolly)]
-    rows, dense = [], load(options.model)
+    dense = load(options.model, options.dtype)
     spans = {name: windows(dense, text, options.windows) for name, text in texts.items()}
+    about = {
+        "environment": environment(),
+        "criterion": options.criterion,
+        "dtype": options.dtype,
+        "windows": options.windows,
+        "sources": [Path(s).name for s in sources],
+    }
+    rows = measured(about)
     for keep in [None, *options.keep]:
-        start, pruner = time.perf_counter(), dense if keep is None else load(options.model)
+        if (keep or len(dense.tokenizer)) in [row["keep"] for row in rows]:
+            continue
+        start, pruner = time.perf_counter(), dense if keep is None else load(options.model, options.dtype)
         row = {"keep": len(pruner.tokenizer), "ratio": 0.0}
         if keep is not None:
             pruner.config = PruningConfig(
@@ -62,12 +74,7 @@ def main() -> None:
         row["texts"] = {name: measure(pruner, found) for name, found in spans.items()}
         rows.append(row)
         print(row, flush=True)
-        about = {
-            "environment": environment(),
-            "criterion": options.criterion,
-            "windows": options.windows,
-            "sources": [Path(s).name for s in sources],
-        }
+        rows.sort(key=lambda row: -row["keep"])
         write("vocabulary.json", {**about, "rows": rows})
     table = Table(title="Perplexity per token of the dense tokenizer, over dense")
     for column in (
@@ -97,10 +104,18 @@ def as_text(path: Path) -> str:
     return "".join(json.dumps({"text": text}) + "\n" for text in texts)
 
 
-def load(model: str) -> StructuredPruner:
-    """The model in float32."""
+def measured(about: dict[str, object]) -> list[dict]:
+    """Rows that were measured with the same settings, the versions and the processor too."""
+    path = RESULTS / "vocabulary.json"
+    there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    now = {**about, "environment": {**about["environment"], "date": there.get("environment", {}).get("date")}}
+    return there["rows"] if {name: there.get(name) for name in now} == now else []
+
+
+def load(model: str, dtype: str) -> StructuredPruner:
+    """The model in a dtype."""
     arguments = find_model(model)
-    arguments.dtype = "fp32"
+    arguments.dtype = dtype
     return load_pruner(arguments)
 
 

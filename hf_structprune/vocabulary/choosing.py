@@ -15,6 +15,7 @@ from ..errors import ConfigurationError, UnsupportedModelError
 from ..units import VOCABULARY
 from .counting import Counted, count_tokens, coverage, scripts
 from .estimating import frequencies
+from .ranking import least_longer
 from .tokenizers import must_stay, trimmed_tokenizer, vocabulary_of
 
 
@@ -95,9 +96,9 @@ class TokenChoice:
         ids = np.fromiter(self.vocabulary.tokens, np.int64)
         order = np.array([self.vocabulary.order(number) for number in ids.tolist()])
         if self.config.criterion_of(VOCABULARY) == "frequency":
-            useful = frequencies(self.counted, ids, order)
-        else:
-            useful = self.importance()[ids]
+            shares = dict(zip(ids.tolist(), frequencies(self.counted, ids, order).tolist(), strict=True))
+            return least_longer(self.vocabulary, shares, self.stay)
+        useful = self.importance()[ids]
         return ids[np.lexsort((order, -useful))].tolist()
 
     def choose(self, rows: int, keep: int) -> list[int]:

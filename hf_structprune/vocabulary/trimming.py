@@ -148,25 +148,42 @@ class Vocabulary:
 
         That is how the token stands alone: beside others, the last of these may become one with what follows.
         """
-        if token in self._ids:
-            return [self._ids[token]]
+        return [self._ids[token]] if token in self._ids else self._ids_of_parts(token)
+
+    def pieces(self, number: int) -> list[int]:
+        """Ids of the tokens that write another one if it alone is not there; none: nothing does."""
+        found = list(self.parents.get(number, ())) or self._ids_of_parts(self.tokens[number])
+        return [] if number in found else found
+
+    def _ids_of_parts(self, token: str) -> list[int]:
+        """Ids of the parts that a token is split into where there is no such token."""
         if self.kind == "BPE":
             parts = self._merge(self.symbols(token), 1)
-            written = [[part] if part in self._ids or not self.falls_back else _bytes_of(part) for part in parts]
-            parts = [*itertools.chain.from_iterable(written)]
+            if self.falls_back:
+                written = ([part] if part in self._ids and part != token else _bytes_of(part) for part in parts)
+                parts = [*itertools.chain.from_iterable(written)]
         else:
             parts = self._best_split(token) if self.kind == "Unigram" else self._longest_matches(token)
         return [self._ids[part] for part in parts] if all(part in self._ids for part in parts) else []
 
+    @cached_property
+    def _scores(self) -> dict[str, float]:
+        return dict(self._model["vocab"])
+
+    @cached_property
+    def _worst(self) -> float:
+        """The score of a character without a piece, before the library's own penalty."""
+        return min(self._scores.values()) - 10
+
     def _best_split(self, token: str) -> list[str]:
         """The pieces with the highest sum of scores; characters without a piece cost most, and become bytes."""
-        scores, worst = dict(self._model["vocab"]), min(score for _, score in self._model["vocab"]) - 10
+        scores, worst = self._scores, self._worst
         best: list[tuple[float, list[str]]] = [(0.0, [])]
         for end in range(1, len(token) + 1):
             ways = []
             for start in range(end):
                 part, (score, before) = token[start:end], best[start]
-                if part in scores:
+                if part in scores and part != token:
                     ways.append((score + scores[part], [*before, part]))
                 elif len(part) == 1:
                     ways.append((score + worst, [*before, *(_bytes_of(part) if self.falls_back else [part])]))
@@ -174,11 +191,12 @@ class Vocabulary:
         return best[-1][1]
 
     def _longest_matches(self, token: str) -> list[str]:
-        prefix, parts = self._model.get("continuing_subword_prefix") or "", []
-        while token:
-            part = next((token[:end] for end in range(len(token), 0, -1) if token[:end] in self._ids), token)
-            parts, rest = [*parts, part], token[len(part) :]
-            token = prefix + rest if rest else ""
+        prefix, parts, left = self._model.get("continuing_subword_prefix") or "", [], token
+        while left:
+            ways = (left[:end] for end in range(len(left), 0, -1))
+            part = next((way for way in ways if way in self._ids and way != token), left)
+            parts, rest = [*parts, part], left[len(part) :]
+            left = prefix + rest if rest else ""
         return parts
 
     def closure(self, kept: Collection[int]) -> set[int]:
