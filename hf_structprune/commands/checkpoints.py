@@ -31,12 +31,14 @@ class RecoverArguments(SourceArguments):
 
     Args:
         dataset (list of `str`): Data to train on: chats, instructions or plain text, from a .jsonl, .json or .txt
-            file, a folder or a data set of the Hub. Several are mixed.
+            file, a folder or a data set of the Hub. Several are mixed. Without it `--method distill` takes what the
+            pruning was calibrated on, and what the dense model writes.
         split (`str`): Split of data sets that have several.
         output_dir (`str`): Folder for the recovered checkpoint.
         dense (`str`, *optional*): The model before pruning, to tell which share of the loss is back: a model, or its
             perplexity on the watched text. Default: the teacher, if there is one.
-        teacher (`str`, *optional*): What `--method distill` learns from. Default: the model that was pruned.
+        teacher (`str`, *optional*): What `--method distill` learns from. Default: `--dense`, or the model that was
+            pruned.
         resume (`bool`): Go on from the last checkpoint of an interrupted training.
         overwrite (`bool`): Replace what is in the folder, and start an interrupted training anew.
     """
@@ -55,7 +57,7 @@ def recover_command(
     options: RecoverArguments, config: RecoveryConfig, distillation: DistillationConfig
 ) -> tuple[Any, ...]:
     """Train a pruned model to get its quality back: LoRA, QLoRA, all weights or distillation."""
-    if not options.dataset:
+    if not options.dataset and config.method != "distill":
         raise ConfigurationError("--dataset is missing: a file, a folder or a data set of the Hub to train on.")
     if options.output_dir is None:
         raise ConfigurationError("--output-dir is missing.")
@@ -64,7 +66,7 @@ def recover_command(
     except ValueError:
         dense = options.dense
     result = recover(
-        options.model, list(options.dataset), options.output_dir, config,
+        options.model, list(options.dataset) if options.dataset else None, options.output_dir, config,
         split=options.split, dense=dense, teacher=options.teacher, distillation=distillation,
         resume=options.resume, overwrite=options.overwrite, trust_remote_code=options.trust_remote_code,
     )  # fmt: skip

@@ -37,6 +37,7 @@ COMMANDS = {
     "card": ("checkpoints", "write the model card of a pruned checkpoint"),
     "push": ("checkpoints", "push a pruned checkpoint to the Hub"),
     "run": ("run", "run a recipe: prune, measure both sides, write the card, push"),
+    "shrink": ("shrink", "prune, distil and measure a model within a time that is given"),
     "demo": ("run", "prune a small model end to end and show what happened"),
 }
 HELP = """usage: hf-structprune COMMAND [MODEL] [options]

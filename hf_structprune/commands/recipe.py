@@ -8,9 +8,9 @@ import re
 import types
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from ..checks import Ratio, check_options, checked, field_types
+from ..checks import Limits, Ratio, check_options, checked, field_types
 from ..config import PruningConfig
 from ..errors import ConfigurationError
 from ..evaluation.evaluator import EvaluationConfig
@@ -26,6 +26,7 @@ RECIPE_NAME = "recipe.yaml"
 SECTIONS = {
     "model": (ModelArguments, {}),
     "output_dir": (str, {}),
+    "minutes": (float, {}),
     "prune": (PruningConfig, {"preset": str | None, "ratio": Ratio | None}),
     "recover": (
         RecoveryConfig,
@@ -52,8 +53,8 @@ class Step:
     distillation: DistillationConfig | None = None
 
     def __str__(self) -> str:
-        if self.dataset:
-            return f"recovered by {self.config.method} on {', '.join(self.dataset)}"
+        if isinstance(self.config, RecoveryConfig):
+            return f"recovered by {self.config.method} on {', '.join(self.dataset) or 'what the dense model writes'}"
         return f"quantised to {self.config.bits} bits by {self.config.method}"
 
 
@@ -62,7 +63,8 @@ class Recipe:
     """What `hf-structprune run FILE` does: prune, recover, quantise, measure all sides, write the cards, push.
 
     A step that is `None` is not done. Several recipes may share the file of the dense model's results; `push` are
-    arguments of `push_folder`, and `text` is the file as it was written.
+    arguments of `push_folder`, and `text` is the file as it was written. With `minutes` the recovery takes what the
+    other steps leave of them.
     """
 
     model: ModelArguments
@@ -75,6 +77,7 @@ class Recipe:
     dense_results: str
     push: dict[str, Any]
     text: str
+    minutes: float | None = None
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Recipe:
@@ -113,8 +116,11 @@ class Recipe:
         # The checkpoint of a section goes beside the one that it is made of, unless it says where.
         if content.get("recover"):
             values, beside = _section(content, "recover")
-            if not beside.get("dataset"):
-                raise ConfigurationError("`recover` needs a `dataset`: a file, a folder or a data set of the Hub.")
+            if not beside.get("dataset") and values.get("method") != "distill":
+                raise ConfigurationError(
+                    "`recover` needs a `dataset`: a file, a folder or a data set of the Hub. Only `method: distill` "
+                    "can do without."
+                )
             distillation = beside.pop("distillation", {})
             _check_options(distillation, DistillationConfig, "recover.distillation")
             beside = {"output_dir": f"{folder}-recovered", **beside}
@@ -128,7 +134,15 @@ class Recipe:
             evaluation, dense_results = EvaluationConfig(**values), beside.get("dense_results") or dense_results
         kinds = field_types(PushArguments)
         push = {name: checked(name, value, kinds[name]) for name, value in _section(content, "push")[0].items()}
-        recipe = cls(model, folder, ratio, pruning, recovery, quantization, evaluation, dense_results, push, text)
+        minutes = checked("minutes", content.get("minutes"), Annotated[float, Limits(0, open="least")] | None)
+        if minutes is not None and (recovery is None or recovery.config.minutes is not None):
+            raise ConfigurationError(
+                "`minutes` are those of the whole recipe, of which the section `recover` takes what is left: it must "
+                "be there, without `minutes` of its own."
+            )
+        recipe = cls(
+            model, folder, ratio, pruning, recovery, quantization, evaluation, dense_results, push, text, minutes
+        )
         paths = [path.absolute() for path in recipe.folders.values()]
         for path in paths:
             if paths.count(path) > 1:
@@ -165,7 +179,7 @@ def _check_sections(content: Any) -> None:
     for name in ("model", "output_dir", "prune"):
         if not content.get(name):
             raise ConfigurationError(f"The section `{name}` is missing.")
-    for name in list(SECTIONS)[2:]:
+    for name in list(SECTIONS)[3:]:
         if not isinstance(content.get(name), (dict, types.NoneType)):
             raise ConfigurationError(f"`{name}` is {content[name]!r}; it must hold `option: value` lines.")
 

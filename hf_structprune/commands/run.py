@@ -29,7 +29,7 @@ from ..plan import PruningPlan
 from ..pruner import StructuredPruner
 from ..quantization.quantizing import Unquantised, backend_of, quantize
 from ..recovery.data import load_rows
-from ..recovery.recovering import newest_whole, recover, training_folder
+from ..recovery.recovering import WRITING, newest_whole, recover, training_folder
 from ..units import DepthKind, kinds_of
 from .arguments import parse
 from .cli import check_output, console
@@ -50,6 +50,8 @@ from .recipe import RECIPE_NAME, Recipe, Step
 
 
 TURNS = 3
+_LEAST = 0.1  # of a recipe's time: a training is not shorter
+_FREE = {"minutes": None}  # of what a training may have been given otherwise and is still the one that is asked for
 MAX_WINDOWS = 6  # of the demo
 
 
@@ -74,16 +76,23 @@ class RunArguments:
 def run_command(argv: Sequence[str]) -> None:
     """Run RECIPE: prune, recover, quantise, measure, write the cards, push. What is done already is not done again."""
     (options,) = parse(argv, "run", run_command.__doc__, RunArguments)
-    recipe, again = Recipe.load(options.recipe), options.overwrite
-    check_ratio(recipe.ratio, recipe.pruning)
+    recipe = Recipe.load(options.recipe)
     if options.push and not recipe.push.get("repo_id"):
         raise ConfigurationError(f"{options.recipe} names no `repo_id` in its section `push`.")
+    run_recipe(recipe, push=options.push, again=options.overwrite, dry_run=options.dry_run)
+
+
+def run_recipe(recipe: Recipe, *, push: bool = False, again: bool = False, dry_run: bool = False) -> None:
+    """Does what a recipe says; with `again` also what is done already, with `dry_run` only what needs no weights."""
+    started = time.monotonic()
+    check_ratio(recipe.ratio, recipe.pruning)
     # Mistakes show before any work, and what an earlier run has left and this one goes on from is read.
     if recipe.evaluation is not None:
         dataclasses.replace(recipe.evaluation, efficiency=False).load()
     if recipe.recovery is not None:
         need("trl", "peft", extra="recover")
-        load_rows(recipe.recovery.dataset, split=recipe.recovery.split, max_samples=1)
+        if recipe.recovery.dataset:
+            load_rows(recipe.recovery.dataset, split=recipe.recovery.split, max_samples=1)
     dense = dataclasses.replace(recipe.model, model=find_model(recipe.model.model).model)
     if recipe.quantization is not None:
         _check_quantization(recipe, dense)
@@ -91,8 +100,8 @@ def run_command(argv: Sequence[str]) -> None:
         (check_card if again else check_own_files)(folder)
     if Path(recipe.dense_results).is_file() and not again:
         check_file(Path(recipe.dense_results), EvaluationResult.load)
-    if not options.dry_run:
-        _Run(recipe, dense, again).all(options.push)
+    if not dry_run:
+        _Run(recipe, dense, again, started).all(push)
         return
     out = console()
     out.print(load_to_plan(dense, recipe.pruning, recipe.ratio).plan(recipe.ratio).table())
@@ -123,8 +132,9 @@ def _check_quantization(recipe: Recipe, dense: ModelArguments) -> None:
 class _Run:
     """The steps of one recipe, each of which looks whether it is done."""
 
-    def __init__(self, recipe: Recipe, dense: ModelArguments, again: bool) -> None:
+    def __init__(self, recipe: Recipe, dense: ModelArguments, again: bool, started: float) -> None:
         self.recipe, self.dense, self.again, self.base = recipe, dense, again, recipe.model.model
+        self.started, self.measuring = started, 0.0  # when, and seconds that measuring the pruned model took
         self.folders, self.out = recipe.folders, console()
         self.folder, self.final = Path(recipe.output_dir), list(recipe.folders.values())[-1]
         for folder in self.folders.values():
@@ -135,7 +145,9 @@ class _Run:
         """Every step, in order."""
         recovery, quantization = self.recipe.recovery, self.recipe.quantization
         self._prune()
+        pruned = time.monotonic()
         self._finish(self.folder, "pruned")
+        self.measuring = time.monotonic() - pruned
         if quantization is not None:  # found out before a training that would be in vain
             backend_of(Unquantised.read(str(self.folder), False), quantization.config)
         if recovery is not None:
@@ -187,7 +199,7 @@ class _Run:
     def _make(self, step: Step, state: str, section: str, file: str, settings: dict[str, Any]) -> None:
         """What a section makes, unless the report in its folder says that it is made; refuses other settings."""
         report = None if self.again else read_report(Path(step.output_dir) / file)
-        if report is not None and report["configuration"] != settings:
+        if report is not None and {**report["configuration"], **_FREE} != {**settings, **_FREE}:
             raise ConfigurationError(
                 f"{step.output_dir} holds a checkpoint that was {state} with other settings; choose another "
                 f"`output_dir` in the section `{section}`, or say --overwrite."
@@ -200,11 +212,31 @@ class _Run:
         """Trains the pruned checkpoint; an interrupted training goes on where it stopped."""
         self.out.print(f"Recovering {self.folder} ...")
         resume = not self.again and newest_whole(training_folder(step.output_dir))[0] is not None
+        config = step.config
+        if self.recipe.minutes is not None:
+            config = dataclasses.replace(config, minutes=self._minutes_left())
         recover(
-            self.folder, step.dataset, step.output_dir, step.config, split=step.split, dense=self.dense.model,
-            teacher=self.dense.model, teacher_name=self.base, resume=resume, distillation=step.distillation,
-            overwrite=self.again, trust_remote_code=self.dense.trust_remote_code,
+            self.folder, step.dataset or None, step.output_dir, config, split=step.split, dense=self.dense.model,
+            teacher=self.dense.model, teacher_name=None if Path(self.base).exists() else self.base, resume=resume,
+            distillation=step.distillation, overwrite=self.again, trust_remote_code=self.dense.trust_remote_code,
         )  # fmt: skip
+
+    def _minutes_left(self) -> float:
+        """For the training: all but what is gone and what measuring takes, of the trained model as of the pruned one.
+
+        `recover` itself needs some before the training, when the dense model writes and both are measured.
+        """
+        total = self.recipe.minutes
+        left = total - (time.monotonic() - self.started + 2 * self.measuring) / 60
+        training = max(left / (1 + WRITING), _LEAST * total)
+        if training > left:
+            self.out.print(
+                f"Of {total:g} minutes {max(0.0, left):.1f} are left to train: {training:.1f} are taken, since less "
+                "would do nothing."
+            )
+        else:
+            self.out.print(f"{training:.1f} of {total:g} minutes are for the training.")
+        return round(training, 2)
 
     def _quantise(self, step: Step) -> None:
         """Quantises the last checkpoint."""

@@ -304,7 +304,8 @@ def recover_command(report: dict[str, Any]) -> str | None:
     config = RecoveryConfig.from_dict(report["configuration"])
     distillation = DistillationConfig.from_dict(report.get("distillation") or {})
     words = ["hf-structprune", "recover", report.get("model") or "PRUNED_MODEL"]
-    words += ["--dataset", *(report.get("dataset") or dataset_names(report) or ["YOUR_DATASET"])]
+    if report.get("dataset") != []:  # which says that there was none
+        words += ["--dataset", *(report.get("dataset") or dataset_names(report) or ["YOUR_DATASET"])]
     words += ["--output-dir", "recovered"]
     if config.method == "distill" and report.get("teacher"):
         words += ["--teacher", report["teacher"]]

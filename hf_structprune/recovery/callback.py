@@ -29,6 +29,7 @@ from ..model.measuring import context_length, measuring
 from ..quantization.four_bit import compute_as_stored
 from .measuring import HeldOutText, Point, RecoveryCurve, dense_log_perplexity, exp, measuring_steps
 from .save import check_place, describe_training, folder_of, save_all
+from .time_limit import TimeLimit
 from .weights import BEST_FOLDER, BestWeights, agreed, check_trainable, copy_file, underneath
 
 
@@ -41,6 +42,7 @@ REASONS = {
     "target": "the target is reached",
     "worse": "there was no new best for too many measurements",
     "nan": "the loss is not a number",
+    "time": "the time is up",
 }
 
 
@@ -75,6 +77,8 @@ class LoraRecoveryCallback(TrainerCallback):
         evaluations: How often to measure if the Trainer does not evaluate; `None` is at the end only.
         target: Stop when this share of the lost log-perplexity is back.
         patience: Stop after so many measurements without a new best; `None` never stops.
+        minutes: Stop after so many, and let the learning rate fall by time instead of steps; `evaluations` are then
+            spread over them. `args.max_steps` or the epochs must be enough for that.
         output_dir: Folder of the merged model. Default: `<args.output_dir>/recovered`.
         merge: Merge and save at the end; without it the Trainer has the best weights and nothing else is written.
 
@@ -93,12 +97,15 @@ class LoraRecoveryCallback(TrainerCallback):
         evaluations: int | None = 10,
         target: float | None = None,
         patience: int | None = 3,
+        minutes: float | None = None,
         output_dir: str | os.PathLike | None = None,
         merge: bool = True,
     ) -> None:
         self.evaluations = checked("evaluations", evaluations, Count | None)
         self.patience = checked("patience", patience, Count | None)
         self.target = checked("target", target, Annotated[float, Limits(0, 1, open="least")] | None)
+        minutes = checked("minutes", minutes, Annotated[float, Limits(0, open="least")] | None)
+        self._limit = None if minutes is None else TimeLimit(minutes, evaluations or 1)
         if target is not None and dense is None:
             raise ConfigurationError("`target` is a share of what the dense model is better by: give `dense` too.")
         self.dense, self.text, self.output_dir, self.merge = dense, text, output_dir, merge
@@ -144,10 +151,13 @@ class LoraRecoveryCallback(TrainerCallback):
         places = [resumed, f"{args.output_dir}/checkpoint-{state.global_step}", args.resume_from_checkpoint]
         there = (Path(place) for place in places if place and (Path(place) / STATE_NAME).is_file())
         folder = agreed(next(there, None)) if state.global_step else None
+        elapsed = 0.0
         if folder is None:
             self._begin(args, state, model)
         else:
-            self._go_on(folder, state.global_step)
+            elapsed = self._go_on(folder, state.global_step)
+        if self._limit is not None:
+            self._limit.begin(kwargs.get("lr_scheduler"), state.max_steps, elapsed)
         if self._trainer is None:
             logger.warning("The Trainer of this callback was not found: recovery.json has the curve, the logs not.")
             return
@@ -166,7 +176,12 @@ class LoraRecoveryCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
         """Measures from time to time, if the Trainer does not evaluate."""
-        if args.eval_strategy == "no" and state.global_step in self._steps:
+        due = state.global_step in self._steps
+        if self._limit is not None and self._limit.next_part():
+            due = control.should_save = True
+            if self._limit.progress >= 1.0 and self.stopped is None:
+                self.stopped, control.should_training_stop = "time", True
+        if args.eval_strategy == "no" and due:
             self._measure(state, control, model)
 
     def on_epoch_end(self, args, state, control, model=None, **kwargs) -> None:
@@ -191,6 +206,7 @@ class LoraRecoveryCallback(TrainerCallback):
         content = {
             "schema_version": 1, "curve": asdict(self.curve), "kept": asdict(self.kept), "text": self._text.describe(),
             "seconds": round(time.perf_counter() - self._start, 3), "settings": self.settings, "files": files,
+            "elapsed": 0.0 if self._limit is None else round(self._limit.elapsed, 3),
         }  # fmt: skip
         write_text(folder / STATE_NAME, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
@@ -247,8 +263,8 @@ class LoraRecoveryCallback(TrainerCallback):
                 )
         self._start = time.perf_counter()
 
-    def _go_on(self, folder: Path, step: int) -> None:
-        """Goes back to where a checkpoint was saved; the first process reads for all."""
+    def _go_on(self, folder: Path, step: int) -> float:
+        """Goes back to where a checkpoint was saved, so many seconds after the first step; the first process reads."""
         path = folder / STATE_NAME
         content = agreed(read_json_object(path) if self._first else {})
         if not all(key in content for key in ("curve", "kept", "seconds", "text")):
@@ -266,6 +282,7 @@ class LoraRecoveryCallback(TrainerCallback):
             copy_file(folder / BEST_NAME, self._best.path)
         self._start = time.perf_counter() - content["seconds"]
         logger.info(f"The curve goes on after step {step}; {self._kept_in_words()}.")
+        return float(content.get("elapsed", 0.0))
 
     def _measure(self, state: TrainerState, control: TrainerControl, model: Any) -> float:
         """Measures once a step, keeps the weights if they are the best, logs, and stops training if that is due."""
@@ -290,7 +307,8 @@ class LoraRecoveryCallback(TrainerCallback):
             self._warn_if_worse(point, self._kept_in_words())
         self.stopped = self.stopped or self.curve.verdict(target=self.target, patience=self.patience)
         if self.stopped:
-            logger.warning(f"Recovery stops after step {step}: {REASONS[self.stopped]}; {self._kept_in_words()}.")
+            say = logger.info if self.stopped == "time" else logger.warning
+            say(f"Recovery stops after step {step}: {REASONS[self.stopped]}; {self._kept_in_words()}.")
             control.should_training_stop = True
         self._log(step, value)
         self._start += time.perf_counter() - start

@@ -52,6 +52,9 @@ class RecoveryConfig:
         weight_decay (`float`): Weight decay of AdamW.
         epochs (`float`): Passes over the data.
         max_steps (`int`, *optional*): Optimiser steps, instead of `epochs`.
+        minutes (`float`, *optional*): Train for so long instead, measuring in between included, with as many passes as
+            fit (or `max_steps`, whichever is first). The learning rate falls with the time, so that the result depends
+            on the machine.
         batch_size (`int`): Sequences in an optimiser step, over all devices.
         micro_batch_size (`int`): Sequences that go through a device at once; the rest is gradient accumulation.
         gradient_checkpointing (`bool`): Compute activations again in the backward pass, which saves memory.
@@ -92,6 +95,7 @@ class RecoveryConfig:
     weight_decay: Annotated[float, Limits(0, 10)] = 0.0
     epochs: Annotated[float, Limits(1e-6, 1e6)] = 2.0
     max_steps: Count | None = None
+    minutes: Annotated[float, Limits(0, open="least")] | None = None
     batch_size: Count = 64
     micro_batch_size: Count = 4
     gradient_checkpointing: bool = False
@@ -164,6 +168,8 @@ class DistillationConfig:
             for the precision of the computation.
         cache (`str`, *optional*): Folder for the dense model's predictions, so that it runs once over the data.
         top_k (`int`): Predictions kept for a token in the cache; the rest counts as one more class.
+        generated_tokens (`int`): Where there is no data set: tokens that the dense model writes to be distilled on,
+            beside the text that the pruning was calibrated on. 0 takes that text alone.
 
     Raises:
         ConfigurationError: A value is impossible.
@@ -178,6 +184,7 @@ class DistillationConfig:
     teacher_dtype: Annotated[str, OneOf(("bf16", "fp16", "fp32", "int8", "auto"))] = "auto"
     cache: str | None = None
     top_k: Count = 64
+    generated_tokens: Number = 65_536
 
     def __post_init__(self) -> None:
         check_fields(self)

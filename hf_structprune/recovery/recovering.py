@@ -30,6 +30,7 @@ from ..model.measuring import context_length
 from .callback import STATE_NAME, LoraRecoveryCallback
 from .configuration import DistillationConfig, RecoveryConfig
 from .data import load_rows, prepare, public_sources
+from .own_text import own_rows
 from .save import check_place, folder_of
 from .weights import BEST_FOLDER
 
@@ -42,7 +43,9 @@ logger = logging.get_logger(__name__)
 
 TRAINING_SUFFIX = "-training"  # beside the recovered checkpoint: checkpoints to resume from, and the best adapter
 # Options that may change on the way: they are no part of what is learned.
-_FREE = ("report_to", "save_steps", "gradient_checkpointing")
+_FREE = ("report_to", "save_steps", "gradient_checkpointing", "minutes")
+WRITING = 0.2  # of `minutes`, before them, in which the dense model writes at most
+_NO_END = 10_000  # passes over the data, where time is what ends a training
 ALL_LINEAR = "all-linear"  # what PEFT calls every Linear but the head
 _SAVED_SHARE = 0.1  # of the training, between checkpoints
 
@@ -83,14 +86,16 @@ def recover(
 
     Args:
         model: Folder or Hub id of the pruned checkpoint; or the model in memory, which is changed by the training.
-        dataset: Rows of chats, instructions or plain text: see `data.load_rows`; a list mixes several sources.
+        dataset: Rows of chats, instructions or plain text: see `data.load_rows`; a list mixes several sources. `None`
+            distils on what the pruning was calibrated on and what the dense model writes, see `own_text`.
         output_dir: Folder of the recovered checkpoint. Checkpoints of the training go to `<output_dir>-training`.
         config: How to train. Default: LoRA on the labels.
         tokenizer: Its tokenizer. Default: that of the checkpoint.
         split: Split of data sets that have several.
         dense: The model before pruning, to tell which share of the loss is back: a folder, a Hub id, a model, its
             perplexity on `config.text`, or a JSON with that perplexity. Default: the teacher, if there is one.
-        teacher: What `method="distill"` learns from. Default: the model that the checkpoint records as its origin.
+        teacher: What `method="distill"` learns from. Default: `dense`, if that is a model, else the one that the
+            checkpoint records as its origin.
         distillation: How to distil.
         teacher_name: What the report calls the teacher. Default: its id, or the name of its folder.
         resume: Go on from the newest whole checkpoint of an interrupted training, which must have been begun with the
@@ -110,6 +115,11 @@ def recover(
         raise ConfigurationError("`model` is a model in memory: give its `tokenizer` too.")
     if not named and config.trained == "qlora":
         raise ConfigurationError("QLoRA loads the model in 4 or 8 bits: save it, and give the folder as `model`.")
+    if dataset is None and config.method != "distill":
+        raise ConfigurationError(
+            f"There is no data set to train on, and `method` is {config.method!r}: give one, or choose 'distill', "
+            "which can do with what the dense model writes."
+        )
     need("trl", "peft", extra="recover")
     from trl import SFTTrainer
 
@@ -120,14 +130,34 @@ def recover(
     checkpoint = _check_folders(folder, training, resume, overwrite)
     distilled = config.method == "distill"
     settings = settings_of(
-        config, distillation if distilled else None, model=_name(model), dataset=public_sources(dataset), split=split,
+        config, distillation if distilled else None, model=_name(model),
+        dataset=[] if dataset is None else public_sources(dataset), split=split,
         dense=dense if isinstance(dense, (int, float)) else _name(dense),
         teacher=_name(teacher) if distilled else None,
     )  # fmt: skip
-    teacher = _find_teacher(model, teacher) if distilled else None
-    rows = load_rows(dataset, split=split, max_samples=config.max_samples, seed=config.seed)
+    teacher = _find_teacher(model, teacher, dense) if distilled else None
+    drawn = {"split": split, "max_samples": config.max_samples, "seed": config.seed}
+    rows = None if dataset is None else load_rows(dataset, **drawn)
     tokenizer = tokenizer or load_tokenizer(model, trust_remote_code=trust_remote_code)
     student = load_student(model, config, trust_remote_code)
+    loaded = None
+    if teacher is not None:
+        from .distillation.teacher import load_teacher
+
+        computed = distillation
+        if distillation.teacher_dtype == "auto" and not isinstance(teacher, nn.Module):  # as the student
+            computed = dataclasses.replace(distillation, teacher_dtype=choose_precision(config.precision))
+        loaded = load_teacher(teacher, student, computed, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+    if rows is None:
+        loaded.to(hardware.process_state().device)
+        names = not isinstance(teacher, nn.Module)
+        theirs = load_tokenizer(teacher, trust_remote_code=trust_remote_code) if names else None
+        made = own_rows(
+            loaded.model, theirs or tokenizer, model if named else folder_of(model), distillation.generated_tokens,
+            length=config.max_length, seed=config.seed,
+            seconds=None if config.minutes is None else WRITING * 60 * config.minutes,
+        )  # fmt: skip
+        rows = load_rows(made, **drawn)
     stops = getattr(student.generation_config, "eos_token_id", None) or []
     prepared, data = prepare(
         rows, tokenizer, max_length=config.max_length, context=context_length(student),
@@ -140,26 +170,21 @@ def recover(
     if checkpoint is not None:
         refuse_other_settings(checkpoint, settings)
     about = {
-        "configuration": config.to_public_dict(), "model": _name(model), "dataset": public_sources(dataset),
+        "configuration": config.to_public_dict(), "model": _name(model), "dataset": settings["dataset"],
         "data": dataclasses.asdict(data),
     }  # fmt: skip
     trainer_class, more = SFTTrainer, {}
-    if teacher is not None:
-        from .distillation.teacher import load_teacher
+    if loaded is not None:
         from .distillation.trainer import DistillationSFTTrainer
 
         about |= {"teacher": teacher_name or _name(teacher), "distillation": distillation.to_public_dict()}
-        computed = distillation
-        if distillation.teacher_dtype == "auto" and not isinstance(teacher, nn.Module):  # as the student
-            computed = dataclasses.replace(distillation, teacher_dtype=choose_precision(config.precision))
-        loaded = load_teacher(teacher, student, computed, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
         if dense in (None, teacher):  # losses of other tokens are not compared
             dense = loaded.model if loaded.tokens is None else None
         trainer_class, more = DistillationSFTTrainer, {"teacher": loaded, "distillation": distillation}
     callback = LoraRecoveryCallback(
         dense, text=config.text, window=config.window, max_windows=config.max_windows,
         batch_size=config.micro_batch_size, evaluations=config.evaluations, target=config.target,
-        patience=config.patience, output_dir=folder,
+        patience=config.patience, minutes=config.minutes, output_dir=folder,
     )  # fmt: skip
     callback.about, callback.settings = about, settings
     trainer = trainer_class(
@@ -265,10 +290,12 @@ def refuse_other_settings(checkpoint: Path, now: Mapping[str, Any]) -> None:
         )
 
 
-def _find_teacher(model: str | os.PathLike, teacher: Any) -> Any:
-    """The teacher given, or else the model that was pruned, if the checkpoint says which and it can be found."""
+def _find_teacher(model: str | os.PathLike, teacher: Any, dense: Any) -> Any:
+    """The teacher given, or the dense model, or else the one that the checkpoint says was pruned, if it is found."""
     if teacher is not None:
         return teacher
+    if isinstance(dense, nn.Module) or (isinstance(dense, (str, os.PathLike)) and Path(dense).suffix != ".json"):
+        return dense
     from ..hub.origin import RECORD
 
     config = load_config(model) if isinstance(model, (str, os.PathLike)) else model.config
@@ -405,7 +432,8 @@ def training_arguments(config: RecoveryConfig, output_dir: str | os.PathLike) ->
         output_dir=str(Path(output_dir)), report_to=list(config.report_to or ["none"]),
         learning_rate=config.peak_learning_rate, lr_scheduler_type=config.scheduler, weight_decay=config.weight_decay,
         warmup_steps=config.warmup,  # a share, below 1
-        num_train_epochs=config.epochs, max_steps=-1 if config.max_steps is None else config.max_steps,
+        num_train_epochs=config.epochs if config.minutes is None else _NO_END,
+        max_steps=-1 if config.max_steps is None else config.max_steps,
         per_device_train_batch_size=config.micro_batch_size,
         gradient_accumulation_steps=accumulation_steps(config, hardware.process_state().num_processes),
         gradient_checkpointing=config.gradient_checkpointing, bf16=precision == "bf16", fp16=precision == "fp16",

@@ -9,6 +9,7 @@ from hf_structprune.commands import cli
 COMMANDS = {
     "prune": ["prune", "no/model", "--ratio", "0.1", "--output-dir", "PLACE"],
     "demo": ["demo", "no/model", "--output-dir", "PLACE"],
+    "shrink": ["shrink", "no/model", "--ratio", "0.1", "--minutes", "1", "--output-dir", "PLACE"],
     "quantize": ["quantize", "no/model", "--output-dir", "PLACE"],
     "recover": ["recover", "no/model", "--dataset", "no.jsonl", "--output-dir", "PLACE"],
     "export gguf": ["export", "no/model", "--format", "gguf", "--output", "PLACE", "--overwrite"],

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,14 @@ from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner  #
 from hf_structprune.commands import cli  # noqa: E402
 from hf_structprune.errors import ConfigurationError, StructPruneError, TextError  # noqa: E402
 from hf_structprune.hub.words import PICTURE_NAME, RECOVERY_NAME  # noqa: E402
-from hf_structprune.recovery import DistillationConfig, LoraRecoveryCallback, RecoveryConfig, recover
+from hf_structprune.recovery import (  # noqa: E402
+    DistillationConfig,
+    LoraRecoveryCallback,
+    RecoveryConfig,
+    own_text,
+    recover,
+    time_limit,
+)
 from hf_structprune.recovery.recovering import _check_folders  # noqa: E402
 
 
@@ -237,6 +245,40 @@ def test_distilling_needs_to_know_the_dense_model(checkpoints):
     config = RecoveryConfig(**SMALL, method="distill")
     with pytest.raises(ConfigurationError, match="give `teacher`"):
         recover(checkpoints / "pruned", checkpoints / "data.jsonl", checkpoints / "out", config)
+
+
+def test_no_data_set_is_needed_to_distil(checkpoints, monkeypatch, capsys):
+    """On the calibration text and on what the dense model writes; the command of the card does the same."""
+    monkeypatch.setattr(own_text, "cached_assets_path", lambda *_, **__: checkpoints / "cache")
+    argv = ["recover", str(checkpoints / "pruned"), "--dense", str(checkpoints / "dense"), "--method", "distill"]
+    argv += ["--generated-tokens", "1200", "--max-samples", "60", f"--text={checkpoints / 'watched.txt'}", "--json"]
+    argv += [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    assert cli.main([*argv, "--output-dir", str(checkpoints / "out")]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [source["name"] for source in report["data"]["sources"]] == ["calibration text", "generated text"]
+    assert report["dataset"] == [] and report["teacher"] == "dense" and report["training"]["steps"] == 4
+    card = (checkpoints / "out" / "README.md").read_text()
+    assert "--generated-tokens 1200" in card and "--dataset " not in card
+
+
+def test_a_training_with_a_time_limit_ends_in_time_with_its_learning_rate(checkpoints, monkeypatch, caplog):
+    """A clock that goes on by six seconds with every optimiser step."""
+    now, rates = [0.0], []
+    monkeypatch.setattr(time_limit, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    step = LoraRecoveryCallback.on_step_end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now[0] += 6.0
+        rates.append(kwargs["lr_scheduler"].get_last_lr()[0])
+        step(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(LoraRecoveryCallback, "on_step_end", on_step_end)
+    result = run(checkpoints, minutes=1.0, max_steps=None, evaluations=5, warmup=0.0, patience=None)
+    assert result.report["training"]["steps"] == 10 and result.report["stopped"] == "time"
+    assert [point["step"] for point in result.report["curve"]["points"]] == [2, 4, 6, 8, 10]
+    half_cosine = [SMALL["learning_rate"] * (1 + math.cos(math.pi * n / 10)) / 2 for n in range(10)]
+    assert rates == pytest.approx(half_cosine, abs=1e-5)
+    assert "Training was stopped" not in (result.folder / "README.md").read_text()
 
 
 def test_a_model_in_memory(checkpoints, make_tokenizer):

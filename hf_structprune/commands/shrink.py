@@ -1,0 +1,75 @@
+"""`hf-structprune shrink`: a smaller model within a time that is given, by one recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+
+from ..checks import Limits, Ratio
+from ..errors import ConfigurationError
+from ..hardware import cpu_has_bf16, has_accelerator
+from ..hub.words import RECOVERY_NAME
+from ..recovery.recovering import newest_whole, training_folder
+from .arguments import parse
+from .cli import check_output
+from .recipe import Recipe
+from .run import MAX_WINDOWS, run_recipe
+
+
+@dataclass
+class ShrinkArguments:
+    """Options of `shrink`.
+
+    Args:
+        model (`str`): Id of a model on the Hub, or a folder.
+        ratio (`float`): Share of all parameters to remove: 0.3 removes 30 %.
+        minutes (`float`): For everything: training takes what measuring and pruning leave of it, and at least a tenth.
+        output_dir (`str`): Folder for the smaller model; the pruned one before training goes to `OUTPUT_DIR-pruned`.
+        dataset (list of `str`, *optional*): Data to train on. Default: what the pruning is calibrated on, and what the
+            dense model writes.
+        overwrite (`bool`): Do everything again even if the folders hold checkpoints.
+        dry_run (`bool`): Print the recipe and its plan; loads no weights.
+    """
+
+    model: str
+    ratio: Ratio
+    minutes: Annotated[float, Limits(0, open="least")]
+    output_dir: str
+    dataset: Sequence[str] | None = None
+    overwrite: bool = False
+    dry_run: bool = False
+
+
+def shrink_command(argv: Sequence[str]) -> None:
+    """Prune MODEL, train it to predict what the dense model does, measure all and write the card, within a time."""
+    (options,) = parse(argv, "shrink", shrink_command.__doc__, ShrinkArguments)
+    folder = Path(options.output_dir)
+    if not (folder / RECOVERY_NAME).is_file() and newest_whole(training_folder(folder))[0] is None:
+        check_output(options.output_dir, options.overwrite)
+    content = recipe_of(options)
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    if options.dry_run:
+        print(text)
+    run_recipe(Recipe.from_dict(content, text), again=options.overwrite, dry_run=options.dry_run)
+
+
+def recipe_of(options: ShrinkArguments) -> dict[str, Any]:
+    """The recipe that does it, as a file of `hf-structprune run` would say it."""
+    if not options.output_dir:
+        raise ConfigurationError("--output-dir is empty: name a folder.")
+    recover = {"method": "distill", "output_dir": options.output_dir}
+    if options.dataset:
+        recover["dataset"] = list(options.dataset)
+    return {
+        # In bfloat16 a CPU without instructions for it is five times slower.
+        "model": {"model": options.model, "dtype": "auto" if has_accelerator() or cpu_has_bf16() else "fp32"},
+        "output_dir": f"{options.output_dir.rstrip('/')}-pruned",
+        "minutes": options.minutes,
+        "prune": {"ratio": options.ratio},
+        "recover": recover,
+        "evaluate": {"max_windows": MAX_WINDOWS, "efficiency": False},
+    }

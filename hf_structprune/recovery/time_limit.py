@@ -1,0 +1,60 @@
+"""`TimeLimit`: a training that ends after so many minutes, with the learning rate at its end by then."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from .weights import agreed
+
+
+class TimeLimit:
+    """The clock of a training that has so many minutes, measuring included, from its first step on.
+
+    The schedule of the learning rate is a function of the step. It is given the step that a training of `max_steps`
+    would have reached, `max_steps * max(step / max_steps, elapsed / limit)`, so that a cosine ends at zero when time
+    is up, however fast the machine is and whatever else it does.
+
+    Args:
+        minutes: How long.
+        parts: In how many equal parts `next_part` divides the time.
+    """
+
+    def __init__(self, minutes: float, parts: int) -> None:
+        self.seconds, self.parts = 60.0 * minutes, parts
+        self._start, self._done = 0.0, 0
+
+    def begin(self, scheduler: Any, max_steps: int, elapsed: float = 0.0) -> None:
+        """Starts the clock, `elapsed` seconds after the first step of an interrupted training.
+
+        Args:
+            scheduler: The Trainer's, or what accelerate has wrapped around it; one without functions of the step, as
+                DeepSpeed has them, stays as it is.
+        """
+        self._start = time.perf_counter() - elapsed
+        self._done = int(self.progress * self.parts)
+        scheduler = getattr(scheduler, "scheduler", scheduler)
+        if hasattr(scheduler, "lr_lambdas"):
+            scheduler.lr_lambdas = [self._by_time(one, max_steps) for one in scheduler.lr_lambdas]
+
+    def _by_time(self, schedule: Callable[[float], float], max_steps: int) -> Callable[[int], float]:
+        def factor(step: int) -> float:
+            return schedule(max(step, self.progress * max_steps))
+
+        return factor
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the first step, without those between an interrupt and going on."""
+        return time.perf_counter() - self._start
+
+    @property
+    def progress(self) -> float:
+        """The share of the time that is gone, from 0 to 1; the same in all processes."""
+        return agreed(min(1.0, self.elapsed / self.seconds))
+
+    def next_part(self) -> bool:
+        """Whether another part of the time is over since this was last asked."""
+        done, self._done = self._done, int(self.progress * self.parts)
+        return self._done > done

@@ -1,0 +1,87 @@
+"""`hf-structprune shrink`: one line prunes, distils on the model's own text, measures and writes the card."""
+
+import json
+
+import pytest
+import yaml
+
+
+pytest.importorskip("trl")
+pytest.importorskip("peft")
+
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+from hf_structprune import PruningPlan  # noqa: E402
+from hf_structprune.commands import cli, run, shrink  # noqa: E402
+from hf_structprune.evaluation import EvaluationResult  # noqa: E402
+from hf_structprune.recovery import own_text, save  # noqa: E402
+
+
+SMALL = {
+    "max_length": 64, "batch_size": 2, "micro_batch_size": 2, "evaluations": 2, "max_windows": 2, "window": 32,
+    "precision": "fp32", "max_samples": 8, "max_steps": 3, "distillation": {"generated_tokens": 100},
+}  # fmt: skip
+
+
+@pytest.fixture
+def place(tiny_llama, make_tokenizer, tmp_path, monkeypatch):
+    """A dense checkpoint, and recipes that are done in a moment."""
+    tiny_llama.save_pretrained(tmp_path / "dense")
+    make_tokenizer().save_pretrained(tmp_path / "dense")
+    (tmp_path / "own.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    made = shrink.recipe_of
+
+    def quick(options):
+        content = made(options)
+        content["prune"] |= {"units": ["mlp_neurons"], "calibration": {"num_samples": 4, "length": 16}}
+        content["recover"] |= {**SMALL, "text": str(tmp_path / "own.txt")}
+        content["evaluate"] |= {"texts": [str(tmp_path / "own.txt")], "window": 32, "max_windows": 2, "samples": False}
+        return content
+
+    monkeypatch.setattr(shrink, "recipe_of", quick)
+    monkeypatch.setattr(own_text, "cached_assets_path", lambda *_, **__: tmp_path / "cache")
+    monkeypatch.setattr(save, "draw_curve", lambda curve, path, best_step=None: path.write_bytes(b"a curve"))
+    return tmp_path
+
+
+def test_one_line_and_what_is_done_is_not_done_again(place, capsys, monkeypatch):
+    out, line = place / "out", ["shrink", str(place / "dense"), "--ratio", "0.2", "--minutes", "3", "--output-dir"]
+    assert cli.main([*line, str(out)]) == 0
+    shown = capsys.readouterr().out
+    plan = PruningPlan.load(out)
+    assert AutoModelForCausalLM.from_pretrained(out).num_parameters() == plan.parameters_after
+    assert plan.parameters_after < plan.parameters_before
+    report = json.loads((out / "recovery.json").read_text())
+    assert report["configuration"]["method"] == "distill" and report["dataset"] == [] and report["teacher"] == "dense"
+    assert 0 < report["configuration"]["minutes"] < 3 and report["training"]["steps"] == 3
+    states = ("evaluation_results_dense", "evaluation_results_pruned", "evaluation_results")
+    assert [EvaluationResult.load(out / f"{name}.json").state for name in states] == ["dense", "pruned", "recovered"]
+    assert "## Recovery" in (out / "README.md").read_text() and "of 3 minutes are for the training" in shown
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert recipe["minutes"] == 3 and recipe["output_dir"] == f"{out}-pruned"
+    again = []
+    monkeypatch.setattr(run, "recover", lambda *args, **kwargs: again.append(args))
+    assert cli.main(["run", str(out / "recipe.yaml")]) == 0 and again == []  # the same as a recipe, and done
+    assert cli.main([*line, str(out)]) == 0 and again == []
+    assert cli.main([*line[:-1], "--output-dir", str(place / "dense")]) == 2  # which holds something else
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_training_gets_what_is_left_of_the_time(place, capsys, monkeypatch):
+    now = [0.0]
+    recipe = run.Recipe.from_dict(shrink.recipe_of(shrink.ShrinkArguments("m", 0.2, 60.0, str(place / "out"))))
+    steps = run._Run(recipe, recipe.model, False, started=0.0)
+    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    steps.measuring = 120.0
+    now[0] = 600.0  # ten minutes are gone, and measuring takes two times two more
+    assert steps._minutes_left() == round(46 / 1.2, 2)
+    now[0] = 3500.0
+    assert steps._minutes_left() == 6.0 and "since less would do nothing" in capsys.readouterr().out
+
+
+def test_a_dry_run_prints_recipe_and_plan(place, capsys):
+    line = ["shrink", str(place / "dense"), "--ratio", "0.2", "--minutes", "3", "--output-dir", str(place / "out")]
+    assert cli.main([*line, "--dry-run"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "minutes: 3" in shown and "Pruning plan" in shown and "what the dense model writes" in shown
+    assert not (place / "out").exists()

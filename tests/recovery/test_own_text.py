@@ -1,0 +1,89 @@
+"""Distillation without a data set: what the dense model writes, kept, and the text of the calibration."""
+
+import json
+
+import pytest
+import torch
+
+
+pytest.importorskip("trl")
+
+from hf_structprune import CalibrationConfig, PruningConfig  # noqa: E402
+from hf_structprune.config import CONFIG_NAME  # noqa: E402
+from hf_structprune.recovery import own_text  # noqa: E402
+from hf_structprune.recovery.own_text import Writer, calibration_rows, generated_rows  # noqa: E402
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ '</s>' if m['role'] == 'assistant' else '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+OPENINGS = ["The quick brown fox jumps over the lazy dog.", "A sentence of another kind."]
+
+
+@pytest.fixture
+def few(monkeypatch, tmp_path):
+    monkeypatch.setattr(own_text, "BATCH", 3)
+    monkeypatch.setattr(own_text, "OPENING", 4)
+    monkeypatch.setattr(own_text, "QUESTION", 6)
+    monkeypatch.setattr(own_text, "cached_assets_path", lambda *_, subfolder, **__: tmp_path / "cache" / subfolder)
+    return tmp_path
+
+
+def test_what_is_written_is_drawn_from_the_model_and_begins_as_it_should(few, tiny_llama, make_tokenizer):
+    tokenizer = make_tokenizer(chat_template=TEMPLATE)
+    writer, before = Writer(tiny_llama, tokenizer, OPENINGS, 24, seed=0), torch.get_rng_state()
+    plain, chats = writer.batch(0), writer.batch(1)
+    starts = [tokenizer(text)["input_ids"][:4] for text in OPENINGS]
+    assert len(plain) == 3 and all(ids[:4] in starts and 4 < len(ids) <= 24 for ids in plain)
+    question = tokenizer("user: ", add_special_tokens=False)["input_ids"]
+    texts = [tokenizer.decode(ids) for ids in chats]
+    assert chats and all("user: " in text and "\nassistant: " in text for text in texts) and question
+    assert Writer(tiny_llama, tokenizer, OPENINGS, 24, seed=0).batch(1) == chats  # whatever came before
+    assert Writer(tiny_llama, tokenizer, OPENINGS, 24, seed=1).batch(1) != chats
+    assert torch.equal(torch.get_rng_state(), before)
+    assert Writer(tiny_llama, make_tokenizer(), OPENINGS, 24, seed=0).before is None  # no template, no chats
+
+
+def test_padding_on_the_left_changes_nothing(few, tiny_llama, make_tokenizer, monkeypatch):
+    """Greedily, sequences are gone on from as each alone."""
+    writer = Writer(tiny_llama, make_tokenizer(), OPENINGS, 16, seed=0)
+    generate = tiny_llama.generate
+    monkeypatch.setattr(tiny_llama, "generate", lambda **given: generate(**{**given, "do_sample": False}))
+    starts = [[5, 6, 7, 8, 9, 10], [11, 12]]
+    with torch.no_grad():
+        together = writer._go_on(starts, 16)
+        alone = [writer._go_on([start], 16)[0] for start in starts]
+    assert together == [one[: len(row)] for one, row in zip(alone, together, strict=True)] and len(together[1]) > 2
+
+
+def test_what_was_written_is_kept_and_gone_on_with(few, tiny_llama, make_tokenizer, monkeypatch):
+    tokenizer, written = make_tokenizer(chat_template=TEMPLATE), []
+    batch = Writer.batch
+    monkeypatch.setattr(Writer, "batch", lambda self, number: written.append(number) or batch(self, number))
+    about = {"length": 24, "seed": 0}
+    short = generated_rows(tiny_llama, tokenizer, OPENINGS, 10_000, seconds=0, **about)
+    assert written == [0]  # one batch in any case
+    rows = generated_rows(tiny_llama, tokenizer, OPENINGS, 200, **about)
+    assert rows[: len(short)] == short and written == list(range(len(written)))
+    count = len(written)
+    assert generated_rows(tiny_llama, tokenizer, OPENINGS, 200, **about) == rows and len(written) == count
+    generated_rows(tiny_llama, tokenizer, OPENINGS, 10, length=24, seed=1, seconds=0)
+    assert written[count:] == [0]  # another seed, another text
+    with torch.no_grad():
+        tiny_llama.lm_head.weight.add_(1.0)
+    generated_rows(tiny_llama, tokenizer, OPENINGS, 10, seconds=0, **about)
+    assert written[count:] == [0, 0]  # another model
+    ids = [len(tokenizer(row["text"])["input_ids"]) for row in rows]
+    assert sum(ids) >= 150
+
+
+def test_text_of_the_calibration(tmp_path, make_tokenizer, caplog):
+    tokenizer = make_tokenizer()
+    assert len(calibration_rows(None, tokenizer)) == 176  # of the packaged sample
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"text": OPENINGS[0] * 9}) + "\n" for _ in range(9)))
+    own = CalibrationConfig(dataset=str(tmp_path / "mine.jsonl"), num_samples=4, length=16)
+    for calibration, count in ((own, 4), (CalibrationConfig(texts=OPENINGS), 176)):
+        PruningConfig(calibration=calibration).save(tmp_path / CONFIG_NAME)
+        assert len(calibration_rows(tmp_path, tokenizer)) == count
+    assert "was in memory" in caplog.text
