@@ -21,6 +21,7 @@ from .errors import ConfigurationError
 from .files.reading import read_json_object
 from .files.writing import write_text
 from .model.structure import ModelStructure
+from .reached import Reached
 from .units import GROUPS, HIDDEN, KINDS, LAYERS, DepthKind, SharedKind, WidthKind, kinds_of
 from .units.heads import shape_after
 from .vocabulary.report import in_words
@@ -168,6 +169,8 @@ class PruningPlan:
         predicted_nats: By how much the model's predictions would change, `KL(dense || pruned)` in nats a token, as
             measured on a part of the calibration text (see `StructuredPruner.plan`): about the rise of the loss.
             `None` where it was not measured.
+        target: What was asked for in other units than a ratio, see `targets.SizeTarget`, what is predicted, and what
+            came out; `None` where nothing was.
     """
 
     ratio_requested: float | None
@@ -192,6 +195,7 @@ class PruningPlan:
     kv_values_before: int | None = None
     kv_values_after: int | None = None
     predicted_nats: float | None = field(default=None, compare=False)
+    target: Reached | None = field(default=None, compare=False)
 
     @property
     def groups(self) -> list[Decision]:
@@ -368,6 +372,7 @@ class PruningPlan:
             decisions = _from_version_1(values) if version == 1 else [Decision(**one) for one in values["decisions"]]
             # What has a default is newer than the first plans that were written.
             fields = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}
+            fields["target"] = Reached(**fields["target"]) if fields.get("target") else None
             return cls(**{**fields, "decisions": decisions})
         except (KeyError, TypeError, AttributeError) as error:
             raise ConfigurationError(f"The plan is incomplete or of another kind: {error}.") from error
@@ -417,6 +422,8 @@ class PruningPlan:
             table.add_row("all", name, before, after)
         if self.kv_bytes_before and self.kv_bytes_after is not None:
             table.add_row("all", "KV cache, bytes a token", f"{self.kv_bytes_before:,}", f"{self.kv_bytes_after:,}")
+        if self.target is not None:
+            table.add_row("", f"{self.target}", "", "")
         if self.predicted_nats is not None:
             said = f"predicted loss: +{self.predicted_nats:.3f} nats a token, perplexity x {self.predicted_factor:.2f}"
             table.add_row("", said, "", "")

@@ -24,6 +24,7 @@ from .model.served import misread
 from .model.shared_sizes import SIZED
 from .model.store import Store
 from .model.structure import ModelStructure
+from .model.target import Target
 from .plan import Decision, Dropped, PruningPlan, normalised, removed_by
 from .stats.seen import Calibration
 from .stats.survey import Survey, survey
@@ -47,6 +48,7 @@ class Planner:
         known: What was found out about the model for the last plan; `None` where nothing had to be.
         depth: How layers and sublayers were chosen by the last plan; `None` where nothing was measured.
         how: How a search found the widths of the last plan, in words.
+        after: Class and configuration of the model after the last plan.
     """
 
     model: PreTrainedModel
@@ -64,6 +66,11 @@ class Planner:
         self._dense = self.structure if self.config.iterative_steps > 1 else None
         self._narrow = self.structure  # after what all layers share was cut, before anything else
         self._head_counts = self._expressible_heads()
+        self.after: Target | None = None
+
+    def shapes(self) -> PreTrainedModel:
+        """The model after the last plan, without weights."""
+        return self.after.skeleton()
 
     @property
     def looks_first(self) -> bool:
@@ -99,6 +106,7 @@ class Planner:
             if decision.kind in self.choices and decision.kept is not None:
                 plan.vocabulary_report = self.choices[decision.kind].report(decision.kept)
         target = target_of(shell, self._narrow, plan)  # raises if no checkpoint could hold the result
+        self.after = target
         plan.warnings += misread(self.model.config, target.config)
         plan.notes += [self.how] if self.how else []
         if ratio is not None:

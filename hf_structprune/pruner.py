@@ -23,11 +23,13 @@ from .choosing_kinds import KindChooser
 from .config import AUTO, PruningConfig
 from .criteria.tokens import token_importance
 from .errors import CalibrationError, ConfigurationError, StructPruneError, UnsupportedModelError
+from .evaluation.results import Figure
 from .files.rooms import Spill
 from .files.writing import check_folder, check_place
 from .hardware import check_device
 from .hub.checkpoint import push_folder, save_checkpoint, take_over
 from .hub.origin import origin_of, record
+from .latency import in_turns, target_of_model, with_random_weights
 from .model import loading
 from .model.checks import check_model, check_savable
 from .model.measuring import check_finite, measuring
@@ -41,11 +43,15 @@ from .plan import PruningPlan
 from .planner import Planner
 from .proof.guarantee import kinds_in, prove, prove_decoder
 from .prune import Execution, check_plan
+from .quality import QualityTarget
+from .reached import Reached
+from .reaching import Search, asked_for, check_alone, counted
 from .refit.price import Prices
 from .stats.processes import Processes
 from .stats.seen import Calibration, SeenRows, see
 from .stats.survey import Survey
 from .streaming import Streaming, check_device_room, check_streams, needs_whole, open_model
+from .targets import SizeTarget
 from .text.calibration import check_given, check_token_ids, load_tokens, respelled
 from .text.images import load_image_rows
 from .units import VOCABULARY
@@ -54,6 +60,7 @@ from .vocabulary.choosing import TokenChoice
 
 logger = logging.get_logger(__name__)
 
+_SOME = 0.5  # the ratio in the place of a size, where any will do
 _NO_WEIGHTS = (
     "Some weights are not in memory (meta device or offloaded): only planning is possible. Load the model with a "
     "`device_map` that fits, or on the CPU."
@@ -108,6 +115,7 @@ class StructuredPruner:
         self._calibrated = False
         self._streaming: Streaming | None = None
         self._prices: Prices | None = None
+        self._reached: Reached | None = None
         self._why = ""  # the configuration decided as it did, where it was "auto"
         self._choice: TokenChoice | None = None
         self._trimmed_from: Any = None  # the tokenizer before tokens went
@@ -160,25 +168,28 @@ class StructuredPruner:
             pruner._streaming = Streaming(pruner.model, stored, pruner.structure, pruner._device, spill)
         return pruner
 
-    def plan(self, ratio: float | None = None, estimate: bool = False) -> PruningPlan:
+    def plan(self, ratio: float | None = None, estimate: bool = False, **target: Any) -> PruningPlan:
         """What `prune(ratio)` would do: how many units of each group go and what that saves. Changes nothing.
 
         The ratio is the share of **all** parameters of the model to remove, embeddings counted; `None` if the
-        configuration says how much goes (`num_layers`, `hidden_size`, `attention_ratio`, `mlp_ratio`, ...).
+        configuration says how much goes (`num_layers`, `hidden_size`, `attention_ratio`, `mlp_ratio`, ...). In its
+        place a `target` is a size to be within, in other units, by the options of `targets.SizeTarget`:
+        `target="6GB"`, `target="3GB q4_k_m"` (as GGUF), `target_parameters=5e9`, `target_memory="16GB", context=8192`,
+        `kv_cache="-30%"`.
 
         With `estimate` (always for units="auto") the plan is carried out layer by layer on a part of the calibration
         text, and what that does to the predictions for other text is measured: `plan.predicted_nats`.
 
         Raises:
-            RatioError: More than can be cut; says how much can.
+            RatioError: More than can be cut, or a target that cannot be reached; says what can.
             UnsupportedModelError: Cutting this model type is not shown to be right, see `proof.prove`.
         """
-        ratio = self.config.check_ratio(ratio)
+        ratio, size = asked_for(ratio, target, self.config)
         if self._streaming is not None:
-            check_streams(self.config, ratio, self.model)
+            check_streams(self.config, _SOME if size else ratio, self.model)
         self._check_images()
         with measuring(self.model):
-            decoder = self._decide(ratio)
+            decoder, ratio = self._decide(ratio, size)
             planner = self._planner(decoder)
             if planner.looks_first or self._decided.chooses_depth(ratio):
                 check_finite(self.model)
@@ -189,7 +200,7 @@ class StructuredPruner:
 
     def prune(
         self, ratio: float | PruningPlan | None = None, output_dir: str | os.PathLike | None = None,
-        resume: bool | None = None,
+        resume: bool | None = None, **target: Any,
     ) -> PreTrainedModel:  # fmt: skip
         """Prunes the model: by a share of all parameters, or by a plan; units that it does not name are chosen.
 
@@ -198,39 +209,70 @@ class StructuredPruner:
             output_dir: Folder to save the result in, see `save_pretrained`; a streamed model needs one.
             resume: Of a streamed model: go on where an interrupted run into this folder stopped, or start it anew
                 (`False`). By default there may be none.
+            target: In the place of a ratio: a size to be within, as in `plan`; or a quality to keep, `within=0.05`
+                and what is measured, `metric="tasks/boolq/acc"` or a function of model and tokenizer, of which less is
+                better (default: perplexity of the packaged text). Up to six copies are pruned and measured for it, so
+                that it takes seven times the time, and room for a second model.
 
         Returns:
             The smaller model, also in `self.model`; the plan that was carried out is in `self.last_plan`. Of a
             streamed model the shapes alone: its weights are in the folder.
         """
         if self._streaming is not None:
-            return self._prune_streamed(ratio, output_dir, resume)
+            if "within" in target:
+                raise ConfigurationError("`within` prunes copies of whole models; this one is streamed: give a ratio.")
+            return self._prune_streamed(ratio, output_dir, resume, target)
         if resume is not None:
             raise ConfigurationError("`resume` is for streamed models (`from_pretrained(..., stream=True)`).")
         if output_dir is not None:
             check_folder(output_dir)
-        self._prune_model(ratio)
+        quality = QualityTarget(**{name: target.pop(name) for name in ("within", "metric") if name in target})
+        found = None
+        if quality:
+            ratio, found = self._within(quality, ratio, target)
+        self._prune_model(ratio, target)
+        if found is not None:
+            self.last_plan.target = found
+            record(self.model, self.origin, self._decided, self.last_plan)
         if output_dir is not None:
             self.save_pretrained(output_dir)
         return self.model
 
+    def _within(
+        self, quality: QualityTarget, ratio: float | PruningPlan | None, target: dict[str, Any]
+    ) -> tuple[float, Reached]:
+        """The largest ratio at which a metric is within what is asked for, by pruning copies."""
+        if target:
+            raise ConfigurationError(f"`within` and `{next(iter(target))}` are both given; give one of them.")
+        check_alone("within", ratio, self.config)
+        if self._processes.count > 1:
+            raise ConfigurationError("`within` and `data_parallel` are both given; one process prunes copies.")
+        if not has_weights(self.model):
+            raise UnsupportedModelError(_NO_WEIGHTS)
+        tokenizer = self._processor or self.tokenizer
+
+        def value_at(some: float) -> Figure:
+            trial = StructuredPruner(copy.deepcopy(self.model), self.config, tokenizer, self._device)
+            return quality.measure(trial.prune(some), trial.tokenizer)
+
+        return quality.search(quality.measure(self.model, self.tokenizer), value_at)
+
     def _prune_streamed(
-        self, ratio: float | PruningPlan | None, output_dir: str | os.PathLike | None, resume: bool | None
-    ) -> PreTrainedModel:
+        self, ratio: float | PruningPlan | None, output_dir: str | os.PathLike | None, resume: bool | None,
+        target: dict[str, Any],
+    ) -> PreTrainedModel:  # fmt: skip
         """Reads, cuts and writes layer after layer; the folder appears when everything is there."""
-        check_streams(self.config, ratio, self.model)
+        check_streams(self.config, _SOME if target else ratio, self.model)
         with self._streaming.into(output_dir, resume):
-            self._prune_model(ratio)
+            self._prune_model(ratio, target)
             self._save(Path(output_dir), Path(os.path.abspath(output_dir)).name, shards=self._streaming.shards)
         self._saved = Path(output_dir)
         mark(self.model, f"The weights of this model are not in memory: load it from {output_dir}.")
         return self.model
 
-    def _prune_model(self, ratio: float | PruningPlan | None) -> None:
+    def _prune_model(self, ratio: float | PruningPlan | None, target: dict[str, Any]) -> None:
         """Prunes what is in memory, or what `self._streaming` brings there."""
-        given = isinstance(ratio, PruningPlan)
-        if not given:
-            ratio = self.config.check_ratio(ratio)
+        ratio, size = asked_for(ratio, target, self.config)
         if self.last_plan is not None:
             raise StructPruneError(
                 "This pruner has pruned its model. To prune the result again, make a new pruner from `pruner.model`."
@@ -243,8 +285,8 @@ class StructuredPruner:
         with measuring(dense), marked_if_changed(dense, self._given()):
             check_finite(dense)
             if self._processes.count > 1:
-                self._check_divided(ratio)
-            decoder = self._decide(ratio)
+                self._check_divided(_SOME if size else ratio)
+            decoder, ratio = self._decide(ratio, size)
             try:
                 self._prune(decoder, ratio)
             except BaseException as error:
@@ -266,19 +308,36 @@ class StructuredPruner:
         about = ratio.to_dict() if isinstance(ratio, PruningPlan) else ratio
         self._processes.check_same(self.model, self.calibration_tokens(), config=self.config.to_dict(), ratio=about)
 
-    def _decide(self, ratio: float | PruningPlan | None) -> PreTrainedModel:
-        """Puts the kinds that are cut in the place of "auto"; gives what is cut, once it is shown that it can be."""
-        self._decided, self._why = self.config, ""
+    def _decide(
+        self, ratio: float | PruningPlan | None, size: SizeTarget
+    ) -> tuple[PreTrainedModel, float | PruningPlan | None]:
+        """Puts the kinds that are cut in the place of "auto", and a ratio in that of a size.
+
+        Gives what is cut, once it is shown that it can be, and the ratio.
+        """
+        self._decided, self._why, self._reached = self.config, "", None
         if isinstance(ratio, PruningPlan):
             if AUTO in self.config.units:
                 self._decided = dataclasses.replace(
                     self.config, units=tuple(sorted(kinds_in(ratio))), layout=ratio.layout
                 )
-            return self._proven(kinds_in(ratio))
+            return self._proven(kinds_in(ratio)), ratio
+        if size.speedup is not None and (self._streaming is not None or self._processes.count > 1):
+            raise ConfigurationError("`speedup` times whole models in one process: leave `stream` and the others out.")
+        search = Search(size, self._decoder(), self.structure, self.config) if size else None
+        if size.kv_cache is not None:
+            found = search.smaller_cache(self.config, lambda config: self._planner(self._decoder(), config))
+            self._decided, self._why, self._reached = found
+            return self._proven(self._decided.units), None
         if AUTO in self.config.units:
             chooser = KindChooser(self._decoder(), self.structure, self.config, self._measured_prices, self._proven)
-            self._decided, self._why = chooser.choose(ratio)
-        return self._proven(self._decided.units)
+            self._decided, self._why = chooser.choose(search.guess if size else ratio)
+        decoder = self._proven(self._decided.units)
+        if size:
+            planner = self._planner(decoder, dataclasses.replace(self._decided, iterative_steps=1))
+            ratio = search.ratio(planner)
+            self._reached = search.reached(ratio, planner)
+        return decoder, ratio
 
     def _measured_prices(self) -> Prices:
         """What measures the costs of plans on the model as it is."""
@@ -289,7 +348,8 @@ class StructuredPruner:
     def _tell(self, plan: PruningPlan, estimate: bool) -> None:
         """Writes into a plan why it is as it is, and what it costs if that is asked for."""
         automatic = AUTO in self.config.units
-        plan.notes += [self._why] if automatic else []
+        plan.notes += [self._why] if self._why else []
+        plan.target = self._reached
         if estimate or (automatic and has_weights(self.model)):
             if not has_weights(self.model):
                 raise UnsupportedModelError(_NO_WEIGHTS)
@@ -334,6 +394,7 @@ class StructuredPruner:
         choices, processes, config = self._choices(), self._processes, self._decided
         run = Execution(decoder, self.structure, config, self._tokens, store, choices, processes)
         given, warned, dense = isinstance(ratio, PruningPlan), [], decoder.config
+        before = target_of_model(decoder)
         if given:
             check_plan(decoder, self.structure, ratio)
             self._carry_out(run, copy.deepcopy(ratio))
@@ -358,6 +419,13 @@ class StructuredPruner:
         if not given:
             plan.predicted_nats = predicted
             plan.notes += [line for line in (self._why, planner.how) if line]
+        reached = ratio.target if given else self._reached
+        if reached is not None:
+            plan.target = counted(reached, plan, lambda: run.model)
+            if "speedup" in reached.settings and not given:
+                dense = with_random_weights(before, run.model)
+                time, _ = in_turns(dense, run.model, reached.settings.get("batch", 1))
+                plan.target = dataclasses.replace(reached, got=1 / time)
         plan.given = given
         plan.calibrated = self._calibrated or (ratio.calibrated if given else False)
         record(self.model, self.origin, config, plan)
@@ -468,17 +536,18 @@ class StructuredPruner:
             self._seen = key, see(self.model, self._decoder(), self.structure, rows)
         return self._seen[1]
 
-    def _planner(self, decoder: PreTrainedModel) -> Planner:
-        """What plans by the configuration that was decided on."""
+    def _planner(self, decoder: PreTrainedModel, config: PruningConfig | None = None) -> Planner:
+        """What plans, by the configuration that was decided on if no other is given."""
+        config = self._decided if config is None else config
         if self._streaming is None:
-            return Planner(decoder, self.structure, self._decided, self._tokens, self._choices())
+            return Planner(decoder, self.structure, config, self._tokens, self._choices())
 
         def tokens() -> Calibration:
             found = self._tokens()
             self._streaming.check_choice(found, self.config)
             return found
 
-        return Planner(decoder, self.structure, self._decided, tokens, self._choices(), self._streaming.store)
+        return Planner(decoder, self.structure, config, tokens, self._choices(), self._streaming.store)
 
     def _tokens(self) -> Calibration:
         """The calibration tokens for the work itself, which is recorded to have looked at them."""

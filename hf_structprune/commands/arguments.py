@@ -69,7 +69,7 @@ def parse(argv: Sequence[str], command: str, description: str, *classes: type) -
         ConfigurationError: An option is unknown, has a value of the wrong type, or none where one is needed.
     """
     parser = make_parser(command, description, *classes)
-    argv = [_with_hyphens(argument) for argument in argv]
+    argv = _with_negative_shares([_with_hyphens(argument) for argument in argv])
     values = parser.parse_args(argv)
     if values.config is not None:
         values = parser.parse_args([*_read_config(parser, values.config), *argv])
@@ -136,6 +136,17 @@ def _with_hyphens(argument: str) -> str:
     """`--round_to=8` as `--round-to=8`; what is not an option stays as it is."""
     name, equals, value = argument.partition("=")
     return name.replace("_", "-") + equals + value if name.startswith("--") else argument
+
+
+def _with_negative_shares(argv: list[str]) -> list[str]:
+    """`--kv-cache -30%` as `--kv-cache=-30%`: only negative numbers are taken for values."""
+    words: list[str] = []
+    for argument in argv:
+        if re.fullmatch(r"-[\d.]+ ?%", argument) and words and words[-1].startswith("--") and "=" not in words[-1]:
+            words[-1] += f"={argument}"
+        else:
+            words.append(argument)
+    return words
 
 
 def _help_texts(cls: type) -> dict[str, str]:

@@ -24,7 +24,9 @@ from ..hub.words import RECOVERY_NAME
 from ..model.loading import load_config, load_model, load_tokenizer, refuse_quantised, shapes_of
 from ..model.store import OnDisk
 from ..pruner import StructuredPruner
+from ..reaching import check_alone
 from ..streaming import load_streamed
+from ..targets import SizeTarget
 from ..units import VocabularyKind, kinds_of
 
 
@@ -183,12 +185,22 @@ def check_ratio(ratio: float | None, config: PruningConfig) -> None:
     """Refuses a ratio that cannot be meant, before any work is done; names the options."""
     if ratio is None and config.needs_ratio:
         raise ConfigurationError(
-            "--ratio is missing; 0.3 removes 30 %. Instead of it --attention-ratio and --mlp-ratio, --num-layers, "
-            "--keep-first, --hidden-size or --keep say how much goes."
+            "--ratio is missing; 0.3 removes 30 %. Instead of it --target 6GB and other sizes, --attention-ratio and "
+            "--mlp-ratio, --num-layers, --keep-first, --hidden-size or --keep say how much goes."
         )
     if ratio is not None and not config.takes_ratio:
         stated = [f"--{name.replace('_', '-')}" for name in config.stated_options]
         raise ConfigurationError(f"--ratio and {' / '.join(stated)} are both given; give one or the other.")
+
+
+def check_amount(ratio: float | None, size: SizeTarget, config: PruningConfig) -> None:
+    """`check_ratio`, where a size may be given in its place."""
+    if not size:
+        return check_ratio(ratio, config)
+    option = f"--{size.name.replace('_', '-')}"
+    if ratio is not None:
+        raise ConfigurationError(f"--ratio and {option} are both given; give one or the other.")
+    check_alone(size.name, None, config)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,14 @@ from ..model.shared_sizes import SIZED
 from ..model.structure import Group
 from ..plan import PruningPlan
 from ..pruner import StructuredPruner
+from ..quality import QualityTarget
+from ..reaching import check_alone
+from ..targets import SizeTarget
 from ..units import VOCABULARY
 from .arguments import command
 from .cli import check_output, make_table
 from .curve import inspect_curve
-from .models import ModelArguments, StreamArguments, check_ratio, load_pruner, load_shapes, load_to_plan
+from .models import ModelArguments, StreamArguments, check_amount, load_pruner, load_shapes, load_to_plan
 from .vocabulary import inspect_vocabulary
 
 
@@ -210,20 +213,22 @@ class PlanArguments(StreamArguments):
 
 
 @command
-def plan_command(model: ModelArguments, options: PlanArguments, config: PruningConfig) -> tuple[Any, ...]:
-    """Show what would go from MODEL at a ratio, and what it saves. Nothing is changed."""
-    check_ratio(options.ratio, config)
+def plan_command(
+    model: ModelArguments, options: PlanArguments, size: SizeTarget, config: PruningConfig
+) -> tuple[Any, ...]:
+    """Show what would go from MODEL at a ratio or for a size, and what it saves. Nothing is changed."""
+    check_amount(options.ratio, size, config)
     if options.output is not None:
         check_place(options.output, file=True)
     if options.stream and options.estimate:
         raise ConfigurationError("--estimate tries the plan on the whole model in memory: leave --stream out.")
-    spill = options.spill
+    spill, asked = options.spill, size.given()
     if options.stream:
-        plan = load_pruner(model, config, True, spill=spill).plan(options.ratio)
+        plan = load_pruner(model, config, True, spill=spill).plan(options.ratio, **asked)
     elif options.estimate:
-        plan = load_pruner(model, config).plan(options.ratio, estimate=True)
+        plan = load_pruner(model, config).plan(options.ratio, estimate=True, **asked)
     else:
-        plan = load_to_plan(model, config, options.ratio).plan(options.ratio)
+        plan = load_to_plan(model, config, 0.5 if size else options.ratio).plan(options.ratio, **asked)
     if options.output is not None:
         plan.save(options.output)
     return {"model": model.model, **plan.to_dict()}, plan.table()
@@ -257,27 +262,41 @@ class PruneArguments(StreamArguments):
 
 
 @command
-def prune_command(model: ModelArguments, options: PruneArguments, config: PruningConfig) -> tuple[Any, ...] | None:
+def prune_command(
+    model: ModelArguments, options: PruneArguments, size: SizeTarget, quality: QualityTarget, config: PruningConfig
+) -> tuple[Any, ...] | None:
     """Prune MODEL and save a checkpoint that from_pretrained loads."""
     first = not options.data_parallel or _speaks()
     check_output(options.output_dir, options.overwrite)
-    if options.plan is None:
-        check_ratio(options.ratio, config)
-    elif options.ratio is not None:
-        raise ConfigurationError("--ratio and --plan are both given; the plan says how much goes.")
+    if quality:
+        for name, other in (
+            ("ratio", options.ratio),
+            ("plan", options.plan),
+            ("stream", options.stream),
+            *size.given().items(),
+        ):
+            if other:
+                raise ConfigurationError(f"--within and --{name.replace('_', '-')} are both given; give one of them.")
+        check_alone("within", None, config)
+    elif options.plan is None:
+        check_amount(options.ratio, size, config)
+    elif options.ratio is not None or size:
+        other = f"--{size.name.replace('_', '-')}" if size else "--ratio"
+        raise ConfigurationError(f"{other} and --plan are both given; the plan says how much goes.")
     started = time.monotonic()
     target = options.ratio if options.plan is None else PruningPlan.load(options.plan)
     if options.resume and not options.stream:
         raise ConfigurationError("--resume is for --stream.")
     pruner = load_pruner(model, config, options.stream, options.offload, options.spill, options.data_parallel)
     resume = (True if options.resume else False if options.overwrite else None) if options.stream else None
-    pruner.prune(target, options.output_dir, resume)
+    pruner.prune(target, options.output_dir, resume, **size.given(), **quality.given())
     if not first:
         return None
     plan, seconds = pruner.last_plan, round(time.monotonic() - started, 1)
     names = ["ratio_requested", "ratio", "layout", "dropped", "removed", "warnings"]
     names += [f"{name}_{when}" for name in ("parameters", "bytes", "macs") for when in ("before", "after")]
     figures = {name: getattr(plan, name) for name in names}
+    figures["target"] = plan.target and asdict(plan.target)
     data = {"model": model.model, "output_dir": options.output_dir, "seconds": seconds, **figures}
     return data, plan.table(), f"Saved to {options.output_dir} after {seconds} s."
 

@@ -1,5 +1,6 @@
 """Measuring models: perplexity on any text, zero-shot tasks, size, memory and speed, generated text."""
 
+from .answers import measure_answers
 from .efficiency import EfficiencyConfig, measure_efficiency, time_loading
 from .evaluator import EvaluationConfig, evaluate
 from .generation import QuestionResult, generate_samples, question_protocol
@@ -21,6 +22,6 @@ from .tasks import SUITES, check_tasks, expand, run_tasks
 __all__ = [
     "PROTOCOLS", "SUITES", "EfficiencyConfig", "EvaluationConfig", "EvaluationResult", "EvaluationText", "Figure",
     "PerplexityProtocol", "PerplexityResult", "QuestionResult", "ResultTable", "check_tasks", "evaluate", "expand",
-    "generate_samples", "load_text", "measure_efficiency", "measure_perplexity", "perplexity", "question_protocol",
-    "read_text", "run_tasks", "time_loading",
+    "generate_samples", "load_text", "measure_answers", "measure_efficiency", "measure_perplexity", "perplexity",
+    "question_protocol", "read_text", "run_tasks", "time_loading",
 ]  # fmt: skip

@@ -111,7 +111,7 @@ def generate_samples(
     prompts = PROMPTS if prompts is None else [prompts] if isinstance(prompts, str) else prompts
     with measuring(model):
         answers = [
-            _answer(model, tokenizer, prompt, _encode(model, tokenizer, prompt), max_new_tokens, seed, **options)
+            _answer(model, tokenizer, prompt, encode_prompt(model, tokenizer, prompt), max_new_tokens, seed, **options)
             for prompt in logging.tqdm(prompts, desc="Samples")
         ]
     return [{"prompt": a.question, "text": a.text, "tokens": a.new_tokens, "seconds": a.seconds} for a in answers]
@@ -136,7 +136,7 @@ def question_protocol(
     context = context_length(model)
     if context is not None and max_length > context:
         raise ConfigurationError(f"`max_length` is {max_length}, but the model's context is {context} tokens.")
-    encoded = [_encode(model, tokenizer, question) for question in questions]
+    encoded = [encode_prompt(model, tokenizer, question) for question in questions]
     room = [max_length - inputs["input_ids"].shape[1] for inputs in encoded]
     if min(room) < 1:
         longest = questions[room.index(min(room))]
@@ -149,7 +149,7 @@ def question_protocol(
     return QuestionResult(answers, protocol)
 
 
-def _encode(model: PreTrainedModel, tokenizer: Any, prompt: str) -> dict[str, torch.Tensor]:
+def encode_prompt(model: PreTrainedModel, tokenizer: Any, prompt: str) -> dict[str, torch.Tensor]:
     """Token ids and mask of a prompt, as a user's message if the tokenizer has a chat template."""
     if tokenizer.chat_template:
         messages, options = [{"role": "user", "content": prompt}], {"return_dict": True, "return_tensors": "pt"}
@@ -161,13 +161,17 @@ def _encode(model: PreTrainedModel, tokenizer: Any, prompt: str) -> dict[str, to
     return {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
 
 
+def padding_of(tokenizer: Any) -> int | None:
+    """The token that answers which have ended are filled up with."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
 def _answer(
     model: PreTrainedModel, tokenizer: Any, prompt: str, inputs: dict[str, torch.Tensor], max_new_tokens: int,
     seed: int = 0, **options: Any,
 ) -> Answer:  # fmt: skip
     devices = devices_of(model)
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    options = {"do_sample": False, "pad_token_id": pad, "max_new_tokens": max_new_tokens, **options}
+    options = {"do_sample": False, "pad_token_id": padding_of(tokenizer), "max_new_tokens": max_new_tokens, **options}
     with torch.random.fork_rng(cuda_devices(devices)):
         torch.manual_seed(seed)
         synchronize(devices)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections import Counter, defaultdict
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ConfigurationError
+from .answers import ANSWERS, agreement_with
 from .comparison import Comparison, compare_parts
 from .results import EvaluationResult, Figure, csv_text
 
@@ -41,7 +43,9 @@ _NUMBERS = re.compile(r"^\d+ |, evenly spaced over \d+|(?<=window)s")
 _SHARES = ("acc", "exact_match", "f1", "em", "pass@")
 _LABELS = {
     "macs": "MACs", "macs_with_attention": "MACs with attention", "weight_bytes": "weights",
-    "kv_cache_bytes_per_token": "KV cache per token",
+    "kv_cache_bytes_per_token": "KV cache per token", "questions": "closed questions answered",
+    "ended": "answers that end", "repetition": "repeated in answers", "length": "tokens of an answer",
+    "agreement": "answer as the dense model's until", "same": "answers all the dense model's",
 }  # fmt: skip
 _ARROWS = {True: " ↑", False: " ↓", None: ""}
 
@@ -97,6 +101,7 @@ class ResultTable:
         if not results:
             raise ConfigurationError("There are no results to put into a table; give at least one.")
         self.results, self.labels = tuple(results), _labels(results)
+        self.results = results = _with_agreement(self.results)
         self._rows: list[Row] = []
         others = defaultdict(list)  # figures by whose they are, whom they are not compared with, and why
         names = dict.fromkeys(name for result in results for name in result.figures)
@@ -116,7 +121,7 @@ class ResultTable:
         ]
 
     def rows(self) -> list[Row]:
-        """One row for each figure that any of the results has: perplexities, tasks, efficiency."""
+        """One row for each figure that any of the results has: perplexities, tasks, generation, efficiency."""
         return list(self._rows)
 
     def to_rich(self) -> Table:
@@ -207,6 +212,18 @@ class ResultTable:
         return [*lines, *self.notes]
 
 
+def _with_agreement(results: Sequence[EvaluationResult]) -> tuple[EvaluationResult, ...]:
+    """The results, each with how far its answers are those of the dense model, if there is one among them."""
+    dense = next((one for one in results if one.state == "dense" and ANSWERS in one.figures), None)
+    found = []
+    for one in results:
+        if dense is not None and one is not dense and ANSWERS in one.figures:
+            more = {figure.name: figure for figure in agreement_with(one.figures[ANSWERS], dense.figures[ANSWERS])}
+            one = dataclasses.replace(one, figures={**one.figures, **more})
+        found.append(one)
+    return tuple(found)
+
+
 def _labels(results: Sequence[EvaluationResult]) -> list[str]:
     """The states; with the last part of the model's name where several share a state, numbered where that repeats."""
     states = Counter(result.state for result in results)
@@ -224,8 +241,8 @@ def _vocabularies(name: str, results: Sequence[EvaluationResult]) -> set[int]:
 
 
 def _family(name: str) -> int:
-    """Perplexities, tasks, efficiency: in this order."""
-    return {"tasks": 1, "efficiency": 2}.get(name.partition("/")[0], 0)
+    """Perplexities, tasks, generation, efficiency: in this order."""
+    return {"tasks": 1, "generation": 2, "efficiency": 3}.get(name.partition("/")[0], 0)
 
 
 def _cell(figure: Figure | None, base: Figure | None, comparable: bool) -> Cell | None:
@@ -317,6 +334,7 @@ _SCALES = {
     "perplexity": ((1e6, Scale(1.0, ".2e")), (0, Scale())),  # of models that are broken
     "MAC": ((1e8, Scale(1e-9, ",.2f", " G")), (0, Scale(1e-6, ",.2f", " M"))),
     "s": ((1, Scale(1.0, ",.2f", " s")), (0, Scale(1e3, ",.1f", " ms"))),
+    "tokens": ((0, Scale(1.0, ",.1f")),),
     "tokens/s": ((0, Scale(1.0, ",.1f", " tokens/s")),),
     "B": (
         (1e9, Scale(1e-9, ",.2f", " GB")), (1e6, Scale(1e-6, ",.1f", " MB")), (1e3, Scale(1e-3, ",.1f", " kB")),
@@ -328,7 +346,7 @@ _SCALES = {
 def label_of(figure: Figure) -> str:
     """The name of a figure in a table: `"boolq, acc ↑"`, `"perplexity, wikitext2 ↓"`, `"time to first token ↓"`."""
     family, *rest = figure.name.split("/")
-    if family == "efficiency":
+    if family in ("efficiency", "generation"):
         rest = [_LABELS.get("/".join(rest), "/".join(rest).replace("_", " "))]
     elif family != "tasks":
         rest = [family.replace("_", " "), *rest]
@@ -339,7 +357,8 @@ def scale_of(figure: Figure, values: Iterable[float]) -> Scale:
     """The scale that suits all values of one row, by what the figure is and by the largest of them."""
     largest = max((abs(value) for value in values if isfinite(value)), default=0.0)
     kind = figure.unit
-    if figure.name.startswith("tasks/") and figure.name.rpartition("/")[2].startswith(_SHARES):
+    of_task = figure.name.startswith("tasks/") and figure.name.rpartition("/")[2].startswith(_SHARES)
+    if of_task or (figure.name.startswith("generation/") and not figure.unit):
         kind = "share"
     elif figure.name == "efficiency/parameters":
         kind = "parameters"

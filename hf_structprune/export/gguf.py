@@ -169,7 +169,7 @@ def _remarks(config: PreTrainedConfig, architecture: str, quant: str, matrices: 
 
 # The architecture of each class of Transformers. The tensors of each are those of a Llama, and norms of queries and
 # keys (qwen3) or biases (qwen2).
-_FAMILIES = {
+ARCHITECTURES = {
     "LlamaForCausalLM": "llama", "MistralForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3", "SmolLM3ForCausalLM": "smollm3", "GraniteForCausalLM": "granite",
 }  # fmt: skip
@@ -188,9 +188,9 @@ _DUMMY_WIDTH = 32
 def _architecture_of(config: PreTrainedConfig) -> str:
     """The architecture if all layers are alike; refuses what llama.cpp reads, but computes otherwise."""
     name = class_name(config)
-    if name not in _FAMILIES:
+    if name not in ARCHITECTURES:
         raise ExportError(
-            f"{name} cannot be written as GGUF here; what can be: {', '.join(_FAMILIES)}. For others take "
+            f"{name} cannot be written as GGUF here; what can be: {', '.join(ARCHITECTURES)}. For others take "
             "convert_hf_to_gguf.py of llama.cpp, which reads checkpoints whose layers are alike."
         )
     if config.hidden_act not in ("silu", "swish"):
@@ -203,7 +203,7 @@ def _architecture_of(config: PreTrainedConfig) -> str:
                 f"them here are {[i for i, rope in enumerate(config.no_rope_layers) if not rope]}: drop no layers, or "
                 "four neighbouring ones at a time."
             )
-    return _FAMILIES[name]
+    return ARCHITECTURES[name]
 
 
 def _as_llama_cpp_reads(model: PreTrainedModel) -> tuple[str, State, list[Block], int]:

@@ -61,6 +61,7 @@ class UnitKind:
         aligns: Whether `align_to` wants multiples of their number, as of the inputs of a linear map.
         always_tried: Whether cutting them is tried on a small model first whatever the model type, see `proof`.
         within_experts: Whether they are parts of experts, of which each keeps its own; `keep` says how many in each.
+        cached: Whether keys and values of fewer of them are fewer, so that a token takes less in the cache.
         activated: Whether every unit is multiplied once for each token, as neurons are; counted among the MACs.
     """
 
@@ -72,6 +73,7 @@ class UnitKind:
     sublayer: str | None = None
     within: str | None = None
     activated: bool = False
+    cached: bool = False
     aligns: bool = False
     within_experts: bool = False
     always_tried: bool = False

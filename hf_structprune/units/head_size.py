@@ -13,7 +13,7 @@ class HeadSize(SharedKind):
     """A dimension of all heads: of queries and keys two make a pair that is rotated, of values it is any direction."""
 
     name, label = "head_dim", "head size"
-    always_tried = True
+    always_tried = cached = True
     criterion_option = "head_dim_criterion"
     criteria = ("attention", "energy", "magnitude", "taylor")
 

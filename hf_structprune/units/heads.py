@@ -22,7 +22,7 @@ class KVGroups(WidthKind):
     name, label = "kv_groups", "KV groups"
     options = ("attention_ratio",)
     sublayer = "attention"
-    of_heads = True
+    of_heads = cached = True
 
     def is_in(self, layer):
         return layer.attention is not None

@@ -52,6 +52,7 @@ class KVRanks(LatentRanks):
 
     name, label = "kv_ranks", "rank of key-value latents"
     key, what = "kv_lora_rank", "keys and values"
+    cached = True
 
     def remarks(self, decision):
         if decision.keep == _KERNELS:

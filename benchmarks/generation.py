@@ -1,0 +1,57 @@
+"""How well a model still answers after pruning: closed questions, endings, repetition, agreement with the dense model.
+
+    python benchmarks/generation.py --model HuggingFaceTB/SmolLM2-135M-Instruct
+
+Prunes by each of `--ratios` with the default settings (calibrated on the packaged text) and measures what
+`evaluate --generation` measures, in the model's own dtype, and the perplexity of the packaged text (6 windows). Every
+ratio is kept as soon as it is there: a call with the same output goes on. Results go to
+benchmarks/results/generation.json, a table to the terminal.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from hf_structprune import PruningConfig, StructuredPruner
+from hf_structprune.evaluation import EvaluationConfig, EvaluationResult, ResultTable, evaluate
+
+
+RESULTS = Path(__file__).parent / "results" / "generation.json"
+
+
+def measure(model: str, ratio: float, units: list[str] | None) -> tuple[EvaluationResult, float]:
+    """One ratio, and the seconds that generation takes with the perplexity."""
+    pruner = StructuredPruner.from_pretrained(model, PruningConfig(units=units))
+    if ratio:
+        pruner.prune(ratio)
+    start = time.perf_counter()
+    config = EvaluationConfig(max_windows=6, efficiency=False, samples=False, generation=True)
+    state = "pruned" if ratio else "dense"
+    result = evaluate(pruner.model, pruner.tokenizer, config, name=f"{ratio:.1%}", state=state)
+    return result, round(time.perf_counter() - start, 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.1, 0.15, 0.2])
+    parser.add_argument("--units", nargs="+", help="as of PruningConfig; default: its own")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    saved = json.loads(options.output.read_text()) if options.output.exists() else {"seconds": {}, "results": {}}
+    for ratio in [0.0, *options.ratios]:
+        if f"{ratio:g}" in saved["results"]:
+            continue
+        result, saved["seconds"][f"{ratio:g}"] = measure(options.model, ratio, options.units)
+        saved["results"][f"{ratio:g}"] = result.to_dict()
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(saved, indent=1) + "\n")
+    results = [EvaluationResult.from_dict(saved["results"][f"{ratio:g}"]) for ratio in [0.0, *options.ratios]]
+    Console(width=200).print(ResultTable(results).to_rich())
+
+
+if __name__ == "__main__":
+    main()
