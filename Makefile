@@ -7,12 +7,13 @@ OUT ?= out
 JOBS ?= 2
 VLLM_VENV ?= .venv-vllm
 MLX_VENV ?= .venv-mlx
+DOCS_VENV ?= .venv-docs
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
-SOURCES := hf_structprune optimum tests recipes $(wildcard benchmarks)
+SOURCES := hf_structprune optimum tests recipes scripts docs $(wildcard benchmarks)
 
-.PHONY: demo test test-vllm test-mlx style quality bench clean
+.PHONY: demo test test-vllm test-mlx style quality types release-check docs bench readme-figures clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/hf-structprune demo "$(MODEL)" --ratio $(RATIO) --output-dir "$(OUT)"
@@ -35,13 +36,31 @@ style: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
+# What a user with a type checker sees of the public API.
+types: $(VENV)/.installed-types
+	$(BIN)/basedpyright --project tests/typed --pythonpath $(BIN)/python
+
+# Wheel and sdist, each in an environment of its own: CONSTRAINTS=constraints-min.txt for the lowest dependencies,
+# PACKAGES_OF=PYTHON for those that are installed there, DIST=FOLDER to keep what was built.
+release-check:
+	$(PYTHON) scripts/release_check.py $(if $(CONSTRAINTS),--constraints "$(CONSTRAINTS)") \
+		$(if $(PACKAGES_OF),--packages-of "$(PACKAGES_OF)") $(if $(DIST),--dist "$(DIST)")
+
+# The site, in site/. It reads the sources and imports nothing.
+docs: $(DOCS_VENV)/.installed
+	$(DOCS_VENV)/bin/mkdocs build --strict
+
 # WIKITEXT=FOLDER C4=FILE.jsonl give the texts of the published tables; without them the packaged samples are used.
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/core.py speed --model "$(MODEL)"
 	$(BIN)/python benchmarks/core.py quality --model "$(MODEL)" $(if $(WIKITEXT),--wikitext "$(WIKITEXT)") $(if $(C4),--c4 "$(C4)")
 
+# All figures of README: JSON in benchmarks/results/, and the tables to paste. WIKITEXT and C4 as above; hours.
+readme-figures: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/readme_figures.py --wikitext "$(WIKITEXT)" --c4 "$(C4)"
+
 clean:
-	rm -rf "$(VENV)" "$(VLLM_VENV)" "$(MLX_VENV)" build ./*.egg-info .pytest_cache .ruff_cache
+	rm -rf "$(VENV)" "$(VLLM_VENV)" "$(MLX_VENV)" "$(DOCS_VENV)" site build ./*.egg-info .pytest_cache .ruff_cache
 
 # torch comes first and at the version of constraints.txt; a stamp file records that an environment is up to date.
 $(VENV)/.installed-torch: constraints.txt
@@ -63,4 +82,9 @@ $(VLLM_VENV)/.installed:
 $(MLX_VENV)/.installed:
 	$(PYTHON) -m venv "$(MLX_VENV)"
 	$(MLX_VENV)/bin/python -m pip install --disable-pip-version-check --quiet "mlx[cpu]==0.32.4" mlx-lm==0.32.2
+	touch $@
+
+$(DOCS_VENV)/.installed: docs/requirements.txt
+	$(PYTHON) -m venv "$(DOCS_VENV)"
+	$(DOCS_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --requirement docs/requirements.txt
 	touch $@

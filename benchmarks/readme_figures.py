@@ -1,0 +1,138 @@
+"""Every figure of README: measured from this commit, written as JSON, and printed as README has it.
+
+    python benchmarks/readme_figures.py --wikitext FOLDER --c4 FILE.jsonl   # hours: all rows of `core.py quality`
+    python benchmarks/readme_figures.py --print     # nothing is measured: the table from the JSON that is there
+    python benchmarks/readme_figures.py --small     # a tiny random model and two columns; writes nothing here
+
+`make readme-figures` is the first. What recovery gives back comes from the results beside a card of `model_cards/`,
+which its recipe makes, and the numbers of types from `docs/models.md`, which `hf-structprune models` computes.
+`tests/test_readme.py` compares README with all three.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+ROOT = Path(__file__).parents[1]
+CORE, RESULTS = ROOT / "benchmarks" / "core.py", ROOT / "benchmarks" / "results" / "core_quality.json"
+PRUNED = ROOT / "model_cards" / "smollm2-135m-instruct-pruned-20"
+RECOVERED = ROOT / "model_cards" / "smollm2-135m-instruct-recovered-20-lora-1200"
+# The columns of the table, and the rows of `core.py quality` that they are.
+COLUMNS = {
+    "dense": "dense", "10 %": "default settings, 10 %", "20 %": "default settings, 20 %",
+    "20 %, per-layer": "per-layer search, 20 %", "30 %": "default settings, 30 %",
+    "30 %, per-layer": "per-layer search, 30 %",
+}  # fmt: skip
+# Kinds of units that README counts together, by their columns in docs/models.md.
+COUNTED = {
+    "MLP neurons or experts": ("MLP neurons", "experts"), "attention heads": ("KV groups", "query heads"),
+    "layers": ("decoder layers",),
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--wikitext", help="folder with train.txt, valid.txt and test.txt")
+    parser.add_argument("--c4", help="C4, .jsonl")
+    parser.add_argument("--print", action="store_true", help="measure nothing")
+    parser.add_argument("--small", action="store_true", help="a tiny random model")
+    options = parser.parse_args()
+    if options.small:
+        print(small())
+        return
+    if not options.print:
+        if not (options.wikitext and options.c4):
+            parser.error("--wikitext and --c4 are the texts of the published table.")
+        command = [sys.executable, CORE, "quality", "--wikitext", options.wikitext, "--c4", options.c4]
+        subprocess.run(command, check=True)
+    print(quality_table(json.loads(RESULTS.read_text(encoding="utf-8"))["rows"], dense_parameters()))
+    print(recovery_words())
+    print(type_words())
+
+
+def quality_table(rows: list[dict[str, Any]], parameters: int) -> str:
+    """The first table of README, of the columns that were measured."""
+    found = {row["name"]: row for row in rows}
+    columns = {head: found[name] for head, name in COLUMNS.items() if name in found}
+    lines = [
+        ["SmolLM2-135M-Instruct, no training", *columns],
+        ["---"] * (len(columns) + 1),
+        ["parameters", *(f"{parameters * (1 - row['ratio']) / 1e6:.1f} M" for row in columns.values())],
+    ]
+    for text in next(iter(columns.values()))["perplexity"]:
+        lines.append([f"perplexity, {text}", *(f"{row['perplexity'][text]:.1f}" for row in columns.values())])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def dense_parameters() -> int:
+    """Of the model of the table."""
+    return int(_figures(PRUNED / "evaluation_results_dense.json")["efficiency/parameters"])
+
+
+def recovery_words() -> str:
+    """What a training gives back: perplexities of the pruned, the recovered and the dense model."""
+    names = [f"evaluation_results{state}.json" for state in ("_pruned", "", "_dense")]
+    pruned, recovered, dense = (_figures(RECOVERED / name) for name in names)
+    texts = {"held-out Dolly": "perplexity/dolly", "WikiText-2": "perplexity/wikitext2"}
+    (dolly, wikitext) = ((pruned[key], recovered[key], dense[key]) for key in texts.values())
+    return (
+        f"perplexity on held-out Dolly {dolly[0]:.1f} -> {dolly[1]:.1f} (dense: {dolly[2]:.1f}), "
+        f"WikiText-2 {wikitext[0]:.1f} -> {wikitext[1]:.1f} ({wikitext[2]:.1f})"
+    )
+
+
+def type_words() -> str:
+    """In how many types of causal language models the common kinds of units are proven."""
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8").partition("\n## ")[0]
+    head, _, *rows = [
+        [cell.strip() for cell in line.strip("| ").split(" | ")]
+        for line in re.sub(r"\|(?=\s*\|)", "| ", page).splitlines()
+        if line.startswith("|")
+    ]
+    counts = {
+        words: sum(any(row[head.index(one)].startswith("proven") for one in kinds) for row in rows)
+        for words, kinds in COUNTED.items()
+    }
+    (first, one), *others = counts.items()
+    return f"Of the {len(rows)} types, {first} are proven in {one}, " + ", ".join(f"{a} in {n}" for a, n in others)
+
+
+def _figures(path: Path) -> dict[str, float]:
+    found = json.loads(path.read_text(encoding="utf-8"))["figures"]
+    return {one["name"]: one["value"] for one in (found.values() if isinstance(found, dict) else found)}
+
+
+def small() -> str:
+    """The table of a tiny random model: the whole way in half a minute, for tests."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    config = LlamaConfig(
+        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=256, eos_token_id=256,
+    )  # fmt: skip
+    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<eos>"]
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model = LlamaForCausalLM(config)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+        rows = []
+        for name in (COLUMNS["dense"], COLUMNS["10 %"]):
+            command = [sys.executable, CORE, "one-quality", "--model", folder, "--row", name]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+    return quality_table(rows, model.num_parameters())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""README's figures are those of the files that benchmarks wrote."""
+
+import json
+import re
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "benchmarks" / "readme_figures.py"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def figures():
+    spec = spec_from_file_location("readme_figures", SCRIPT)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def flat(text):
+    return " ".join(text.split())
+
+
+def test_the_first_table(figures):
+    rows = json.loads(figures.RESULTS.read_text(encoding="utf-8"))["rows"]
+    assert figures.quality_table(rows, figures.dense_parameters()) in README
+
+
+def test_what_recovery_gives_back(figures):
+    assert figures.recovery_words() in flat(README)
+
+
+def test_numbers_of_types(figures):
+    found = re.search(r"Of the (\d+ types) .*? (MLP neurons or experts .*? layers in \d+):", flat(README))
+    assert f"Of the {found[1]}, {found[2]}" == figures.type_words()
+
+
+def test_it_is_short():
+    assert len(README.encode()) <= 9300

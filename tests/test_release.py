@@ -1,0 +1,41 @@
+"""What a release consists of says the same everywhere: the version, the lowest dependencies, the files of the site."""
+
+import re
+from pathlib import Path
+
+import yaml
+from packaging.version import Version
+
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_the_version_stands_in_one_place():
+    (version,) = re.findall(r'(?m)^__version__ = "(.+)"$', (ROOT / "hf_structprune/installed.py").read_text("utf-8"))
+    assert 'dynamic = ["version"]' in PYPROJECT
+    others = ["pyproject.toml", "CITATION.cff", "mkdocs.yml", "README.md", ".github/workflows/publish.yml"]
+    assert not [name for name in others if version in (ROOT / name).read_text("utf-8")]
+
+
+def test_the_lowest_constraints_are_the_lowest_that_are_allowed():
+    listed = PYPROJECT.partition("\ndependencies = [")[2].partition("\n]")[0]
+    allowed = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', listed))
+    lines = (ROOT / "constraints-min.txt").read_text("utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert allowed.keys() <= pinned.keys()
+    for name, lowest in allowed.items():
+        assert Version(pinned[name]) == Version(lowest), name
+
+
+def test_files_for_github_are_read():
+    files = sorted(ROOT.glob(".github/**/*.yml"))
+    assert len(files) == 6 and all(isinstance(yaml.safe_load(one.read_text("utf-8")), dict) for one in files)
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+
+
+def test_every_page_of_the_docs_is_in_the_site():
+    text = (ROOT / "mkdocs.yml").read_text("utf-8").partition("\nnav:")[2]
+    named = re.findall(r"[\w/]+\.md", text)
+    assert sorted(named) == sorted(page.name for page in ROOT.glob("docs/*.md"))
