@@ -234,12 +234,26 @@ def main() -> None:
             RESULTS.write_text(json.dumps(old | {server: {"model": model, **about(options), "rows": rows}}) + "\n")
 
 
+def read_speed() -> float:
+    """GB a second that one thread reads from memory at best: what decoding would do if it did nothing else."""
+    import torch
+
+    torch.set_num_threads(1)
+    block, best = torch.ones(2**26), math.inf
+    for _ in range(9):
+        started = time.perf_counter()
+        block.sum()
+        best = min(best, time.perf_counter() - started)
+    return round(block.nbytes / best / 1e9, 1)
+
+
 def about(options: argparse.Namespace) -> dict:
     """What a run is known by."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     return {
         "commit": commit.stdout.strip(), "turns": options.turns, "clock": options.clock, "eager": options.eager,
         "requests": REQUESTS, "date": time.strftime("%Y-%m-%d"), "load": os.getloadavg(),
+        "read_gb_s": read_speed(),
     }  # fmt: skip
 
 

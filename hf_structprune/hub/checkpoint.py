@@ -29,6 +29,7 @@ from ..model.stored import without_bars
 from ..plan import PLAN_NAME, PruningPlan
 from .card import EVAL_RESULTS, TASKS, card_name, is_ours, write_card
 from .contents import BEFORE, CARD_NAME, DENSE_RESULTS_NAME, WIDTHS_NAME, Contents, check_card, read_text
+from .older import write_for_older
 from .origin import Origin
 from .words import PICTURE_NAME, QUANTIZATION_NAME, RECOVERY_NAME
 
@@ -60,6 +61,7 @@ def save_checkpoint(
             shards.finish(path, model.num_parameters())
         if tokenizer is not None:
             tokenizer.save_pretrained(path)
+        write_for_older(path, model.config)
         config.save(path / CONFIG_NAME)
         plan.save(path / PLAN_NAME)
         write_card(path, name=name, previous=previous, recorded=origin)

@@ -28,6 +28,7 @@ from ..files.writing import check_folder, check_room, write_folder, write_text
 from ..hardware import check_device, default_device, free_memory, memory_left
 from ..hub.checkpoint import STILL_TRUE, copy_files, write_card_from
 from ..hub.contents import CARD_NAME, check_card, check_own_files, is_pruned, read_text
+from ..hub.older import write_for_older
 from ..hub.origin import public_config
 from ..hub.words import PICTURE_NAME, QUANTIZATION_NAME, RECOVERY_NAME, SCHEMA_VERSION
 from ..installed import need, versions
@@ -451,6 +452,7 @@ def quantize(
         save(path)
         if tokenizer is not None:
             tokenizer.save_pretrained(path)
+        write_for_older(path, original.shapes.config)
         report["weights"]["bytes"] = sum(file.stat().st_size for file in path.glob("*.safetensors"))
         write_text(path / QUANTIZATION_NAME, json.dumps(report, indent=1) + "\n")
         if original.folder is None:

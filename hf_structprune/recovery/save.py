@@ -22,6 +22,7 @@ from ..files.writing import check_folder, write_folder, write_text
 from ..hub.card import card_name, generated_mark, is_ours
 from ..hub.checkpoint import STILL_TRUE, copy_files, or_say, write_card_from
 from ..hub.contents import CARD_NAME, PRUNED_RESULTS_NAME, check_card, check_own_files, is_pruned, read_text
+from ..hub.older import write_for_older
 from ..hub.origin import TAGS
 from ..hub.words import PICTURE_NAME, RECOVERY_NAME, recovery_section, render
 from ..installed import need
@@ -138,6 +139,7 @@ def save_recovered(
         model.save_pretrained(path)
         if tokenizer is not None:
             tokenizer.save_pretrained(path)
+        write_for_older(path, model.config)
         write_text(path / RECOVERY_NAME, json.dumps({**report, "weights": weights}, indent=1, allow_nan=False) + "\n")
         if picture is not None:
             or_say(lambda: picture(path / PICTURE_NAME), "The picture of the curve", folder)

@@ -39,17 +39,6 @@ UNREAD = {
 CASES = PLAIN | UNREAD
 
 
-def in_its_words(folder):
-    """What docs/export.md says to do: mlx-lm reads the values of `rope_parameters` beside it alone."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    rope = config["rope_parameters"]
-    config |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
-    config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
-    config.setdefault("num_experts", config.get("num_local_experts"))
-    path.write_text(json.dumps(config))
-
-
 @pytest.fixture(scope="module")
 def served(request, tmp_path_factory):
     """For each case that is wanted: what Transformers computes, and what mlx-lm does or the error that it raises."""
@@ -59,7 +48,6 @@ def served(request, tmp_path_factory):
     for number, case in enumerate(sorted(names)):
         name, keep = CASES[case]
         model = test_vllm.pruned(folder / f"model-{number}", name, keep=keep)
-        in_its_words(folder / f"model-{number}")
         greedy = families.greedy(model, tokens, True, NEW)
         with torch.no_grad():
             expected[case] = greedy, model(greedy, use_cache=False).logits.double().log_softmax(-1).numpy()

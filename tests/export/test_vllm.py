@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import vocabularies
 
 from hf_structprune import PruningConfig, StructuredPruner
 from hf_structprune.export.deci import export_deci
@@ -51,6 +52,27 @@ MIXTURES = {
     "glm4_moe": dict(**_OWN, head_dim=HEAD_DIM), "gpt_oss": dict(head_dim=HEAD_DIM, sliding_window=8),
     "mixtral": {}, "olmoe": {}, "granitemoe": {},
 }  # fmt: skip
+_MIXER = dict(mamba_n_heads=8, mamba_d_head=32, mamba_n_groups=2, mamba_d_state=16, mamba_chunk_size=8, mamba_expand=2)
+MAMBA = {
+    "falcon_h1": dict(**_COMMON, **_MIXER, mamba_d_ssm=256, head_dim=HEAD_DIM),
+    "nemotron_h": dict(
+        **{**_COMMON, "num_hidden_layers": 2}, layers_block_type=["mamba", "attention"], mamba_num_heads=8,
+        mamba_head_dim=32, n_groups=2, ssm_state_size=16, chunk_size=8, head_dim=HEAD_DIM,
+    ),
+    "mamba2": dict(
+        hidden_size=HIDDEN, num_hidden_layers=2, num_heads=8, head_dim=32, n_groups=2, state_size=16, chunk_size=8,
+        expand=2,
+    ),
+    "zamba2": dict(
+        **{**_COMMON, "num_hidden_layers": 2, "num_key_value_heads": HEADS}, n_mamba_heads=8, mamba_ngroups=2,
+        mamba_d_state=16, chunk_size=8,
+        mamba_expand=2, layers_block_type=["mamba", "hybrid"], num_mem_blocks=1,
+    ),
+    "granitemoehybrid": dict(
+        **{**_COMMON, "num_hidden_layers": 2}, **_MIXER, layer_types=["linear_attention", "full_attention"],
+        num_local_experts=0, num_experts_per_tok=0, shared_intermediate_size=64,
+    ),
+}  # fmt: skip
 
 
 def model_of(name, **changes):
@@ -59,6 +81,11 @@ def model_of(name, **changes):
         config = transformers.MiniCPM3Config(**_COMMON | LATENT, vocab_size=families.VOCAB, pad_token_id=0)
         torch.manual_seed(0)
         model = families.randomise(transformers.MiniCPM3ForCausalLM(config), 0).eval()
+    elif name in MAMBA:
+        ids = dict(pad_token_id=0, eos_token_id=None)
+        config = transformers.CONFIG_MAPPING[name](**MAMBA[name], vocab_size=families.VOCAB, **ids)
+        torch.manual_seed(0)
+        model = families.randomise(transformers.AutoModelForCausalLM.from_config(config), 0).eval()
     elif name in MIXTURES:
         model = moe_families.make_moe(name, **_MOE | MIXTURES[name])
     else:
@@ -81,6 +108,18 @@ def pruned(folder, name, ratio=None, changes=None, **options):
     return pruner.model
 
 
+def fewer_tokens(folder):
+    """A model of which tokens went, and the tokenizer with it."""
+    model = model_of("llama", vocab_size=400)
+    text = families.CalibrationConfig(texts=vocabularies.TEXTS, num_samples=8, length=32)
+    config = PruningConfig(keep={"vocabulary": 320}, calibration=text)
+    pruner = StructuredPruner(model, config, vocabularies.byte_level(size=400))
+    pruner.prune()
+    pruner.save_pretrained(folder)
+    pruner.model.generation_config.eos_token_id = None  # which vLLM is told to ignore
+    return pruner.model
+
+
 def deci(folder, name, pad, **options):
     """The same as a DeciLM."""
     model = pruned(folder.with_suffix(".plain"), name, layout="per_layer", **options)
@@ -95,6 +134,7 @@ CASES = {
     "layers": partial(pruned, name="llama", keep={"layers": 2}),
     "hidden size": partial(pruned, name="llama", keep={"hidden": 96}),
     "head size": partial(pruned, name="llama", keep={"head_dim": 32}, changes={"head_dim": 64}),
+    "vocabulary": fewer_tokens,
     "latents": partial(pruned, name="minicpm3", keep={"q_ranks": 40, "kv_ranks": 48}),
 }
 for _name in (
@@ -127,6 +167,8 @@ for _name in ("llama", "qwen2"):
         deci, name=_name, pad=False, keep={"attention": 3, "mlp": 3}, protect_first=1
     )
     CASES[f"deci, {_name}, skipped, padded"] = partial(deci, name=_name, pad=True, keep={"attention": 3, "mlp": 2})
+for _name in MAMBA:
+    CASES[f"{_name}, Mamba heads"] = partial(pruned, name=_name, keep={"mamba_heads": 4})
 # For vLLM the head size of these is the hidden size over the heads, and the width of a Falcon four hidden sizes.
 UNREAD = {
     **{
