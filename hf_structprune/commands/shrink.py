@@ -10,12 +10,14 @@ from typing import Annotated, Any
 import yaml
 
 from ..checks import Limits, Ratio
-from ..errors import ConfigurationError
 from ..hardware import cpu_has_bf16, has_accelerator
 from ..hub.words import RECOVERY_NAME
+from ..model.loading import load_config
+from ..recovery.configuration import RecoveryConfig
 from ..recovery.recovering import newest_whole, training_folder
 from .arguments import parse
 from .cli import check_output
+from .models import find_model
 from .recipe import Recipe
 from .run import MAX_WINDOWS, run_recipe
 
@@ -50,18 +52,19 @@ def shrink_command(argv: Sequence[str]) -> None:
     folder = Path(options.output_dir)
     if not (folder / RECOVERY_NAME).is_file() and newest_whole(training_folder(folder))[0] is None:
         check_output(options.output_dir, options.overwrite)
-    content = recipe_of(options)
+    config = load_config(find_model(options.model).model).get_text_config()
+    content = recipe_of(options, getattr(config, "max_position_embeddings", None))
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     if options.dry_run:
         print(text)
     run_recipe(Recipe.from_dict(content, text), again=options.overwrite, dry_run=options.dry_run)
 
 
-def recipe_of(options: ShrinkArguments) -> dict[str, Any]:
-    """The recipe that does it, as a file of `hf-structprune run` would say it."""
-    if not options.output_dir:
-        raise ConfigurationError("--output-dir is empty: name a folder.")
-    recover = {"method": "distill", "output_dir": options.output_dir}
+def recipe_of(options: ShrinkArguments, context: int | None = None) -> dict[str, Any]:
+    """The recipe that does it, as a file of `hf-structprune run` would say it, for a model of this context."""
+    recover: dict[str, Any] = {"method": "distill", "output_dir": options.output_dir}
+    if context is not None and context < RecoveryConfig().max_length:
+        recover["max_length"] = context
     if options.dataset:
         recover["dataset"] = list(options.dataset)
     return {

@@ -195,7 +195,8 @@ _NO_OPTIONS = ("calibration", "texts", "tokens", "fingerprint")
 
 def _changed(values: Any) -> dict[str, Any]:
     """Fields that differ from the defaults."""
-    names, default = {field.name for field in dataclasses.fields(values)} - {*_NO_OPTIONS}, type(values)()
+    names = {field.name for field in dataclasses.fields(values)} - {*_NO_OPTIONS}
+    default = type(values)(method=values.method) if isinstance(values, RecoveryConfig) else type(values)()
     return {n: v for n, v in vars(values).items() if n in names and v != getattr(default, n)}
 
 
@@ -307,6 +308,7 @@ def recover_command(report: dict[str, Any]) -> str | None:
     if report.get("dataset") != []:  # which says that there was none
         words += ["--dataset", *(report.get("dataset") or dataset_names(report) or ["YOUR_DATASET"])]
     words += ["--output-dir", "recovered"]
+    words += ["--method", config.method] if config.method != RecoveryConfig().method else []
     if config.method == "distill" and report.get("teacher"):
         words += ["--teacher", report["teacher"]]
     if report["curve"]["dense"] is not None:

@@ -15,24 +15,34 @@ from ..errors import ConfigurationError
 
 # Those of PEFT that need no data. The last ones change the base weights as well.
 INITIALISATIONS = re.compile(r"gaussian|orthogonal|mica|pissa|pissa_niter_\d+|olora")
-# Learning rates by what is trained, see `RecoveryConfig.learning_rate`.
+# Learning rates by what is trained, see `RecoveryConfig.learning_rate`; those of distillation are ours.
 LEARNING_RATES = {"lora": 1e-4, "qlora": 1e-4, "full": 2e-5}
+DISTILLATION_RATES = {"lora": 1e-3, "qlora": 1e-3, "full": 2e-4}
+# What is taken where nothing is given: on labels that of published recipes with thousands of steps, in distillation
+# what gives a few hundred steps on little text.
+_DEFAULTS = {
+    "labels": {"rank": 8, "alpha": 16, "dropout": 0.05, "packing": False, "warmup": 0.03, "batch_size": 64},
+    "distill": {"rank": 64, "alpha": 128, "dropout": 0.0, "packing": True, "warmup": 0.1, "batch_size": 4},
+}
 _Length = Annotated[int, Limits(8)]  # tokens
 _Weight = Annotated[float, Limits(0, 1e6)]
 
 
 @dataclass
 class RecoveryConfig:
-    """How a pruned model is trained. `batch_size`, `epochs`, `rank` and `alpha` are those of the published recipes.
+    """How a pruned model is trained.
+
+    On labels `batch_size`, `epochs`, `rank` and `alpha` are those of published recipes with thousands of steps.
+    Where a default depends on `method`, the second value is that of `"distill"`.
 
     Args:
         method (`str`): `"lora"` trains adapters on the labels of the data, `"qlora"` the same over a 4-bit base,
             `"full"` all weights, and `"distill"` makes the model predict what the dense one does.
         weights (`str`): What `"distill"` trains: `"lora"`, `"qlora"` or `"full"`.
         bits (`int`): Of the frozen base under `"qlora"`: 4 (nf4) or 8.
-        rank (`int`): Rank of the adapters.
-        alpha (`int`): Their scale: updates are multiplied by `alpha / rank`.
-        dropout (`float`): Dropout on the inputs of the adapters.
+        rank (`int`, *optional*): Rank of the adapters. Default: 8, or 64.
+        alpha (`int`, *optional*): Their scale: updates are multiplied by `alpha / rank`. Default: 16, or 128.
+        dropout (`float`, *optional*): Dropout on the inputs of the adapters. Default: 0.05, or 0.
         target_modules (list of `str`, *optional*): Names of the modules that get an adapter, for example `q_proj`, or
             `all-linear` for every Linear but the head, which is the default.
         modules_to_save (list of `str`, *optional*): Names of the modules that are trained whole beside the adapters,
@@ -42,20 +52,22 @@ class RecoveryConfig:
         use_dora (`bool`): Train magnitude and direction apart (DoRA).
         use_rslora (`bool`): Scale by `alpha / sqrt(rank)` (rsLoRA).
         max_length (`int`): Tokens in a training sequence.
-        packing (`bool`): Put several short examples into one sequence, which saves padding; a token sees only its own
-            example.
+        packing (`bool`, *optional*): Put several short examples into one sequence, which saves padding; a token sees
+            only its own example. Default: no, or yes.
         prompt_loss (`bool`): Learn prompts too, not only the answers.
         max_samples (`int`, *optional*): At most so many examples, drawn at random. Default: all.
-        learning_rate (`float`, *optional*): Peak learning rate. Default: 1e-4 for adapters, 2e-5 for all weights.
+        learning_rate (`float`, *optional*): Peak learning rate. Default: 1e-4 for adapters and 2e-5 for all weights,
+            or 1e-3 and 2e-4.
         scheduler (`str`): `"cosine"`, `"linear"`, `"constant"` or `"constant_with_warmup"`.
-        warmup (`float`): Share of the steps over which the learning rate rises.
+        warmup (`float`, *optional*): Share of the steps over which the learning rate rises. Default: 0.03, or 0.1.
         weight_decay (`float`): Weight decay of AdamW.
         epochs (`float`): Passes over the data.
         max_steps (`int`, *optional*): Optimiser steps, instead of `epochs`.
         minutes (`float`, *optional*): Train for so long instead, measuring in between included, with as many passes as
             fit (or `max_steps`, whichever is first). The learning rate falls with the time, so that the result depends
             on the machine.
-        batch_size (`int`): Sequences in an optimiser step, over all devices.
+        batch_size (`int`, *optional*): Sequences in an optimiser step, over all devices. Default: 64, or 4 (or as many
+            as `micro_batch_size`).
         micro_batch_size (`int`): Sequences that go through a device at once; the rest is gradient accumulation.
         gradient_checkpointing (`bool`): Compute activations again in the backward pass, which saves memory.
         precision (`str`): Of the computation: `"bf16"`, `"fp16"`, `"fp32"`, or `"auto"`: bf16 where the hardware
@@ -77,26 +89,26 @@ class RecoveryConfig:
     method: Annotated[str, OneOf(("lora", "qlora", "full", "distill"))] = "lora"
     weights: Annotated[str, OneOf(("lora", "qlora", "full"))] = "lora"
     bits: Annotated[int, OneOf((4, 8))] = 4
-    rank: Count = 8
-    alpha: Count = 16
-    dropout: Annotated[float, Limits(0, 0.99)] = 0.05
+    rank: Count | None = None
+    alpha: Count | None = None
+    dropout: Annotated[float, Limits(0, 0.99)] | None = None
     target_modules: Sequence[str] | None = None
     modules_to_save: Sequence[str] | None = None
     init_lora_weights: str | None = None
     use_dora: bool = False
     use_rslora: bool = False
     max_length: _Length = 512
-    packing: bool = False
+    packing: bool | None = None
     prompt_loss: bool = False
     max_samples: Count | None = None
     learning_rate: Annotated[float, Limits(1e-12, 10)] | None = None
     scheduler: Annotated[str, OneOf(("cosine", "linear", "constant", "constant_with_warmup"))] = "cosine"
-    warmup: Annotated[float, Limits(0, 0.99)] = 0.03
+    warmup: Annotated[float, Limits(0, 0.99)] | None = None
     weight_decay: Annotated[float, Limits(0, 10)] = 0.0
     epochs: Annotated[float, Limits(1e-6, 1e6)] = 2.0
     max_steps: Count | None = None
     minutes: Annotated[float, Limits(0, open="least")] | None = None
-    batch_size: Count = 64
+    batch_size: Count | None = None
     micro_batch_size: Count = 4
     gradient_checkpointing: bool = False
     precision: Annotated[str, OneOf(("auto", "bf16", "fp16", "fp32"))] = "auto"
@@ -112,6 +124,12 @@ class RecoveryConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        defaults = dict(_DEFAULTS["distill" if self.method == "distill" else "labels"])
+        if self.method == "distill":
+            defaults["batch_size"] = max(defaults["batch_size"], self.micro_batch_size)
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         if self.init_lora_weights is not None and not INITIALISATIONS.fullmatch(self.init_lora_weights):
             raise ConfigurationError(
                 f"`init_lora_weights` is {self.init_lora_weights!r}; allowed values are gaussian, orthogonal, mica, "
@@ -136,7 +154,8 @@ class RecoveryConfig:
     @property
     def peak_learning_rate(self) -> float:
         """The learning rate, or the default of what is trained."""
-        return LEARNING_RATES[self.trained] if self.learning_rate is None else self.learning_rate
+        rates = DISTILLATION_RATES if self.method == "distill" else LEARNING_RATES
+        return rates[self.trained] if self.learning_rate is None else self.learning_rate
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -12,7 +12,7 @@ from hf_structprune.recovery.configuration import DistillationConfig, RecoveryCo
     ("name", "value"),
     [
         ("bits", 2), ("method", "lra"), ("weights", "none"),
-        ("rank", 0), ("rank", True), ("rank", None), ("alpha", 1.5), ("dropout", 1.0),
+        ("rank", 0), ("rank", True), ("minutes", 0.0), ("alpha", 1.5), ("dropout", 1.0),
         ("learning_rate", 0.0), ("learning_rate", "high"), ("epochs", 0), ("max_steps", 0), ("warmup", 1.0),
         ("target", 0.0), ("target", 1.5), ("patience", 0), ("precision", "int8"), ("scheduler", "cosinus"),
         ("max_length", 1), ("init_lora_weights", "pisa"), ("init_lora_weights", "eva"), ("seed", -1),
@@ -70,11 +70,23 @@ def test_unknown_keys_are_refused():
     [
         ({}, "lora", 1e-4),
         ({"method": "full"}, "full", 2e-5),
-        ({"method": "distill"}, "lora", 1e-4),
-        ({"method": "distill", "weights": "full"}, "full", 2e-5),
+        ({"method": "distill"}, "lora", 1e-3),
+        ({"method": "distill", "weights": "full"}, "full", 2e-4),
         ({"method": "qlora", "learning_rate": 3e-4}, "qlora", 3e-4),
     ],
 )
 def test_learning_rate_follows_what_is_trained(options, trained, rate):
     config = RecoveryConfig(**options)
     assert (config.trained, config.peak_learning_rate) == (trained, rate)
+
+
+def test_defaults_follow_the_method_and_what_is_given_stays():
+    def values(**options):
+        config = RecoveryConfig(**options)
+        return [getattr(config, n) for n in ("rank", "alpha", "dropout", "packing", "warmup", "batch_size")]
+
+    assert values() == values(method="full") == [8, 16, 0.05, False, 0.03, 64]
+    assert values(method="distill") == [64, 128, 0.0, True, 0.1, 4]
+    assert values(method="distill", micro_batch_size=16)[-1] == 16
+    given = {"rank": 8, "alpha": 4, "dropout": 0.5, "packing": False, "warmup": 0.0, "batch_size": 8}
+    assert values(method="distill", **given) == list(given.values())
