@@ -1,23 +1,25 @@
 """`units="auto"`: which kinds of units go, and how much of each, by what it costs on the model at hand.
 
-Every kind is priced at two amounts (`refit.price`): the plan is carried out on a part of the calibration text, re-fit
-included, and what it does to the predictions for other text is measured. A power law through the two says what other
-amounts would cost. With these added up as if they did not depend on each other, the mixtures that look best are found;
-they are priced in turn, and the cheapest of all that was measured is taken: a mixture, or one kind alone.
+Every kind is priced at one amount (`refit.price`): the plan is carried out on a part of the calibration text, re-fit
+included, and what it does to the predictions is measured. A power law through that says what other amounts would cost.
+With these added up as if they did not depend on each other, the mixtures that look best are found; as long as one
+looks better than all that was measured, it is priced in turn. The cheapest of all that was measured is taken: a
+mixture, or one kind alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from itertools import islice, pairwise, product
+from itertools import pairwise, product
 from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
+from .allocation.depth import DepthChoice
 from .config import PruningConfig
 from .errors import RatioError, StructPruneError, UnsupportedModelError
 from .model.rebuild import has_weights
@@ -26,14 +28,19 @@ from .model.structure import ModelStructure
 from .plan import PruningPlan
 from .planner import Planner
 from .refit.price import Prices
-from .units import GROUPS, KINDS, LAYERS, WidthKind, kinds_of
+from .units import GROUPS, KINDS, LAYERS, QUERIES, WidthKind, kinds_of
 
 
 MIXTURES = 2  # that are priced
-_TRIED = 12  # of those that look best, to find some that can be
-_SMALL = 1 / 3  # of the amount that is asked for, the other one at which a kind is priced
-_QUICK = "block_influence"  # ranks layers in one pass; what is taken in the end is ranked as configured, too
-_REACH = 2  # times the largest amount that was priced
+_TRIED = 12  # of those that look best, to find one that can be
+_SMALL = 1 / 3  # of the amount that is asked for: what is priced of layers
+_GAIN = 0.03  # by which a mixture must look cheaper than what was measured to be priced, and be so to be taken
+_POWER, _COARSE_POWER = 1.2, 1.4  # of the amount: what a kind costs (neurons, layers of SmolLM2-135M at 10 and 20 %)
+_QUICK = "block_influence"  # ranks layers in one pass
+_DEAR = 3  # times what others cost for as many parameters
+_REACH = 4  # times the largest amount that was priced
+_MOST = 0.5  # of a kind; what more than that costs says little about what less does
+_OUTSIDE = 0.3  # of all parameters
 
 
 @dataclass
@@ -42,14 +49,16 @@ class Curve:
 
     Attributes:
         points: Parameters gone, and nats a token, at each amount that was priced.
+        power: Of the amount, where only one was.
     """
 
     points: list[tuple[int, float]] = field(default_factory=list)
+    power: float = _POWER
 
     def at(self, removed: float, reach: float = _REACH) -> float:
         """Nats a token for so many parameters: on the power law through the two neighbouring points.
 
-        With one point alone the power is 1.5. Infinite beyond `reach` times the last point, which says little there.
+        Infinite beyond `reach` times the last point, which says little there.
         """
         if removed <= 0:
             return 0.0
@@ -57,7 +66,7 @@ class Curve:
         if not points or removed > reach * points[-1][0]:
             return math.inf
         if len(points) == 1:
-            return points[0][1] * (removed / points[0][0]) ** 1.5
+            return points[0][1] * (removed / points[0][0]) ** self.power
         (x, y), (x2, y2) = next((pair for pair in pairwise(points) if removed <= pair[1][0]), points[-2:])
         power = max(1.0, math.log(max(y2, 1e-9) / max(y, 1e-9)) / math.log(x2 / x))
         return max(y, 1e-9) * (removed / x) ** power
@@ -70,11 +79,13 @@ class Candidate:
     Attributes:
         config: The configuration that says it.
         plan: What it makes of the model.
+        depth: How its layers were chosen, if any go.
         nats: What it costs, once that is measured.
     """
 
     config: PruningConfig
     plan: PruningPlan
+    depth: DepthChoice | None = None
     nats: float = math.nan
 
     def __str__(self) -> str:
@@ -85,6 +96,9 @@ def in_words(plan: PruningPlan) -> str:
     """What goes by a plan: `mlp_neurons 14.2 %, layers 5.3 %`."""
     shares = {kind: count / plan.parameters_before for kind, count in plan.removed.items() if count}
     return ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items()) or "nothing"
+
+
+Mixture = tuple[tuple[str, ...], dict[str, int] | None]  # kinds, and what is left of those that go in large steps
 
 
 class KindChooser:
@@ -107,14 +121,14 @@ class KindChooser:
 
     def _kinds(self, proven: Callable[[Collection[str]], Any]) -> tuple[list[str], list[str]]:
         """Kinds that can reach a ratio alone in small steps, those with most parameters first, and coarser ones."""
-        sizes = {kind: 0 for kind in kinds_of(WidthKind) if KINDS[kind].within is None}
+        sizes = {kind: 0 for kind in kinds_of(WidthKind)}
         for group in self.structure.groups:
             if group.kind in sizes and group.size > group.blocks:
                 sizes[group.kind] += group.size * group.cost
         if len(self.structure.layers) > 1:
             sizes[LAYERS] = sum(layer.parameters for layer in self.structure.layers)
-        there = []
-        for kind in sorted((kind for kind, size in sizes.items() if size), key=sizes.__getitem__, reverse=True):
+        there, by_size = [], sorted((kind for kind, size in sizes.items() if size), key=sizes.get, reverse=True)
+        for kind in sorted(by_size, key=lambda kind: kind == QUERIES):  # KV groups say whether they are worth a trial
             try:
                 proven([kind])
                 Planner(self.model, self.structure, self._with((kind,), None), self._none)
@@ -134,114 +148,172 @@ class KindChooser:
     def _with(self, units: tuple[str, ...], keep: dict[str, int] | None, **options: Any) -> PruningConfig:
         return dataclasses.replace(self.config, units=units, keep=keep, **options)
 
-    def choose(self, ratio: float) -> tuple[PruningConfig, str]:
-        """The configuration that takes the place of the one with `units="auto"`, and why, in words for the plan.
+    def choose(self, ratio: float) -> tuple[Candidate | PruningConfig, list[str]]:
+        """What takes the place of the configuration with `units="auto"`, and why, in words for the plan.
+
+        Without weights it is a configuration, else a candidate with its plan.
 
         Raises:
             RatioError: No kind, nor all of them together, can reach the ratio.
         """
         if not has_weights(self.model):
             kind = (self.fine or self.coarse)[0]
-            return self._with((kind,), None), (
+            return self._with((kind,), None), [
                 f"units='auto' measures what each kind of unit costs, and the weights are not in memory: this plan "
-                f"cuts {KINDS[kind].label} alone, of which the model has most"
-            )
+                f"cuts {KINDS[kind].label} alone, of which the model has most",
+                *self._outside(),
+            ]
         found = self._candidates(ratio)
         best = min(found, key=lambda one: one.nats)
-        if LAYERS in best.config.units and self.config.depth_criterion != _QUICK:
-            slow = self._candidate(best.config.units, best.config.keep, ratio, self.config.depth_criterion)
-            if slow is not None:  # it may choose layers without which no checkpoint can be
-                slow.nats = self._prices().of(slow.plan, slow.config)
-                found.append(slow)
-                best = min(best, slow, key=lambda one: one.nats)
+        alone = [one for one in found if len(one.config.units) == 1]
+        simple = min(alone, key=lambda one: one.nats, default=best)
+        best = simple if simple.nats <= best.nats / (1 - _GAIN) else best
         others = [one for one in found if one is not best]
         words = [f"units='auto' took the cheapest that was measured, {best}"]
         words += [f"instead of {one}" for one in sorted(others, key=lambda one: one.nats)[:3]]
         words += [f"not tried: {', '.join(self.left_out)}"] if self.left_out else []
-        return best.config, "; ".join(words)
+        return best, ["; ".join(words), *self._outside()]
+
+    def _outside(self) -> list[str]:
+        """What is to be said of a model of which much is not in its layers."""
+        share = 1 - sum(layer.parameters for layer in self.structure.layers) / self.structure.total_parameters
+        if share < _OUTSIDE:
+            return []
+        return [
+            f"{share:.0%} of the parameters are outside of the layers, where units='auto' does not cut: rows of the "
+            "embedding that your text does not use cost far less (units='vocabulary', with text like yours)"
+        ]
 
     def _candidates(self, ratio: float) -> list[Candidate]:
-        """Every kind that can reach the ratio alone, and the mixtures that look best; all of them priced."""
-        total, number = self.structure.total_parameters, len(self.structure.layers)
-        singles, curves = [], {}
-        kinds = [*self.fine, *self.coarse]
-        with tqdm(total=len(self.fine) + 2 * len(kinds) + MIXTURES, desc="Pricing kinds of units") as bar:
+        """Ways to reach the ratio, all of them priced: fine kinds alone, and what looks better than those."""
+        kinds, curves, priced = [*self.fine, *self.coarse], {}, []
+        with tqdm(total=len(kinds) + MIXTURES, desc="Pricing kinds of units") as bar:
             for kind in kinds:
-                curves[kind] = Curve()
-                for one in self._levels(kind, ratio):
-                    one.nats = self._prices().of(one.plan, one.config)
-                    curves[kind].points.append((one.plan.parameters_before - one.plan.parameters_after, one.nats))
-                    bar.update()
-            singles = [one for one in (self._candidate((kind,), None, ratio) for kind in kinds) if one is not None]
-            looked = self._mixtures(curves, ratio * total, number) or (
-                [] if singles else self._mixtures(curves, ratio * total, number, math.inf)
-            )
-            able = (
-                one for one in (self._candidate(*mixture, ratio) for mixture in looked[:_TRIED]) if one is not None
-            )
-            mixtures = list(islice(able, MIXTURES))
-            far = [abs(one.plan.ratio - ratio) for one in (*singles, *mixtures)]
-            near = max(0.02, 0.1 * ratio, min(far, default=0))  # as near as whole units allow
-            found = [one for one, away in zip((*singles, *mixtures), far, strict=True) if away <= near]
-            for one in found:
-                one.nats = self._prices().of(one.plan, one.config)
+                curves[kind] = Curve(power=_COARSE_POWER if kind in self.coarse else _POWER)
+                if kind == QUERIES and self._dear(curves):
+                    self.left_out[kind] = "KV groups cost far more than others"
+                    continue
+                for level in self._levels(kind, ratio):
+                    level.nats = self._prices().of(level.plan, level.config)
+                    gone = level.plan.parameters_before - level.plan.parameters_after
+                    curves[kind].points.append((gone, level.nats))
+                    priced.append(level)
                 bar.update()
+
+            def far(one: Candidate) -> float:
+                return abs(one.plan.ratio - ratio)
+
+            near, others = max(0.02, 0.1 * ratio), []
+            rest = [one for one in priced if one.plan.ratio_requested == ratio]
+            found = [one for one in rest if far(one) <= near]
+            for guess, candidate in self._guesses(curves, ratio):
+                best = min((one.nats for one in found), default=math.inf)
+                if len(others) == MIXTURES or guess > best * (1 - _GAIN):
+                    break
+                if any(_alike(candidate.plan, one.plan) for one in found):
+                    continue
+                if far(candidate) > near:
+                    rest.append(candidate)
+                    continue
+                candidate.nats = self._prices().of(candidate.plan, candidate.config)
+                others.append(candidate)
+                found.append(candidate)
+                bar.update()
+            if not found and rest:  # as near as whole units allow
+                nearest = min(map(far, rest))
+                found = [one for one in rest if far(one) <= nearest][:MIXTURES]
+                for one in found:
+                    one.nats = self._prices().of(one.plan, one.config)
         if not found:
             Planner(self.model, self.structure, self._with((kinds[0],), None), self._none).plan(ratio)  # says how far
             raise RatioError(f"The ratio {ratio:.2%} cannot be reached by {', '.join(kinds)}. Ask for less.")
         return found
 
-    def _candidate(
-        self, units: tuple[str, ...], keep: dict[str, int] | None, ratio: float | None, depth_criterion: str = _QUICK
-    ) -> Candidate | None:
+    def _dear(self, curves: dict[str, Curve]) -> bool:
+        """Whether KV groups cost so much more than a fine kind that query heads, which do the same, need no trial."""
+        points = curves.get(GROUPS, Curve()).points
+        others = [curves[kind] for kind in self.fine]
+        return any(nats > _DEAR * min((one.at(gone) for one in others), default=math.inf) for gone, nats in points)
+
+    def _guesses(self, curves: dict[str, Curve], ratio: float) -> Iterator[tuple[float, Candidate]]:
+        """Ways to reach the ratio that can be, and what the curves say they cost, the cheapest first."""
+        for reach in (_REACH, math.inf):
+            looked = self._mixtures(curves, ratio * self.structure.total_parameters, reach)
+            made = ((nats, self._candidate(*mixture, ratio)) for nats, mixture in looked[:_TRIED])
+            some = False
+            for nats, candidate in made:
+                if candidate is not None:
+                    some = True
+                    yield nats, candidate
+            if some:
+                return
+
+    def _candidate(self, units: tuple[str, ...], keep: dict[str, int] | None, ratio: float | None) -> Candidate | None:
         """A way to reach a ratio, or an exact shape; `None` if it cannot be."""
-        config = self._with(units, keep, **({"depth_criterion": depth_criterion} if LAYERS in units else {}))
+        config = self._with(units, keep)
+        if LAYERS in units and config.depth_criterion == PruningConfig.depth_criterion:
+            config = dataclasses.replace(config, depth_criterion=_QUICK)
         try:
             with without_bars():
-                return Candidate(config, Planner(self.model, self.structure, config, self._fit).plan(ratio))
+                planner = Planner(self.model, self.structure, config, self._fit, similarities=self._similarities)
+                return Candidate(config, planner.plan(ratio), planner.depth)
         except StructPruneError:
             return None
 
     def _fit(self) -> Any:
         return self._prices().fit
 
+    def _similarities(self) -> Any:
+        return self._prices().similarities
+
     def _levels(self, kind: str, ratio: float) -> list[Candidate]:
-        """A kind alone: a fine one at a smaller and a larger amount, heads and layers at about a third or quarter."""
+        """A kind alone: of fine ones what is asked for, and less where that is most of it; some of heads and layers."""
         number = len(self.structure.layers)
         if kind == LAYERS:
-            gone = max(1, round(ratio * _SMALL * number))
-            found = [self._candidate((kind,), {kind: number - gone}, None)]
+            found = [self._candidate((kind,), {kind: number - max(1, round(ratio * _SMALL * number))}, None)]
         elif KINDS[kind].of_heads:
             heads = min(group.size for group in self.structure.groups if group.kind == kind)
-            quarter = range(round(0.75 * heads), 0, -1)
-            found = (self._candidate((kind,), {kind: left}, None) for left in quarter if left < heads)
-            found = [next((one for one in found if one is not None), None)]
+            quarter = range(min(round(0.75 * heads), heads - 1), 0, -1)
+            made = (self._candidate((kind,), {kind: left}, None) for left in quarter)
+            found = [next((one for one in made if one is not None), None)]
         else:
             of_kind = sum(g.size * g.cost for g in self.structure.groups if g.kind == kind)
-            most = min(ratio, 0.7 * of_kind / self.structure.total_parameters)
-            found = [self._candidate((kind,), None, amount) for amount in (most * _SMALL, most)]
+            share = of_kind / self.structure.total_parameters
+            amounts = [ratio] if ratio <= _MOST * share else [ratio, _MOST * share]
+            found = [self._candidate((kind,), None, amount) for amount in amounts]
         return [one for one in found if one is not None and one.plan.parameters_after < one.plan.parameters_before]
 
-    def _mixtures(
-        self, curves: dict[str, Curve], wanted: float, number: int, reach: float = _REACH
-    ) -> list[tuple[tuple[str, ...], dict[str, int]]]:
-        """The mixtures of one fine kind with coarse ones that the curves say cost least, the cheapest first."""
+    def _mixtures(self, curves: dict[str, Curve], wanted: float, reach: float) -> list[tuple[float, Mixture]]:
+        """What the curves say ways to reach a number of parameters cost, the cheapest first.
+
+        These are a fine kind with some layers and some heads, and layers or heads alone.
+        """
+        number = len(self.structure.layers)
         layer = max(layer.parameters for layer in self.structure.layers)
-        heads = [group for group in self.structure.groups if group.kind == GROUPS] if GROUPS in self.coarse else []
-        size = min((group.size for group in heads), default=1)
-        each = sum(group.cost for group in heads)
         sizes = {kind: sum(g.size * g.cost for g in self.structure.groups if g.kind == kind) for kind in self.fine}
-        found = []
+        heads = [("", 0, 0)]  # kind, how many are left, parameters gone
+        for kind in (kind for kind in (GROUPS, QUERIES) if kind in self.coarse):
+            of_kind = [group for group in self.structure.groups if group.kind == kind]
+            size, step = min(group.size for group in of_kind), max(group.blocks for group in of_kind)
+            each = sum(group.cost for group in of_kind)
+            heads += [(kind, left, (size - left) * each) for left in range(size - step, 0, -step)]
+        found = [(curves[kind].at(wanted, reach), ((kind,), None)) for kind in self.coarse]
         gone_layers = range(min(number, math.ceil(wanted / layer) + 1)) if LAYERS in self.coarse else [0]
-        for fine, layers, groups in product(self.fine, gone_layers, range(size)):
+        for fine, layers, (kind, some, gone) in product(self.fine, gone_layers, heads):
             left = (number - layers) / number
-            rest = wanted - layers * layer - groups * each * left
-            if not (layers or groups) or not 0 <= rest / left < sizes[fine]:
+            rest = wanted - layers * layer - gone * left
+            if not (layers or kind) or not 0 <= rest / left < sizes[fine]:
                 continue
             nats = curves[LAYERS].at(layers * layer, reach) if layers else 0.0
-            nats += left * (curves[GROUPS].at(groups * each, reach) if groups else 0.0)
+            nats += left * (curves[kind].at(gone, reach) if kind else 0.0)
             nats += left * curves[fine].at(rest / left, reach)
-            keep = ({LAYERS: number - layers} if layers else {}) | ({GROUPS: size - groups} if groups else {})
+            keep = ({LAYERS: number - layers} if layers else {}) | ({kind: some} if kind else {})
             found.append((nats, ((fine, *keep), keep)))
-        found = sorted((one for one in found if one[0] < math.inf), key=lambda one: one[0])
-        return [mixture for _, mixture in found]
+        return sorted((one for one in found if one[0] < math.inf), key=lambda one: one[0])
+
+
+def _alike(plan: PruningPlan, other: PruningPlan) -> bool:
+    """Whether two plans take nearly the same of each kind: a tenth of what goes apart."""
+    kinds = plan.removed.keys() | other.removed.keys()
+    apart = sum(abs(plan.removed.get(kind, 0) - other.removed.get(kind, 0)) for kind in kinds) / 2
+    return apart < 0.1 * max(1, plan.parameters_before - plan.parameters_after)

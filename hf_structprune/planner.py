@@ -16,6 +16,7 @@ from .allocation.evolution import evolve
 from .allocation.removal import Unit, as_dropped
 from .allocation.widths import Budget, Counts, allocate, allocate_stated, next_counts
 from .config import EVOLUTION, PruningConfig
+from .criteria.depth import LayerSimilarities
 from .errors import CheckpointError, ConfigurationError, RatioError, UnsupportedModelError
 from .model.describe import approximations, expressible_heads, target_of, warnings_of
 from .model.groups import Group
@@ -45,6 +46,7 @@ class Planner:
         tokens: Loads the calibration tokens; called only where they are needed.
         choices: Of kinds whose units are chosen here already, what chooses them.
         store: Where the weights are that are read a layer at a time; `None` if all are in memory, or none are needed.
+        similarities: What layers change in the hidden states, where that is known already.
         known: What was found out about the model for the last plan; `None` where nothing had to be.
         depth: How layers and sublayers were chosen by the last plan; `None` where nothing was measured.
         how: How a search found the widths of the last plan, in words.
@@ -57,6 +59,7 @@ class Planner:
     tokens: Callable[[], Calibration]
     choices: Mapping[str, TokenChoice] = field(default_factory=dict)
     store: Store | None = None
+    similarities: Callable[[], LayerSimilarities] | None = None
     known: Survey | None = field(init=False, default=None)
     how: str = field(init=False, default="")
     depth: DepthChoice | None = field(init=False, default=None)
@@ -249,7 +252,7 @@ class Planner:
         """What is dropped already, and so much more of some kinds."""
         self.depth = choose_depth(
             self.model, self._narrow, self.config, kinds, tokens=self.tokens, without=dropped, store=self.store,
-            **amount,
+            similarities=self.similarities, **amount,
         )  # fmt: skip
         found = [(layer, kind) for one in (dropped, self.depth.dropped) for kind in one for layer in one[kind]]
         return as_dropped(found, self._narrow)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
 from .allocation.depth import DepthChoice
-from .choosing_kinds import KindChooser
+from .choosing_kinds import Candidate, KindChooser
 from .config import AUTO, PruningConfig
 from .criteria.tokens import token_importance
 from .errors import CalibrationError, ConfigurationError, StructPruneError, UnsupportedModelError
@@ -116,7 +116,8 @@ class StructuredPruner:
         self._streaming: Streaming | None = None
         self._prices: Prices | None = None
         self._reached: Reached | None = None
-        self._why = ""  # the configuration decided as it did, where it was "auto"
+        self._why: list[str] = []  # the configuration decided as it did, where it was "auto"
+        self._found: Candidate | None = None  # what was decided then, with its plan
         self._choice: TokenChoice | None = None
         self._trimmed_from: Any = None  # the tokenizer before tokens went
         self._seen: tuple[Any, SeenRows] | None = None  # what rows with images were drawn by, and the rows
@@ -193,7 +194,7 @@ class StructuredPruner:
             planner = self._planner(decoder)
             if planner.looks_first or self._decided.chooses_depth(ratio):
                 check_finite(self.model)
-            plan = planner.plan(ratio)
+            plan = self._planned(planner, ratio)
             self._tell(plan, estimate)
         self.depth_choice, plan.calibrated = planner.depth, self._calibrated
         return plan
@@ -315,7 +316,7 @@ class StructuredPruner:
 
         Gives what is cut, once it is shown that it can be, and the ratio.
         """
-        self._decided, self._why, self._reached = self.config, "", None
+        self._decided, self._why, self._reached, self._found = self.config, [], None, None
         if isinstance(ratio, PruningPlan):
             if AUTO in self.config.units:
                 self._decided = dataclasses.replace(
@@ -327,17 +328,27 @@ class StructuredPruner:
         search = Search(size, self._decoder(), self.structure, self.config) if size else None
         if size.kv_cache is not None:
             found = search.smaller_cache(self.config, lambda config: self._planner(self._decoder(), config))
-            self._decided, self._why, self._reached = found
+            self._decided, why, self._reached = found
+            self._why = [why]
             return self._proven(self._decided.units), None
         if AUTO in self.config.units:
             chooser = KindChooser(self._decoder(), self.structure, self.config, self._measured_prices, self._proven)
-            self._decided, self._why = chooser.choose(search.guess if size else ratio)
+            decided, self._why = chooser.choose(search.guess if size else ratio)
+            self._decided = decided.config if isinstance(decided, Candidate) else decided
+            self._found = decided if isinstance(decided, Candidate) and not size else None
         decoder = self._proven(self._decided.units)
         if size:
             planner = self._planner(decoder, dataclasses.replace(self._decided, iterative_steps=1))
             ratio = search.ratio(planner)
             self._reached = search.reached(ratio, planner)
         return decoder, ratio
+
+    def _planned(self, planner: Planner, ratio: float | None) -> PruningPlan:
+        """What a planner makes of the ratio; where that was measured already, the plan that was."""
+        if self._found is None or planner.looks_first:
+            return planner.plan(ratio)
+        planner.depth = self._found.depth
+        return copy.deepcopy(self._found.plan)
 
     def _measured_prices(self) -> Prices:
         """What measures the costs of plans on the model as it is."""
@@ -348,7 +359,7 @@ class StructuredPruner:
     def _tell(self, plan: PruningPlan, estimate: bool) -> None:
         """Writes into a plan why it is as it is, and what it costs if that is asked for."""
         automatic = AUTO in self.config.units
-        plan.notes += [self._why] if self._why else []
+        plan.notes += self._why
         plan.target = self._reached
         if estimate or (automatic and has_weights(self.model)):
             if not has_weights(self.model):
@@ -401,7 +412,8 @@ class StructuredPruner:
         else:
             planner = self._planner(decoder)
             for steps_left in range(config.iterative_steps, 0, -1):
-                plan = planner.plan(ratio, steps_left)
+                found = steps_left == config.iterative_steps == 1
+                plan = self._planned(planner, ratio) if found else planner.plan(ratio, steps_left)
                 if steps_left == config.iterative_steps == 1:
                     self._tell(plan, False)
                 predicted, self._prices, warned = (
@@ -418,7 +430,7 @@ class StructuredPruner:
                 logger.warning(line)
         if not given:
             plan.predicted_nats = predicted
-            plan.notes += [line for line in (self._why, planner.how) if line]
+            plan.notes += [*self._why, *[planner.how] * bool(planner.how)]
         reached = ratio.target if given else self._reached
         if reached is not None:
             plan.target = counted(reached, plan, lambda: run.model)

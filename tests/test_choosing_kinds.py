@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
-from hf_structprune.choosing_kinds import Curve, KindChooser
+from hf_structprune.choosing_kinds import Curve
 from hf_structprune.errors import ConfigurationError, RatioError
+from hf_structprune.refit import price
 
 
 def auto(model, **options):
@@ -88,17 +89,14 @@ def test_the_saved_configuration_names_what_was_taken(tmp_path):
         assert torch.equal(again.model.state_dict()[name], tensor)
 
 
-def test_layers_that_cannot_go_by_the_slower_criterion_are_those_of_the_quick_one(monkeypatch):
+def test_layers_are_ranked_once_and_those_that_were_priced_go(monkeypatch):
     model = families.make_model("llama", torch.float32, num_hidden_layers=4)
     without_layer(model)
-    able = KindChooser._candidate
-
-    def none_by_exchange(self, units, keep, ratio, depth_criterion="block_influence"):
-        return None if depth_criterion == "exchange" else able(self, units, keep, ratio, depth_criterion)
-
-    monkeypatch.setattr(KindChooser, "_candidate", none_by_exchange)
-    ratio = families.count(model.model.layers[1]) / families.count(model) + 0.01
-    assert auto(model).plan(ratio).dropped["layers"] == [1]
+    calls, able = [], price.layer_similarities
+    monkeypatch.setattr(price, "layer_similarities", lambda *a, **k: calls.append(a) or able(*a, **k))
+    pruner = auto(model)
+    pruner.prune(families.count(model.model.layers[1]) / families.count(model) + 0.01)
+    assert pruner.last_plan.dropped["layers"] == [1] == pruner.depth_choice.dropped["layers"] and len(calls) == 1
 
 
 def test_what_is_taken_is_as_near_to_the_ratio_as_whole_units_allow():
@@ -153,8 +151,8 @@ def test_a_ratio_is_needed():
 def test_a_curve_goes_through_its_points_and_ends_with_them():
     curve = Curve([(100, 0.1), (300, 0.9)])  # 0.1 * (x / 100) ** 2
     assert [curve.at(x) for x in (0, 50, 100, 200, 300, 400)] == pytest.approx([0, 0.025, 0.1, 0.4, 0.9, 1.6])
-    assert curve.at(601) == math.inf and Curve([]).at(1) == math.inf
-    assert Curve([(100, 0.1)]).at(200) == pytest.approx(0.1 * 2**1.5)
+    assert curve.at(1201) == math.inf and Curve([]).at(1) == math.inf
+    assert Curve([(100, 0.1)], power=1.5).at(200) == pytest.approx(0.1 * 2**1.5)
     assert Curve([(100, 0.2), (200, 0.3)]).at(50) == pytest.approx(0.1)  # never less than in proportion
 
 

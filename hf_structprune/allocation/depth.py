@@ -56,6 +56,7 @@ def choose_depth(
     model: PreTrainedModel, structure: ModelStructure, config: PruningConfig, kinds: tuple[str, ...], *,
     count: int | None = None, parameters: int | None = None, tokens: Callable[[], Calibration],
     without: Dropped | None = None, most: bool = False, until: Stop | None = None, store: Store | None = None,
+    similarities: Callable[[], LayerSimilarities] | None = None,
 ) -> DepthChoice:  # fmt: skip
     """Chooses layers and sublayers by `config.depth_criterion`; changes nothing.
 
@@ -73,6 +74,7 @@ def choose_depth(
         most: Never remove more than `parameters`, and be content with fewer where there are no more.
         until: For `"greedy"` and `"exchange"`: asked after each removal whether it is enough.
         store: Where the weights are, for criteria that look at one layer after the other.
+        similarities: What whole layers change in the hidden states, where that is known already.
 
     Raises:
         RatioError: More is asked for than can go; says how much can.
@@ -83,8 +85,9 @@ def choose_depth(
     text = cache(lambda: TextLoss(model, structure, tokens(), config.calibration.batch_size))
     amount = Amount(count, parameters, most)
     chooser = _Chooser(
-        text, candidates, amount, removal, model=model, config=config, kinds=tuple(kinds), tokens=tokens, store=store
-    )
+        text, candidates, amount, removal, model=model, config=config, kinds=tuple(kinds), tokens=tokens, store=store,
+        known=similarities,
+    )  # fmt: skip
     if config.depth_criterion == "angular" and chooser.kinds == (LAYERS,):
         chooser.take_block()
     elif config.depth_criterion in ("greedy", "exchange"):
@@ -240,6 +243,7 @@ class _Chooser(LossSearch):
     kinds: tuple[str, ...]
     tokens: Callable[[], Calibration]
     store: Store | None = None
+    known: Callable[[], LayerSimilarities] | None = None
 
     def take_block(self) -> None:
         """The contiguous block with the least angular distance between its ends."""
@@ -325,6 +329,8 @@ class _Chooser(LossSearch):
 
     def _similarities(self) -> LayerSimilarities:
         size, sublayers = self.config.calibration.batch_size, self.kinds != (LAYERS,)
+        if self.known is not None and not sublayers:
+            return self.known()
         options = {"batch_size": size, "sublayers": sublayers, "store": self.store}
         return layer_similarities(self.model, self.removal.structure, self.tokens(), **options)
 
