@@ -1,12 +1,13 @@
 """`units="auto"` against every kind alone, on models that are mostly MLP, mostly attention, mostly vocabulary.
 
     python benchmarks/kinds.py --text FOLDER            # three small Llamas, trained here for a minute each
-    python benchmarks/kinds.py --text FOLDER --model ID  # a model of yours
+    python benchmarks/kinds.py --text FOLDER --model ID --c4 FILE.jsonl  # a model of yours
 
 FOLDER holds `train.txt`, `valid.txt` and `test.txt` (WikiText-2, raw). Perplexity of `test.txt` (48 windows of 256
-tokens; of a given model 8 of 1024), pruned over dense, and what was predicted from the calibration text: the dense
-perplexity times `exp` of the nats that were measured while the kinds were priced. Results go to
-benchmarks/results/kinds.json.
+tokens), pruned over dense, and what was predicted from the calibration text: the dense perplexity times `exp` of the
+nats that were measured while the kinds were priced. A given model is loaded in bfloat16, calibrated and measured as by
+`core.py quality` (12 windows of 2048 tokens of WikiText-2 and of C4). Seconds are those of the processor.
+Results go to benchmarks/results/kinds.json.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import math
 import time
 from pathlib import Path
 
+import core
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -25,7 +27,6 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
-from hf_structprune.commands.models import find_model
 from hf_structprune.errors import StructPruneError
 
 
@@ -108,13 +109,13 @@ def measured(
     for ratio in options.ratios:
         for way, units in ((way, WAYS[way]) for way in options.ways or WAYS):
             pruner = StructuredPruner(copy.deepcopy(model), PruningConfig(units=units, calibration=config))
-            begin = time.monotonic()
+            begin = time.process_time()
             try:
                 pruned = pruner.prune(ratio)
             except StructPruneError as error:
                 print(f"  {ratio:.0%} {way}: {str(error)[:100]}", flush=True)
                 continue
-            seconds, plan = time.monotonic() - begin, pruner.last_plan
+            seconds, plan = time.process_time() - begin, pruner.last_plan
             why = next((note for note in plan.notes if note.startswith("units='auto'")), "")
             row = {
                 "model": name, "parameters": total, "dense": dense, "ratio": ratio, "way": way, "got": plan.ratio,
@@ -130,10 +131,49 @@ def measured(
     return rows
 
 
+def of_checkpoint(options: argparse.Namespace) -> list[dict]:
+    """A given model, each way in turn, on two texts; perplexities of the dense one first."""
+    options.wikitext, rows = options.text, []
+    calibration, tests, _ = core.data(options)
+    config = CalibrationConfig(dataset=calibration)
+    pruner = core.load(options.model)
+    total, name = pruner.model.num_parameters(), Path(options.model).name
+    dense = {text: core.measure(pruner, content) for text, content in tests.items()}
+    print(f"{name}: {total:,} parameters, perplexity {dense}", flush=True)
+    for ratio in options.ratios:
+        for way in options.ways or WAYS:
+            pruner = core.load(options.model)
+            pruner.config = PruningConfig(units=WAYS[way], calibration=config)
+            begin = time.process_time()
+            pruner.prune(ratio)
+            seconds, plan = time.process_time() - begin, pruner.last_plan
+            perplexity = {text: core.measure(pruner, content) for text, content in tests.items()}
+            why = next((note for note in plan.notes if note.startswith("units='auto'")), "")
+            rows.append({
+                "model": name, "parameters": total, "dense": dense, "ratio": ratio, "way": way, "got": plan.ratio,
+                "perplexity": perplexity, "seconds": seconds, "removed": plan.removed, "why": why,
+                "predicted_factor": plan.predicted_factor,
+            })  # fmt: skip
+            over = {text: round(value / dense[text], 3) for text, value in perplexity.items()}
+            print(f"  {ratio:.0%} {way}: {over}, {plan.predicted_factor}, {seconds:.0f} s {why}", flush=True)
+            keep(rows[-1:])
+    return rows
+
+
+def keep(rows: list[dict]) -> None:
+    """Writes rows in the place of those of the same runs."""
+    old = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    new = {(row["model"], row["ratio"], row["way"]) for row in rows}
+    RESULTS.write_text(
+        json.dumps([row for row in old if (row["model"], row["ratio"], row["way"]) not in new] + rows, indent=1) + "\n"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--model")
+    parser.add_argument("--c4", type=Path, help="with --model: C4 documents")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.3])
     parser.add_argument("--seconds", type=float, default=60, help="of training for each small model")
     parser.add_argument("--sequences", type=int, default=128, help="of 256 tokens, of calibration text")
@@ -144,16 +184,13 @@ def main() -> None:
     texts = {name: (options.text / f"{name}.txt").read_text(encoding="utf-8") for name in ("train", "valid", "test")}
     rows = []
     if options.model:
-        pruner = StructuredPruner.from_pretrained(find_model(options.model).model, dtype=torch.float32)
-        rows += measured(options.model, pruner.model, pruner.tokenizer, texts, (1024, 8), options)
+        rows += of_checkpoint(options)
     for name, shape in {} if options.model else SHAPES.items():
         tokenizer = tokenizer_of(texts["train"][:3_000_000], shape["vocab_size"])
         tokens = torch.tensor(tokenizer(texts["train"][:3_000_000])["input_ids"])
         model = trained(shape, tokens, options.seconds, options.seed)
         rows += measured(name, model, tokenizer, texts, (256, 48), options)
-    old = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    new = {row["model"] for row in rows}
-    RESULTS.write_text(json.dumps([row for row in old if row["model"] not in new] + rows, indent=1) + "\n")
+    keep(rows)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ _GAIN = 0.03  # by which a mixture must look cheaper than what was measured to b
 _POWER, _COARSE_POWER = 1.2, 1.4  # of the amount: what a kind costs (neurons, layers of SmolLM2-135M at 10 and 20 %)
 _QUICK = "block_influence"  # ranks layers in one pass
 _DEAR = 3  # times what others cost for as many parameters
+_PLACES = 400  # of a curve, of which one is the knee
 _REACH = 4  # times the largest amount that was priced
 _MOST = 0.5  # of a kind; what more than that costs says little about what less does
 _OUTSIDE = 0.3  # of all parameters
@@ -52,7 +53,7 @@ class Curve:
         power: Of the amount, where only one was.
     """
 
-    points: list[tuple[int, float]] = field(default_factory=list)
+    points: list[tuple[float, float]] = field(default_factory=list)
     power: float = _POWER
 
     def at(self, removed: float, reach: float = _REACH) -> float:
@@ -70,6 +71,17 @@ class Curve:
         (x, y), (x2, y2) = next((pair for pair in pairwise(points) if removed <= pair[1][0]), points[-2:])
         power = max(1.0, math.log(max(y2, 1e-9) / max(y, 1e-9)) / math.log(x2 / x))
         return max(y, 1e-9) * (removed / x) ** power
+
+    def knee(self) -> float | None:
+        """Where a little more begins to cost more than it does on average up to the last point.
+
+        That is where the curve is farthest below the straight line to the last point (Satopaa et al. 2011, Kneedle);
+        `None` where it never is below, or where it is known at fewer than three points.
+        """
+        last, nats = max(self.points, default=(0, 0))
+        places = [last * place / _PLACES for place in range(_PLACES + 1)]
+        below = [nats * place / last - self.at(place) for place in places] if len(self.points) > 2 else [0.0]
+        return places[below.index(max(below))] if max(below) > 0 else None
 
 
 @dataclass
@@ -267,7 +279,7 @@ class KindChooser:
         return self._prices().similarities
 
     def _levels(self, kind: str, ratio: float) -> list[Candidate]:
-        """A kind alone: of fine ones what is asked for, and less where that is most of it; some of heads and layers."""
+        """A kind alone: of a fine one what is asked for, and less where that is most of it; some heads or layers."""
         number = len(self.structure.layers)
         if kind == LAYERS:
             found = [self._candidate((kind,), {kind: number - max(1, round(ratio * _SMALL * number))}, None)]

@@ -156,6 +156,21 @@ def test_a_curve_goes_through_its_points_and_ends_with_them():
     assert Curve([(100, 0.2), (200, 0.3)]).at(50) == pytest.approx(0.1)  # never less than in proportion
 
 
+def test_the_knee_is_where_more_costs_as_much_as_on_average():
+    square = Curve([(0.1, 0.1), (0.2, 0.4), (0.4, 1.6)])  # 10 * x ** 2: the slope is that of the chord halfway
+    assert square.knee() == pytest.approx(0.2)
+    assert (
+        Curve([(0.1, 0.1), (0.2, 0.2), (0.3, 0.25)]).knee() is None and Curve([(0.1, 0.1), (0.2, 0.4)]).knee() is None
+    )
+
+
+def test_a_large_vocabulary_is_named():
+    large, small = (families.make_model("llama", torch.float32, vocab_size=size) for size in (512, 60))
+    assert [any("units='vocabulary'" in note for note in auto(one).plan(0.05).notes) for one in (large, small)] == [
+        True, families.count(small.model.layers) < 0.7 * families.count(small),
+    ]  # fmt: skip
+
+
 def test_a_plan_that_takes_most_of_a_small_part_says_so_and_the_card_does_not():
     model = families.make_model("llama", torch.float32, vocab_size=512)
     config = PruningConfig(criterion="l2", compensation=False, round_to=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..choosing_kinds import Curve
 from ..config import PruningConfig
 from ..errors import RatioError
 from ..evaluation.pictures import curve_figure, save
@@ -38,10 +39,10 @@ def inspect_curve(
             "requested": ratio, "ratio": plan.ratio, "nats": plan.predicted_nats, "factor": plan.predicted_factor,
             "removed": removed,
         })  # fmt: skip
-    files = []
+    knee, files = Curve([(point["ratio"], point["nats"]) for point in points]).knee(), []
     if output_dir is not None:
         files = [str(Path(output_dir, PICTURE_NAME))]
-        save(curve_figure(points), Path(files[0]))
+        save(curve_figure(points, knee), Path(files[0]))
     rows = [
         [
             f"{one['requested']:.0%}", f"{one['ratio']:.2%}", f"+{one['nats']:.3f}", f"{one['factor']:.2f}",
@@ -51,7 +52,17 @@ def inspect_curve(
     ]  # fmt: skip
     headers = ("asked", "got", "nats a token", "perplexity x", "what goes")
     table = make_table(f"{model.model}: predicted loss", headers, rows, left=("what goes",))
-    data = {"model": model.model, "units": list(config.units), "points": points, "refused": refused, "files": files}
-    said = ["Predicted from a part of the calibration text: the measured loss on other text differs."]
+    data = {
+        "model": model.model,
+        "units": list(config.units),
+        "points": points,
+        "knee": knee,
+        "refused": refused,
+        "files": files,
+    }
+    line = ", ".join(f"{one['ratio']:.0%}: +{one['nats']:.2f} nats" for one in points)
+    most = f"on average up to {points[-1]['ratio']:.0%}"
+    said = [line if knee is None else f"{line}; knee at {knee:.0%}: what goes beyond costs more than {most}"]
+    said += ["Predicted from a part of the calibration text: the measured loss on other text differs."]
     said += [refused] if refused else []
     return data, table, *said, *([f"Saved to {files[0]}"] if files else [])

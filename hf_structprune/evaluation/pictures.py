@@ -216,15 +216,19 @@ def coverage_figure(points: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def curve_figure(points: Sequence[dict[str, Any]]) -> Figure:
+def curve_figure(points: Sequence[dict[str, Any]], knee: float | None = None) -> Figure:
     """The predicted loss against the share of parameters that goes.
 
     Args:
         points: As `inspect --curve` gives them, ascending.
+        knee: Share beyond which more costs more than on average.
     """
     figure, (axis,) = make_panels(1, 3.6, "What it costs to remove more of the model")
     shares, nats = [0, *(100 * point["ratio"] for point in points)], [0, *(point["nats"] for point in points)]
     axis.plot(shares, nats, color=COLOURS[0], marker="o", markersize=4)
+    if knee is not None:
+        axis.axvline(100 * knee, color=COLOURS[1], linestyle="--", label=f"knee at {knee:.0%}")
+        axis.legend()
     axis.set(xlabel="parameters gone (% of the model)", ylabel="predicted loss (nats a token)")
     axis.set_ylim(bottom=0)
     return figure

@@ -38,6 +38,7 @@ def test_the_curve_rises_and_the_plan_says_the_same(folder, tmp_path, capsys):
     assert [point["requested"] for point in points] == [0.05, 0.1, 0.2, 0.3, 0.4][: len(points)] and len(points) >= 4
     nats = [point["nats"] for point in points]
     assert nats == sorted(nats) and nats[-1] > 2 * nats[0] > 0
+    assert points[0]["ratio"] < data["knee"] < points[-1]["ratio"]
     assert (tmp_path / "out" / "loss_curve.png").stat().st_size > 5000
     plan = json.loads(
         output(
