@@ -329,7 +329,7 @@ class StructuredPruner:
         if size.kv_cache is not None:
             found = search.smaller_cache(self.config, lambda config: self._planner(self._decoder(), config))
             self._decided, why, self._reached = found
-            self._why = [why]
+            self._why = [why] * bool(why)
             return self._proven(self._decided.units), None
         if AUTO in self.config.units:
             chooser = KindChooser(self._decoder(), self.structure, self.config, self._measured_prices, self._proven)
