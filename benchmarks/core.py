@@ -33,7 +33,8 @@ from rich.table import Table
 
 import hf_structprune
 from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
-from hf_structprune.commands.models import DEMO_MODEL, find_model, load_pruner
+from hf_structprune.commands.models import find_model, load_pruner
+from hf_structprune.commands.options import DEMO_MODEL
 from hf_structprune.evaluation import perplexity, read_text
 from hf_structprune.evaluation.efficiency import peak_memory
 from hf_structprune.text.calibration import load_tokens

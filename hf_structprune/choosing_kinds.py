@@ -17,16 +17,15 @@ from itertools import pairwise, product
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.utils.logging import tqdm
 
 from .allocation.depth import DepthChoice
 from .config import PruningConfig
 from .errors import RatioError, StructPruneError, UnsupportedModelError
 from .model.rebuild import has_weights
-from .model.stored import without_bars
 from .model.structure import ModelStructure
 from .plan import PruningPlan
 from .planner import Planner
+from .progress import hidden, tqdm
 from .refit.price import Prices
 from .units import GROUPS, KINDS, LAYERS, QUERIES, WidthKind, kinds_of
 
@@ -266,7 +265,7 @@ class KindChooser:
         if LAYERS in units and config.depth_criterion == PruningConfig.depth_criterion:
             config = dataclasses.replace(config, depth_criterion=_QUICK)
         try:
-            with without_bars():
+            with hidden():
                 planner = Planner(self.model, self.structure, config, self._fit, similarities=self._similarities)
                 return Candidate(config, planner.plan(ratio), planner.depth)
         except StructPruneError:

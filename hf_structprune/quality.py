@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
-
-from transformers import PreTrainedModel
-from transformers.utils.logging import tqdm
+from typing import TYPE_CHECKING, Annotated, Any
 
 from .checks import Described, Limits, check_fields
 from .errors import ConfigurationError, RatioError
-from .evaluation.evaluator import EvaluationConfig, evaluate
-from .evaluation.results import Figure
+from .evaluation_config import EvaluationConfig
 from .reached import Reached
 
 
-Metric = Callable[[PreTrainedModel, Any], float | Figure]
+if TYPE_CHECKING:  # options of the command line are made from this, without torch
+    from transformers import PreTrainedModel
+
+    from .evaluation.results import Figure
+
+
 TRIALS = 6
 FIRST = 0.1  # the ratio that is tried first
 FINEST = 0.01  # of the model
@@ -69,6 +70,9 @@ class QualityTarget:
         Raises:
             ConfigurationError: There is no such metric.
         """
+        from .evaluation.evaluator import evaluate
+        from .evaluation.results import Figure
+
         if callable(self.metric):
             value = self.metric(model, tokenizer)
             return value if isinstance(value, Figure) else Figure(self.name, float(value), higher_is_better=False)
@@ -103,6 +107,8 @@ class QualityTarget:
         Raises:
             RatioError: Not even the least ratio that was tried is within; says what it gives.
         """
+        from .progress import tqdm
+
         sign = -1 if dense.higher_is_better else 1
         limit = dense.value * (1 + sign * self.within) if dense.value > 0 else dense.value + sign * self.within
         low, high, ratio = 0.0, 1.0, FIRST

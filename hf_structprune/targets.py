@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from typing import Annotated, Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Annotated, Any
 
 from .checks import Count, Described, Limits, check_fields
 from .errors import ConfigurationError
-from .plan import PruningPlan
+
+
+if TYPE_CHECKING:  # options of the command line are made from this, without torch
+    from transformers import PreTrainedModel
+
+    from .plan import PruningPlan
 
 
 _Bytes = Annotated[float | str | None, Described("a size, such as 6GB, 500MiB or 3GB q4_k_m")]

@@ -106,7 +106,7 @@ def check(artifact: Path, place: Path, options: argparse.Namespace) -> None:
     names = re.findall(r"(?m)^  (\w+)", listed)
     assert len(names) > 10, names
     for name in names:
-        assert "options:" in run(*command, name, "--help", cwd=work), name
+        assert "--verbose" in run(*command, name, "--help", cwd=work), name
     run(python, "-c", TINY, "dense", cwd=work)
     calibration = ["--calibration-num-samples", "4", "--calibration-length", "64"]
     assert "mlp_neurons" in run(*command, "plan", "dense", "--ratio", "0.2", cwd=work)
@@ -121,6 +121,8 @@ def environment(folder: Path, packages_of: str | None) -> str:
     run(packages_of or sys.executable, "-m", "venv", str(folder))
     python = str(folder / ("Scripts" if os.name == "nt" else "bin") / "python")
     if packages_of is not None:
+        # That of `venv` (Python < 3.12) is older than what builds the package, and would stand before the others'.
+        run(python, "-m", "pip", "uninstall", "--yes", "--quiet", "setuptools")
         site = "import sysconfig; print(sysconfig.get_path('purelib'))"
         other, own = run(packages_of, "-c", site).strip(), run(python, "-c", site).strip()
         Path(own, "others.pth").write_text(f"{other}\n", encoding="utf-8")

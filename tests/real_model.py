@@ -6,7 +6,8 @@ import pytest
 @pytest.fixture(scope="session")
 def smollm2():
     """Folder of the dense model, bfloat16."""
-    from hf_structprune.commands.models import DEMO_MODEL, find_model
+    from hf_structprune.commands.models import find_model
+    from hf_structprune.commands.options import DEMO_MODEL
     from hf_structprune.errors import StructPruneError
 
     try:

@@ -13,8 +13,7 @@ import torch
 
 from hf_structprune import CalibrationConfig, PruningConfig, QuantizationConfig
 from hf_structprune.checks import Count, Limits, OneOf, Ratio, check_fields, checked, field_types
-from hf_structprune.commands.measure import PerplexityArguments
-from hf_structprune.commands.models import ModelArguments
+from hf_structprune.commands.options import ModelArguments, PerplexityArguments
 from hf_structprune.errors import ConfigurationError, StructPruneError
 from hf_structprune.evaluation.efficiency import EfficiencyConfig
 from hf_structprune.evaluation.evaluator import EvaluationConfig

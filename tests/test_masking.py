@@ -110,7 +110,7 @@ def test_everything_that_a_command_prints_is_masked(monkeypatch, capsys):
         print(f"err {TOKEN}", file=sys.stderr)
         sys.stdout.writelines([f"{TOKEN}\n"])
         logging.getLogger("some.library").addHandler(handler := logging.StreamHandler())
-        logging.getLogger("some.library").warning(TOKEN)
+        logging.getLogger("some.library").error(TOKEN)
         logging.getLogger("some.library").removeHandler(handler)
         raise ConfigurationError(f"wrong: {TOKEN}")
 

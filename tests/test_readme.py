@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -41,3 +43,12 @@ def test_numbers_of_types(figures):
 
 def test_it_is_short():
     assert len(README.encode()) <= 9300
+
+
+@pytest.mark.slow
+def test_the_small_form_measures(figures):
+    done = subprocess.run([sys.executable, SCRIPT, "--small"], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    head, _, parameters, perplexity = (line.split(" | ") for line in done.stdout.splitlines())
+    assert head[1:] == ["dense", "10 % |"] and perplexity[0] == "| perplexity, WikiText-2 sample"
+    assert all(float(value.rstrip(" |")) > 100 for value in perplexity[1:])

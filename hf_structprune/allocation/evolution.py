@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
-from transformers.utils.logging import tqdm
 
 from ..config import PruningConfig
 from ..criteria import make_criterion
@@ -28,6 +27,7 @@ from ..files.reading import read_json_object
 from ..files.writing import write_text
 from ..model.measuring import measures
 from ..model.structure import ModelStructure
+from ..progress import tqdm
 from ..stats.seen import Calibration
 from .levels import Divergence, Ladder, Levels, build_levels
 from .widths import Budget, Counts, rounded

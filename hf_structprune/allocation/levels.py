@@ -22,7 +22,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils.logging import tqdm
 
 from ..config import PruningConfig
 from ..criteria import Criterion, Scoring
@@ -33,6 +32,7 @@ from ..files.writing import appearing, check_place, write_text
 from ..model.groups import Group, matrix
 from ..model.measuring import measures
 from ..model.structure import ModelStructure
+from ..progress import tqdm
 from ..refit.reader import damping_for, kept_columns, refitted, write_columns
 from ..stats.moments import is_held_out
 from ..stats.seen import Calibration

@@ -17,6 +17,7 @@ from ..checks import checked, field_types
 from ..errors import ConfigurationError
 from ..files.reading import parse_yaml, read_text
 from .cli import program, show
+from .options import TAKES
 
 
 # Fields that only Python can give.
@@ -76,6 +77,12 @@ def parse(argv: Sequence[str], command: str, description: str, *classes: type) -
     return [_build(cls, vars(values), parser) for cls in classes]
 
 
+def print_help(command: str) -> None:
+    """The options of a command; neither it nor torch is imported."""
+    description, classes = TAKES[command]
+    make_parser(command, description, *classes).print_help()
+
+
 def make_parser(command: str, description: str, *classes: type) -> argparse.ArgumentParser:
     """The parser of the options that the dataclasses have."""
     shown = [POSITIONALS[field.name] for cls in classes for field in fields(cls) if field.name in POSITIONALS]
@@ -85,6 +92,8 @@ def make_parser(command: str, description: str, *classes: type) -> argparse.Argu
     parser = _Parser(prog=name, usage=usage, description=description, allow_abbrev=False)
     help_text = "YAML file with values of the options; unknown keys are errors"
     parser.add_argument("--config", metavar="FILE", help=help_text)
+    help_text = "also show what libraries say, and their progress bars"
+    parser.add_argument("-v", "--verbose", action="store_true", help=help_text)  # read by `cli.main`
     for cls in classes:
         _add_options(parser, cls)
     return parser
@@ -166,7 +175,7 @@ def _read_config(parser: argparse.ArgumentParser, path: str) -> list[str]:
     content = parse_yaml(read_text(path), path)
     if content is not None and not isinstance(content, dict):
         raise ConfigurationError(f"{path} holds a {type(content).__name__}; it must hold `option: value` lines.")
-    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config", "verbose")}
     words = []
     for key, value in _flatten(content or {}, path).items():
         if key not in actions and not (value is None and key in IN_MEMORY):

@@ -6,13 +6,10 @@ import importlib
 import inspect
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 from rich.table import Table
 
-from ..checks import OneOf
 from ..errors import ConfigurationError, HubError
 from ..export.common import Exported
 from ..hub import push_folder, validate_card, write_card
@@ -22,34 +19,7 @@ from ..recovery.configuration import DistillationConfig, RecoveryConfig
 from ..recovery.recovering import recover
 from .arguments import command
 from .cli import check_output, make_table
-from .models import SourceArguments
-
-
-@dataclass
-class RecoverArguments(SourceArguments):
-    """Options of `recover`.
-
-    Args:
-        dataset (list of `str`): Data to train on: chats, instructions or plain text, from a .jsonl, .json or .txt
-            file, a folder or a data set of the Hub. Several are mixed. Without it `--method distill` takes what the
-            pruning was calibrated on, and what the dense model writes.
-        split (`str`): Split of data sets that have several.
-        output_dir (`str`): Folder for the recovered checkpoint.
-        dense (`str`, *optional*): The model before pruning, to tell which share of the loss is back: a model, or its
-            perplexity on the watched text. Default: the teacher, if there is one.
-        teacher (`str`, *optional*): What `--method distill` learns from. Default: `--dense`, or the model that was
-            pruned.
-        resume (`bool`): Go on from the last checkpoint of an interrupted training.
-        overwrite (`bool`): Replace what is in the folder, and start an interrupted training anew.
-    """
-
-    dataset: Sequence[str] | None = None
-    split: str = "train"
-    output_dir: str | None = None
-    dense: str | None = None
-    teacher: str | None = None
-    resume: bool = False
-    overwrite: bool = False
+from .options import CardArguments, ExportArguments, PushArguments, QuantizeArguments, RecoverArguments
 
 
 @command
@@ -88,19 +58,6 @@ def _curve_table(report: dict[str, Any]) -> Table:
     return make_table("Perplexity of text that was not trained on", ("step", "perplexity", "back"), rows, left=())
 
 
-@dataclass
-class QuantizeArguments(SourceArguments):
-    """Options of `quantize`.
-
-    Args:
-        output_dir (`str`): Folder for the quantised checkpoint.
-        overwrite (`bool`): Write to the folder even if it is not empty.
-    """
-
-    output_dir: str | None = None
-    overwrite: bool = False
-
-
 @command
 def quantize_command(options: QuantizeArguments, config: QuantizationConfig) -> tuple[Any, ...]:
     """Quantise a model, pruned or not, and save a checkpoint that from_pretrained loads."""
@@ -125,34 +82,6 @@ def _sizes_table(report: dict[str, Any]) -> Table:
     return make_table(title, ("", "before", "after", "change"), rows, left=("",))
 
 
-# Each is a module of `export` with a function `export_NAME(model, output, *, <options>) -> Exported`. Its keyword
-# arguments are the options below that the format takes; those that were not given keep the function's own defaults.
-FORMATS = ("gguf", "onnx", "deci")
-
-
-@dataclass
-class ExportArguments(SourceArguments):
-    """Options of `export`.
-
-    Args:
-        format (`str`): `gguf` (llama.cpp), `onnx` (ONNX Runtime), or `deci` (vLLM, layers that are not alike).
-        output (`str`): File or folder to write; what a format needs is said by its error.
-        overwrite (`bool`): Replace what is there.
-        quant (`str`, *optional*): gguf: type of the weights, such as f16, bf16, f32, q8_0, q4_k_m. Default: f16.
-        dtype (`str`, *optional*): onnx: fp32 or fp16, of weights and arithmetic. Default: fp32.
-        pad (`bool`): deci: add heads and neurons of zeros where a layer does not fit the format.
-        stream (`bool`): gguf: read a layer at a time, for models larger than memory.
-    """
-
-    format: Annotated[str, OneOf(FORMATS)] | None = None
-    output: str | None = None
-    overwrite: bool = False
-    quant: str | None = None
-    dtype: str | None = None
-    pad: bool = False
-    stream: bool = False
-
-
 @command
 def export_command(options: ExportArguments) -> tuple[Any, ...]:
     """Write MODEL in the format of another runtime."""
@@ -173,25 +102,6 @@ def export_command(options: ExportArguments) -> tuple[Any, ...]:
     return data, f"Wrote {result.path}, {result.size / 1e6:.1f} MB.", *result.notes
 
 
-@dataclass
-class CardArguments:
-    """The card.
-
-    Args:
-        folder (`str`): The checkpoint.
-        name (`str`, *optional*): Id it will have on the Hub, for the lines that load it. Default: the folder's name.
-        base_model (`str`, *optional*): Hub id or folder of the model that was pruned. Default: what was recorded.
-        overwrite (`bool`): Replace a README.md that was not written by this command.
-        json (`bool`): Print one JSON object and nothing else on stdout.
-    """
-
-    folder: str
-    name: str | None = None
-    base_model: str | None = None
-    overwrite: bool = False
-    json: bool = False
-
-
 @command
 def card_command(options: CardArguments) -> tuple[Any, ...]:
     """Write the model card of the checkpoint in DIR. Text in its marked sections is kept."""
@@ -202,29 +112,6 @@ def card_command(options: CardArguments) -> tuple[Any, ...]:
     asked = validate_card(path)
     how = "The Hub finds its metadata valid." if asked else "Its metadata was checked here; the Hub was not asked."
     return {"card": str(path), "checked_by_hub": asked}, f"Wrote {path}. {how}"
-
-
-@dataclass
-class PushArguments:
-    """What goes where. The token is that of `hf auth login` or of the environment variable HF_TOKEN.
-
-    Args:
-        folder (`str`): The checkpoint.
-        repo_id (`str`): The repository, such as user/name; made if it is not there.
-        private (`bool`): Make a new repository private.
-        revision (`str`, *optional*): Branch to commit to, made if it is not there. Default: main.
-        create_pr (`bool`): Open a pull request instead of committing.
-        commit_message (`str`, *optional*): First line of the commit.
-        json (`bool`): Print one JSON object and nothing else on stdout.
-    """
-
-    folder: str
-    repo_id: str
-    private: bool = False
-    revision: str | None = None
-    create_pr: bool = False
-    commit_message: str | None = None
-    json: bool = False
 
 
 @command

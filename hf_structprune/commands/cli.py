@@ -19,6 +19,7 @@ from rich.table import Table
 
 from ..errors import ConfigurationError, StructPruneError
 from ..masking import MaskedStream, masked
+from .quiet import one_bar, quiet_libraries
 
 
 # The module of each command, which has a function `NAME_command`, and what it does.
@@ -50,6 +51,7 @@ commands:
 options:
   -h, --help     this text; `hf-structprune COMMAND --help` lists the options of a command
   --version      the version of hf_structprune
+  -v, --verbose  with a command: also what libraries say, and their progress bars
 
 exit codes: 0 done, 2 something was wrong with what was given, 130 interrupted"""
 
@@ -59,12 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Mistakes of the user print one line on stderr and give 2.
     """
-    # Transformers imports torchao where it is installed. Version 0.18 names kernels that do not load without a GPU,
-    # and torch 2.13 warns of its code: neither is about what the user does.
-    for name in ("torch.utils._pytree", "torchao"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with _masked_output(), _speaking():
-        return _run(list(sys.argv[1:] if argv is None else argv))
+    argv = list(sys.argv[1:] if argv is None else argv)
+    with _masked_output(), quiet_libraries(not _verbose(argv)), _speaking():
+        return _run(argv)
+
+
+def _verbose(argv: Sequence[str]) -> bool:
+    return not {"-v", "--verbose"}.isdisjoint(argv)
 
 
 @contextlib.contextmanager
@@ -120,9 +123,12 @@ def _dispatch(argv: list[str]) -> None:
         from ..installed import __version__
 
         print(f"hf-structprune {__version__}")
+    elif name in COMMANDS and not {"-h", "--help"}.isdisjoint(argv):
+        importlib.import_module(".arguments", __package__).print_help(name)  # without torch
     elif name in COMMANDS:
         module = importlib.import_module(f".{COMMANDS[name][0]}", __package__)
-        getattr(module, f"{name}_command")(argv[1:])
+        with one_bar(not _verbose(argv)):
+            getattr(module, f"{name}_command")(argv[1:])
     else:
         raise StructPruneError(f"unknown command {name!r}; the commands are {', '.join(COMMANDS)}")
 

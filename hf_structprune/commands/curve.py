@@ -11,7 +11,8 @@ from ..errors import RatioError
 from ..evaluation.pictures import curve_figure, save
 from ..installed import need
 from .cli import check_output, make_table
-from .models import ModelArguments, load_pruner
+from .models import load_pruner
+from .options import ModelArguments
 
 
 PICTURE_NAME = "loss_curve.png"

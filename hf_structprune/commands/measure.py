@@ -10,88 +10,42 @@ import math
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from ..checks import Count, OneOf, check_fields
 from ..config import CONFIG_NAME
 from ..errors import ConfigurationError
 from ..evaluation import load_text, measure_perplexity
-from ..evaluation.efficiency import EfficiencyConfig, measure_efficiency, median_figure, time_loading
-from ..evaluation.evaluator import EvaluationConfig, evaluate
+from ..evaluation.efficiency import measure_efficiency, median_figure, time_loading
+from ..evaluation.evaluator import evaluate, load_inputs
 from ..evaluation.generation import question_protocol
-from ..evaluation.perplexity import find_protocol
 from ..evaluation.pictures import draw_all
 from ..evaluation.results import RESULTS_NAME, STATES, EvaluationResult, Figure, describe_environment
 from ..evaluation.table import ResultTable
 from ..evaluation.tasks import SUITES
+from ..evaluation_config import EfficiencyConfig, EvaluationConfig, find_protocol
 from ..files.writing import check_place, write_text
 from ..model.store import OnDisk
 from ..plan import PLAN_NAME, PruningPlan
 from .arguments import command, parse
 from .cli import check_output, console
-from .models import ModelArguments, StreamArguments, Subject, find_subject, load_for_measuring, load_for_streaming
-
-
-@dataclass
-class SidesArguments:
-    """What MODEL is compared with.
-
-    Args:
-        baseline (`str`, *optional*): What MODEL is compared with, usually the dense model: a model to measure in the
-            same way (id, folder or .gguf file), or the JSON of an earlier measurement.
-        output (`str`, *optional*): JSON file for the results; the baseline's go beside it, with `_dense` in the name.
-        state (`str`, *optional*): `dense`, `pruned`, `recovered` or `quantised`. Default: what the files of MODEL say.
-        overwrite (`bool`): Write over results that are there.
-    """
-
-    baseline: str | None = None
-    output: str | None = None
-    state: str | None = None
-    overwrite: bool = False
-
-
-@dataclass
-class EvaluateArguments(StreamArguments, SidesArguments):
-    """Options of `evaluate`.
-
-    Args:
-        output (`str`, *optional*): JSON file for the results, saved after each step; an interrupted evaluation goes on
-            from it. The baseline's go beside it, with `_dense` in the name. Default: `evaluation_results.json` in
-            MODEL if that is a folder made by `prune`; else they are only printed.
-        overwrite (`bool`): Measure anew what other settings or another model have left in the output.
-        suite (list of `str`, *optional*): Tasks that studies report together, besides `tasks`: `llm-pruner`,
-            `study-a`, `leaderboard`.
-        base_model (`str`, *optional*): What MODEL was made from. Default: what its files say, or the baseline.
-        pictures (`bool`): Draw pictures (PNG) into a folder `pictures` beside the results.
-        stream (`bool`): Take all text through one layer after the other, for models larger than memory: perplexity
-            and size alone.
-    """
-
-    suite: list[str] | None = None
-    base_model: str | None = None
-    pictures: bool = False
-
-
-@dataclass
-class BenchmarkArguments(SidesArguments):
-    """Options of `benchmark`.
-
-    Args:
-        rounds (`int`): How often each model is loaded and timed. With a baseline the two take turns, so that what else
-            the machine does meets both.
-        questions (`str`, *optional*): Folder for the answers to five questions, timed: `questions.csv`, and
-            `questions_baseline.csv` for the baseline.
-    """
-
-    rounds: Count = 3
-    questions: str | None = None
+from .models import Subject, find_subject, load_for_measuring, load_for_streaming
+from .options import (
+    TABLE_FORMATS,
+    BenchmarkArguments,
+    CompareArguments,
+    EvaluateArguments,
+    ModelArguments,
+    PerplexityArguments,
+    SidesArguments,
+    StreamArguments,
+)
+from .quiet import is_quiet, start_quiet
 
 
 @command
@@ -110,7 +64,7 @@ def evaluate_command(model: ModelArguments, options: EvaluateArguments, config: 
         raise ConfigurationError("--pictures needs --output: they are saved beside the results.")
     subject, baseline, beside = _sides(model, options, output)
     plan = PruningPlan.load(folder) if options.pictures and (folder / PLAN_NAME).is_file() else None
-    config.load()  # what is wrong with texts and tasks shows before a model is loaded
+    load_inputs(config)  # what is wrong with texts and tasks shows before a model is loaded
     results = []
     if isinstance(baseline, Subject):
         results.append(_evaluate(baseline, config, beside, baseline.base_model, options))
@@ -210,7 +164,7 @@ def benchmark_command(model: ModelArguments, options: BenchmarkArguments, config
 
 def take_turns_apart(subjects: list[Subject], config: EfficiencyConfig, rounds: int) -> list[EvaluationResult]:
     """`take_turns` in a process of its own: what earlier work has left in memory is in no figure."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn"), start_quiet, (is_quiet(),)) as pool:
         return pool.submit(take_turns, subjects, config, rounds).result()
 
 
@@ -248,43 +202,6 @@ def _pool(rounds: list[list[Figure]]) -> list[Figure]:
     return pooled
 
 
-@dataclass
-class PerplexityArguments(StreamArguments):
-    """Options of `perplexity`.
-
-    Args:
-        text (`str`): `sample` (packaged), `wikitext2`, `ptb` or `c4` (from the Hub), a .txt, .jsonl or .json file, a
-            dataset folder, or the id of a dataset on the Hub.
-        text_config_name (`str`, *optional*): Configuration name of a dataset.
-        split (`str`, *optional*): Split of a dataset. Default: `test`; `c4` has only `validation`.
-        column (`str`, *optional*): Column of a dataset, or key in a JSON file. Default: `text`.
-        protocol (`str`): `paper` (non-overlapping windows of 2048), `llm-pruner` (the same of 128) or `sliding`
-            (windows of 2048, 512 apart; every token but the first counts).
-        window (`int`, *optional*): Tokens in a window. Default: the protocol's, or the model's context where that is
-            shorter.
-        stride (`int`, *optional*): Tokens from window to window. Default: the protocol's, in proportion to the window.
-        bos (`bool`, *optional*): With or without a beginning-of-sequence token: in every window, with `sliding` at the
-            start of the text. Default: what the tokenizer does.
-        max_windows (`int`, *optional*): At most so many windows, evenly spaced over the text. Default: all.
-        batch_size (`int`): Windows that go through the model at once.
-    """
-
-    text: str = "sample"
-    text_config_name: str | None = None
-    split: str | None = None
-    column: str | None = None
-    protocol: str = "paper"
-    window: int | None = None
-    stride: int | None = None
-    bos: bool | None = None
-    max_windows: Count | None = None
-    batch_size: Count = 1
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        find_protocol(self.protocol).change(window=self.window, stride=self.stride, bos=self.bos)
-
-
 @command
 def perplexity_command(model: ModelArguments, options: PerplexityArguments) -> tuple[Any, ...]:
     """Perplexity of MODEL, dense, pruned or quantised, on a text (lower is better)."""
@@ -311,29 +228,6 @@ def perplexity_command(model: ModelArguments, options: PerplexityArguments) -> t
     return {**data, "protocol_in_words": result.protocol}, table
 
 
-FORMATS = ("table", "md", "csv", "json")
-
-
-@dataclass
-class CompareArguments:
-    """Options of `compare`.
-
-    Args:
-        results (list of `str`): JSON files made by `evaluate`, the baseline first; a folder stands for its
-            `evaluation_results.json`, a single one also for the results of the dense model beside it, and of a
-            recovered or quantised one also for those of the states before.
-        format (`str`, *optional*): `table`, `md` (GitHub and the Hub), `csv` or `json`; the last two are not rounded.
-            Default: by the name of the output, else `table`.
-        output (`str`, *optional*): File to write instead of printing.
-        pictures (`str`, *optional*): Folder to draw quality against size, and speed, into (PNG).
-    """
-
-    results: list[str]
-    format: Annotated[str, OneOf(FORMATS)] | None = None
-    output: str | None = None
-    pictures: str | None = None
-
-
 def compare_command(argv: Sequence[str]) -> None:
     """Show the results of several evaluations in one table; the first are what the others are compared with."""
     (options,) = parse(argv, "compare", compare_command.__doc__, CompareArguments)
@@ -347,7 +241,7 @@ def compare_command(argv: Sequence[str]) -> None:
         paths = [*(path for path in beside if path.is_file()), *paths]
     results = [EvaluationResult.load(path) for path in paths]
     table, suffix = ResultTable(results), Path(options.output or "").suffix[1:]
-    form = options.format or (suffix if suffix in FORMATS else "table")
+    form = options.format or (suffix if suffix in TABLE_FORMATS else "table")
     if options.pictures is not None:
         with contextlib.redirect_stdout(sys.stderr):
             draw_all(results, Path(options.pictures))

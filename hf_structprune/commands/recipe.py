@@ -13,12 +13,11 @@ from typing import Annotated, Any
 from ..checks import Limits, Ratio, check_options, checked, field_types
 from ..config import PruningConfig
 from ..errors import ConfigurationError
-from ..evaluation.evaluator import EvaluationConfig
+from ..evaluation_config import EvaluationConfig
 from ..files.reading import parse_yaml, read_text
 from ..quantization.configuration import QuantizationConfig
 from ..recovery.configuration import DistillationConfig, RecoveryConfig
-from .checkpoints import PushArguments
-from .models import ModelArguments
+from .options import ModelArguments, PushArguments
 
 
 RECIPE_NAME = "recipe.yaml"

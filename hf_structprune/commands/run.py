@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checks import Ratio
 from ..config import CONFIG_NAME, PruningConfig
 from ..errors import ConfigurationError, UnsupportedModelError
-from ..evaluation import EfficiencyConfig, EvaluationConfig, EvaluationResult, ResultTable, evaluate, generate_samples
+from ..evaluation import EvaluationResult, ResultTable, evaluate, generate_samples
+from ..evaluation.evaluator import load_inputs
 from ..evaluation.pictures import save, widths_figure
 from ..evaluation.results import RESULTS_NAME
+from ..evaluation_config import EfficiencyConfig, EvaluationConfig
 from ..files.writing import check_folder, check_place, write_text
 from ..hardware import cpu_has_bf16
 from ..hub import push_folder, write_card
@@ -35,8 +35,6 @@ from .arguments import parse
 from .cli import check_output, console
 from .measure import take_turns_apart
 from .models import (
-    DEMO_MODEL,
-    ModelArguments,
     Subject,
     check_ratio,
     find_model,
@@ -46,6 +44,7 @@ from .models import (
     load_to_plan,
     plans_by_shapes,
 )
+from .options import DemoArguments, ModelArguments, RunArguments
 from .recipe import RECIPE_NAME, Recipe, Step
 
 
@@ -53,24 +52,6 @@ TURNS = 3
 _LEAST = 0.1  # of a recipe's time: a training is not shorter
 _FREE = {"minutes": None}  # of what a training may have been given otherwise and is still the one that is asked for
 MAX_WINDOWS = 6  # of the demo
-
-
-@dataclass
-class RunArguments:
-    """Options of `run`.
-
-    Args:
-        recipe (`str`): A YAML file with the sections model, output_dir, prune, recover, quantize, evaluate
-            and push.
-        push (`bool`): Push the result to the repository that the recipe's section `push` names.
-        overwrite (`bool`): Do everything again even if the folders hold checkpoints.
-        dry_run (`bool`): Check the recipe and print its plan; loads no weights.
-    """
-
-    recipe: str
-    push: bool = False
-    overwrite: bool = False
-    dry_run: bool = False
 
 
 def run_command(argv: Sequence[str]) -> None:
@@ -88,7 +69,7 @@ def run_recipe(recipe: Recipe, *, push: bool = False, again: bool = False, dry_r
     check_ratio(recipe.ratio, recipe.pruning)
     # Mistakes show before any work, and what an earlier run has left and this one goes on from is read.
     if recipe.evaluation is not None:
-        dataclasses.replace(recipe.evaluation, efficiency=False).load()
+        load_inputs(dataclasses.replace(recipe.evaluation, efficiency=False))
     if recipe.recovery is not None:
         need("trl", "peft", extra="recover")
         if recipe.recovery.dataset:
@@ -291,23 +272,6 @@ class _Run:
         save(widths_figure(PruningPlan.load(folder)), folder / WIDTHS_NAME)
         write_text(folder / RECIPE_NAME, self.recipe.text)
         write_card(folder)
-
-
-@dataclass
-class DemoArguments:
-    """The demo.
-
-    Args:
-        model (`str`): Id of a model on the Hub, or a folder. Default: SmolLM2-135M-Instruct.
-        ratio (`float`): Share of all parameters to remove: 0.3 removes 30 %.
-        output_dir (`str`): Folder for the checkpoint; an earlier checkpoint of this package is replaced.
-        prompt (`str`): What the model is asked, before and after.
-    """
-
-    model: str = DEMO_MODEL
-    ratio: Ratio = 0.2
-    output_dir: str = "out"
-    prompt: str = "What is the capital of France?"
 
 
 def demo_command(argv: Sequence[str]) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import yaml
 
-from ..checks import Limits, Ratio
 from ..hardware import cpu_has_bf16, has_accelerator
 from ..hub.words import RECOVERY_NAME
 from ..model.loading import load_config
@@ -18,32 +16,9 @@ from ..recovery.recovering import newest_whole, training_folder
 from .arguments import parse
 from .cli import check_output
 from .models import find_model
+from .options import ShrinkArguments
 from .recipe import Recipe
 from .run import MAX_WINDOWS, run_recipe
-
-
-@dataclass
-class ShrinkArguments:
-    """Options of `shrink`.
-
-    Args:
-        model (`str`): Id of a model on the Hub, or a folder.
-        ratio (`float`): Share of all parameters to remove: 0.3 removes 30 %.
-        minutes (`float`): For everything: training takes what measuring and pruning leave of it, and at least a tenth.
-        output_dir (`str`): Folder for the smaller model; the pruned one before training goes to `OUTPUT_DIR-pruned`.
-        dataset (list of `str`, *optional*): Data to train on. Default: what the pruning is calibrated on, and what the
-            dense model writes.
-        overwrite (`bool`): Do everything again even if the folders hold checkpoints.
-        dry_run (`bool`): Print the recipe and its plan; loads no weights.
-    """
-
-    model: str
-    ratio: Ratio
-    minutes: Annotated[float, Limits(0, open="least")]
-    output_dir: str
-    dataset: Sequence[str] | None = None
-    overwrite: bool = False
-    dry_run: bool = False
 
 
 def shrink_command(argv: Sequence[str]) -> None:

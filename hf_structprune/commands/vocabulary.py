@@ -12,7 +12,8 @@ from ..model.vocabulary_size import token_group
 from ..units import VOCABULARY
 from ..vocabulary.choosing import TokenChoice
 from .cli import check_output, make_table
-from .models import ModelArguments, load_shapes
+from .models import load_shapes
+from .options import ModelArguments
 
 
 PICTURE_NAME = "vocabulary_coverage.png"

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
-from transformers.utils.logging import tqdm
 
 from ..allocation.removal import Unit
 from ..config import PruningConfig
@@ -27,6 +26,7 @@ from ..hooks import Silencer
 from ..model.measuring import check_numbers, measures
 from ..model.store import Store
 from ..model.structure import LayerStructure, ModelStructure
+from ..progress import tqdm
 from ..stats.gradients import weight_changes
 from ..stats.seen import Calibration, few_tokens
 from ..stats.stream import LayerStream, read_in_turn

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
-from transformers.utils.logging import tqdm
 
 from ..config import PruningConfig
 from ..errors import ConfigurationError, UnsupportedModelError
 from ..model.groups import matrix
 from ..model.structure import ModelStructure
+from ..progress import tqdm
 from ..stats.gradients import on_device, weight_changes
 from ..units.heads import rows_of_heads
 from .base import Method, Paper

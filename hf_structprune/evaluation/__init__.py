@@ -1,13 +1,12 @@
 """Measuring models: perplexity on any text, zero-shot tasks, size, memory and speed, generated text."""
 
+from ..evaluation_config import PROTOCOLS, EfficiencyConfig, EvaluationConfig, PerplexityProtocol
 from .answers import measure_answers
-from .efficiency import EfficiencyConfig, measure_efficiency, time_loading
-from .evaluator import EvaluationConfig, evaluate
+from .efficiency import measure_efficiency, time_loading
+from .evaluator import evaluate
 from .generation import QuestionResult, generate_samples, question_protocol
 from .perplexity import (
-    PROTOCOLS,
     EvaluationText,
-    PerplexityProtocol,
     PerplexityResult,
     load_text,
     measure_perplexity,

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from ..errors import ConfigurationError
 from ..model.measuring import measuring
+from ..progress import tqdm
 from .comparison import Parts, fingerprint
 from .generation import encode_prompt, padding_of
 from .questions import Question, closed_questions, open_requests
@@ -91,7 +91,7 @@ def answer_all(
     found: dict[int, Generated] = {}
     options = {"do_sample": False, "num_beams": 1, "pad_token_id": padding_of(tokenizer), "max_new_tokens": new_tokens}
     ends = _ends(model, tokenizer)
-    with measuring(model), logging.tqdm(total=len(prompts), desc=desc) as bar:
+    with measuring(model), tqdm(total=len(prompts), desc=desc) as bar:
         for length in sorted(by_length):
             numbers = by_length[length]
             for start in range(0, len(numbers), BATCH):

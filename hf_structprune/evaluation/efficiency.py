@@ -13,10 +13,9 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import psutil
@@ -28,45 +27,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from transformers.utils import logging
 
-from ..checks import Count, Limits, Number, check_fields, checked
+from ..checks import Count, checked
 from ..errors import ConfigurationError, EvaluationError, UnsupportedModelError
+from ..evaluation_config import EfficiencyConfig
 from ..hardware import cuda_devices, device_name, synchronize
 from ..model.loading import load_model
 from ..model.measuring import context_length, measuring
 from ..model.structure import ModelStructure
 from ..plan import PruningPlan
+from ..progress import tqdm
 from .results import Figure
 
 
 logger = logging.get_logger(__name__)
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
-@dataclass(frozen=True)
-class EfficiencyConfig:
-    """What is run to measure size and speed.
-
-    Args:
-        batch_size: Sequences at once.
-        length: Tokens of a prompt; multiply-accumulates are counted for `batch_size` x `length`.
-        new_tokens: Tokens that are generated after it: exactly so many.
-        warmup: Runs before those that count.
-        repeats: Runs that count; figures are their medians.
-        speed: Whether time and peak memory are measured, and not only size.
-        seed: Seed of the random token ids.
-    """
-
-    batch_size: Count = 1
-    length: Count = 64
-    new_tokens: Annotated[int, Limits(2)] = 32
-    warmup: Number = 2
-    repeats: Count = 5
-    speed: bool = True
-    seed: Number = 0
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 def measure_efficiency(model: PreTrainedModel, config: EfficiencyConfig | None = None) -> list[Figure]:
@@ -147,7 +122,7 @@ def _speed_figures(model: PreTrainedModel, config: EfficiencyConfig, ids: torch.
     with measuring(model):
         times = [
             (time_prefill(model, ids), *time_generation(model, ids, config.new_tokens))
-            for _ in logging.tqdm(range(config.warmup + config.repeats), desc="Speed")
+            for _ in tqdm(range(config.warmup + config.repeats), desc="Speed")
         ]
         with peak_memory(devices_of(model)) as peak:
             time_generation(model, ids, config.new_tokens)

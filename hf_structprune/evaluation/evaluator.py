@@ -7,8 +7,6 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +14,15 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..checks import Count, Limit, Number, check_fields
 from ..errors import ConfigurationError
+from ..evaluation_config import EfficiencyConfig, EvaluationConfig, find_protocol
 from ..files.writing import check_place
 from ..model.loading import as_tokenizer
 from ..model.store import OnDisk
 from .answers import measure_answers
-from .efficiency import EfficiencyConfig, measure_efficiency
+from .efficiency import measure_efficiency
 from .generation import generate_samples
-from .perplexity import EvaluationText, find_protocol, load_text, measure_perplexity
+from .perplexity import EvaluationText, load_text, measure_perplexity
 from .results import EvaluationResult, describe_environment, model_fingerprint
 from .tasks import check_tasks, run_tasks
 
@@ -35,72 +33,15 @@ logger = logging.get_logger(__name__)
 COMPLETED, MODEL, TEXTS = "completed", "model_fingerprint", "text_fingerprints"
 
 
-@dataclass
-class EvaluationConfig:
-    """What is measured.
-
-    Args:
-        texts (list of `str`, *optional*): Texts for perplexity: `sample` (packaged), `wikitext2`, `ptb`, `c4`, a file,
-            a data set folder or a data set id of the Hub. Default: `sample`; `none`, or an empty list, measures none.
-        protocol (`str`): How a text is cut into windows: `paper`, `llm-pruner` or `sliding`.
-        window (`int`, *optional*): Tokens in a window. Default: the protocol's, or the model's context where that is
-            shorter.
-        stride (`int`, *optional*): Tokens from one window to the next. Default: the protocol's.
-        bos (`bool`, *optional*): With or without a beginning-of-sequence token. Default: what the tokenizer does.
-        max_windows (`int`, *optional*): At most so many windows of each text, evenly spaced. Default: all.
-        tasks (list of `str`, *optional*): lm-eval tasks, groups, or suites (`llm-pruner`, `study-a`, `leaderboard`).
-        num_fewshot (`int`, *optional*): Examples in the prompt of a task. Default: as the task says.
-        limit (`float`, *optional*): Documents of each task, or their share if below 1. Default: all.
-        include_path (`str`, *optional*): Folder with YAML files of further tasks.
-        efficiency (`bool`): Measure size, memory and speed.
-        samples (`bool`): Generate sample texts.
-        generation (`bool`): Let the model answer 100 short closed questions and 100 open requests: how many are right,
-            whether answers end and repeat themselves, and how far they are the dense model's. A minute or two for a
-            model of 135 M parameters on one core.
-        batch_size (`int`): Windows and documents that go through the model at once.
-        seed (`int`): Seed of everything random.
-
-    Raises:
-        ConfigurationError: A value is impossible, or there is nothing to measure.
-    """
-
-    texts: Sequence[str] | None = field(default=None, metadata={"aliases": ["--text"]})
-    protocol: str = "paper"
-    window: int | None = None
-    stride: int | None = None
-    bos: bool | None = None
-    max_windows: Count | None = None
-    tasks: Sequence[str] | None = None
-    num_fewshot: Number | None = None
-    limit: Limit | None = None
-    include_path: str | None = None
-    efficiency: bool = True
-    samples: bool = True
-    generation: bool = False
-    batch_size: Count = 8
-    seed: Number = 42
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        self.texts = tuple(dict.fromkeys(("sample",) if self.texts is None else self.texts))
-        self.texts = () if self.texts == ("none",) else self.texts
-        self.tasks = tuple(dict.fromkeys(self.tasks or ()))
-        find_protocol(self.protocol).change(window=self.window, stride=self.stride, bos=self.bos)
-        if not (self.texts or self.tasks or self.efficiency or self.samples or self.generation):
-            raise ConfigurationError("There is nothing to measure: name texts or tasks, or set `efficiency`.")
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def load(self) -> tuple[list[EvaluationText], list[str]]:
-        """The texts, and the names of the tasks with suites taken apart; raises if one of them cannot be used."""
-        texts = [load_text(spec) for spec in self.texts]
-        (name, count), *_ = Counter(text.name for text in texts).most_common(1) or [("", 1)]
-        if count > 1:
-            raise ConfigurationError(
-                f"`texts` are {', '.join(self.texts)}, of which two are called {name!r}: rename a file."
-            )
-        return texts, check_tasks(self.tasks, self.include_path) if self.tasks else []
+def load_inputs(config: EvaluationConfig) -> tuple[list[EvaluationText], list[str]]:
+    """The texts, and the names of the tasks with suites taken apart; raises if one of them cannot be used."""
+    texts = [load_text(spec) for spec in config.texts]
+    (name, count), *_ = Counter(text.name for text in texts).most_common(1) or [("", 1)]
+    if count > 1:
+        raise ConfigurationError(
+            f"`texts` are {', '.join(config.texts)}, of which two are called {name!r}: rename a file."
+        )
+    return texts, check_tasks(config.tasks, config.include_path) if config.tasks else []
 
 
 def evaluate(
@@ -133,7 +74,7 @@ def evaluate(
         config = _streamed(config)
     if output is not None:
         check_place(output, file=True)
-    texts, tasks = config.load()
+    texts, tasks = load_inputs(config)
     result = EvaluationResult(name, state, base_model, environment=describe_environment(_device(model, store)))
     result.settings = json.loads(json.dumps(config.to_dict()))
     result.settings |= {  # results are published: names, and no paths of this machine
@@ -148,9 +89,7 @@ def evaluate(
     if output is not None and Path(output).exists() and not overwrite:
         result = _continue(EvaluationResult.load(output), result, set(steps), output)
     completed = result.settings[COMPLETED]
-    bar = logging.tqdm([step for step in steps if step not in completed], desc="Evaluation", unit="step")
-    for step in bar:
-        bar.set_postfix_str(step)
+    for step in [step for step in steps if step not in completed]:
         measured = _measure(step, model, tokenizer, config, texts, store)
         if step == "samples":
             result.samples = measured

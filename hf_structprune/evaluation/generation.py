@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from ..checks import Count, checked
 from ..errors import ConfigurationError
 from ..files.writing import write_text
 from ..hardware import cuda_devices, synchronize
 from ..model.measuring import context_length, measuring
+from ..progress import tqdm
 from .efficiency import devices_of, memory_in_use, where
 from .results import Figure, csv_text
 
@@ -112,7 +112,7 @@ def generate_samples(
     with measuring(model):
         answers = [
             _answer(model, tokenizer, prompt, encode_prompt(model, tokenizer, prompt), max_new_tokens, seed, **options)
-            for prompt in logging.tqdm(prompts, desc="Samples")
+            for prompt in tqdm(prompts, desc="Samples")
         ]
     return [{"prompt": a.question, "text": a.text, "tokens": a.new_tokens, "seconds": a.seconds} for a in answers]
 
@@ -143,7 +143,7 @@ def question_protocol(
         raise ConfigurationError(f"`max_length` is {max_length}, and {longest!r} alone has {max_length - min(room)}.")
     with measuring(model):
         _answer(model, tokenizer, questions[0], encoded[0], min(_WARMUP_TOKENS, room[0]))
-        runs = logging.tqdm(list(zip(questions, encoded, room, strict=True)), desc="Questions")
+        runs = tqdm(list(zip(questions, encoded, room, strict=True)), desc="Questions")
         answers = [_answer(model, tokenizer, *run) for run in runs]
     protocol = f"{len(questions)} questions, at most {max_length} tokens with the prompt, greedy, {where(model)}"
     return QuestionResult(answers, protocol)

@@ -6,25 +6,26 @@ import math
 import os
 import re
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
-from ..checks import Count, Limits, check_choice, check_fields, checked
+from ..checks import Count, checked
 from ..data import wikitext2_sample
 from ..errors import ConfigurationError, TextError
+from ..evaluation_config import PerplexityProtocol, find_protocol
 from ..model.loading import as_tokenizer
 from ..model.measuring import context_length, has_plain_head, measuring, positions_at_once
 from ..model.store import OnDisk
 from ..model.structure import ModelStructure
+from ..progress import tqdm
 from ..stats.stream import layer_by_layer, without_layers
 from ..streaming import check_measuring
 from ..text.reading import FILES, is_local, read_lines, read_rows, tokenise
@@ -155,84 +156,6 @@ def read_text(path: str | os.PathLike, column: str = "text") -> str:
     """
     rows = read_rows(path, column=column) if Path(path).suffix in FILES else read_lines(path)
     return "\n\n".join(rows)
-
-
-@dataclass(frozen=True)
-class PerplexityProtocol:
-    """How a text is cut into windows for perplexity.
-
-    Args:
-        window: Tokens that go through the model at once, a BOS token in every window counted.
-        stride: Tokens of the text from the start of a window to the start of the next; `window` means no overlap.
-        keep_tail: Whether what is left behind the last full window is measured, or dropped.
-        bos: The beginning-of-sequence token: `None` as the tokenizer does by default (once at the start of the text,
-            if at all), `True` always, `False` never.
-        bos_everywhere: `bos=True` means one at the start of every window rather than at the start of the text.
-    """
-
-    window: Annotated[int, Limits(2)] = 2048
-    stride: int = 2048
-    keep_tail: bool = False
-    bos: bool | None = None
-    bos_everywhere: bool = True
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if not 1 <= self.stride <= self.window:
-            raise ConfigurationError(
-                f"`stride` is {self.stride}; it must be 1 to {self.window}, the `window`, or tokens would be left out."
-            )
-
-    def change(
-        self, *, window: int | None = None, stride: int | None = None, bos: bool | None = None
-    ) -> PerplexityProtocol:
-        """The protocol with other values; a stride that is not given keeps its ratio to the window."""
-        window = checked("window", self.window if window is None else window, Count)
-        stride = max(1, self.stride * window // self.window) if stride is None else stride
-        return replace(self, window=window, stride=stride, bos=self.bos if bos is None else bos)
-
-    @property
-    def adds_bos_everywhere(self) -> bool:
-        return self.bos is True and self.bos_everywhere
-
-    @property
-    def content(self) -> int:
-        """Tokens of the text in a window: all but a BOS token of its own."""
-        return self.window - self.adds_bos_everywhere
-
-    def window_for(self, model: PreTrainedModel) -> int:
-        """The protocol's window, or the model's context where that is shorter."""
-        return min(self.window, context_length(model) or self.window)
-
-    def in_words(self, *, windows: int, found: int, window: int, starts_with_bos: bool) -> str:
-        """What was done, for tables and cards: in `windows` of the `found` windows of the text."""
-        s, to_the_end = "s" if windows > 1 else "", " up to the end of the text" if self.keep_tail else ""
-        words = f"{windows} non-overlapping window{s} of {window} tokens, {window - 1} predictions in each"
-        if self.stride < self.content or self.keep_tail:
-            words = f"{windows} window{s} of {window} tokens, {self.stride} apart{to_the_end}"
-            words += ", every token predicted in the first window that holds it"
-        spaced = f", evenly spaced over {found}" if windows < found else ""
-        bos = "BOS once at the start of the text" if starts_with_bos else "no BOS"
-        return f"{words}{spaced}, {'BOS in each' if self.adds_bos_everywhere else bos}"
-
-
-PROTOCOLS = {
-    # Of compression papers: GPTQ, SparseGPT, Wanda, SliceGPT, ...
-    "paper": PerplexityProtocol(),
-    # LLMPruner/evaluator/ppl.py of https://github.com/horseee/LLM-Pruner at its default length. It runs four windows
-    # at once; that does not change the result, so the batch size is the caller's.
-    "llm-pruner": PerplexityProtocol(window=128, stride=128),
-    # Every token of the text but the first is predicted, with as much context as the window allows
-    # (https://huggingface.co/docs/transformers/perplexity). A BOS token, if asked for, comes once, as in lm-eval's
-    # rolling likelihood; the first token of the text is then predicted too.
-    "sliding": PerplexityProtocol(window=2048, stride=512, keep_tail=True, bos_everywhere=False),
-}
-
-
-def find_protocol(name: str) -> PerplexityProtocol:
-    """The protocol of a name; raises a `ConfigurationError` if there is none."""
-    check_choice("protocol", name, tuple(PROTOCOLS))
-    return PROTOCOLS[name]
 
 
 def cut_windows(length: int, protocol: PerplexityProtocol) -> np.ndarray:
@@ -501,7 +424,7 @@ def window_losses(
             check_measuring(store, ids, size, plain, "take fewer windows (`max_windows`) or a smaller `batch_size`")
         whole = nullcontext(repeat(nullcontext()))
         with whole if store is None else layer_by_layer(model, structure, ids, size, store) as turns:
-            for (rows, last), turn in zip(logging.tqdm(batches, desc="Perplexity"), turns, strict=False):
+            for (rows, last), turn in zip(tqdm(batches, desc="Perplexity"), turns, strict=False):
                 with turn:
                     losses = _losses(model, rows, last, plain)
                 sums += [part.sum().item() for part in losses.split(last.tolist())]

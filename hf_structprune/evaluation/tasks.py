@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import set_seed
-from transformers.utils.logging import is_progress_bar_enabled
 
 from ..checks import Count, Limit, Number, checked
 from ..errors import ConfigurationError, EvaluationError
 from ..installed import need
 from ..model.measuring import measuring
+from ..progress import enabled
 from .comparison import Parts, fingerprint
 from .results import Figure
 
@@ -191,8 +191,8 @@ def _load_one(name: str, manager: TaskManager) -> TaskDict:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval without its log and prints, and without progress bars where those of Transformers are off."""
-    logger, shown = logging.getLogger("lm_eval"), is_progress_bar_enabled()
+    """lm-eval without its log and prints, and without progress bars where ours are off."""
+    logger, shown = logging.getLogger("lm_eval"), enabled()
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:  # lm-eval has no option that reaches all of its bars

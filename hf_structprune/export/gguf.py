@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.utils.logging import is_progress_bar_enabled
 
 from ..errors import ConfigurationError, ExportError, StructPruneError
 from ..files.writing import appearing, check_place
 from ..installed import need
+from ..progress import enabled
 from .common import EMBEDDINGS, Block, Exported, State, class_name, llama_layers, load_source, pad_layer
 
 
@@ -115,7 +115,7 @@ def _write(writer: Any, output: Path, size: int, written: str, quant: str, file_
         with closing(writer):
             writer.write_header_to_file(first)
             writer.write_kv_data_to_file()
-            writer.write_tensors_to_file(progress=is_progress_bar_enabled())
+            writer.write_tensors_to_file(progress=enabled())
         if first != path:
             _quantise(first, path, file_type)
         tensors = gguf.GGUFReader(path).tensors

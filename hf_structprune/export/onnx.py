@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 import json
 import os
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from ..files.writing import write_folder, write_text
 from ..hardware import DTYPES, memory_left
 from ..installed import need
 from ..model.target import overrides_of
+from ..progress import only_ours
 from ..units import KINDS
 from ..units.heads import GROUPS
 from .common import Exported, load_source, output_folder
@@ -103,7 +106,8 @@ def _trace(forward: ForwardWithCache) -> Any:
     name = type(forward.model).__name__
     logger.info(f"Tracing {forward.config.num_hidden_layers} layers, which takes some seconds for each.")
     try:
-        exported = OnnxExporter().export(forward, inputs, OnnxConfig(dynamic=True, dynamic_shapes=shapes))
+        with redirect_stdout(io.StringIO()) if only_ours() else nullcontext():  # torch tells its steps
+            exported = OnnxExporter().export(forward, inputs, OnnxConfig(dynamic=True, dynamic_shapes=shapes))
     except Exception as error:  # of many kinds, from three libraries
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         message = f"Transformers {transformers.__version__} cannot export a {name} to ONNX: {reason}"

@@ -25,8 +25,8 @@ from ..files.shards import Shards
 from ..files.writing import check_folder, write_folder
 from ..library_errors import LOGIN, clear_errors
 from ..model.rebuild import check_whole
-from ..model.stored import without_bars
 from ..plan import PLAN_NAME, PruningPlan
+from ..progress import hidden
 from .card import EVAL_RESULTS, TASKS, card_name, is_ours, write_card
 from .contents import BEFORE, CARD_NAME, DENSE_RESULTS_NAME, WIDTHS_NAME, Contents, check_card, read_text
 from .older import write_for_older
@@ -56,7 +56,7 @@ def save_checkpoint(
         if shards is None:
             model.save_pretrained(path, **kwargs)
         else:
-            with without_bars():  # a bar of no weights
+            with hidden():  # a bar of no weights
                 model.save_pretrained(path, state_dict={}, **kwargs)
             shards.finish(path, model.num_parameters())
         if tokenizer is not None:

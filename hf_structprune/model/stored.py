@@ -19,25 +19,13 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from ..errors import CheckpointError, UnsupportedModelError
+from ..progress import hidden
 
 
 _ROWS = 4096  # of two tied matrices that are compared at once
-
-
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """Transformers shows no progress bars as long as this is open."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 class StoredWeights:
@@ -142,7 +130,7 @@ class StoredWeights:
         with ExitStack() as stack:
             opened: dict = {}
             tensors = {key: self._slice(stack, opened, key) for key in keys}
-            stack.enter_context(without_bars())  # one for every layer says nothing
+            stack.enter_context(hidden())  # one for every layer says nothing
             # In turn: threads would have read all of a layer before the first tensors are merged.
             stack.enter_context(mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"))
             info, _ = convert_and_load_state_dict_in_model(model, tensors, self._config)

@@ -39,6 +39,7 @@ from ..model.surgery import Kept, cut_units, drop, mask_sublayers, mask_units
 from ..model.target import make_target, stock_class
 from ..model.vocabulary_size import cut_tokens, token_group
 from ..plan import Dropped, PruningPlan, emptied
+from ..progress import hidden
 from ..refit.channels import cut_hidden
 from ..refit.head_size import cut_head_size, mask_heads
 from ..refit.latent_ranks import cut_ranks, mask_ranks
@@ -560,16 +561,13 @@ def apart() -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         stack.callback(logging.set_verbosity, logging.get_verbosity())
-        if logging.is_progress_bar_enabled():
-            stack.callback(logging.enable_progress_bar)
         for context in (
             torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad(), torch.device("cpu"),
-            torch.autocast("cpu", enabled=False), warnings.catch_warnings(),
+            torch.autocast("cpu", enabled=False), warnings.catch_warnings(), hidden(),
         ):  # fmt: skip
             stack.enter_context(context)
         warnings.simplefilter("ignore")
         torch.default_generator.manual_seed(0)  # and not those of other devices
         torch.set_default_dtype(torch.float64)
         logging.set_verbosity_error()
-        logging.disable_progress_bar()
         yield

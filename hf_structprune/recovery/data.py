@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ..errors import ConfigurationError, TextError
 from ..files.reading import parse_json
 from ..installed import need
+from ..progress import only_ours, tqdm
 from ..text.reading import as_table, read_table
 
 
@@ -343,13 +344,16 @@ class Encoder:
                     pairs += self.sequences({column: values[i] for column, values in batch.items()}, parts, count)
                 except TextError as error:
                     raise TextError(f"Row {number} of {name}, format {kind}: {error}") from error
+            bar.update(len(numbers))
             return {"input_ids": [pair[0] for pair in pairs], "labels": [pair[1] for pair in pairs]}
 
         # In memory and under a name of its own: the counts must not be those of a cache, nor what TRL makes of it.
-        return rows.map(
-            encode, batched=True, with_indices=True, remove_columns=rows.column_names, keep_in_memory=True,
-            features=datasets.Features(input_ids=ids, labels=ids), new_fingerprint=uuid4().hex, desc="Tokenizing",
-        )  # fmt: skip
+        # The bar of `datasets` is not shown on the command line, and there alone ours is.
+        with tqdm(total=len(rows), desc="Tokenizing", disable=not only_ours()) as bar:
+            return rows.map(
+                encode, batched=True, with_indices=True, remove_columns=rows.column_names, keep_in_memory=True,
+                features=datasets.Features(input_ids=ids, labels=ids), new_fingerprint=uuid4().hex, desc="Tokenizing",
+            )  # fmt: skip
 
     def sequences(
         self, row: Mapping[str, Any], parts: dict[str, str | None], count: SourceReport

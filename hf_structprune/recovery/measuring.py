@@ -16,17 +16,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
-from transformers.utils import logging
 
 from ..checks import Count, checked
 from ..errors import CheckpointError, ConfigurationError
 from ..evaluation.evaluator import TEXTS
-from ..evaluation.perplexity import PROTOCOLS, EvaluationText, load_text, prepare, window_losses
+from ..evaluation.perplexity import EvaluationText, load_text, prepare, window_losses
 from ..evaluation.pictures import COLOURS, GREY, INK, make_panels, save, whole_numbers
 from ..evaluation.results import EvaluationResult
+from ..evaluation_config import PROTOCOLS
 from ..hardware import cuda_devices, release_memory
 from ..model.loading import load_model, load_tokenizer
 from ..model.measuring import context_length
+from ..progress import hidden
 from .weights import as_before_training, is_sharded, underneath
 
 
@@ -104,16 +105,13 @@ def without_trace() -> Iterator[None]:
 
     No progress bars are shown: the training has one.
     """
-    states, shown = (random.getstate(), np.random.get_state()), logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    with torch.random.fork_rng(cuda_devices()):
+    states = (random.getstate(), np.random.get_state())
+    with torch.random.fork_rng(cuda_devices()), hidden():
         try:
             yield
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
-            if shown:
-                logging.enable_progress_bar()
 
 
 class _Whole(nn.Module):

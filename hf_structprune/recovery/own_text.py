@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from huggingface_hub import cached_assets_path
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -33,6 +32,7 @@ from ..files.reading import read_text
 from ..files.writing import write_text
 from ..hardware import cuda_devices, process_state
 from ..model.measuring import context_length, measuring
+from ..progress import tqdm
 from ..text.calibration import load_tokens
 from ..text.reading import read_rows
 

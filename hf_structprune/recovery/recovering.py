@@ -27,6 +27,7 @@ from ..hardware import DTYPES
 from ..installed import need
 from ..model.loading import load_config, load_model, load_tokenizer
 from ..model.measuring import context_length
+from .bar import TrainingBar
 from .callback import STATE_NAME, LoraRecoveryCallback
 from .configuration import DistillationConfig, RecoveryConfig
 from .data import load_rows, prepare, public_sources
@@ -191,6 +192,7 @@ def recover(
         student, training_arguments(config, training), train_dataset=prepared, processing_class=tokenizer,
         peft_config=adapter_config(config, student), callbacks=[callback], **more,
     )  # fmt: skip
+    TrainingBar.put_into(trainer)
     widen(trainer.model)
     _remove_others(training, checkpoint)
     try:

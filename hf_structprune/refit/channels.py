@@ -8,7 +8,6 @@ from itertools import groupby
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils.logging import tqdm
 
 from ..config import PruningConfig
 from ..criteria.channels import channel_importance
@@ -17,6 +16,7 @@ from ..hooks import hooked
 from ..model.groups import is_linear, matrix
 from ..model.hidden_size import cut_channels, final_norm, hidden_group, norm_kind, row_scales, scale_, shrunk_target
 from ..model.structure import ModelStructure
+from ..progress import tqdm
 from ..stats.moments import InputStatistics, Moments
 from ..stats.stream import LayerStream, first_input
 from .closed_form import DEFAULT_DAMPING, refit, ridge

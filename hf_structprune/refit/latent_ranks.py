@@ -11,13 +11,13 @@ from collections.abc import Iterator
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils.logging import tqdm
 
 from ..config import PruningConfig
 from ..errors import ConfigurationError
 from ..model.groups import matrix
 from ..model.latent_ranks import Latent, latents, rebuild_ranks, silence, smaller_ranks, turn
 from ..model.structure import ModelStructure
+from ..progress import tqdm
 from ..stats.moments import InputStatistics
 from ..stats.stream import LayerStream
 from ..units import KINDS

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils.logging import tqdm
 
 from ..config import PruningConfig
 from ..criteria import Scoring, make_criterion
@@ -29,6 +28,7 @@ from ..model.store import Store
 from ..model.structure import ModelStructure
 from ..model.surgery import cut_units, mask_sublayers
 from ..plan import PruningPlan
+from ..progress import tqdm
 from ..stats.moments import InputStatistics
 from ..stats.processes import Processes
 from ..stats.routing import ExpertInputs, RoutingStatistics, routing_statistics

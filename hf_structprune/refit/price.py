@@ -16,9 +16,9 @@ from ..config import CalibrationConfig, PruningConfig
 from ..criteria.depth import LayerSimilarities, layer_similarities
 from ..errors import ConfigurationError
 from ..model.store import Store
-from ..model.stored import without_bars
 from ..model.structure import ModelStructure
 from ..plan import PruningPlan
+from ..progress import hidden
 from ..stats.stream import LayerStream
 from ..stats.survey import Survey, kl_divergence
 from ..units import KINDS, LAYERS
@@ -113,7 +113,7 @@ class Prices:
     @cached_property
     def similarities(self) -> LayerSimilarities:
         """What each layer changes in the hidden states, on the tokens that plans are carried out with."""
-        with without_bars():
+        with hidden():
             return layer_similarities(self.model, self.structure, self.fit, batch_size=self.calibration.batch_size)
 
     def of(self, plan: PruningPlan, config: PruningConfig) -> float:
@@ -145,7 +145,7 @@ class Prices:
         stream = self._stream
         stream.hidden = stream.copy(self._entered)
         trial = _Trial(stream)
-        with without_bars():
+        with hidden():
             compress(self.model, self.structure, plan, config, lambda: self.fit, Survey(), [], trial)
         gone = {*plan.dropped.get(LAYERS, ()), *trial.passed}
         sequences: list[float] = []

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils.logging import tqdm
 
 from ..config import PruningConfig
 from ..hooks import as_output, first_of, hooked, others_of, replaced_forwards
 from ..model.experts import Experts
 from ..model.measuring import check_numbers, has_plain_head, measuring, positions_at_once
 from ..model.structure import Group, is_linear, matrix
+from ..progress import tqdm
 from .seen import Calibration, SeenRow, SeenRows
 
 

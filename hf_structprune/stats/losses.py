@@ -7,12 +7,12 @@ import math
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils.logging import tqdm
 
 from ..allocation.removal import Removal, Unit
 from ..hooks import Silencer
 from ..model.measuring import context_length, positions_at_once
 from ..model.structure import ModelStructure
+from ..progress import tqdm
 from ..units import LAYERS, DepthKind, kinds_of
 from .seen import Calibration, SeenRows, few_tokens
 from .stream import LayerStream

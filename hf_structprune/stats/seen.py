@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils.logging import tqdm
 
 from ..errors import CalibrationError, UnsupportedModelError
 from ..hooks import first_of, hooked
 from ..model.measuring import check_numbers, context_length, measures
 from ..model.structure import ModelStructure
+from ..progress import tqdm
 
 
 # Largest difference of hidden states, relative to their norm, that the rounding of the same sums explains.

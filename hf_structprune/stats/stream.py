@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils.logging import tqdm
 
 from ..errors import UnsupportedModelError
 from ..hooks import as_output, first_of, hooked, others_of, replaced_forwards
@@ -18,6 +17,7 @@ from ..model.groups import Group
 from ..model.measuring import check_numbers
 from ..model.store import HEAD, OUTSIDE, Store
 from ..model.structure import ModelStructure, decoder_layers
+from ..progress import tqdm
 from .seen import Calibration, SeenRows
 
 

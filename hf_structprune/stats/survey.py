@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils.logging import tqdm
 
 from ..config import PruningConfig
 from ..criteria import Criterion, Scoring, make_criterion
@@ -19,6 +18,7 @@ from ..model.experts import without_experts
 from ..model.groups import Kept
 from ..model.measuring import measures
 from ..model.structure import Group, ModelStructure, matrix
+from ..progress import tqdm
 from ..refit.reader import kept_columns, refitted, write_columns
 from .gradients import Salience, gate_salience, taylor_salience
 from .moments import InputStatistics, is_held_out

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers.utils.logging import tqdm
 
 from ..config import PruningConfig
 from ..data import calibration_sample
 from ..errors import TextError
+from ..progress import tqdm
 from ..text.reading import PIECE, read_rows
 
 

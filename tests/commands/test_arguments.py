@@ -7,8 +7,7 @@ import pytest
 
 from hf_structprune import CalibrationConfig, PruningConfig
 from hf_structprune.commands.arguments import make_parser, parse
-from hf_structprune.commands.models import ModelArguments
-from hf_structprune.commands.prune import PlanArguments
+from hf_structprune.commands.options import ModelArguments, PlanArguments
 from hf_structprune.errors import ConfigurationError
 
 

@@ -1,14 +1,17 @@
 """The entry point: help, exit codes and one-line errors. What needs a model is in `test_command_runs.py`."""
 
 import errno
+import importlib
+import inspect
 import os
 import subprocess
 import sys
+from typing import Any, get_type_hints
 
 import pytest
 
 import hf_structprune
-from hf_structprune.commands import cli
+from hf_structprune.commands import cli, options
 
 
 def run(*argv: str) -> subprocess.CompletedProcess:
@@ -140,3 +143,32 @@ def test_bugs_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(cli, "_dispatch", lambda argv: {}["missing"])
     with pytest.raises(KeyError):
         cli.main([])
+
+
+def test_neither_the_package_nor_help_imports_torch():
+    """Both answer at once: whatever is asked of them, torch and Transformers take seconds."""
+    script = (
+        "import sys, hf_structprune\n"
+        "from hf_structprune.commands.cli import COMMANDS, main\n"
+        "codes = [main([command, '--help']) for command in COMMANDS]\n"
+        "slow = {'torch', 'transformers', 'huggingface_hub', 'datasets'} & sys.modules.keys()\n"
+        "sys.exit(f'{slow}' if slow or any(codes) else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_says_what_the_command_reads(command):
+    """`--help` is made from a table, so that the command is not imported; this is what the command itself says."""
+    module = importlib.import_module(f"hf_structprune.commands.{cli.COMMANDS[command][0]}")
+    function = getattr(module, f"{command}_command")
+    description, classes = options.TAKES[command]
+    assert description == function.__doc__
+    hints = get_type_hints(inspect.unwrap(function))
+    assert hints.pop("return") in (type(None), tuple[Any, ...], tuple[Any, ...] | None)
+    if hasattr(function, "__wrapped__"):
+        assert classes == tuple(hints.values())
+    else:
+        (name,) = (one.__name__ for one in classes)
+        assert f"{function.__name__}.__doc__, {name})" in inspect.getsource(function)

@@ -8,7 +8,8 @@ from gguf import GGUFReader
 from test_cli import assert_one_error_line
 from vocabularies import byte_level
 
-from hf_structprune.commands import checkpoints, cli
+from hf_structprune.commands import cli
+from hf_structprune.commands.options import EXPORT_FORMATS, ExportArguments
 
 
 @pytest.mark.parametrize(
@@ -45,8 +46,8 @@ def test_every_format_has_a_function_with_known_options():
     import inspect
     from dataclasses import fields
 
-    options = {field.name for field in fields(checkpoints.ExportArguments)}
-    for name in checkpoints.FORMATS:
+    options = {field.name for field in fields(ExportArguments)}
+    for name in EXPORT_FORMATS:
         module = importlib.import_module(f"hf_structprune.export.{name}")
         parameters = inspect.signature(getattr(module, f"export_{name}")).parameters
         assert list(parameters)[:2] == ["model", "output"]

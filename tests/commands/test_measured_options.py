@@ -253,7 +253,8 @@ def test_benchmark_asks_questions_of_both(dense, pruned, tmp_path, capsys, monke
 
 def test_turns_in_a_process_of_their_own_give_the_same_sizes(dense, pruned):
     from hf_structprune.commands.measure import take_turns, take_turns_apart
-    from hf_structprune.commands.models import ModelArguments, find_subject
+    from hf_structprune.commands.models import find_subject
+    from hf_structprune.commands.options import ModelArguments
     from hf_structprune.evaluation import EfficiencyConfig
 
     subjects = [find_subject(ModelArguments(name)) for name in (dense, pruned)]

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 
 from hf_structprune import CalibrationConfig, PruningConfig, QuantizationConfig, StructuredPruner
 from hf_structprune.commands import cli
-from hf_structprune.commands.models import ModelArguments
+from hf_structprune.commands.options import ModelArguments
 from hf_structprune.commands.recipe import Recipe, substitute
 from hf_structprune.errors import ConfigurationError
 from hf_structprune.files.reading import parse_yaml

@@ -6,7 +6,8 @@ import pytest
 from transformers import LlamaConfig
 
 from hf_structprune.commands.measure import find_baseline
-from hf_structprune.commands.models import ModelArguments, Subject, find_subject
+from hf_structprune.commands.models import Subject, find_subject
+from hf_structprune.commands.options import ModelArguments
 from hf_structprune.errors import StructPruneError
 from hf_structprune.evaluation.results import EvaluationResult
 

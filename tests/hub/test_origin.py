@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_structprune import CalibrationConfig, PruningConfig, PruningPlan, StructuredPruner
 from hf_structprune.commands import cli
-from hf_structprune.commands.models import ModelArguments
+from hf_structprune.commands.options import ModelArguments
 from hf_structprune.errors import ConfigurationError
 from hf_structprune.hardware import DTYPES
 from hf_structprune.hub import write_card

@@ -10,8 +10,8 @@ from huggingface_hub import ModelCard
 from hf_structprune import PruningPlan
 from hf_structprune.commands import cli
 from hf_structprune.commands.arguments import parse
-from hf_structprune.commands.checkpoints import RecoverArguments
-from hf_structprune.commands.models import ModelArguments, find_subject
+from hf_structprune.commands.models import find_subject
+from hf_structprune.commands.options import ModelArguments, RecoverArguments
 from hf_structprune.errors import CheckpointError, ConfigurationError
 from hf_structprune.evaluation.results import EvaluationResult, Figure
 from hf_structprune.hub import make_card, push_folder, validate_card, write_card

@@ -29,7 +29,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -44,6 +43,7 @@ from ...model.families import family_of
 from ...model.loading import load_config, load_model, load_tokenizer
 from ...model.measuring import PROBE_LENGTH, measuring, positions_at_once
 from ...model.structure import decoder_layers
+from ...progress import tqdm
 from ...vocabulary.relating import TokenMap, related
 from ..configuration import DistillationConfig
 from .losses import Head, HeadPredictions, LogitTransform, Predictions, TopPredictions, top_predictions
