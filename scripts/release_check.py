@@ -81,7 +81,7 @@ def build(place: Path, packages_of: str | None) -> list[Path]:
             "b.build_sdist('../dist')"
         )
         run(python, "-c", made, cwd=sources)
-    found = sorted((place / "dist").iterdir(), reverse=True)
+    found = sorted((place / "dist").iterdir(), key=lambda one: one.suffix, reverse=True)
     assert [one.suffix for one in found] == [".whl", ".gz"], found
     return found
 
