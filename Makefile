@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
-RATIO ?= 0.2
+RATIO ?= 0.1
 OUT ?= out
 JOBS ?= 2
 VLLM_VENV ?= .venv-vllm

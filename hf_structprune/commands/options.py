@@ -474,13 +474,14 @@ class DemoArguments:
 
     Args:
         model (`str`): Id of a model on the Hub, or a folder. Default: SmolLM2-135M-Instruct.
-        ratio (`float`): Share of all parameters to remove: 0.3 removes 30 %.
+        ratio (`float`): Share of all parameters to remove. By the default, 10 %, the default model still answers; by
+            20 % it does so after recovery alone.
         output_dir (`str`): Folder for the checkpoint; an earlier checkpoint of this package is replaced.
         prompt (`str`): What the model is asked, before and after.
     """
 
     model: str = DEMO_MODEL
-    ratio: Ratio = 0.2
+    ratio: Ratio = 0.1
     output_dir: str = "out"
     prompt: str = "What is the capital of France?"
 
