@@ -122,7 +122,7 @@ def measure_answers(
 
     - `questions`: share of the closed questions whose answer is in the first sentence (`is_right`); by what they are
       about in the details.
-    - `ended`: share of the answers to open requests that end by themselves within 64 tokens.
+    - `ended`: share of the answers to open requests that say something and end by themselves within 64 tokens.
     - `repetition`: mean share of repeated runs of 4 tokens in them (`repetition`).
     - `length`: their mean number of tokens; the answers themselves are in the details, for `agreement_with`.
 
@@ -155,7 +155,7 @@ def measure_answers(
     key, protocol = fingerprint(list(requests)), f"{len(requests)} open requests, greedy, {how}, 64 tokens at most"
     counted = {"samples": len(requests)}
     for name, values, better in (
-        ("ended", [float(one.ended) for one in opened], True),
+        ("ended", [float(one.ended and bool(one.text)) for one in opened], True),
         ("repetition", [repetition(one.ids) for one in opened], False),
         ("length", [float(len(one.ids)) for one in opened], None),
     ):

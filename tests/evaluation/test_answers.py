@@ -107,6 +107,9 @@ def test_figures_count_what_was_said(monkeypatch, model, tiny_tokenizer):
     other = {f.name: f for f in answers.measure_answers(model, tiny_tokenizer, questions, ["r", "s"])}
     agree, same = agreement_with(other["generation/length"], found["generation/length"])
     assert (agree.value, same.value) == (0.75, 0.5)
+    scripted(monkeypatch, {"r": "", "s": "ab"})  # to say nothing is no answer that ends
+    silent = {f.name: f for f in answers.measure_answers(model, tiny_tokenizer, questions, ["r", "s"])}
+    assert silent["generation/ended"].value == 0.5
     strange = {f.name: f for f in answers.measure_answers(model, tiny_tokenizer, questions, ["r", "t"])}
     assert agreement_with(strange["generation/length"], found["generation/length"]) == []
     with pytest.raises(ConfigurationError, match="no questions or no requests"):
