@@ -31,6 +31,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
 from hf_structprune.files.shards import Shards
+from hf_structprune.hardware import memory_taken
 from hf_structprune.stats.stream import LayerStream
 
 
@@ -107,7 +108,7 @@ def load(shape: str, dense: str, refit: bool, dtype: str) -> StructuredPruner:
 def prune(shape: str, dense: str, output: str, refit: bool, dtype: str) -> dict:
     pruner = load(shape, dense, refit, dtype)
     plan = pruner.plan(0.1)
-    stated = sum(pruner._streaming.memory_needed(plan, pruner.config, pruner.structure))
+    stated = memory_taken() + sum(pruner._streaming.memory_needed(plan, pruner.config, pruner.structure))
     pruner.prune(0.1, output)
     return {"stated_bytes": stated, "ratio": pruner.last_plan.ratio}
 

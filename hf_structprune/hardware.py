@@ -60,6 +60,11 @@ def memory_left() -> int:
     return free
 
 
+def memory_taken() -> int:
+    """Bytes of memory that this process has by now: Python, its libraries, and what is in use."""
+    return psutil.Process().memory_info().rss
+
+
 def has_accelerator() -> bool:
     """Whether there is anything but the CPU to compute on: CUDA, XPU, MPS, ..."""
     return torch.accelerator.is_available()

@@ -81,6 +81,8 @@ class StructuredPruner:
             model at once is computed where the model is. Default: where the model is.
         data_parallel (`bool`): Divide the calibration text among the processes of `accelerate launch`. Each has the
             whole model and gets the same result; `save_pretrained` writes on the first one alone.
+        spill (`Spill`, *optional*): With `device`: when hidden states of the text, which stay in the machine's memory,
+            are kept on disk. Default: beyond a quarter of what is free.
 
     Example:
 
@@ -96,13 +98,19 @@ class StructuredPruner:
 
     def __init__(
         self, model: PreTrainedModel, config: PruningConfig | None = None, tokenizer: Any = None,
-        device: str | torch.device | None = None, data_parallel: bool = False,
+        device: str | torch.device | None = None, data_parallel: bool = False, spill: Spill | None = None,
     ) -> None:  # fmt: skip
         self.model, self.tokenizer = check_model(model), loading.as_tokenizer(tokenizer)
         self._device, self._processes = _visited(device, self.model), Processes(data_parallel)
+        self._spill = spill
         self._processor = self.tokenizer if isinstance(self.tokenizer, ProcessorMixin) else None
         if self._processor is not None:
             self.tokenizer = self._processor.tokenizer
+        if spill is not None and self._device is None:
+            raise ConfigurationError(
+                "`spill` says where hidden states are kept while layers are worked on in turns: give `stream`, or a "
+                "`device` that they go to."
+            )
         self._given = weakref.ref(model)
         self.config = self._decided = config or PruningConfig()
         with measuring(self.model):
@@ -148,11 +156,9 @@ class StructuredPruner:
         `data_parallel` several processes divide the text among them: see the class.
         """
         if isinstance(model_or_id, nn.Module):
-            for name in (*kwargs, *["stream"] * stream, *["spill"] * (spill is not None)):
+            for name in (*kwargs, *["stream"] * stream):
                 raise ConfigurationError(f"`{name}` is an option of loading, but the model is loaded already.")
-            return cls(model_or_id, config, tokenizer, device, data_parallel)
-        if spill is not None and not stream:
-            raise ConfigurationError("`spill` says where a streamed model keeps hidden states: give `stream`, too.")
+            return cls(model_or_id, config, tokenizer, device, data_parallel, spill)
         if stream and data_parallel:
             raise ConfigurationError("`stream` and `data_parallel` are both given; one process streams a model.")
         kwargs = loading.plain_options(kwargs)
@@ -163,7 +169,7 @@ class StructuredPruner:
         if tokenizer is None:
             load = loading.load_processor if has_towers(model_config) else loading.load_tokenizer
             tokenizer = load(model_or_id, **kwargs)
-        pruner = cls(model, config, tokenizer, device, data_parallel)
+        pruner = cls(model, config, tokenizer, device, data_parallel, None if stream else spill)
         pruner.origin = origin_of(model, kwargs)
         if stored is not None:
             pruner._streaming = Streaming(pruner.model, stored, pruner.structure, pruner._device, spill)
@@ -398,7 +404,7 @@ class StructuredPruner:
 
     def _prune(self, decoder: PreTrainedModel, ratio: float | PruningPlan | None) -> None:
         """Carries out a plan, or as many as there are steps."""
-        store = Store() if self._device is None else InTurns(self._device)
+        store = Store() if self._device is None else InTurns(self._device, self._spill)
         store = store if self._streaming is None else self._streaming.store
         if self._device is not None and (whole := needs_whole(self.config, ratio)):
             logger.warning("Computed where the model is, not on %s: %s.", self._device, "; ".join(whole))

@@ -26,10 +26,10 @@ from .config import AUTO, PruningConfig
 from .criteria import make_criterion
 from .criteria.depth import LAYER_BY_LAYER
 from .errors import CheckpointError, ConfigurationError, UnsupportedModelError
-from .files.rooms import Spill
+from .files.rooms import Spill, room_needed
 from .files.shards import LEAST, Shards
 from .files.writing import alone, check_folder, check_room, draft, must_stay, resolve
-from .hardware import free_memory, memory_left, release_memory
+from .hardware import free_memory, memory_left, memory_taken, release_memory
 from .model import loading
 from .model.measuring import MAX_LOGITS
 from .model.store import HEAD, OUTSIDE, InTurns, OnDisk, Saved, Store
@@ -38,7 +38,7 @@ from .model.structure import ModelStructure
 from .model.towers import has_towers
 from .plan import PruningPlan
 from .refit.layer_by_layer import MATRICES, looks_at_text
-from .units import KINDS, SharedKind, kinds_of
+from .units import KINDS, LAYERS, SharedKind, kinds_of
 
 
 logger = logging.get_logger(__name__)
@@ -177,13 +177,13 @@ def check_measuring(
     _check_room(store, store.size(OUTSIDE) + at_once, states, folder, less)
 
 
-def _check_room(store: OnDisk, memory: int, states: int, folder: Path, less: str, disk: int = 0) -> None:
+def _check_room(store: Store, memory: int, states: int, folder: Path, less: str, disk: int = 0) -> None:
     """Decides where hidden states are kept; says what is needed, or refuses it, before any weight is read."""
-    if store.device is None:
-        store.rooms = store.spill.place(states, folder)
-        memory += 0 if store.rooms else states
+    store.rooms = store.spill.place(room_needed(states, store.device), folder)
+    memory += 0 if store.rooms else room_needed(states, store.device)
     free = memory_left()
     words = [tqdm.format_sizeof(size, "B") for size in (memory, free, states)]
+    taken = memory_taken()
     if memory > free:
         spill = "" if store.rooms or not states else f"; {words[2]} of hidden states can go to disk (`spill`)"
         raise ConfigurationError(
@@ -196,7 +196,11 @@ def _check_room(store: OnDisk, memory: int, states: int, folder: Path, less: str
         left = tqdm.format_sizeof(shutil.disk_usage(place).free, "B")
         what = " for hidden states" if place is store.rooms and size == states else ""
         said += f", {tqdm.format_sizeof(size, 'B')} of disk in {place} ({left} free){what}"
-    logger.warning("About %s of memory are needed (%s free)%s.", *words[:2], said)
+    peak = [tqdm.format_sizeof(size, "B") for size in (taken + memory, taken)]
+    logger.warning(
+        "About %s of memory are needed (%s free)%s. At its peak this process has %s, of which Python and what is "
+        "loaded take %s.", *words[:2], said, *peak
+    )  # fmt: skip
 
 
 def memory_needed(
@@ -204,14 +208,16 @@ def memory_needed(
 ) -> tuple[int, int]:
     """Bytes that carrying out a plan takes at its peak where layers are worked on, about, whatever their number.
 
-    First one layer and what is outside of them, or, where that is more, two layers and, for a re-fit, `MATRICES` times
-    `width^2 * 4` for the second moments of the widest map. Then the hidden states of the text (cut, dense, what they
-    lack, what goes into and out of each re-fitted map), which may be on disk.
+    First one layer and what is outside of them; or, where that is more, a layer and what is cut out of it; or a layer
+    (two, where whole ones are dropped, which the dense hidden states pass behind it) and, for a re-fit, `MATRICES`
+    times `width^2 * 4` for the second moments of the widest map. Then the hidden states of the text (cut, dense, what
+    they lack, what goes into and out of each re-fitted map), which may be on disk.
     """
     layers = sorted(store.size(layer.index) for layer in structure.layers)
-    before, total = layers[-1] + store.size(OUTSIDE), sum(layers[-2:])  # at the recording, and at work
+    before, cutting = layers[-1] + store.size(OUTSIDE), sum(layers[-2:])  # at the recording, and at the cut
     if not looks_at_text(plan, config):
-        return max(before, total), 0
+        return max(before, cutting), 0
+    total = cutting if plan.dropped.get(LAYERS) else layers[-1]
     calibration = config.calibration
     hidden, each = model.config.hidden_size, next(model.parameters()).element_size()
     kinds = {group.kind for group in plan.groups}
@@ -228,29 +234,32 @@ def memory_needed(
     if any(group.reader is None for group in structure.groups):  # what blocks of experts give, and are to give
         total += tokens * hidden * 8
     if config.compensation or (make_criterion(config).needs_gram and not plan.chosen):
-        total += MATRICES * max(widths) ** 2 * 4
+        total += int(MATRICES * max(widths) ** 2 * 4)
     if config.compensation:
         total += 12 * max(widths) * hidden * 4  # the map itself, in float64, and products with its targets
-    return max(before, total) + running, tokens * states
+    return max(before, cutting, total) + running, tokens * states
 
 
 def check_device_room(
     store: InTurns | OnDisk, model: PreTrainedModel, plan: PruningPlan, config: PruningConfig,
     structure: ModelStructure,
 ) -> None:  # fmt: skip
-    """Refuses a device that does not hold what is worked on at a time.
+    """Refuses a device that does not hold what is worked on at a time, and places the hidden states elsewhere.
 
     Raises:
         ConfigurationError: Says what is needed and what there is.
+        PlaceError: Hidden states are to be on a disk that has no room for them.
     """
     release_memory()
-    needed, free = sum(memory_needed(store, model, plan, config, structure)), free_memory(store.device)
+    (needed, states), free = memory_needed(store, model, plan, config, structure), free_memory(store.device)
     if free is not None and needed > free:
         words = [tqdm.format_sizeof(size, "B") for size in (needed, free)]
         raise ConfigurationError(
             f"About {words[0]} of the memory of {store.device} are needed, and {words[1]} are free. Less text needs "
             f"less: {_less(config)}."
         )
+    if states and isinstance(store, InTurns):
+        _check_room(store, 0, states, Path(tempfile.gettempdir()), _less(config))
 
 
 def _less(config: PruningConfig) -> str:

@@ -34,7 +34,7 @@ def put(tensor):
 
 
 class OtherDevice:
-    """The context; `operations` counts those that the other device did."""
+    """The context; `operations` counts those that the other device did, `pinned` the tensors in pinned memory."""
 
     def __enter__(self):
         operations = _Operations()
@@ -44,7 +44,7 @@ class OtherDevice:
         return self
 
     def __exit__(self, *error):
-        self.operations = self._modes[0].operations
+        self.operations, self.pinned = self._modes[0].operations, self._modes[0].pinned
         for mode in reversed(self._modes):
             mode.__exit__(*error)
 
@@ -64,6 +64,8 @@ class _Python(TorchFunctionMode):
             return is_other(args[0])
         if function is torch.Tensor.pin_memory:
             return args[0]
+        if kwargs.pop("pin_memory", False):
+            self.operations.pinned += 1
         if function is torch.Tensor.numpy and is_other(args[0]):
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
         if function is torch.mm and "out_dtype" in kwargs:  # only CUDA has it
@@ -102,7 +104,7 @@ class _Python(TorchFunctionMode):
 class _Operations(TorchDispatchMode):
     """What CUDA says of tensors on two devices; results are where their arguments are."""
 
-    operations, inside = 0, False
+    operations, inside, pinned = 0, False, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -1,14 +1,19 @@
 """Pruning on an accelerator: nothing that was made on the CPU meets what is there, and the result is the CPU's."""
 
+import math
+
 import families
 import moe_families
 import pytest
 import torch
 from other_device import DEVICE, OtherDevice, is_other
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from hf_structprune import PruningConfig, StructuredPruner, streaming
 from hf_structprune.errors import ConfigurationError, StructPruneError
+from hf_structprune.files.rooms import Spill, in_memory, room_needed
+from hf_structprune.model import store as store_module
 from hf_structprune.model.store import InTurns
 
 
@@ -102,6 +107,7 @@ def test_layers_in_turns_on_another_device(case, room, turns):
         model(families.make_tokens(2, 8))
         assert not any(map(is_other, (*model.parameters(), *model.buffers())))
     layers = set(range(len(plain.structure.layers) + len(plain.last_plan.dropped.get("layers", ()))))
+    assert device.pinned > 3  # hidden states stay in the machine's memory, from where they are copied
     assert max(map(len, turns)) == 1 and {n for (n,) in filter(None, turns)} == layers and device.operations > 300
     assert pruner.last_plan.to_dict() == plain.last_plan.to_dict() and model.state_dict().keys() == expected.keys()
     for name, tensor in model.state_dict().items():
@@ -117,7 +123,7 @@ def test_layers_that_are_read_from_disk_go_to_the_device(room, tmp_path, monkeyp
     with OtherDevice() as device:
         pruner = StructuredPruner.from_pretrained(tmp_path / "dense", config, stream=True, device="cuda")
         pruner.prune(0.2, tmp_path / "read")
-    assert device.operations > 300
+    assert device.operations > 300 and device.pinned > 3
     plain, read = (
         {
             name: tensor
@@ -127,6 +133,35 @@ def test_layers_that_are_read_from_disk_go_to_the_device(room, tmp_path, monkeyp
         for folder in ("plain", "read")
     )
     assert plain.keys() == read.keys() and all(torch.equal(plain[name], read[name]) for name in plain)
+
+
+def test_memory_is_pinned_for_cuda_alone_and_where_it_can_be(caplog):
+    with OtherDevice() as device:
+        in_memory((2, 3), torch.float32, torch.device("mps"))
+        assert not device._modes[0].pinned
+        assert in_memory((2, 3), torch.float32, DEVICE).device.type == "cpu" and device._modes[0].pinned == 1
+    assert room_needed(5, DEVICE) == 8 and room_needed(8, DEVICE) == 8 and room_needed(5, None) == 5
+    if not torch.cuda.is_available():
+        assert in_memory((2, 3), torch.float32, DEVICE).shape == (2, 3) and "not pinned" in caplog.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_hidden_states_are_on_disk_where_the_machine_has_too_little_memory_too(stream, room, tmp_path, monkeypatch):
+    shapes, make = [], store_module.on_disk
+    monkeypatch.setattr(store_module, "on_disk", lambda shape, *a: (shapes.append(shape), make(shape, *a))[1])
+    dense = moe_families.make_moe("qwen3_moe")
+    dense.save_pretrained(tmp_path / "dense")
+    config = PruningConfig(round_to=1, keep={"experts": 3}, calibration=families.calibration(8, 12))
+    expected = StructuredPruner(dense, config).prune().state_dict()
+    with OtherDevice() as device:
+        pruner = StructuredPruner.from_pretrained(
+            tmp_path / "dense", config, stream=stream, device="cuda", spill=Spill(0, tmp_path)
+        )
+        pruner.prune(None, tmp_path / "out")
+    assert len(shapes) > 3 and {math.prod(shape[:-1]) for shape in shapes} == {8 * 12}
+    assert device.operations > 300 and not device.pinned
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_device_that_is_too_small_is_refused_before_anything_changes(room, turns):

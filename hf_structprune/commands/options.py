@@ -85,9 +85,9 @@ class StreamArguments:
 
     Args:
         stream (`bool`): Take all text through one layer after the other, for models larger than memory.
-        spill_above (`float`, *optional*): With `--stream`: MB of hidden states beyond which they are kept on disk.
-            Default: a quarter of the memory that is free.
-        spill_dir (`str`, *optional*): With `--stream`: where that is. Default: beside the result, or in the system's
+        spill_above (`float`, *optional*): With `--stream` or `--offload`: MB of hidden states beyond which they are
+            kept on disk. Default: a quarter of the memory that is free.
+        spill_dir (`str`, *optional*): Where that is. Default: with `--stream` beside the result, else in the system's
             folder for temporary files.
     """
 
@@ -100,8 +100,8 @@ class StreamArguments:
         """When hidden states go to disk; a `ConfigurationError` if it is said of a model that is in memory."""
         if self.spill_above is None and self.spill_dir is None:
             return None
-        if not self.stream:
-            raise ConfigurationError("--spill-above and --spill-dir are for --stream.")
+        if not self.stream and not getattr(self, "offload", False):
+            raise ConfigurationError("--spill-above and --spill-dir are for --stream and --offload.")
         from ..files.rooms import Spill
 
         return Spill(self.spill_above, self.spill_dir)

@@ -12,10 +12,14 @@ from typing import Annotated
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from ..checks import Limits, check_fields
 from ..errors import ConfigurationError, PlaceError
 from ..hardware import memory_left
+
+
+logger = logging.get_logger(__name__)
 
 
 def on_disk(shape: Sequence[int], dtype: torch.dtype, folder: Path) -> torch.Tensor:
@@ -40,9 +44,28 @@ def on_disk(shape: Sequence[int], dtype: torch.dtype, folder: Path) -> torch.Ten
     return torch.from_numpy(block).view(dtype).view(shape)
 
 
+def in_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor with any content in the machine's memory, which goes to a device and back again and again.
+
+    For CUDA its pages are pinned, so that they are copied without a detour; where the system does not allow that, they
+    are not, which is slower and no more.
+    """
+    if device.type == "cuda":
+        try:
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        except RuntimeError as error:
+            logger.warning("Hidden states are not pinned in memory: %s", str(error).splitlines()[0])
+    return torch.empty(shape, dtype=dtype)
+
+
+def room_needed(size: int, device: torch.device | None) -> int:
+    """Bytes of memory that so many bytes of hidden states take: of what is pinned torch takes powers of two."""
+    return 1 << max(0, size - 1).bit_length() if device is not None and device.type == "cuda" else size
+
+
 @dataclass(frozen=True)
 class Spill:
-    """When the hidden states of text that goes through a streamed model are kept on disk, which changes no result.
+    """When the hidden states of text that goes through layers in turns are kept on disk, which changes no result.
 
     Args:
         above: MB that they may take in memory. Default: a quarter of what is free.

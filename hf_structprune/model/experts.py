@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
@@ -246,6 +246,10 @@ class Routing:
     logits: torch.Tensor | None
     scales_inputs: bool = False
 
+    def kept_at(self, device: torch.device) -> Routing:
+        """This with its inputs on a device, and without logits: what may be kept of many batches."""
+        return replace(self, inputs=self.inputs.to(device), logits=None)
+
     def of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Numbers of the tokens that an expert gets, and their weights; shapes (n,) and (n,)."""
         token, place = (self.index == expert).nonzero(as_tuple=True)
@@ -276,6 +280,11 @@ class Experts:
     @property
     def number(self) -> int:
         return len(self._module.down_proj)
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self._module.down_proj.device
 
     def units(self, expert: int) -> slice:
         """Which units of a group of neurons are in an expert; in the shared one all that are left."""
@@ -319,10 +328,12 @@ class Experts:
     def features(self, expert: int, routing: Routing) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Tokens of an expert, the features `phi` with `D_e phi` its weighted outputs, and its weights of them."""
         if expert == self.number:
-            everything = torch.arange(len(routing.inputs), device=routing.inputs.device)
-            return everything, self._shared_inner(routing.inputs), torch.ones_like(everything, dtype=torch.float32)
+            inputs = routing.inputs.to(self.device)
+            everything = torch.arange(len(inputs), device=self.device)
+            return everything, self._shared_inner(inputs), torch.ones_like(everything, dtype=torch.float32)
         tokens, weights = routing.of(expert)
-        x, scale = routing.inputs[tokens], weights[:, None].to(routing.inputs.dtype)
+        x, scale = routing.inputs[tokens.to(routing.inputs.device)], weights[:, None].to(routing.inputs.dtype)
+        x = x.to(self.device)
         if routing.scales_inputs:
             return tokens, self.inner(expert, x * scale), torch.ones_like(weights)
         return tokens, self.inner(expert, x) * scale, weights
@@ -367,8 +378,10 @@ class Experts:
         """Runs the block on inputs of shape (sequences, length, hidden).
 
         Returns:
-            Its outputs in the same shape, where the tokens went, and the sum of the experts alone.
+            Its outputs in the same shape, where the tokens went, and the sum of the experts alone, where the experts
+            are.
         """
+        x = x.to(self.device)
         seen: dict[str, Any] = {}
 
         def keep(module, args, kwargs, output):

@@ -15,7 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ..errors import CheckpointError
-from ..files.rooms import Spill, on_disk
+from ..files.rooms import Spill, in_memory, on_disk
 from ..hardware import trim_memory
 from .measuring import check_finite
 from .stored import StoredWeights
@@ -53,9 +53,15 @@ class Store:
 
     Attributes:
         cuts: Whether layers are to get smaller; else what goes of them is as good as zero.
+        device: Where layers go for their turn, while hidden states stay in the machine's memory; `None`: nowhere.
+        rooms: The folder whose disk has the hidden states; `None` if they are in memory.
+        spill: When they are kept on disk.
     """
 
     cuts = True
+    device: torch.device | None = None
+    rooms: Path | None = None
+    spill = Spill()
 
     def load(self, part: int | str) -> None:
         """Brings a layer, by its number, or what is `OUTSIDE` of the layers into memory."""
@@ -91,7 +97,11 @@ class Store:
         """The work is over, or has failed."""
 
     def room(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """A tensor for hidden states, with any content."""
+        """A tensor for hidden states, with any content, where these are kept: see `device` and `rooms`."""
+        if self.rooms is not None:
+            return on_disk(shape, dtype, self.rooms)
+        if self.device is not None:
+            return in_memory(shape, dtype, self.device)
         return torch.empty(shape, dtype=dtype, device=device)
 
     def save(self, state: Callable[[], tuple[Tensors, dict[str, Any]]]) -> None:
@@ -105,14 +115,16 @@ class Store:
 class InTurns(Store):
     """A model in the machine's memory whose layers go to a device for their turn, and come back.
 
-    The hidden states, and what is measured of them, stay on the device. The LM head never goes there.
+    What is measured of them stays on the device, to which hidden states come a batch at a time. The LM head never
+    goes there.
 
     Args:
         device: Where layers are worked on.
+        spill: When hidden states are kept on disk.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, spill: Spill | None = None) -> None:
+        self.device, self.spill = device, spill or Spill()
         self._layers: list[nn.Module] = []
         self._outside: list[nn.Module] = []
         self._there: set[int | str] = set()  # what is on the device
@@ -167,7 +179,6 @@ class OnDisk(Store):
 
     Attributes:
         count: Number of layers.
-        rooms: The folder whose disk has the hidden states; `None` if they are in memory, or on the device.
         write: Takes the tensors of one layer (or of what is outside of the layers) as they are stored.
         progress: Keeps the state of the run, where it may be resumed.
     """
@@ -177,7 +188,6 @@ class OnDisk(Store):
         spill: Spill | None = None,
     ) -> None:  # fmt: skip
         self.model, self.weights, self.device, self.spill = model, stored, device, spill or Spill()
-        self.rooms: Path | None = None
         self.write: Callable[[Tensors], None] | None = None
         self.progress: Progress | None = None
         self._names: dict[int | str, list[str]] = defaultdict(list)
@@ -271,9 +281,6 @@ class OnDisk(Store):
     def widest(self, part: int | str) -> int:
         """Rows or columns that the largest matrix of a part has."""
         return max((size for name in self._names[part] for size in self._tensor(name).shape[-2:]), default=0)
-
-    def room(self, shape, dtype, device):
-        return super().room(shape, dtype, device) if self.rooms is None else on_disk(shape, dtype, self.rooms)
 
     def _tensor(self, name: str) -> torch.Tensor:
         module, _, leaf = name.rpartition(".")

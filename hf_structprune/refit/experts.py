@@ -56,10 +56,10 @@ def refit_experts(
     batches, start = [], first
     for x, target in zip(inputs, targets, strict=True):
         output, routing, _ = experts.run(x)
-        routing.logits = None  # large, and not wanted
-        numbers = torch.arange(start, start + len(x), device=x.device)
+        numbers = torch.arange(start, start + len(x), device=output.device)
         held_out = is_held_out(numbers).repeat_interleave(x.shape[1])
-        batches.append(_Batch(routing, held_out, output.float(), target.sub_(output)))
+        output = output.to(target.device)
+        batches.append(_Batch(routing.kept_at(x.device), held_out, output.float(), target.sub_(output)))
         start += len(x)
     for batch, weight in zip(batches, weights or (), strict=False):
         batch.root = weight.flatten().sqrt()[:, None]
@@ -75,7 +75,7 @@ def refit_experts(
         if enough or kept is not None:
             _refit_one(experts, expert, batches, config.damping, columns, enough, processes)
     if kept is not None:
-        return [experts.run(x)[0].float() for x in inputs]
+        return [experts.run(x)[0].float().to(x.device) for x in inputs]
     return [batch.output for batch in batches]
 
 
@@ -113,7 +113,7 @@ def _refit_one(
     weight.copy_(new)
     for batch in batches:
         tokens, phi, _ = experts.features(expert, batch.routing)
-        step = phi.float() @ change.T
+        step, tokens = (phi.float() @ change.T).to(batch.output.device), tokens.to(batch.output.device)
         batch.output.flatten(0, 1).index_add_(0, tokens, step)
         batch.lack.flatten(0, 1).index_add_(0, tokens, -step)
 
@@ -132,7 +132,7 @@ def _fitted(
     fit, held_out = (Moments.zeros(weight.shape[1], weight.shape[0], weight.device) for _ in range(2))
     for batch in batches:
         tokens, phi, _ = experts.features(expert, batch.routing)
-        lack = batch.lack.flatten(0, 1)[tokens]
+        lack = batch.lack.flatten(0, 1)[tokens.to(batch.lack.device)].to(weight.device)
         if batch.root is not None:
             phi, lack = (phi * batch.root[tokens]).to(phi.dtype), lack * batch.root[tokens]
         for moments, chosen in ((fit, ~batch.held_out[tokens]), (held_out, batch.held_out[tokens])):

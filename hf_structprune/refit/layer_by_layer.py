@@ -42,7 +42,7 @@ from .reader import TokenWeights, by_consumer, consume, kept_columns, refitted, 
 
 
 # Of width x width in float32, in memory at once at most when a map of this many inputs is ranked and re-fitted.
-MATRICES = 5
+MATRICES = 4.5
 
 States = list[torch.Tensor]  # one tensor of shape (sequences, length, d) for each batch
 
@@ -252,13 +252,14 @@ class _Compression:
         dense = None if inside else dense
         module, inputs = self.model.get_submodule(consumer), self.stream.capture(layer.index, consumer)
         width, size = matrix(module).shape[1], 0 if dense is None else dense[0].shape[-1]
-        statistics = InputStatistics(width, self.needs_gram, size, inputs[0].device, self.first)
+        device = matrix(module).device
+        statistics = InputStatistics(width, self.needs_gram, size, device, self.first)
         for number, x in enumerate(inputs):
-            target = weights = None
+            x, target, weights = x.to(device), None, None
             if self.needs_gram and (dense is not None or self.config.token_weighting):
                 output = consume(module, x, torch.arange(width)).float()
                 if dense is not None:
-                    lacking = self.error[number] + dense[number].float() - output
+                    lacking = (self.error[number] + dense[number].float()).to(device) - output
                     target = self.config.error_correction * lacking
                 if self.config.token_weighting:
                     weights = self.weights(self._state(number, output))
@@ -273,15 +274,16 @@ class _Compression:
             columns = torch.arange(len(columns))
         write_columns(module, refitted(module, statistics, columns, self.config), columns)
         self.processes.take_first(module.weight)
-        self._pass_on(parent, (consume(module, x, columns) for x in inputs), dense, adds=not inside)
+        device = matrix(module).device
+        self._pass_on(parent, (consume(module, x.to(device), columns) for x in inputs), dense, adds=not inside)
 
     def _without(
         self, layer: LayerStructure, consumer: str, cut: list[Group], inputs: States, dense: States | None
     ) -> tuple[InputStatistics, States]:
         """Takes units out at once that the others depend on; the consumer's inputs without them, and their moments."""
         module = self.model.get_submodule(consumer)
-        every = torch.arange(matrix(module).shape[1])
-        targets = [consume(module, x, every).float() for x in inputs]
+        every, device = torch.arange(matrix(module).shape[1]), matrix(module).device
+        targets = self._stored(consume(module, x.to(device), every) for x in inputs)
         for number, target in enumerate(targets) if dense is not None else ():
             lacking = self.error[number] + dense[number].float() - target
             target.add_(lacking, alpha=self.config.error_correction)
@@ -289,12 +291,13 @@ class _Compression:
         self.cut |= {group.key for group in cut}
         inputs = self.stream.capture(layer.index, consumer)
         every = torch.arange(matrix(module).shape[1])
-        size, device = targets[0].shape[-1], inputs[0].device
+        size = targets[0].shape[-1]
         statistics = InputStatistics(len(every), self.needs_gram, size, device, self.first)
         for number, x in enumerate(inputs):
+            x = x.to(device)
             output = consume(module, x, every).float()
             weights = self.weights(self._state(number, output)) if self.config.token_weighting else None
-            statistics.update(x, targets[number] - output, weights)
+            statistics.update(x, targets[number].to(device) - output, weights)
         statistics.gather(self.processes)
         return statistics, inputs
 
@@ -302,12 +305,13 @@ class _Compression:
         """Chooses the experts (or what is in them) that stay, and re-fits those; whole ones go at once."""
         inputs = self.stream.capture(layer.index, group.parent)
         experts = Experts(self.model, group)
-        targets = [experts.run(x)[0].float() for x in inputs]
+        targets = self._stored(experts.run(x)[0] for x in inputs)
         outputs = targets
         if cut:
             weights = None
             if self.config.token_weighting:
-                weights = [self.weights(self._state(number, output)) for number, output in enumerate(targets)]
+                weights = [self.weights(self._state(number, output.to(self.stream.device(layer.index))))
+                           for number, output in enumerate(targets)]  # fmt: skip
             for number, target in enumerate(targets) if dense is not None else ():
                 lacking = self.error[number] + dense[number].float() - target
                 target.add_(lacking, alpha=self.config.error_correction)
@@ -326,9 +330,18 @@ class _Compression:
             )
         self._pass_on(group.parent, outputs, dense)
 
+    def _stored(self, outputs: Iterable[torch.Tensor]) -> States:
+        """What a module puts out for each batch, float32, where hidden states are kept."""
+        rooms: States = []
+        for number, output in enumerate(outputs):
+            rooms = rooms or self.stream.blank(output, torch.float32)
+            rooms[number].copy_(output)
+        return rooms
+
     def _state(self, number: int, output: torch.Tensor) -> torch.Tensor:
         """Hidden states that an output is added to, with what the layer's consumers have added so far, and itself."""
         hidden = sum((outputs[number] for outputs in self.outputs), self.stream.hidden[number]).float()
+        hidden = hidden.to(output.device)
         return hidden + output if self.stream.additive else hidden.flatten(2)
 
     def _pass_on(self, parent: str, outputs: Iterable[torch.Tensor], dense: States | None, adds: bool = True) -> None:

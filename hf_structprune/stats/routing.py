@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -83,7 +82,7 @@ class ExpertInputs:
     ) -> None:  # fmt: skip
         self._experts, self._gram, self._weights = experts, gram, weights
         self._processes = processes or Processes()
-        self._routings = [replace(experts.run(x)[1], logits=None) for x in inputs]
+        self._routings = [experts.run(x)[1].kept_at(x.device) for x in inputs]
         routed = sum(torch.bincount(one.index.flatten(), minlength=experts.number) for one in self._routings).cpu()
         everything = torch.tensor([sum(len(one.inputs) for one in self._routings)])
         self.tokens = torch.cat([routed, everything])[: len(experts.parts)]

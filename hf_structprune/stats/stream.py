@@ -188,10 +188,11 @@ class LayerStream:
         args, kwargs = self._arguments[self._shape(number)][index]
         forwards = []
         for name, outputs in self._replaced.items():
-            value = as_output(outputs[number].clone(), self._replayable[name])  # some layers add to it in place
+            value = outputs[number].to(self.device(index), copy=True)  # some layers add to it in place
+            value = as_output(value, self._replayable[name])
             forwards.append((self.model.get_submodule(name), lambda *args, value=value, **kwargs: value))
         with replaced_forwards(forwards):
-            hidden = self._turned(hidden, 2, 0)
+            hidden = self._turned(hidden.to(self.device(index)), 2, 0)
             if self._by_name[index]:
                 output = self.layers[index](*args, **kwargs, hidden_states=hidden)
             else:
@@ -199,14 +200,18 @@ class LayerStream:
             output = self._turned(first_of(output), 0, 2)
         return output if self.rows is None else self.rows[number].behind(index, output)
 
+    def device(self, index: int) -> torch.device:
+        """Where layer `index` is."""
+        parameters = self.layers[index].parameters()
+        return next(parameters, self.model.get_input_embeddings().weight).device
+
     def enter(self, index: int) -> None:
         """Moves the hidden states to the device of layer `index`, where layers are spread over several."""
         self.hidden = self.placed(index, self.hidden)
 
     def placed(self, index: int, states: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Hidden states on the device of layer `index`."""
-        device = next(self.layers[index].parameters()).device
-        return [state.to(device) for state in states]
+        """Hidden states on the device of layer `index`, unless the store keeps them elsewhere."""
+        return states if self.store.device is not None else [state.to(self.device(index)) for state in states]
 
     @torch.no_grad()
     def capture(self, index: int, consumer: str) -> list[torch.Tensor]:
