@@ -375,7 +375,8 @@ def _hidden(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
 
 
 def _is_sum(total: torch.Tensor, terms: list[torch.Tensor]) -> bool:
-    """Whether a tensor is the sum of others, within the rounding of low-precision additions."""
+    """Whether a tensor is the sum of others, within the rounding of low-precision additions, wherever they are."""
+    terms = [term.to(total.device) for term in terms]
     if len({term.numel() for term in (total, *terms)}) > 1:  # outputs go into several residual streams
         return False
     parts = sum(term.reshape(total.shape).float() for term in terms[1:])
