@@ -109,7 +109,7 @@ def check(artifact: Path, place: Path, options: argparse.Namespace) -> None:
         assert "--verbose" in run(*command, name, "--help", cwd=work), name
     run(python, "-c", TINY, "dense", cwd=work)
     calibration = ["--calibration-num-samples", "4", "--calibration-length", "64"]
-    assert "mlp_neurons" in run(*command, "plan", "dense", "--ratio", "0.2", cwd=work)
+    assert "MLP neurons" in run(*command, "plan", "dense", "--ratio", "0.2", cwd=work)
     run(*command, "prune", "dense", "--ratio", "0.2", "--output-dir", "pruned", *calibration, cwd=work)
     run(python, "-c", LOAD, "dense", "pruned", cwd=work)
     script = "import hf_structprune as h; assert h.__file__.startswith(h.__path__[0]); print(h.__path__[0])"
