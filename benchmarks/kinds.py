@@ -116,7 +116,7 @@ def measured(
                 print(f"  {ratio:.0%} {way}: {str(error)[:100]}", flush=True)
                 continue
             seconds, plan = time.process_time() - begin, pruner.last_plan
-            why = next((note for note in plan.notes if note.startswith("units='auto'")), "")
+            why = next((note for note in plan.reasons if note.startswith("units='auto'")), "")
             row = {
                 "model": name, "parameters": total, "dense": dense, "ratio": ratio, "way": way, "got": plan.ratio,
                 "perplexity": perplexity(pruned, held), "seconds": seconds, "removed": plan.removed, "why": why,
@@ -148,7 +148,7 @@ def of_checkpoint(options: argparse.Namespace) -> list[dict]:
             pruner.prune(ratio)
             seconds, plan = time.process_time() - begin, pruner.last_plan
             perplexity = {text: core.measure(pruner, content) for text, content in tests.items()}
-            why = next((note for note in plan.notes if note.startswith("units='auto'")), "")
+            why = next((note for note in plan.reasons if note.startswith("units='auto'")), "")
             rows.append({
                 "model": name, "parameters": total, "dense": dense, "ratio": ratio, "way": way, "got": plan.ratio,
                 "perplexity": perplexity, "seconds": seconds, "removed": plan.removed, "why": why,

@@ -157,6 +157,7 @@ class PruningPlan:
         bytes_per_parameter, bytes_per_parameter_after: Mean size of a parameter in memory; after pruning once that is
             done, `None` for as before.
         notes: What is left alone, and why.
+        reasons: How it was found what goes, where that was measured or worked out, and what was tried.
         num_layers: Decoder layers before.
         removed: Parameters that go, by kind of unit.
         warnings: Widths that later tools will refuse or run slowly, and what is not quite as if it were zeroed.
@@ -196,6 +197,7 @@ class PruningPlan:
     kv_values_after: int | None = None
     predicted_nats: float | None = field(default=None, compare=False)
     target: Reached | None = field(default=None, compare=False)
+    reasons: list[str] = field(default_factory=list, compare=False)
 
     @property
     def groups(self) -> list[Decision]:
@@ -428,7 +430,8 @@ class PruningPlan:
             said = f"predicted loss: +{self.predicted_nats:.3f} nats a token, perplexity x {self.predicted_factor:.2f}"
             table.add_row("", said, "", "")
         for name, lines in (
-            ("vocabulary", in_words(self.vocabulary_report)), ("note", self.notes), ("warning", self.warnings),
+            ("vocabulary", in_words(self.vocabulary_report)), ("how", self.reasons), ("note", self.notes),
+            ("warning", self.warnings),
         ):  # fmt: skip
             for line in lines:
                 table.add_row("", f"{name}: {line}", "", "")

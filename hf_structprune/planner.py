@@ -111,7 +111,7 @@ class Planner:
         target = target_of(shell, self._narrow, plan)  # raises if no checkpoint could hold the result
         self.after = target
         plan.warnings += misread(self.model.config, target.config)
-        plan.notes += [self.how] if self.how else []
+        plan.reasons += [self.how] if self.how else []
         if ratio is not None:
             plan.warnings += _one_sided(self._narrow, plan)
         if ratio and self._dense is None and plan.parameters_after == plan.parameters_before:

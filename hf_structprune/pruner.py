@@ -365,7 +365,7 @@ class StructuredPruner:
     def _tell(self, plan: PruningPlan, estimate: bool) -> None:
         """Writes into a plan why it is as it is, and what it costs if that is asked for."""
         automatic = AUTO in self.config.units
-        plan.notes += self._why
+        plan.reasons += self._why
         plan.target = self._reached
         if estimate or (automatic and has_weights(self.model)):
             if not has_weights(self.model):
@@ -436,7 +436,7 @@ class StructuredPruner:
                 logger.warning(line)
         if not given:
             plan.predicted_nats = predicted
-            plan.notes += [*self._why, *[planner.how] * bool(planner.how)]
+            plan.reasons += [*self._why, *[planner.how] * bool(planner.how)]
         reached = ratio.target if given else self._reached
         if reached is not None:
             plan.target = counted(reached, plan, lambda: run.model)

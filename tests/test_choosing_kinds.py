@@ -21,7 +21,7 @@ def auto(model, **options):
 
 
 def why(plan):
-    return next(note for note in plan.notes if note.startswith("units='auto'"))
+    return next(note for note in plan.reasons if note.startswith("units='auto'"))
 
 
 def without_neurons(model):
@@ -166,7 +166,7 @@ def test_the_knee_is_where_more_costs_as_much_as_on_average():
 
 def test_a_large_vocabulary_is_named():
     large, small = (families.make_model("llama", torch.float32, vocab_size=size) for size in (512, 60))
-    assert [any("units='vocabulary'" in note for note in auto(one).plan(0.05).notes) for one in (large, small)] == [
+    assert [any("units='vocabulary'" in note for note in auto(one).plan(0.05).reasons) for one in (large, small)] == [
         True, families.count(small.model.layers) < 0.7 * families.count(small),
     ]  # fmt: skip
 

@@ -86,7 +86,7 @@ def test_a_plan_is_repeated_and_gone_on_with_and_the_model_stays(tiny_llama, tmp
     before = {name: value.clone() for name, value in tiny_llama.state_dict().items()}
     whole = StructuredPruner(tiny_llama, configured(search_evaluations=44, levels=str(tmp_path / "a"))).plan(0.15)
     assert abs(whole.ratio - 0.15) < 0.01 and len(set(widths(whole).values())) > 1
-    assert "44 models were measured" in whole.notes[-1]
+    assert "44 models were measured" in whole.reasons[-1]
     again = StructuredPruner(tiny_llama, configured(search_evaluations=44)).plan(0.15)  # a folder for the one run
     assert widths(again) == widths(whole)
     half = configured(search_evaluations=22, levels=str(tmp_path / "b"))
