@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..errors import CheckpointError, UnsupportedModelError
 from .groups import Group, Kept, LayerStructure, Slice, dropped, tensor_of
 from .probe import changed_dims, size_in, with_more
-from .target import make_target, named_values, plain_values, skeleton
+from .target import Target, make_target, named_values, plain_values
 
 
 # Keys of a configuration that hold the number of experts of a layer, and of those that a token is sent to.
@@ -52,7 +52,8 @@ def expert_groups(kind: str, model: PreTrainedModel, layers: list[tuple[LayerStr
         return [f"{key}: some layers choose experts by the token ids, and one number holds for all layers, left alone"]
     size, blocks = values[key], int(named.get("n_group") or 1)
     larger = size + blocks
-    now, other = skeleton(model), make_target(model, {**values, key: larger}).skeleton()
+    own, more = Target(type(model), model.config), make_target(model, {**values, key: larger})
+    now, other = own.glance(), more.glance()
     grown, counts, notes = _tensors(other), _counts(now, other, size, larger), []
     for structure, layer in layers:
         found: list[tuple[Slice, torch.Tensor]] = []
@@ -109,7 +110,7 @@ def expert_neuron_groups(
         if not any(size_in(model.config, structure.index, key) for structure, _ in routed):
             continue
         try:
-            grown = _tensors(with_more(model, key, _STEP).skeleton())
+            grown = _tensors(with_more(model, key, _STEP).glance())
         except CheckpointError as error:
             notes.append(f"{key}: {error}".rstrip(".") + ", left alone")
             continue

@@ -146,7 +146,7 @@ def smaller_ranks(kind: str, model: PreTrainedModel, structure: ModelStructure, 
         raise ConfigurationError(f"The {KINDS[kind].label} after pruning is {keep!r}; it must be from 1 to {size}.")
     try:
         target = make_target(model, {**plain_values(model.config), key: keep})
-        small = target.skeleton()
+        small = target.glance()
     except CheckpointError as error:
         raise CheckpointError(f"No {type(model.config).__name__} has `{key}` {keep}: {error}") from error
     for latent in found:

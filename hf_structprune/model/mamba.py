@@ -149,7 +149,7 @@ def _with_more(model: PreTrainedModel, each: dict[str, Fraction], step: int) -> 
     values = copy.deepcopy(plain_values(model.config))
     for own in (values, *(values.get("per_layer_config") or {}).values()):
         own.update({key: own[key] + int(by * step) for key, by in each.items() if type(own.get(key)) is int})
-    return make_target(model, values).skeleton()
+    return make_target(model, values).glance()
 
 
 def _grew(mixer: Mixer, twin: nn.Module, step: int) -> bool:

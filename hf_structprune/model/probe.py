@@ -28,7 +28,7 @@ def other_shapes(build: Callable[[int], Target], sizes: Iterable[int], what: str
     error: Exception | None = None
     for size in sizes:
         try:
-            model = build(size).skeleton()
+            model = build(size).glance()
         except CheckpointError as refused:
             error = error or refused
             continue
@@ -130,7 +130,7 @@ def _doubled(model: PreTrainedModel, values: dict[str, Any], keys: tuple[str, ..
 
 
 def _shapes(target: Target) -> dict[str, torch.Size]:
-    return {name: parameter.shape for name, parameter in target.skeleton().named_parameters()}
+    return {name: parameter.shape for name, parameter in target.glance().named_parameters()}
 
 
 def _add_heads(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,27 @@ class Target:
                 return self.model_class(copy.deepcopy(self.config))
         except REFUSALS as error:
             raise CheckpointError(f"{error}" or type(error).__name__) from error
+
+
+    def glance(self) -> PreTrainedModel:
+        """What `skeleton` builds, to look at and not to change: the last few are kept, since one model asks often.
+
+        Raises:
+            CheckpointError: The class does not take the numbers of the configuration.
+        """
+        config = self.config
+        about = (config._attn_implementation, config._experts_implementation, config.dtype)
+        key = (self.model_class, config.to_json_string(use_diff=False), *map(str, about))
+        if key not in _glances:
+            _glances[key] = self.skeleton()
+        _glances.move_to_end(key)
+        while len(_glances) > _GLANCES:
+            _glances.popitem(last=False)
+        return _glances[key]
+
+
+_GLANCES = 8
+_glances: OrderedDict[tuple, PreTrainedModel] = OrderedDict()
 
 
 def skeleton(model: PreTrainedModel) -> PreTrainedModel:
