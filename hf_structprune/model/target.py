@@ -40,7 +40,6 @@ class Target:
         except REFUSALS as error:
             raise CheckpointError(f"{error}" or type(error).__name__) from error
 
-
     def glance(self) -> PreTrainedModel:
         """What `skeleton` builds, to look at and not to change: the last few are kept, since one model asks often.
 
