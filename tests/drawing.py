@@ -10,7 +10,7 @@ import families
 import torch
 
 from hf_structprune import PruningConfig, StructuredPruner
-from hf_structprune.config import AGGREGATIONS, ALLOCATIONS, TAYLOR_VARIANTS
+from hf_structprune.config import AGGREGATIONS, ALLOCATIONS, EVOLUTION, TAYLOR_VARIANTS
 from hf_structprune.units import KINDS, DepthKind, StreamKind, WidthKind, kinds_of, level_criteria
 
 
@@ -123,6 +123,8 @@ def _options(rng: random.Random) -> dict[str, Any]:
     if options["layout"] == "per_layer" or rng.random() < 0.05:
         if "query_heads" not in options.get("units", ()) or rng.random() < 0.1:
             options["allocation"] = rng.choice(ALLOCATIONS)
+            if options["allocation"] == EVOLUTION:  # it takes minutes by itself
+                options["search_evaluations"] = 11
         options.update(rng.choice([{}, {}, {"layers": [0, 2]}, {"layer_range": (1, 3)}, {"protect_first": 1}]))
     if widths:
         options["iterative_steps"] = rng.choice([1, 1, 1, 2, 3])
