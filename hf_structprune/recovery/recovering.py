@@ -192,7 +192,7 @@ def recover(
         student, training_arguments(config, training), train_dataset=prepared, processing_class=tokenizer,
         peft_config=adapter_config(config, student), callbacks=[callback], **more,
     )  # fmt: skip
-    TrainingBar.put_into(trainer)
+    TrainingBar.put_into(trainer, config.minutes)
     widen(trainer.model)
     _remove_others(training, checkpoint)
     try:
