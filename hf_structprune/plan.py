@@ -21,7 +21,7 @@ from .errors import ConfigurationError
 from .files.reading import read_json_object
 from .files.writing import write_text
 from .model.structure import ModelStructure
-from .reached import Reached
+from .targets.reached import Reached
 from .units import GROUPS, HIDDEN, KINDS, LAYERS, DepthKind, SharedKind, WidthKind, kinds_of
 from .units.heads import shape_after
 from .vocabulary.report import in_words
@@ -170,8 +170,8 @@ class PruningPlan:
         predicted_nats: By how much the model's predictions would change, `KL(dense || pruned)` in nats a token, as
             measured on a part of the calibration text (see `StructuredPruner.plan`): about the rise of the loss.
             `None` where it was not measured.
-        target: What was asked for in other units than a ratio, see `targets.SizeTarget`, what is predicted, and what
-            came out; `None` where nothing was.
+        target: What was asked for in other units than a ratio, see `targets.size.SizeTarget`, what is predicted, and
+            what came out; `None` where nothing was.
     """
 
     ratio_requested: float | None

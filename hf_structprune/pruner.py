@@ -29,7 +29,6 @@ from .files.writing import check_folder, check_place
 from .hardware import check_device
 from .hub.checkpoint import push_folder, save_checkpoint, take_over
 from .hub.origin import origin_of, record
-from .latency import in_turns, target_of_model, with_random_weights
 from .model import loading
 from .model.checks import check_model, check_savable
 from .model.measuring import check_finite, measuring
@@ -43,15 +42,16 @@ from .plan import PruningPlan
 from .planner import Planner
 from .proof.guarantee import kinds_in, prove, prove_decoder
 from .prune import Execution, check_plan
-from .quality import QualityTarget
-from .reached import Reached
-from .reaching import Search, asked_for, check_alone, counted
 from .refit.price import Prices
 from .stats.processes import Processes
 from .stats.seen import Calibration, SeenRows, see
 from .stats.survey import Survey
 from .streaming import Streaming, check_device_room, check_streams, needs_whole, open_model
-from .targets import SizeTarget
+from .targets.latency import in_turns, target_of_model, with_random_weights
+from .targets.quality import QualityTarget
+from .targets.reached import Reached
+from .targets.reaching import Search, asked_for, check_alone, counted
+from .targets.size import SizeTarget
 from .text.calibration import check_given, check_token_ids, load_tokens, respelled
 from .text.images import load_image_rows
 from .units import VOCABULARY
@@ -180,7 +180,7 @@ class StructuredPruner:
 
         The ratio is the share of **all** parameters of the model to remove, embeddings counted; `None` if the
         configuration says how much goes (`num_layers`, `hidden_size`, `attention_ratio`, `mlp_ratio`, ...). In its
-        place a `target` is a size to be within, in other units, by the options of `targets.SizeTarget`:
+        place a `target` is a size to be within, in other units, by the options of `targets.size.SizeTarget`:
         `target="6GB"`, `target="3GB q4_k_m"` (as GGUF), `target_parameters=5e9`, `target_memory="16GB", context=8192`,
         `kv_cache="-30%"`.
 

@@ -23,9 +23,9 @@ from ..hub.words import RECOVERY_NAME
 from ..model.loading import load_config, load_model, load_tokenizer, refuse_quantised, shapes_of
 from ..model.store import OnDisk
 from ..pruner import StructuredPruner
-from ..reaching import check_alone
 from ..streaming import load_streamed
-from ..targets import SizeTarget
+from ..targets.reaching import check_alone
+from ..targets.size import SizeTarget
 from ..units import VocabularyKind, kinds_of
 from .options import DEMO_MODEL, ModelArguments
 

@@ -10,10 +10,10 @@ from ..checks import Count, Limits, OneOf, Ratio, check_fields
 from ..config import CalibrationConfig, PruningConfig
 from ..errors import ConfigurationError
 from ..evaluation_config import EfficiencyConfig, EvaluationConfig, find_protocol
-from ..quality import QualityTarget
 from ..quantization.configuration import QuantizationConfig
 from ..recovery.configuration import DistillationConfig, RecoveryConfig
-from ..targets import SizeTarget
+from ..targets.quality import QualityTarget
+from ..targets.size import SizeTarget
 
 
 if TYPE_CHECKING:

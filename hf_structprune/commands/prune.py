@@ -21,9 +21,9 @@ from ..model.structure import Group
 from ..plan import PruningPlan
 from ..progress import hide
 from ..pruner import StructuredPruner
-from ..quality import QualityTarget
-from ..reaching import check_alone
-from ..targets import SizeTarget
+from ..targets.quality import QualityTarget
+from ..targets.reaching import check_alone
+from ..targets.size import SizeTarget
 from ..units import VOCABULARY
 from .arguments import command
 from .cli import check_output, make_table

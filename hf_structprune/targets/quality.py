@@ -7,16 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from .checks import Described, Limits, check_fields
-from .errors import ConfigurationError, RatioError
-from .evaluation_config import EvaluationConfig
+from ..checks import Described, Limits, check_fields
+from ..errors import ConfigurationError, RatioError
+from ..evaluation_config import EvaluationConfig
 from .reached import Reached
 
 
 if TYPE_CHECKING:  # options of the command line are made from this, without torch
     from transformers import PreTrainedModel
 
-    from .evaluation.results import Figure
+    from ..evaluation.results import Figure
 
 
 TRIALS = 6
@@ -70,8 +70,8 @@ class QualityTarget:
         Raises:
             ConfigurationError: There is no such metric.
         """
-        from .evaluation.evaluator import evaluate
-        from .evaluation.results import Figure
+        from ..evaluation.evaluator import evaluate
+        from ..evaluation.results import Figure
 
         if callable(self.metric):
             value = self.metric(model, tokenizer)
@@ -107,7 +107,7 @@ class QualityTarget:
         Raises:
             RatioError: Not even the least ratio that was tried is within; says what it gives.
         """
-        from .progress import tqdm
+        from ..progress import tqdm
 
         sign = -1 if dense.higher_is_better else 1
         limit = dense.value * (1 + sign * self.within) if dense.value > 0 else dense.value + sign * self.within

@@ -8,17 +8,17 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .checks import check_options
-from .config import PruningConfig
-from .errors import ConfigurationError, RatioError, StructPruneError
+from ..checks import check_options
+from ..config import PruningConfig
+from ..errors import ConfigurationError, RatioError, StructPruneError
+from ..model.shared_sizes import SIZED
+from ..model.structure import ModelStructure
+from ..plan import PruningPlan
+from ..planner import Planner, describe
+from ..units import KINDS, SharedKind, kinds_of
 from .latency import measure_latency
-from .model.shared_sizes import SIZED
-from .model.structure import ModelStructure
-from .plan import PruningPlan
-from .planner import Planner, describe
 from .reached import Reached, in_units
-from .targets import SizeTarget
-from .units import KINDS, SharedKind, kinds_of
+from .size import SizeTarget
 
 
 _HALVINGS = 12

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from .errors import RatioError
-from .evaluation.efficiency import time_generation
-from .hardware import cuda_devices
-from .model.target import Target
-from .planner import Planner
-from .progress import tqdm
+from ..errors import RatioError
+from ..evaluation.efficiency import time_generation
+from ..hardware import cuda_devices
+from ..model.target import Target
+from ..planner import Planner
+from ..progress import tqdm
 
 
 LEVELS = (0.1, 0.2, 0.3, 0.45, 0.6)  # ratios that are timed

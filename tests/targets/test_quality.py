@@ -8,7 +8,7 @@ from hf_structprune import CalibrationConfig, PruningConfig, PruningPlan, Struct
 from hf_structprune.commands.prune import prune_command
 from hf_structprune.errors import ConfigurationError, RatioError
 from hf_structprune.evaluation import Figure
-from hf_structprune.quality import FINEST, TRIALS, QualityTarget
+from hf_structprune.targets.quality import FINEST, TRIALS, QualityTarget
 
 
 def pruner_of(model, **options):

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
-from .checks import Count, Described, Limits, check_fields
-from .errors import ConfigurationError
+from ..checks import Count, Described, Limits, check_fields
+from ..errors import ConfigurationError
 
 
 if TYPE_CHECKING:  # options of the command line are made from this, without torch
     from transformers import PreTrainedModel
 
-    from .plan import PruningPlan
+    from ..plan import PruningPlan
 
 
 _Bytes = Annotated[float | str | None, Described("a size, such as 6GB, 500MiB or 3GB q4_k_m")]
@@ -138,7 +138,7 @@ class SizeTarget:
         if quant is None:
             weights = plan.bytes_after
         else:
-            from .export.gguf_size import gguf_bytes
+            from ..export.gguf_size import gguf_bytes
 
             weights = gguf_bytes(model(), quant)
         if self.target is not None:

@@ -10,13 +10,14 @@ import torch
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_structprune import CalibrationConfig, PruningConfig, PruningPlan, StructuredPruner, latency
+from hf_structprune import CalibrationConfig, PruningConfig, PruningPlan, StructuredPruner
 from hf_structprune.commands.arguments import parse
 from hf_structprune.commands.models import ModelArguments
 from hf_structprune.commands.prune import plan_command
 from hf_structprune.errors import ConfigurationError, RatioError
 from hf_structprune.export.gguf_size import gguf_bytes
-from hf_structprune.targets import SizeTarget
+from hf_structprune.targets import latency
+from hf_structprune.targets.size import SizeTarget
 
 
 def pruner_of(model, **options):
