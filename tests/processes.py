@@ -33,6 +33,11 @@ def _run(function, arguments, rank, count, port):
             os.environ.update({name: str(value) for name, value in world.items()})
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
         function(*arguments)
+        if count > 1:
+            import torch.distributed
+
+            if torch.distributed.is_initialized():  # else one that is done early ends what another still connects to
+                torch.distributed.barrier()
         code = 0
     except BaseException:
         traceback.print_exc()

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from ..files.reading import read_json_object
 from ..files.writing import write_text
+from ..model.target import REFUSALS
 
 
 _CONFIG, _TOKENIZER, _TEXT = "config.json", "tokenizer_config.json", "text_config"
@@ -37,11 +38,19 @@ def write_for_older(folder: Path, config: PreTrainedConfig) -> None:
     if more != values:
         read, plain = type(config).from_pretrained(folder).to_dict(), path.read_text(encoding="utf-8")
         _write(path, more)
-        now = type(config).from_pretrained(folder).to_dict()
-        if any(now.get(name) != value for name, value in read.items() if value is not None):
+        if not _reads_as(type(config), folder, read):
             write_text(path, plain)
     if tokenizer.is_file() and (values := read_json_object(tokenizer)).get("tokenizer_class") == _TOKENIZER_CLASS:
         _write(tokenizer, {**values, "tokenizer_class": _BEFORE})
+
+
+def _reads_as(config_class: type[PreTrainedConfig], folder: Path, values: dict[str, Any]) -> bool:
+    """Whether Transformers 5 still reads these values in a folder; some classes make others of the older names."""
+    try:
+        now = config_class.from_pretrained(folder).to_dict()
+    except (*REFUSALS, KeyError):  # Gemma 4 wants all of `rope_parameters` in one place
+        return False
+    return all(now.get(name) == value for name, value in values.items() if value is not None)
 
 
 def _older_names(values: dict[str, Any]) -> dict[str, Any]:
