@@ -159,6 +159,8 @@ def quality_runs() -> dict[str, tuple[float, dict]]:
         "per-layer search, 20 %": (0.2, {"layout": "per_layer", "allocation": "search"}),
         "per-layer search, 30 %": (0.3, {"layout": "per_layer", "allocation": "search"}),
     }
+    evolution = {"layout": "per_layer", "allocation": "evolution", "search_evaluations": 220}
+    runs["evolution of neurons and KV groups, 20 %"] = (0.2, {"units": ["mlp_neurons", "kv_groups"], **evolution})
     for name in (*INPUTS, *GRADIENTS, *DATA_FREE):
         runs[f"{name}, no compensation, 20 %"] = (0.2, {**CRITERIA[name], "compensation": False})
         if name != "obs":  # these are the default settings
