@@ -3,9 +3,9 @@
     python benchmarks/recovery_data.py --dolly FOLDER --c4 FILE.jsonl --tokenizer MODEL --output-dir data
     python benchmarks/recovered.py --dense MODEL --pruned FOLDER --data data --wikitext2 FOLDER --name NAME
 
-Trains on `--tokens` tokens, a third each of chats, web pages and Wikipedia (`recovery_settings.py`), by distillation of
-all weights, and measures the dense, the pruned and the recovered model: perplexity of text that was not trained on over
-that of the dense model, and the packaged closed questions, of which every fifth is counted by itself. Results are
+Trains on `--tokens` tokens, a third each of chats, web pages and Wikipedia (`recovery_settings.py`), by distillation
+of all weights, and measures the dense, the pruned and the recovered model: perplexity of text that was not trained on
+over that of the dense model, and the packaged closed questions, of which every fifth is counted by itself. Results are
 added to benchmarks/results/recovered.json under `--name`; what was measured there already is not measured again.
 """
 
@@ -59,7 +59,9 @@ def row(name: str, found: dict[str, Any], dense: dict[str, Any], texts: list[str
     over = [f"{found[text]:.2f} ({found[text] / dense[text]:.3f})" for text in texts]
     same = [words_of(a) == words_of(b) for a, b in zip(found["answers"], dense["answers"], strict=True)]
     right = found["right"]
-    return f"| {name} | {' | '.join(over)} | {sum(right)} | {sum(right[::EVERY])} | {sum(same)} | {sum(same[::EVERY])} |"
+    return (
+        f"| {name} | {' | '.join(over)} | {sum(right)} | {sum(right[::EVERY])} | {sum(same)} | {sum(same[::EVERY])} |"
+    )
 
 
 def main() -> None:

@@ -83,7 +83,7 @@ def measure(model: Any, dense: dict[str, torch.Tensor], texts: dict[str, torch.T
     return found
 
 
-def read_data(arguments: argparse.Namespace, tokenizer: Any) -> tuple[list[dict], dict[str, torch.Tensor]]:
+def read_data(arguments: argparse.Namespace, tokenizer: Any) -> tuple[list[dict], dict[str, str]]:
     """Rows to train on, `tokens` in all, and the texts to measure on."""
 
     def rows_of(name: str) -> list[dict]:
@@ -118,7 +118,7 @@ def read_data(arguments: argparse.Namespace, tokenizer: Any) -> tuple[list[dict]
         "C4": "\n\n".join(row["text"] for row in rows_of("c4.jsonl")),
         "Dolly": "".join(row["text"] for row in rows_of("dolly.jsonl")),
     }
-    return rows, {name: windows(tokenizer, text) for name, text in texts.items()}
+    return rows, texts
 
 
 def back(now: dict, pruned: dict, dense: dict, name: str) -> float:
@@ -160,7 +160,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.pruned)
-    rows, texts = read_data(arguments, tokenizer)
+    rows, whole = read_data(arguments, tokenizer)
+    texts = {name: windows(tokenizer, text) for name, text in whole.items()}
     model = load_model(arguments.dense, dtype=torch.bfloat16)
     dense = {  # in half precision: 0.9 GB
         name: torch.cat([log_probabilities(model, row).half() for row in rows_of.split(1)])

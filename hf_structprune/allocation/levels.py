@@ -28,7 +28,7 @@ from ..criteria import Criterion, Scoring
 from ..criteria.base import best_units
 from ..errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from ..files.reading import read_json_object
-from ..files.writing import appearing, check_place, write_text
+from ..files.writing import appearing, check_room, write_text
 from ..model.groups import Group, matrix
 from ..model.measuring import measures
 from ..model.structure import ModelStructure
@@ -178,6 +178,14 @@ def counts_of_levels(budget: Budget, group: Group) -> list[int]:
     return counts
 
 
+def size_of_levels(model: PreTrainedModel, group: Group, counts: list[int]) -> int:
+    """Bytes of the levels of a group on disk: at each the columns of its reader that stay, and their numbers."""
+    weight = matrix(model.get_submodule(group.reader.module))
+    rows, columns = weight.shape
+    left = sum(count * columns // group.size for count in counts if count < group.size)
+    return left * (rows * weight.element_size() + torch.int32.itemsize)
+
+
 def on_power_law(shares: list[float], known: dict[int, float]) -> list[float]:
     """Costs at all shares of a group that go, of which some are known: powers of the share between neighbours.
 
@@ -216,6 +224,7 @@ def build_levels(
     Raises:
         UnsupportedModelError: Units of a group have no linear map that reads them, or depend on each other.
         ConfigurationError: The folder has levels of another model, text or configuration.
+        PlaceError: The disk has no room for the levels.
     """
     groups = budget.ranked
     for group in groups:
@@ -224,11 +233,12 @@ def build_levels(
                 f"allocation='evolution' puts re-fitted readers of units together, and there is none of {group.kind} "
                 f"in layer {group.layer} that could be exchanged alone: use allocation='search'."
             )
-    check_place(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     counts = {group.key: counts_of_levels(budget, group) for group in groups}
+    check_room(folder, 0)
     index = _Index(folder, _digest(model, config, tokens, counts))
     if todo := [layer for layer in {group.layer for group in groups} if f"{layer}" not in index.nats]:
+        check_room(folder, sum(size_of_levels(model, g, counts[g.key]) for g in groups if g.layer in todo))
+        folder.mkdir(parents=True, exist_ok=True)
         _compute(model, structure, criterion, config, tokens, salience, groups, counts, set(todo), index)
     ladders = [Ladder(group, counts[group.key], index.nats[f"{group.layer}"][group.kind]) for group in groups]
     return Levels(folder, ladders)

@@ -3,6 +3,7 @@
 import json
 import random
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from safetensors import safe_open
 from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
 from hf_structprune.allocation import evolution
 from hf_structprune.allocation.evolution import Evolution, Exchange, cheapest
-from hf_structprune.allocation.levels import on_power_law
-from hf_structprune.errors import ConfigurationError, RatioError
+from hf_structprune.allocation.levels import on_power_law, size_of_levels
+from hf_structprune.errors import ConfigurationError, PlaceError, RatioError
+from hf_structprune.files import writing
+from hf_structprune.model.structure import ModelStructure
 
 
 TOKENS = torch.randint(0, 128, (16, 24), generator=torch.Generator().manual_seed(0))
@@ -124,6 +127,29 @@ def test_a_level_is_the_refit_of_the_one_reader(tiny_llama, tmp_path):
     assert all(small <= large for small, large in zip(sets, sets[1:], strict=False))  # one order for all
     costs = json.loads((tmp_path / "levels.json").read_text())["layers"]["0"]["mlp_neurons"]
     assert costs == sorted(costs) and costs[0] == 0
+
+
+def test_levels_that_the_disk_has_no_room_for_are_refused(tiny_llama, tmp_path, monkeypatch):
+    pruner, folder = StructuredPruner(tiny_llama, configured(levels=str(tmp_path / "levels"))), tmp_path / "levels"
+    with monkeypatch.context() as patch:
+        patch.setattr(writing.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        with pytest.raises(PlaceError, match="levels.* needs .*B, but the disk has 1.00kB left"):
+            pruner.plan(0.15)
+    assert not folder.exists()
+    pruner.plan(0.15)
+    written = 0
+    for path in folder.glob("layer-*"):
+        with safe_open(path, "pt") as file:
+            written += sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+    counts = {}
+    for path in folder.glob("layer-*"):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                kind, count, what = name.split(".")
+                if what == "weight":
+                    counts.setdefault((int(path.stem.split("-")[1]), kind), []).append(int(count))
+    groups = {group.key: group for group in ModelStructure.of(tiny_llama).groups}
+    assert written == sum(size_of_levels(tiny_llama, groups[key], left) for key, left in counts.items())
 
 
 def test_the_end_is_never_worse_than_the_beginning(tiny_llama, monkeypatch):

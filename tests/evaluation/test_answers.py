@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from families import make_model
+from greedy import END, greedy
 
 from hf_structprune.errors import ConfigurationError
 from hf_structprune.evaluation import EvaluationConfig, EvaluationResult, ResultTable, answers, evaluate
@@ -48,25 +48,6 @@ def test_there_are_a_hundred_of_each_and_no_two_alike():
         assert is_right(f"It is {one.answers[0]}.", one.answers) and not is_right(one.text, one.answers)
 
 
-@pytest.fixture
-def model():
-    model = make_model("llama", vocab_size=128, max_position_embeddings=512, eos_token_id=2)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(5)
-    return model
-
-
-@torch.no_grad()
-def greedy(model, tokenizer, text, new):
-    ids = tokenizer(text)["input_ids"]
-    start = len(ids)
-    while len(ids) < start + new:
-        ids.append(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
-        if ids[-1] == 2:
-            return tuple(ids[start:-1]), True
-    return tuple(ids[start:]), False
-
-
 def test_answers_are_those_of_each_prompt_alone(model, tiny_tokenizer, monkeypatch):
     monkeypatch.setattr(answers, "BATCH", 2)
 
@@ -78,7 +59,9 @@ def test_answers_are_those_of_each_prompt_alone(model, tiny_tokenizer, monkeypat
     prompts = ["The cat", "2 + 2", "Hello", "A dog", "abcde", "Moon and stars"]
     found = answer_all(model, tiny_tokenizer, prompts, 12)
     for prompt, one in zip(prompts, found, strict=True):
-        ids, ended = greedy(model, tiny_tokenizer, f"Question: {prompt}\nAnswer:", 12)
+        ids = greedy(model, tiny_tokenizer, f"Question: {prompt}\nAnswer:", 12)
+        ended = ids[-1] == END
+        ids = tuple(ids[:-1] if ended else ids)
         assert (one.ids, one.ended) == (ids, ended)
         assert one.text == tiny_tokenizer.decode(list(ids), skip_special_tokens=True).strip()
     assert all(one.ended for one in found)

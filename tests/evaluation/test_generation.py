@@ -2,7 +2,8 @@ import csv
 
 import pytest
 import torch
-from families import cut, make_model, random_units
+from families import cut, random_units
+from greedy import greedy
 from transformers.utils import logging
 
 from hf_structprune.errors import ConfigurationError
@@ -16,21 +17,9 @@ TEMPLATE = (
 )
 
 
-@pytest.fixture
-def model():
-    model = make_model("llama", vocab_size=128, max_position_embeddings=512, eos_token_id=2)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(5)
-    return model
-
-
-@torch.no_grad()
-def greedy(model, tokenizer, text, new):
-    ids = tokenizer(text)["input_ids"]
-    start = len(ids)
-    while len(ids) < start + new and ids[-1] != 2:
-        ids.append(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
-    return tokenizer.decode(ids[start:], skip_special_tokens=True).strip(), len(ids) - start
+def written(model, tokenizer, text, new):
+    ids = greedy(model, tokenizer, text, new)
+    return tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids)
 
 
 def test_samples_are_greedy_and_beside_their_prompts(model, tiny_tokenizer):
@@ -38,7 +27,7 @@ def test_samples_are_greedy_and_beside_their_prompts(model, tiny_tokenizer):
     samples = generate_samples(model, tiny_tokenizer, prompts, max_new_tokens=12)
     assert [sample["prompt"] for sample in samples] == prompts
     for sample in samples:
-        assert (sample["text"], sample["tokens"]) == greedy(model, tiny_tokenizer, sample["prompt"], 12)
+        assert (sample["text"], sample["tokens"]) == written(model, tiny_tokenizer, sample["prompt"], 12)
         assert sample["seconds"] > 0 and set(sample) == {"prompt", "text", "tokens", "seconds"}
     assert samples[0]["text"] != samples[1]["text"]
     assert generate_samples(model, tiny_tokenizer, "The cat", max_new_tokens=12)[0]["text"] == samples[0]["text"]
@@ -48,7 +37,7 @@ def test_the_chat_template_is_applied(model, make_tokenizer):
     tokenizer = make_tokenizer(chat_template=TEMPLATE)
     (sample,) = generate_samples(model, tokenizer, ["Hello"], max_new_tokens=8)
     assert sample["prompt"] == "Hello"
-    assert (sample["text"], sample["tokens"]) == greedy(model, tokenizer, "[user] Hello > ", 8)
+    assert (sample["text"], sample["tokens"]) == written(model, tokenizer, "[user] Hello > ", 8)
 
 
 def test_default_prompts_and_layers_of_different_widths(model, tiny_tokenizer):
@@ -56,7 +45,7 @@ def test_default_prompts_and_layers_of_different_widths(model, tiny_tokenizer):
     model = cut(model, kept, counts, "per_layer")
     samples = generate_samples(model, tiny_tokenizer, max_new_tokens=5)
     assert [sample["prompt"] for sample in samples] == list(PROMPTS)
-    assert samples[1]["text"] == greedy(model, tiny_tokenizer, PROMPTS[1], 5)[0]
+    assert samples[1]["text"] == written(model, tiny_tokenizer, PROMPTS[1], 5)[0]
 
 
 def test_the_end_of_the_text_ends_a_sample(model, tiny_tokenizer):
@@ -103,7 +92,7 @@ def test_question_protocol(model, tiny_tokenizer, monkeypatch):
     assert [answer.question for answer in result.answers] == list(QUESTIONS) and len(QUESTIONS) == 5
     for answer in result.answers:
         assert answer.prompt_tokens == len(answer.question)
-        expected = greedy(model, tiny_tokenizer, answer.question, 90 - len(answer.question))
+        expected = written(model, tiny_tokenizer, answer.question, 90 - len(answer.question))
         assert (answer.text, answer.new_tokens) == expected
         assert answer.prompt_tokens + answer.new_tokens <= 90 and answer.seconds > 0 and answer.memory == 3 * 2**29
     assert result.protocol.startswith("5 questions, at most 90 tokens with the prompt, greedy, float32 on cpu")
