@@ -1,46 +1,46 @@
 """`units="auto"`: which kinds of units go, and how much of each, by what it costs on the model at hand.
 
-Every kind is priced at one amount (`refit.price`): the plan is carried out on a part of the calibration text, re-fit
-included, and what it does to the predictions is measured. A power law through that says what other amounts would cost.
-With these added up as if they did not depend on each other, the mixtures that look best are found; as long as one
-looks better than all that was measured, it is priced in turn. The cheapest of all that was measured is taken: a
-mixture, or one kind alone.
+Where little of the MLPs goes, nothing is measured: see `default_kind`. Else every kind is priced at one amount
+(`refit.price`): the plan is carried out on a part of the calibration text, re-fit included, and what it does to the
+predictions is measured. A power law through that says what other amounts would cost. With these added up as if they
+did not depend on each other, the mixtures that look best are found; as long as one looks better than all that was
+measured, it is priced in turn. The cheapest of all that was measured takes the place of the default if it is cheaper
+by more than the prices are unsure; what looks so is measured once more, on more text.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise, product
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from .allocation.depth import DepthChoice
 from .config import PruningConfig
-from .errors import RatioError, StructPruneError, UnsupportedModelError
-from .model.rebuild import has_weights
-from .model.structure import ModelStructure
+from .default_kind import ENOUGH, DefaultKind, share_of
+from .errors import RatioError, StructPruneError
 from .plan import PruningPlan
 from .planner import Planner
 from .progress import hidden, tqdm
-from .refit.price import Prices
-from .units import GROUPS, KINDS, LAYERS, QUERIES, WidthKind, kinds_of
+from .refit.price import FIT, Prices
+from .units import GROUPS, KINDS, LAYERS, QUERIES
 
 
 MIXTURES = 2  # that are priced
 _TRIED = 12  # of those that look best, to find one that can be
 _SMALL = 1 / 3  # of the amount that is asked for: what is priced of layers
 _GAIN = 0.03  # by which a mixture must look cheaper than what was measured to be priced, and be so to be taken
+_CLEARLY = 0.3  # of the price of the default: a gain that needs no second look
+CONFIRM = 3  # times the text of the first look is that of the second
+LEAST = 12  # sequences of calibration text
 _POWER, _COARSE_POWER = 1.2, 1.4  # of the amount: what a kind costs (neurons, layers of SmolLM2-135M at 10 and 20 %)
 _QUICK = "block_influence"  # ranks layers in one pass
 _DEAR = 3  # times what others cost for as many parameters
 _PLACES = 400  # of a curve, of which one is the knee
 _REACH = 4  # times the largest amount that was priced
 _MOST = 0.5  # of a kind; what more than that costs says little about what less does
-_OUTSIDE = 0.3  # of all parameters
 
 
 @dataclass
@@ -116,84 +116,86 @@ class KindChooser:
     """Decides for one model what `units="auto"` stands for.
 
     Args:
-        model, structure: What is cut; it is left as it is.
-        config: The configuration, with everything else that the user wants.
+        kinds: What can be cut of the model alone, and what goes without a measurement.
         prices: Makes what measures plans.
-        proven: Raises `UnsupportedModelError` for kinds that are not shown to be cut right on this model type.
+        instead: Why nothing can be measured the way this model is worked on, if so.
+
+    Attributes:
+        measured: Whether the last choice was.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, structure: ModelStructure, config: PruningConfig,
-        prices: Callable[[], Prices], proven: Callable[[Collection[str]], Any],
-    ) -> None:  # fmt: skip
-        self.model, self.structure, self.config, self._prices = model, structure, config, prices
-        self.left_out: dict[str, str] = {}
-        self.fine, self.coarse = self._kinds(proven)
+    def __init__(self, kinds: DefaultKind, prices: Callable[[], Prices], instead: str = "") -> None:
+        self.model, self.structure, self.config = kinds.model, kinds.structure, kinds.config
+        self.kinds, self._prices, self._instead = kinds, prices, instead
+        self.measured = False
+        self.fine: list[str] = []
+        self.coarse: list[str] = []
 
-    def _kinds(self, proven: Callable[[Collection[str]], Any]) -> tuple[list[str], list[str]]:
-        """Kinds that can reach a ratio alone in small steps, those with most parameters first, and coarser ones."""
-        sizes = {kind: 0 for kind in kinds_of(WidthKind)}
-        for group in self.structure.groups:
-            if group.kind in sizes and group.size > group.blocks:
-                sizes[group.kind] += group.size * group.cost
-        if len(self.structure.layers) > 1:
-            sizes[LAYERS] = sum(layer.parameters for layer in self.structure.layers)
-        there, by_size = [], sorted((kind for kind, size in sizes.items() if size), key=sizes.get, reverse=True)
-        for kind in sorted(by_size, key=lambda kind: kind == QUERIES):  # KV groups say whether they are worth a trial
-            try:
-                proven([kind])
-                Planner(self.model, self.structure, self._with((kind,), None), self._none)
-                there.append(kind)
-            except StructPruneError as error:
-                self.left_out[kind] = f"{error}"
-        coarse = [kind for kind in there if kind == LAYERS or KINDS[kind].of_heads]
-        fine = [kind for kind in there if kind not in coarse]
-        if not there:
-            raise UnsupportedModelError(f"Nothing of this model can be cut: {'; '.join(self.left_out.values())}")
-        return fine, coarse
-
-    @staticmethod
-    def _none() -> Any:
-        raise AssertionError("no text is looked at to see what there is")
-
-    def _with(self, units: tuple[str, ...], keep: dict[str, int] | None, **options: Any) -> PruningConfig:
-        return dataclasses.replace(self.config, units=units, keep=keep, **options)
-
-    def choose(self, ratio: float) -> tuple[Candidate | PruningConfig, list[str]]:
+    def choose(self, ratio: float, measure: bool = True) -> tuple[Candidate | PruningConfig, list[str]]:
         """What takes the place of the configuration with `units="auto"`, and why, in words for the plan.
 
-        Without weights it is a configuration, else a candidate with its plan.
+        Where something was measured it is a candidate with its plan, else a configuration. With `measure` something is
+        if it can be, and can matter.
 
         Raises:
             RatioError: No kind, nor all of them together, can reach the ratio.
         """
-        if not has_weights(self.model):
-            kind = (self.fine or self.coarse)[0]
-            return self._with((kind,), None), [
-                f"units='auto' measures what each kind of unit costs, and the weights are not in memory: this plan "
-                f"cuts {KINDS[kind].label} alone, of which the model has most",
-                *self._outside(),
-            ]
+        kinds, self.measured = self.kinds, False
+        why = self._instead or kinds.unmeasurable()
+        if kinds.enough(ratio) or why or not measure:
+            return kinds.fixed(ratio), [self._unmeasured(ratio, why), *kinds.outside()]
+        prices = self._prices()
+        if prices.sequences < LEAST:
+            why = f"the calibration text has {prices.sequences} sequences, and it takes {LEAST}"
+            return kinds.fixed(ratio), [self._unmeasured(ratio, why), *kinds.outside()]
+        self.measured = True
+        self.fine, self.coarse = kinds.kinds()
         found = self._candidates(ratio)
-        best = min(found, key=lambda one: one.nats)
-        alone = [one for one in found if len(one.config.units) == 1]
-        simple = min(alone, key=lambda one: one.nats, default=best)
-        best = simple if simple.nats <= best.nats / (1 - _GAIN) else best
+        best, why = self._best(found)
         others = [one for one in found if one is not best]
-        words = [f"units='auto' took the cheapest that was measured, {best}"]
+        words = [f"units='auto' took {why}, {best}"]
         words += [f"instead of {one}" for one in sorted(others, key=lambda one: one.nats)[:3]]
-        words += [f"not tried: {', '.join(self.left_out)}"] if self.left_out else []
-        return best, ["; ".join(words), *self._outside()]
+        left_out = kinds.left_out
+        words += [f"not tried: {', '.join(left_out)}"] if left_out else []
+        config = dataclasses.replace(best.config, allocation=self.config.allocation)
+        return dataclasses.replace(best, config=config), ["; ".join(words), *kinds.outside()]
 
-    def _outside(self) -> list[str]:
-        """What is to be said of a model of which much is not in its layers."""
-        share = 1 - sum(layer.parameters for layer in self.structure.layers) / self.structure.total_parameters
-        if share < _OUTSIDE:
-            return []
-        return [
-            f"{share:.0%} of the parameters are outside of the layers, where units='auto' does not cut: rows of the "
-            "embedding that your text does not use cost far less (units='vocabulary', with text like yours)"
-        ]
+    def _unmeasured(self, ratio: float, why: str) -> str:
+        """Why nothing was measured, and what goes."""
+        fixed = self.kinds.fixed(ratio)
+        label = " and ".join(KINDS[kind].label for kind in fixed.units)
+        share = f", {min(1, self.kinds.share(ratio)):.0%} of them" if len(fixed.units) == 1 else ""
+        if self.kinds.enough(ratio):
+            return f"units='auto': {label} alone{share}; other kinds are measured where that is above {ENOUGH:.0%}"
+        if why:
+            return f"units='auto' measured nothing, since {why}: {label} go{share}"
+        return (
+            f"units='auto': a plan measures nothing, and this one is of {label}{share}; pruning, and a plan with "
+            "`estimate`, measure what other kinds of units cost, and take them where that is clearly cheaper"
+        )
+
+    def _best(self, found: list[Candidate]) -> tuple[Candidate, str]:
+        """The default kind alone, if it is there and nothing is clearly cheaper, or else the cheapest; in words.
+
+        Raises:
+            RatioError: As `choose`.
+        """
+        cheapest = min(found, key=lambda one: one.nats)
+        default = next((one for one in found if one.config.units == (self.kinds.kind,)), None)
+        if default is None or default is cheapest:
+            return cheapest, "the cheapest that was measured"
+        for sequences in (FIT, CONFIRM * FIT):
+            price, other = (self._prices().price(one.plan, one.config, sequences) for one in (default, cheapest))
+            default.nats, cheapest.nats = price.nats, other.nats
+            gain, unsure = price.over(other)
+            if gain < max(unsure, _GAIN * price.nats):
+                return default, "the default: nothing is cheaper by more than measurements are unsure"
+            if gain > max(_CLEARLY * price.nats, unsure):
+                break
+        return cheapest, f"the cheapest that was measured (by {gain:.3f} nats, unsure by {unsure:.3f})"
+
+    def _with(self, units: tuple[str, ...], keep: dict[str, int] | None, **options: Any) -> PruningConfig:
+        return dataclasses.replace(self.config, units=units, keep=keep, **options)
 
     def _candidates(self, ratio: float) -> list[Candidate]:
         """Ways to reach the ratio, all of them priced: fine kinds alone, and what looks better than those."""
@@ -202,7 +204,7 @@ class KindChooser:
             for kind in kinds:
                 curves[kind] = Curve(power=_COARSE_POWER if kind in self.coarse else _POWER)
                 if kind == QUERIES and self._dear(curves):
-                    self.left_out[kind] = "KV groups cost far more than others"
+                    self.kinds.left_out[kind] = "KV groups cost far more than others"
                     continue
                 for level in self._levels(kind, ratio):
                     level.nats = self._prices().of(level.plan, level.config)
@@ -236,7 +238,8 @@ class KindChooser:
                 for one in found:
                     one.nats = self._prices().of(one.plan, one.config)
         if not found:
-            Planner(self.model, self.structure, self._with((kinds[0],), None), self._none).plan(ratio)  # says how far
+            config = self._with((kinds[0],), None, allocation="uniform")
+            Planner(self.model, self.structure, config, self._fit).plan(ratio)  # says how far
             raise RatioError(f"The ratio {ratio:.2%} cannot be reached by {', '.join(kinds)}. Ask for less.")
         return found
 
@@ -261,7 +264,7 @@ class KindChooser:
 
     def _candidate(self, units: tuple[str, ...], keep: dict[str, int] | None, ratio: float | None) -> Candidate | None:
         """A way to reach a ratio, or an exact shape; `None` if it cannot be."""
-        config = self._with(units, keep)
+        config = self._with(units, keep, allocation="uniform")
         if LAYERS in units and config.depth_criterion == PruningConfig.depth_criterion:
             config = dataclasses.replace(config, depth_criterion=_QUICK)
         try:
@@ -288,8 +291,7 @@ class KindChooser:
             made = (self._candidate((kind,), {kind: left}, None) for left in quarter)
             found = [next((one for one in made if one is not None), None)]
         else:
-            of_kind = sum(g.size * g.cost for g in self.structure.groups if g.kind == kind)
-            share = of_kind / self.structure.total_parameters
+            share = share_of(kind, self.structure)
             amounts = [ratio] if ratio <= _MOST * share else [ratio, _MOST * share]
             found = [self._candidate((kind,), None, amount) for amount in amounts]
         return [one for one in found if one is not None and one.plan.parameters_after < one.plan.parameters_before]

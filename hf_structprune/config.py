@@ -21,7 +21,6 @@ from .text.calibration import CalibrationConfig
 from .units import (
     HIDDEN,
     KINDS,
-    NEURONS,
     DepthKind,
     RoutedKind,
     SharedKind,
@@ -65,10 +64,11 @@ class PruningConfig:
             `"layers"` (whole decoder layers), `"attention"` and `"mlp"` (one sublayer of a layer). `"hidden"`
             (channels of the residual stream) and `"head_dim"` (dimensions of all heads); `"q_ranks"` and `"kv_ranks"`
             (directions of the latents of multi-head latent attention). And `"vocabulary"` (tokens: rows of the
-            embedding and the LM head; the tokenizer is trimmed with them). Or `"auto"`: heads, neurons, experts and
-            layers in the mixture that costs least on this model, by measurement on the calibration text.
+            embedding and the LM head; the tokenizer is trimmed with them). Or `"auto"`: MLP neurons (or experts)
+            alone, if no more than 30 % of the neurons go; else heads, neurons, experts and layers in the mixture that
+            costs least on this model, by measurement on the calibration text.
             Default: the kinds that other options name (`attention_ratio`, `mlp_ratio`, `num_layers`, `keep_first`,
-            `hidden_size`, `split`), else `("mlp_neurons",)`.
+            `hidden_size`, `split`), else `"auto"`.
         criterion (`str`): How units are ranked: `"random"`, `"l1"`, `"l2"`, `"taylor"`, `"wanda"`, `"wifv"`,
             `"activation"` or `"obs"`. With nothing but depth or nothing but `"hidden"` to cut, it may also be one of
             `depth_criterion` or `hidden_criterion` and sets that. Or a criterion for each kind:
@@ -205,7 +205,7 @@ class PruningConfig:
         if self.units is None:  # what other options name
             by_option = [name for name in KINDS if _given(self, *KINDS[name].options)]
             by_criterion = self.criterion if isinstance(self.criterion, dict) else {}
-            self.units = (*by_option, *(self.split or {}), *(self.keep or {}), *by_criterion) or (NEURONS,)
+            self.units = (*by_option, *(self.split or {}), *(self.keep or {}), *by_criterion) or (AUTO,)
         self.units = tuple(dict.fromkeys(self.units))
         if not self.units:
             raise ConfigurationError(f"`units` is empty; name at least one of {', '.join(KINDS)}.")
@@ -353,8 +353,8 @@ def _share_criteria(config: PruningConfig) -> None:
     Raises:
         ConfigurationError: It is a criterion of what is not cut, or could be meant for two kinds of units.
     """
-    name, widths = config.criterion, config.kinds(kinds_of(WidthKind))
-    widths = [kind for kind in widths if KINDS[kind].criterion_option == "criterion"]
+    name, widths = config.criterion, config.kinds((AUTO, *kinds_of(WidthKind)))
+    widths = [kind for kind in widths if kind == AUTO or KINDS[kind].criterion_option == "criterion"]
     if isinstance(name, dict):
         for contradiction in _not_cut("criterion", name, config):
             raise ConfigurationError(contradiction)
@@ -425,7 +425,7 @@ def _in_layers(config: PruningConfig) -> Iterator[str]:
     if config.layout == "per_layer":
         return
     chosen = [n for n in ("layers", "layer_range", "protect_first", "protect_last") if getattr(config, n)]
-    if chosen and config.kinds(kinds_of(WidthKind)):
+    if chosen and config.kinds((AUTO, *kinds_of(WidthKind))):
         yield f"`{chosen[0]}` leaves some layers whole, so that widths differ between layers: set layout='per_layer'."
     if config.allocation != "uniform":
         yield f"allocation={config.allocation!r} gives every layer a width of its own: set layout='per_layer'."
@@ -461,7 +461,7 @@ def _in_search(config: PruningConfig) -> Iterator[str]:
         for option in _given(config, "levels", "search_evaluations"):
             yield f"`{option}` is given, but `allocation` is {config.allocation!r}: it belongs to {EVOLUTION!r}."
         return
-    others = [kind for kind in config.units if kind not in kinds_of(WidthKind)]
+    others = [kind for kind in config.units if kind not in (AUTO, *kinds_of(WidthKind))]
     if others:
         yield f"allocation={EVOLUTION!r} gives out heads and neurons alone: cut {others[0]!r} first, or afterwards."
     for option in (*_given(config, *_RATIOS, "keep", "split"), *["iterative_steps"] * (config.iterative_steps > 1)):

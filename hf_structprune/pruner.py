@@ -22,6 +22,7 @@ from .allocation.depth import DepthChoice
 from .choosing_kinds import Candidate, KindChooser
 from .config import AUTO, PruningConfig
 from .criteria.tokens import token_importance
+from .default_kind import DefaultKind
 from .errors import CalibrationError, ConfigurationError, StructPruneError, UnsupportedModelError
 from .evaluation.results import Figure
 from .files.rooms import Spill
@@ -126,6 +127,7 @@ class StructuredPruner:
         self._reached: Reached | None = None
         self._why: list[str] = []  # the configuration decided as it did, where it was "auto"
         self._found: Candidate | None = None  # what was decided then, with its plan
+        self._priced = False  # whether it was by measurement
         self._choice: TokenChoice | None = None
         self._trimmed_from: Any = None  # the tokenizer before tokens went
         self._seen: tuple[Any, SeenRows] | None = None  # what rows with images were drawn by, and the rows
@@ -184,8 +186,9 @@ class StructuredPruner:
         `target="6GB"`, `target="3GB q4_k_m"` (as GGUF), `target_parameters=5e9`, `target_memory="16GB", context=8192`,
         `kv_cache="-30%"`.
 
-        With `estimate` (always for units="auto") the plan is carried out layer by layer on a part of the calibration
-        text, and what that does to the predictions for other text is measured: `plan.predicted_nats`.
+        With `estimate` the plan is carried out layer by layer on a part of the calibration text, and what that does to
+        the predictions for other text is measured: `plan.predicted_nats`. Only then a plan for units="auto" is the
+        one that `prune` carries out, wherever that measures which kinds go; the plan says so.
 
         Raises:
             RatioError: More than can be cut, or a target that cannot be reached; says what can.
@@ -196,7 +199,7 @@ class StructuredPruner:
             check_streams(self.config, _SOME if size else ratio, self.model)
         self._check_images()
         with measuring(self.model):
-            decoder, ratio = self._decide(ratio, size)
+            decoder, ratio = self._decide(ratio, size, estimate)
             planner = self._planner(decoder)
             if planner.looks_first or self._decided.chooses_depth(ratio):
                 check_finite(self.model)
@@ -316,13 +319,13 @@ class StructuredPruner:
         self._processes.check_same(self.model, self.calibration_tokens(), config=self.config.to_dict(), ratio=about)
 
     def _decide(
-        self, ratio: float | PruningPlan | None, size: SizeTarget
+        self, ratio: float | PruningPlan | None, size: SizeTarget, measure: bool = True
     ) -> tuple[PreTrainedModel, float | PruningPlan | None]:
         """Puts the kinds that are cut in the place of "auto", and a ratio in that of a size.
 
-        Gives what is cut, once it is shown that it can be, and the ratio.
+        Gives what is cut, once it is shown that it can be, and the ratio. Without `measure` nothing is for it.
         """
-        self._decided, self._why, self._reached, self._found = self.config, [], None, None
+        self._decided, self._why, self._reached, self._found, self._priced = self.config, [], None, None, False
         if isinstance(ratio, PruningPlan):
             if AUTO in self.config.units:
                 self._decided = dataclasses.replace(
@@ -338,8 +341,10 @@ class StructuredPruner:
             self._why = [why] * bool(why)
             return self._proven(self._decided.units), None
         if AUTO in self.config.units:
-            chooser = KindChooser(self._decoder(), self.structure, self.config, self._measured_prices, self._proven)
-            decided, self._why = chooser.choose(search.guess if size else ratio)
+            kinds = DefaultKind(self._decoder(), self.structure, self.config, self._proven)
+            chooser = KindChooser(kinds, self._measured_prices, self._in_parts())
+            decided, self._why = chooser.choose(search.guess if size else ratio, measure)
+            self._priced = chooser.measured
             self._decided = decided.config if isinstance(decided, Candidate) else decided
             self._found = decided if isinstance(decided, Candidate) and not size else None
         decoder = self._proven(self._decided.units)
@@ -348,6 +353,15 @@ class StructuredPruner:
             ratio = search.ratio(planner)
             self._reached = search.reached(ratio, planner)
         return decoder, ratio
+
+    def _in_parts(self) -> str:
+        """Why kinds cannot be measured: the whole model is not run in one place; empty where it is."""
+        parts = {
+            "the model is streamed": self._streaming is not None,
+            "layers go to the device in turns": self._device is not None,
+            "the text is divided among processes": self._processes.count > 1,
+        }
+        return next((why for why, true in parts.items() if true), "")
 
     def _planned(self, planner: Planner, ratio: float | None) -> PruningPlan:
         """What a planner makes of the ratio; where that was measured already, the plan that was."""
@@ -364,10 +378,9 @@ class StructuredPruner:
 
     def _tell(self, plan: PruningPlan, estimate: bool) -> None:
         """Writes into a plan why it is as it is, and what it costs if that is asked for."""
-        automatic = AUTO in self.config.units
         plan.reasons += self._why
         plan.target = self._reached
-        if estimate or (automatic and has_weights(self.model)):
+        if estimate or self._priced:
             if not has_weights(self.model):
                 raise UnsupportedModelError(_NO_WEIGHTS)
             plan.predicted_nats = self._measured_prices().of(plan, self._decided)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .config import AUTO, PruningConfig
+from .config import PruningConfig
 from .criteria import make_criterion
 from .criteria.depth import LAYER_BY_LAYER
 from .errors import CheckpointError, ConfigurationError, UnsupportedModelError
@@ -63,8 +63,6 @@ def needs_whole(config: PruningConfig, ratio: float | PruningPlan | None, by_lay
     chosen = plan is not None and plan.chosen
     reasons = []
     planned = config.kinds(kinds_of(SharedKind)) if plan is None else [decision.kind for decision in plan.shared]
-    if plan is None and AUTO in config.units:
-        reasons.append(f"`units` {AUTO!r}, which tries what each kind costs on the whole model")
     for kind in map(KINDS.get, planned):
         reasons.append(f"{kind.label}, by which all layers change at once")
     if plan is None and config.allocation != "uniform":

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, cached_assets_path, try_to_load_from_cache
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from ..config import AUTO, CONFIG_NAME, PruningConfig
+from ..config import CONFIG_NAME, PruningConfig
 from ..errors import ConfigurationError, StructPruneError
 from ..evaluation.results import STATES
 from ..files.rooms import Spill
@@ -97,7 +97,7 @@ def load_to_plan(arguments: ModelArguments, config: PruningConfig, ratio: float 
 
 def plans_by_shapes(config: PruningConfig, ratio: float | None) -> bool:
     """Whether a plan can be made without the weights: only choices between layers look at them."""
-    return config.allocation == "uniform" and AUTO not in config.units and not config.chooses_depth(ratio)
+    return config.allocation == "uniform" and not config.chooses_depth(ratio)
 
 
 def check_ratio(ratio: float | None, config: PruningConfig) -> None:

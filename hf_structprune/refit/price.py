@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -19,6 +21,7 @@ from ..model.store import Store
 from ..model.structure import ModelStructure
 from ..plan import PruningPlan
 from ..progress import hidden
+from ..stats.seen import Calibration
 from ..stats.stream import LayerStream
 from ..stats.survey import Survey, kl_divergence
 from ..units import KINDS, LAYERS
@@ -27,6 +30,7 @@ from .layer_by_layer import compress
 
 
 FIT, HELD_OUT = 16, 8  # sequences
+_QUICK = "wifv"
 _EVERY = 4  # predictions are compared at each so many-th token
 
 
@@ -76,16 +80,44 @@ def untouched(module: nn.Module) -> Iterator[None]:
             vars(one).update(attributes)
 
 
+@dataclass
+class Price:
+    """What a plan costs, measured on some sequences, and what that says of all calibration text.
+
+    Attributes:
+        looks: Nats a token on each sequence that is compared, for each number of sequences that the plan was carried
+            out with, the largest last.
+        nats: What it costs when it is carried out with all calibration text, in nats a token.
+    """
+
+    looks: list[torch.Tensor]
+    nats: float
+
+    def over(self, other: Price) -> tuple[float, float]:
+        """By how much this is dearer than another price of the same model, and how unsure that is, in nats a token.
+
+        Unsure is twice the standard error of the mean of the differences on the same sequences; and by how much the
+        difference changed with the text, if it was measured with more than one length of it.
+        """
+        differences = [mine - others for mine, others in zip(self.looks, other.looks, strict=True)]
+        last = differences[-1]
+        unsure = 2 * float(last.std()) / len(last) ** 0.5 if len(last) > 1 else math.inf
+        moved = [float((one - last).mean()) for one in differences[:-1]]
+        return self.nats - other.nats, max([unsure, *map(abs, moved)])
+
+
 class Prices:
     """Measures what plans cost on one model.
 
     Of the calibration text the first `FIT + HELD_OUT` sequences are used (of less text a third is held out): plans are
-    carried out with those of the beginning, and predictions are compared on the others, and on as many of those.
+    carried out with those of the beginning, and predictions are compared on the others, and on as many of those. A
+    second look takes more of the text to carry plans out with, and compares on the same sequences.
 
     A re-fit on `n` sequences does too well on these and too badly on others, by about as much, and in proportion to
     `1 / n` (`p / n` for ridge regression with `p` columns; Hastie et al., The Elements of Statistical Learning, 7.4).
     So what one on all `N` would cost lies between: `(1 + n / N) / 2` of what was measured on other text, and the rest
-    of what was on the same.
+    of what was on the same. After a second look it is where the line in `1 / n` through both, on other text, is at
+    `1 / N`.
 
     Args:
         model, structure: The model, which is left as it is.
@@ -93,22 +125,30 @@ class Prices:
         calibration: Where they are from, and how many sequences go through the model at once.
 
     Attributes:
-        fit: The tokens that plans are carried out with.
-        weight: Of what is measured on other text.
+        sequences: Number of all of them.
+        fit: The tokens that plans are carried out with at first.
     """
 
     def __init__(
-        self, model: PreTrainedModel, structure: ModelStructure, tokens: torch.Tensor, calibration: CalibrationConfig
+        self, model: PreTrainedModel, structure: ModelStructure, tokens: Calibration, calibration: CalibrationConfig
     ) -> None:
-        held_out, number = max(1, min(HELD_OUT, len(tokens) // 3)), len(tokens)
-        tokens = tokens[: FIT + held_out]
-        self.model, self.structure, self.fit = model, structure, tokens[:-held_out]
-        self.calibration, self.weight = calibration, (1 + len(self.fit) / number) / 2
-        self._known: dict[str, float] = {}
-        self._seen = min(held_out, len(self.fit))  # sequences that are compared and belong to `fit`, the first ones
-        self._stream = LayerStream(model, structure, tokens[-held_out - self._seen :], calibration.batch_size)
+        self.sequences, self._held_out = len(tokens), max(1, min(HELD_OUT, len(tokens) // 3))
+        self.model, self.structure, self.tokens, self.calibration = model, structure, tokens, calibration
+        few = tokens[: FIT + self._held_out]
+        self.fit = few[: -self._held_out]
+        self._known: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._seen = min(self._held_out, len(self.fit))  # sequences that are compared and belong to `fit`, the first
+        numbers = torch.arange(len(few))
+        compared = few[(numbers < self._seen) | (numbers >= len(self.fit))]
+        self._stream = LayerStream(model, structure, compared, calibration.batch_size)
         self._entered = self._stream.copy(self._stream.hidden)
         self._dense = [self._stream.finish(0, number, _EVERY) for number in range(len(self._stream.batches))]
+
+    def _first(self, sequences: int) -> Calibration:
+        """So many sequences to carry a plan out with, or as many as there are; none that is held out."""
+        numbers = torch.arange(self.sequences)
+        apart = (numbers < len(self.fit)) | (numbers >= len(self.fit) + self._held_out)
+        return self.tokens[apart & (apart.cumsum(0) <= sequences)]
 
     @cached_property
     def similarities(self) -> LayerSimilarities:
@@ -117,11 +157,16 @@ class Prices:
             return layer_similarities(self.model, self.structure, self.fit, batch_size=self.calibration.batch_size)
 
     def of(self, plan: PruningPlan, config: PruningConfig) -> float:
+        """`price(plan, config).nats`."""
+        return self.price(plan, config).nats
+
+    def price(self, plan: PruningPlan, config: PruningConfig, sequences: int = FIT) -> Price:
         """`KL(dense || pruned)` in nats a token, when a plan for the model is carried out with all calibration text.
 
-        Units that the plan does not name are chosen, and what reads them is re-fitted, as `config` says; but heads
-        and neurons by `wifv`, which costs less time than `obs` and is nearly as good once readers are re-fitted, and
-        with one damping for all layers, unless `config` names another.
+        Units that the plan does not name are chosen, and what reads them is re-fitted, as `config` says; but where
+        that is by `obs`, heads and neurons are by `wifv`, which costs less time and is nearly as good once readers are
+        re-fitted, and with one damping for all layers, unless `config` names another. With more than `FIT` `sequences`
+        it is looked at twice: with `FIT` and with as many.
 
         Raises:
             ConfigurationError: The plan cuts what all layers share.
@@ -131,30 +176,40 @@ class Prices:
                 f"What it costs to cut the {KINDS[plan.shared[0].kind].label} cannot be predicted, since all layers "
                 "change at once: leave `estimate` out."
             )
+        numbers = [FIT, min(sequences, self.sequences - self._held_out)]
+        numbers = [min(FIT, len(self.fit)), *[numbers[1]] * (numbers[1] > FIT)]
+        looks = [self._look(plan, config, number) for number in numbers]
+        number, (same, other) = numbers[-1], looks[-1]
+        if len(looks) == 1:
+            weight = (1 + number / self.sequences) / 2
+            return Price([other], float(weight * other.mean() + (1 - weight) * same.mean()))
+        slope = (looks[0][1] - other) / (1 / numbers[0] - 1 / number)
+        others = [look[1] for look in looks]
+        return Price(others, max(0.0, float((other + slope * (1 / self.sequences - 1 / number)).mean())))
+
+    def _look(self, plan: PruningPlan, config: PruningConfig, sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Nats a token on each compared sequence that plans are carried out with, and on each other one."""
         config = dataclasses.replace(config, damping=config.damping or DEFAULT_DAMPING)
-        if any(KINDS[kind].criterion_option == "criterion" for kind in config.units):
-            config = dataclasses.replace(config, criterion="wifv")
-        key = repr([(one.kind, one.layer, one.keep, one.kept) for one in plan.decisions])
+        if config.criterion == PruningConfig.criterion:
+            config = dataclasses.replace(config, criterion=_QUICK)
+        key = repr([(one.kind, one.layer, one.keep, one.kept) for one in plan.decisions]), sequences
         if key not in self._known:
-            self._known[key] = self._measured(copy.deepcopy(plan), config)
+            self._known[key] = self._measured(copy.deepcopy(plan), config, self._first(sequences))
         return self._known[key]
 
-    def _measured(self, plan: PruningPlan, config: PruningConfig) -> float:
-        if not plan.decisions:
-            return 0.0
-        stream = self._stream
+    def _measured(
+        self, plan: PruningPlan, config: PruningConfig, fit: Calibration
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        stream, nats = self._stream, []
         stream.hidden = stream.copy(self._entered)
         trial = _Trial(stream)
-        with hidden():
-            compress(self.model, self.structure, plan, config, lambda: self.fit, Survey(), [], trial)
+        if plan.decisions:
+            with hidden():
+                compress(self.model, self.structure, plan, config, lambda: fit, Survey(), [], trial)
         gone = {*plan.dropped.get(LAYERS, ()), *trial.passed}
-        sequences: list[float] = []
-        tokens: list[int] = []
         for number, dense in enumerate(self._dense):
+            chosen = stream.positions(number, _EVERY)
             last = stream.outputs(0, number, skip=gone)
-            logits = stream.head(last[:, ::_EVERY], stream.batches[number][:, ::_EVERY])
-            sequences += [kl_divergence(p[None], q[None]) for p, q in zip(dense, logits, strict=True)]
-            tokens += [one.shape[0] for one in dense]
-        same, other = slice(None, self._seen), slice(self._seen, None)
-        on_same, on_other = (sum(sequences[part]) / sum(tokens[part]) for part in (same, other))
-        return self.weight * on_other + (1 - self.weight) * on_same
+            logits = stream.head(last[:, chosen], stream.batches[number][:, chosen])
+            nats += [kl_divergence(p[None], q[None]) / len(p) for p, q in zip(dense, logits, strict=True)]
+        return torch.tensor(nats[: self._seen]), torch.tensor(nats[self._seen :])
