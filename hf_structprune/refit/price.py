@@ -190,7 +190,8 @@ class Prices:
     def _look(self, plan: PruningPlan, config: PruningConfig, sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Nats a token on each compared sequence that plans are carried out with, and on each other one."""
         config = dataclasses.replace(config, damping=config.damping or DEFAULT_DAMPING)
-        if config.criterion == PruningConfig.criterion:
+        by_units = any(KINDS[kind].criterion_option == "criterion" for kind in config.units)
+        if by_units and config.criterion == PruningConfig.criterion:
             config = dataclasses.replace(config, criterion=_QUICK)
         key = repr([(one.kind, one.layer, one.keep, one.kept) for one in plan.decisions]), sequences
         if key not in self._known:
