@@ -4,8 +4,7 @@
     python benchmarks/kinds.py --text FOLDER --model ID --c4 FILE.jsonl  # a model of yours
 
 FOLDER holds `train.txt`, `valid.txt` and `test.txt` (WikiText-2, raw). Perplexity of `test.txt` (48 windows of 256
-tokens), pruned over dense, and what was predicted from the calibration text: the dense perplexity times `exp` of the
-nats that were measured while the kinds were priced. A given model is loaded in bfloat16, calibrated and measured as by
+tokens), pruned over dense, and what `plan(ratio, estimate=True)` predicted from the calibration text. A given model is loaded in bfloat16, calibrated and measured as by
 `core.py quality` (12 windows of 2048 tokens of WikiText-2 and of C4). Seconds are those of the processor.
 Results go to benchmarks/results/kinds.json.
 """
@@ -47,7 +46,7 @@ SHAPES = {
 }  # fmt: skip
 WAYS = {
     "auto": ("auto",),
-    "MLP neurons (default)": ("mlp_neurons",),
+    "MLP neurons": ("mlp_neurons",),
     "KV groups": ("kv_groups",),
     "layers": ("layers",),
     "neurons and groups": ("mlp_neurons", "kv_groups"),
@@ -108,9 +107,11 @@ def measured(
     print(f"{name}: {total:,} parameters, perplexity {dense:.2f}", flush=True)
     for ratio in options.ratios:
         for way, units in ((way, WAYS[way]) for way in options.ways or WAYS):
-            pruner = StructuredPruner(copy.deepcopy(model), PruningConfig(units=units, calibration=config))
-            begin = time.process_time()
+            settings = PruningConfig(units=units, calibration=config)
+            pruner = StructuredPruner(copy.deepcopy(model), settings)
             try:
+                predicted = StructuredPruner(model, settings).plan(ratio, estimate=True).predicted_factor
+                begin = time.process_time()
                 pruned = pruner.prune(ratio)
             except StructPruneError as error:
                 print(f"  {ratio:.0%} {way}: {str(error)[:100]}", flush=True)
@@ -121,12 +122,12 @@ def measured(
                 "model": name, "parameters": total, "dense": dense, "ratio": ratio, "way": way, "got": plan.ratio,
                 "perplexity": perplexity(pruned, held), "seconds": seconds, "removed": plan.removed, "why": why,
                 "sequences": sequences,
-                "predicted": None if plan.predicted_nats is None else dense * plan.predicted_factor,
+                "predicted_factor": predicted,
             }  # fmt: skip
             rows.append(row)
             print(
-                f"  {ratio:.0%} {way}: {row['perplexity'] / dense:.3f} of dense, {plan.ratio:.1%} gone, "
-                f"{seconds:.0f} s {why}", flush=True,
+                f"  {ratio:.0%} {way}: {row['perplexity'] / dense:.3f} of dense, predicted {predicted:.3f}, "
+                f"{plan.ratio:.1%} gone, {seconds:.0f} s {why}", flush=True,
             )  # fmt: skip
     return rows
 
