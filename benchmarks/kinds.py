@@ -4,9 +4,9 @@
     python benchmarks/kinds.py --text FOLDER --model ID --c4 FILE.jsonl  # a model of yours
 
 FOLDER holds `train.txt`, `valid.txt` and `test.txt` (WikiText-2, raw). Perplexity of `test.txt` (48 windows of 256
-tokens), pruned over dense, and what `plan(ratio, estimate=True)` predicted from the calibration text. A given model is loaded in bfloat16, calibrated and measured as by
-`core.py quality` (12 windows of 2048 tokens of WikiText-2 and of C4). Seconds are those of the processor.
-Results go to benchmarks/results/kinds.json.
+tokens), pruned over dense, and what `plan(ratio, estimate=True)` predicted from the calibration text. A given model
+is loaded in bfloat16, calibrated and measured as by `core.py quality` (12 windows of 2048 tokens of WikiText-2 and of
+C4). Seconds are those of the processor, of pruning alone. Results go to benchmarks/results/kinds.json.
 """
 
 from __future__ import annotations

@@ -269,7 +269,8 @@ class KindChooser:
             config = dataclasses.replace(config, depth_criterion=_QUICK)
         try:
             with hidden():
-                planner = Planner(self.model, self.structure, config, self._fit, similarities=self._similarities)
+                planner = Planner(self.model, self.structure, config, self._fit, measured=True)
+                planner.similarities = self._similarities
                 return Candidate(config, planner.plan(ratio), planner.depth)
         except StructPruneError:
             return None

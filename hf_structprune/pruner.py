@@ -571,7 +571,7 @@ class StructuredPruner:
         """What plans, by the configuration that was decided on if no other is given."""
         config = self._decided if config is None else config
         if self._streaming is None:
-            return Planner(decoder, self.structure, config, self._tokens, self._choices())
+            return Planner(decoder, self.structure, config, self._tokens, self._choices(), measured=self._priced)
 
         def tokens() -> Calibration:
             found = self._tokens()

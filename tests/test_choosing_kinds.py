@@ -11,6 +11,7 @@ import torch
 from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
 from hf_structprune.choosing_kinds import Curve
 from hf_structprune.errors import ConfigurationError, RatioError
+from hf_structprune.model.structure import ModelStructure
 from hf_structprune.refit import price
 
 
@@ -59,7 +60,10 @@ def test_what_does_nothing_goes_first(spare, kinds):
 
 
 def test_what_is_taken_is_the_cheapest_of_all_that_was_measured_each_time():
-    plans = [auto(families.make_model("llama", torch.float32, num_hidden_layers=4)).plan(0.25, estimate=True) for _ in range(2)]
+    plans = [
+        auto(families.make_model("llama", torch.float32, num_hidden_layers=4)).plan(0.25, estimate=True)
+        for _ in range(2)
+    ]
     assert plans[0] == plans[1] and why(plans[0]) == why(plans[1])
     nats = [float(part.split(" nats")[0]) for part in why(plans[0]).split("+")[1:]]
     assert len(nats) > 1 and nats[0] == min(nats) == round(plans[0].predicted_nats, 3)
@@ -101,7 +105,9 @@ def test_layers_are_ranked_once_and_those_that_were_priced_go(monkeypatch):
 
 
 def test_what_is_taken_is_as_near_to_the_ratio_as_whole_units_allow():
-    plan = auto(moe_families.make_moe("deepseek_v3")).plan(0.15, estimate=True)  # experts alone go by 13 %, some heads by 5 %
+    plan = auto(moe_families.make_moe("deepseek_v3")).plan(
+        0.15, estimate=True
+    )  # experts alone go by 13 %, some heads by 5 %
     assert abs(plan.ratio - 0.15) < 0.03
 
 
@@ -121,6 +127,84 @@ def test_a_configuration_that_is_put_in_its_place_counts():
     assert set(pruner.plan(0.1).removed) == {"kv_groups"}
 
 
+def test_prices_differ_by_more_than_they_are_unsure_or_they_do_not():
+    mine, others = torch.tensor([0.5, 0.7, 0.6, 0.8]), torch.tensor([0.4, 0.5, 0.5, 0.6])  # 0.1 0.2 0.1 0.2 apart
+    gain, unsure = price.Price([mine], 0.66).over(price.Price([others], 0.5))
+    assert gain == pytest.approx(0.16) and unsure == pytest.approx(2 * (0.01 / 3) ** 0.5 / 2)
+    twice = price.Price([mine + 0.3, mine], 0.66), price.Price([others, others], 0.5)
+    assert twice[0].over(twice[1])[1] == pytest.approx(0.3)  # what three times the text changed
+    assert price.Price([mine[:1]], 0.6).over(price.Price([others[:1]], 0.5))[1] == math.inf
+
+
+def test_a_second_look_says_what_all_text_would_give():
+    model = families.make_model("llama", torch.float32)
+    structure, tokens = ModelStructure.of(model), torch.randint(3, 60, (64, 8))
+    prices = price.Prices(model, structure, tokens, CalibrationConfig(batch_size=8))
+    looks = {16: 5.0, 48: 3.0}  # 2 + 48 / n
+    prices._look = lambda plan, config, n: (torch.zeros(8), torch.full((8,), looks[n]))
+    plan, config = StructuredPruner(model).plan(0.1), PruningConfig(units="mlp_neurons")
+    assert prices.price(plan, config).nats == pytest.approx(5 * (1 + 16 / 64) / 2)
+    assert prices.price(plan, config, 48).nats == pytest.approx(2 + 48 / 64)
+    assert torch.equal(prices._first(48), torch.cat([tokens[:16], tokens[24:56]]))  # none that is held out
+    assert torch.equal(prices._first(16), prices.fit) and torch.equal(prices.fit, tokens[:16])
+
+
+@pytest.mark.parametrize("gain", [-0.1, 0.02, 0.05, 0.5])
+def test_the_default_stays_unless_something_is_clearly_cheaper(gain, monkeypatch):
+    """Another kind costs `1 - gain` times as much on every sequence, give or take 2 %, and with more text the same."""
+
+    def nats(self, plan, config, fit):
+        noise = 0.02 * (-1.0) ** torch.arange(8)
+        return (torch.ones(8), torch.ones(8) * (1 if "mlp_neurons" in plan.removed else 1 - gain + noise))
+
+    monkeypatch.setattr(price.Prices, "_measured", nats)
+    model = families.make_model("llama", torch.float32, num_hidden_layers=4)
+    plan = auto(model).plan(0.25, estimate=True)
+    assert ("mlp_neurons" in plan.removed) == (gain < 0.03)
+    assert (("the default" in why(plan)) or ("the cheapest" in why(plan))) and "unsure" in why(plan) or gain < 0
+
+
+def test_where_little_of_the_neurons_goes_nothing_is_measured(monkeypatch):
+    monkeypatch.setattr(price, "Prices", None)
+    model = families.make_model("llama", torch.float32)
+    pruner = auto(model)
+    there = sum(families.count(layer.mlp) for layer in model.model.layers) / families.count(model)
+    pruner.prune(0.28 * there)
+    assert set(pruner.last_plan.removed) == {"mlp_neurons"} and "alone, 28% of them" in why(pruner.last_plan)
+
+
+def test_a_plan_measures_nothing_unless_it_is_asked_to():
+    model = families.make_model("llama", torch.float32)
+    config = PruningConfig(round_to=1)
+    plan = StructuredPruner(model, config).plan(0.2)  # there is no text
+    assert config.units == ("auto",) and "a plan measures nothing" in why(plan) and plan.predicted_nats is None
+    neurons = StructuredPruner(model, PruningConfig(units="mlp_neurons", round_to=1)).plan(0.2)
+    assert plan.decisions == neurons.decisions
+
+
+UNMEASURED = [
+    ({"criterion": "taylor"}, "gradients"), ({"criterion": "l2", "compensation": False}, "does not look at text"),
+    ({"iterative_steps": 2}, "iterative_steps"), ({"calibration": CalibrationConfig(tokens=[[5] * 9] * 9)}, "it takes 12"),
+    ({"layout": "per_layer", "allocation": "evolution", "search_evaluations": 0}, "evolution"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "said"), UNMEASURED, ids=[said for _, said in UNMEASURED])
+def test_where_nothing_can_be_measured_the_default_goes_and_it_is_said(options, said):
+    calibration = CalibrationConfig(tokens=torch.randint(3, 60, (12, 16)), batch_size=8)
+    model = families.make_model("llama", torch.float32)
+    pruner = StructuredPruner(model, PruningConfig(**{"calibration": calibration, "round_to": 1, **options}))
+    pruner.prune(0.2)
+    assert set(pruner.last_plan.removed) == {"mlp_neurons"} and said in why(pruner.last_plan)
+
+
+def test_what_the_default_cannot_reach_without_a_measurement_groups_help_with():
+    model = families.make_model("llama", torch.float32, vocab_size=512)
+    there = sum(families.count(layer.mlp) for layer in model.model.layers) / families.count(model)
+    plan = StructuredPruner(model, PruningConfig(round_to=1)).plan(there)
+    assert set(plan.removed) == {"mlp_neurons", "kv_groups"} and abs(plan.ratio - there) < 0.05
+
+
 def test_without_weights_the_plan_says_that_nothing_was_measured():
     with torch.device("meta"):
         model = families.make_model("llama", torch.float32)
@@ -129,7 +213,9 @@ def test_without_weights_the_plan_says_that_nothing_was_measured():
 
 
 def test_what_takes_most_of_several_kinds_is_found():
-    plan = auto(families.make_model("llama", torch.float32, num_hidden_layers=4, vocab_size=512)).plan(0.4, estimate=True)
+    plan = auto(families.make_model("llama", torch.float32, num_hidden_layers=4, vocab_size=512)).plan(
+        0.4, estimate=True
+    )
     assert abs(plan.ratio - 0.4) < 0.03 and len(plan.removed) > 1  # no kind alone can
 
 

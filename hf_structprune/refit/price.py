@@ -157,8 +157,9 @@ class Prices:
             return layer_similarities(self.model, self.structure, self.fit, batch_size=self.calibration.batch_size)
 
     def of(self, plan: PruningPlan, config: PruningConfig) -> float:
-        """`price(plan, config).nats`."""
-        return self.price(plan, config).nats
+        """`price(plan, config).nats`, by the longest look that was taken at the plan."""
+        known = [sequences for key, sequences in self._known if key == _key(plan)]
+        return self.price(plan, config, max(known, default=FIT)).nats
 
     def price(self, plan: PruningPlan, config: PruningConfig, sequences: int = FIT) -> Price:
         """`KL(dense || pruned)` in nats a token, when a plan for the model is carried out with all calibration text.
@@ -193,7 +194,7 @@ class Prices:
         by_units = any(KINDS[kind].criterion_option == "criterion" for kind in config.units)
         if by_units and config.criterion == PruningConfig.criterion:
             config = dataclasses.replace(config, criterion=_QUICK)
-        key = repr([(one.kind, one.layer, one.keep, one.kept) for one in plan.decisions]), sequences
+        key = _key(plan), sequences
         if key not in self._known:
             self._known[key] = self._measured(copy.deepcopy(plan), config, self._first(sequences))
         return self._known[key]
@@ -214,3 +215,7 @@ class Prices:
             logits = stream.head(last[:, chosen], stream.batches[number][:, chosen])
             nats += [kl_divergence(p[None], q[None]) / len(p) for p, q in zip(dense, logits, strict=True)]
         return torch.tensor(nats[: self._seen]), torch.tensor(nats[self._seen :])
+
+
+def _key(plan: PruningPlan) -> str:
+    return repr([(one.kind, one.layer, one.keep, one.kept) for one in plan.decisions])
