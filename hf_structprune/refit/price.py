@@ -139,10 +139,22 @@ class Prices:
         self._known: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._seen = min(self._held_out, len(self.fit))  # sequences that are compared and belong to `fit`, the first
         numbers = torch.arange(len(few))
-        compared = few[(numbers < self._seen) | (numbers >= len(self.fit))]
-        self._stream = LayerStream(model, structure, compared, calibration.batch_size)
-        self._entered = self._stream.copy(self._stream.hidden)
-        self._dense = [self._stream.finish(0, number, _EVERY) for number in range(len(self._stream.batches))]
+        self._compared = few[(numbers < self._seen) | (numbers >= len(self.fit))]
+
+    @cached_property
+    def _stream(self) -> LayerStream:
+        return LayerStream(self.model, self.structure, self._compared, self.calibration.batch_size)
+
+    @cached_property
+    def _entered(self) -> list[torch.Tensor]:
+        return self._stream.copy(self._stream.hidden)
+
+    @cached_property
+    def _dense(self) -> list[torch.Tensor]:
+        entered, self._stream.hidden = self._stream.hidden, self._entered
+        found = [self._stream.finish(0, number, _EVERY) for number in range(len(self._stream.batches))]
+        self._stream.hidden = entered
+        return found
 
     def _first(self, sequences: int) -> Calibration:
         """So many sequences to carry a plan out with, or as many as there are; none that is held out."""
@@ -202,14 +214,14 @@ class Prices:
     def _measured(
         self, plan: PruningPlan, config: PruningConfig, fit: Calibration
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        stream, nats = self._stream, []
+        stream, nats, denses = self._stream, [], self._dense
         stream.hidden = stream.copy(self._entered)
         trial = _Trial(stream)
         if plan.decisions:
             with hidden():
                 compress(self.model, self.structure, plan, config, lambda: fit, Survey(), [], trial)
         gone = {*plan.dropped.get(LAYERS, ()), *trial.passed}
-        for number, dense in enumerate(self._dense):
+        for number, dense in enumerate(denses):
             chosen = stream.positions(number, _EVERY)
             last = stream.outputs(0, number, skip=gone)
             logits = stream.head(last[:, chosen], stream.batches[number][:, chosen])

@@ -120,7 +120,7 @@ def unit(budget):
 def test_uniform_widths_are_the_nearest_of_all_aligned_ones(odd, align_to):
     group = odd.layers[0].group("mlp_neurons")
     for ratio in RATIOS:
-        plan = plan_of(odd, PruningConfig(align_to=align_to), ratio)
+        plan = plan_of(odd, PruningConfig(units="mlp_neurons", align_to=align_to), ratio)
         target = ratio * odd.total_parameters / len(odd.layers)
         removed = [(52 - width) * group.cost for width in range(align_to, 53, align_to)]
         got = (plan.parameters_before - plan.parameters_after) // len(odd.layers)
@@ -129,7 +129,7 @@ def test_uniform_widths_are_the_nearest_of_all_aligned_ones(odd, align_to):
 
 def test_a_whole_width_that_is_not_aligned_is_not_kept(odd):
     for layout in ("uniform", "per_layer"):
-        plan = plan_of(odd, PruningConfig(align_to=16, layout=layout), 0.001)
+        plan = plan_of(odd, PruningConfig(units="mlp_neurons", align_to=16, layout=layout), 0.001)
         assert {group.keep for group in plan.groups} == {48} and len(plan.groups) == 3
     # Heads take more than was asked for, and neurons are aligned all the same.
     both = PruningConfig(units=("kv_groups", "mlp_neurons"), align_to=32)
@@ -139,7 +139,7 @@ def test_a_whole_width_that_is_not_aligned_is_not_kept(odd):
 
 
 def test_layers_that_are_left_whole_stay_as_they_are(odd):
-    config = PruningConfig(align_to=16, layout="per_layer", protect_first=1)
+    config = PruningConfig(units="mlp_neurons", align_to=16, layout="per_layer", protect_first=1)
     plan = plan_of(odd, config, 0.1)
     assert plan.keep(0, "mlp_neurons", 52) == 52 and all(group.keep % 16 == 0 for group in plan.groups)
 
@@ -163,7 +163,7 @@ def test_ratios_by_kind_take_the_most_heads_that_are_aligned(odd):
 
 
 @pytest.mark.parametrize("options, words", [
-    (dict(align_to=64), "only 52 wide"),
+    (dict(units=("mlp_neurons",), align_to=64), "only 52 wide"),
     (dict(units=("kv_groups",), align_to=20), "2 x 8 = 16, 4 x 8 = 32, 6 x 8 = 48"),
     (dict(units=("kv_groups", "query_heads"), align_to=64), "1 x 8 = 8, 2 x 8 = 16, 3 x 8 = 24"),
 ])  # fmt: skip

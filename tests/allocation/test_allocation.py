@@ -34,6 +34,8 @@ def tiny():
 
 
 def plan(structure, ratio, scores=None, head_counts=None, **options):
+    if not {"units", "attention_ratio", "mlp_ratio", "split"} & options.keys():
+        options["units"] = "mlp_neurons"
     config = PruningConfig(**options)
     counts = allocate(Budget(structure, config, head_counts), ratio, scores=scores)
     return PruningPlan.from_counts(structure, counts, model_type="llama", layout=config.layout, ratio_requested=ratio)

@@ -180,7 +180,6 @@ def test_levels_of_something_else_are_refused(tiny_llama, tmp_path):
     "options, message",
     [
         ({"units": ("layers", "mlp_neurons")}, "heads and neurons alone"),
-        ({"units": ("auto",)}, "heads and neurons alone"),
         ({"mlp_ratio": 0.2, "units": ("mlp_neurons",)}, "`mlp_ratio` and allocation='evolution'"),
         ({"iterative_steps": 2}, "`iterative_steps` and allocation='evolution'"),
     ],

@@ -12,7 +12,7 @@ from hf_structprune.plan import PruningPlan
 def test_search_is_as_good_as_trying_everything():
     """Greedy against brute force over all widths (multiples of 8) that remove as much."""
     structure = ModelStructure.of(families.make_model("llama", torch.float32))
-    config = PruningConfig(allocation="search", layout="per_layer", round_to=8)
+    config = PruningConfig(units="mlp_neurons", allocation="search", layout="per_layer", round_to=8)
     cost = {(0, "mlp_neurons"): 4.0, (1, "mlp_neurons"): 1.0, (2, "mlp_neurons"): 2.5}
     unit = structure.layers[0].group("mlp_neurons").cost
     steps = 7  # of 8 neurons each
@@ -32,7 +32,7 @@ def test_search_is_as_good_as_trying_everything():
 
 def test_search_goes_beyond_two_thirds_only_if_it_must():
     structure = ModelStructure.of(families.make_model("llama", torch.float32))
-    config = PruningConfig(allocation="search", layout="per_layer", round_to=1)
+    config = PruningConfig(units="mlp_neurons", allocation="search", layout="per_layer", round_to=1)
     cost = {(0, "mlp_neurons"): 1e6, (1, "mlp_neurons"): 1.0, (2, "mlp_neurons"): 1.0}
     unit = structure.layers[0].group("mlp_neurons").cost
     for neurons in (60, 64, 110, 140):

@@ -111,7 +111,7 @@ def test_kept_query_heads_are_those_of_the_kept_groups_when_they_go_in_different
 @pytest.mark.parametrize("steps_left, wanted", [(1, 20), (2, 34), (4, 41), (100, 48)])
 def test_a_step_goes_an_equal_part_of_the_way_that_is_left(steps_left, wanted):
     structure = ModelStructure.of(families.make_model("llama"))
-    budget = Budget(structure, PruningConfig(round_to=1, layout="per_layer"))
+    budget = Budget(structure, PruningConfig(units="mlp_neurons", round_to=1, layout="per_layer"))
     counts = next_counts(budget, {(0, "mlp_neurons"): 20}, steps_left)
     assert counts.get((0, "mlp_neurons"), 48) == wanted
     assert set(counts) <= {(0, "mlp_neurons")}
@@ -120,5 +120,5 @@ def test_a_step_goes_an_equal_part_of_the_way_that_is_left(steps_left, wanted):
 def test_rounding_refers_to_the_dense_width():
     dense = ModelStructure.of(families.make_model("llama", intermediate_size=128))  # a step of 4 by default
     now = ModelStructure.of(families.make_model("llama", intermediate_size=60))
-    assert Budget(now, PruningConfig(), dense=dense).step(now.groups[-1]) == 4
-    assert Budget(now, PruningConfig()).step(now.groups[-1]) == 1
+    assert Budget(now, PruningConfig(units="mlp_neurons"), dense=dense).step(now.groups[-1]) == 4
+    assert Budget(now, PruningConfig(units="mlp_neurons")).step(now.groups[-1]) == 1
