@@ -504,7 +504,7 @@ def _between_kinds(config: PruningConfig) -> Iterator[str]:
         return
     if config.by_kind:
         yield "`attention_ratio` and `mlp_ratio` are for heads and neurons alone; use `split`."
-    if config.iterative_steps > 1:
+    if config.iterative_steps > 1 and AUTO not in config.units:
         yield (
             "`iterative_steps` is for heads and neurons alone: prune layers or the hidden size first, then the "
             "result in steps. 'greedy' measures again after every layer as it is."

@@ -137,9 +137,8 @@ class Prices:
         few = tokens[: FIT + self._held_out]
         self.fit = few[: -self._held_out]
         self._known: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        self._seen = min(self._held_out, len(self.fit))  # sequences that are compared and belong to `fit`, the first
-        numbers = torch.arange(len(few))
-        self._compared = few[(numbers < self._seen) | (numbers >= len(self.fit))]
+        self._seen = min(self._held_out, len(self.fit))  # sequences that are compared and belong to `fit`, the last
+        self._compared = few[len(self.fit) - self._seen :]
 
     @cached_property
     def _stream(self) -> LayerStream:
