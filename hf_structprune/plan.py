@@ -170,6 +170,9 @@ class PruningPlan:
         predicted_nats: By how much the model's predictions would change, `KL(dense || pruned)` in nats a token, as
             measured on a part of the calibration text (see `StructuredPruner.plan`): about the rise of the loss.
             `None` where it was not measured.
+        reconstructed: Of each layer that was trained after its re-fit (`reconstruct`): its number (`layer`), how many
+            `steps` that took, and the squared error of its output on held-out text, relative to the output's square,
+            `before` and `after`; equal where the re-fit stays.
         target: What was asked for in other units than a ratio, see `targets.size.SizeTarget`, what is predicted, and
             what came out; `None` where nothing was.
     """
@@ -198,6 +201,7 @@ class PruningPlan:
     predicted_nats: float | None = field(default=None, compare=False)
     target: Reached | None = field(default=None, compare=False)
     reasons: list[str] = field(default_factory=list, compare=False)
+    reconstructed: list[dict[str, Any]] = field(default_factory=list, compare=False)
 
     @property
     def groups(self) -> list[Decision]:

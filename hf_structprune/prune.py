@@ -23,6 +23,7 @@ from .model.target import Target
 from .plan import Decision, PruningPlan, normalised
 from .planner import describe, size_of
 from .refit.layer_by_layer import compress
+from .refit.reconstruction import in_words
 from .refit.shared import CUTS
 from .stats.processes import Processes
 from .stats.seen import Calibration
@@ -139,6 +140,7 @@ class Execution:
         result.model_type, result.vocabulary_report = self._model_type, plan.vocabulary_report
         result.notes += dict.fromkeys(self._notes)
         result.bytes_per_parameter = self._bytes / self._dense.own_parameters
+        result.reconstructed, result.reasons = plan.reconstructed, in_words(plan.reconstructed)
         seen = {(group.layer, group.kind): group.seen for group in plan.groups}
         for group in result.groups:
             group.seen = seen.get((group.layer, group.kind))

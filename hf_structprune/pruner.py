@@ -310,6 +310,8 @@ class StructuredPruner:
         reasons = needs_whole(self.config, ratio)
         if self.config.calibration.image_column is not None:
             reasons.append("rows with images")
+        if self._decided.reconstruct:
+            reasons.append("`reconstruct`, each step of which follows on from the one before")
         if reasons:
             raise ConfigurationError(
                 f"With `data_parallel` the calibration text is divided among {self._processes.count} processes, which "

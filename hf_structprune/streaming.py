@@ -38,6 +38,7 @@ from .model.structure import ModelStructure
 from .model.towers import has_towers
 from .plan import PruningPlan
 from .refit.layer_by_layer import MATRICES, looks_at_text
+from .refit.reconstruction import BYTES
 from .units import KINDS, LAYERS, SharedKind, kinds_of
 
 
@@ -233,6 +234,9 @@ def memory_needed(
         total += tokens * hidden * 8
     if config.compensation or (make_criterion(config).needs_gram and not plan.chosen):
         total += int(MATRICES * max(widths) ** 2 * 4)
+    if config.reconstruct:  # the layer's weights as they are trained, and what is kept of a run for its gradients
+        total += BYTES * layers[-1] // each + running
+        states += hidden * each
     if config.compensation:
         total += 12 * max(widths) * hidden * 4  # the map itself, in float64, and products with its targets
     return max(before, cutting, total) + running, tokens * states

@@ -34,6 +34,7 @@ from hf_structprune.errors import (
 from hf_structprune.files.rooms import Spill, on_disk
 from hf_structprune.model import store
 from hf_structprune.model.store import OnDisk
+from hf_structprune.refit import reconstruction
 from hf_structprune.refit.layer_by_layer import MATRICES
 
 
@@ -79,7 +80,9 @@ def prune_both(dense: Path, ratio, loading=None, spill=None, **options) -> tuple
 
 CASES = {
     "llama": (lambda: make_model("llama"), 0.1, {}),
-    "tied in bf16": (lambda: make_model("llama", dtype=torch.bfloat16, tie_word_embeddings=True), 0.1, {}),
+    "tied in bf16": (
+        lambda: make_model("llama", dtype=torch.bfloat16, tie_word_embeddings=True), 0.1, {"reconstruct": True},
+    ),
     "gemma2 heads": (lambda: make_model("gemma2"), 0.1, {"units": ("kv_groups", "mlp_neurons")}),
     "gpt2 per layer": (lambda: make_model("gpt2"), 0.05, {"units": ("kv_groups",), "layout": "per_layer"}),
     "phi3 by weights": (lambda: make_model("phi3"), 0.1, {"criterion": "l2", "compensation": False}),
@@ -98,9 +101,11 @@ CASES = {
     "layers by weights": (
         lambda: make_moe("qwen3_moe"), None, {"units": ("layers",), "num_layers": 1, "depth_criterion": "magnitude"},
     ),
-    "qwen3_moe": (lambda: make_moe("qwen3_moe"), 0.1, {"units": ("experts",), "merge_experts": True}),
+    "qwen3_moe": (lambda: make_moe("qwen3_moe"), 0.1,
+                  {"units": ("experts",), "merge_experts": True, "reconstruct": True}),
     "gpt_oss": (lambda: make_moe("gpt_oss"), 0.1, {"units": ("experts",)}),
-    "mixtral": (lambda: make_moe("mixtral"), 0.3, {"units": ("expert_neurons",), "round_to": 1}),
+    "mixtral": (lambda: make_moe("mixtral"), 0.3,
+                {"units": ("expert_neurons",), "round_to": 1, "reconstruct": True}),
 }  # fmt: skip
 
 
@@ -113,6 +118,11 @@ SPILLED = (
     "qwen3_moe",
     "mixtral",
 )
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    monkeypatch.setattr(reconstruction, "STEPS", 4)
 
 
 @pytest.fixture

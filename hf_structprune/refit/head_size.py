@@ -85,7 +85,7 @@ def cut_head_size(
     for decision in plan.groups:
         decision.kept = kept.tolist()
     turns = _Heads(model, structure, groups, units, kept, losses, config)
-    compress(model, inner, plan, config, lambda: tokens, Survey(), [], turns=turns)
+    compress(model, inner, plan, config.closed_form(), lambda: tokens, Survey(), [], turns=turns)
     return rebuild_heads(model, structure, target, kept), kept
 
 

@@ -39,6 +39,7 @@ from ..units import KINDS, LAYERS, DepthKind, kinds_of
 from .experts import refit_experts
 from .merging import merge_experts
 from .reader import TokenWeights, by_consumer, consume, kept_columns, refitted, write_columns
+from .reconstruction import Reconstruction, check_reconstruction
 
 
 # Of width x width in float32, in memory at once at most when a map of this many inputs is ranked and re-fitted.
@@ -100,8 +101,10 @@ class _Compression:
         self.weights = TokenWeights(processes)
         self.kept: Kept = {}
         self.cut: set[tuple[int, str]] = set()  # groups that are out already
+        self.reconstruction: Reconstruction | None = None
 
     def run(self, tokens: Callable[[], Calibration], notes: list[str]) -> Kept:
+        self.plan.reconstructed = []
         looks, correcting = _looks(self.plan, self.config, bool(self.scores)), _corrects(self.plan, self.config)
         if looks or correcting:
             batch_size = self.config.calibration.batch_size
@@ -121,17 +124,34 @@ class _Compression:
             self._pass_dropped(-1)
             last = len(self.structure.layers)
         layers = [layer for layer in self.structure.layers[: last + 1] if layer.index not in self.gone]
+        trained = {layer.index for layer in layers if layer.index >= first}
+        if self.config.reconstruct and self.stream:
+            check_reconstruction(self.structure, self.model, trained)
+            self.reconstruction = Reconstruction(self.stream, self.config, len(trained))
         number, layers = len(layers), self._go_on(layers)
         for layer in tqdm(layers, desc="Pruning", initial=number - len(layers), total=number):
             with self.store.holding(layer.index):
+                if self.reconstruction and layer.index in trained:
+                    self.reconstruction.begin(layer)
                 self._layer(layer, self.correcting and layer.index >= first)
+                if self.reconstruction and layer.index in trained:
+                    self.reconstruction.train(layer, self.kept, self._untrained(layer), self.dense)
                 if self.stream and layer is not layers[-1]:
                     self.stream.advance(layer.index)
                 if self.store.cuts:
                     cut_units(self.model, [group for group in layer.groups if group.key not in self.cut], self.kept)
                 self.store.put(layer.index)
             self.store.save(lambda layer=layer: self._progress(layer.index))
+        if self.reconstruction:
+            self.plan.reconstructed = self.reconstruction.report()
         return self.kept
+
+    def _untrained(self, layer: LayerStructure) -> set[str]:
+        """Full names of the parameters of a layer that reconstruction leaves alone: routers, and sublayers that go."""
+        gone = tuple(f"{name}." for kind in self._lost(layer) for name in layer.sublayer(kind).modules)
+        names = [f"{layer.name}.{name}" for name, _ in self.model.get_submodule(layer.name).named_parameters()]
+        routers = {group.router for group in layer.groups if group.router}
+        return {name for name in names if name in routers or name.startswith(gone)}
 
     def _progress(self, layer: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """What is needed to go on behind a layer."""
@@ -139,7 +159,8 @@ class _Compression:
         tensors = {f"{name}.{number}": s for name, parts in states.items() for number, s in enumerate(parts)}
         tensors |= {f"kept.{number}.{kind}": units for (number, kind), units in self.kept.items()}
         seen = [[d.layer, d.kind, d.seen] for d in self.plan.groups if d.seen is not None]
-        return tensors, {"layer": layer, "seen": seen, "tokens": self._digest()}
+        trained = self.reconstruction.state() if self.reconstruction else []
+        return tensors, {"layer": layer, "seen": seen, "tokens": self._digest(), "reconstructed": trained}
 
     def _digest(self) -> str:
         batches = self.stream.batches if self.stream else []
@@ -162,6 +183,8 @@ class _Compression:
             self.kept[int(number), kind] = saved.tensor(name)
         for number, kind, seen in saved.values["seen"]:
             self.plan.of_layer(number)[kind].seen = seen
+        if self.reconstruction:
+            self.reconstruction.go_on(saved.values["reconstructed"])
         done = [layer for layer in layers if layer.index <= saved.values["layer"]]
         cut_units(self.model, [group for layer in done for group in layer.groups], self.kept)  # shapes
         return layers[len(done) :]

@@ -178,7 +178,7 @@ class Prices:
         Units that the plan does not name are chosen, and what reads them is re-fitted, as `config` says; but where
         that is by `obs`, heads and neurons are by `wifv`, which costs less time and is nearly as good once readers are
         re-fitted, and with one damping for all layers, unless `config` names another. With more than `FIT` `sequences`
-        it is looked at twice: with `FIT` and with as many.
+        it is looked at twice: with `FIT` and with as many. Nothing is reconstructed.
 
         Raises:
             ConfigurationError: The plan cuts what all layers share.
@@ -201,7 +201,7 @@ class Prices:
 
     def _look(self, plan: PruningPlan, config: PruningConfig, sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Nats a token on each compared sequence that plans are carried out with, and on each other one."""
-        config = dataclasses.replace(config, damping=config.damping or DEFAULT_DAMPING)
+        config = dataclasses.replace(config.closed_form(), damping=config.damping or DEFAULT_DAMPING)
         by_units = any(KINDS[kind].criterion_option == "criterion" for kind in config.units)
         if by_units and config.criterion == PruningConfig.criterion:
             config = dataclasses.replace(config, criterion=_QUICK)

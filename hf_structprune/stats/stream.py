@@ -183,8 +183,13 @@ class LayerStream:
             )
         self._arguments[self._shape(number)], self._by_name = arguments, by_name
 
-    def _run(self, index: int, number: int, hidden: torch.Tensor) -> torch.Tensor:
-        """The output of a layer for a batch; modules whose outputs were replaced return those."""
+    def _run(
+        self, index: int, number: int, hidden: torch.Tensor, run: Callable[[tuple, dict[str, Any]], Any] | None = None
+    ) -> torch.Tensor:
+        """The output of a layer for a batch; modules whose outputs were replaced return those.
+
+        `run` is called with the layer's arguments, by position and by name, in its place.
+        """
         args, kwargs = self._arguments[self._shape(number)][index]
         forwards = []
         for name, outputs in self._replaced.items():
@@ -194,9 +199,10 @@ class LayerStream:
         with replaced_forwards(forwards):
             hidden = self._turned(hidden.to(self.device(index)), 2, 0)
             if self._by_name[index]:
-                output = self.layers[index](*args, **kwargs, hidden_states=hidden)
+                kwargs = {**kwargs, "hidden_states": hidden}
             else:
-                output = self.layers[index](hidden, *args, **kwargs)
+                args = (hidden, *args)
+            output = run(args, kwargs) if run is not None else self.layers[index](*args, **kwargs)
             output = self._turned(first_of(output), 0, 2)
         return output if self.rows is None else self.rows[number].behind(index, output)
 
@@ -251,6 +257,26 @@ class LayerStream:
             for number, state in enumerate(states):
                 state.copy_(self._run(index, number, state))
         return seen
+
+    def through(self, index: int, number: int, run: Callable[[tuple, dict[str, Any]], Any]) -> torch.Tensor:
+        """What is made of the hidden states of a batch if `run` is called with the arguments of layer `index`.
+
+        Gradients are recorded if they are switched on.
+        """
+        return self._run(index, number, self.hidden[number], run)
+
+    @contextmanager
+    def unreplaced(self) -> Iterator[None]:
+        """Modules run themselves, also those whose outputs are known, as long as this is open."""
+        replaced, self._replaced = self._replaced, {}
+        try:
+            yield
+        finally:
+            self._replaced = replaced
+
+    def run_anew(self) -> None:
+        """Forgets what modules of the current layer put out: they have changed."""
+        self._replaced.clear()
 
     def advance(self, index: int) -> None:
         """Replaces the hidden states by the outputs of layer `index`."""
