@@ -149,13 +149,14 @@ class _Training:
         cut = _leaves_out(self.module, layer, kept)
         self.cut = {parameters[name][0]: place for name, place in cut.items()}
         self.weights: dict[str, torch.Tensor] = {}
-        self.zero: dict[str, torch.Tensor] = {}
+        self.zero: dict[str, list[torch.Tensor]] = {}
         for full, (name, _) in parameters.items():
             if full in frozen:
                 continue
             value = self._value(name)
-            if name not in self.cut and value.ndim > 1 and bool((value == 0).any()):
-                self.zero[name] = value == 0  # columns of what will be cut
+            if name not in self.cut and value.ndim > 1:  # columns of what will be cut
+                lines = [(value == 0).all(dim, keepdim=True) for dim in (-1, -2)]
+                self.zero[name] = [line for line in lines if bool(line.any())]
             self.weights[name] = value.float().clone().requires_grad_()
         self.dtypes = {name: self.module.get_parameter(name).dtype for name in self.weights}
         self.rest = {name: self._value(name) for name in self.cut if name not in self.weights}
@@ -219,9 +220,9 @@ class _Training:
                 number = next(numbers)
                 self._error(number, self._parameters()).sum().backward()
                 tokens += self.stream.batches[number].numel()
-        for name, zero in self.zero.items():
-            if self.weights[name].grad is not None:
-                self.weights[name].grad.masked_fill_(zero, 0)
+        for name, lines in self.zero.items():
+            for line in lines if self.weights[name].grad is not None else ():
+                self.weights[name].grad.masked_fill_(line, 0)
         optimiser.step()
         optimiser.zero_grad()
 
