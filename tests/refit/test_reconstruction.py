@@ -76,7 +76,8 @@ def test_error_that_is_reported_is_that_of_the_small_model(name, units):
     assert found["layer"] == last and float(error.mean()) == pytest.approx(found["after"], rel=0.02)
 
 
-def test_without_a_step_it_is_the_closed_form_and_with_some_the_same_each_time():
+def test_without_a_step_it_is_the_closed_form_and_with_some_the_same_each_time(monkeypatch):
+    monkeypatch.setattr(reconstruction, "STEPS", 8)
     model = families.make_model("mixtral")
     options = dict(units=("experts",))
     closed, none = pruned(model, **options), pruned(model, reconstruct_minutes=0, **options)
