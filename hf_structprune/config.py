@@ -88,7 +88,7 @@ class PruningConfig:
             chooses it for each layer on held-out calibration text.
         reconstruct (`bool`): Train each layer after its re-fit, all weights that it has left, for fifty steps
             towards what it should put out; the re-fit stays where that is no better on held-out calibration text.
-            Takes many times the time of the rest, and gains more with more calibration text.
+            Takes many times the time of the rest.
         reconstruct_minutes (`float`, *optional*): Reconstruct for so many minutes in all, in the place of fifty
             steps a layer.
         allocation (`str`): `"uniform"` cuts the same share of every group of a kind, `"global"` compares the
