@@ -299,6 +299,13 @@ class PruningConfig:
         named = self.listed and self.num_layers is None and ratio is None
         return bool(self.kinds(kinds_of(DepthKind))) and self.keep_first is None and not named
 
+    def carries_out(self, asked: PruningConfig) -> bool:
+        """Whether this is the configuration that is asked for, or what `units="auto"` in that came to."""
+        if AUTO not in asked.units:
+            return self == asked
+        left = {"units": asked.units, "keep": None, "depth_criterion": asked.depth_criterion}
+        return dataclasses.replace(self, **left) == asked
+
     @property
     def by_kind(self) -> bool:
         """Whether `attention_ratio` / `mlp_ratio` stand in for one ratio of the whole model."""

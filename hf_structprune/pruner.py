@@ -467,10 +467,10 @@ class StructuredPruner:
     def _carry_out(self, run: Execution, plan: PruningPlan, known: Survey | None = None) -> None:
         if isinstance(run.store, InTurns):
             run.store.begin(run.model, run.structure)
-            check_device_room(run.store, run.model, plan, self.config, run.structure)
+            check_device_room(run.store, run.model, plan, self._decided, run.structure)
         if self._streaming is not None:
-            self._streaming.check_room(plan, self.config, self.structure)
-            self._streaming.keep_state(plan, self.config)
+            self._streaming.check_room(plan, self._decided, self.structure)
+            self._streaming.keep_state(plan, self._decided)
         run.carry_out(plan, known)
         self.model = run.model if self._towers is None else self._towers.whole(run.model)
         self.structure = run.structure

@@ -197,3 +197,11 @@ def test_a_file_that_is_not_json_raises(tmp_path):
     (tmp_path / "c.json").write_text("no")
     with pytest.raises(ConfigurationError, match="c.json is not JSON"):
         PruningConfig.load(tmp_path / "c.json")
+
+
+def test_what_auto_came_to_is_what_was_asked_for():
+    asked = PruningConfig(units="auto", round_to=8)
+    layers = {"keep": {"layers": 3}, "depth_criterion": "block_influence"}
+    found = PruningConfig(units=("mlp_neurons", "layers"), round_to=8, **layers)
+    assert found.carries_out(asked) and found.carries_out(found) and not asked.carries_out(found)
+    assert not found.carries_out(PruningConfig(units="auto", round_to=4))

@@ -170,7 +170,7 @@ class _Run:
             check_output(str(self.folder), self.again)
             return False
         plan, config = PruningPlan.load(self.folder), PruningConfig.load(self.folder)
-        if config != self.recipe.pruning or plan.ratio_requested != self.recipe.ratio:
+        if not config.carries_out(self.recipe.pruning) or plan.ratio_requested != self.recipe.ratio:
             raise ConfigurationError(
                 f"{self.folder} holds a checkpoint that was pruned with other settings; choose another `output_dir` "
                 "or say --overwrite."

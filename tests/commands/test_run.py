@@ -78,7 +78,9 @@ def test_everything_is_in_the_folder(recipe, capsys):
     assert "perplexity" in shown and str(out) in shown
 
 
-def test_a_second_run_does_nothing_again(recipe, done):
+@pytest.mark.parametrize("units", ["mlp_neurons", "auto"])
+def test_a_second_run_does_nothing_again(recipe, done, units):
+    recipe.write_text(recipe.read_text().replace("prune:\n", f"prune:\n  units: {units}\n"))
     assert cli.main(["run", str(recipe)]) == 0
     assert done == ["load_pruner", "dense", "load_for_measuring", "pruned"]
     out = recipe.parent / "out"
