@@ -41,6 +41,7 @@ _DEAR = 2  # times what others cost for as many parameters
 _PLACES = 400  # of a curve, of which one is the knee
 _REACH = 4  # times the largest amount that was priced
 _MOST = 0.5  # of a kind; what more than that costs says little about what less does
+_APART = 0.9  # of an amount: what is measured beside it
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Curve:
         """
         if removed <= 0:
             return 0.0
-        points = sorted(self.points)
+        points = sorted(dict(self.points).items())
         if not points or removed > reach * points[-1][0]:
             return math.inf
         if len(points) == 1:
@@ -293,7 +294,8 @@ class KindChooser:
             found = [next((one for one in made if one is not None), None)]
         else:
             share = share_of(kind, self.structure)
-            amounts = [ratio] if ratio <= _MOST * share else [ratio, _MOST * share]
+            most = _MOST * share
+            amounts = [ratio, most] if most < _APART * ratio else [ratio]
             found = [self._candidate((kind,), None, amount) for amount in amounts]
         return [one for one in found if one is not None and one.plan.parameters_after < one.plan.parameters_before]
 

@@ -273,6 +273,7 @@ def test_a_ratio_is_needed():
 def test_a_curve_goes_through_its_points_and_ends_with_them():
     curve = Curve([(100, 0.1), (300, 0.9)])  # 0.1 * (x / 100) ** 2
     assert [curve.at(x) for x in (0, 50, 100, 200, 300, 400)] == pytest.approx([0, 0.025, 0.1, 0.4, 0.9, 1.6])
+    assert Curve([(100, 0.1), (100, 0.1)], power=2).at(200) == pytest.approx(0.4)  # the same amount twice
     assert curve.at(1201) == math.inf and Curve([]).at(1) == math.inf
     assert Curve([(100, 0.1)], power=1.5).at(200) == pytest.approx(0.1 * 2**1.5)
     assert Curve([(100, 0.2), (200, 0.3)]).at(50) == pytest.approx(0.1)  # never less than in proportion
