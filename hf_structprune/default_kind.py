@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from .config import EVOLUTION, PruningConfig
 from .criteria import make_criterion
 from .errors import RatioError, StructPruneError, UnsupportedModelError
-from .model.rebuild import has_weights
+from .model.placement import has_weights
 from .model.structure import ModelStructure
 from .planner import Planner
 from .units import GROUPS, KINDS, LAYERS, NEURONS, QUERIES, WidthKind, kinds_of

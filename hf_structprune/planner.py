@@ -20,7 +20,7 @@ from .criteria.depth import LayerSimilarities
 from .errors import CheckpointError, ConfigurationError, RatioError, UnsupportedModelError
 from .model.describe import approximations, expressible_heads, target_of, warnings_of
 from .model.groups import Group
-from .model.rebuild import has_weights
+from .model.placement import has_weights, why_no_weights
 from .model.served import misread
 from .model.shared_sizes import SIZED
 from .model.store import Store
@@ -90,6 +90,10 @@ class Planner:
             CheckpointError: No checkpoint could hold the result.
         """
         config, total = self.config, self.structure.total_parameters
+        if self.looks_first and self.store is None and not has_weights(self.model):
+            raise UnsupportedModelError(
+                f"`allocation` is {config.allocation!r}, which measures the model. {why_no_weights(self.model)}"
+            )
         self.known = survey(self.model, self.structure, config, self.tokens) if self.looks_first else None
         shared, shell = self._shared(ratio)
         budget = None if ratio is None else round(ratio * total)
@@ -224,8 +228,7 @@ class Planner:
             return normalised({kind: config.layers for kind in kinds}, self._narrow)
         if self.store is None and not has_weights(self.model):
             raise UnsupportedModelError(
-                "Which layers go is measured on the model, but some weights are not in memory (meta device or "
-                "offloaded). Load it with a `device_map` that fits, or name the layers."
+                f"Which layers go is measured on the model, unless they are named. {why_no_weights(self.model)}"
             )
         dropped: Dropped = {}
         for kind in filter(config.is_stated, kinds):

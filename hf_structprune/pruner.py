@@ -33,7 +33,8 @@ from .hub.origin import origin_of, record
 from .model import loading
 from .model.checks import check_model, check_savable
 from .model.measuring import check_finite, measuring
-from .model.rebuild import has_weights, interrupted, mark, marked_if_changed
+from .model.placement import has_weights, is_spread, why_no_weights
+from .model.rebuild import interrupted, mark, marked_if_changed
 from .model.served import misread
 from .model.store import InTurns, Store
 from .model.structure import ModelStructure
@@ -62,10 +63,6 @@ from .vocabulary.choosing import TokenChoice
 logger = logging.get_logger(__name__)
 
 _SOME = 0.5  # the ratio in the place of a size, where any will do
-_NO_WEIGHTS = (
-    "Some weights are not in memory (meta device or offloaded): only planning is possible. Load the model with a "
-    "`device_map` that fits, or on the CPU."
-)
 
 
 class StructuredPruner:
@@ -162,7 +159,9 @@ class StructuredPruner:
                 raise ConfigurationError(f"`{name}` is an option of loading, but the model is loaded already.")
             return cls(model_or_id, config, tokenizer, device, data_parallel, spill)
         if stream and data_parallel:
-            raise ConfigurationError("`stream` and `data_parallel` are both given; one process streams a model.")
+            raise ConfigurationError(
+                "`stream` and `data_parallel` are both given, but one process streams a model: give one of them."
+            )
         kwargs = loading.plain_options(kwargs)
         model_config = loading.load_config(model_or_id, **kwargs)
         loading.refuse_quantised(model_config, str(model_or_id))
@@ -258,7 +257,7 @@ class StructuredPruner:
         if self._processes.count > 1:
             raise ConfigurationError("`within` and `data_parallel` are both given; one process prunes copies.")
         if not has_weights(self.model):
-            raise UnsupportedModelError(_NO_WEIGHTS)
+            raise UnsupportedModelError(why_no_weights(self.model))
         tokenizer = self._processor or self.tokenizer
 
         def value_at(some: float) -> Figure:
@@ -288,7 +287,7 @@ class StructuredPruner:
                 "This pruner has pruned its model. To prune the result again, make a new pruner from `pruner.model`."
             )
         if self._streaming is None and not has_weights(self.model):
-            raise UnsupportedModelError(_NO_WEIGHTS)
+            raise UnsupportedModelError(why_no_weights(self.model))
         self._check_images()
         check_savable(self.model, configuration=self.config, origin=self.origin and self.origin.options)
         dense, tokenizer = self.model, self.tokenizer
@@ -312,6 +311,8 @@ class StructuredPruner:
             reasons.append("rows with images")
         if self._decided.reconstruct:
             reasons.append("`reconstruct`, each step of which follows on from the one before")
+        if is_spread(self.model):
+            reasons.append("a model that `device_map` spreads over several devices, which the processes would share")
         if reasons:
             raise ConfigurationError(
                 f"With `data_parallel` the calibration text is divided among {self._processes.count} processes, which "
@@ -384,7 +385,7 @@ class StructuredPruner:
         plan.target = self._reached
         if estimate or self._priced:
             if not has_weights(self.model):
-                raise UnsupportedModelError(_NO_WEIGHTS)
+                raise UnsupportedModelError(why_no_weights(self.model))
             plan.predicted_nats = self._measured_prices().of(plan, self._decided)
 
     def _choices(self) -> dict[str, TokenChoice]:

@@ -6,50 +6,90 @@ import families
 import moe_families
 import pytest
 import torch
-from other_device import DEVICE, OtherDevice, is_other
+from accelerate import dispatch_model
+from other_device import DEVICE, OtherDevice, is_other, place, spread
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_structprune import PruningConfig, StructuredPruner, streaming
-from hf_structprune.errors import ConfigurationError, StructPruneError
+from hf_structprune.errors import ConfigurationError, StructPruneError, UnsupportedModelError
+from hf_structprune.evaluation.perplexity import window_losses
 from hf_structprune.files.rooms import Spill, in_memory, room_needed
 from hf_structprune.model import store as store_module
 from hf_structprune.model.store import InTurns
 
 
+# With the number of accelerators. Gemma has tied embeddings and, as many layers share them, two rotary embeddings.
 CASES = {
-    "default": ("llama", 0.1, {}),
-    "taylor": ("llama", 0.1, {"criterion": "taylor"}),
-    "hidden size": ("llama", None, {"hidden_size": 24}),
-    "experts": ("qwen3_moe", None, {"keep": {"experts": 3}, "merge_experts": True}),
-    "neurons of experts": ("qwen3_moe", None, {"keep": {"expert_neurons": 8}}),
-    "matrices that are transposed": ("gpt2", 0.1, {}),
-}
+    "default": (1, "llama", 0.1, {}),
+    "gradients": (2, "gemma3_text", 0.1, {"criterion": "taylor"}),
+    "hidden size": (2, "llama", None, {"hidden_size": 24}),
+    "experts": (2, "qwen3_moe", None, {"keep": {"experts": 3}, "merge_experts": True}),
+    "neurons of experts": (2, "qwen3_moe", None, {"keep": {"expert_neurons": 8}}),
+    "layers and neurons, matrices that are transposed": (
+        2, "gpt2", 0.4, {"units": ("layers", "mlp_neurons"), "split": {"layers": 0.8, "mlp_neurons": 0.2}},
+    ),
+}  # fmt: skip
 
 
-def pruned(model, ratio, options):
-    config = PruningConfig(round_to=1, calibration=families.calibration(8, 12), **options)
-    return StructuredPruner(model, config).prune(ratio)
+def make(name):
+    return (moe_families.make_moe if name in moe_families.CONFIGS else families.make_model)(name)
+
+
+def pruner_of(model, options):
+    return StructuredPruner(model, PruningConfig(round_to=1, calibration=families.calibration(8, 12), **options))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_pruning_is_the_same_on_another_device(case):
-    name, ratio, options = CASES[case]
-    make = moe_families.make_moe if name in moe_families.CONFIGS else families.make_model
-    expected = pruned(make(name), ratio, options).state_dict()
+def test_pruning_is_the_same_on_other_devices(case):
+    devices, name, ratio, options = CASES[case]
+    plain = pruner_of(make(name), options)
+    expected = plain.prune(ratio).state_dict()
     with OtherDevice() as device:
-        model = make(name).to("cuda")
+        model = make(name).to("cuda") if devices == 1 else spread(make(name))
         assert model.device == DEVICE
-        model = pruned(model, ratio, options)
+        pruner = pruner_of(model, options)
+        model = pruner.prune(ratio)
         model(families.make_tokens(2, 8).to("cuda"))
-    assert all(map(is_other, (*model.parameters(), *model.buffers()))) and device.operations > 1000
+    assert {place(one) for one in (*model.parameters(), *model.buffers())} == {*range(devices)}
+    assert device.operations > 1000 and pruner.last_plan.to_dict() == plain.last_plan.to_dict()
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
 
 
+def test_a_model_on_two_devices_is_measured_generates_and_is_saved(tmp_path):
+    def done(model, folder):
+        pruner = pruner_of(model, {})
+        model, tokens = pruner.prune(0.1), families.make_tokens(2, 12)
+        pruner.save_pretrained(folder)
+        losses = window_losses(model, tokens, [11, 7], batch_size=2)
+        return losses.tolist(), model.generate(tokens.to(model.device), max_new_tokens=5).tolist()
+
+    expected = done(families.make_model("llama"), tmp_path / "one")
+    with OtherDevice():
+        assert done(spread(families.make_model("llama")), tmp_path / "two") == expected
+    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / folder).state_dict() for folder in ("one", "two"))
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+def test_parts_that_are_offloaded_are_refused_with_the_way_out(tmp_path):
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    device_map |= {f"model.layers.{n}": "disk" if n else "cpu" for n in range(3)}
+    model = dispatch_model(families.make_model("llama"), device_map, offload_dir=str(tmp_path))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert pruner_of(model, {}).plan(0.1).parameters_after < model.num_parameters()  # by sizes alone
+    words = r"`model.layers.1`, `model.layers.2` of this model are on disk.*--offload.*--stream"
+    with pytest.raises(UnsupportedModelError, match=words):
+        pruner_of(model, {}).prune(0.1)
+    for options in ({"allocation": "global"}, {"units": ("layers",)}):
+        with pytest.raises(UnsupportedModelError, match=f"measure.*{words}"):
+            pruner_of(model, options).plan(0.4)
+    assert all(tensor.is_meta or torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_bfloat16_is_multiplied_as_cuda_does():
     with OtherDevice():
-        model = pruned(families.make_model("llama", dtype=torch.bfloat16).to("cuda"), 0.1, {})
+        model = pruner_of(families.make_model("llama", dtype=torch.bfloat16).to("cuda"), {}).prune(0.1)
         assert model(families.make_tokens(2, 8).to("cuda")).logits.isfinite().all()
     assert all(map(is_other, model.parameters()))
 
@@ -59,7 +99,14 @@ def test_the_second_device_refuses_what_cuda_refuses():
         there, here = torch.ones(3).to("cuda"), torch.ones(3)
         assert (there + 1).device == DEVICE and there.cpu().device.type == "cpu" and float(there.sum()) == 3
         assert torch.zeros(2, device=there.device).device == DEVICE and there[torch.tensor([1])].device == DEVICE
-        for mix in (lambda: there + here, lambda: here[there.long()], lambda: torch.cat([there, here])):
+        elsewhere = there.to(1)
+        assert elsewhere.device == torch.device("cuda", 1) and torch.equal(elsewhere.to(0), there)
+        for mix in (
+            lambda: there + here,
+            lambda: there + elsewhere,
+            lambda: here[there.long()],
+            lambda: torch.cat([there, here]),
+        ):
             with pytest.raises(RuntimeError, match="device|cpu"):
                 mix()
         with pytest.raises(TypeError, match="numpy"):
@@ -67,7 +114,9 @@ def test_the_second_device_refuses_what_cuda_refuses():
 
 
 IN_TURNS = {
-    **{case: CASES[case] for case in ("default", "taylor", "experts")},
+    "default": ("llama", 0.1, {}),
+    "taylor": ("llama", 0.1, {"criterion": "taylor"}),
+    "experts": ("qwen3_moe", None, {"keep": {"experts": 3}, "merge_experts": True}),
     "layers, chosen on the CPU": ("gpt2", None, {"num_layers": 1}),
     "in steps, tied": ("gemma2", 0.2, {"iterative_steps": 2}),
 }
@@ -97,7 +146,6 @@ def turns(monkeypatch):
 @pytest.mark.parametrize("case", IN_TURNS)
 def test_layers_in_turns_on_another_device(case, room, turns):
     name, ratio, options = IN_TURNS[case]
-    make = moe_families.make_moe if name in moe_families.CONFIGS else families.make_model
     config = PruningConfig(round_to=1, calibration=families.calibration(8, 12), **options)
     plain = StructuredPruner(make(name), config)
     expected = plain.prune(ratio).state_dict()

@@ -184,16 +184,17 @@ def norm_kind(module: nn.Module) -> NormKind | None:
     if is_linear(module) or isinstance(module, nn.Embedding) or weight is None or weight.ndim != 1:
         return None
     twin = copy.deepcopy(module).to_empty(device="cpu").float()
+    run = partial(type(module).forward, twin)  # without what Accelerate puts around it, which moves the input
     for parameter in twin.parameters():
         parameter.zero_()
     numbers = torch.linspace(-1, 2, weight.numel() * 2, dtype=torch.float32, device="cpu")
     x = 1e4 * (numbers.cos().view(2, -1) + 0.5)  # no epsilon matters beside it
-    offset = float(twin(x).abs().max() > 1e-6)
+    offset = float(run(x).abs().max() > 1e-6)
     twin.weight.fill_(1 - offset)
-    y = twin(x)
-    if not torch.allclose(twin(2 * x), y, atol=1e-3) or torch.allclose(y, x):
+    y = run(x)
+    if not torch.allclose(run(2 * x), y, atol=1e-3) or torch.allclose(y, x):
         return None
-    return NormKind(centred=torch.allclose(twin(x + 1e4), y, atol=1e-3), offset=offset)
+    return NormKind(centred=torch.allclose(run(x + 1e4), y, atol=1e-3), offset=offset)
 
 
 def stream_norms(model: PreTrainedModel, names: Collection[str]) -> dict[str, NormKind]:

@@ -112,8 +112,8 @@ def has_plain_head(model: PreTrainedModel, ids: torch.LongTensor) -> bool:
     hidden = getattr(base(input_ids=ids, use_cache=False), "last_hidden_state", None)
     if hidden is None or hidden.shape[-1] != head.weight.shape[-1]:
         return False
-    own = model(input_ids=ids, use_cache=False).logits
-    return torch.equal(own.float(), head(hidden).float())
+    own = model(input_ids=ids, use_cache=False).logits.float()
+    return torch.equal(own, head(hidden).float().to(own.device))
 
 
 def positions_at_once(vocab_size: int) -> int:

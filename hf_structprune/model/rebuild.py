@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import StructPruneError, UnsupportedModelError
+from .placement import has_weights, spread_like
 from .target import Target
 
 
@@ -96,16 +97,7 @@ def assemble(
     result.generation_config = copy.deepcopy(like.generation_config)
     result.config.architectures = [type(result).__name__]
     result.config._name_or_path = like.config._name_or_path
-    if getattr(like, "hf_device_map", None) and len(set(like.hf_device_map.values())) > 1:
-        from accelerate import dispatch_model
-
-        result = dispatch_model(result, device_map=like.hf_device_map)
-    return result.eval()
-
-
-def has_weights(model: PreTrainedModel) -> bool:
-    """Whether all weights are in memory (and not on the meta device or offloaded)."""
-    return all(parameter.device.type != "meta" for parameter in model.parameters())
+    return spread_like(result, like).eval()
 
 
 Ties = frozenset[frozenset[str]]

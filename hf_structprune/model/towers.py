@@ -15,7 +15,8 @@ from transformers.models.auto.modeling_auto import (
 
 from ..errors import CheckpointError, UnsupportedModelError
 from .per_layer import needs_per_layer_class
-from .rebuild import assemble, has_weights, with_ties
+from .placement import has_weights, is_spread
+from .rebuild import assemble, with_ties
 from .target import REFUSALS, Target, make_target, plain_values
 
 
@@ -60,7 +61,7 @@ class Towers:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model, name = model, type(model).__name__
         self.deep = "deepstack" in model.config.to_json_string(use_diff=False)
-        if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        if is_spread(model):
             raise UnsupportedModelError(f"The {name} is spread over several devices: load it on one.")
         text = model.config.get_text_config()
         self._key = next(key for key, value in vars(model.config).items() if value is text)

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, ConfigurationError
 from ..files.writing import appearing
-from ..model.rebuild import assemble, has_weights, with_ties
+from ..model.placement import has_weights
+from ..model.rebuild import assemble, with_ties
 from ..model.target import Target
 
 

@@ -75,6 +75,10 @@ def refused(folder):
         with pytest.raises(ConfigurationError, match=f"2 processes.*{what}"):
             pruner.prune(0.2)
         assert all(torch.equal(tensor, before[key]) for key, tensor in pruner.model.state_dict().items())
+    pruner = pruner_of("llama")
+    pruner.model.hf_device_map = {"model": 0, "lm_head": 1}
+    with pytest.raises(ConfigurationError, match="2 processes.*`device_map`.*start one process"):
+        pruner.prune(0.2)
     rank = torch.distributed.get_rank()
     with pytest.raises(ConfigurationError, match="1 of 2 processes were given another"):
         pruner_of("llama", seed=rank).prune(0.2)
