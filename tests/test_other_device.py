@@ -81,7 +81,7 @@ def test_parts_that_are_offloaded_are_refused_with_the_way_out(tmp_path):
     words = r"`model.layers.1`, `model.layers.2` of this model are on disk.*--offload.*--stream"
     with pytest.raises(UnsupportedModelError, match=words):
         pruner_of(model, {}).prune(0.1)
-    for options in ({"allocation": "global"}, {"units": ("layers",)}):
+    for options in ({"allocation": "global", "layout": "per_layer"}, {"units": ("layers",)}):
         with pytest.raises(UnsupportedModelError, match=f"measure.*{words}"):
             pruner_of(model, options).plan(0.4)
     assert all(tensor.is_meta or torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -193,19 +193,27 @@ def test_memory_is_pinned_for_cuda_alone_and_where_it_can_be(caplog):
         assert in_memory((2, 3), torch.float32, DEVICE).shape == (2, 3) and "not pinned" in caplog.text
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_hidden_states_are_on_disk_where_the_machine_has_too_little_memory_too(stream, room, tmp_path, monkeypatch):
-    shapes, make = [], store_module.on_disk
-    monkeypatch.setattr(store_module, "on_disk", lambda shape, *a: (shapes.append(shape), make(shape, *a))[1])
-    dense = families.make_model("qwen2")
+ON_DISK = {
+    "heads and neurons": (True, "qwen2", 0.1, {}),
+    "experts": (True, "qwen3_moe", None, {"keep": {"experts": 3}, "merge_experts": True}),
+    "neurons of experts": (False, "mixtral", None, {"keep": {"expert_neurons": 8}}),
+}
+
+
+@pytest.mark.parametrize("case", ON_DISK)
+def test_hidden_states_are_on_disk_where_the_machine_has_too_little_memory_too(case, room, tmp_path, monkeypatch):
+    stream, name, ratio, options = ON_DISK[case]
+    shapes, make_room = [], store_module.on_disk
+    monkeypatch.setattr(store_module, "on_disk", lambda shape, *a: (shapes.append(shape), make_room(shape, *a))[1])
+    dense = make(name)
     dense.save_pretrained(tmp_path / "dense")
-    config = PruningConfig(round_to=1, calibration=families.calibration(8, 12))
-    expected = StructuredPruner(dense, config).prune(0.1).state_dict()
+    config = PruningConfig(round_to=1, calibration=families.calibration(8, 12), **options)
+    expected = StructuredPruner(dense, config).prune(ratio).state_dict()
     with OtherDevice() as device:
         pruner = StructuredPruner.from_pretrained(
             tmp_path / "dense", config, stream=stream, device="cuda", spill=Spill(0, tmp_path)
         )
-        pruner.prune(0.1, tmp_path / "out")
+        pruner.prune(ratio, tmp_path / "out")
     assert len(shapes) > 3 and {math.prod(shape[:-1]) for shape in shapes} == {8 * 12}
     assert device.operations > 300 and not device.pinned
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
