@@ -97,13 +97,14 @@ class _Python(TorchFunctionMode):
             return torch.mm(args[0].to(kwargs["out_dtype"]), args[1].to(kwargs["out_dtype"]))
         if function is torch.Tensor.cuda:
             args, kwargs, function = (args[0], DEVICE), {}, torch.Tensor.to
-        if function in _TAKE_NUMBERS:
+        if function in _TAKE_NUMBERS and (function is not torch.device or len(args) == 1):
             args = [_numbered(one) for one in args]
         asked = [one for one in (*args, *kwargs.values()) if _is_device(one)]
         if function is torch.Tensor.cpu:
             asked = [torch.device("cpu")]
         if function is torch.Tensor.to and len(args) > 1 and isinstance(args[1], torch.Tensor):
-            asked, args = [args[1].device], [args[0], args[1].device, args[1].dtype, *args[2:]]
+            asked = [torch.device("cuda", place(args[1])) if is_other(args[1]) else args[1].device]
+            args = [args[0], asked[0], args[1].dtype, *args[2:]]
         if not asked or function in (torch.device, torch._C._nn._parse_to):
             return self._run(function, args, kwargs)
         device, cpu = torch.device(asked[0]), torch.device("cpu")
