@@ -18,12 +18,13 @@ def need(*packages: str, extra: str) -> None:
     Raises:
         StructPruneError: Names what is missing and the `extra` of this package that installs it.
     """
-    missing = [name for name in packages if not _found(name)]
+    missing = [name for name in packages if not is_installed(name)]
     if missing:
         raise StructPruneError(f'{" and ".join(missing)} is missing: `pip install "hf-structprune[{extra}]"`.')
 
 
-def _found(name: str) -> bool:
+def is_installed(name: str) -> bool:
+    """Whether a package, named as it is imported, can be imported."""
     try:
         return find_spec(name) is not None
     except ModuleNotFoundError:  # the package that it would be in

@@ -39,7 +39,7 @@ COMMANDS = {
     "push": ("checkpoints", "push a pruned checkpoint to the Hub"),
     "run": ("run", "run a recipe: prune, measure both sides, write the card, push"),
     "shrink": ("shrink", "prune, distil and measure a model within a time that is given"),
-    "demo": ("run", "prune a small model end to end and show what happened"),
+    "demo": ("demo", "prune a small model, train it for minutes, and show what happened"),
 }
 HELP = """usage: hf-structprune COMMAND [MODEL] [options]
 

@@ -79,9 +79,9 @@ def evaluate_command(model: ModelArguments, options: EvaluateArguments, config: 
     return *_shown(results, output), where
 
 
-def _shown(results: list[EvaluationResult], output: Path | None) -> tuple[dict[str, Any], Table]:
+def _shown(results: list[EvaluationResult], output: Path | None) -> tuple[dict[str, Any], ResultTable]:
     table = ResultTable(results)
-    return {**table.to_dict(), "output": None if output is None else str(output)}, table.to_rich()
+    return {**table.to_dict(), "output": None if output is None else str(output)}, table
 
 
 def _evaluate(
@@ -247,7 +247,7 @@ def compare_command(argv: Sequence[str]) -> None:
             draw_all(results, Path(options.pictures))
     if form == "table":
         out = console() if options.output is None else Console(width=160, color_system=None, file=io.StringIO())
-        out.print(table.to_rich())
+        out.print(table)
         text = "" if options.output is None else out.file.getvalue()
     elif form == "json":
         text = json.dumps(table.to_dict(), indent=1, allow_nan=False) + "\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,7 @@ def _checkpoint(gguf: Path) -> Path:
     return folder
 
 
+@cache
 def _on_hub(name: str) -> bool:
     if isinstance(try_to_load_from_cache(name, "model.safetensors"), str):
         return True

@@ -476,14 +476,15 @@ class DemoArguments:
         model (`str`): Id of a model on the Hub, or a folder. Default: SmolLM2-135M-Instruct.
         ratio (`float`): Share of all parameters to remove. By the default, 10 %, the default model still answers; by
             20 % it does so after recovery alone.
-        output_dir (`str`): Folder for the checkpoint; an earlier checkpoint of this package is replaced.
-        prompt (`str`): What the model is asked, before and after.
+        output_dir (`str`): Folder for the checkpoint, the recovered one goes to `OUTPUT_DIR-recovered`; earlier
+            checkpoints of this package are replaced.
+        minutes (`float`): For the training, which lets the pruned model predict what the dense one does; 0 for none.
     """
 
     model: str = DEMO_MODEL
     ratio: Ratio = 0.1
     output_dir: str = "out"
-    prompt: str = "What is the capital of France?"
+    minutes: Annotated[float, Limits(0)] = 3.0
 
 
 # What each command does, in the words of its `--help`, and what it reads, in the order that its function takes it.
@@ -537,5 +538,5 @@ TAKES: dict[str, tuple[str, tuple[type, ...]]] = {
         "Prune MODEL, train it to predict what the dense model does, measure all and write the card, within a time.",
         (ShrinkArguments,),
     ),
-    "demo": ("Prune MODEL and show what happened.", (DemoArguments,)),
+    "demo": ("Prune MODEL, train it for a few minutes and show what happened.", (DemoArguments,)),
 }  # fmt: skip

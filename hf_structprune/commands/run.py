@@ -1,4 +1,4 @@
-"""`hf-structprune run RECIPE`, and `demo`: prunes, recovers, quantises, measures all sides and writes the cards."""
+"""`hf-structprune run RECIPE`: prunes, recovers, quantises, measures all sides and writes the cards."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from ..config import CONFIG_NAME, PruningConfig
 from ..errors import ConfigurationError, UnsupportedModelError
-from ..evaluation import EvaluationResult, ResultTable, evaluate, generate_samples
+from ..evaluation import EvaluationResult, ResultTable, evaluate
 from ..evaluation.evaluator import load_inputs
 from ..evaluation.pictures import save, widths_figure
 from ..evaluation.results import RESULTS_NAME
-from ..evaluation_config import EfficiencyConfig, EvaluationConfig
+from ..evaluation_config import EfficiencyConfig
 from ..files.writing import check_folder, check_place, write_text
-from ..hardware import cpu_has_bf16
 from ..hub import push_folder, write_card
 from ..hub.contents import DENSE_RESULTS_NAME, WIDTHS_NAME, Contents, check_card, check_file, check_own_files
 from ..hub.origin import Origin, public_config
@@ -26,7 +27,6 @@ from ..model.describe import target_of
 from ..model.loading import load_config
 from ..model.towers import has_towers
 from ..plan import PruningPlan
-from ..pruner import StructuredPruner
 from ..quantization.quantizing import Unquantised, backend_of, quantize
 from ..recovery.data import load_rows
 from ..recovery.recovering import WRITING, newest_whole, recover, training_folder
@@ -44,14 +44,13 @@ from .models import (
     load_to_plan,
     plans_by_shapes,
 )
-from .options import DemoArguments, ModelArguments, RunArguments
+from .options import ModelArguments, RunArguments
 from .recipe import RECIPE_NAME, Recipe, Step
 
 
 TURNS = 3
 _LEAST = 0.1  # of a recipe's time: a training is not shorter
 _FREE = {"minutes": None}  # of what a training may have been given otherwise and is still the one that is asked for
-MAX_WINDOWS = 6  # of the demo
 
 
 def run_command(argv: Sequence[str]) -> None:
@@ -63,9 +62,15 @@ def run_command(argv: Sequence[str]) -> None:
     run_recipe(recipe, push=options.push, again=options.overwrite, dry_run=options.dry_run)
 
 
-def run_recipe(recipe: Recipe, *, push: bool = False, again: bool = False, dry_run: bool = False) -> None:
-    """Does what a recipe says; with `again` also what is done already, with `dry_run` only what needs no weights."""
+def run_recipe(
+    recipe: Recipe, *, push: bool = False, again: bool = False, dry_run: bool = False, turns: int = TURNS
+) -> None:
+    """Does what a recipe says; with `again` also what is done already, with `dry_run` only what needs no weights.
+
+    Speeds are timed in so many `turns`, one model after the other in each.
+    """
     started = time.monotonic()
+    need("matplotlib", extra="report")
     check_ratio(recipe.ratio, recipe.pruning)
     # Mistakes show before any work, and what an earlier run has left and this one goes on from is read.
     if recipe.evaluation is not None:
@@ -82,7 +87,7 @@ def run_recipe(recipe: Recipe, *, push: bool = False, again: bool = False, dry_r
     if Path(recipe.dense_results).is_file() and not again:
         check_file(Path(recipe.dense_results), EvaluationResult.load)
     if not dry_run:
-        _Run(recipe, dense, again, started).all(push)
+        _Run(recipe, dense, again, started, turns).all(push)
         return
     out = console()
     out.print(load_to_plan(dense, recipe.pruning, recipe.ratio).plan(recipe.ratio).table())
@@ -113,8 +118,9 @@ def _check_quantization(recipe: Recipe, dense: ModelArguments) -> None:
 class _Run:
     """The steps of one recipe, each of which looks whether it is done."""
 
-    def __init__(self, recipe: Recipe, dense: ModelArguments, again: bool, started: float) -> None:
+    def __init__(self, recipe: Recipe, dense: ModelArguments, again: bool, started: float, turns: int = TURNS) -> None:
         self.recipe, self.dense, self.again, self.base = recipe, dense, again, recipe.model.model
+        self.turns = turns
         self.started, self.measuring = started, 0.0  # when, and seconds that measuring the pruned model took
         self.folders, self.out = recipe.folders, console()
         self.folder, self.final = Path(recipe.output_dir), list(recipe.folders.values())[-1]
@@ -138,7 +144,10 @@ class _Run:
             self._make(quantization, "quantised", "quantize", QUANTIZATION_NAME, settings)
         if self.recipe.evaluation is not None:
             self._time()
-            self.out.print(ResultTable(Contents(self.final).results).to_rich())
+            contents = Contents(self.final)
+            self.out.print(ResultTable(contents.results))
+            if contents.samples:
+                self.out.print(answers_table(contents.samples))
         for folder in self.folders.values():
             self.out.print(f"Checkpoint, results and card are in {folder}/")
         if push:
@@ -160,6 +169,7 @@ class _Run:
             if self.dense.model != self.base:  # the card names the model, not the cache it was read from
                 pruner.origin = Origin.of(self.base).with_options_of(pruner.origin)
             pruner.prune(self.recipe.ratio)
+            self.out.print(pruner.last_plan.table())
             pruner.save_pretrained(self.folder)
         if not measured:
             write_text(dense, Path(self.recipe.dense_results).read_text(encoding="utf-8"))
@@ -248,7 +258,7 @@ class _Run:
         self.out.print("Measuring size, memory and speed of all ...")
         subjects = [Subject(self.dense, "dense", None)]
         subjects += [Subject(self._result(folder), state, self.base) for state, folder in self.folders.items()]
-        timed = take_turns_apart(subjects, EfficiencyConfig(seed=self.recipe.evaluation.seed), TURNS)
+        timed = take_turns_apart(subjects, EfficiencyConfig(seed=self.recipe.evaluation.seed), self.turns)
         for file, result, figures in zip(files, results, timed, strict=True):
             result.add(*figures.figures.values())
             result.save(file)
@@ -274,50 +284,14 @@ class _Run:
         write_card(folder)
 
 
-def demo_command(argv: Sequence[str]) -> None:
-    """Prune MODEL and show what happened."""
-    (options,) = parse(argv, "demo", demo_command.__doc__, DemoArguments)
-    check_ratio(options.ratio, PruningConfig())
-    folder = Path(options.output_dir)
-    check_output(options.output_dir, overwrite=(folder / CONFIG_NAME).exists())
-    out, started = console(), time.monotonic()
-    # In bfloat16 a CPU without instructions for it is five times slower.
-    given = dataclasses.replace(find_model(options.model), dtype="auto" if cpu_has_bf16() else "fp32")
-    pruner = load_pruner(given)
-    if given.model != options.model:
-        pruner.origin = Origin.of(options.model).with_options_of(pruner.origin)
-    out.print(f"1/4  Loaded {options.model}; measuring the dense model ...")
-    dense = _measure_demo(pruner, options.model, "dense", options.prompt)
-    out.print(f"2/4  Pruning {options.ratio:.0%} of all parameters ...")
-    pruner.prune(options.ratio)
-    out.print(pruner.last_plan.table())
-    out.print("3/4  Measuring the pruned model, then the speed of both ...")
-    pruned = _measure_demo(pruner, folder.name, "pruned", options.prompt)
-    pruned.base_model = options.model
-    pruner.save_pretrained(folder)
-    subjects = [Subject(given, "dense", None), Subject(ModelArguments(str(folder)), "pruned", options.model)]
-    for result, timed in zip((dense, pruned), take_turns_apart(subjects, EfficiencyConfig(), 1), strict=True):
-        result.add(*timed.figures.values())
-    dense.save(folder / DENSE_RESULTS_NAME)
-    pruned.save(folder / RESULTS_NAME)
-    save(widths_figure(pruner.last_plan, pruner.model.config.num_hidden_layers), folder / WIDTHS_NAME)
-    write_card(folder)
-    out.print(f"4/4  Saved to {folder}/; the model card is {folder / 'README.md'}")
-    out.print(ResultTable([dense, pruned]).to_rich())
-    texts = [" ".join(result.samples[0]["text"].split()) for result in (dense, pruned)]
-    out.print(f"prompt: {options.prompt}\n dense: {texts[0]}\npruned: {texts[1]}\n")
-    first = "import hf_structprune  # its layers differ in width\n    " * (pruner.last_plan.layout == "per_layer")
-    out.print(
-        f"Load it like any other model:\n\n    {first}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'    model = AutoModelForCausalLM.from_pretrained("{folder}")\n'
-        f'    tokenizer = AutoTokenizer.from_pretrained("{folder}")'
-    )
-    out.print(f"\nDone in {time.monotonic() - started:.0f} s.")
-
-
-def _measure_demo(pruner: StructuredPruner, name: str, state: str, prompt: str) -> EvaluationResult:
-    """Perplexity on the packaged text, and the greedy answer to the prompt."""
-    config = EvaluationConfig(max_windows=MAX_WINDOWS, efficiency=False, samples=False)
-    result = evaluate(pruner.model, pruner.tokenizer, config, name=name, state=state)
-    result.samples = generate_samples(pruner.model, pruner.tokenizer, prompt, max_new_tokens=40)
-    return result
+def answers_table(samples: Sequence[dict[str, Any]]) -> Table:
+    """What each model answers to each prompt, see `Contents.samples`; line breaks are spaces."""
+    table = Table(title="The same prompts", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for sample in samples:
+        table.add_section()
+        table.add_row("prompt", sample["prompt"])
+        for state, text in sample["answers"]:
+            table.add_row(state, " ".join(text.split()) or "(nothing)")
+    return table

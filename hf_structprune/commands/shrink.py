@@ -18,7 +18,10 @@ from .cli import check_output
 from .models import find_model
 from .options import ShrinkArguments
 from .recipe import Recipe
-from .run import MAX_WINDOWS, run_recipe
+from .run import run_recipe
+
+
+MAX_WINDOWS = 6  # of the packaged text
 
 
 def shrink_command(argv: Sequence[str]) -> None:
@@ -27,8 +30,7 @@ def shrink_command(argv: Sequence[str]) -> None:
     folder = Path(options.output_dir)
     if not (folder / RECOVERY_NAME).is_file() and newest_whole(training_folder(folder))[0] is None:
         check_output(options.output_dir, options.overwrite)
-    config = load_config(find_model(options.model).model).get_text_config()
-    content = recipe_of(options, getattr(config, "max_position_embeddings", None))
+    content = recipe_of(options, context_of(options.model))
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     if options.dry_run:
         print(text)
@@ -37,17 +39,31 @@ def shrink_command(argv: Sequence[str]) -> None:
 
 def recipe_of(options: ShrinkArguments, context: int | None = None) -> dict[str, Any]:
     """The recipe that does it, as a file of `hf-structprune run` would say it, for a model of this context."""
-    recover: dict[str, Any] = {"method": "distill", "output_dir": options.output_dir}
-    if context is not None and context < RecoveryConfig().max_length:
-        recover["max_length"] = context
+    recover = {"output_dir": options.output_dir, **distilling(context)}
     if options.dataset:
         recover["dataset"] = list(options.dataset)
     return {
-        # In bfloat16 a CPU without instructions for it is five times slower.
-        "model": {"model": options.model, "dtype": "auto" if has_accelerator() or cpu_has_bf16() else "fp32"},
+        "model": loading(options.model),
         "output_dir": f"{options.output_dir.rstrip('/')}-pruned",
         "minutes": options.minutes,
         "prune": {"ratio": options.ratio},
         "recover": recover,
         "evaluate": {"max_windows": MAX_WINDOWS, "efficiency": False},
     }
+
+
+def context_of(model: str) -> int | None:
+    """Tokens that a model of the Hub or of a folder has positions for, if it says so."""
+    config = load_config(find_model(model).model).get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
+def loading(model: str) -> dict[str, str]:
+    """The section `model`: in bfloat16 a CPU without instructions for it is five times slower."""
+    return {"model": model, "dtype": "auto" if has_accelerator() or cpu_has_bf16() else "fp32"}
+
+
+def distilling(context: int | None) -> dict[str, Any]:
+    """The section `recover`: distillation without a data set, of sequences that a model of this context takes."""
+    short = context is not None and context < RecoveryConfig().max_length
+    return {"method": "distill", **({"max_length": context} if short else {})}

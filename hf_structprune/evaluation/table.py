@@ -20,6 +20,7 @@ from .results import EvaluationResult, Figure, csv_text
 
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
 
 MARK, UNPAIRED_MARK = "†", "‡"
@@ -124,18 +125,27 @@ class ResultTable:
         """One row for each figure that any of the results has: perplexities, tasks, generation, efficiency."""
         return list(self._rows)
 
-    def to_rich(self) -> Table:
-        """For the terminal."""
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.to_rich(options.max_width)
+
+    def to_rich(self, width: int | None = None) -> Table:
+        """For the terminal; in fewer columns of `width` than it wants, changes are short and under their values."""
+        from rich.cells import cell_len
         from rich.table import Table
 
         names = [f"{label}: {result.model}" for label, result in zip(self.labels, self.results, strict=True)]
+        columns, lines = self._columns(), [self._texts(row) for row in self._rows]
+        wanted = sum(max(map(cell_len, column)) + 3 for column in zip(columns, *lines, strict=True)) + 1
+        if width is not None and width < wanted:
+            columns, lines = ["", *self.labels], [self._texts(row, stacked=True) for row in self._rows]
         table = Table(title="\n".join(names), caption="\n".join(self._legend()) or None, caption_justify="left")
-        for number, column in enumerate(self._columns()):
+        for number, column in enumerate(columns):
             table.add_column(column, justify="right" if number else "left")
-        for _, rows in groupby(self._rows, key=lambda row: _family(row.name)):
+        of_rows = zip(self._rows, lines, strict=True)
+        for _, found in groupby(of_rows, key=lambda pair: _family(pair[0].name)):
             table.add_section()
-            for row in rows:
-                table.add_row(*self._texts(row))
+            for _, line in found:
+                table.add_row(*line)
         return table
 
     def to_markdown(self) -> str:
@@ -181,14 +191,18 @@ class ResultTable:
             columns += [label, f"{label} vs {self.labels[0]}"]
         return columns
 
-    def _texts(self, row: Row) -> list[str]:
+    def _texts(self, row: Row, stacked: bool = False) -> list[str]:
+        """The cells of a line: values and changes, or `stacked` in one cell each."""
         scale = scale_of(row.figure, [cell.value for cell in row.cells if cell is not None])
         texts = [label_of(row.figure)]
         for number, cell in enumerate(row.cells):
             mark = "" if cell is None or cell.comparable else f" {MARK}"
-            texts.append("" if cell is None else scale.value(cell.value, cell.stderr) + mark)
-            if number:
-                texts.append("" if cell is None or cell.difference is None else _change(cell, scale))
+            value = "" if cell is None else scale.value(cell.value, cell.stderr) + mark
+            change = "" if cell is None or cell.difference is None else _change(cell, scale, stacked)
+            if stacked or not number:
+                texts.append(f"{value}\n{change}" if number and change else value)
+            else:
+                texts += [value, change]
         return texts
 
     def _legend(self) -> list[str]:
@@ -298,12 +312,15 @@ def _said(conditions: dict[str, Any], key: str) -> str:
     return repr(conditions[key]) if conditions.get(key, "") != "" else "unknown"
 
 
-def _change(cell: Cell, scale: Scale) -> str:
-    """`"-4.10 pp (0.93x) *"`."""
-    ratio = "" if cell.ratio is None or not isfinite(cell.ratio) else f" ({cell.ratio:,.2f}x)"
+def _change(cell: Cell, scale: Scale, short: bool = False) -> str:
+    """`"-4.10 pp (0.93x) *"`; in `short` `"0.93x *"`, or the difference of what is in per cent or has no ratio."""
+    ratio = "" if cell.ratio is None or not isfinite(cell.ratio) else f"{cell.ratio:,.2f}x"
     mark = "" if cell.comparison is None else _JUDGED[cell.significant]
     unpaired = f" {UNPAIRED_MARK}" if getattr(cell.comparison, "test", None) == "unpaired" else ""
-    return scale.difference(cell.difference) + ratio + mark + unpaired
+    told = scale.difference(cell.difference) + (ratio and f" ({ratio})")
+    if short:
+        told = ratio if ratio and scale.difference_unit is None else scale.difference(cell.difference)
+    return told + mark + unpaired
 
 
 class Scale(NamedTuple):

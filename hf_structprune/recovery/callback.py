@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from accelerate.logging import get_logger
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from ..checks import Count, Limits, checked
 from ..errors import CheckpointError, ConfigurationError
@@ -33,7 +33,8 @@ from .time_limit import TimeLimit
 from .weights import BEST_FOLDER, BestWeights, agreed, check_trainable, copy_file, underneath
 
 
-logger = get_logger(__name__)  # of the first process alone
+logger = logging.get_logger(__name__)
+logger.addFilter(lambda record: process_state().is_main_process)
 
 METRIC = "eval_recovery_log_perplexity"
 RECOVERED_FOLDER = "recovered"

