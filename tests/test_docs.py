@@ -1,10 +1,13 @@
 """What README and docs/ point to is there, and no kind of unit is missing from the first table."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from hf_structprune.commands.arguments import parse
+from hf_structprune.commands.options import TAKES
 from hf_structprune.units import KINDS
 
 
@@ -39,3 +42,25 @@ def test_links_lead_somewhere(page):
 def test_readme_names_every_kind_of_unit():
     table = (ROOT / "README.md").read_text(encoding="utf-8").partition("## What can be cut")[2].partition("```")[0]
     assert {name for name in KINDS if f"`{name}`" in table} == set(KINDS)
+
+
+def lines_of_shell(page):
+    """The commands of this package in the blocks of a page, as a shell would read them."""
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            for command in re.split(r" && |\| ", line):
+                words = shlex.split(command, comments=True)
+                while words and "=" in words[0]:  # variables of the environment
+                    del words[0]
+                if words and words[0] == "hf-structprune" and words[1] in TAKES:
+                    yield words[1:]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_have_the_options_that_are_told(page, monkeypatch):
+    """Every command of a page is read as if it were run: options, and values that are of their types and allowed."""
+    monkeypatch.chdir(ROOT)
+    for words in lines_of_shell(page):
+        parse([word for word in words[1:] if word != "..."], words[0], "", *TAKES[words[0]][1])
+        if words[0] == "run" and words[1].endswith(".yaml") and not re.search(r"\$|\.\.\.", words[1]):
+            assert Path(words[1]).is_file(), words

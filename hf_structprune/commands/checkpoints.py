@@ -6,6 +6,7 @@ import importlib
 import inspect
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -13,6 +14,10 @@ from rich.table import Table
 from ..errors import ConfigurationError, HubError
 from ..export.common import Exported
 from ..hub import push_folder, validate_card, write_card
+from ..hub.card import is_ours
+from ..hub.contents import CARD_NAME, read_text
+from ..hub.pictures import draw_pictures
+from ..installed import is_installed
 from ..quantization.configuration import QuantizationConfig
 from ..quantization.quantizing import quantize
 from ..recovery.configuration import DistillationConfig, RecoveryConfig
@@ -104,8 +109,10 @@ def export_command(options: ExportArguments) -> tuple[Any, ...]:
 
 @command
 def card_command(options: CardArguments) -> tuple[Any, ...]:
-    """Write the model card of the checkpoint in DIR. Text in its marked sections is kept."""
-    folder = options.folder
+    """Write the model card of the checkpoint in DIR, with pictures if matplotlib is there. Marked texts are kept."""
+    folder, card = options.folder, read_text(Path(options.folder) / CARD_NAME)
+    if is_installed("matplotlib") and (options.overwrite or not card.strip() or is_ours(card)):
+        draw_pictures(folder)
     path = write_card(folder, name=options.name, base_model=options.base_model, overwrite=options.overwrite)
     if path is None:
         raise HubError(f"The README.md in {folder} was not written by hf_structprune; say --overwrite to replace it.")

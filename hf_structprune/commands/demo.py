@@ -9,20 +9,16 @@ from typing import Any
 import yaml
 
 from ..config import CONFIG_NAME, PruningConfig
+from ..hub.contents import RECIPE_NAME
 from ..installed import is_installed, need
 from ..recovery.recovering import TRAINING_SUFFIX
 from .arguments import parse
 from .cli import check_output, console
 from .models import check_ratio
-from .options import DEMO_MODEL, DemoArguments
-from .recipe import RECIPE_NAME, Recipe
+from .options import DemoArguments
+from .recipe import Recipe
 from .run import run_recipe
 from .shrink import MAX_WINDOWS, context_of, distilling, loading
-
-
-# Minutes on two free CPU cores: of everything but the training, and of what each minute of training takes with what
-# comes before and after it, for the default model.
-BESIDE, FOR_EACH = 2.0, 1.3
 
 
 def demo_command(argv: Sequence[str]) -> None:
@@ -59,9 +55,9 @@ def recipe_of(options: DemoArguments, minutes: float, context: int | None = None
 def _what_happens(options: DemoArguments, minutes: float) -> str:
     training = f", trained for {minutes:g} minutes to predict what the dense model does" if minutes else ""
     folders = f"{options.output_dir}/ and {options.output_dir}-recovered/" if minutes else f"{options.output_dir}/"
-    took = "How long that takes depends on the model."
-    if options.model == DEMO_MODEL:
-        took = f"About {BESIDE + FOR_EACH * minutes:.0f} minutes on two free CPU cores."
+    took = "Measuring and pruning take minutes on a CPU, more for larger models, and each step is named as it begins."
+    if minutes:
+        took = f"Beside the {minutes:g} minutes, m{took[1:]}"
     return (
         f"{options.model} is measured, pruned by {options.ratio:.0%}{training}, and measured again after each step. "
         f"{took} The results go to {folders}."

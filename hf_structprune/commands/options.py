@@ -527,7 +527,10 @@ TAKES: dict[str, tuple[str, tuple[type, ...]]] = {
     ),
     "benchmark": ("Measure size, memory and speed of MODEL.", (ModelArguments, BenchmarkArguments, EfficiencyConfig)),
     "export": ("Write MODEL in the format of another runtime.", (ExportArguments,)),
-    "card": ("Write the model card of the checkpoint in DIR. Text in its marked sections is kept.", (CardArguments,)),
+    "card": (
+        "Write the model card of the checkpoint in DIR, with pictures if matplotlib is there. Marked texts are kept.",
+        (CardArguments,),
+    ),
     "push": ("Push the checkpoint in DIR to the Hub.", (PushArguments,)),
     "run": (
         "Run RECIPE: prune, recover, quantise, measure, write the cards, "

@@ -20,7 +20,6 @@ from ..recovery.configuration import DistillationConfig, RecoveryConfig
 from .options import ModelArguments, PushArguments
 
 
-RECIPE_NAME = "recipe.yaml"
 # The sections, each with the dataclass that its options are the fields of, and the options beside those.
 SECTIONS = {
     "model": (ModelArguments, {}),

@@ -14,13 +14,13 @@ from ..config import CONFIG_NAME, PruningConfig
 from ..errors import ConfigurationError, UnsupportedModelError
 from ..evaluation import EvaluationResult, ResultTable, evaluate
 from ..evaluation.evaluator import load_inputs
-from ..evaluation.pictures import save, widths_figure
 from ..evaluation.results import RESULTS_NAME
 from ..evaluation_config import EfficiencyConfig
 from ..files.writing import check_folder, check_place, write_text
 from ..hub import push_folder, write_card
-from ..hub.contents import DENSE_RESULTS_NAME, WIDTHS_NAME, Contents, check_card, check_file, check_own_files
+from ..hub.contents import DENSE_RESULTS_NAME, RECIPE_NAME, Contents, check_card, check_file, check_own_files
 from ..hub.origin import Origin, public_config
+from ..hub.pictures import draw_pictures
 from ..hub.words import QUANTIZATION_NAME, RECOVERY_NAME, read_report
 from ..installed import need
 from ..model.describe import target_of
@@ -45,7 +45,7 @@ from .models import (
     plans_by_shapes,
 )
 from .options import ModelArguments, RunArguments
-from .recipe import RECIPE_NAME, Recipe, Step
+from .recipe import Recipe, Step
 
 
 TURNS = 3
@@ -279,7 +279,7 @@ class _Run:
         for state, file in measured.items():
             if file.is_file() and file.parent != folder:
                 write_text(folder / f"evaluation_results_{state}.json", file.read_text(encoding="utf-8"))
-        save(widths_figure(PruningPlan.load(folder)), folder / WIDTHS_NAME)
+        draw_pictures(folder)
         write_text(folder / RECIPE_NAME, self.recipe.text)
         write_card(folder)
 

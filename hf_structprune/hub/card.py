@@ -28,8 +28,9 @@ from ..files.writing import write_text
 from ..library_errors import is_network_error
 from ..units import VocabularyKind, kinds_of
 from . import words
-from .contents import CARD_NAME, Contents, protocols, read_metadata, read_text
+from .contents import CARD_NAME, RECIPE_NAME, Contents, protocols, read_metadata, read_text
 from .origin import TAGS, Origin, attribution, base_metadata, is_file, public_config, read_origin
+from .runtimes import other_runtimes
 from .words import PICTURE_NAME, calibration_datasets, calibration_of, dataset_names, render, uses_text
 
 
@@ -83,6 +84,8 @@ def _make_card(
         table=ResultTable(columns).to_markdown().rstrip(), protocols=protocols(columns),
         environment=_environment(contents.results), configuration=json.dumps(public.to_dict(), indent=2),
         picture=PICTURE_NAME if (contents.folder / PICTURE_NAME).is_file() else None,
+        recipe=RECIPE_NAME if (contents.folder / RECIPE_NAME).is_file() else None,
+        runtimes=other_runtimes(contents, name),
     )  # fmt: skip
     return ModelCard(text + "\n")
 
@@ -137,7 +140,8 @@ def _environment(results: list[EvaluationResult]) -> list[str]:
         line = ", ".join(filter(None, [*words, (about.get("date") or "").partition("T")[0]]))
         if line:
             lines.setdefault(line, []).append(result.state)
-    return [f"Measured on the {' and the '.join(states)} model with {line}." for line, states in lines.items()]
+    names = [", the ".join(states[:-1]) + " and the " * bool(states[1:]) + states[-1] for states in lines.values()]
+    return [f"Measured on the {states} model with {line}." for states, line in zip(names, lines, strict=True)]
 
 
 # Text that people put into a generated card stands between markers and survives the next generation.

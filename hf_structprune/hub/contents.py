@@ -31,7 +31,8 @@ from .words import (
 )
 
 
-CARD_NAME, WIDTHS_NAME = "README.md", "pruned_widths.png"
+CARD_NAME, RECIPE_NAME = "README.md", "recipe.yaml"
+QUALITY_NAME, WIDTHS_NAME = "quality.png", "pruned_widths.png"
 DENSE_RESULTS_NAME, PRUNED_RESULTS_NAME = "evaluation_results_dense.json", "evaluation_results_pruned.json"
 # Results of the models that a checkpoint was made from, beside its own.
 BEFORE = {
@@ -121,9 +122,10 @@ class Contents:
 
     @property
     def pictures(self) -> list[Path]:
-        """Pictures, relative to the folder; that of the widths first."""
-        found = [*self.folder.glob(WIDTHS_NAME), *sorted((self.folder / "pictures").glob("*.png"))]
-        return [path.relative_to(self.folder) for path in sorted(found, key=lambda path: "widths" not in path.name)]
+        """Pictures, relative to the folder; quality against size first, then the widths."""
+        first = [path for path in (self.folder / QUALITY_NAME, self.folder / WIDTHS_NAME) if path.is_file()]
+        others = sorted((self.folder / "pictures").glob("*.png"), key=lambda path: "widths" not in path.name)
+        return [path.relative_to(self.folder) for path in (*first, *others)]
 
     @property
     def samples(self) -> list[dict[str, Any]]:

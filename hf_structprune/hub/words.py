@@ -252,8 +252,11 @@ def read_report(path: Path) -> dict[str, Any] | None:
     return report
 
 
-def recovery_section(report: dict[str, Any], *, picture: str | None = PICTURE_NAME) -> str:
-    """The section "Recovery" in Markdown, of the content of `recovery.json` and the file with its curve, if any."""
+def recovery_section(report: dict[str, Any], *, picture: str | None = PICTURE_NAME, command: bool = True) -> str:
+    """The section "Recovery" in Markdown, of the content of `recovery.json` and the file with its curve, if any.
+
+    With `command` that which does it again, for pages that do not say how the model was made from the first step on.
+    """
     training, told = report.get("training") or {}, report.get("distillation") or {}
     config = RecoveryConfig.from_dict(report["configuration"]) if report.get("configuration") else None
     facts = [words.format(training[key]) for key, words in _TRAINING.items() if training.get(key)]
@@ -262,7 +265,8 @@ def recovery_section(report: dict[str, Any], *, picture: str | None = PICTURE_NA
     weights = [f"{name.replace('_', ' ')} {told[name]:g}" for name in _WEIGHTED if told.get(name)]
     return render(
         "recovery", picture=picture, config=config, facts=facts, weights=weights,
-        datasets=dataset_names(report), versions=_versions(report), command=recover_command(report),
+        datasets=dataset_names(report), versions=_versions(report),
+        command=recover_command(report) if command else None,
         **_curve(report),
     )  # fmt: skip
 
@@ -280,19 +284,38 @@ def _curve(report: dict[str, Any]) -> dict[str, Any]:
     return {**curve, "report": report, "kept": kept, "share": report.get("recovered")}
 
 
-def quantisation_section(report: dict[str, Any]) -> str:
-    """The section "Quantised" in Markdown, of the content of `quantization.json`."""
+def quantisation_section(report: dict[str, Any], *, command: bool = True) -> str:
+    """The section "Quantised" in Markdown, of the content of `quantization.json`; `command` as in Recovery."""
     config, text = QuantizationConfig.from_dict(report["configuration"]), calibration_of(report)
     return render(
         "quantisation", report=report, config=config, weights=dict(report.get("weights") or {}),
         calibration="none" if text is None else calibration_in_words(text), versions=_versions(report),
-        command=quantize_command(report),
+        command=quantize_command(report) if command else None,
     )  # fmt: skip
 
 
 def quantisation_summary(report: dict[str, Any]) -> str:
     """What quantising did, in one sentence."""
     return f"Its weights were then quantised to {report['bits']} bits with {report['method']}, see Quantised."
+
+
+def steps(
+    pruning: str, recovery: dict[str, Any] | None, quantization: dict[str, Any] | None, was_recovered: bool
+) -> list[str]:
+    """The commands that make a checkpoint again, each on what the one before has made; empty if one is not known.
+
+    Args:
+        pruning: The first of them.
+        recovery, quantization: The reports, where that was done.
+        was_recovered: Whether it was trained, be it without a report.
+    """
+    found, last = [pruning], "pruned"
+    if was_recovered:
+        found.append(recover_command({**recovery, "model": last}) if recovery else None)
+        last = "recovered"
+    if quantization is not None:
+        found.append(quantize_command({**quantization, "model": last}))
+    return found if all(found) else []
 
 
 def recover_command(report: dict[str, Any]) -> str | None:

@@ -217,7 +217,7 @@ def test_errors_are_one_line(folder, argv, parts, capsys):
 
 @pytest.mark.parametrize("has_bf16, installed", [(True, True), (False, False)])
 def test_demo(has_bf16, installed, folder, tmp_path, capsys, monkeypatch):
-    """On a CPU that computes in bfloat16 several times slower, it computes in float32; without TRL nothing is trained."""
+    """On a CPU that computes in bfloat16 much slower, it computes in float32; without TRL it trains nothing."""
     force_bf16_cpu(monkeypatch, has_bf16)
     dense, loaded, made = tmp_path / "dense", [], demo.recipe_of
     shutil.copytree(folder, dense)
@@ -247,7 +247,9 @@ def test_demo(has_bf16, installed, folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "out" / "pruning_config.json").write_text("{}")  # an earlier result of ours, which may be replaced
     text = run_text(capsys, "demo", str(dense), "--output-dir", out)
     last, states = (f"{out}-recovered", ["dense", "pruned", "recovered"]) if installed else (out, ["dense", "pruned"])
-    assert text.index("pruned by 10%") < text.index("Measuring") < text.index("Pruning plan") < text.index("perplexity")
+    assert (
+        text.index("pruned by 10%") < text.index("Measuring") < text.index("Pruning plan") < text.index("perplexity")
+    )
     assert ("trained for 3 minutes" in text) == installed == ("trl and peft is missing" not in text)
     assert f'from_pretrained("{last}")' in text and text.count(generation.PROMPTS[0]) == 1
     assert [result.state for result in Contents(Path(last)).results] == states

@@ -1,8 +1,12 @@
 """`hf-structprune run` with a section `quantize`: prune, recover, quantise, measure all four states, cards."""
 
 import json
+import re
+import shlex
 
 import pytest
+import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from hf_structprune import PruningPlan
@@ -84,12 +88,18 @@ def done(monkeypatch):
     return steps
 
 
+def weights(folder):
+    """The bytes of every tensor by name."""
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return {name: file.get_tensor(name).view(torch.uint8).numpy().tobytes() for name in file.keys()}  # noqa: SIM118
+
+
 def results(folder):
     """What lies in a folder, by state."""
     return {r.state: r for r in map(EvaluationResult.load, folder.glob("evaluation_results*.json"))}
 
 
-def test_all_four_states_are_made_measured_and_told_of(recipe, done, capsys):
+def test_all_four_states_are_made_measured_and_told_of(recipe, done, capsys, monkeypatch):
     assert cli.main(["run", str(recipe)]) == 0
     assert done == ["recover", "quantise", list(STATES)]
     folder = recipe.parent
@@ -115,6 +125,23 @@ def test_all_four_states_are_made_measured_and_told_of(recipe, done, capsys):
     assert AutoModelForCausalLM.from_pretrained(folder / "quantised").config.quantization_config.load_in_4bit
     shown = capsys.readouterr().out
     assert "quantised" in shown and str(folder / "quantised") in shown
+
+    # The picture comes first; the commands of the card, copied, make the same weights again.
+    assert card.index("](quality.png)") < card.index("## Before and after") < card.index("](pruned_widths.png)")
+    assert (folder / "quantised" / "quality.png").read_bytes().startswith(b"\x89PNG")
+    commands = re.findall(
+        r"(?m)^hf-structprune (?:prune|recover|quantize) .*", card[card.index("## How it was made") :]
+    )
+    assert [command.split()[1] for command in commands] == ["prune", "recover", "quantize"]
+    again = folder / "again"
+    again.mkdir()
+    for name in ("dense", "rows.jsonl", "some.txt"):
+        (again / name).symlink_to(folder / name)
+    monkeypatch.chdir(again)
+    for command in commands:
+        assert cli.main(shlex.split(command)[1:]) == 0, command
+    for name in STATES[1:]:
+        assert weights(again / name) == weights(folder / name), name
 
     # A second run does nothing again; one with other settings refuses; the section comes last and goes alone.
     done.clear()

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -254,7 +255,7 @@ def test_the_lines_that_load_it_run(which, request, tmp_path, monkeypatch, logit
         exec(block, names)
         assert torch.equal(logits(names["model"]), logits(pruner.model))
         assert names["tokenizer"]("a").input_ids
-    assert ("vllm serve" in card.text) != per_layer
+    assert ("vllm serve small" in card.text) != per_layer == ("--format deci" in card.text)
     assert ("--trust_remote_code" in card.text) == per_layer
 
 
@@ -273,10 +274,12 @@ def test_the_lines_that_make_it_again_run(tiny_llama, tiny_tokenizer, tmp_path, 
     exec(next(block for block in python_blocks(card) if "pruner.prune" in block), {})
     assert PruningPlan.load("pruned").to_dict() == pruner.last_plan.to_dict()
     assert PruningConfig.load("pruned") == config
+    weights = Path("small/model.safetensors").read_bytes()
+    assert Path("pruned/model.safetensors").read_bytes() == weights
     command = next(line for line in card.text.splitlines() if line.startswith("hf-structprune prune "))
     assert cli.main([*shlex.split(command)[1:], "--overwrite"]) == 0
     assert PruningPlan.load("pruned").to_dict() == pruner.last_plan.to_dict()
-    assert PruningConfig.load("pruned") == config
+    assert PruningConfig.load("pruned") == config and Path("pruned/model.safetensors").read_bytes() == weights
 
 
 DECISIONS = [
@@ -382,7 +385,7 @@ def test_samples_side_by_side(folder):
         samples = [{"prompt": "Capital?", "text": text}, {"prompt": f"Only {state}", "text": "x"}]
         EvaluationResult("m", state, samples=samples).save(folder / f"evaluation_results{name}.json")
     text = make_card(folder).text
-    assert "prompt: Capital?\n\ndense:  Paris.\n\npruned: Rome ```\n" in text and "Only dense" not in text
+    assert "prompt: Capital?\n\ndense:     Paris.\n\npruned:    Rome ```\n" in text and "Only dense" not in text
 
 
 def test_pictures(folder):

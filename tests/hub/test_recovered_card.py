@@ -68,7 +68,7 @@ def test_three_columns_and_the_section(folder):
     assert "20 steps, 1.00 epochs, batches of 64, learning rate 0.0001, 5,000 tokens" in section
     assert "10.0 minutes" in section and "`sample`, 32 windows of 512 tokens" in section
     assert "(recovery.png)" in section and "recovered already" in card.text
-    assert "prompt: Capital?\n\ndense:  Paris.\n\npruned: Rome\n\nrecovered: Paris\n" in card.text
+    assert "prompt: Capital?\n\ndense:     Paris.\n\npruned:    Rome\n\nrecovered: Paris\n" in card.text
     for name in ("evaluation_results.json", "evaluation_results_pruned.json", "recovery.json"):
         assert f"`{name}`" in card.text
     assert card.data.datasets == ["Salesforce/wikitext", "allenai/c4", "them/dolly"]
