@@ -47,6 +47,7 @@ LAYOUTS = ("uniform", "per_layer")
 _LayerRange = Annotated[tuple[Number, Number], Described("(start, end), 0 <= start < end, end excluded")]
 Kind = Annotated[str, OneOf(KINDS)]
 AUTO = "auto"
+MEASURED = "measured"
 _Part = Annotated[float, Limits(0, open="least"), Described("a positive number")]
 _RATIOS = ("attention_ratio", "mlp_ratio")
 _LEVELS = (DepthKind, StreamKind, HeadSize, LatentRanks, RoutedKind, VocabularyKind)
@@ -130,8 +131,10 @@ class PruningConfig:
             equal part. Default: all of the calibration's data.
         vocabulary_tokens (`int`): Tokens of it that are counted at most.
         merge_experts (`bool`): Average every expert that goes into the nearest that stays, instead of dropping it.
-        split (`dict` of `str` to `float`, *optional*): The part of the budget of each kind of unit, for example
-            `{"layers": 0.5, "mlp_neurons": 0.5}`; on the command line `layers=0.5 mlp_neurons=0.5`. Without it, and
+        split (`dict` of `str` to `float`, or `"measured"`, *optional*): The part of the budget of each kind of unit,
+            for example `{"layers": 0.5, "mlp_neurons": 0.5}`; on the command line `layers=0.5 mlp_neurons=0.5`. With
+            `"measured"` every kind is tried alone on copies of the model, and the split is the one that by what they
+            cost on held-out text costs least (tokens, hidden channels and heads included). Without it, and
             with layers or sublayers among several kinds, the split with the least measured cost is taken.
         keep (`dict` of `str` to `int`, *optional*): What is to be left of each kind of unit, an exact shape:
             `{"layers": 24, "hidden": 512, "mlp_neurons": 1024, "kv_groups": 3}` (widths are those of each layer;
@@ -184,7 +187,7 @@ class PruningConfig:
     vocabulary_text: str | list[str] | None = None
     vocabulary_tokens: Count = 50_000_000
     merge_experts: bool = False
-    split: dict[str, float] | list[str] | None = None
+    split: dict[str, float] | list[str] | str | None = None
     keep: dict[str, int] | list[str] | None = None
     layers: list[Number] | None = None
     layer_range: _LayerRange | None = None
@@ -201,9 +204,12 @@ class PruningConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        self.split = _by_unit("split", self.split, _Part, "{'layers': 0.5, 'mlp_neurons': 0.5}")
+        if self.split in (MEASURED, [MEASURED]):  # the command line gives a list
+            self.split = MEASURED
+        else:
+            self.split = _by_unit("split", self.split, _Part, "{'layers': 0.5, 'mlp_neurons': 0.5}, or 'measured'")
         self.keep = _by_unit("keep", self.keep, Count, "{'layers': 24, 'mlp_neurons': 1024}")
-        total = sum((self.split or {"": 1}).values())
+        total = sum((self.parts or {"": 1}).values())
         if abs(total - 1) > 1e-6:
             raise ConfigurationError(f"`split` is {self.split!r}; its parts must add up to 1, not {total:g}.")
         if isinstance(self.criterion, list) and len(self.criterion) == 1 and "=" not in self.criterion[0]:
@@ -213,7 +219,7 @@ class PruningConfig:
         if self.units is None:  # what other options name
             by_option = [name for name in KINDS if _given(self, *KINDS[name].options)]
             by_criterion = self.criterion if isinstance(self.criterion, dict) else {}
-            self.units = (*by_option, *(self.split or {}), *(self.keep or {}), *by_criterion) or (NEURONS,)
+            self.units = (*by_option, *self.parts, *(self.keep or {}), *by_criterion) or (NEURONS,)
         self.units = tuple(dict.fromkeys(self.units))
         self.reconstruct |= self.reconstruct_minutes is not None
         if not self.units:
@@ -234,6 +240,30 @@ class PruningConfig:
     def kinds(self, among: tuple[str, ...]) -> tuple[str, ...]:
         """The units of this configuration that are among these."""
         return tuple(unit for unit in self.units if unit in among)
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """The part of the budget that each kind is given by `split`; none where nothing, or a measurement, says it."""
+        return self.split if isinstance(self.split, dict) else {}
+
+    @property
+    def measures_split(self) -> bool:
+        """Whether it is measured how the budget is split."""
+        return self.split == MEASURED
+
+    def cutting(self, *units: str, **changes: Any) -> PruningConfig:
+        """This configuration for some of its kinds; what it says of others is left out, `keep` and `split` too."""
+        gone = [kind for name, kind in KINDS.items() if name not in units]
+        left_out = {option: None for kind in gone for option in kind.options}
+        if not set(units) & set(kinds_of(VocabularyKind)):
+            left_out["vocabulary_text"] = None
+        if not set(units) & set(kinds_of(RoutedKind)):
+            left_out["merge_experts"] = False
+        if set(units) <= set(kinds_of(SharedKind)):
+            left_out |= {"reconstruct": False, "reconstruct_minutes": None}
+        if isinstance(self.criterion, dict):
+            left_out["criterion"] = {kind: one for kind, one in self.criterion.items() if kind in units} or "obs"
+        return dataclasses.replace(self, **{**left_out, "keep": None, "split": None, "units": units, **changes})
 
     @property
     def listed(self) -> bool:
@@ -474,7 +504,7 @@ def _in_amounts(config: PruningConfig) -> Iterator[str]:
         if len(given := _given(config, *options)) > 1:
             yield f"`{given[0]}` and `{given[1]}` are both given; give one of them."
     yield from _not_cut("keep", config.keep, config)
-    yield from _not_cut("split", config.split, config)
+    yield from _not_cut("split", config.parts, config)
 
 
 def _in_search(config: PruningConfig) -> Iterator[str]:
@@ -503,16 +533,31 @@ def _in_refits(config: PruningConfig) -> Iterator[str]:
         )
 
 
+def _in_measured_split(config: PruningConfig) -> Iterator[str]:
+    """What it takes to measure how a budget is split."""
+    if len(config.units) < 2:
+        yield f"`split` is {MEASURED!r}, and `units` is {config.units}: name the kinds it is to be split between."
+    if config.kinds(kinds_of(VocabularyKind)) and config.vocabulary_text is None:
+        yield (
+            f"`split` is {MEASURED!r} with the vocabulary: what tokens cost is measured on text held out of "
+            "`vocabulary_text`. Give it, some million tokens of what the model is to write."
+        )
+    if config.calibration.image_column is not None:
+        yield f"`split` is {MEASURED!r}, which measures losses of text: leave `image_column` out, or give the parts."
+
+
 def _between_kinds(config: PruningConfig) -> Iterator[str]:
     """What kinds of units, cut together, ask of other options."""
-    split, layers = config.split or {}, _given(config, *KINDS[LAYERS].options)
+    split, layers = config.parts, _given(config, *KINDS[LAYERS].options)
+    if config.measures_split:
+        yield from _in_measured_split(config)
     if layers and config.kinds(kinds_of(DepthKind, sublayer=True)):
         yield f"`{layers[0]}` is given, but sublayers are to go as well: use `split` for both, or `keep`."
     lacking = sorted(set(config.units) - set(split))
     if split and lacking:
         yield f"`split` does not say how much of the budget {', '.join(lacking)} gets."
-    for kind in split:
-        if KINDS[kind].within in split:
+    for kind in config.units if config.split is not None else ():
+        if kind in KINDS and KINDS[kind].within in config.units:
             yield (
                 f"`split` names '{KINDS[kind].within}' and '{kind}', which hold parts of the same matrices: give one "
                 "of them."
@@ -527,12 +572,12 @@ def _between_kinds(config: PruningConfig) -> Iterator[str]:
     inside = [kind for kind in config.kinds(tuple(KINDS)) if KINDS[kind].within_experts]
     if inside and config.kinds(kinds_of(RoutedKind)):
         yield f"`units` names '{inside[0]}' beside whole experts: cut the one first, and the other from the result."
-    for kind in config.kinds(kinds_of(SharedKind)) if len(config.units) > 1 and not split else ():
+    for kind in config.kinds(kinds_of(SharedKind)) if len(config.units) > 1 and config.split is None else ():
         if not config.is_stated(kind):
             option = next(iter(KINDS[kind].options), "keep")
             yield (
-                f"`units` names '{kind}' beside others, whose costs are not compared: give `{option}`, or a `split` "
-                f"such as {{'{kind}': 0.5, 'mlp_neurons': 0.5}}."
+                f"`units` names '{kind}' beside others, whose costs are not compared: give `{option}`, a `split` "
+                f"such as {{'{kind}': 0.5, 'mlp_neurons': 0.5}}, or split='measured'."
             )
     if set(config.units) <= set(kinds_of(WidthKind)):
         return

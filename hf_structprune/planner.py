@@ -188,7 +188,7 @@ class Planner:
     def _nearest(self, group: Group, label: str, ratio: float) -> list[int]:
         """Numbers of units that all layers share, nearest to the ratio first; all of them only beside other kinds."""
         config = self.config
-        parameters = (config.split or {group.kind: 1.0})[group.kind] * ratio * self.structure.total_parameters
+        parameters = (config.parts or {group.kind: 1.0})[group.kind] * ratio * self.structure.total_parameters
         sizes = KINDS[group.kind].sizes(group.size, config.round_to, config.align_to)
         sizes = [size for size in sizes if size >= group.least]
         most = (group.size - min(sizes)) * group.cost
@@ -335,21 +335,21 @@ class Planner:
         kinds, split = config.kinds(kinds_of(WidthKind)), config.split
         stated = {kind: config.keep[kind] for kind in kinds if kind in (config.keep or {})}
         if stated:
-            exact = dataclasses.replace(config, units=tuple(stated), keep=stated)
+            exact = config.cutting(*stated, keep=stated)
             counts = allocate_stated(self._budget(exact, dropped))
             kinds = tuple(kind for kind in kinds if kind not in stated)
             if not kinds:
                 return counts
             target = round(ratio * (self._dense or self._narrow).total_parameters) if target is None else target
             target = max(0, target - self._removed(counts, dropped))
-            config = dataclasses.replace(config, units=kinds, keep=None)
+            config = config.cutting(*kinds)
         if split is None or len(kinds) == 1:
             return counts | self._allocate(config, ratio, dropped, target)
         *coarse, finest = sorted(kinds, key=lambda kind: not KINDS[kind].of_heads)
         if target is None:
             target = round(ratio * (self._dense or self._narrow).total_parameters)
         left, total = target, sum(split[kind] for kind in kinds)
-        alone = {kind: dataclasses.replace(config, units=(kind,), split=None) for kind in kinds}
+        alone = {kind: config.cutting(kind) for kind in kinds}
         for kind in coarse:
             of_kind = self._allocate(alone[kind], ratio, dropped, round(target * split[kind] / total))
             counts |= of_kind

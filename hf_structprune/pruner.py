@@ -30,6 +30,7 @@ from .files.writing import check_folder, check_place
 from .hardware import check_device
 from .hub.checkpoint import push_folder, save_checkpoint, take_over
 from .hub.origin import origin_of, record
+from .measured_split import SplitChooser
 from .model import loading
 from .model.checks import check_model, check_savable
 from .model.measuring import check_finite, measuring
@@ -351,6 +352,12 @@ class StructuredPruner:
             self._decided = decided.config if isinstance(decided, Candidate) else decided
             self._found = decided if isinstance(decided, Candidate) and not size else None
         decoder = self._proven(self._decided.units)
+        if self.config.measures_split:
+            if not has_weights(self.model):
+                raise UnsupportedModelError(_NO_WEIGHTS)
+            choice = self._choices()[VOCABULARY] if VOCABULARY in self.config.units else None
+            splitter = SplitChooser(decoder, self.structure, self.config, self._tokens, choice)
+            self._decided, self._why = splitter.choose(search.guess if size else ratio)
         if size:
             planner = self._planner(decoder, dataclasses.replace(self._decided, iterative_steps=1))
             ratio = search.ratio(planner)

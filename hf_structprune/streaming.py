@@ -64,6 +64,8 @@ def needs_whole(config: PruningConfig, ratio: float | PruningPlan | None, by_lay
     chosen = plan is not None and plan.chosen
     reasons = []
     planned = config.kinds(kinds_of(SharedKind)) if plan is None else [decision.kind for decision in plan.shared]
+    if plan is None and config.measures_split:
+        reasons.append(f"`split` {config.split!r}, which tries what each kind costs on the whole model")
     for kind in map(KINDS.get, planned):
         reasons.append(f"{kind.label}, by which all layers change at once")
     if plan is None and config.allocation != "uniform":

@@ -98,7 +98,7 @@ def load_to_plan(arguments: ModelArguments, config: PruningConfig, ratio: float 
 
 def plans_by_shapes(config: PruningConfig, ratio: float | None) -> bool:
     """Whether a plan can be made without the weights: only choices between layers look at them."""
-    return config.allocation == "uniform" and not config.chooses_depth(ratio)
+    return config.allocation == "uniform" and not config.measures_split and not config.chooses_depth(ratio)
 
 
 def check_ratio(ratio: float | None, config: PruningConfig) -> None:

@@ -1,4 +1,4 @@
-"""`hf-structprune inspect --vocabulary`: how much of the text the most frequent tokens cover, and what they save."""
+"""`hf-structprune inspect --vocabulary`: what fewer tokens cover, how much longer text gets, and what is saved."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ def inspect_vocabulary(
     sizes = [choice.least, *(round(share * tokens) for share in _SHARES), tokens]
     points = []
     for keep in sorted({size for size in sizes if choice.least <= size <= tokens}):
-        covered = choice.covered(choice.choose(group.size, keep))
+        kept = choice.choose(group.size, keep)
+        found = {"keep": keep, "share": keep / tokens, **choice.covered(kept), "longer": choice.longer(kept)}
         saved = (group.size - keep) * group.cost
-        points.append({"keep": keep, "share": keep / tokens, **covered, "saved": saved, "ratio": saved / total})
+        points.append({**found, "saved": saved, "ratio": saved / total})
     files = []
     if output_dir is not None:
         files = [str(Path(output_dir, PICTURE_NAME))]
@@ -52,12 +53,21 @@ def inspect_vocabulary(
         [
             f"{one['keep']:,}", f"{one['share']:.0%}", f"{one['covered']:.2%}",
             "" if one["covered_held_out"] is None else f"{one['covered_held_out']:.2%}",
+            "" if one["longer"] is None else f"{one['longer']:.2%}",
             f"{one['saved']:,}", f"{one['ratio']:.2%}",
         ]
         for one in points
     ]  # fmt: skip
     title = f"{model.model}: {tokens:,} tokens, of which {choice.least:,} must stay; {group.size:,} rows"
-    headers = ("tokens kept", "of all", "of the text", "of text held out", "parameters saved", "of the model")
+    headers = (
+        "tokens kept",
+        "of all",
+        "of the text",
+        "of text held out",
+        "which gets longer by",
+        "parameters saved",
+        "of the model",
+    )
     table = make_table(title, headers, rows, left=())
     said = ", ".join(f"{one['tokens']:,} tokens of {one['source']}" for one in counted)
     return data, table, f"Counted: {said}.", *([f"Saved to {files[0]}"] if files else [])

@@ -47,6 +47,17 @@ class Counted:
     def tokens(self) -> int:
         return int(self.counts.sum())
 
+    def some(self, characters: int) -> list[str]:
+        """Pieces of the text held out, from everywhere in it, of about so many characters."""
+        found, size = [], 0
+        for start in range(_STRIDE):
+            for piece in self.held_out[start::_STRIDE]:
+                if size >= characters:
+                    return found
+                found.append(piece)
+                size += len(piece)
+        return found
+
 
 def count_tokens(config: PruningConfig, tokenizer: Any, size: int) -> list[Counted]:
     """Counts the tokens of `config.vocabulary_text`, or else of all calibration data, in a stream.

@@ -54,6 +54,7 @@ def test_inspect_shows_the_curve(folder, tmp_path, capsys):
     points = data["points"]
     assert points[0]["keep"] == data["must_stay"] and points[-1]["covered"] == points[-1]["covered_held_out"] == 1
     assert [p["covered"] for p in points] == sorted(p["covered"] for p in points)
+    assert points[-1]["longer"] == 0 and points[0]["longer"] > points[len(points) // 2]["longer"] > 0
     assert all(p["saved"] == (1002 - p["keep"]) * 64 for p in points)
     assert (out / "vocabulary_coverage.png").stat().st_size > 5000
     assert "of text held out" in run(capsys, "inspect", dense, *options)
