@@ -3,10 +3,7 @@
     python benchmarks/vocabulary.py --wikitext FOLDER --c4 FILE.jsonl --dolly FOLDER [--keep 40000 ...] \\
         [--criteria frequency taylor ...]
 
-With `--ratio 0.1` neurons alone and tokens with neurons (`split="measured"`) are compared at that ratio, and with
-`--distil 32768` the model with so many tokens is distilled from the dense one, on C4 and the training part of
-WikiText-2. `share` among the criteria is the order of `frequency` before it looks at what spells a token: the least
-frequent goes.
+`share` among the criteria is the order of `frequency` before it looks at what spells a token: the least frequent goes.
 
 FOLDER holds the raw WikiText-2 splits; tokens are counted in `train.txt` and `valid.txt`, in all C4 documents but the
 last 300, which are the test text, and in the training part of Dolly (`train-*.jsonl`: instruction, input, output).
@@ -23,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import tempfile
 import time
 from collections.abc import Collection, Mapping
 from itertools import product
@@ -34,22 +30,15 @@ import torch
 from core import RESULTS, environment, split_texts, write
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel
 
 from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
 from hf_structprune.commands.models import DEMO_MODEL, find_model, load_pruner
-from hf_structprune.model.loading import load_model
-from hf_structprune.recovery import RecoveryConfig, recover
 from hf_structprune.vocabulary import choosing
 from hf_structprune.vocabulary.trimming import Vocabulary
 
 
 LENGTH = 2048
-SHARE, DISTILLED = "share", "frequency, distilled"
-WAYS = {
-    "neurons": {"units": ("mlp_neurons",)},
-    "measured split": {"units": ("vocabulary", "mlp_neurons"), "split": "measured"},
-}
+SHARE = "share"
 
 
 def main() -> None:
@@ -59,9 +48,6 @@ def main() -> None:
     parser.add_argument("--c4", type=Path, required=True)
     parser.add_argument("--dolly", type=Path, required=True)
     parser.add_argument("--keep", type=int, nargs="*", default=[40000, 32768, 24576, 16384])
-    parser.add_argument("--ratio", type=float, help="also neurons alone, and the measured split, to this ratio")
-    parser.add_argument("--distil", type=int, metavar="TOKENS", help="also distillation with so many tokens kept")
-    parser.add_argument("--steps", type=int, default=10, help="of distillation, 2048 tokens each")
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--criteria", nargs="*", default=["frequency"])
     parser.add_argument("--dtype", default="bf16")
@@ -79,19 +65,20 @@ def main() -> None:
         "sources": [Path(s).name for s in sources],
     }
     rows = measured(about)
-    wanted = [("dense", len(dense.tokenizer)), *product(options.criteria, options.keep)]
-    wanted += [(f"{way}, {options.ratio:.0%}", None) for way in WAYS if options.ratio]
-    wanted += [(DISTILLED, options.distil)] * bool(options.distil)
-    for name, keep in wanted:
-        if any(row["criterion"] == name and keep in (None, row["keep"]) for row in rows):
+    for criterion, keep in [("dense", len(dense.tokenizer)), *product(options.criteria, options.keep)]:
+        if any((row["criterion"], row["keep"]) == (criterion, keep) for row in rows):
             continue
-        start, pruner = time.perf_counter(), dense if name == "dense" else load(options.model, options.dtype)
-        row = {"criterion": name, "keep": keep, "ratio": 0.0}
+        start, pruner = time.perf_counter(), dense if criterion == "dense" else load(options.model, options.dtype)
+        row = {"criterion": criterion, "keep": keep, "ratio": 0.0}
         if pruner is not dense:
-            row |= pruned(pruner, name, keep, options, sources)
-        if name == DISTILLED:
-            row |= distilled(pruner, dense.model, [str(counted), sources[0]], options.steps)
-        row["keep"] = len(pruner.tokenizer)
+            pruner.config = PruningConfig(
+                keep={"vocabulary": keep}, vocabulary_text=sources, calibration=CalibrationConfig(),
+                vocabulary_criterion="frequency" if criterion == SHARE else criterion,
+            )  # fmt: skip
+            with patch.object(choosing, "least_longer", by_share if criterion == SHARE else choosing.least_longer):
+                pruner.prune()
+            plan = pruner.last_plan
+            row |= {"ratio": plan.ratio, "report": plan.vocabulary_report}
         row["seconds"] = round(time.perf_counter() - start, 1)
         row["texts"] = {name: measure(pruner, found) for name, found in spans.items()}
         rows.append(row)
@@ -118,37 +105,6 @@ def main() -> None:
         ]
         table.add_row(row["criterion"], f"{row['keep']:,}", f"{row['ratio']:.2%}", *cells)
     Console(width=140).print(table)
-
-
-def pruned(
-    pruner: StructuredPruner, name: str, keep: int | None, options: argparse.Namespace, sources: list[str]
-) -> dict[str, object]:
-    """Prunes as a row says; what is to be told of it."""
-    way, criterion = name.partition(",")[0], "frequency" if name in (SHARE, DISTILLED) else name
-    if keep is None:
-        pruner.config = PruningConfig(**WAYS[way], **({"vocabulary_text": sources} if "split" in WAYS[way] else {}))
-        pruner.prune(options.ratio)
-    else:
-        pruner.config = PruningConfig(
-            keep={"vocabulary": keep}, vocabulary_text=sources, vocabulary_criterion=criterion,
-            calibration=CalibrationConfig(),
-        )  # fmt: skip
-        with patch.object(choosing, "least_longer", by_share if name == SHARE else choosing.least_longer):
-            pruner.prune()
-    plan = pruner.last_plan
-    return {"ratio": plan.ratio, "report": plan.vocabulary_report, "removed": plan.removed, "reasons": plan.reasons}
-
-
-def distilled(pruner: StructuredPruner, teacher: PreTrainedModel, data: list[str], steps: int) -> dict[str, object]:
-    """Distils from the dense model with the defaults of that method; how far and on what."""
-    with tempfile.TemporaryDirectory() as folder:
-        pruner.save_pretrained(f"{folder}/pruned")
-        config = RecoveryConfig(method="distill", max_steps=steps, evaluations=1, max_windows=8)
-        result = recover(f"{folder}/pruned", data, f"{folder}/out", config, teacher=teacher)
-        report = {key: value for key, value in result.report.items() if isinstance(value, int | float | str)}
-        pruner.model = load_model(f"{folder}/out", dtype=teacher.dtype)
-    batch = config.batch_size * config.max_length
-    return {"steps": steps, "tokens": steps * batch, "trained_on": [Path(d).name for d in data], "recovery": report}
 
 
 def by_share(vocabulary: Vocabulary, shares: Mapping[int, float], stay: Collection[int]) -> list[int]:
