@@ -354,7 +354,7 @@ class StructuredPruner:
         decoder = self._proven(self._decided.units)
         if self.config.measures_split:
             if not has_weights(self.model):
-                raise UnsupportedModelError(_NO_WEIGHTS)
+                raise UnsupportedModelError(why_no_weights(self.model))
             choice = self._choices()[VOCABULARY] if VOCABULARY in self.config.units else None
             splitter = SplitChooser(decoder, self.structure, self.config, self._tokens, choice)
             self._decided, self._why = splitter.choose(search.guess if size else ratio)
