@@ -62,9 +62,12 @@ def _older_names(values: dict[str, Any]) -> dict[str, Any]:
         rope = rope[_FULL] or {}
     names = _OWN.get(values.get("model_type"), {})
     found |= {names.get(name, name): rope[name] for name in _ROTARY if name in rope}
+    found = {name: value for name, value in found.items() if value is not None}
     if rope.get("rope_type", "default") != "default":
         found["rope_scaling"] = {name: value for name, value in rope.items() if name not in _ROTARY}
-    return {name: value for name, value in found.items() if name not in values and value is not None}
+    elif rope:
+        found["rope_scaling"] = None  # mlx-lm does not read glm4_moe, exaone4 and llama4 without it
+    return {name: value for name, value in found.items() if name not in values}
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:
