@@ -181,6 +181,8 @@ class DistillationConfig:
         on_prompts (`bool`): Follow the dense model on every token, prompts included, not only on answers.
         hidden_weight (`float`): Weight of the hidden states' error in layers that still match.
         attention_weight (`float`): The same of the attention outputs.
+        dual_space (`bool`): Learn from a teacher with another tokenizer (DSKD): both models' hidden states are
+            projected into the space of the other, by maps that are learned as well and are not saved with the model.
         layer_map (`list` of `int`, *optional*): The dense model's layer, from 0, of each layer of the pruned one, for
             these two. Default: the one of the same number, or only the last layer if layers were dropped.
         teacher_dtype (`str`): Of the dense model: `"bf16"`, `"fp16"`, `"fp32"`, `"int8"` (bitsandbytes), or `"auto"`
@@ -199,6 +201,7 @@ class DistillationConfig:
     on_prompts: bool = True
     hidden_weight: _Weight = 0.0
     attention_weight: _Weight = 0.0
+    dual_space: bool = False
     layer_map: Sequence[Number] | None = None
     teacher_dtype: Annotated[str, OneOf(("bf16", "fp16", "fp32", "int8", "auto"))] = "auto"
     cache: str | None = None
@@ -211,6 +214,13 @@ class DistillationConfig:
             raise ConfigurationError(
                 "`cache` keeps the dense model's predictions only, not its hidden states: leave it out, or set "
                 "`hidden_weight` and `attention_weight` to 0."
+            )
+        others = {"cache": self.cache, "hidden_weight": self.hidden_weight, "attention_weight": self.attention_weight}
+        others |= {"on_prompts=False": not self.on_prompts}
+        for name in (name for name, value in others.items() if self.dual_space and value):
+            raise ConfigurationError(
+                f"`dual_space` follows a teacher with other tokens over whole texts, and `{name}` is given: leave "
+                "it out."
             )
 
     def to_dict(self) -> dict[str, Any]:

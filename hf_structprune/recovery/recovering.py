@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,12 +144,14 @@ def recover(
     student = load_student(model, config, trust_remote_code)
     loaded = None
     if teacher is not None:
+        from .distillation.dual_space import load_dual_space_teacher
         from .distillation.teacher import load_teacher
 
         computed = distillation
         if distillation.teacher_dtype == "auto" and not isinstance(teacher, nn.Module):  # as the student
             computed = dataclasses.replace(distillation, teacher_dtype=choose_precision(config.precision))
-        loaded = load_teacher(teacher, student, computed, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+        load = partial(load_dual_space_teacher, seed=config.seed) if distillation.dual_space else load_teacher
+        loaded = load(teacher, student, computed, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
     if rows is None:
         loaded.to(hardware.process_state().device)
         names = not isinstance(teacher, nn.Module)

@@ -54,7 +54,8 @@ logger = logging.get_logger(__name__)
 KINDS = ("hidden", "attention")
 
 CROSS_TOKENIZER = (
-    "A teacher with another tokenizer needs TRL's GOLD trainer: see recipes/scripts/distill_cross_tokenizer.py."
+    "For a teacher with another tokenizer set `dual_space` (--dual-space), or take TRL's GOLD trainer: see "
+    "recipes/scripts/distill_cross_tokenizer.py."
 )
 # Configuration keys of a factor of the logits, and whether it multiplies them. Granite divides by the last one and
 # HyperCLOVA X multiplies by it: both are tried.
@@ -175,25 +176,8 @@ def load_teacher(
             given in another dtype than the configuration's.
         CheckpointError: The teacher lacks weights.
     """
-    student, theirs = student.get_base_model() if hasattr(student, "get_base_model") else student, None
-    if isinstance(teacher, PreTrainedModel):
-        model = teacher
-        _check_given(model, student, config)
-    else:
-        try:  # tells a teacher that cannot be reached from one without a tokenizer
-            load_config(teacher, **loading)
-        except CheckpointError as error:
-            raise CheckpointError(f"The teacher cannot be used: {error}") from error
-        if tokenizer is not None:
-            theirs = load_tokenizer(teacher, **loading)
-        options = {"dtype": DTYPES[config.teacher_dtype]} if config.teacher_dtype in DTYPES else {}
-        if config.teacher_dtype == "int8":
-            need("bitsandbytes", extra="qlora")
-            options = {
-                "quantization_config": BitsAndBytesConfig(load_in_8bit=True),
-                "device_map": {"": student.device},
-            }
-        model = load_model(teacher, **{**options, **loading})
+    student = student.get_base_model() if hasattr(student, "get_base_model") else student
+    model, theirs = load_teacher_model(teacher, student, config, tokenizer is not None, **loading)
     sizes = [model.config.get_text_config().vocab_size for model in (model, student)]
     tokens = None
     if tokenizer is not None and not isinstance(teacher, PreTrainedModel):
@@ -204,6 +188,31 @@ def load_teacher(
             "tokenizer and one was padded, use `resize_token_embeddings` on the student first."
         )
     return ModelTeacher(model, layer_terms(student, model, config), tokens)
+
+
+def load_teacher_model(
+    teacher: str | os.PathLike | PreTrainedModel, student: PreTrainedModel, config: DistillationConfig,
+    with_tokenizer: bool, **loading: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:  # fmt: skip
+    """The teacher, in the precision that is wanted, and its tokenizer; `None` of a model in memory, or without one.
+
+    Raises:
+        ConfigurationError: It is the student itself, or a model was given in another dtype.
+        CheckpointError: It cannot be read.
+    """
+    if isinstance(teacher, PreTrainedModel):
+        _check_given(teacher, student, config)
+        return teacher, None
+    try:  # tells a teacher that cannot be reached from one without a tokenizer
+        load_config(teacher, **loading)
+    except CheckpointError as error:
+        raise CheckpointError(f"The teacher cannot be used: {error}") from error
+    theirs = load_tokenizer(teacher, **loading) if with_tokenizer else None
+    options = {"dtype": DTYPES[config.teacher_dtype]} if config.teacher_dtype in DTYPES else {}
+    if config.teacher_dtype == "int8":
+        need("bitsandbytes", extra="qlora")
+        options = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": student.device}}
+    return load_model(teacher, **{**options, **loading}), theirs
 
 
 def _check_given(teacher: PreTrainedModel, student: PreTrainedModel, config: DistillationConfig) -> None:

@@ -19,6 +19,7 @@ from trl import SFTTrainer
 from ...errors import ConfigurationError
 from ...quantization.four_bit import compute_as_stored
 from ..configuration import DistillationConfig
+from .dual_space import DualSpaceTeacher
 from .losses import LogitTransform, Targets, batch_targets, distillation_loss
 from .teacher import KINDS, CachedTeacher, ModelTeacher, cached_teacher, find_transform, record_outputs, run
 
@@ -33,11 +34,14 @@ class Request(NamedTuple):
         temperature, label_weight: `T` and `w`.
     """
 
-    teacher: ModelTeacher | CachedTeacher
+    teacher: ModelTeacher | CachedTeacher | DualSpaceTeacher
     targets: Targets
     counts: tuple[Tensor, Tensor]
     temperature: float
     label_weight: float
+
+
+DUAL = ("projected", "teacher_kl")  # further terms of a teacher in another space
 
 
 def add_distillation(model: PreTrainedModel, transform: LogitTransform | None) -> None:
@@ -72,6 +76,10 @@ def _is_of(value: Any, shape: torch.Size) -> bool:
 
 
 def _losses(model, original, transform, request: Request, inputs: dict, targets: Targets) -> dict[str, Tensor]:
+    if isinstance(request.teacher, DualSpaceTeacher):
+        hidden, head = run(model, transform, inputs, original)
+        about = request.counts, request.temperature, request.label_weight
+        return request.teacher.losses(model, hidden, head, inputs, targets, *about)
     used, terms = targets.used, request.teacher.terms
     lesson = request.teacher.lesson(inputs, used)
     with record_outputs(terms.modules(model, 0) if terms else {}) as states:
@@ -114,7 +122,9 @@ class DistillationSFTTrainer(SFTTrainer):
     _tag_names = ["trl", "sft", "distillation"]
     loss_is_scaled_for_ga = True  # losses are divided by counts of the whole optimiser step
 
-    def __init__(self, *args: Any, teacher: ModelTeacher, distillation: DistillationConfig, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, teacher: ModelTeacher | DualSpaceTeacher, distillation: DistillationConfig, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         compute_as_stored(self.model)
         _check_supported(self, teacher, distillation)
@@ -134,10 +144,30 @@ class DistillationSFTTrainer(SFTTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of an optimiser step; counts what they have in common on the way."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if isinstance(self.teacher, DualSpaceTeacher):  # the trainer forgets gradients of the model alone
+            self.teacher.projections.zero_grad()
         counts = [batch_targets(batch, self.distillation.on_prompts).counts for batch in batches]
         total = torch.tensor([[int(n) for n in pair] for pair in counts] or [[0, 0]]).sum(0)
         self._step_counts = self.accelerator.reduce(total.to(self.accelerator.device), "sum")
         return batches, items
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The optimiser of the student and, of a teacher in another space, of the projections."""
+        there, optimizer = self.optimizer is not None, super().create_optimizer(*args, **kwargs)
+        if isinstance(self.teacher, DualSpaceTeacher) and not there:
+            projections = list(self.teacher.projections.parameters())
+            optimizer.add_param_group({"params": projections, "lr": self.args.learning_rate, "weight_decay": 0.0})
+        return optimizer
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if isinstance(self.teacher, DualSpaceTeacher):
+            self.teacher.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if isinstance(self.teacher, DualSpaceTeacher) and checkpoint is not None:
+            self.teacher.load(checkpoint)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -178,7 +208,7 @@ class DistillationSFTTrainer(SFTTrainer):
         """Adds the averages since the last log."""
         mode = "train" if self.model.training else "eval"
         sums = self._sums[mode]
-        for name, word in (("kl", "kl"), ("label", "label_loss"), *((kind, kind) for kind in KINDS)):
+        for name, word in (("kl", "kl"), ("label", "label_loss"), *((kind, kind) for kind in (*KINDS, *DUAL))):
             count = sums["labelled" if name == "label" else "followed"]
             if name in sums and count:
                 self._metrics[mode][f"distillation/{word}"] = [sums[name] / count]
@@ -196,7 +226,14 @@ def _check_supported(trainer: SFTTrainer, teacher: ModelTeacher, config: Distill
                 "configuration to `load_teacher`."
             )
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    dual = isinstance(teacher, DualSpaceTeacher)
+    if dual != config.dual_space:
+        raise ConfigurationError(
+            f"`dual_space` is {config.dual_space}, but the teacher was loaded for the other: `load_dual_space_teacher` "
+            "loads one for it, `load_teacher` one without."
+        )
     unsupported = {
+        "several processes with `dual_space`": dual and trainer.accelerator.num_processes > 1,
         f"`loss_type={args.loss_type!r}`": args.loss_type != "nll",
         "`label_smoothing_factor`": args.label_smoothing_factor > 0,
         "`compute_loss_func`": trainer.compute_loss_func is not None,
