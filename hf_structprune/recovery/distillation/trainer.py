@@ -229,8 +229,8 @@ def _check_supported(trainer: SFTTrainer, teacher: ModelTeacher, config: Distill
     dual = isinstance(teacher, DualSpaceTeacher)
     if dual != config.dual_space:
         raise ConfigurationError(
-            f"`dual_space` is {config.dual_space}, but the teacher was loaded for the other: `load_dual_space_teacher` "
-            "loads one for it, `load_teacher` one without."
+            f"`dual_space` is {config.dual_space}, but the teacher was loaded for the other: "
+            "`load_dual_space_teacher` loads one for it, `load_teacher` one without."
         )
     unsupported = {
         "several processes with `dual_space`": dual and trainer.accelerator.num_processes > 1,

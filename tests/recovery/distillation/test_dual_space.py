@@ -130,7 +130,7 @@ def test_rows_of_several_examples_are_read_one_by_one(folders):
     def loss(ids, hidden, **about):
         nothing = Targets(torch.ones(1, len(ids), dtype=torch.bool), torch.full((1, len(ids)), -100))
         inputs, counts = {"input_ids": torch.tensor([ids]), **about}, (torch.tensor(1), torch.tensor(1))
-        return float(teacher.losses(models[0], hidden, head, inputs, nothing, counts, 1.0, 0.0)["loss"])
+        return float(teacher.losses(models[0], hidden, head, inputs, nothing, counts, 1.0, 0.0)["loss"].detach())
 
     apart = [loss(ids, state) for ids, state in zip(texts, states, strict=True)]
     places = torch.tensor([[*range(len(texts[0])), *range(len(texts[1]))]])
