@@ -10,7 +10,7 @@ from tiny_distillation import make_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_structprune.errors import ConfigurationError
-from hf_structprune.recovery import DistillationConfig, RecoveryConfig, recover
+from hf_structprune.recovery import DistillationConfig, LoraRecoveryCallback, RecoveryConfig, recover
 from hf_structprune.recovery.distillation.dual_space import (
     PROJECTIONS,
     DualSpaceTeacher,
@@ -141,23 +141,51 @@ def test_rows_of_several_examples_are_read_one_by_one(folders):
     assert len(teacher.read(torch.tensor(texts[0])).following) == len(tokenizers[1](TEXTS[0])["input_ids"]) - 1
 
 
-def test_recovering_learns_saves_a_plain_checkpoint_and_goes_on(folders, tmp_path):
-    rows = [{"text": text} for text in TEXTS * 8]
-    options = dict(
-        method="distill", weights="full", max_steps=6, save_steps=3, evaluations=1, max_windows=1, window=32,
-        max_length=64, learning_rate=1e-2, precision="fp32", report_to=None,
+OPTIONS = dict(
+    method="distill", weights="full", max_steps=4, save_steps=2, evaluations=1, max_windows=1, window=32,
+    micro_batch_size=2, max_length=64, learning_rate=1e-2, precision="fp32", report_to=None,
+)  # fmt: skip
+
+
+def train(folders, output, resume=False, **changes):
+    return recover(
+        folders / "student", [{"text": text} for text in TEXTS * 8], output, RecoveryConfig(**{**OPTIONS, **changes}),
+        teacher=folders / "teacher", distillation=DistillationConfig(dual_space=True), resume=resume,
     )  # fmt: skip
-    result = recover(
-        folders / "student", rows, tmp_path / "out", RecoveryConfig(**options), teacher=folders / "teacher",
-        distillation=DistillationConfig(dual_space=True),
-    )  # fmt: skip
-    before = load_file(folders / "student" / "model.safetensors")
-    saved = load_file(result.folder / "model.safetensors")
+
+
+def interrupt(self, args, state, control, **kwargs):
+    if state.global_step == 3:
+        raise KeyboardInterrupt
+
+
+def weights(folder):
+    """Of the student and of the projections, after the last step."""
+    return load_file(folder / "model.safetensors"), load_file(folder / PROJECTIONS)
+
+
+def test_an_interrupted_training_goes_on_with_its_projections(folders, tmp_path, monkeypatch):
+    result = train(folders, tmp_path / "whole")
+    before, saved = (load_file(folder / "model.safetensors") for folder in (folders / "student", result.folder))
     assert saved.keys() == before.keys() and not list(result.folder.glob(f"**/{PROJECTIONS}"))
-    last = sorted((tmp_path / "out-training").glob("checkpoint-*"))
-    if last:
-        start, kept = Projections(32, 32, seed=42).state_dict(), load_file(last[-1] / PROJECTIONS)
-        assert all(not torch.equal(kept[name], value) for name, value in start.items())
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(LoraRecoveryCallback, "on_step_begin", interrupt)
+        train(folders, tmp_path / "parts")
+    train(folders, tmp_path / "parts", resume=True)
+    whole, parts = (weights(tmp_path / f"{name}-training" / "checkpoint-4") for name in ("whole", "parts"))
+    for one, other in zip(whole, parts, strict=True):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert not any(torch.equal(whole[1][name], start) for name, start in Projections(32, 32, 42).state_dict().items())
+    assert any(not torch.equal(whole[0][name], start) for name, start in before.items())
+
+
+def test_adapters_learn_in_bfloat16_and_are_merged(folders, tmp_path):
+    result = train(folders, tmp_path / "out", weights="lora", rank=4, max_steps=2, precision="bf16")
+    before, saved = (load_file(folder / "model.safetensors") for folder in (folders / "student", result.folder))
+    assert saved.keys() == before.keys() and not list(result.folder.glob(f"**/{PROJECTIONS}"))
+    adapter = load_file(tmp_path / "out-training" / "checkpoint-2" / "adapter_model.safetensors")
+    assert all(bool(value.isfinite().all()) for value in adapter.values())
+    assert all(bool(value.any()) for name, value in adapter.items() if "lora_B" in name)  # they start at 0
 
 
 def test_what_does_not_go_with_it():
