@@ -159,6 +159,7 @@ def quality_runs() -> dict[str, tuple[float, dict]]:
         "per-layer search, 20 %": (0.2, {"layout": "per_layer", "allocation": "search"}),
         "per-layer search, 30 %": (0.3, {"layout": "per_layer", "allocation": "search"}),
     }
+    runs["default settings and reconstruction, 20 %"] = (0.2, {"reconstruct": True})
     evolution = {"layout": "per_layer", "allocation": "evolution", "search_evaluations": 220}
     runs["evolution of neurons and KV groups, 20 %"] = (0.2, {"units": ["mlp_neurons", "kv_groups"], **evolution})
     for name in (*INPUTS, *GRADIENTS, *DATA_FREE):
@@ -207,8 +208,12 @@ def one_quality(options: argparse.Namespace) -> None:
     if options.row != "dense":
         ratio, settings = quality_runs()[options.row]
         pruner.config = PruningConfig(calibration=CalibrationConfig(dataset=calibration), **settings)
+        began = time.process_time()
         pruner.prune(ratio)
         row |= {"asked": ratio, "ratio": pruner.last_plan.ratio, "settings": settings}
+        row["cpu_minutes"] = (time.process_time() - began) / 60
+        if pruner.last_plan.reconstructed:
+            row["reconstructed"] = pruner.last_plan.reconstructed
         row["mlp_widths"] = [group.keep for group in pruner.last_plan.groups if group.kind == "mlp_neurons"]
     row["perplexity"] = {name: measure(pruner, text) for name, text in texts.items()}
     if options.full:

@@ -8,8 +8,9 @@ https://huggingface.co/papers/2510.14444, for pruning), by AdamW on
 
 where `h` are the hidden states that the pruned layers in front hand on, `h_dense` those of the dense model, `F` is the
 layer itself, residual connections included, `a` is `error_correction` and `w` are the weights of the tokens. One batch
-in eight of the calibration text is held out (though the closed form was fitted to all of it), and of the states of the
-weights the one with the least error there is kept; where none is better than the closed form, that stays, bit for bit.
+in eight of the calibration text is held out (though the closed form was fitted to all of it), and of the points on the
+line from the closed form to the end of the training the one with the least error there is kept; where none is better
+than the closed form, that stays, bit for bit.
 
 Weights are trained in float32 and rounded to the model's dtype for every run, so that the error is that of the weights
 as they are stored. Routers are not trained, so that experts go on to get the tokens that they were chosen by.
@@ -38,11 +39,13 @@ from ..units import NEURONS
 
 STEPS = 50  # of a layer, without a limit of minutes
 STEP_TOKENS = 2048
-RATE = 0.01  # of the mean square root of a tensor's entries, each step
-WARM_UP = 0.05  # of the steps
+RATE = 0.005  # of the mean square root of a tensor's entries, each step
+WARM_UP = 0.1  # of the steps
 BETAS = (0.9, 0.95)
-LOOKS = (0.25, 0.5, 0.75, 1.0)  # how far the training is, when the error on held-out text is measured
-SLOWER = 0.2  # of the rate is left, and the closed form is gone back to, while nothing better was found
+LOOK = 0.5  # how far the training is when the error on held-out text is first measured: earlier, steps are too wide
+FAR = 1.5  # times the closed form's error there is more than what is left of the schedule comes down from,
+SLOWER = 0.2  # so that the closed form is gone back to and this much of the rate is left
+SHARES = (1.0, 0.75, 0.5, 0.25, 0.125)  # of the way from the closed form to the end of the training are measured
 HELD_OUT = 8  # of so many batches one is held out
 BYTES = 20  # of memory for each parameter of the layer: weights, gradients, two moments and the best state, float32
 
@@ -164,27 +167,45 @@ class _Training:
     def run(self, seconds: float | None) -> tuple[int, float, float]:
         """Trains the layer. Gives how many steps that took, and the error on held-out text before and after."""
         with self.stream.unreplaced():
-            before = best = self._held_out_error()
-            found, steps = None, 0
+            began, steps, looked = time.monotonic(), 0, False
+            before = self._held_out_error()
+            if seconds is not None:  # some of them are for the other times that errors are measured
+                seconds -= (time.monotonic() - began) * (2 + len(SHARES))
             optimiser = torch.optim.AdamW(list(self._groups()), betas=BETAS, eps=1e-12, weight_decay=0.0)
-            looks, numbers = list(LOOKS), self._batches()
+            numbers = self._batches()
             for done in _progress(seconds):
                 steps += 1
                 for group in optimiser.param_groups:
                     group["lr"] = group["rate"] * _schedule(done)
                 self._step(optimiser, numbers)
-                if looks and done >= looks[0]:
-                    looks = [look for look in looks if look > done]
-                    error = self._held_out_error()
-                    if error < best:
-                        best, found = error, [weight.detach().clone() for weight in self.weights.values()]
-                    elif found is None and looks:
+                if not looked and LOOK <= done < 1:
+                    looked = True
+                    if not self._held_out_error() < FAR * before:
                         self._begin_again(optimiser)
+            after, found = self._best_on_the_way(before) if steps else (before, None)
         if found is not None:
             for (name, _), value in zip(self.weights.items(), found, strict=True):
                 self._write(name, value)
             self.stream.run_anew()
-        return steps, before, best
+        return steps, before, after
+
+    @torch.no_grad()
+    def _best_on_the_way(self, before: float) -> tuple[float, list[torch.Tensor] | None]:
+        """The least error on held-out text between the closed form and the end of the training, and the weights there.
+
+        `None` for the closed form. What was learnt of the text that is trained on in particular makes the end worse
+        than a part of the way, about a parabola along it.
+        """
+        ends, best, found = [weight.clone() for weight in self.weights.values()], before, None
+        for share in SHARES:
+            for (name, weight), end in zip(self.weights.items(), ends, strict=True):
+                weight.copy_(torch.lerp(self._value(name).float(), end, share))
+            error = self._held_out_error()
+            if error < best:
+                best, found = error, [weight.clone() for weight in self.weights.values()]
+            elif found is not None:
+                break
+        return best, found
 
     def _groups(self) -> Iterator[dict[str, Any]]:
         """A step is a share of a tensor's own size, which differs much between families and kinds of tensors."""

@@ -14,8 +14,9 @@ from hf_structprune.refit.reconstruction import check_reconstruction
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
-    monkeypatch.setattr(reconstruction, "STEPS", 24)
+    monkeypatch.setattr(reconstruction, "STEPS", 16)
     monkeypatch.setattr(reconstruction, "STEP_TOKENS", 128)
+    monkeypatch.setattr(reconstruction, "RATE", 0.01)  # so few of them have to be wider
 
 
 def tokens(sequences=64):
@@ -47,11 +48,11 @@ def distance(pruner, model):
 )
 def test_layers_come_nearer_to_what_they_should_put_out(name, units):
     model = families.make_model(name)
-    pruner = pruned(model, units=units, reconstruct=True)
+    pruner = pruned(model, 0.2, units=units, reconstruct=True)
     found = pruner.last_plan.reconstructed
-    assert [(one["layer"], one["steps"]) for one in found] == [(layer, 24) for layer in range(families.LAYERS)]
+    assert [(one["layer"], one["steps"]) for one in found] == [(layer, 16) for layer in range(families.LAYERS)]
     assert all(one["after"] <= one["before"] for one in found)
-    assert distance(pruner, model) < distance(pruned(model, units=units), model)
+    assert distance(pruner, model) < distance(pruned(model, 0.2, units=units), model)
     assert any("layers were reconstructed" in line for line in pruner.last_plan.reasons)
 
 
@@ -77,7 +78,7 @@ def test_error_that_is_reported_is_that_of_the_small_model(name, units):
 
 
 def test_without_a_step_it_is_the_closed_form_and_with_some_the_same_each_time(monkeypatch):
-    monkeypatch.setattr(reconstruction, "STEPS", 8)
+    monkeypatch.setattr(reconstruction, "STEPS", 4)
     model = families.make_model("mixtral")
     options = dict(units=("experts",))
     closed, none = pruned(model, **options), pruned(model, reconstruct_minutes=0, **options)
@@ -92,6 +93,18 @@ def test_without_a_step_it_is_the_closed_form_and_with_some_the_same_each_time(m
         changed |= set() if torch.equal(value, closed.model.state_dict()[name]) else {name}
     assert any(".experts." in name for name in changed) and any("q_proj" in name for name in changed)
     assert torch.equal(one.model.model.layers[0].mlp.gate.weight, closed.model.model.layers[0].mlp.gate.weight)
+
+
+def test_steps_that_are_much_too_wide_leave_the_closed_form_or_are_begun_again(monkeypatch):
+    model, options = families.make_model("gemma2"), dict(units=("mlp_neurons",))
+    monkeypatch.setattr(reconstruction, "RATE", 1e5)
+    closed, wide = pruned(model, **options), pruned(model, reconstruct=True, **options)
+    assert all(one["after"] == one["before"] for one in wide.last_plan.reconstructed)
+    for name, value in closed.model.state_dict().items():
+        assert torch.equal(value, wide.model.state_dict()[name]), name
+    monkeypatch.setattr(reconstruction, "SLOWER", 1e-7)
+    found = pruned(model, reconstruct=True, **options).last_plan.reconstructed
+    assert all(one["after"] < one["before"] for one in found)
 
 
 def test_sublayer_that_goes_is_not_trained():
