@@ -21,7 +21,6 @@ from .text.calibration import CalibrationConfig
 from .units import (
     HIDDEN,
     KINDS,
-    NEURONS,
     DepthKind,
     RoutedKind,
     SharedKind,
@@ -70,7 +69,7 @@ class PruningConfig:
             alone, if no more than 30 % of the neurons go; else heads, neurons, experts and layers in the mixture that
             costs least on this model, by measurement on the calibration text.
             Default: the kinds that other options name (`attention_ratio`, `mlp_ratio`, `num_layers`, `keep_first`,
-            `hidden_size`, `split`), else `("mlp_neurons",)`.
+            `hidden_size`, `split`), else `"auto"`.
         criterion (`str`): How units are ranked: `"random"`, `"l1"`, `"l2"`, `"taylor"`, `"wanda"`, `"wifv"`,
             `"activation"` or `"obs"`. With nothing but depth or nothing but `"hidden"` to cut, it may also be one of
             `depth_criterion` or `hidden_criterion` and sets that. Or a criterion for each kind:
@@ -219,7 +218,7 @@ class PruningConfig:
         if self.units is None:  # what other options name
             by_option = [name for name in KINDS if _given(self, *KINDS[name].options)]
             by_criterion = self.criterion if isinstance(self.criterion, dict) else {}
-            self.units = (*by_option, *self.parts, *(self.keep or {}), *by_criterion) or (NEURONS,)
+            self.units = (*by_option, *self.parts, *(self.keep or {}), *by_criterion) or (AUTO,)
         self.units = tuple(dict.fromkeys(self.units))
         self.reconstruct |= self.reconstruct_minutes is not None
         if not self.units:

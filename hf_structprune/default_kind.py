@@ -17,7 +17,7 @@ from .planner import Planner
 from .units import GROUPS, KINDS, LAYERS, NEURONS, QUERIES, WidthKind, kinds_of
 
 
-ENOUGH = 0.3  # of the MLP neurons: where less of them goes, other kinds are not tried
+ENOUGH = 1 / 3  # of the MLP neurons: where less of them goes, other kinds are not tried
 _OUTSIDE = 0.3  # of all parameters
 _MOST = 0.5  # of a kind: beyond it is looked whether it can reach the ratio
 

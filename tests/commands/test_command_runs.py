@@ -283,6 +283,7 @@ def test_demo_model_comes_from_the_package_index_without_the_hub(folder, tmp_pat
 def prune_together(folder, output):
     with open(f"{output} {os.environ.get('RANK', '')}", "w") as said, contextlib.redirect_stdout(said):
         argv = ["prune", folder, "--ratio", "0.2", "--output-dir", str(output), "--data-parallel", "--json"]
+        argv += ["--units", "mlp_neurons"]
         assert cli.main([*argv, *CALIBRATION, "--calibration-batch-size", "2"]) == 0
 
 

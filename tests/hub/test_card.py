@@ -264,6 +264,7 @@ def test_the_lines_that_make_it_again_run(tiny_llama, tiny_tokenizer, tmp_path, 
     tiny_llama.save_pretrained("base")
     tiny_tokenizer.save_pretrained("base")
     config = PruningConfig(
+        units="mlp_neurons",
         criterion="taylor", taylor="second", layout="per_layer", layer_range=(0, 2), round_to=1, token_weighting=False,
         calibration=CalibrationConfig(num_samples=4, length=32, seed=3),
     )  # fmt: skip
