@@ -19,7 +19,7 @@ from typing import Any
 
 from .allocation.depth import DepthChoice
 from .config import PruningConfig
-from .default_kind import ENOUGH, DefaultKind, share_of
+from .default_kind import DefaultKind, share_of
 from .errors import RatioError, StructPruneError
 from .plan import PruningPlan
 from .planner import Planner
@@ -167,7 +167,7 @@ class KindChooser:
         label = " and ".join(KINDS[kind].label for kind in fixed.units)
         share = f", {min(1, self.kinds.share(ratio)):.0%} of them" if len(fixed.units) == 1 else ""
         if self.kinds.enough(ratio):
-            return f"units='auto': {label} alone{share}; other kinds are measured where that is above {ENOUGH:.0%}"
+            return f"units='auto': {label} alone{share}; other kinds are measured where that is above a third"
         if why:
             return f"units='auto' measured nothing, since {why}: {label} go{share}"
         return (

@@ -66,8 +66,8 @@ class PruningConfig:
             (channels of the residual stream) and `"head_dim"` (dimensions of all heads); `"q_ranks"` and `"kv_ranks"`
             (directions of the latents of multi-head latent attention). And `"vocabulary"` (tokens: rows of the
             embedding and the LM head; the tokenizer is trimmed with them). Or `"auto"`: MLP neurons (or experts)
-            alone, if no more than 30 % of the neurons go; else heads, neurons, experts and layers in the mixture that
-            costs least on this model, by measurement on the calibration text.
+            alone, if no more than a third of the neurons go; else heads, neurons, experts and layers in the mixture
+            that costs least on this model, by measurement on the calibration text.
             Default: the kinds that other options name (`attention_ratio`, `mlp_ratio`, `num_layers`, `keep_first`,
             `hidden_size`, `split`), else `"auto"`.
         criterion (`str`): How units are ranked: `"random"`, `"l1"`, `"l2"`, `"taylor"`, `"wanda"`, `"wifv"`,
