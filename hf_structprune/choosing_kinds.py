@@ -19,7 +19,7 @@ from typing import Any
 
 from .allocation.depth import DepthChoice
 from .config import PruningConfig
-from .default_kind import DefaultKind, share_of
+from .default_kind import DefaultKind, near, share_of
 from .errors import RatioError, StructPruneError
 from .plan import PruningPlan
 from .planner import Planner
@@ -142,7 +142,7 @@ class KindChooser:
             RatioError: No kind, nor all of them together, can reach the ratio.
         """
         kinds, self.measured = self.kinds, False
-        why = self._instead or kinds.unmeasurable()
+        why = kinds.unmeasurable() or self._instead
         if kinds.enough(ratio) or why or not measure:
             return kinds.fixed(ratio), [self._unmeasured(ratio, why), *kinds.outside()]
         prices = self._prices()
@@ -165,7 +165,7 @@ class KindChooser:
         """Why nothing was measured, and what goes."""
         fixed = self.kinds.fixed(ratio)
         label = " and ".join(KINDS[kind].label for kind in fixed.units)
-        share = f", {min(1, self.kinds.share(ratio)):.0%} of them" if len(fixed.units) == 1 else ""
+        share = f", {min(1, self.kinds.share(ratio, fixed.units[0])):.0%} of them" if len(fixed.units) == 1 else ""
         if self.kinds.enough(ratio):
             return f"units='auto': {label} alone{share}; other kinds are measured where that is above a third"
         if why:
@@ -217,16 +217,16 @@ class KindChooser:
             def far(one: Candidate) -> float:
                 return abs(one.plan.ratio - ratio)
 
-            near, others = max(0.02, 0.1 * ratio), []
+            others: list[Candidate] = []
             rest = [one for one in priced if one.plan.ratio_requested == ratio]
-            found = [one for one in rest if far(one) <= near]
+            found = [one for one in rest if far(one) <= near(ratio)]
             for guess, candidate in self._guesses(curves, ratio):
                 best = min((one.nats for one in found), default=math.inf)
                 if len(others) == MIXTURES or guess > best * (1 - _GAIN):
                     break
                 if any(_alike(candidate.plan, one.plan) for one in found):
                     continue
-                if far(candidate) > near:
+                if far(candidate) > near(ratio):
                     rest.append(candidate)
                     continue
                 candidate.nats = self._prices().of(candidate.plan, candidate.config)

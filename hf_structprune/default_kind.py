@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -14,6 +15,7 @@ from .errors import RatioError, StructPruneError, UnsupportedModelError
 from .model.placement import has_weights
 from .model.structure import ModelStructure
 from .planner import Planner
+from .progress import hidden
 from .units import GROUPS, KINDS, LAYERS, NEURONS, QUERIES, WidthKind, kinds_of
 
 
@@ -25,6 +27,11 @@ _MOST = 0.5  # of a kind: beyond it is looked whether it can reach the ratio
 def share_of(kind: str, structure: ModelStructure) -> float:
     """The share of all parameters that units of a kind have."""
     return sum(g.size * g.cost for g in structure.groups if g.kind == kind) / structure.total_parameters
+
+
+def near(ratio: float) -> float:
+    """As far from the ratio that is asked for as is near enough, in shares of the model."""
+    return max(0.02, 0.1 * ratio)
 
 
 class DefaultKind:
@@ -86,9 +93,9 @@ class DefaultKind:
         coarse = [kind for kind in there if kind == LAYERS or self.of_heads(kind)]
         return [kind for kind in there if kind not in coarse], coarse
 
-    def share(self, ratio: float) -> float:
-        """The share of all units of this kind that go if nothing else does."""
-        there = share_of(self.kind, self.structure)
+    def share(self, ratio: float, kind: str | None = None) -> float:
+        """The share of all units of a kind, this one by default, that go if nothing else does."""
+        there = share_of(kind or self.kind, self.structure)
         return ratio / there if there else 1.0
 
     def enough(self, ratio: float) -> bool:
@@ -111,20 +118,31 @@ class DefaultKind:
         return "rows with images are not run for it" if config.calibration.image_column is not None else ""
 
     def fixed(self, ratio: float) -> PruningConfig:
-        """The configuration without a measurement: this kind; KV groups too where it cannot reach the ratio alone."""
+        """The configuration without a measurement: this kind; KV groups too where it cannot reach the ratio alone.
+
+        Where whole experts come nowhere near the ratio, another kind in MLPs that does.
+        """
         alone = dataclasses.replace(self.config, units=(self.kind,))
-        if self.share(ratio) < _MOST or self._reaches(alone, ratio) or not self.able(GROUPS):
+        if self.kind == NEURONS:
+            if self.share(ratio) < _MOST:
+                return alone
+        elif self._off(alone, ratio) > near(ratio):
+            finer = [kind for kind in self._by_size if kind != self.kind and _in_mlp(kind) and self.able(kind)]
+            others = [dataclasses.replace(self.config, units=(kind,)) for kind in finer]
+            alone = next((one for one in others if self._off(one, ratio) <= near(ratio)), alone)
+        if self._off(alone, ratio) < math.inf or not self.able(GROUPS):
             return alone
         both = dataclasses.replace(self.config, units=(self.kind, GROUPS))
-        return both if self._reaches(both, ratio) else alone  # which says how far it goes
+        return both if self._off(both, ratio) < math.inf else alone  # which says how far it goes
 
-    def _reaches(self, config: PruningConfig, ratio: float) -> bool:
+    def _off(self, config: PruningConfig, ratio: float) -> float:
+        """How far from the ratio the nearest plan is; infinite where it cannot be reached."""
         config = dataclasses.replace(config, allocation="uniform", levels=None, search_evaluations=None)
         try:
-            Planner(self.model, self.structure, config, _no_text).plan(ratio)
+            with hidden():
+                return abs(Planner(self.model, self.structure, config, _no_text).plan(ratio).ratio - ratio)
         except RatioError:
-            return False
-        return True
+            return math.inf
 
     def outside(self) -> list[str]:
         """What is to be said of a model of which much is not in its layers."""

@@ -305,3 +305,11 @@ def test_a_plan_that_takes_most_of_a_small_part_says_so_and_the_card_does_not():
     pruner = StructuredPruner(model, config)
     pruner.prune(0.2)
     assert not [one for one in pruner.last_plan.warnings if "auto" in one]
+
+
+def test_where_whole_experts_are_too_coarse_another_kind_in_mlps_goes_unmeasured():
+    model, calibration = families.make_model("qwen3_moe"), families.calibration(8, 12)
+    experts = StructuredPruner(model, PruningConfig(units="experts", calibration=calibration)).plan(0.05)
+    assert abs(experts.ratio - 0.05) > 0.02
+    plan = StructuredPruner(model, PruningConfig(round_to=1, calibration=calibration)).plan(0.05)
+    assert abs(plan.ratio - 0.05) < 0.02 and plan.removed and "experts" not in plan.removed

@@ -9,7 +9,7 @@ from hf_structprune.errors import ConfigurationError, RatioError
 @pytest.mark.parametrize(
     ("options", "units"),
     [
-        ({}, ("mlp_neurons",)),
+        ({}, ("auto",)),
         ({"num_layers": 2}, ("layers",)),
         ({"keep_first": 2}, ("layers",)),
         ({"hidden_size": 16}, ("hidden",)),
@@ -57,7 +57,7 @@ def test_with_widths_the_criterion_is_theirs():
         ({"hidden_size": 1, "units": "mlp_neurons"}, "no 'hidden' in it"),
         ({"num_layers": 1, "keep_first": 1}, "`num_layers` and `keep_first` are both given"),
         ({"units": "attention"}, "Set layout='per_layer'"),
-        ({"units": ("hidden", "mlp_neurons")}, "give `hidden_size`, or a `split`"),
+        ({"units": ("hidden", "mlp_neurons")}, "give `hidden_size`, a `split`"),
         ({"units": ("layers", "attention"), "layout": "per_layer", "num_layers": 1}, "use `split` for both"),
         ({"split": {"layers": 0.5}}, "must add up to 1, not 0.5"),
         ({"split": {"layers": 1.5, "mlp_neurons": -0.5}}, "`split` is -0.5; it must be a positive number"),
