@@ -57,6 +57,8 @@ def main() -> None:
     parser.add_argument("--c4", type=Path)
     parser.add_argument("--settings", help="one-speed: JSON of the settings")
     parser.add_argument("--row", help="one-quality: name of the row")
+    parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="quality: these rows and the dense model")
+    parser.add_argument("--output", default="core_quality.json", help="quality: name of the file of results")
     parser.add_argument("--full", action="store_true", help="one-quality: on the whole test text too")
     parser.add_argument("--jobs", type=int, default=2, help="quality: rows at once")
     options = parser.parse_args()
@@ -160,7 +162,10 @@ def quality_runs() -> dict[str, tuple[float, dict]]:
         "per-layer search, 20 %": (0.2, {"layout": "per_layer", "allocation": "search"}),
         "per-layer search, 30 %": (0.3, {"layout": "per_layer", "allocation": "search"}),
     }
-    runs["default settings and reconstruction, 20 %"] = (0.2, {"reconstruct": True})
+    more = {"calibration": {"num_samples": 256}}
+    runs["default settings with 256 x 256 tokens, 20 %"] = (0.2, more)
+    runs["reconstruction, 20 %"] = (0.2, {"reconstruct": True})
+    runs["reconstruction with 256 x 256 tokens, 20 %"] = (0.2, {"reconstruct": True, **more})
     evolution = {"layout": "per_layer", "allocation": "evolution", "search_evaluations": 220}
     runs["evolution of neurons and KV groups, 20 %"] = (0.2, {"units": ["mlp_neurons", "kv_groups"], **evolution})
     for name in (*INPUTS, *GRADIENTS, *DATA_FREE):
@@ -172,14 +177,14 @@ def quality_runs() -> dict[str, tuple[float, dict]]:
 
 def quality(options: argparse.Namespace) -> None:
     """The table of criteria, and the best settings at several ratios; rows run in processes of one thread each."""
-    names = ["dense", *quality_runs()]
+    names = ["dense", *(options.only or quality_runs())]
     rows: dict[str, dict] = {}
     command = [sys.executable, __file__, "one-quality", "--model", options.model]
     if options.wikitext and options.c4:
         command += ["--wikitext", str(options.wikitext), "--c4", str(options.c4)]
 
     def run(name: str) -> None:
-        full = ["--full"] if name in ("dense", "default settings, 20 %") else []
+        full = ["--full"] if name in ("dense", "default settings, 20 %") and not options.only else []
         output = subprocess.run(
             [*command, *full, "--row", name],
             capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -187,10 +192,10 @@ def quality(options: argparse.Namespace) -> None:
         rows[name] = json.loads(output.splitlines()[-1])
         print(name, rows[name], flush=True)
         ordered = [rows[name] for name in names if name in rows]
-        write("core_quality.json", {"environment": environment(threads=1), "data": data(options)[2], "rows": ordered})
+        write(options.output, {"environment": environment(threads=1), "data": data(options)[2], "rows": ordered})
 
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(run, names))
+        list(pool.map(run, [*names[1:], names[0]]))
     dense = rows["dense"]["perplexity"]
     table = Table(title=f"Perplexity, pruned over dense ({', '.join(f'{n} {p:.2f}' for n, p in dense.items())} dense)")
     for column in ("settings", "removed", *dense):
@@ -208,7 +213,8 @@ def one_quality(options: argparse.Namespace) -> None:
     row: dict = {"name": options.row, "ratio": 0.0}
     if options.row != "dense":
         ratio, settings = quality_runs()[options.row]
-        pruner.config = PruningConfig(calibration=CalibrationConfig(dataset=calibration), **settings)
+        text = CalibrationConfig(dataset=calibration, **settings.get("calibration", {}))
+        pruner.config = PruningConfig(**{**settings, "calibration": text})
         began = time.process_time()
         pruner.prune(ratio)
         row |= {"asked": ratio, "ratio": pruner.last_plan.ratio, "settings": settings}
