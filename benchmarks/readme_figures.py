@@ -4,8 +4,8 @@
     python benchmarks/readme_figures.py --print     # nothing is measured: the table from the JSON that is there
     python benchmarks/readme_figures.py --small     # a tiny random model and two columns; writes nothing here
 
-`make readme-figures` is the first. What recovery gives back comes from the results beside a card of `model_cards/`,
-which its recipe makes, and the numbers of types from `docs/models.md`, which `hf-structprune models` computes.
+`make readme-figures` is the first. What recovery gives back comes from the JSON that `benchmarks/recovered.py`
+writes, and the numbers of types from `docs/models.md`, which `hf-structprune models` computes.
 `tests/test_readme.py` compares README with all three.
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 CORE, RESULTS = ROOT / "benchmarks" / "core.py", ROOT / "benchmarks" / "results" / "core_quality.json"
 PRUNED = ROOT / "model_cards" / "smollm2-135m-instruct-pruned-20"
-RECOVERED = ROOT / "model_cards" / "smollm2-135m-instruct-recovered-20-lora-1200"
+RECOVERED = ROOT / "benchmarks" / "results" / "recovered.json"
 # The columns of the table, and the rows of `core.py quality` that they are.
 COLUMNS = {
     "dense": "dense", "10 %": "default settings, 10 %", "20 %": "default settings, 20 %",
@@ -78,15 +78,16 @@ def dense_parameters() -> int:
 
 
 def recovery_words() -> str:
-    """What a training gives back: perplexities of the pruned, the recovered and the dense model."""
-    names = [f"evaluation_results{state}.json" for state in ("_pruned", "", "_dense")]
-    pruned, recovered, dense = (_figures(RECOVERED / name) for name in names)
-    texts = {"held-out Dolly": "perplexity/dolly", "WikiText-2": "perplexity/wikitext2"}
-    (dolly, wikitext) = ((pruned[key], recovered[key], dense[key]) for key in texts.values())
-    return (
-        f"perplexity on held-out Dolly {dolly[0]:.1f} -> {dolly[1]:.1f} (dense: {dolly[2]:.1f}), "
-        f"WikiText-2 {wikitext[0]:.1f} -> {wikitext[1]:.1f} ({wikitext[2]:.1f})"
-    )
+    """What a training gives back: perplexities and right answers of the pruned, the recovered and the dense model."""
+    results = json.loads(RECOVERED.read_text(encoding="utf-8"))
+    run, dense = results["20 %, evolution"], results["dense"]
+    texts = [
+        f"{name} {run['pruned'][name]:.1f} -> {run['recovered'][name]:.1f} ({said}{dense[name]:.1f})"
+        for name, said in (("WikiText-2", "dense: "), ("C4", ""))
+    ]
+    right = [sum(one["right"]) for one in (run["pruned"], run["recovered"], dense)]
+    answers = f"right answers {right[0]} -> {right[1]} ({right[2]}) of {len(dense['right'])}"
+    return f"{run['seconds'] / 60:.0f} minutes on a CPU core: {', '.join([*texts, answers])}"
 
 
 def type_words() -> str:
