@@ -36,16 +36,21 @@ def train_tokenizer(vocab_size):
     )
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A student, a teacher with longer tokens and rows."""
-    folder = tmp_path_factory.mktemp("gold")
+def save_pair(folder):
+    """A student, and a teacher with longer tokens."""
     for name, size, width, seed in (("student", 270, 24, 0), ("teacher", 300, 48, 1)):
         tokenizer = train_tokenizer(size)
         model = make_llama(width, seed)
         model.resize_token_embeddings(len(tokenizer))
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A student, a teacher with longer tokens and rows."""
+    folder = tmp_path_factory.mktemp("gold")
+    save_pair(folder)
     (folder / "rows").mkdir()
     (folder / "rows" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS * 4))
     return folder

@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_cross_tokenizer import TEXTS, train_tokenizer
-from tiny_distillation import make_llama
+from test_cross_tokenizer import TEXTS, save_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_structprune.errors import ConfigurationError
@@ -110,12 +109,7 @@ def test_each_term_trains_what_it_is_for():
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dual")
-    for name, size, width, seed in (("student", 270, 24, 0), ("teacher", 300, 48, 1)):
-        tokenizer = train_tokenizer(size)
-        model = make_llama(width, seed)
-        model.resize_token_embeddings(len(tokenizer))
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    save_pair(folder)
     return folder
 
 
