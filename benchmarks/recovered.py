@@ -1,12 +1,13 @@
 """What a longer recovery brings back, on the whole protocol: 12 windows of 2048 tokens, and answers to questions.
 
-    python benchmarks/recovery_data.py --dolly FOLDER --c4 FILE.jsonl --tokenizer MODEL --output-dir data
+    python benchmarks/recovery_data.py --dolly FOLDER --c4 FILE.jsonl --tokenizer MODEL --output-dir data [--answers N]
     python benchmarks/recovered.py --dense MODEL --pruned FOLDER --data data --wikitext2 FOLDER --name NAME
 
-Trains on `--tokens` tokens, a third each of chats, web pages and Wikipedia (`recovery_settings.py`), by distillation
-of all weights, and measures the dense, the pruned and the recovered model: perplexity of text that was not trained on
-over that of the dense model, and the packaged closed questions, of which every fifth is counted by itself. Results are
-added to benchmarks/results/recovered.json under `--name`; what was measured there already is not measured again.
+Trains on `--tokens` tokens, a third each of chats, web pages and Wikipedia (`recovery_settings.py`), with `--answers`
+beside short questions and the dense model's own answers, by distillation of all weights. Measured are the dense, the
+pruned and the recovered model: perplexity of text that was not trained on over that of the dense model, and the
+packaged closed questions, of which every fifth is counted by itself. Results are added to
+benchmarks/results/recovered.json under `--name`; what was measured there already is not measured again.
 """
 
 from __future__ import annotations
@@ -72,15 +73,17 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=368_000)
     parser.add_argument("--label-weight", type=float, default=0.0)
+    parser.add_argument("--answers", action="store_true", help="train on the dense model's own answers too")
     parser.add_argument("--output-dir", type=Path, help="keeps the recovered model; default: beside the pruned one")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.pruned)
-    rows, texts = read_data(arguments, tokenizer)
+    rows, texts = read_data(arguments, tokenizer, arguments.answers)
     results = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.is_file() else {}
     results.setdefault("versions", versions("trl", "peft"))
     results.setdefault("dense", {}) or results["dense"].update(measure(arguments.dense, tokenizer, texts))
-    run = results.setdefault(arguments.name, {"label_weight": arguments.label_weight, "settings": SETTINGS})
+    run = results.setdefault(arguments.name, {})
+    run |= {"label_weight": arguments.label_weight, "answers": arguments.answers, "settings": SETTINGS}
 
     def keep() -> None:
         write_text(arguments.output, json.dumps(results, indent=1, ensure_ascii=False) + "\n")

@@ -83,36 +83,51 @@ def measure(model: Any, dense: dict[str, torch.Tensor], texts: dict[str, torch.T
     return found
 
 
-def read_data(arguments: argparse.Namespace, tokenizer: Any) -> tuple[list[dict], dict[str, str]]:
-    """Rows to train on, `tokens` in all, and the texts to measure on."""
+def read_data(
+    arguments: argparse.Namespace, tokenizer: Any, answers: bool = False
+) -> tuple[list[dict], dict[str, str]]:
+    """Rows to train on, `tokens` in all, and the texts to measure on.
+
+    A third each of chats, web pages and Wikipedia. With `answers`, a quarter at most are questions with the dense
+    model's own answers, of `recovery_data.py --answers`.
+    """
 
     def rows_of(name: str) -> list[dict]:
         text = (arguments.data / name).read_text(encoding="utf-8")
         return [json.loads(line) for line in text.split("\n") if line.strip()]
 
-    wiki = (arguments.wikitext2 / "train.txt").read_text(encoding="utf-8")
-    articles = [{"prompt": "", "completion": line} for line in wiki.split("\n") if len(line) > 500]
-    chats = [
-        {
-            "prompt": tokenizer.apply_chat_template(
-                [{"role": "user", "content": f"{r['instruction']}\n\n{r['input']}".strip()}],
-                tokenize=False, add_generation_prompt=True,
-            ),
-            "completion": r["output"],
-        }
-        for r in rows_of("dolly_train.jsonl")
-    ]  # fmt: skip
-    pages = [{"prompt": "", "completion": r["text"]} for r in rows_of("c4_train.jsonl")]
-    rows = []
-    for source in (chats, pages, articles):
-        left = arguments.tokens / 3
+    def chats_of(name: str) -> list[dict]:
+        return [
+            {
+                "prompt": tokenizer.apply_chat_template(
+                    [{"role": "user", "content": f"{r['instruction']}\n\n{r['input']}".strip()}],
+                    tokenize=False, add_generation_prompt=True,
+                ),
+                "completion": r["output"],
+            }
+            for r in rows_of(name)
+        ]  # fmt: skip
+
+    rows: list[dict] = []
+
+    def take(source: list[dict], tokens: float) -> int:
+        """Adds rows of up to so many tokens; how many tokens those have."""
+        used = 0
         for row in source:
             length = len(tokenizer(row["prompt"] + row["completion"], verbose=False)["input_ids"]) + 1
             if length <= FIXED["max_length"]:
                 rows.append(row)
-                left -= length
-            if left <= 0:
+                used += length
+            if used >= tokens:
                 break
+        return used
+
+    wiki = (arguments.wikitext2 / "train.txt").read_text(encoding="utf-8")
+    articles = [{"prompt": "", "completion": line} for line in wiki.split("\n") if len(line) > 500]
+    pages = [{"prompt": "", "completion": r["text"]} for r in rows_of("c4_train.jsonl")]
+    left = arguments.tokens - (take(chats_of("answers.jsonl"), arguments.tokens / 4) if answers else 0)
+    for source in (chats_of("dolly_train.jsonl"), pages, articles):
+        take(source, left / 3)
     texts = {
         "WikiText-2": (arguments.wikitext2 / "test.txt").read_text(encoding="utf-8"),
         "C4": "\n\n".join(row["text"] for row in rows_of("c4.jsonl")),
