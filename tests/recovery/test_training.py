@@ -14,13 +14,14 @@ pytest.importorskip("peft")
 
 from safetensors.torch import load_file  # noqa: E402
 
+from hf_structprune import hardware  # noqa: E402
 from hf_structprune.errors import ConfigurationError  # noqa: E402
 from hf_structprune.recovery import recover, recovering  # noqa: E402
 from hf_structprune.recovery.configuration import RecoveryConfig  # noqa: E402
-from hf_structprune.recovery.recovering import (  # noqa: E402  # noqa: E402
+from hf_structprune.recovery.recovering import (  # noqa: E402
     accumulation_steps,
     adapter_config,
-    choose_precision,  # noqa: E402
+    choose_precision,
     training_arguments,
     widen,
 )
@@ -39,6 +40,19 @@ def test_arguments_follow_the_settings(tmp_path):
     assert arguments.max_length is None and not arguments.packing  # rows come cut and packed
     assert arguments.seed == arguments.data_seed == 7
     assert arguments.report_to == []
+
+
+def test_packed_sequences_go_through_one_at_a_time_on_a_cpu_alone(tmp_path, monkeypatch):
+    config = RecoveryConfig(batch_size=12, micro_batch_size=3, packing=True, precision="fp32")
+
+    def shape():
+        made = training_arguments(config, tmp_path)
+        return made.per_device_train_batch_size, made.gradient_accumulation_steps
+
+    assert shape() == (1, 12)  # 12 sequences a step, as without
+    assert accumulation_steps(config, 2) == 6
+    monkeypatch.setattr(hardware, "has_accelerator", lambda: True)
+    assert shape() == (3, 4)
 
 
 def two_processes(folder):
