@@ -191,6 +191,8 @@ class DistillationConfig:
         top_k (`int`): Predictions kept for a token in the cache; the rest counts as one more class.
         generated_tokens (`int`): Where there is no data set: tokens that the dense model writes to be distilled on,
             beside the text that the pruning was calibrated on. 0 takes that text alone.
+        dense_answers (`int`): Where there is a data set: so many of its prompts are answered by the dense model too,
+            greedily, and the answers that it ends are learned beside those of the data. See `own_answers`.
 
     Raises:
         ConfigurationError: A value is impossible.
@@ -207,6 +209,7 @@ class DistillationConfig:
     cache: str | None = None
     top_k: Count = 64
     generated_tokens: Number = 65_536
+    dense_answers: Number = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -214,6 +217,11 @@ class DistillationConfig:
             raise ConfigurationError(
                 "`cache` keeps the dense model's predictions only, not its hidden states: leave it out, or set "
                 "`hidden_weight` and `attention_weight` to 0."
+            )
+        if self.dense_answers and self.dual_space:
+            raise ConfigurationError(
+                f"`dense_answers` is {self.dense_answers}, but the teacher of `dual_space` has another tokenizer and "
+                "chat template: leave one of them out."
             )
         others = {"cache": self.cache, "hidden_weight": self.hidden_weight, "attention_weight": self.attention_weight}
         others |= {"on_prompts=False": not self.on_prompts}

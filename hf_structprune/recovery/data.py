@@ -446,6 +446,13 @@ class Encoder:
         self.counts["ended"] += is_chat and not self.stops.isdisjoint(labels)
         return ids, list(ids) if self.prompt_loss else labels
 
+    def prompt_ids(self, prompt: str | list[dict[str, Any]], example: Mapping[str, Any]) -> list[int]:
+        """Ids of what the model reads before it answers; `example` may have options of the chat template."""
+        if isinstance(prompt, str):
+            return self._tokens(prompt)["input_ids"]
+        options = example.get("chat_template_kwargs", {})
+        return self._tokens(prompt, add_generation_prompt=True, **options)["input_ids"]
+
     def _tokens(self, text: str | list[dict[str, Any]], **options: Any) -> Any:
         if isinstance(text, str):
             return self.tokenizer(text=text, verbose=False)

@@ -32,6 +32,7 @@ from .bar import TrainingBar
 from .callback import STATE_NAME, LoraRecoveryCallback
 from .configuration import DistillationConfig, RecoveryConfig
 from .data import load_rows, prepare, public_sources
+from .own_answers import with_answers
 from .own_text import own_rows
 from .save import check_place, folder_of
 from .weights import BEST_FOLDER
@@ -152,16 +153,19 @@ def recover(
             computed = dataclasses.replace(distillation, teacher_dtype=choose_precision(config.precision))
         load = partial(load_dual_space_teacher, seed=config.seed) if distillation.dual_space else load_teacher
         loaded = load(teacher, student, computed, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
-    if rows is None:
+    if loaded is not None and (rows is None or distillation.dense_answers):
         loaded.to(hardware.process_state().device)
         names = not isinstance(teacher, nn.Module)
-        theirs = load_tokenizer(teacher, trust_remote_code=trust_remote_code) if names else None
-        made = own_rows(
-            loaded.model, theirs or tokenizer, model if named else folder_of(model), distillation.generated_tokens,
-            length=config.max_length, seed=config.seed,
-            seconds=None if config.minutes is None else WRITING * 60 * config.minutes,
-        )  # fmt: skip
-        rows = load_rows(made, **drawn)
+        theirs = (load_tokenizer(teacher, trust_remote_code=trust_remote_code) if names else None) or tokenizer
+        limits = {
+            "length": config.max_length, "seed": config.seed,
+            "seconds": None if config.minutes is None else WRITING * 60 * config.minutes,
+        }  # fmt: skip
+        if rows is None:
+            where = model if named else folder_of(model)
+            rows = load_rows(own_rows(loaded.model, theirs, where, distillation.generated_tokens, **limits), **drawn)
+        else:
+            rows = with_answers(rows, loaded.model, theirs, distillation.dense_answers, **limits)
     stops = getattr(student.generation_config, "eos_token_id", None) or []
     prepared, data = prepare(
         rows, tokenizer, max_length=config.max_length, context=context_length(student),
