@@ -182,6 +182,25 @@ def test_adapters_learn_in_bfloat16_and_are_merged(folders, tmp_path):
     assert all(bool(value.any()) for name, value in adapter.items() if "lora_B" in name)  # they start at 0
 
 
+def test_a_teacher_that_makes_the_model_worse_is_noticed(folders, tmp_path):
+    """As in a published study, whose model was worse at everything after it: the weights from before come back."""
+    (tmp_path / "watched.txt").write_text("\n\n".join(TEXTS * 4))
+    watched = {**OPTIONS, "text": str(tmp_path / "watched.txt"), "evaluations": 2}
+    taught = recover(
+        folders / "student", [{"text": text} for text in TEXTS * 8], tmp_path / "taught",
+        RecoveryConfig(**{**watched, "method": "full", "max_steps": 12}),
+    )  # fmt: skip
+    assert taught.report["best_step"] == 12
+    result = recover(
+        taught.folder, [{"text": text} for text in TEXTS * 8], tmp_path / "out", RecoveryConfig(**watched),
+        teacher=folders / "teacher", distillation=DistillationConfig(dual_space=True),  # it has learned nothing
+    )  # fmt: skip
+    assert result.report["best_step"] == 0 and result.report["stopped"] in ("worse", None)
+    before, after = (load_file(folder / "model.safetensors") for folder in (taught.folder, result.folder))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert "**Training did not help.**" in (result.folder / "README.md").read_text()
+
+
 def test_what_does_not_go_with_it():
     with pytest.raises(ConfigurationError, match="on_prompts"):
         DistillationConfig(dual_space=True, on_prompts=False)
