@@ -307,8 +307,12 @@ def settings_of(config: RecoveryConfig, distillation: DistillationConfig | None,
 
 
 def refuse_other_settings(checkpoint: Path, now: Mapping[str, Any]) -> None:
-    """Refuses to go on from a whole checkpoint in another way than its training was begun; names every difference."""
-    begun = read_json(checkpoint / STATE_NAME)["settings"]
+    """Refuses to go on from a whole checkpoint in another way than its training was begun; names every difference.
+
+    An option that the training does not name has come since then: it had what is its default now.
+    """
+    defaults = {**RecoveryConfig().to_public_dict(), **DistillationConfig().to_public_dict()}
+    begun = json.loads(json.dumps(defaults, default=str)) | read_json(checkpoint / STATE_NAME)["settings"]
     other = [f"`{name}` is {now[name]!r}, it was {begun.get(name)!r}" for name in now if begun.get(name) != now[name]]
     if other:
         raise ConfigurationError(

@@ -110,3 +110,16 @@ def test_all_settings_are_compared_but_those_that_change_nothing(tmp_path):
         match=r"`model` is 'n', it was 'm'; `seed` is 1, it was 42; `temperature` is 2.0, it was 1.0. Give the same",
     ):
         refuse_other_settings(tmp_path, other)
+
+
+def test_an_option_that_has_come_since_had_its_default(tmp_path):
+    now = settings_of(RecoveryConfig(), DistillationConfig(), model="m", training_rows="3 sequences")
+    begun = {name: now[name] for name in now if name not in ("dual_space", "packing")}
+    (tmp_path / STATE_NAME).write_text(json.dumps({"settings": begun}))
+    refuse_other_settings(tmp_path, now)
+    default = now["packing"]
+    with pytest.raises(ConfigurationError, match=f"`packing` is {not default}, it was {default}. Give the same"):
+        refuse_other_settings(tmp_path, {**now, "packing": not default})
+    (tmp_path / STATE_NAME).write_text(json.dumps({"settings": {"seed": 42}}))
+    with pytest.raises(ConfigurationError, match="`model` is 'm', it was None; `training_rows` is '3 seq"):
+        refuse_other_settings(tmp_path, now)
