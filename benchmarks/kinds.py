@@ -2,11 +2,14 @@
 
     python benchmarks/kinds.py --text FOLDER            # three small Llamas, trained here for a minute each
     python benchmarks/kinds.py --text FOLDER --model ID --c4 FILE.jsonl  # a model of yours
+    python benchmarks/kinds.py --text FOLDER --model ID --c4 FILE.jsonl --predict  # neurons: what is predicted
+    python benchmarks/kinds.py --table                  # predicted against measured, of all that was run
 
 FOLDER holds `train.txt`, `valid.txt` and `test.txt` (WikiText-2, raw). Perplexity of `test.txt` (48 windows of 256
 tokens), pruned over dense, and what `plan(ratio, estimate=True)` predicted from the calibration text. A given model
 is loaded in bfloat16, calibrated and measured as by `core.py quality` (12 windows of 2048 tokens of WikiText-2 and of
-C4). Seconds are those of the processor, of pruning alone. Results go to benchmarks/results/kinds.json.
+C4). Seconds are those of the processor, of pruning alone. Results go to benchmarks/results/kinds.json. What
+`--predict` finds is compared with what `core.py quality` measured of the same ratios.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from hf_structprune.errors import StructPruneError
 
 
 RESULTS = Path(__file__).parent / "results" / "kinds.json"
+PREDICTED = "predicted.json"
 SHAPES = {
     "mostly MLP": dict(
         vocab_size=256, hidden_size=64, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
@@ -161,6 +165,48 @@ def of_checkpoint(options: argparse.Namespace) -> list[dict]:
     return rows
 
 
+def predict(options: argparse.Namespace) -> None:
+    """What planning predicts of fewer neurons of a model, beside what `core.py quality` measured of them."""
+    options.wikitext = options.text
+    calibration, _, note = core.data(options)
+    pruner = core.load(options.model)
+    quality = json.loads((core.RESULTS / "core_quality.json").read_text())["rows"]
+    pruner.config = PruningConfig(units=("mlp_neurons",), calibration=CalibrationConfig(dataset=calibration))
+    dense, rows = next(row for row in quality if row["name"] == "dense")["perplexity"], []
+    for ratio in options.ratios:
+        plan = pruner.plan(ratio, estimate=True)
+        same = (row for row in quality if row.get("asked", row["ratio"]) == ratio or abs(row["ratio"] - ratio) < 2e-3)
+        found = next(row for row in same if row["name"].startswith("default settings"))
+        if plan.ratio != found["ratio"]:
+            raise SystemExit(f"{found['name']}: {found['ratio']:.4%} went then, and {plan.ratio:.4%} would now.")
+        rows.append({
+            "model": Path(options.model).name, "ratio": ratio, "way": "MLP neurons", "got": plan.ratio,
+            "predicted_factor": plan.predicted_factor,
+            "factor": {text: found["perplexity"][text] / dense[text] for text in dense},
+        })  # fmt: skip
+        print(rows[-1], flush=True)
+        core.write(PREDICTED, {"environment": core.environment(), "data": note, "rows": rows})
+
+
+def show() -> None:
+    """All that was predicted and measured, as a table for the documentation."""
+    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    path = core.RESULTS / PREDICTED
+    rows += json.loads(path.read_text())["rows"] if path.exists() else []
+    print("| model, share asked | what goes | predicted | measured |\n| --- | --- | ---: | ---: |")
+    for row in (row for row in rows if row["predicted_factor"] is not None):
+        got = row.get("factor") or factor_of(row["perplexity"], row["dense"])
+        said = " / ".join(f"{value:.3f}" for value in got.values())
+        print(f"| {row['model']}, {row['ratio']:.0%} | {row['way']} | {row['predicted_factor']:.3f} | {said} |")
+
+
+def factor_of(perplexity: float | dict[str, float], dense: float | dict[str, float]) -> dict[str, float]:
+    """Pruned over dense, by text."""
+    if isinstance(perplexity, dict):
+        return {text: value / dense[text] for text, value in perplexity.items()}
+    return {"WikiText-2": perplexity / dense}
+
+
 def keep(rows: list[dict]) -> None:
     """Writes rows in the place of those of the same runs."""
     old = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
@@ -172,7 +218,7 @@ def keep(rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--text", type=Path)
     parser.add_argument("--model")
     parser.add_argument("--c4", type=Path, help="with --model: C4 documents")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.3])
@@ -180,8 +226,18 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=128, help="of 256 tokens, of calibration text")
     parser.add_argument("--ways", nargs="+", choices=WAYS)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--predict", action="store_true", help="with --model")
+    parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
+    if options.table:
+        show()
+        return
+    if options.text is None or (options.predict and not options.model):
+        parser.error("give --text, and --model with --predict")
     transformers.utils.logging.disable_progress_bar()
+    if options.predict:
+        predict(options)
+        return
     texts = {name: (options.text / f"{name}.txt").read_text(encoding="utf-8") for name in ("train", "valid", "test")}
     rows = []
     if options.model:
