@@ -8,12 +8,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
+    RepositoryNotFoundError,
     StrictDataclassError,
 )
 
@@ -32,6 +35,19 @@ def is_network_error(error: BaseException) -> bool:
     """Whether an error comes from the connection and not from what was asked."""
     known = isinstance(error, (ConnectionError, TimeoutError, _HTTP_ERROR))
     return known and not isinstance(error, HfHubHTTPError)
+
+
+def unreachable(error: BaseException) -> str | None:
+    """Why the Hub was not asked for what is not here, with the way out; `None` for an error of another kind."""
+    chain = list(causes(error))
+    if not any(isinstance(cause, (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)) for cause in chain):
+        return None
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set (unset it to ask the Hub)"
+    lost = next((cause for cause in chain if is_network_error(cause)), None)
+    if lost is None:
+        return "the Hub was not asked (`local_files_only`)"
+    return f"the Hub cannot be reached (check the connection: {' '.join(str(lost).split())})"
 
 
 @contextmanager
@@ -173,6 +189,11 @@ def _explain(name: str, folder: Path, part: str, wrong: Exception) -> str:
     if found is not None:
         return f"cannot load {name!r}: {found}."
     said = " ".join(str(wrong).split()) or type(wrong).__name__
+    if not folder.is_dir():
+        if (why := unreachable(wrong)) is not None:
+            return f"cannot load {name!r}: it is no folder, not whole in the Hub's cache, and {why}."
+        if any(isinstance(cause, RepositoryNotFoundError) for cause in causes(wrong)):
+            return f"cannot load {name!r}: it is no folder, and no model of the Hub that the token can see; {LOGIN}."
     if isinstance(wrong, StrictDataclassError):
         said = str(wrong).splitlines()[-1].strip().removeprefix("TypeError: ").removeprefix("ValueError: ")
     elif not isinstance(wrong, (OSError, ValueError, ImportError)):  # their words say what is meant, of others do not

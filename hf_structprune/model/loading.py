@@ -21,7 +21,7 @@ from transformers.models.auto import (
 from transformers.utils import logging
 
 from ..errors import CheckpointError, ConfigurationError, UnsupportedModelError
-from ..library_errors import readable, refuse_adapter
+from ..library_errors import readable, refuse_adapter, unreachable
 from ..masking import remember
 from ..quantization.four_bit import compute_as_stored
 from .rebuild import rebuild, with_ties
@@ -60,9 +60,16 @@ def load_config(model_id: str | os.PathLike, **kwargs: Any) -> PreTrainedConfig:
     """
     remember(kwargs.get("token"))
     options = _for_tokenizer(kwargs)
-    refuse_adapter(model_id, **{name: options[name] for name in _WHERE if name in options})
-    with readable(model_id, "config.json", kwargs.get("subfolder")):
-        config = AutoConfig.from_pretrained(model_id, **options)
+    where = {name: options[name] for name in _WHERE if name in options}
+    try:
+        with readable(model_id, "config.json", kwargs.get("subfolder")):
+            config = AutoConfig.from_pretrained(model_id, **options)
+    except CheckpointError as error:
+        if unreachable(error) is not None:  # the Hub is not asked again, each time for half a minute
+            where["local_files_only"] = True
+        refuse_adapter(model_id, **where)
+        raise
+    refuse_adapter(model_id, **where)
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and layers < 1:
         raise CheckpointError(f"cannot load {str(model_id)!r}: config.json says that it has {layers} layers.")

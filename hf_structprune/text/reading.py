@@ -203,6 +203,8 @@ def _load(source: str, name: str | None, split: str, loading: dict[str, Any]) ->
     """A data set from a folder or the Hub; `datasets` raises errors of another type for every builder."""
     import datasets
 
+    from ..library_errors import unreachable  # which needs huggingface_hub
+
     path, local = Path(source).expanduser(), is_local(source)
     try:
         if not local:
@@ -213,6 +215,10 @@ def _load(source: str, name: str | None, split: str, loading: dict[str, Any]) ->
     except Exception as error:
         if local:
             raise TextError(f"The folder {path} cannot be read as a dataset: {error}") from error
+        if (why := unreachable(error)) is not None:
+            raise TextError(
+                f"cannot load {source!r}: it is no file or folder, not a data set in the cache, and {why}."
+            ) from error
         raise TextError(
             f"The dataset {source!r} (name {name!r}, split {split!r}) cannot be loaded from the Hub: {error}. Check "
             "its id, name and split and the network, or give local text: a .txt, .jsonl or .json file, or a dataset "

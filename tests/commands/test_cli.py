@@ -80,6 +80,10 @@ def test_version(capsys):
         (["evaluate", "m", "--pictures"], ["--pictures needs --output"]),
         (["evaluate", "m", "--output", "/"], ["/ is a folder"]),
         (["evaluate", "/no/such/model"], ["cannot load '/no/such/model'"]),
+        (
+            ["inspect", "no/model"],
+            ["'no/model': it is no folder, not whole in the Hub's cache, and HF_HUB_OFFLINE is set"],
+        ),
         (["evaluate", "nowhere/"], ["cannot load 'nowhere/': there is no such folder"]),
         (["quantize", "nowhere/", "--output-dir", "o"], ["cannot load 'nowhere/': there is no such folder"]),
         (["compare"], ["RESULTS is missing"]),

@@ -330,7 +330,7 @@ def test_files_that_cannot_be_read(tmp_path, tiny_tokenizer):
 
 
 def test_unreachable_hub_names_the_dataset_and_the_way_out(tiny_tokenizer):
-    match = r"'org/nothing' \(name None, split 'train'\) cannot be loaded from the Hub.*give local text"
+    match = r"cannot load 'org/nothing': it is no file or folder, .*HF_HUB_OFFLINE is set"
     check_error(match, tiny_tokenizer, dataset="org/nothing")
 
 
