@@ -19,7 +19,7 @@ from typing import Any
 
 from .allocation.depth import DepthChoice
 from .config import PruningConfig
-from .default_kind import DefaultKind, near, share_of
+from .default_kind import NO_WEIGHTS, DefaultKind, near, share_of
 from .errors import RatioError, StructPruneError
 from .plan import PruningPlan
 from .planner import Planner
@@ -169,7 +169,8 @@ class KindChooser:
         if self.kinds.enough(ratio):
             return f"units='auto': {label} alone{share}; other kinds are measured where that is above a third"
         if why:
-            return f"units='auto' measured nothing, since {why}: {label} go{share}"
+            more = "; pruning, which reads them, measures" if why == NO_WEIGHTS and not self._instead else ""
+            return f"units='auto' measured nothing, since {why}: {label} go{share}{more}"
         return (
             f"units='auto': a plan measures nothing, and this one is of {label}{share}; pruning, and a plan with "
             "`estimate`, measure what other kinds of units cost, and take them where that is clearly cheaper"
@@ -206,6 +207,7 @@ class KindChooser:
                 curves[kind] = Curve(power=_COARSE_POWER if kind in self.coarse else _POWER)
                 if kind == QUERIES and self._dear(curves):
                     self.kinds.left_out[kind] = "KV groups cost far more than others"
+                    bar.update()
                     continue
                 for level in self._levels(kind, ratio):
                     level.nats = self._prices().of(level.plan, level.config)
@@ -233,6 +235,7 @@ class KindChooser:
                 others.append(candidate)
                 found.append(candidate)
                 bar.update()
+            bar.update(bar.total - bar.n)  # no more is needed
             if not found and rest:  # as near as whole units allow
                 nearest = min(map(far, rest))
                 found = [one for one in rest if far(one) <= nearest][:MIXTURES]
@@ -270,7 +273,7 @@ class KindChooser:
             config = dataclasses.replace(config, depth_criterion=_QUICK)
         try:
             with hidden():
-                planner = Planner(self.model, self.structure, config, self._fit, measured=True)
+                planner = Planner(self.model, self.structure, config, self._fit, chosen=True)
                 planner.similarities = self._similarities
                 return Candidate(config, planner.plan(ratio), planner.depth)
         except StructPruneError:

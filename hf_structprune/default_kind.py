@@ -20,6 +20,7 @@ from .units import GROUPS, KINDS, LAYERS, NEURONS, QUERIES, WidthKind, kinds_of
 
 
 ENOUGH = 1 / 3  # of the MLP neurons: where less of them goes, other kinds are not tried
+NO_WEIGHTS = "the weights are not in memory"
 _OUTSIDE = 0.3  # of all parameters
 _MOST = 0.5  # of a kind: beyond it is looked whether it can reach the ratio
 
@@ -105,8 +106,6 @@ class DefaultKind:
     def unmeasurable(self) -> str:
         """Why nothing can be measured with this model and configuration; empty where it can."""
         config, criterion = self.config, make_criterion(self.config)
-        if not has_weights(self.model):
-            return "the weights are not in memory"
         if criterion.needs_gradients:
             return "the criterion 'taylor' needs gradients"
         if not config.compensation and not criterion.needs_inputs:
@@ -115,7 +114,9 @@ class DefaultKind:
             return f"allocation {EVOLUTION!r} searches over heads and neurons that are named"
         if config.iterative_steps > 1:
             return "each of `iterative_steps` begins with another model"
-        return "rows with images are not run for it" if config.calibration.image_column is not None else ""
+        if config.calibration.image_column is not None:
+            return "rows with images are not run for it"
+        return "" if has_weights(self.model) else NO_WEIGHTS
 
     def fixed(self, ratio: float) -> PruningConfig:
         """The configuration without a measurement: this kind; KV groups too where it cannot reach the ratio alone.

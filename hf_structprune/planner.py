@@ -47,7 +47,7 @@ class Planner:
         choices: Of kinds whose units are chosen here already, what chooses them.
         store: Where the weights are that are read a layer at a time; `None` if all are in memory, or none are needed.
         similarities: What layers change in the hidden states, where that is known already.
-        measured: Whether these kinds of units were found by measurement, so that there is nothing to be said of them.
+        chosen: Whether `units="auto"` came to these kinds of units, so that it is not recommended.
         known: What was found out about the model for the last plan; `None` where nothing had to be.
         depth: How layers and sublayers were chosen by the last plan; `None` where nothing was measured.
         how: How a search found the widths of the last plan, in words.
@@ -61,7 +61,7 @@ class Planner:
     choices: Mapping[str, TokenChoice] = field(default_factory=dict)
     store: Store | None = None
     similarities: Callable[[], LayerSimilarities] | None = None
-    measured: bool = False
+    chosen: bool = False
     known: Survey | None = field(init=False, default=None)
     how: str = field(init=False, default="")
     depth: DepthChoice | None = field(init=False, default=None)
@@ -118,7 +118,7 @@ class Planner:
         self.after = target
         plan.warnings += misread(self.model.config, target.config)
         plan.reasons += [self.how] if self.how else []
-        if ratio is not None and not self.measured:
+        if ratio is not None and not self.chosen:
             plan.warnings += _one_sided(self._narrow, plan)
         if ratio and self._dense is None and plan.parameters_after == plan.parameters_before:
             plan.warnings.append(self._nothing_goes(ratio))

@@ -580,15 +580,16 @@ class StructuredPruner:
     def _planner(self, decoder: PreTrainedModel, config: PruningConfig | None = None) -> Planner:
         """What plans, by the configuration that was decided on if no other is given."""
         config = self._decided if config is None else config
+        chosen = AUTO in self.config.units  # and it is said in `_why` how
         if self._streaming is None:
-            return Planner(decoder, self.structure, config, self._tokens, self._choices(), measured=self._priced)
+            return Planner(decoder, self.structure, config, self._tokens, self._choices(), chosen=chosen)
 
         def tokens() -> Calibration:
             found = self._tokens()
             self._streaming.check_choice(found, self.config)
             return found
 
-        return Planner(decoder, self.structure, config, tokens, self._choices(), self._streaming.store)
+        return Planner(decoder, self.structure, config, tokens, self._choices(), self._streaming.store, chosen=chosen)
 
     def _tokens(self) -> Calibration:
         """The calibration tokens for the work itself, which is recorded to have looked at them."""

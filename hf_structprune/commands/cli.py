@@ -82,10 +82,20 @@ def _masked_output() -> Iterator[None]:
         raise
 
 
+class _Said(logging.StreamHandler):
+    """Lines of the package, above a progress bar that is open rather than behind it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode(self.stream):
+            super().emit(record)
+
+
 @contextlib.contextmanager
 def _speaking() -> Iterator[None]:
     """Lets the package say on stderr what it does; as a library it says only what is amiss."""
-    logger, handler = logging.getLogger("hf_structprune"), logging.StreamHandler()
+    logger, handler = logging.getLogger("hf_structprune"), _Said()
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -175,8 +185,9 @@ def check_output(path: str | None, overwrite: bool, *, file: bool = False, folde
 
 
 def console() -> Console:
-    """A console on stdout, wide enough for the tables when it is not a terminal."""
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False, soft_wrap=False)
+    """A console on stdout, wide enough for the tables when it is not a terminal (or as wide as COLUMNS says)."""
+    known = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
+    return Console(width=None if known else 120, highlight=False, markup=False, soft_wrap=False)
 
 
 def make_table(title: str, headers: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[str]) -> Table:

@@ -309,15 +309,20 @@ def models_command(options: TypesArguments) -> tuple[Any, ...]:
     for sees, (there, table) in enumerate(zip((model_types(), seeing_types()), tables, strict=True)):
         for name in (name for name in options.types or there if name in there):
             table[name] = row_of(name, kinds, bool(sees))
-            print(name + SEES * sees, ", ".join(table[name].cells), file=sys.stderr)
+            if not options.types:  # for an hour
+                print(name + SEES * sees, ", ".join(table[name].cells), file=sys.stderr)
     rows = tables[0] | {name + SEES: row for name, row in tables[1].items()}
     data = {name: {"kinds": row.cells, "left_alone": row.notes} for name, row in rows.items()}
     if options.output is not None:
         page = markdown(*(dict(sorted((old | new).items())) for old, new in zip(known, tables, strict=True)))
         write_text(options.output, page)
         return data, f"Wrote {options.output}."
-    found = [kind for kind in KINDS if any(row.cells.get(kind) for row in rows.values())]
-    headers = ("type", *(KINDS[kind].label for kind in found))
-    cells = [(name, *(row.cells.get(kind, "") for kind in found)) for name, row in rows.items()]
+    # Words break better in lines than in a column for each kind, of which there are more than fit.
+    found = sorted({cell for row in rows.values() for cell in row.cells.values()})
+    headers = ("type", *found)
+    cells = [
+        (name, *(", ".join(kind for kind in KINDS if row.cells.get(kind) == cell) for cell in found))
+        for name, row in rows.items()
+    ]
     notes = [f"{name}, {LEFT}: {note}" for name, row in rows.items() for note in row.notes]
     return data, make_table("model types", headers, cells, left=headers), *notes
