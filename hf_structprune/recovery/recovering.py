@@ -215,6 +215,10 @@ def recover(
             step = whole.name.rpartition("-")[2]
             logger.warning(f"Interrupted: the same again with `resume` (--resume) goes on from step {step}.")
         raise
+    logger.info(
+        f"Checkpoints of the training are left in {training} ({_megabytes(training)}): only to go on with it "
+        "(`resume`) they are needed, and they may be deleted."
+    )
     return RecoveryResult(folder, callback.report)
 
 
@@ -236,6 +240,12 @@ def _without_advice() -> Iterator[None]:
 def training_folder(output_dir: str | os.PathLike) -> Path:
     """Where the checkpoints of the training go."""
     return Path(os.path.abspath(output_dir) + TRAINING_SUFFIX)
+
+
+def _megabytes(folder: Path) -> str:
+    """The size of a folder."""
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return f"{size / 1e6:,.0f} MB" if size < 1e9 else f"{size / 1e9:,.1f} GB"
 
 
 def in_order(training: Path) -> list[Path]:

@@ -254,7 +254,9 @@ def test_no_data_set_is_needed_to_distil(checkpoints, monkeypatch, capsys):
     argv += ["--generated-tokens", "1200", "--max-samples", "60", f"--text={checkpoints / 'watched.txt'}", "--json"]
     argv += [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
     assert cli.main([*argv, "--output-dir", str(checkpoints / "out")]) == 0
-    report = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr()
+    assert f"{checkpoints / 'out-training'} (" in said.err and "they may be deleted" in said.err
+    report = json.loads(said.out)
     assert [source["name"] for source in report["data"]["sources"]] == ["calibration text", "generated text"]
     assert report["dataset"] == [] and report["teacher"] == "dense" and report["training"]["steps"] == 4
     card = (checkpoints / "out" / "README.md").read_text()
