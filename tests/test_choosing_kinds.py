@@ -296,12 +296,14 @@ def test_a_large_vocabulary_is_named():
 
 def test_a_plan_that_takes_most_of_a_small_part_says_so_and_the_card_does_not():
     model = families.make_model("llama", torch.float32, vocab_size=512)
-    config = PruningConfig(criterion="l2", compensation=False, round_to=1)
+    config = PruningConfig(units="mlp_neurons", criterion="l2", compensation=False, round_to=1)
     (line,) = [one for one in StructuredPruner(model, config).plan(0.2).warnings if "auto" in one]
     share = sum(families.count(layer.mlp) for layer in model.model.layers) / families.count(model)
     assert f"{0.2 / share:.0%} of all MLP neurons go" in line and f"only {share:.0%}" in line
     assert "units='vocabulary'" in line
     assert not [one for one in StructuredPruner(model, config).plan(0.05).warnings if "auto" in one]
+    with_auto = StructuredPruner(model, PruningConfig(criterion="l2", compensation=False, round_to=1)).plan(0.2)
+    assert not [one for one in with_auto.warnings if "auto" in one] and "auto" in with_auto.reasons[0]
     pruner = StructuredPruner(model, config)
     pruner.prune(0.2)
     assert not [one for one in pruner.last_plan.warnings if "auto" in one]

@@ -217,7 +217,8 @@ def _load(source: str, name: str | None, split: str, loading: dict[str, Any]) ->
             raise TextError(f"The folder {path} cannot be read as a dataset: {error}") from error
         if (why := unreachable(error)) is not None:
             raise TextError(
-                f"cannot load {source!r}: it is no file or folder, not a data set in the cache, and {why}."
+                f"cannot load {source!r}: it is no file or folder, not a data set in the cache, and {why}. Local text "
+                "is a .txt, .jsonl or .json file, or a dataset folder."
             ) from error
         raise TextError(
             f"The dataset {source!r} (name {name!r}, split {split!r}) cannot be loaded from the Hub: {error}. Check "
