@@ -441,7 +441,7 @@ def _one_sided(structure: ModelStructure, plan: PruningPlan) -> list[str]:
         rows = f" ({outside:.0%} are outside of the layers: units='vocabulary' cuts there)" if outside > 0.3 else ""
         found.append(
             f"{gone:.0%} of all {KINDS[kind].label} go, since they are only {there / structure.total_parameters:.0%} "
-            f"of the model's parameters{rows}: units='auto' looks for a mixture that costs less"
+            f"of the model's parameters{rows}: units='auto' measures whether a mixture costs less"
         )
     return found
 

@@ -22,7 +22,7 @@ from .allocation.depth import DepthChoice
 from .choosing_kinds import Candidate, KindChooser
 from .config import AUTO, PruningConfig
 from .criteria.tokens import token_importance
-from .default_kind import DefaultKind
+from .default_kind import DefaultKind, near
 from .errors import CalibrationError, ConfigurationError, StructPruneError, UnsupportedModelError
 from .evaluation.results import Figure
 from .files.rooms import Spill
@@ -347,10 +347,7 @@ class StructuredPruner:
         if AUTO in self.config.units:
             kinds = DefaultKind(self._decoder(), self.structure, self.config, self._proven)
             chooser = KindChooser(kinds, self._measured_prices, self._in_parts())
-            decided, self._why = chooser.choose(search.guess if size else ratio, measure)
-            self._priced = chooser.measured
-            self._decided = decided.config if isinstance(decided, Candidate) else decided
-            self._found = decided if isinstance(decided, Candidate) and not size else None
+            self._choose_kinds(chooser, search.guess if size else ratio, measure, bool(size))
         decoder = self._proven(self._decided.units)
         if self.config.measures_split:
             if not has_weights(self.model):
@@ -361,8 +358,23 @@ class StructuredPruner:
         if size:
             planner = self._planner(decoder, dataclasses.replace(self._decided, iterative_steps=1))
             ratio = search.ratio(planner)
+            if AUTO in self.config.units and abs(ratio - search.guess) > near(search.guess):
+                before = self._decided
+                self._choose_kinds(chooser, ratio, measure, True)
+                if self._decided != before:
+                    decoder = self._proven(self._decided.units)
+                    search = Search(size, decoder, self.structure, self.config)
+                    planner = self._planner(decoder, dataclasses.replace(self._decided, iterative_steps=1))
+                    ratio = search.ratio(planner)
             self._reached = search.reached(ratio, planner)
         return decoder, ratio
+
+    def _choose_kinds(self, chooser: KindChooser, ratio: float, measure: bool, for_size: bool) -> None:
+        """Puts what `units="auto"` stands for at a ratio, and why, where it is looked for."""
+        decided, self._why = chooser.choose(ratio, measure)
+        self._priced = chooser.measured
+        self._decided = decided.config if isinstance(decided, Candidate) else decided
+        self._found = decided if isinstance(decided, Candidate) and not for_size else None
 
     def _in_parts(self) -> str:
         """Why kinds cannot be measured: the whole model is not run in one place; empty where it is."""

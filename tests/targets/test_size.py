@@ -211,6 +211,18 @@ def test_a_speed_is_reached_by_the_table_of_what_was_timed(monkeypatch):
         pruner_of(families.make_model("llama", torch.float32)).plan(speedup=9)
 
 
+def test_kinds_are_chosen_at_the_ratio_that_a_speed_takes(monkeypatch):
+    """Half of the time does not depend on the size: what goes is twice as much as the speed says."""
+    dense = families.make_model("llama", torch.float32)
+    number = families.count(dense)
+    monkeypatch.setattr(latency, "time_generation", lambda model, *_: (0, (number + families.count(model)) / 1e6))
+    pruner = pruner_of(dense)
+    pruner.prune(speedup=1.1)
+    plan = pruner.last_plan
+    assert plan.target.got >= 1.1 and plan.ratio == pytest.approx(2 * (1 - 1 / 1.1), abs=0.03)
+    assert plan.reasons[0].startswith("units='auto' took")  # of 9 % neurons would have gone unmeasured
+
+
 def test_models_are_timed_in_turns_as_they_are():
     model = families.make_model("llama", torch.float32)
     made = latency.with_random_weights(latency.target_of_model(model), model)
