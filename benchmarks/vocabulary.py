@@ -4,6 +4,7 @@
         [--criteria frequency taylor ...]
 
 `share` among the criteria is the order of `frequency` before it looks at what spells a token: the least frequent goes.
+`counts` is the order of a few lines of one's own: how often a token is in all sources together, then its id.
 
 FOLDER holds the raw WikiText-2 splits; tokens are counted in `train.txt` and `valid.txt`, in all C4 documents but the
 last 300, which are the test text, and in the training part of Dolly (`train-*.jsonl`: instruction, input, output).
@@ -21,11 +22,12 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from core import RESULTS, environment, split_texts, write
 from rich.console import Console
@@ -34,11 +36,12 @@ from rich.table import Table
 from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
 from hf_structprune.commands.models import DEMO_MODEL, find_model, load_pruner
 from hf_structprune.vocabulary import choosing
+from hf_structprune.vocabulary.counting import Counted
 from hf_structprune.vocabulary.trimming import Vocabulary
 
 
 LENGTH = 2048
-SHARE = "share"
+SHARE, COUNTS = "share", "counts"
 
 
 def main() -> None:
@@ -73,9 +76,11 @@ def main() -> None:
         if pruner is not dense:
             pruner.config = PruningConfig(
                 keep={"vocabulary": keep}, vocabulary_text=sources, calibration=CalibrationConfig(),
-                vocabulary_criterion="frequency" if criterion == SHARE else criterion,
+                vocabulary_criterion="frequency" if criterion in (SHARE, COUNTS) else criterion,
             )  # fmt: skip
-            with patch.object(choosing, "least_longer", by_share if criterion == SHARE else choosing.least_longer):
+            order = by_share if criterion in (SHARE, COUNTS) else choosing.least_longer
+            shares = summed if criterion == COUNTS else choosing.frequencies
+            with patch.object(choosing, "least_longer", order), patch.object(choosing, "frequencies", shares):
                 pruner.prune()
             plan = pruner.last_plan
             row |= {"ratio": plan.ratio, "report": plan.vocabulary_report}
@@ -110,6 +115,11 @@ def main() -> None:
 def by_share(vocabulary: Vocabulary, shares: Mapping[int, float], stay: Collection[int]) -> list[int]:
     """The most frequent first, whatever spells the others."""
     return sorted(vocabulary.tokens, key=lambda number: (-shares[number], vocabulary.order(number)))
+
+
+def summed(counted: Sequence[Counted], ids: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """How often each token was counted."""
+    return sum(one.counts[ids] for one in counted)
 
 
 def as_text(path: Path) -> str:

@@ -15,11 +15,14 @@ from ..config import PruningConfig
 from ..data import calibration_sample
 from ..errors import TextError
 from ..progress import tqdm
-from ..text.reading import PIECE, read_rows
+from ..text.reading import read_rows
 
 
-_STRIDE = 16  # rows are visited 0, 16, 32, ... 1, 17, ...: of a text that is counted in part, a part of all of it
-_HELD_OUT = 20  # one of so many pieces of text is not counted, and measured by
+_PIECE = (1024, 4096)  # characters of a piece of text, where there is little and where there is more
+_PIECES = 100  # that a text has before they are longer
+_STRIDE = 16  # parts are visited 0, 16, 32, ... 1, 17, ...: of a text that is counted in part, a part of all of it
+_HELD_OUT = 20  # one of so many stretches of text is not counted, and measured by
+_STRETCH = 16  # pieces of a stretch, at most: what is held out is of other documents, not of those that are counted
 _MEASURED = 2_000_000  # characters of held-out text of each source that are kept
 _BATCH = 64  # pieces that are tokenised at once
 
@@ -32,16 +35,19 @@ class Counted:
         name: What it is called.
         counts: How often each id is in it, shape (ids,).
         held_out: Pieces of it that are not in the counts.
-        held_counts: How often each id is in these.
+        pieces: In how many pieces of it each id is.
+        held_counts, held_pieces: The same of what is held out.
     """
 
     name: str
     counts: np.ndarray
     held_out: list[str] = field(default_factory=list)
+    pieces: np.ndarray = field(init=False)
     held_counts: np.ndarray = field(init=False)
+    held_pieces: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        self.held_counts = np.zeros_like(self.counts)
+        self.pieces, self.held_counts, self.held_pieces = (np.zeros_like(self.counts) for _ in range(3))
 
     @property
     def tokens(self) -> int:
@@ -70,7 +76,9 @@ def count_tokens(config: PruningConfig, tokenizer: Any, size: int) -> list[Count
     """
     calibration = config.calibration
     if config.vocabulary_text is None and calibration.tokens is not None:
-        return [Counted("`tokens`", np.bincount(calibration.tokens.flatten().numpy(), minlength=size)[:size])]
+        one = Counted("`tokens`", np.zeros(size, dtype=np.int64))
+        _add(one.counts, one.pieces, calibration.tokens.tolist())
+        return [one]
     found = []
     sources = list(_sources(config))
     for name, rows in sources:
@@ -99,25 +107,27 @@ def _sources(config: PruningConfig) -> Iterator[tuple[str, Sequence[Any]]]:
 def _count(one: Counted, rows: Sequence[Any], tokenizer: Any, most: int) -> None:
     measured, batch = 0, []
     with tqdm(total=len(rows), desc=f"Counting tokens of {one.name}") as bar:
-        for number, piece in enumerate(_pieces(rows, bar)):
-            if number % _HELD_OUT == _HELD_OUT - 1:
+        for held_out, piece in _pieces(rows, bar):
+            if held_out:
                 if measured < _MEASURED:
                     one.held_out.append(piece)
                     measured += len(piece)
                 continue
             batch.append(piece)
             if len(batch) == _BATCH:
-                _add(one.counts, batch, tokenizer)
+                _add(one.counts, one.pieces, ids_of(tokenizer, batch))
                 batch = []
                 if one.tokens >= most:
                     break
-        _add(one.counts, batch, tokenizer)
-        _add(one.held_counts, one.held_out, tokenizer)
+        _add(one.counts, one.pieces, ids_of(tokenizer, batch))
+        _add(one.held_counts, one.held_pieces, ids_of(tokenizer, one.held_out))
 
 
-def _add(counts: np.ndarray, batch: list[str], tokenizer: Any) -> None:
-    for ids in ids_of(tokenizer, batch):
-        counts += np.bincount(np.asarray(ids, dtype=np.int64), minlength=len(counts))
+def _add(counts: np.ndarray, pieces: np.ndarray, batch: list[list[int]]) -> None:
+    for ids in batch:
+        found, often = np.unique(np.asarray(ids, dtype=np.int64), return_counts=True)
+        counts[found] += often
+        pieces[found] += 1
 
 
 def ids_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -125,26 +135,49 @@ def ids_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
-def _pieces(rows: Sequence[Any], bar: Any) -> Iterator[str]:
-    """The text of rows in pieces that are not long; short rows are joined, as lines of one text are."""
-    held, size = [], 0
+def _pieces(rows: Sequence[Any], bar: Any) -> Iterator[tuple[bool, str]]:
+    """Pieces of text, and whether each is held out; short rows are joined with their neighbours, long ones are cut.
+
+    Whole stretches are held out, so that most of what is measured by is of documents that were not counted, also where
+    a row is a line of a document: a document goes on with the words that it has had.
+    """
+    lengths = [len(_text(rows[number])) for number in range(0, len(rows), len(rows) // 64 + 1)]
+    mean = max(1.0, sum(lengths) / max(1, len(lengths)))
+    size = min(_PIECE[1], max(_PIECE[0], int(mean * len(rows)) // _PIECES))
+    together = max(1, int(size / mean))  # rows
+    parts = range(0, len(rows), together)
+
+    def part(start: int) -> Iterator[str]:
+        some = [_text(rows[number]) for number in range(start, min(start + together, len(rows)))]
+        bar.update(len(some))
+        return _cut("\n".join(text for text in some if text.strip()), size)
+
+    if len(parts) < _HELD_OUT:  # few rows, whole books perhaps
+        pieces = [piece for start in parts for piece in part(start)]
+        yield from zip(_held_out(len(pieces)), pieces, strict=True)
+        return
+    held_out = _held_out(len(parts))
     for start in range(_STRIDE):
-        for number in range(start, len(rows), _STRIDE):
-            text = _text(rows[number])
-            bar.update(1)
-            while len(text) > PIECE:
-                cut = text.rfind(" ", PIECE // 2, PIECE)
-                cut = PIECE if cut < 0 else cut
-                yield text[:cut]
-                text = text[cut:]
-            if text.strip():
-                held.append(text)
-                size += len(text)
-            if size > _STRIDE * 64:
-                yield "\n".join(held)
-                held, size = [], 0
-    if held:
-        yield "\n".join(held)
+        for number in range(start, len(parts), _STRIDE):
+            yield from ((held_out[number], piece) for piece in part(parts[number]))
+
+
+def _held_out(parts: int) -> list[bool]:
+    """Which of the parts of a text are held out, in their order in it."""
+    stretch = max(1, min(_STRETCH, parts // _HELD_OUT))
+    return [number // stretch % _HELD_OUT == _HELD_OUT - 1 for number in range(parts)]
+
+
+def _cut(text: str, size: int) -> Iterator[str]:
+    """A text in pieces of at most so many characters, before spaces where there are some."""
+    begin = 0
+    while begin < len(text):
+        end = begin + size
+        if end < len(text):
+            space = text.rfind(" ", begin + size // 2, end)
+            end = end if space < 0 else space
+        yield text[begin:end]
+        begin = end
 
 
 def _text(row: Any) -> str:
