@@ -1,10 +1,14 @@
 """Fewer tokens on SmolLM2-135M-Instruct: perplexity per token of the dense tokenizer, bits per byte, what it saves.
 
     python benchmarks/vocabulary.py --wikitext FOLDER --c4 FILE.jsonl --dolly FOLDER [--keep 40000 ...] \\
-        [--criteria frequency taylor ...]
+        [--criteria frequency taylor ...] [--recover 24000] [--ratio 0.1]
 
 `share` among the criteria is the order of `frequency` before it looks at what spells a token: the least frequent goes.
 `counts` is the order of a few lines of one's own: how often a token is in all sources together, then its id.
+
+`--recover TOKENS` trains what `frequency` leaves on so many tokens of the text that was counted, a third each of C4,
+Dolly and WikiText-2, all weights: by distillation from the dense model, and on the labels (`--methods`).
+`--ratio` removes a share of all parameters: neurons alone, and neurons and tokens by `split="measured"`.
 
 FOLDER holds the raw WikiText-2 splits; tokens are counted in `train.txt` and `valid.txt`, in all C4 documents but the
 last 300, which are the test text, and in the training part of Dolly (`train-*.jsonl`: instruction, input, output).
@@ -21,10 +25,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
+import shutil
+import tempfile
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -35,6 +43,8 @@ from rich.table import Table
 
 from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
 from hf_structprune.commands.models import DEMO_MODEL, find_model, load_pruner
+from hf_structprune.recovery import RecoveryConfig, recover
+from hf_structprune.text.reading import read_rows
 from hf_structprune.vocabulary import choosing
 from hf_structprune.vocabulary.counting import Counted
 from hf_structprune.vocabulary.trimming import Vocabulary
@@ -42,6 +52,17 @@ from hf_structprune.vocabulary.trimming import Vocabulary
 
 LENGTH = 2048
 SHARE, COUNTS = "share", "counts"
+NEURONS = "mlp_neurons"
+SPLITS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
+    "neurons": lambda sources: {"units": NEURONS},
+    "tokens and neurons": lambda sources: {
+        "units": ("vocabulary", NEURONS), "split": "measured", "vocabulary_text": sources,
+    },
+}  # fmt: skip
+TRAINING = {
+    "learning_rate": 2e-4, "warmup": 0.1, "batch_size": 4, "micro_batch_size": 2, "max_length": 512, "packing": True,
+    "prompt_loss": True, "epochs": 1.0, "evaluations": 1, "max_windows": 4, "precision": "bf16", "save_steps": 10_000,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -53,6 +74,9 @@ def main() -> None:
     parser.add_argument("--keep", type=int, nargs="*", default=[40000, 32768, 24576, 16384])
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--criteria", nargs="*", default=["frequency"])
+    parser.add_argument("--recover", type=int, default=0, metavar="TOKENS")
+    parser.add_argument("--methods", nargs="*", choices=("distill", "full"), default=["distill", "full"])
+    parser.add_argument("--ratio", type=float, default=0.0)
     parser.add_argument("--dtype", default="bf16")
     options = parser.parse_args()
     counted, texts = split_texts(options.wikitext, options.c4)
@@ -68,22 +92,26 @@ def main() -> None:
         "sources": [Path(s).name for s in sources],
     }
     rows = measured(about)
-    for criterion, keep in [("dense", len(dense.tokenizer)), *product(options.criteria, options.keep)]:
-        if any((row["criterion"], row["keep"]) == (criterion, keep) for row in rows):
+    cases: list[tuple[str, int | None]] = [("dense", len(dense.tokenizer)), *product(options.criteria, options.keep)]
+    if options.recover:
+        names = [f"frequency, {method} on {options.recover:,} tokens" for method in options.methods]
+        cases += product(names, options.keep)
+    cases += [(f"{name} by {options.ratio:.0%}", None) for name in SPLITS if options.ratio]
+    for criterion, keep in cases:
+        if any(row["criterion"] == criterion and keep in (None, row["keep"]) for row in rows):
             continue
         start, pruner = time.perf_counter(), dense if criterion == "dense" else load(options.model, options.dtype)
-        row = {"criterion": criterion, "keep": keep, "ratio": 0.0}
-        if pruner is not dense:
-            pruner.config = PruningConfig(
-                keep={"vocabulary": keep}, vocabulary_text=sources, calibration=CalibrationConfig(),
-                vocabulary_criterion="frequency" if criterion in (SHARE, COUNTS) else criterion,
-            )  # fmt: skip
-            order = by_share if criterion in (SHARE, COUNTS) else choosing.least_longer
-            shares = summed if criterion == COUNTS else choosing.frequencies
-            with patch.object(choosing, "least_longer", order), patch.object(choosing, "frequencies", shares):
-                pruner.prune()
-            plan = pruner.last_plan
-            row |= {"ratio": plan.ratio, "report": plan.vocabulary_report}
+        name, _, how = criterion.partition(", ")
+        if criterion == "dense":
+            row = {"ratio": 0.0}
+        elif keep is None:
+            row = cut_by(pruner, criterion.partition(" by ")[0], options.ratio, sources)
+        else:
+            row = cut(pruner, name, keep, sources)
+        if how:
+            pruner, training = trained(pruner, how.split()[0], options, sources)
+            row["training"] = training
+        row = {"criterion": criterion, "keep": len(pruner.tokenizer), **row}
         row["seconds"] = round(time.perf_counter() - start, 1)
         row["texts"] = {name: measure(pruner, found) for name, found in spans.items()}
         rows.append(row)
@@ -110,6 +138,57 @@ def main() -> None:
         ]
         table.add_row(row["criterion"], f"{row['keep']:,}", f"{row['ratio']:.2%}", *cells)
     Console(width=140).print(table)
+
+
+def cut(pruner: StructuredPruner, criterion: str, keep: int, sources: list[str]) -> dict[str, Any]:
+    """Leaves so many tokens."""
+    pruner.config = PruningConfig(
+        keep={"vocabulary": keep}, vocabulary_text=sources, calibration=CalibrationConfig(),
+        vocabulary_criterion="frequency" if criterion in (SHARE, COUNTS) else criterion,
+    )  # fmt: skip
+    order = by_share if criterion in (SHARE, COUNTS) else choosing.least_longer
+    shares = summed if criterion == COUNTS else choosing.frequencies
+    with patch.object(choosing, "least_longer", order), patch.object(choosing, "frequencies", shares):
+        pruner.prune()
+    return {"ratio": pruner.last_plan.ratio, "report": pruner.last_plan.vocabulary_report}
+
+
+def cut_by(pruner: StructuredPruner, name: str, ratio: float, sources: list[str]) -> dict[str, Any]:
+    """Removes a share of all parameters; the calibration text is C4."""
+    calibration = CalibrationConfig(dataset=next(path for path in sources if path.endswith("c4.jsonl")))
+    pruner.config = PruningConfig(calibration=calibration, **SPLITS[name](sources))
+    pruner.prune(ratio)
+    return {"ratio": pruner.last_plan.ratio, "plan": str(pruner.last_plan)}
+
+
+def trained(
+    pruner: StructuredPruner, method: str, options: argparse.Namespace, sources: list[str]
+) -> tuple[StructuredPruner, dict[str, Any]]:
+    """What training makes of a pruned model."""
+    folder, rows = Path(tempfile.mkdtemp()), []
+    for source in ("c4.jsonl", "dolly.jsonl", "train.txt"):
+        texts = [
+            text for text in read_rows(next(path for path in sources if path.endswith(source))) if len(text) > 500
+        ]
+        left = options.recover / 3
+        for text in random.Random(0).sample(texts, len(texts)):
+            tokens = pruner.tokenizer(text, add_special_tokens=False, truncation=True, max_length=511)["input_ids"]
+            rows.append({"prompt": "", "completion": text})
+            left -= len(tokens) + 1
+            if left <= 0:
+                break
+    pruner.save_pretrained(folder / "pruned")
+    config = RecoveryConfig(method=method, **({"weights": "full"} if method == "distill" else {}), **TRAINING)
+    made = recover(folder / "pruned", rows, folder / "trained", config, teacher=folder_of(options.model))
+    training = {name: made.report["training"][name] for name in ("tokens", "steps", "seconds")}
+    made = load(str(folder / "trained"), options.dtype)
+    shutil.rmtree(folder)
+    return made, training
+
+
+def folder_of(model: str) -> str:
+    """Where the dense model is."""
+    return str(find_model(model).model)
 
 
 def by_share(vocabulary: Vocabulary, shares: Mapping[int, float], stay: Collection[int]) -> list[int]:
