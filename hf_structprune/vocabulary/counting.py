@@ -142,7 +142,7 @@ def _pieces(rows: Sequence[Any], bar: Any) -> Iterator[tuple[bool, str]]:
     a row is a line of a document: a document goes on with the words that it has had.
     """
     lengths = [len(_text(rows[number])) for number in range(0, len(rows), len(rows) // 64 + 1)]
-    mean = max(1.0, sum(lengths) / max(1, len(lengths)))
+    mean = 1 + sum(lengths) / max(1, len(lengths))  # with a line break
     size = min(_PIECE[1], max(_PIECE[0], int(mean * len(rows)) // _PIECES))
     together = max(1, int(size / mean))  # rows
     parts = range(0, len(rows), together)
@@ -169,15 +169,16 @@ def _held_out(parts: int) -> list[bool]:
 
 
 def _cut(text: str, size: int) -> Iterator[str]:
-    """A text in pieces of at most so many characters, before spaces where there are some."""
-    begin = 0
-    while begin < len(text):
-        end = begin + size
-        if end < len(text):
-            space = text.rfind(" ", begin + size // 2, end)
-            end = end if space < 0 else space
+    """A text in equal pieces of about so many characters, cut before spaces where there are some."""
+    count, begin = max(1, round(len(text) / size)), 0
+    for number in range(1, count):
+        end = len(text) * number // count
+        space = text.rfind(" ", begin + size // 4, end)
+        end = end if space < 0 else space
         yield text[begin:end]
         begin = end
+    if begin < len(text):
+        yield text[begin:]
 
 
 def _text(row: Any) -> str:
