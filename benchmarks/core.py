@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--output", default="core_quality.json", help="quality: name of the file of results")
     parser.add_argument("--full", action="store_true", help="one-quality: on the whole test text too")
     parser.add_argument("--jobs", type=int, default=2, help="quality: rows at once")
+    parser.add_argument("--levels", help="quality: folder of levels that rows of evolution share, see PruningConfig")
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     runs = {"speed": speed, "quality": quality, "one-speed": one_speed, "one-quality": one_quality}
@@ -167,7 +168,10 @@ def quality_runs() -> dict[str, tuple[float, dict]]:
     runs["reconstruction, 20 %"] = (0.2, {"reconstruct": True})
     runs["reconstruction with 256 x 256 tokens, 20 %"] = (0.2, {"reconstruct": True, **more})
     evolution = {"layout": "per_layer", "allocation": "evolution", "search_evaluations": 220}
-    runs["evolution of neurons and KV groups, 20 %"] = (0.2, {"units": ["mlp_neurons", "kv_groups"], **evolution})
+    evolution["units"] = ["mlp_neurons", "kv_groups"]
+    runs["evolution of neurons and KV groups, 20 %"] = (0.2, evolution)
+    runs["evolution of neurons and KV groups, reconstructed, 20 %"] = (0.2, {**evolution, "reconstruct": True})
+    runs["evolution of neurons and KV groups, 30 %"] = (0.3, evolution)
     for name in (*INPUTS, *GRADIENTS, *DATA_FREE):
         runs[f"{name}, no compensation, 20 %"] = (0.2, {**CRITERIA[name], "compensation": False})
         if name != "obs":  # these are the default settings
@@ -182,6 +186,7 @@ def quality(options: argparse.Namespace) -> None:
     command = [sys.executable, __file__, "one-quality", "--model", options.model]
     if options.wikitext and options.c4:
         command += ["--wikitext", str(options.wikitext), "--c4", str(options.c4)]
+    command += ["--levels", options.levels] if options.levels else []
 
     def run(name: str) -> None:
         full = ["--full"] if name in ("dense", "default settings, 20 %") and not options.only else []
@@ -214,7 +219,8 @@ def one_quality(options: argparse.Namespace) -> None:
     if options.row != "dense":
         ratio, settings = quality_runs()[options.row]
         text = CalibrationConfig(dataset=calibration, **settings.get("calibration", {}))
-        pruner.config = PruningConfig(**{**settings, "calibration": text})
+        levels = {"levels": options.levels} if settings.get("allocation") == "evolution" else {}
+        pruner.config = PruningConfig(**{**settings, **levels, "calibration": text})
         began = time.process_time()
         pruner.prune(ratio)
         row |= {"asked": ratio, "ratio": pruner.last_plan.ratio, "settings": settings}
