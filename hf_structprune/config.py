@@ -94,9 +94,9 @@ class PruningConfig:
         allocation (`str`): `"uniform"` cuts the same share of every group of a kind, `"global"` compares the
             standardised scores of all groups, `"search"` measures how much the model's predictions change when each
             group alone is cut and takes most where it costs least. `"evolution"` goes on from there: groups are
-            re-fitted at about ten widths, and widths are exchanged between layers for as long as `search_minutes`
-            says, or until `search_evaluations` models were measured, whenever the predictions of the whole model
-            change less.
+            re-fitted at about ten widths, and widths, and whole layers if `units` names them, are exchanged for as
+            long as `search_minutes` says, or until `search_evaluations` models were measured, whenever the
+            predictions of the whole model change less.
         levels (`str`, *optional*): Folder that keeps what `"evolution"` re-fitted and measured: another ratio, and a
             search that was interrupted, go on from it. By default it is made for the one run.
         search_minutes (`float`): For `"evolution"`: minutes that widths are exchanged, after levels were made.
@@ -479,7 +479,8 @@ def _in_layers(config: PruningConfig) -> Iterator[str]:
     if chosen and config.kinds((AUTO, *kinds_of(WidthKind))):
         yield f"`{chosen[0]}` leaves some layers whole, so that widths differ between layers: set layout='per_layer'."
     if config.allocation != "uniform":
-        yield f"allocation={config.allocation!r} gives every layer a width of its own: set layout='per_layer'."
+        others = ", or leave it out: units='auto' compares kinds" if config.allocation == EVOLUTION else ""
+        yield f"allocation={config.allocation!r} gives every layer a width of its own: set layout='per_layer'{others}."
     for sublayer in config.kinds(kinds_of(DepthKind, sublayer=True)):
         yield f"`units` names '{sublayer}': layers that lack a sublayer are not alike. Set layout='per_layer'."
 
@@ -512,10 +513,19 @@ def _in_search(config: PruningConfig) -> Iterator[str]:
         for option in _given(config, "levels", "search_evaluations"):
             yield f"`{option}` is given, but `allocation` is {config.allocation!r}: it belongs to {EVOLUTION!r}."
         return
-    others = [kind for kind in config.units if kind not in (AUTO, *kinds_of(WidthKind))]
-    if others:
-        yield f"allocation={EVOLUTION!r} gives out heads and neurons alone: cut {others[0]!r} first, or afterwards."
-    for option in (*_given(config, *_RATIOS, "keep", "split"), *["iterative_steps"] * (config.iterative_steps > 1)):
+    if shared := config.kinds(kinds_of(SharedKind)):
+        yield f"allocation={EVOLUTION!r} gives out what is in layers: cut {shared[0]!r} first, or afterwards."
+    if not config.kinds((AUTO, *kinds_of(WidthKind))):
+        yield (
+            f"allocation={EVOLUTION!r} gives out heads, neurons and experts, and layers beside them, but `units` "
+            f"is {config.units}: leave it out, depth_criterion='exchange' searches over layers."
+        )
+    for kind in config.kinds(kinds_of(WidthKind)):
+        if KINDS[kind].within is not None:
+            yield f"allocation={EVOLUTION!r} does not split {KINDS[kind].label}: use 'kv_groups', or 'uniform'."
+    given = [*_given(config, *_RATIOS, *KINDS[LAYERS].options, "keep", "split")]
+    given += ["iterative_steps"] * (config.iterative_steps > 1) + ["merge_experts"] * bool(config.merge_experts)
+    for option in given:
         yield f"`{option}` and allocation={EVOLUTION!r} are both given; give one of them."
 
 

@@ -99,10 +99,13 @@ class Planner:
         budget = None if ratio is None else round(ratio * total)
         stating = [option for kind in kinds_of(SharedKind) for option in KINDS[kind].options]
         left = self._left(budget, total - self._narrow.total_parameters, *stating, "keep")
-        dropped = self._dropped(left)
+        evolves = config.allocation == EVOLUTION and bool(config.kinds(kinds_of(WidthKind)))
+        dropped = {} if evolves else self._dropped(left)
         left = self._left(left, removed_by(dropped, self._narrow), "num_layers", "keep_first", "keep")
         counts: Counts = {}
-        if config.kinds(kinds_of(WidthKind)):
+        if evolves:
+            counts, dropped = self._evolved(ratio)
+        elif config.kinds(kinds_of(WidthKind)):
             if shared and self._head_counts is not None:
                 self._head_counts = expressible_heads(shell, self._narrow, config.layout)
             goal = self._widths(ratio, dropped, left if shared or dropped else None)
@@ -356,16 +359,20 @@ class Planner:
             left -= self._removed(of_kind, dropped)
         return counts | self._allocate(alone[finest], ratio, dropped, left)
 
+    def _evolved(self, ratio: float) -> tuple[Counts, Dropped]:
+        """Heads, neurons, experts to keep, and layers and sublayers that go, by a search over all of them."""
+        self.depth = None
+        counts, dropped, self.how = evolve(
+            self.model, self.structure, self.config, lambda gone: self._budget(self.config, gone), ratio,
+            self.tokens, self.known.salience,
+        )  # fmt: skip
+        return counts, dropped
+
     def _allocate(
         self, config: PruningConfig, ratio: float | None, dropped: Dropped, target: int | None,
         sensitivity: dict[tuple[int, str], float] | None = None,
     ) -> Counts:  # fmt: skip
         known, budget = self.known or Survey(), self._budget(config, dropped)
-        if config.allocation == EVOLUTION and sensitivity is None:
-            target = budget.target(ratio, target)
-            evolved = (self.model, self.structure, config, budget, target, self.tokens(), known.salience)
-            counts, self.how = evolve(*evolved) if target else ({}, "")
-            return counts
         return allocate(budget, ratio, target, known.scores, sensitivity or known.sensitivity)
 
     def _budget(self, config: PruningConfig, dropped: Dropped) -> Budget:

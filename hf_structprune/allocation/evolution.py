@@ -1,4 +1,4 @@
-"""Widths of all layers by what they cost together: levels are exchanged as long as the whole model gets better.
+"""Widths of all layers, and layers that go, by what they cost together: levels are exchanged while that falls.
 
 It begins with the levels that cost least if what each costs alone is added up, by dynamic programming, and goes on as
 EvoPress does (Sieberling et al., 2024, https://huggingface.co/papers/2410.14649): of several models with a few levels
@@ -8,16 +8,15 @@ exchanged the best are kept, by a little text first and then by more, and parame
 from __future__ import annotations
 
 import json
-import math
 import random
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedModel
 
 from ..config import PruningConfig
@@ -25,23 +24,22 @@ from ..criteria import make_criterion
 from ..errors import CheckpointError, RatioError
 from ..files.reading import read_json_object
 from ..files.writing import write_text
+from ..model.groups import LayerStructure
 from ..model.measuring import measures
 from ..model.structure import ModelStructure
+from ..plan import Dropped, emptied, is_dropped, removed_by
 from ..progress import tqdm
 from ..stats.seen import Calibration
-from .levels import Divergence, Ladder, Levels, build_levels
+from ..units import LAYERS
+from .assembly import Divergence, assembled
+from .exchange import Bundle, Choice, Evolution, Exchange, Options, cheapest
+from .levels import Ladder, Levels, build_levels, ladders_of
+from .removal import as_dropped
 from .widths import Budget, Counts, rounded
 
 
 SEARCH_NAME = "search.json"
-OFFSPRING = 8  # models of a generation
-_FEW, _MORE = 1, 4  # batches of text that all of them are measured on, and that the best ones are
-_BEST = 2
 _FINAL = 8  # batches that the end is compared with the beginning on
-_BUCKETS = 4000  # that parameters are counted in at most
-_TRIES = 200  # to find a model that was not looked at yet
-
-Choice = list[int]  # the level of each group
 
 
 @dataclass
@@ -49,7 +47,7 @@ class Found:
     """What came out.
 
     Attributes:
-        choice: The level of each group.
+        choice: The level of each ladder.
         evaluations: Models that were measured on the way.
         begun, ended: `KL(dense || cut)` in nats a token of the first and the last model, on the same text.
     """
@@ -60,200 +58,143 @@ class Found:
     ended: float
 
 
-def cheapest(costs: list[list[float]], gone: list[list[int]], most: int, slack: int) -> Choice:
-    """The level of each group with the least sum of costs, when `most - slack` to `most` parameters go.
-
-    Dynamic programming over the groups, parameters counted in at most 4,000 steps (rounded to the nearest).
-
-    Args:
-        costs, gone: Of each group, cost and parameters gone at each level, none or fewest first.
-
-    Raises:
-        RatioError: No choice of levels takes so much.
-    """
-    step = max(1, math.gcd(*(number for row in gone for number in row)), most // _BUCKETS)
-    size = most // step + 1
-    best, taken = np.full(size, np.inf), []
-    best[0] = 0.0
-    for row, sizes in zip(costs, gone, strict=True):
-        options = []
-        for cost, number in zip(row, sizes, strict=True):
-            shift = round(number / step)
-            shifted = np.full(size, np.inf)
-            if shift < size:
-                shifted[shift:] = best[: size - shift] + cost
-            options.append(shifted)
-        table = np.stack(options)
-        taken.append(table.argmin(0))
-        best = table.min(0)
-    first = max(0, -(-(most - slack) // step))  # rounded up: no less than that goes
-    place = first + int(best[first:].argmin()) if first < size else size - 1
-    if first == size or best[place] == np.inf:
-        raise RatioError(f"No choice of levels takes {most - slack:,} to {most:,} parameters. Ask for less.")
-    choice: Choice = []
-    for row, sizes in zip(reversed(taken), reversed(gone), strict=True):
-        level = int(row[place])
-        choice.append(level)
-        place -= round(sizes[level] / step)
-    return choice[::-1]
-
-
-class Exchange:
-    """Makes models with other levels and as many parameters.
-
-    Args:
-        gone: Of each group, parameters gone at each level.
-        most, slack: From `most - slack` to `most` parameters go.
-    """
-
-    def __init__(self, gone: list[list[int]], most: int, slack: int) -> None:
-        self.gone, self.most, self.slack = gone, most, slack
-
-    def fits(self, choice: Choice) -> bool:
-        return 0 <= self.most - self._total(choice) <= self.slack
-
-    def _total(self, choice: Choice) -> int:
-        return sum(row[level] for row, level in zip(self.gone, choice, strict=True))
-
-    def settled(self, choice: Choice, chance: random.Random) -> Choice | None:
-        """The choice with single levels moved until as much goes as is to go; `None` if that did not succeed."""
-        choice = list(choice)
-        for _ in range(4 * len(choice)):
-            over = self._total(choice) - self.most
-            if -self.slack <= over <= 0:
-                return choice
-            move = -1 if over > 0 else 1
-            able = [n for n, level in enumerate(choice) if 0 <= level + move < len(self.gone[n])]
-            if not able:
-                return None
-            number = chance.choice(able)
-            choice[number] += move
-        return None
-
-    def other(self, choice: Choice, chance: random.Random) -> Choice | None:
-        """One to three pairs of groups change levels, one up and one down."""
-        changed = list(choice)
-        for _ in range(chance.randint(1, 3)):
-            more = [n for n, level in enumerate(changed) if level + 1 < len(self.gone[n])]
-            less = [n for n, level in enumerate(changed) if level > 0]
-            if not more or not less:
-                return None
-            up = chance.choice(more)
-            down = [n for n in less if n != up]
-            if not down:
-                return None
-            changed[up] += 1
-            changed[chance.choice(down)] -= 1
-        changed = self.settled(changed, chance)
-        return None if changed == choice else changed
-
-
-class Evolution:
-    """Exchanges levels, one generation after the other.
-
-    Args:
-        exchange: Makes models.
-        measure: What a choice costs on some batches of text.
-        batches: How many there are.
-        seed: Of everything random; each generation has a seed of its own, so that one can go on anywhere.
-        start: The first choice.
-    """
-
-    def __init__(
-        self, exchange: Exchange, measure: Callable[[Choice, list[int]], float], batches: int, seed: int,
-        start: Choice,
-    ) -> None:  # fmt: skip
-        self.exchange, self._measure, self._batches, self._seed = exchange, measure, batches, seed
-        self.parent, self.generation, self.evaluations = start, 0, 0
-
-    def step(self) -> None:
-        """One generation: the parent stays unless one of its offspring is better on more text."""
-        chance = random.Random(f"{self._seed} {self.generation}")
-        few = chance.sample(range(self._batches), min(_FEW, self._batches))
-        more = chance.sample(range(self._batches), min(_MORE, self._batches))
-        offspring: list[Choice] = []
-        for _ in range(_TRIES):
-            other = self.exchange.other(self.parent, chance)
-            if other is not None and other not in offspring and other != self.parent:
-                offspring.append(other)
-            if len(offspring) == OFFSPRING:
-                break
-        self.generation += 1
-        if not offspring:
-            return
-        ranked = sorted(offspring, key=lambda choice: self._cost(choice, few))[:_BEST]
-        self.parent = min([self.parent, *ranked], key=lambda choice: self._cost(choice, more))
-
-    def _cost(self, choice: Choice, batches: list[int]) -> float:
-        self.evaluations += 1
-        return self._measure(choice, batches)
-
-
 @measures
 def evolve(
-    model: PreTrainedModel, structure: ModelStructure, config: PruningConfig, budget: Budget, target: int,
-    tokens: Calibration, salience: Any = None,
-) -> tuple[Counts, str]:  # fmt: skip
-    """Units to keep of every group, so that the whole model changes its predictions least; changes nothing.
+    model: PreTrainedModel, structure: ModelStructure, config: PruningConfig, budget: Callable[[Dropped], Budget],
+    ratio: float, tokens: Callable[[], Calibration], salience: Any = None,
+) -> tuple[Counts, Dropped, str]:  # fmt: skip
+    """Units to keep of every group, and what goes as a whole, so that predictions change least; changes nothing.
 
     Args:
-        budget: Which groups may be cut, and to which numbers of units.
-        target: Parameters that are to go.
-        tokens: Calibration tokens.
+        budget: Which groups may be cut, and to which numbers of units, once some layers and sublayers are gone.
+        ratio: Share of all parameters that is to go.
+        tokens: Loads the calibration tokens.
         salience: Reduced gradients, for gradient criteria.
 
     Returns:
-        `{(layer, kind): units to keep}`, and what was done, in words for the plan.
+        `{(layer, kind): units to keep}`, layers and sublayers that go, and what was done, in words for the plan.
+
+    Raises:
+        RatioError: More than can go.
     """
+    target = _target(structure, config, budget({}), ratio)
+    if not target:
+        return {}, {}, ""
+    tokens = tokens()
     with tempfile.TemporaryDirectory(prefix="levels-") as temporary:
         folder = Path(config.levels or temporary)
         criterion = make_criterion(config)
-        levels = build_levels(model, structure, criterion, config, budget, tokens, folder, salience)
+        levels = build_levels(model, structure, criterion, config, budget({}), tokens, folder, salience)
         divergence = Divergence(model, structure, tokens, config.calibration.batch_size)
-        found = _search(model, levels, divergence, config, target)
-    chosen = zip(levels.ladders, found.choice, strict=True)
-    counts = {ladder.group.key: ladder.counts[level] for ladder, level in chosen}
-    counts = rounded(budget, counts, target, {ladder.group.key: ladder.steepness for ladder in levels.ladders})
-    return counts, (
+        options = options_of(levels.ladders, structure)
+        with assembled(model, structure, levels, tokens) as assembly:
+
+            def measure(choice: Choice, batches: list[int]) -> float:
+                with assembly.at(choice) as skip:
+                    return divergence(batches, skip)
+
+            found = search(options, measure, divergence.batches, config, target, levels)
+    chosen = list(zip(levels.ladders, found.choice, strict=True))
+    gone = [(ladder.layer, ladder.kind) for ladder, level in chosen if ladder.group is None and level]
+    dropped = as_dropped(gone, structure)
+    left = budget(dropped)
+    there = {group.key for group in left.ranked}
+    counts = {ladder.group.key: ladder.counts[level] for ladder, level in chosen if ladder.group}
+    counts = {key: count for key, count in counts.items() if key in there}
+    steepness = {ladder.group.key: ladder.steepness for ladder in levels.ladders if ladder.group}
+    counts = rounded(left, counts, target - removed_by(dropped, structure), steepness)
+    how = (
         f"allocation 'evolution': {found.evaluations} models were measured, and what the cut costs on calibration "
         f"text fell from {found.begun:.3f} to {found.ended:.3f} nats a token (levels as they are, before readers are "
         f"re-fitted one after the other); search_evaluations={found.evaluations} and seed={config.seed} repeat it"
     )
+    return counts, dropped, how
 
 
-def _search(
-    model: PreTrainedModel, levels: Levels, divergence: Divergence, config: PruningConfig, target: int
-) -> Found:
-    gone = [[ladder.gone(level) for level in range(len(ladder.counts))] for ladder in levels.ladders]
+def _target(structure: ModelStructure, config: PruningConfig, budget: Budget, ratio: float) -> int:
+    """Parameters that are to go; checks that so many can."""
+    ladders = ladders_of(structure, config, budget)
+    if all(ladder.group is not None for ladder in ladders):
+        return budget.target(ratio)
+    total, most = structure.total_parameters, options_of(ladders, structure).most
+    target = round(ratio * total)
+    if target > most:
+        raise RatioError(
+            f"{target:,} parameters ({target / total:.2%} of the model) are to go, but at most {most:,} "
+            f"({most / total:.2%}) of units {', '.join(config.units)} can while a layer stays. Ask for less."
+        )
+    return target
+
+
+def options_of(ladders: list[Ladder], structure: ModelStructure) -> Options:
+    """What can be chosen: ladders of their own, and those of layers that go, or lose a sublayer, as a whole."""
+    bundles = []
+    for layer in structure.layers:
+        numbers = [number for number, ladder in enumerate(ladders) if ladder.layer == layer.index]
+        if any(ladders[number].group is None for number in numbers):
+            bundles.append(_bundle(numbers, ladders, layer, structure))
+    costs, gone = [ladder.nats for ladder in ladders], [ladder.gone for ladder in ladders]
+    return Options(costs, gone, bundles, len(structure.layers))
+
+
+def _bundle(numbers: list[int], ladders: list[Ladder], layer: LayerStructure, structure: ModelStructure) -> Bundle:
+    """The ladders of a layer of which some are the layer or its sublayers."""
+    groups, whole = ([n for n in numbers if (ladders[n].group is None) == is_whole] for is_whole in (False, True))
+    found = Bundle([*groups, *whole], whole, {}, {}, [], set())
+    price = {ladders[n].kind: ladders[n].nats[1] for n in whole}
+    for goes in product((0, 1), repeat=len(whole)):
+        kinds = {ladders[n].kind: [layer.index] for n, level in zip(whole, goes, strict=True) if level}
+        empty = LAYERS in kinds or layer.index in emptied(kinds, structure)
+        parameters = layer.parameters if empty else removed_by(kinds, structure)
+        own = [LAYERS] if empty and LAYERS in price else kinds
+        there = [not empty and not is_dropped(kinds, layer.index, ladders[n].kind) for n in groups]
+        # The one way to say it: a layer that goes says it itself, where it can.
+        distinct = not (empty and LAYERS in price) or kinds.keys() == {LAYERS}
+        for levels in product(*(range(len(ladders[n].gone)) for n in groups)):
+            rest = [(ladders[n], level) for n, level, is_there in zip(groups, levels, there, strict=True) if is_there]
+            key = (*levels, *goes)
+            found.gone[key] = parameters + sum(ladder.gone[level] for ladder, level in rest)
+            found.nats[key] = sum(price[kind] for kind in own) + sum(ladder.nats[level] for ladder, level in rest)
+            if distinct and not any(level for level, is_there in zip(levels, there, strict=True) if not is_there):
+                found.distinct.append(key)
+            if empty:
+                found.emptied.add(key)
+    return found
+
+
+def search(
+    options: Options, measure: Callable[[Choice, list[int]], float], batches: int, config: PruningConfig, target: int,
+    levels: Levels,
+) -> Found:  # fmt: skip
+    """The search itself.
+
+    Args:
+        options: What can be chosen.
+        measure: What a choice costs on some batches of text, of which there are so many `batches`.
+        target: Parameters that are to go.
+        levels: Where it is kept how far the search has come.
+    """
     slack = _finest(levels.ladders)
-    exchange, first = Exchange(gone, target, slack), random.Random(f"{config.seed}")
-    start = cheapest([ladder.nats for ladder in levels.ladders], gone, target, slack)
+    exchange, first = Exchange(options, target, slack), random.Random(f"{config.seed}")
+    start = cheapest(options, target, slack)
     start = exchange.settled(start, first) or start
-    with levels.assembled(model) as assembly:
-
-        def measure(choice: Choice, batches: list[int]) -> float:
-            assembly.take(choice)
-            return divergence(batches)
-
-        evolution = Evolution(exchange, measure, divergence.batches, config.seed, start)
-        state = levels.folder / SEARCH_NAME
-        _go_on(evolution, state, target, config)
-        _run(evolution, config, lambda: _keep(evolution, state, target, config))
-        some = list(range(0, divergence.batches, max(1, divergence.batches // _FINAL)))
-        begun = measure(start, some)
-        ended = begun if evolution.parent == start else measure(evolution.parent, some)
+    if not options.leaves_layers(start):
+        raise RatioError(f"{target:,} parameters go only if no layer stays. Ask for less.")
+    evolution = Evolution(exchange, measure, batches, config.seed, start)
+    state = levels.folder / SEARCH_NAME
+    _go_on(evolution, state, target, config)
+    _run(evolution, config, lambda: _keep(evolution, state, target, config))
+    some = list(range(0, batches, max(1, batches // _FINAL)))
+    begun = measure(start, some)
+    ended = begun if evolution.parent == start else measure(evolution.parent, some)
     if ended > begun:
         return Found(start, evolution.evaluations, begun, begun)
     return Found(evolution.parent, evolution.evaluations, begun, ended)
 
 
 def _finest(ladders: list[Ladder]) -> int:
-    """Parameters of the largest step between levels, of the groups where that is smallest."""
-    steps = [
-        max(ladder.gone(level + 1) - ladder.gone(level) for level in range(len(ladder.counts) - 1))
-        for ladder in ladders
-        if len(ladder.counts) > 1
-    ]
+    """Parameters of the largest step between levels, of the ladders where that is smallest."""
+    steps = [max(b - a for a, b in pairwise(ladder.gone)) for ladder in ladders if len(ladder.gone) > 1]
     return min(steps, default=0)
 
 

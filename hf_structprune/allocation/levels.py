@@ -1,7 +1,8 @@
 """Groups at several widths, each re-fitted once and kept in a folder: what models of other widths are put together of.
 
 A level of a group is a number of units that stay, which ones, and the columns of the linear map that reads them,
-re-fitted. What it costs to cut one group to a level is measured, too (as in EvoPress,
+re-fitted; of a block of experts those that stay, with their last matrices. Whole layers and sublayers have two levels:
+there, and gone. What it costs to bring one of them alone to a level is measured, too (as in EvoPress,
 https://huggingface.co/papers/2410.14649, and Týr-the-Pruner, https://huggingface.co/papers/2503.09657).
 """
 
@@ -11,8 +12,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,16 +29,21 @@ from ..criteria.base import best_units
 from ..errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from ..files.reading import read_json_object
 from ..files.writing import appearing, check_room, write_text
-from ..model.groups import Group, matrix
+from ..hooks import Silencer
+from ..model.experts import Experts, without_experts
+from ..model.groups import Group, LayerStructure, matrix
 from ..model.measuring import measures
 from ..model.structure import ModelStructure
 from ..progress import tqdm
+from ..refit.experts import refit_experts
 from ..refit.reader import damping_for, kept_columns, refitted, write_columns
-from ..stats.moments import is_held_out
-from ..stats.seen import Calibration
+from ..stats.moments import InputStatistics, is_held_out
+from ..stats.routing import RoutingStatistics, routing_statistics
+from ..stats.seen import Calibration, few_tokens
 from ..stats.stream import LayerStream
 from ..stats.survey import kl_divergence, statistics_of
-from ..units import KINDS
+from ..units import KINDS, LAYERS, DepthKind, RoutedKind, kinds_of
+from .removal import Unit, depth_candidates
 from .widths import Budget
 
 
@@ -52,62 +57,33 @@ _SAMPLES = 64  # numbers of each tensor by which weights are told apart
 
 @dataclass
 class Ladder:
-    """The levels of one group.
+    """The levels of one group, or of a layer or a sublayer that stays or goes as a whole.
 
     Attributes:
-        group: The group.
-        counts: Units that stay at each level, the most first: where it may stay whole, all of them.
+        layer, kind: Number of the layer, and kind of unit or of depth.
+        counts: Units that stay at each level, the most first: where it may stay whole, all of them. Of a layer 1, 0.
+        gone: Parameters that each level takes from the model.
         nats: What each level costs alone, `KL(dense || cut)` a token on held-out text.
+        group: The group, if it is one.
     """
 
-    group: Group
+    layer: int
+    kind: str
     counts: list[int]
+    gone: list[int]
     nats: list[float]
-
-    def gone(self, level: int) -> int:
-        """Parameters that a level takes from the model."""
-        return (self.group.size - self.counts[level]) * self.group.cost
+    group: Group | None = None
 
     @property
     def steepness(self) -> float:
-        """`a` of the cost `a * share^2`, the geometric mean over the levels."""
+        """`a` of the cost `a * share^2` of a group, the geometric mean over the levels."""
         shares = [1 - count / self.group.size for count in self.counts]
         logs = [math.log(max(n, 1e-12) / s**2) for n, s in zip(self.nats, shares, strict=True) if s > 0]
         return math.exp(sum(logs) / len(logs)) if logs else 0.0
 
 
-class Divergence:
-    """`KL(dense || model as it is)` in nats a token, on batches of text.
-
-    Args:
-        model, structure: The dense model, whose predictions are kept.
-        tokens: The text.
-        batch_size: Sequences in a batch.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, structure: ModelStructure, tokens: Calibration, batch_size: int
-    ) -> None:
-        self._stream = LayerStream(model, structure, tokens, batch_size)
-        self.batches = len(self._stream.batches)
-        self._places = [self._stream.positions(number, _EVERY) for number in range(self.batches)]
-        self._dense = [self._last(number) for number in range(self.batches)]
-
-    def _last(self, number: int) -> torch.Tensor:
-        return self._stream.outputs(0, number)[:, self._places[number]].clone()
-
-    def __call__(self, numbers: list[int]) -> float:
-        total, count = 0.0, 0
-        for number in numbers:
-            ids = self._stream.batches[number][:, self._places[number]]
-            dense, cut = (self._stream.head(last, ids) for last in (self._dense[number], self._last(number)))
-            total += kl_divergence(dense, cut)
-            count += ids.numel()
-        return total / count
-
-
 class Levels:
-    """The levels of all groups that are cut, in a folder.
+    """The levels of everything that is cut, in a folder.
 
     Args:
         folder: Holds `levels.json` and a file for each layer.
@@ -117,49 +93,17 @@ class Levels:
     def __init__(self, folder: Path, ladders: list[Ladder]) -> None:
         self.folder, self.ladders = folder, ladders
 
-    def read(self, number: int, level: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which columns of its reader stay at a level of a group, and what they are re-fitted to."""
-        group, count = self.ladders[number].group, self.ladders[number].counts[level]
-        with safe_open(_file(self.folder, group.layer), "pt") as file:
-            name = f"{group.kind}.{count}"
-            return file.get_tensor(f"{name}.columns").long(), file.get_tensor(f"{name}.weight")
+    def read(self, number: int, level: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What stays at a level of a group, and its re-fitted weights.
 
-    @contextmanager
-    def assembled(self, model: PreTrainedModel) -> Iterator[Assembly]:
-        """The model, which other levels can be put into as long as this is open."""
-        assembly = Assembly(model, self)
-        try:
-            yield assembly
-        finally:
-            assembly.restore()
-
-
-class Assembly:
-    """A model whose groups are at levels: readers have the re-fitted columns and zeros; nothing else is changed."""
-
-    def __init__(self, model: PreTrainedModel, levels: Levels) -> None:
-        self._levels = levels
-        self._readers = [model.get_submodule(ladder.group.reader.module) for ladder in levels.ladders]
-        self._dense = [reader.weight for reader in self._readers]
-        self._now = [-1] * len(self._readers)
-
-    def take(self, choice: list[int]) -> None:
-        """Puts every group at a level."""
-        for number, level in enumerate(choice):
-            if level == self._now[number]:
-                continue
-            reader, ladder = self._readers[number], self._levels.ladders[number]
-            reader.weight = self._dense[number]
-            if ladder.counts[level] < ladder.group.size:
-                columns, weight = self._levels.read(number, level)
-                reader.weight = nn.Parameter(self._dense[number].detach().clone(), requires_grad=False)
-                write_columns(reader, weight.to(reader.weight.device), columns)
-            self._now[number] = level
-
-    def restore(self) -> None:
-        """Puts the dense weights back."""
-        for reader, weight in zip(self._readers, self._dense, strict=True):
-            reader.weight = weight
+        Columns of its reader and the reader's weight on them; of experts their numbers and their last matrices, as the
+        model stores them, or `None` where nothing is re-fitted.
+        """
+        ladder = self.ladders[number]
+        name = f"{ladder.kind}.{ladder.counts[level]}"
+        with safe_open(_file(self.folder, ladder.layer), "pt") as file:
+            there = f"{name}.weight" in file.keys()  # noqa: SIM118
+            return file.get_tensor(f"{name}.columns").long(), file.get_tensor(f"{name}.weight") if there else None
 
 
 def _file(folder: Path, layer: int) -> Path:
@@ -178,8 +122,15 @@ def counts_of_levels(budget: Budget, group: Group) -> list[int]:
     return counts
 
 
-def size_of_levels(model: PreTrainedModel, group: Group, counts: list[int]) -> int:
-    """Bytes of the levels of a group on disk: at each the columns of its reader that stay, and their numbers."""
+def size_of_levels(model: PreTrainedModel, group: Group, counts: list[int], compensation: bool = True) -> int:
+    """Bytes of the levels of a group on disk: at each the columns of its reader that stay, and their numbers.
+
+    Of experts their last matrices, with `compensation`, and their numbers.
+    """
+    if group.reader is None:
+        matrices = Experts(model, group).matrices
+        each = matrices[0].numel() * matrices.element_size() if compensation else 0
+        return sum(count for count in counts if count < group.size) * (each + torch.int32.itemsize)
     weight = matrix(model.get_submodule(group.reader.module))
     rows, columns = weight.shape
     left = sum(count * columns // group.size for count in counts if count < group.size)
@@ -226,66 +177,154 @@ def build_levels(
         ConfigurationError: The folder has levels of another model, text or configuration.
         PlaceError: The disk has no room for the levels.
     """
-    groups = budget.ranked
-    for group in groups:
-        if group.reader is None or group.coupled:
+    ladders = ladders_of(structure, config, budget)
+    groups = [ladder.group for ladder in ladders if ladder.group is not None]
+    counts = {ladder.group.key: ladder.counts for ladder in ladders if ladder.group is not None}
+    units = [(ladder.layer, ladder.kind) for ladder in ladders if ladder.group is None]
+    check_room(folder, 0)
+    index = _Index(folder, _digest(model, config, tokens, counts, units))
+    if todo := {layer for layer, _ in (*counts, *units) if f"{layer}" not in index.nats}:
+        sizes = [size_of_levels(model, g, counts[g.key], config.compensation) for g in groups if g.layer in todo]
+        check_room(folder, sum(sizes))
+        folder.mkdir(parents=True, exist_ok=True)
+        making = _Making(model, structure, criterion, config, tokens, salience, counts, units)
+        making.run(groups, todo, index)
+    for ladder in ladders:
+        ladder.nats = index.nats[f"{ladder.layer}"][ladder.kind]
+    return Levels(folder, ladders)
+
+
+def ladders_of(structure: ModelStructure, config: PruningConfig, budget: Budget) -> list[Ladder]:
+    """Everything that may be cut and its levels, before what they cost is known.
+
+    Raises:
+        UnsupportedModelError: Units of a group have no linear map that reads them, or depend on each other.
+    """
+    ladders = []
+    for group in budget.ranked:
+        if group.coupled or (group.reader is None and group.in_experts):
             raise UnsupportedModelError(
                 f"allocation='evolution' puts re-fitted readers of units together, and there is none of {group.kind} "
                 f"in layer {group.layer} that could be exchanged alone: use allocation='search'."
             )
-    counts = {group.key: counts_of_levels(budget, group) for group in groups}
-    check_room(folder, 0)
-    index = _Index(folder, _digest(model, config, tokens, counts))
-    if todo := [layer for layer in {group.layer for group in groups} if f"{layer}" not in index.nats]:
-        check_room(folder, sum(size_of_levels(model, g, counts[g.key]) for g in groups if g.layer in todo))
-        folder.mkdir(parents=True, exist_ok=True)
-        _compute(model, structure, criterion, config, tokens, salience, groups, counts, set(todo), index)
-    ladders = [Ladder(group, counts[group.key], index.nats[f"{group.layer}"][group.kind]) for group in groups]
-    return Levels(folder, ladders)
+        counts = counts_of_levels(budget, group)
+        gone = [(group.size - count) * group.cost for count in counts]
+        ladders.append(Ladder(*group.key, counts, gone, [0.0] * len(counts), group))
+    for number, kind in depth_units(structure, config):
+        layer = structure.layers[number]
+        part = layer if kind == LAYERS else layer.sublayer(kind)
+        ladders.append(Ladder(number, kind, [1, 0], [0, part.parameters], [0.0, 0.0]))
+    return ladders
 
 
-def _compute(model, structure, criterion, config, tokens, salience, groups, counts, todo, index: _Index) -> None:
-    held_out = is_held_out(torch.arange(len(tokens)))
-    if not held_out.any():
-        held_out[-1] = True
-    size = config.calibration.batch_size
-    fit = LayerStream(model, structure, tokens[~held_out] if not held_out.all() else tokens, size)
-    test = LayerStream(model, structure, tokens[held_out][:_HELD_OUT], size)
-    dense = [test.finish(0, number, _EVERY) for number in range(len(test.batches))]
-    positions = sum(logits.shape[0] * logits.shape[1] for logits in dense)
+def depth_units(structure: ModelStructure, config: PruningConfig) -> list[Unit]:
+    """Layers and sublayers that may go."""
+    kinds = config.kinds(kinds_of(DepthKind))
+    return depth_candidates(structure, config, kinds) if kinds else []
 
-    def price(layer: int) -> float:
-        return sum(kl_divergence(d, test.finish(layer, n, _EVERY)) for n, d in enumerate(dense)) / positions
 
-    for layer in tqdm(structure.layers, desc="Levels"):
-        tensors, nats = {}, {}
-        for group in (g for g in groups if g.layer == layer.index and g.layer in todo):
-            module = model.get_submodule(group.reader.module)
-            statistics, original = statistics_of(fit, group, criterion, gram=True), module.weight
-            levels = counts[group.key]
-            score = criterion.score(Scoring(group, model, statistics, salience, group.size - levels[-1]))
-            cut = [level for level, count in enumerate(levels) if count < group.size]
-            settings = _with_damping(module, statistics, group, score, [levels[level] for level in cut], config)
-            probed, known = {cut[round(i * (len(cut) - 1) / (_PROBED - 1))] for i in range(_PROBED)} if cut else (), {}
-            for level in cut:
-                kept = {group.key: best_units(score, group, levels[level])}
-                columns = kept_columns([group], kept, matrix(module).shape[1])
-                weight = refitted(module, statistics, columns, settings).cpu()
-                name = f"{group.kind}.{levels[level]}"
-                tensors |= {f"{name}.columns": columns.int(), f"{name}.weight": weight.contiguous()}
-                if level not in probed:
-                    continue
-                try:
-                    module.weight = nn.Parameter(original.detach().clone(), requires_grad=False)
-                    write_columns(module, weight.to(original.device), columns)
-                    known[level] = price(layer.index)
-                finally:
-                    module.weight = original
-            nats[group.kind] = on_power_law([1 - count / group.size for count in levels], known)
-        if tensors:
-            index.add(layer.index, tensors, nats)
-        fit.advance(layer.index)
-        test.advance(layer.index)
+class _Making:
+    """Re-fits and prices levels, one layer after the other."""
+
+    def __init__(self, model, structure, criterion, config, tokens, salience, counts, units) -> None:
+        self.model, self.structure, self.criterion, self.config = model, structure, criterion, config
+        self.salience, self.counts, self.units = salience, counts, units
+        held_out = is_held_out(torch.arange(len(tokens)))
+        if not held_out.any():
+            held_out[-1] = True
+        size = config.calibration.batch_size
+        self.fit = LayerStream(model, structure, tokens[~held_out] if not held_out.all() else tokens, size)
+        self.test = LayerStream(model, structure, tokens[held_out][:_HELD_OUT], size)
+        self._dense = [self.test.finish(0, number, _EVERY) for number in range(len(self.test.batches))]
+        self._positions = sum(logits.shape[0] * logits.shape[1] for logits in self._dense)
+        self._silencer = Silencer(model, structure, few_tokens(tokens)) if units else None
+
+    def price(self, layer: int) -> float:
+        """What has been changed from a layer on costs, in nats a token."""
+        test, dense = self.test, self._dense
+        return sum(kl_divergence(d, test.finish(layer, n, _EVERY)) for n, d in enumerate(dense)) / self._positions
+
+    def run(self, groups: list[Group], todo: Collection[int], index: _Index) -> None:
+        """Makes the levels of the layers that are to do."""
+        for layer in tqdm(self.structure.layers, desc="Levels"):
+            if layer.index in todo:
+                tensors, nats = {}, {}
+                for group in (g for g in groups if g.layer == layer.index):
+                    make = self._experts if group.reader is None else self._widths
+                    nats[group.kind] = make(group, tensors)
+                for _, kind in (unit for unit in self.units if unit[0] == layer.index):
+                    nats[kind] = [0.0, self._without(layer, kind)]
+                index.add(layer.index, tensors, nats)
+            self.fit.advance(layer.index)
+            self.test.advance(layer.index)
+
+    def _without(self, layer: LayerStructure, kind: str) -> float:
+        """The price of a layer, or of a sublayer."""
+        if kind == LAYERS:
+            return self.price(layer.index + 1)
+        with self._silencer.silenced([layer.sublayer(kind)]):
+            return self.price(layer.index)
+
+    def _widths(self, group: Group, tensors: dict[str, torch.Tensor]) -> list[float]:
+        """Adds the levels of units that a linear map reads, and gives their prices."""
+        module, config = self.model.get_submodule(group.reader.module), self.config
+        statistics, original = statistics_of(self.fit, group, self.criterion, gram=True), module.weight
+        levels, score = self.counts[group.key], self._score(group, statistics)
+        cut, known = self._cut(group), {}
+        settings = _with_damping(module, statistics, group, score, [levels[level] for level in cut], config)
+        for level in cut:
+            kept = {group.key: best_units(score, group, levels[level])}
+            columns = kept_columns([group], kept, matrix(module).shape[1])
+            weight = refitted(module, statistics, columns, settings).cpu()
+            name = f"{group.kind}.{levels[level]}"
+            tensors |= {f"{name}.columns": columns.int(), f"{name}.weight": weight.contiguous()}
+            if level not in _probed(cut):
+                continue
+            try:
+                module.weight = nn.Parameter(original.detach().clone(), requires_grad=False)
+                write_columns(module, weight.to(original.device), columns)
+                known[level] = self.price(group.layer)
+            finally:
+                module.weight = original
+        return on_power_law([1 - count / group.size for count in levels], known)
+
+    @torch.no_grad()
+    def _experts(self, group: Group, tensors: dict[str, torch.Tensor]) -> list[float]:
+        """Adds the levels of a block of experts, and gives their prices."""
+        inputs, experts = self.fit.capture(group.layer, group.parent), Experts(self.model, group)
+        statistics = routing_statistics(self.model, group, self.criterion, inputs)
+        levels, score = self.counts[group.key], self._score(group, statistics)
+        outputs = [experts.run(x)[0].float() for x in inputs]
+        cut, known, dense = self._cut(group), {}, experts.matrices
+        for level in cut:
+            kept = best_units(score, group, levels[level])
+            name = f"{group.kind}.{levels[level]}"
+            tensors[f"{name}.columns"] = kept.int().cpu()
+            try:
+                experts.matrices = nn.Parameter(dense.detach().clone(), requires_grad=False)
+                with without_experts(self.model, [group], {group.key: kept}):
+                    if self.config.compensation:
+                        targets = [output.clone() for output in outputs]
+                        refit_experts(self.model, group, inputs, targets, None, self.config)
+                        tensors[f"{name}.weight"] = experts.matrices[kept.to(dense.device)].cpu().contiguous()
+                    if level in _probed(cut):
+                        known[level] = self.price(group.layer)
+            finally:
+                experts.matrices = dense
+        return on_power_law([1 - count / group.size for count in levels], known)
+
+    def _cut(self, group: Group) -> list[int]:
+        """Levels at which something goes."""
+        return [level for level, count in enumerate(self.counts[group.key]) if count < group.size]
+
+    def _score(self, group: Group, statistics: InputStatistics | RoutingStatistics) -> torch.Tensor:
+        drop = group.size - self.counts[group.key][-1]
+        return self.criterion.score(Scoring(group, self.model, statistics, self.salience, drop))
+
+
+def _probed(cut: list[int]) -> set[int]:
+    """Levels whose cost is measured."""
+    return {cut[round(i * (len(cut) - 1) / (_PROBED - 1))] for i in range(_PROBED)}
 
 
 def _with_damping(module, statistics, group, score, counts, config: PruningConfig) -> PruningConfig:
@@ -322,11 +361,13 @@ class _Index:
         write_text(self.folder / INDEX_NAME, json.dumps(content, indent=1) + "\n")
 
 
-def _digest(model: PreTrainedModel, config: PruningConfig, tokens: Calibration, counts: dict) -> str:
+def _digest(model: PreTrainedModel, config: PruningConfig, tokens: Calibration, counts: dict, depth: list) -> str:
     """What levels depend on, as one short text."""
     names = ("criterion", "taylor", "aggregation", "compensation", "damping", "units", "seed")
     about: dict[str, Any] = {name: getattr(config, name) for name in names}
     about |= {"counts": [[*key, *values] for key, values in sorted(counts.items())], "type": model.config.model_type}
+    about |= {"depth": depth} if depth else {}
+    about |= {"experts": config.expert_criterion} if config.kinds(kinds_of(RoutedKind)) else {}
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
         about[name] = float(flat[:: max(1, flat.numel() // _SAMPLES)].double().sum())

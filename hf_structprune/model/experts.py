@@ -287,6 +287,15 @@ class Experts:
         """Where they are."""
         return self._module.down_proj.device
 
+    @property
+    def matrices(self) -> nn.Parameter:
+        """All `D_e` of the experts between which the router chooses, as the model stores them, experts first."""
+        return self._module.down_proj
+
+    @matrices.setter
+    def matrices(self, value: nn.Parameter) -> None:
+        self._module.down_proj = value
+
     def units(self, expert: int) -> slice:
         """Which units of a group of neurons are in an expert; in the shared one all that are left."""
         width = self._group.whole

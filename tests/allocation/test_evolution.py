@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
 from hf_structprune.allocation import evolution
-from hf_structprune.allocation.evolution import Evolution, Exchange, cheapest
+from hf_structprune.allocation.exchange import Evolution, Exchange, Options, cheapest
 from hf_structprune.allocation.levels import on_power_law, size_of_levels
 from hf_structprune.errors import ConfigurationError, PlaceError, RatioError
 from hf_structprune.files import writing
@@ -42,14 +42,14 @@ def test_dynamic_programming_finds_what_trying_all_finds(seed):
         return sum(row[level] for row, level in zip(rows, choice, strict=True))
 
     fitting = [c for c in product(range(4), repeat=4) if most - slack <= total(c, gone) <= most]
-    found = cheapest(costs, gone, most, slack)
+    found = cheapest(Options(costs, gone), most, slack)
     assert tuple(found) in fitting
     assert total(found, costs) == pytest.approx(min(total(c, costs) for c in fitting), abs=1e-12)
 
 
 def test_more_than_all_levels_take_is_refused():
     with pytest.raises(RatioError, match="95 to 100"):
-        cheapest([[0.0, 1.0]], [[0, 60]], 100, 5)
+        cheapest(Options([[0.0, 1.0]], [[0, 60]]), 100, 5)
 
 
 def test_costs_between_those_that_were_measured_follow_a_power_law():
@@ -61,7 +61,7 @@ def test_costs_between_those_that_were_measured_follow_a_power_law():
 
 
 def test_what_is_exchanged_keeps_the_parameters():
-    exchange = Exchange([[0, 10, 20, 30], [0, 10, 20, 30], [0, 4, 8]], 40, 10)
+    exchange = Exchange(Options([], [[0, 10, 20, 30], [0, 10, 20, 30], [0, 4, 8]]), 40, 10)
     chance, choice = random.Random(0), [1, 2, 1]
     seen = set()
     for _ in range(200):
@@ -79,7 +79,7 @@ def test_the_exchange_finds_the_best_of_few():
     def measure(choice, batches):
         return sum((a - b) ** 2 for a, b in zip(choice, best, strict=True))
 
-    search = Evolution(Exchange(gone, 9, 0), measure, 4, 0, [1, 2, 1, 2, 1, 2])
+    search = Evolution(Exchange(Options([], gone), 9, 0), measure, 4, 0, [1, 2, 1, 2, 1, 2])
     for _ in range(30):
         search.step()
     assert search.parent == best
@@ -156,13 +156,13 @@ def test_the_end_is_never_worse_than_the_beginning(tiny_llama, monkeypatch):
     """Text that flatters the offspring does not count in the end."""
     monkeypatch.setattr(evolution.Evolution, "step", lambda self: setattr(self, "parent", self.parent[::-1]))
     found = []
-    search = evolution._search
+    search = evolution.search
 
     def seen(*args):
         found.append(search(*args))
         return found[0]
 
-    monkeypatch.setattr(evolution, "_search", seen)
+    monkeypatch.setattr(evolution, "search", seen)
     StructuredPruner(tiny_llama, configured(search_minutes=1e-9, search_evaluations=None)).plan(0.15)
     assert found[0].ended <= found[0].begun
 
@@ -179,7 +179,11 @@ def test_levels_of_something_else_are_refused(tiny_llama, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"units": ("layers", "mlp_neurons")}, "heads and neurons alone"),
+        ({"units": ("hidden", "mlp_neurons")}, "cut 'hidden' first"),
+        ({"units": ("layers", "mlp")}, "leave it out, depth_criterion='exchange'"),
+        ({"units": ("mlp_neurons", "query_heads")}, "does not split query heads"),
+        ({"units": ("mlp_neurons", "layers"), "num_layers": 2}, "`num_layers` and allocation='evolution'"),
+        ({"units": ("experts",), "merge_experts": True}, "`merge_experts` and allocation='evolution'"),
         ({"mlp_ratio": 0.2, "units": ("mlp_neurons",)}, "`mlp_ratio` and allocation='evolution'"),
         ({"iterative_steps": 2}, "`iterative_steps` and allocation='evolution'"),
     ],
