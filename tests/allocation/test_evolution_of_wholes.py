@@ -23,6 +23,7 @@ from hf_structprune.allocation.widths import Budget
 from hf_structprune.criteria import make_criterion
 from hf_structprune.errors import ConfigurationError, RatioError, UnsupportedModelError
 from hf_structprune.model.structure import ModelStructure
+from hf_structprune.refit import reconstruction
 
 
 def configured(*units, **options):
@@ -107,7 +108,7 @@ def test_parameters_of_all_choices_are_those_of_their_plans(tiny_llama):
         plan = PruningPlan.from_counts(structure, counts, model_type="llama", layout="per_layer", dropped=dropped)
         counted.append(options.total(choice))
         assert counted[-1] == plan.parameters_before - plan.parameters_after
-    assert max(counted) <= options.most and len(set(counted)) > 50
+    assert max(counted) <= options.most and len(set(counted)) > 40
 
 
 def test_experts_and_what_is_left_of_them(searches, tmp_path):
@@ -136,8 +137,6 @@ def test_an_assembly_of_experts_is_the_cut_model(tmp_path):
     model = loud(make_moe("qwen3_moe", num_experts=8))
     config = configured("experts", compensation=False, damping=None, levels=str(tmp_path), search_evaluations=0)
     structure, tokens = ModelStructure.of(model), make_tokens(16, 24)
-    pruner = StructuredPruner(model, config)
-    plan = pruner.plan(0.3)
     levels = build_levels(
         model, structure, make_criterion(config), config, Budget(structure, config), tokens, tmp_path
     )
@@ -147,17 +146,20 @@ def test_an_assembly_of_experts_is_the_cut_model(tmp_path):
         found = divergence([0], skip)
         kept = {one.group.key: levels.read(n, choice[n])[0].tolist() for n, one in enumerate(levels.ladders)}
     assert divergence([0]) == pytest.approx(0, abs=1e-6)
+    counts = {key: len(units) for key, units in kept.items()}
+    plan = PruningPlan.from_counts(structure, counts, model_type="qwen3_moe", layout="per_layer")
     for decision in plan.groups:
-        decision.keep, decision.kept = 4, kept[decision.layer, decision.kind]
+        decision.kept = kept[decision.layer, decision.kind]
     with torch.no_grad():
         dense = model(tokens).logits[:, ::4].log_softmax(-1)
-        small = pruner.prune(plan)(tokens).logits[:, ::4].log_softmax(-1)
+        small = StructuredPruner(model, config).prune(plan)(tokens).logits[:, ::4].log_softmax(-1)
     nats = torch.nn.functional.kl_div(small, dense, log_target=True, reduction="sum") / dense[..., 0].numel()
     assert found == pytest.approx(float(nats), rel=1e-3) and found > 0.01
 
 
-def test_reconstruction_follows_the_search(tiny_llama):
+def test_reconstruction_follows_the_search(tiny_llama, monkeypatch):
     """The widths are those of the search alone; the layers are trained afterwards, and said."""
+    monkeypatch.setattr(reconstruction, "STEPS", 12)
     config = configured("mlp_neurons", "kv_groups", search_evaluations=22)
     config.calibration.batch_size = 4
     alone = StructuredPruner(tiny_llama, config).plan(0.15)
