@@ -162,14 +162,21 @@ def benchmark_command(model: ModelArguments, options: BenchmarkArguments, config
     return *_shown(results, output), *([] if output is None else [f"Saved to {output}"])
 
 
-def take_turns_apart(subjects: list[Subject], config: EfficiencyConfig, rounds: int) -> list[EvaluationResult]:
+def take_turns_apart(
+    subjects: list[Subject], config: EfficiencyConfig, rounds: int, loading: bool = True
+) -> list[EvaluationResult]:
     """`take_turns` in a process of its own: what earlier work has left in memory is in no figure."""
     with ProcessPoolExecutor(1, get_context("spawn"), start_quiet, (is_quiet(),)) as pool:
-        return pool.submit(take_turns, subjects, config, rounds).result()
+        return pool.submit(take_turns, subjects, config, rounds, loading).result()
 
 
-def take_turns(subjects: list[Subject], config: EfficiencyConfig, rounds: int) -> list[EvaluationResult]:
-    """Size, memory and speed of each model, timed in turns for so many rounds; one is in memory at a time."""
+def take_turns(
+    subjects: list[Subject], config: EfficiencyConfig, rounds: int, loading: bool = True
+) -> list[EvaluationResult]:
+    """Size, memory and speed of each model, timed in turns for so many rounds; one is in memory at a time.
+
+    With `loading`, how long each takes to load as well, in a process for each.
+    """
     figures: list[list[list[Figure]]] = [[] for _ in subjects]
     results = []
     for number in range(rounds if config.speed else 1):
@@ -183,7 +190,7 @@ def take_turns(subjects: list[Subject], config: EfficiencyConfig, rounds: int) -
             del model
     for subject, result, found in zip(subjects, results, figures, strict=True):
         result.add(*_pool(found))
-        if config.speed and subject.arguments.device_map is None:
+        if loading and config.speed and subject.arguments.device_map is None:
             options = subject.arguments.loading_options()
             result.add(time_loading(subject.arguments.model, device=subject.arguments.device or "cpu", **options))
     return results

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.constrain import Constrain
 from rich.table import Table
 
 from ..config import CONFIG_NAME, PruningConfig
@@ -67,7 +68,7 @@ def run_recipe(
 ) -> None:
     """Does what a recipe says; with `again` also what is done already, with `dry_run` only what needs no weights.
 
-    Speeds are timed in so many `turns`, one model after the other in each.
+    Speeds are timed in so many `turns`, one model after the other in each; in a single one, loading is not.
     """
     started = time.monotonic()
     need("matplotlib", extra="report")
@@ -123,10 +124,22 @@ class _Run:
         self.turns = turns
         self.started, self.measuring = started, 0.0  # when, and seconds that measuring the pruned model took
         self.folders, self.out = recipe.folders, console()
+        self.steps: list[tuple[str, float]] = []  # what was begun, and when
         self.folder, self.final = Path(recipe.output_dir), list(recipe.folders.values())[-1]
         for folder in self.folders.values():
             check_folder(folder)
         check_place(recipe.dense_results, file=True)
+
+    def _begin(self, words: str) -> None:
+        """Says what is done now, and remembers when it was begun."""
+        self.steps.append((words, time.monotonic()))
+        self.out.print(f"{words} ...")
+
+    def _took(self) -> str:
+        """How long each step took, in a line."""
+        ends = [*(begun for _, begun in self.steps[1:]), time.monotonic()]
+        took = [f"{words} {_minutes(end - begun)}" for (words, begun), end in zip(self.steps, ends, strict=True)]
+        return f"Took {_minutes(ends[-1] - self.started)} (minutes:seconds): {', '.join(took)}."
 
     def all(self, push: bool) -> None:
         """Every step, in order."""
@@ -148,6 +161,8 @@ class _Run:
             self.out.print(ResultTable(contents.results))
             if contents.samples:
                 self.out.print(answers_table(contents.samples))
+        if self.steps:
+            self.out.print(self._took())
         for folder in self.folders.values():
             self.out.print(f"Checkpoint, results and card are in {folder}/")
         if push:
@@ -162,10 +177,10 @@ class _Run:
             return
         pruner = load_pruner(self.dense, self.recipe.pruning)
         if not measured:
-            self.out.print(f"Measuring {self.base} ...")
+            self._begin(f"Measuring {self.base}")
             self._evaluate(pruner.model, pruner.tokenizer, Path(self.recipe.dense_results), self.base, "dense")
         if not pruned:
-            self.out.print(f"Pruning {self.base} ...")
+            self._begin(f"Pruning {self.base}")
             if self.dense.model != self.base:  # the card names the model, not the cache it was read from
                 pruner.origin = Origin.of(self.base).with_options_of(pruner.origin)
             pruner.prune(self.recipe.ratio)
@@ -201,7 +216,7 @@ class _Run:
 
     def _recover(self, step: Step) -> None:
         """Trains the pruned checkpoint; an interrupted training goes on where it stopped."""
-        self.out.print(f"Recovering {self.folder} ...")
+        self._begin(f"Recovering {self.folder}")
         resume = not self.again and newest_whole(training_folder(step.output_dir))[0] is not None
         config = step.config
         if self.recipe.minutes is not None:
@@ -232,13 +247,13 @@ class _Run:
     def _quantise(self, step: Step) -> None:
         """Quantises the last checkpoint."""
         trained = list(self.folders.values())[-2]
-        self.out.print(f"Quantising {trained} ...")
+        self._begin(f"Quantising {trained}")
         quantize(str(trained), step.output_dir, step.config, overwrite=self.again)
 
     def _finish(self, folder: Path, state: str) -> None:
         """Measures a checkpoint as its users will load it, and describes it."""
         if self.recipe.evaluation is not None:
-            self.out.print(f"Measuring {folder} ...")
+            self._begin(f"Measuring {folder}")
             model, tokenizer = load_for_measuring(self._result(folder))
             self._evaluate(model, tokenizer, folder / RESULTS_NAME, folder.name, state)
             del model
@@ -255,10 +270,11 @@ class _Run:
         results = [EvaluationResult.load(file) for file in files]
         if not self.recipe.evaluation.efficiency or all("efficiency/parameters" in r.figures for r in results):
             return
-        self.out.print("Measuring size, memory and speed of all ...")
+        self._begin("Measuring size, memory and speed of all")
         subjects = [Subject(self.dense, "dense", None)]
         subjects += [Subject(self._result(folder), state, self.base) for state, folder in self.folders.items()]
-        timed = take_turns_apart(subjects, EfficiencyConfig(seed=self.recipe.evaluation.seed), self.turns)
+        config, turns = EfficiencyConfig(seed=self.recipe.evaluation.seed), self.turns
+        timed = take_turns_apart(subjects, config, turns, loading=turns > 1)
         for file, result, figures in zip(files, results, timed, strict=True):
             result.add(*figures.figures.values())
             result.save(file)
@@ -284,8 +300,13 @@ class _Run:
         write_card(folder)
 
 
-def answers_table(samples: Sequence[dict[str, Any]]) -> Table:
-    """What each model answers to each prompt, see `Contents.samples`; line breaks are spaces."""
+def _minutes(seconds: float) -> str:
+    """Minutes and seconds."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+def answers_table(samples: Sequence[dict[str, Any]]) -> Constrain:
+    """What each model answers to each prompt, see `Contents.samples`, in 80 columns; line breaks are spaces."""
     table = Table(title="The same prompts", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column()
@@ -294,4 +315,4 @@ def answers_table(samples: Sequence[dict[str, Any]]) -> Table:
         table.add_row("prompt", sample["prompt"])
         for state, text in sample["answers"]:
             table.add_row(state, " ".join(text.split()) or "(nothing)")
-    return table
+    return Constrain(table, 80)

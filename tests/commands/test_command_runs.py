@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -24,9 +25,7 @@ from hf_structprune import StructuredPruner
 from hf_structprune.commands import cli, demo, measure, run
 from hf_structprune.commands import models as command_models
 from hf_structprune.evaluation import EfficiencyConfig, generation
-from hf_structprune.evaluation.results import Figure
 from hf_structprune.hub.contents import Contents
-from hf_structprune.recovery import own_text
 
 
 @pytest.fixture(scope="module")
@@ -223,9 +222,9 @@ def test_demo(has_bf16, installed, folder, tmp_path, capsys, monkeypatch):
     shutil.copytree(folder, dense)
     AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16").save_pretrained(dense)
 
-    def briefly(subjects, config, rounds):  # and not in a process of its own
+    def briefly(subjects, config, rounds, loading):  # and not in a process of its own
         loaded.extend(measure.load_for_measuring(subject.arguments)[0].dtype for subject in subjects)
-        return measure.take_turns(subjects, EfficiencyConfig(new_tokens=2, warmup=0, repeats=1), 1)
+        return measure.take_turns(subjects, EfficiencyConfig(new_tokens=2, warmup=0, repeats=1), 1, loading)
 
     def small(*arguments):
         content = made(*arguments)
@@ -233,23 +232,29 @@ def test_demo(has_bf16, installed, folder, tmp_path, capsys, monkeypatch):
         content["evaluate"] |= {"max_windows": 2, "window": 64}
         if "recover" in content:
             content["recover"] |= {"max_windows": 2, "window": 64, "max_length": 64, "max_steps": 2, "max_samples": 8}
-            content["recover"]["distillation"] = {"generated_tokens": 100}
         return content
 
     monkeypatch.setattr(demo, "recipe_of", small)
     monkeypatch.setattr(demo, "is_installed", lambda name: installed)
-    monkeypatch.setattr(own_text, "cached_assets_path", lambda *_, **__: tmp_path / "cache")
     monkeypatch.setattr(run, "take_turns_apart", briefly)
-    monkeypatch.setattr(measure, "time_loading", lambda *_, **__: Figure("efficiency/load_time", 1.0, "s"))
     monkeypatch.setattr(generation, "PROMPTS", generation.PROMPTS[:1])
+    monkeypatch.setattr(demo, "DEMO_MODEL", str(dense))  # whose minutes are known
     out = str(tmp_path / "out")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "pruning_config.json").write_text("{}")  # an earlier result of ours, which may be replaced
     text = run_text(capsys, "demo", str(dense), "--output-dir", out)
     last, states = (f"{out}-recovered", ["dense", "pruned", "recovered"]) if installed else (out, ["dense", "pruned"])
     assert (
-        text.index("pruned by 10%") < text.index("Measuring") < text.index("Pruning plan") < text.index("perplexity")
+        text.index("2. pruned by 10%  ")
+        < text.index("Measuring")
+        < text.index("Pruning plan")
+        < text.index("perplexity")
     )
+    first = text.partition("The results go to")[0]  # the whole is the sum of its steps
+    steps = [float(took) for took in re.findall(r"  ([\d.]+) min$", first, re.M)]
+    assert len(steps) == (6 if installed else 4)
+    assert abs(sum(steps) - int(re.search(r"about (\d+) minutes", first)[1])) < 1
+    assert re.search(r"Took \d+:\d\d \(minutes:seconds\): Measuring .* 0:\d\d, Pruning", " ".join(text.split()))
     assert ("trained for 3 minutes" in text) == installed == ("trl and peft is missing" not in text)
     assert f'from_pretrained("{last}")' in text and text.count(generation.PROMPTS[0]) == 1
     assert [result.state for result in Contents(Path(last)).results] == states

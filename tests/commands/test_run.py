@@ -191,7 +191,7 @@ def test_speed_is_measured_in_turns_and_once(recipe, monkeypatch):
     recipe.write_text(recipe.read_text().replace("efficiency: false", "efficiency: true"))
     turns = []
 
-    def take_turns(subjects, config, rounds):
+    def take_turns(subjects, config, rounds, loading):
         turns.append([subject.state for subject in subjects])
         return measure.take_turns(subjects, EfficiencyConfig(new_tokens=2, warmup=0, repeats=1), 1)
 
