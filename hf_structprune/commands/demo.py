@@ -63,14 +63,14 @@ def recipe_of(options: DemoArguments, minutes: float, context: int | None = None
 def _what_happens(options: DemoArguments, minutes: float) -> str:
     """The steps, each with its minutes for the model that they were measured of."""
     known = options.model == DEMO_MODEL
-    steps = [("measured", MEASURING), (f"pruned by {options.ratio:.0%}", PRUNING), ("measured again", MEASURING)]
+    steps = [("it is measured", MEASURING), (f"pruned by {options.ratio:.0%}", PRUNING), ("measured again", MEASURING)]
     if minutes:
         trained = f"trained for {minutes:g} minutes to predict what the dense model does"
         steps += [(trained, minutes + STARTING), ("measured once more", MEASURING)]
     steps.append(("timed, all models in turn", (3 if minutes else 2) * TIMING))
     total, width = sum(took for _, took in steps), max(len(words) for words, _ in steps)
-    about = f"about {total:.0f} minutes on two CPU cores that multiply in bfloat16" if known else "in minutes or more"
-    lines = [f"{options.model} is, {about}:"]
+    about = f"about {total:.0f} minutes on two CPU cores that multiply in bfloat16" if known else "minutes or more"
+    lines = [f"What happens to {options.model}, {about}:"]
     for number, (words, took) in enumerate(steps, 1):
         lines.append(f"  {number}. {words:<{width}}" + (f"  {took:.1f} min" if known else ""))
     folders = f"{options.output_dir}/ and {options.output_dir}-recovered/" if minutes else f"{options.output_dir}/"
