@@ -22,7 +22,7 @@ from .shrink import context_of, distilling, loading
 
 
 MAX_WINDOWS = 4  # of the packaged text
-# Minutes of the steps with SmolLM2-135M-Instruct on two cores: CPU seconds of one thread (37 to measure a model, 242 to
+# Minutes of the steps with SmolLM2-135M-Instruct on two cores: CPU seconds of one thread (37 to measure one, 242 to
 # prune it, 31 to time one) over 1.7, which two threads are taken to gain; what is around a training is an estimate.
 MEASURING, PRUNING, STARTING, TIMING = 0.4, 2.4, 0.5, 0.3
 
