@@ -19,7 +19,7 @@ from .progress import hidden
 from .units import GROUPS, KINDS, LAYERS, NEURONS, QUERIES, WidthKind, kinds_of
 
 
-ENOUGH = 1 / 3  # of the MLP neurons: where less of them goes, other kinds are not tried
+ENOUGH = 0.34  # of the MLP neurons, a third and a rounding of widths: where less goes, other kinds are not tried
 NO_WEIGHTS = "the weights are not in memory"
 _OUTSIDE = 0.3  # of all parameters
 _MOST = 0.5  # of a kind: beyond it is looked whether it can reach the ratio
