@@ -19,7 +19,7 @@ from typing import Any
 
 from .allocation.depth import DepthChoice
 from .config import PruningConfig
-from .default_kind import NO_WEIGHTS, DefaultKind, near, share_of
+from .default_kind import ENOUGH, NO_WEIGHTS, DefaultKind, near, share_of
 from .errors import RatioError, StructPruneError
 from .plan import PruningPlan
 from .planner import Planner
@@ -167,7 +167,7 @@ class KindChooser:
         label = " and ".join(KINDS[kind].label for kind in fixed.units)
         share = f", {min(1, self.kinds.share(ratio, fixed.units[0])):.0%} of them" if len(fixed.units) == 1 else ""
         if self.kinds.enough(ratio):
-            return f"units='auto': {label} alone{share}; other kinds are measured where that is above a third"
+            return f"units='auto': {label} alone{share}; other kinds are measured where that is above {ENOUGH:.0%}"
         if why:
             more = "; pruning, which reads them, measures" if why == NO_WEIGHTS and not self._instead else ""
             return f"units='auto' measured nothing, since {why}: {label} go{share}{more}"
