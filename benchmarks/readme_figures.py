@@ -80,7 +80,7 @@ def dense_parameters() -> int:
 def recovery_words() -> str:
     """What a training gives back: perplexities and right answers of the pruned, the recovered and the dense model."""
     results = json.loads(RECOVERED.read_text(encoding="utf-8"))
-    run, dense = results["20 %, evolution"], results["dense"]
+    run, dense = results["20 %, evolution, own answers"], results["dense"]
     texts = [
         f"{name} {run['pruned'][name]:.1f} -> {run['recovered'][name]:.1f} ({said}{dense[name]:.1f})"
         for name, said in (("WikiText-2", "dense: "), ("C4", ""))
