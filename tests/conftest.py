@@ -5,6 +5,7 @@ import os
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it once
+os.environ.pop("COLUMNS", None)  # tables as they are without a terminal; pytest-xdist tells its workers a width
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: matrices this small lose time with more
 
 # Neither torch nor Transformers here or in `real_model`: pytest-xdist's own process, which runs no test, reads this.
