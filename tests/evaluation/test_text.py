@@ -74,7 +74,7 @@ def test_c4(hub, monkeypatch):
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_without_a_network_the_message_says_what_is_needed(name):
-    match = rf"The text '{name}' needs a data set .*cannot load '{TEXTS[name].dataset}'.*HF_HUB_OFFLINE is set.*Local text"
+    match = rf"The text '{name}' needs .*cannot load '{TEXTS[name].dataset}'.*HF_HUB_OFFLINE is set.*Local text"
     with pytest.raises(TextError, match=match):
         load_text(name)
 
