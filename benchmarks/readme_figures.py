@@ -1,7 +1,7 @@
 """Every figure of README: measured from this commit, written as JSON, and printed as README has it.
 
     python benchmarks/readme_figures.py --wikitext FOLDER --c4 FILE.jsonl   # hours: all rows of `core.py quality`
-    python benchmarks/readme_figures.py --print     # nothing is measured: the table from the JSON that is there
+    python benchmarks/readme_figures.py --print     # nothing is measured: table and picture, from the JSON there is
     python benchmarks/readme_figures.py --small     # a tiny random model and two columns; writes nothing here
 
 `make readme-figures` is the first. What recovery gives back comes from the JSON that `benchmarks/recovered.py`
@@ -25,11 +25,18 @@ ROOT = Path(__file__).parents[1]
 CORE, RESULTS = ROOT / "benchmarks" / "core.py", ROOT / "benchmarks" / "results" / "core_quality.json"
 PRUNED = ROOT / "model_cards" / "smollm2-135m-instruct-pruned-20"
 RECOVERED = ROOT / "benchmarks" / "results" / "recovered.json"
+RUN = "20 %, evolution, own answers"  # of it
 # The columns of the table, and the rows of `core.py quality` that they are.
 COLUMNS = {
     "dense": "dense", "10 %": "default settings, 10 %", "20 %": "default settings, 20 %",
     "20 %, per-layer": "per-layer search, 20 %", "30 %": "default settings, 30 %",
     "30 %, per-layer": "per-layer search, 30 %",
+}  # fmt: skip
+PICTURE = ROOT / "docs" / "images" / "quality.svg"
+# What the picture compares with 20 % of ours: the criteria of others, by our code, and nothing re-fitted.
+OTHERS = {
+    "wifv, no compensation, 20 %": "as FLAP ranks", "wanda, no compensation, 20 %": "as Wanda-sp ranks",
+    "taylor second, no compensation, 20 %": "as LLM-Pruner ranks",
 }  # fmt: skip
 # Kinds of units that README counts together, by their columns in docs/models.md.
 COUNTED = {
@@ -53,7 +60,9 @@ def main() -> None:
             parser.error("--wikitext and --c4 are the texts of the published table.")
         command = [sys.executable, CORE, "quality", "--wikitext", options.wikitext, "--c4", options.c4]
         subprocess.run(command, check=True)
-    print(quality_table(json.loads(RESULTS.read_text(encoding="utf-8"))["rows"], dense_parameters()))
+    rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
+    draw(rows, dense_parameters(), PICTURE)
+    print(quality_table(rows, dense_parameters()))
     print(recovery_words())
     print(type_words())
 
@@ -72,6 +81,40 @@ def quality_table(rows: list[dict[str, Any]], parameters: int) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def points(rows: list[dict[str, Any]], parameters: int) -> dict[str, list[tuple[float, float]]]:
+    """The picture's lines and points: millions of parameters and perplexity of WikiText-2."""
+    found = {row["name"]: (parameters * (1 - row["ratio"]) / 1e6, row["perplexity"]["WikiText-2"]) for row in rows}
+    run = json.loads(RECOVERED.read_text(encoding="utf-8"))[RUN]
+    size = found["evolution of neurons and KV groups, 20 %"][0]
+    return {
+        "neurons, all layers alike": [found[COLUMNS[name]] for name in ("dense", "10 %", "20 %", "30 %")],
+        "widths by layer, search": [found[COLUMNS[name]] for name in ("20 %, per-layer", "30 %, per-layer")],
+        "widths by layer, evolution, then distilled": [
+            (size, run["pruned"]["WikiText-2"]), (size, run["recovered"]["WikiText-2"])
+        ],
+        **{f"{words}, nothing re-fitted": [found[name]] for name, words in OTHERS.items()},
+    }  # fmt: skip
+
+
+def draw(rows: list[dict[str, Any]], parameters: int, path: Path) -> None:
+    """Quality against size, as SVG."""
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "readme", "font.size": 9}):
+        figure, axes = plt.subplots(figsize=(7.2, 3.4), layout="constrained")
+        places = [(-20, 5), (5, -4), (5, -12), (5, -9), (-24, -1), (5, -3)]  # of the numbers: they must not overlap
+        for marker, place, (label, line) in zip("os^xxx", places, points(rows, parameters).items(), strict=True):
+            axes.plot(*zip(*line, strict=True), marker=marker, label=label)
+            for x, y in line:
+                axes.annotate(f"{y:.1f}", (x, y), textcoords="offset points", xytext=place, fontsize=8)
+        axes.set(xlabel="million parameters, SmolLM2-135M-Instruct", ylabel="perplexity, WikiText-2")
+        axes.invert_xaxis()
+        axes.legend(fontsize=8, frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(path, format="svg", metadata={"Date": None})
+        plt.close(figure)
+
+
 def dense_parameters() -> int:
     """Of the model of the table."""
     return int(_figures(PRUNED / "evaluation_results_dense.json")["efficiency/parameters"])
@@ -80,7 +123,7 @@ def dense_parameters() -> int:
 def recovery_words() -> str:
     """What a training gives back: perplexities and right answers of the pruned, the recovered and the dense model."""
     results = json.loads(RECOVERED.read_text(encoding="utf-8"))
-    run, dense = results["20 %, evolution, own answers"], results["dense"]
+    run, dense = results[RUN], results["dense"]
     texts = [
         f"{name} {run['pruned'][name]:.1f} -> {run['recovered'][name]:.1f} ({said}{dense[name]:.1f})"
         for name, said in (("WikiText-2", "dense: "), ("C4", ""))

@@ -32,6 +32,18 @@ def test_the_first_table(figures):
     assert figures.quality_table(rows, figures.dense_parameters()) in README
 
 
+def test_the_picture(figures, tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = json.loads(figures.RESULTS.read_text(encoding="utf-8"))["rows"]
+    figures.draw(rows, figures.dense_parameters(), tmp_path / "quality.svg")
+    assert f"]({figures.PICTURE.relative_to(ROOT)})" in README
+    # Words and figures; where they stand depends on fonts and on the version of matplotlib.
+    drawn, shown = (
+        re.findall(r"<text[^>]*>([^<]*)<", path.read_text()) for path in (tmp_path / "quality.svg", figures.PICTURE)
+    )
+    assert sorted(drawn) == sorted(shown) and {"20.4", "31.8", "23.1"} <= {*shown}
+
+
 def test_what_recovery_gives_back(figures):
     assert figures.recovery_words() in flat(README)
 
