@@ -159,9 +159,9 @@ def recover(
         loaded.to(hardware.process_state().device)
         names = not isinstance(teacher, nn.Module)
         theirs = (load_tokenizer(teacher, trust_remote_code=trust_remote_code) if names else None) or tokenizer
-        limits = {
+        limits = {  # what is resumed goes on with the text that it was begun with
             "length": config.max_length, "seed": config.seed,
-            "seconds": None if config.minutes is None else WRITING * 60 * config.minutes,
+            "seconds": None if config.minutes is None else WRITING * 60 * config.minutes * (checkpoint is None),
         }  # fmt: skip
         if rows is None:
             where = model if named else folder_of(model)

@@ -1,6 +1,8 @@
 """What the dense model answers to the prompts of a data set."""
 
 import json
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 pytest.importorskip("trl")
 
 from hf_structprune.errors import ConfigurationError  # noqa: E402
-from hf_structprune.recovery import DistillationConfig, RecoveryConfig, own_answers, recover  # noqa: E402
+from hf_structprune.recovery import DistillationConfig, LoraRecoveryCallback, RecoveryConfig, own_answers, recover  # noqa: E402
 from hf_structprune.recovery.data import load_rows  # noqa: E402
 from hf_structprune.recovery.own_answers import ANSWERS, answered_rows, with_answers  # noqa: E402
 
@@ -118,3 +120,34 @@ def test_a_training_learns_them_too(dense, make_tokenizer, tmp_path, caplog):
     assert sources["data"] == 4 and 0 < sources[ANSWERS] <= 4
     assert json.loads((tmp_path / "out" / "recovery.json").read_text())["distillation"]["dense_answers"] == 4
     assert "padding-free" not in caplog.text  # TRL advises against one sequence at a time
+
+
+def test_a_training_by_time_goes_on_with_the_answers_that_it_was_begun_with(
+    dense, make_tokenizer, tmp_path, monkeypatch
+):
+    for folder in ("dense", "pruned"):
+        dense.save_pretrained(tmp_path / folder)
+        make_tokenizer(chat_template=TEMPLATE).save_pretrained(tmp_path / folder)
+    config = RecoveryConfig(
+        method="distill", minutes=10, max_steps=2, save_steps=1, max_length=192, precision="fp32", max_windows=1,
+        window=16, evaluations=1,
+    )  # fmt: skip
+
+    def train(resume):
+        return recover(
+            tmp_path / "pruned", [{"instruction": text, "output": "An answer."} for text in QUESTIONS],
+            tmp_path / "out", config, teacher=tmp_path / "dense", resume=resume,
+            distillation=DistillationConfig(dense_answers=4),
+        )  # fmt: skip
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(own_answers, "time", SimpleNamespace(monotonic=count(step=1000).__next__))  # one batch alone
+        patched.setattr(LoraRecoveryCallback, "on_step_begin", interrupt)
+        train(False)
+    (answers,) = (tmp_path / "cache").glob("**/*.jsonl")
+    assert len(answers.read_text().splitlines()) == 1
+    assert train(True).report["training"]["steps"] == 2 and len(answers.read_text().splitlines()) == 1
