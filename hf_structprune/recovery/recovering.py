@@ -125,6 +125,7 @@ def recover(
             f"There is no data set to train on, and `method` is {config.method!r}: give one, or choose 'distill', "
             "which can do with what the dense model writes."
         )
+    _check_distillation(config, distillation, dataset)
     need("trl", "peft", extra="recover")
     from trl import SFTTrainer
 
@@ -220,6 +221,22 @@ def recover(
         "(`resume`) they are needed, and they may be deleted."
     )
     return RecoveryResult(folder, callback.report)
+
+
+def _check_distillation(config: RecoveryConfig, distillation: DistillationConfig, dataset: Any) -> None:
+    """Refuses options of distillation that nothing would be done with."""
+    plain = DistillationConfig()
+    given = [f.name for f in dataclasses.fields(plain) if getattr(distillation, f.name) != getattr(plain, f.name)]
+    if given and config.method != "distill":
+        raise ConfigurationError(
+            f"`method` is {config.method!r}, and {', '.join(f'`{name}`' for name in given)} of the distillation "
+            "would do nothing: leave them out, or choose 'distill'."
+        )
+    if dataset is None and distillation.dense_answers:
+        raise ConfigurationError(
+            f"`dense_answers` is {distillation.dense_answers}, but there is no data set with prompts to answer: give "
+            "one, or leave it out; without one the dense model writes the questions itself."
+        )
 
 
 @contextmanager

@@ -103,6 +103,20 @@ def test_data_without_prompts_and_answers_without_end_are_refused(dense, make_to
         DistillationConfig(dense_answers=4, dual_space=True)
 
 
+@pytest.mark.parametrize(
+    ("method", "dataset", "match"),
+    [
+        ("lora", [{"text": "Plain text."}], "`method` is 'lora', and `label_weight`, `dense_answers` .* do nothing"),
+        ("distill", None, "`dense_answers` is 4, but there is no data set"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(method, dataset, match, tmp_path):
+    config, distillation = RecoveryConfig(method=method), DistillationConfig(label_weight=0.5, dense_answers=4)
+    with pytest.raises(ConfigurationError, match=match):
+        recover(tmp_path / "none", dataset, tmp_path / "out", config, distillation=distillation)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_training_learns_them_too(dense, make_tokenizer, tmp_path, caplog):
     tokenizer = make_tokenizer(chat_template=TEMPLATE)
     for folder in ("dense", "pruned"):
