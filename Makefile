@@ -11,7 +11,7 @@ DOCS_VENV ?= .venv-docs
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
-SOURCES := hf_structprune optimum tests recipes scripts examples docs $(wildcard benchmarks)
+SOURCES := setup.py hf_structprune optimum tests recipes scripts examples docs $(wildcard benchmarks)
 
 .PHONY: demo test test-vllm test-mlx style quality types release-check docs bench readme-figures clean
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .errors import ConfigurationError
 from .files.reading import read_json_object
@@ -405,9 +406,10 @@ class PruningPlan:
     def table(self) -> Table:
         """The plan as a `rich` table: one row for each run of layers that are treated alike."""
         asked = "" if self.ratio_requested is None else f"asked {self.ratio_requested:.2%}, "
-        table = Table(title=f"Pruning plan: {asked}got {self.ratio:.2%} of all parameters ({self.layout} layout)")
+        title = f"Pruning plan: {asked}got {self.ratio:.2%} of all parameters ({self.layout} layout)"
+        table = Table(title=Text(title, overflow="ignore"))
         for column in ("layers", "unit", "before", "after"):
-            table.add_column(column, justify="left" if column in ("layers", "unit") else "right")
+            table.add_column(column, justify="left" if column in ("layers", "unit") else "right", overflow="fold")
         for kind in kinds_of(WidthKind):
             for layers, before, after in _runs(group for group in self.groups if group.kind == kind):
                 table.add_row(layers, KINDS[kind].label, f"{before:,}", f"{after:,}")

@@ -99,6 +99,9 @@ def check(artifact: Path, place: Path, options: argparse.Namespace) -> None:
         run(python, "-m", "pip", "check")
     work = place / "work"
     work.mkdir()
+    told = run(python, "-c", "from importlib.metadata import metadata as m; print(m('hf-structprune'))", cwd=work)
+    assert "## What can be cut" in told  # README, whose links PyPI cannot follow unless they are whole
+    assert not re.search(r"\]\((?!https://|#)[^)\s]+\)", re.sub(r"```.*?```|`[^`\n]*`", "", told, flags=re.DOTALL))
     command = [str(Path(python).parent / "hf-structprune")]
     version = re.search(r'__version__ = "(.+)"', (ROOT / "hf_structprune/installed.py").read_text(encoding="utf-8"))[1]
     assert run(*command, "--version", cwd=work).strip() == f"hf-structprune {version}"

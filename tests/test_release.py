@@ -1,8 +1,12 @@
 """What a release consists of says the same everywhere: the version, the lowest dependencies, the files of the site."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import yaml
 from packaging.version import Version
 
@@ -13,7 +17,7 @@ PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 def test_the_version_stands_in_one_place():
     (version,) = re.findall(r'(?m)^__version__ = "(.+)"$', (ROOT / "hf_structprune/installed.py").read_text("utf-8"))
-    assert 'dynamic = ["version"]' in PYPROJECT
+    assert 'dynamic = ["version", ' in PYPROJECT
     others = ["pyproject.toml", "CITATION.cff", "mkdocs.yml", "README.md", ".github/workflows/publish.yml"]
     assert not [name for name in others if version in (ROOT / name).read_text("utf-8")]
 
@@ -26,6 +30,22 @@ def test_the_lowest_constraints_are_the_lowest_that_are_allowed():
     assert allowed.keys() <= pinned.keys()
     for name, lowest in allowed.items():
         assert Version(pinned[name]) == Version(lowest), name
+
+
+@pytest.mark.parametrize("repository", ["", "https://github.com/me/hf_structprune"])
+def test_links_of_readme_are_whole_on_pypi(tmp_path, repository):
+    pytest.importorskip("setuptools", minversion="77")
+    code = "import setuptools.build_meta as b, sys; print(b.prepare_metadata_for_build_wheel(sys.argv[1]))"
+    variables = {**os.environ, "HF_STRUCTPRUNE_REPOSITORY": repository}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    made = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=True)
+    metadata = (tmp_path / made.stdout.split()[-1] / "METADATA").read_text(encoding="utf-8")
+    assert "Description-Content-Type: text/markdown" in metadata and "## What can be cut" in metadata
+    links = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```|`[^`\n]*`", "", metadata, flags=re.DOTALL))
+    assert bool(links) == bool(repository) == (f"Project-URL: Repository, {repository}\n" in metadata)
+    for link in links:
+        path = link.removeprefix(f"{repository}/").partition("#")[0]
+        assert path != link and (ROOT / re.sub(r"^(blob|raw)/[^/]+/", "", path)).exists(), link
 
 
 def test_files_for_github_are_read():

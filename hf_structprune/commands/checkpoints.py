@@ -71,8 +71,8 @@ def quantize_command(options: QuantizeArguments, config: QuantizationConfig) -> 
     result = quantize(options.model, options.output_dir, config, **switches)
     seconds = round(time.monotonic() - started, 1)
     data = {**result.report, "model": options.model, "output_dir": options.output_dir, "seconds": seconds}
-    notes = result.report["notes"]
-    return data, _sizes_table(result.report), *notes, f"Saved to {options.output_dir} after {seconds} s."
+    # Its notes were said before the work, on stderr.
+    return data, _sizes_table(result.report), f"Saved to {options.output_dir} after {seconds} s."
 
 
 def _sizes_table(report: dict[str, Any]) -> Table:

@@ -12,10 +12,12 @@ import sys
 import traceback
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from ..errors import ConfigurationError, StructPruneError
 from ..masking import MaskedStream, masked
@@ -25,33 +27,34 @@ from .quiet import one_bar, quiet_libraries
 # The module of each command, which has a function `NAME_command`, and what it does.
 COMMANDS = {
     "inspect": ("prune", "what can be cut from a model: groups, units, sizes"),
-    "models": ("models_table", "what can be cut from each model type that Transformers has"),
-    "plan": ("prune", "what would go at a ratio and what it saves; changes nothing"),
+    "models": ("models_table", "what can be cut from each model type of Transformers"),
+    "plan": ("prune", "what would go at a ratio, and what it saves; changes nothing"),
     "prune": ("prune", "prune a model and save the checkpoint"),
     "recover": ("checkpoints", "train a pruned model to get its quality back"),
     "quantize": ("checkpoints", "quantise a model: bitsandbytes, torchao, GPTQ, AWQ, auto-round"),
     "perplexity": ("measure", "perplexity of a model on a text"),
-    "evaluate": ("measure", "perplexity, tasks, size and speed of a model, beside its dense one"),
+    "evaluate": ("measure", "perplexity, tasks, size, speed, beside the dense model's"),
     "compare": ("measure", "results of several evaluations in one table"),
     "benchmark": ("measure", "size, memory and speed of a model, beside its dense one"),
-    "export": ("checkpoints", "write a model in the format of another runtime: GGUF for llama.cpp, ONNX"),
+    "export": ("checkpoints", "write a model for other runtimes: GGUF (llama.cpp), ONNX, Deci"),
     "card": ("checkpoints", "write the model card of a pruned checkpoint"),
     "push": ("checkpoints", "push a pruned checkpoint to the Hub"),
     "run": ("run", "run a recipe: prune, measure both sides, write the card, push"),
     "shrink": ("shrink", "prune, distil and measure a model within a time that is given"),
-    "demo": ("demo", "prune a small model, train it for minutes, and show what happened"),
+    "demo": ("demo", "prune a small model, train it for minutes, show what happened"),
 }
 HELP = """usage: hf-structprune COMMAND [MODEL] [options]
 
-Structured pruning for Hugging Face causal language models. MODEL is a Hub id or a folder.
+Structured pruning for Hugging Face causal language models.
+MODEL is a Hub id or a folder.
 
 commands:
 {commands}
 
 options:
-  -h, --help     this text; `hf-structprune COMMAND --help` lists the options of a command
+  -h, --help     this text; after a COMMAND: its options
   --version      the version of hf_structprune
-  -v, --verbose  with a command: also what libraries say, and their progress bars
+  -v, --verbose  after a COMMAND: also what libraries say, and their bars
 
 exit codes: 0 done, 2 something was wrong with what was given, 130 interrupted"""
 
@@ -184,17 +187,30 @@ def check_output(path: str | None, overwrite: bool, *, file: bool = False, folde
         )
 
 
+class _Console(Console):
+    """Breaks lines between words alone: a path or an id that is longer than a line stays one, and can be copied."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        objects = [self._wrapped(one) if isinstance(one, str) else one for one in objects]
+        super().print(*objects, **{"crop": False, **options})
+
+    def _wrapped(self, text: str) -> Group:
+        how = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False}
+        lines = ("\n".join(wrap(line, self.width, **how)) for line in text.split("\n"))
+        return Group(Text("\n".join(lines), overflow="ignore"))  # a bare Text would be joined with others, and folded
+
+
 def console() -> Console:
     """A console on stdout, wide enough for the tables when it is not a terminal (or as wide as COLUMNS says)."""
     known = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
-    return Console(width=None if known else 120, highlight=False, markup=False, soft_wrap=False)
+    return _Console(width=None if known else 120, highlight=False, markup=False, soft_wrap=False)
 
 
 def make_table(title: str, headers: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[str]) -> Table:
-    """A table whose columns are aligned to the right, but for those that are named."""
-    table = Table(title=title)
+    """A table whose columns are aligned to the right, but for those that are named; names in its title stay whole."""
+    table = Table(title=Text(title, overflow="ignore"))
     for name in headers:
-        table.add_column(name, justify="left" if name in left else "right")
+        table.add_column(name, justify="left" if name in left else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table

@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import PreTrainedModel
 
 from ..config import CONFIG_NAME
@@ -222,8 +223,10 @@ def perplexity_command(model: ModelArguments, options: PerplexityArguments) -> t
     # JSON has no infinity and no NaN.
     values = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
     data = {"model": model.model, "text": options.text, **values, "protocol": options.protocol}
-    table = Table(title=f"Perplexity of {model.model}", show_header=False)
-    table.add_row("text", f"{options.text} ({result.source})")
+    table = Table(title=Text(f"Perplexity of {model.model}\non {options.text}", overflow="ignore"), show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    table.add_row("text", result.source)
     table.add_row("protocol", f"{options.protocol}: {result.protocol}")
     for figure in result.figures(""):
         places = 4 if figure.unit else 2

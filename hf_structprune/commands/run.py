@@ -309,7 +309,7 @@ def answers_table(samples: Sequence[dict[str, Any]]) -> Constrain:
     """What each model answers to each prompt, see `Contents.samples`, in 80 columns; line breaks are spaces."""
     table = Table(title="The same prompts", show_header=False)
     table.add_column(no_wrap=True)
-    table.add_column()
+    table.add_column(overflow="fold")
     for sample in samples:
         table.add_section()
         table.add_row("prompt", sample["prompt"])

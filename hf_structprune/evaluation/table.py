@@ -132,15 +132,17 @@ class ResultTable:
         """For the terminal; in fewer columns of `width` than it wants, changes are short and under their values."""
         from rich.cells import cell_len
         from rich.table import Table
+        from rich.text import Text
 
         names = [f"{label}: {result.model}" for label, result in zip(self.labels, self.results, strict=True)]
         columns, lines = self._columns(), [self._texts(row) for row in self._rows]
         wanted = sum(max(map(cell_len, column)) + 3 for column in zip(columns, *lines, strict=True)) + 1
         if width is not None and width < wanted:
             columns, lines = ["", *self.labels], [self._texts(row, stacked=True) for row in self._rows]
-        table = Table(title="\n".join(names), caption="\n".join(self._legend()) or None, caption_justify="left")
+        title = Text("\n".join(names), overflow="ignore")
+        table = Table(title=title, caption="\n".join(self._legend()) or None, caption_justify="left")
         for number, column in enumerate(columns):
-            table.add_column(column, justify="right" if number else "left")
+            table.add_column(column, justify="right" if number else "left", overflow="fold")
         of_rows = zip(self._rows, lines, strict=True)
         for _, found in groupby(of_rows, key=lambda pair: _family(pair[0].name)):
             table.add_section()

@@ -32,10 +32,12 @@ def test_help(argv, capsys):
     assert cli.main(argv) == 0
     output = capsys.readouterr().out
     assert all(command in output for command in cli.COMMANDS)
+    assert max(map(len, output.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
-def test_help_of_a_command(command, capsys):
+def test_help_of_a_command(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     assert cli.main([command, "--help"]) == 0
     positional = {
         "compare": "RESULTS ...",
@@ -44,7 +46,23 @@ def test_help_of_a_command(command, capsys):
         "run": "RECIPE",
         "models": "TYPE ...",
     }.get(command, "MODEL")
-    assert f"hf-structprune {command} {positional} [options]" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"hf-structprune {command} {positional} [options]" in output
+    assert max(map(len, output.splitlines())) <= 80
+
+
+def test_names_longer_than_a_line_stay_whole(capsys, monkeypatch):
+    """So that paths can be copied; words around them are wrapped, and cells of tables lose nothing."""
+    monkeypatch.setenv("COLUMNS", "40")
+    path = f"/folder/{'a-b' * 20}"
+    shown = cli.make_table(f"{path}: 3 layers", ("name",), [(path,)], left=("name",))
+    cli.show(False, {}, shown, f"Saved to {path} after a while, which is longer than one line is.", "  hf-structprune")
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title == f"{path}: 3 layers" and "".join(line.strip("│ ") for line in lines[3:5]) == path
+    *_, before, whole, after, _, command = lines
+    assert (before, whole, after) == ("Saved to", path, "after a while, which is longer than one")
+    assert command == "  hf-structprune"
+    assert max(len(line) for line in lines if line != path) <= 40
 
 
 def test_version(capsys):
