@@ -58,6 +58,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     return "".join(part if i % 2 else _LINK.sub(changed, part) for i, part in enumerate(parts))
 
 
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Types of docstrings, as Hugging Face writes them (`` `int`, *optional* ``), without their marks."""
+    return re.sub(r"(<td>\s*<code>)([^<]*)(?=</code>)", lambda found: found[1] + re.sub("[`*]", "", found[2]), html)
+
+
 def _front_matter_off(markdown: str) -> str:
     return re.sub(r"\A---\n.*?\n---\n", "", markdown, flags=re.DOTALL)
 

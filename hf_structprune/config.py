@@ -143,10 +143,11 @@ class PruningConfig:
         layers (list of `int`, *optional*): The layers that may be cut, by number. With only depth to cut and no
             ratio or number given, exactly these go.
         layer_range (pair of `int`, *optional*): The same as `(start, end)`, **end excluded**: `(4, 18)` is 4 to 17.
-        protect_first (`int`), protect_last (`int`): Number of layers left whole at either end.
-        attention_ratio (`float`, *optional*), mlp_ratio (`float`, *optional*): Instead of one ratio for the model:
-            the share of heads and of neurons that goes in every layer that may be cut. Rounded so that no more heads
-            than asked go (as LLM-Pruner does).
+        protect_first (`int`): Number of layers left whole at the beginning.
+        protect_last (`int`): Number of layers left whole at the end.
+        attention_ratio (`float`, *optional*): Instead of one ratio for the model: the share of heads that goes in every
+            layer that may be cut. Rounded so that no more than asked go (as LLM-Pruner does).
+        mlp_ratio (`float`, *optional*): The same for neurons.
         round_to (`int`, *optional*): Kept MLP widths are multiples of this. `None`: a power of two that suits the
             hardware, at most 1/32 of the width and at most 128. `1`: exact ratios.
         align_to (`str` or `int`, *optional*): Widths for what comes after pruning: what is left of MLP widths, of

@@ -1,5 +1,6 @@
 """What README and docs/ point to is there, and no kind of unit is missing from the first table."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -64,3 +65,24 @@ def test_commands_have_the_options_that_are_told(page, monkeypatch):
         parse([word for word in words[1:] if word != "..."], words[0], "", *TAKES[words[0]][1])
         if words[0] == "run" and words[1].endswith(".yaml") and not re.search(r"\$|\.\.\.", words[1]):
             assert Path(words[1]).is_file(), words
+
+
+def literals():
+    """Every text in the code of the package; what an f-string puts in is a gap in it."""
+    for path in ROOT.glob("hf_structprune/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            text = [part.value if isinstance(part, ast.Constant) else "\0" for part in parts]
+            if all(isinstance(part, str) for part in text):
+                yield "".join(text).replace("`", "")
+
+
+def test_messages_of_troubleshooting_are_those_of_the_code():
+    headings = re.findall(r"(?m)^## (.*`.*)$", (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8"))
+    messages = [message for heading in headings for message in re.findall(r"`([^`]+)`", heading)]
+    assert len(messages) > 15
+    known = list(literals())
+    for message in messages:
+        parts = [re.escape(part.strip("' ")) for part in message.split("...")]
+        pattern = re.compile(".*".join(filter(None, parts)), re.DOTALL)
+        assert any(map(pattern.search, known)), message
