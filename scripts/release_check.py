@@ -99,7 +99,8 @@ def check(artifact: Path, place: Path, options: argparse.Namespace) -> None:
         run(python, "-m", "pip", "check")
     work = place / "work"
     work.mkdir()
-    told = run(python, "-c", "from importlib.metadata import metadata as m; print(m('hf-structprune'))", cwd=work)
+    read = "from importlib.metadata import distribution as d; print(d('hf-structprune').read_text('METADATA'))"
+    told = run(python, "-c", read, cwd=work)
     assert "## What can be cut" in told  # README, whose links PyPI cannot follow unless they are whole
     assert not re.search(r"\]\((?!https://|#)[^)\s]+\)", re.sub(r"```.*?```|`[^`\n]*`", "", told, flags=re.DOTALL))
     command = [str(Path(python).parent / "hf-structprune")]

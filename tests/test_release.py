@@ -22,6 +22,16 @@ def test_the_version_stands_in_one_place():
     assert not [name for name in others if version in (ROOT / name).read_text("utf-8")]
 
 
+def test_the_changelog_begins_with_this_version():
+    """What is released has a version and a date there; what is not is under `Unreleased`."""
+    version = re.search(r'(?m)^__version__ = "(.+)"$', (ROOT / "hf_structprune/installed.py").read_text("utf-8"))[1]
+    first = re.search(r"(?m)^## \[(.+?)\](?: - (\d{4}-\d\d-\d\d))?$", (ROOT / "CHANGELOG.md").read_text("utf-8"))
+    if Version(version).is_devrelease:
+        assert first.groups() == ("Unreleased", None)
+    else:
+        assert first[1] == version and first[2]
+
+
 def test_the_lowest_constraints_are_the_lowest_that_are_allowed():
     listed = PYPROJECT.partition("\ndependencies = [")[2].partition("\n]")[0]
     allowed = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', listed))

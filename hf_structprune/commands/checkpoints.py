@@ -54,7 +54,7 @@ def _curve_table(report: dict[str, Any]) -> Table:
     curve = report["curve"]
     dense, pruned = curve["dense"], curve["pruned"]
     rows = [] if dense is None else [("dense", f"{math.exp(dense):.2f}", "")]
-    rows.append(("pruned", f"{math.exp(pruned):.2f}", "" if dense is None else "0.0 %"))
+    rows.append(("pruned", f"{math.exp(pruned):.2f}", "" if dense is None else "0.0%"))
     for point in curve["points"]:
         value = point["log_perplexity"]
         back = "" if dense is None or pruned <= dense else f"{(pruned - value) / (pruned - dense):.1%}"
