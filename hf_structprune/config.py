@@ -145,8 +145,8 @@ class PruningConfig:
         layer_range (pair of `int`, *optional*): The same as `(start, end)`, **end excluded**: `(4, 18)` is 4 to 17.
         protect_first (`int`): Number of layers left whole at the beginning.
         protect_last (`int`): Number of layers left whole at the end.
-        attention_ratio (`float`, *optional*): Instead of one ratio for the model: the share of heads that goes in every
-            layer that may be cut. Rounded so that no more than asked go (as LLM-Pruner does).
+        attention_ratio (`float`, *optional*): Instead of one ratio for the model: the share of heads that goes in
+            every layer that may be cut. Rounded so that no more than asked go (as LLM-Pruner does).
         mlp_ratio (`float`, *optional*): The same for neurons.
         round_to (`int`, *optional*): Kept MLP widths are multiples of this. `None`: a power of two that suits the
             hardware, at most 1/32 of the width and at most 128. `1`: exact ratios.
