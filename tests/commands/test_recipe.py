@@ -262,7 +262,7 @@ def test_recipe_of_the_llm_pruner_study_recovers_as_its_recipe():
     ("recipe", "layers"),
     [  # the recipes of the studies differ in their model, and their settings are looked at below
         ("tinyllama-1.1b-chat/study-recovered", 18),  # as many as its range of layers names
-        ("smollm2-135m-instruct/prune-recover-quantize", 3),
+        ("smollm2-135m-instruct/distil-quantize-20", 3),
         ("llama-2-7b-chat/prune-qlora", 3),
         ("llama-3-8b-instruct/drop-layers-quantize", 10),
         ("mistral-7b-instruct/drop-blocks-lora", 14),  # six that are protected and six that go
@@ -295,6 +295,8 @@ def test_recipes_run_on_tiny_models(recipe, layers, tiny_llama, make_tokenizer, 
     if "recover" in content:
         few = {"max_steps": 1, "batch_size": 4, "window": 64, "max_windows": 4}
         content["recover"] |= {"evaluations": 1, "precision": "fp32", **few}
+        if content["recover"].get("method") == "distill":  # the dense model writes nothing
+            content["recover"] |= {"minutes": None, "distillation": {"generated_tokens": 0}}
     del content["evaluate"]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
     assert cli.main(["run", str(tmp_path / "recipe.yaml")]) == 0
