@@ -7,7 +7,8 @@
 `counts` is the order of a few lines of one's own: how often a token is in all sources together, then its id.
 
 `--recover TOKENS` trains what `frequency` leaves on so many tokens of the text that was counted, a third each of C4,
-Dolly and WikiText-2, all weights: by distillation from the dense model, and on the labels (`--methods`).
+Dolly and WikiText-2, all weights (`--methods`): by distillation from the dense model, on the labels (`full`), and by
+distillation with labels (`mix`, `label_weight=0.3`).
 `--ratio` removes a share of all parameters: neurons alone, and neurons and tokens by `split="measured"`.
 
 FOLDER holds the raw WikiText-2 splits; tokens are counted in `train.txt` and `valid.txt`, in all C4 documents but the
@@ -43,7 +44,7 @@ from rich.table import Table
 
 from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
 from hf_structprune.commands.models import DEMO_MODEL, find_model, load_pruner
-from hf_structprune.recovery import RecoveryConfig, recover
+from hf_structprune.recovery import DistillationConfig, RecoveryConfig, recover
 from hf_structprune.text.reading import read_rows
 from hf_structprune.vocabulary import choosing
 from hf_structprune.vocabulary.counting import Counted
@@ -59,6 +60,11 @@ SPLITS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
         "units": ("vocabulary", NEURONS), "split": "measured", "vocabulary_text": sources,
     },
 }  # fmt: skip
+METHODS: dict[str, tuple[dict[str, Any], DistillationConfig | None]] = {
+    "distill": ({"method": "distill", "weights": "full"}, None),
+    "full": ({"method": "full"}, None),
+    "mix": ({"method": "distill", "weights": "full"}, DistillationConfig(label_weight=0.3)),
+}
 TRAINING = {
     "learning_rate": 2e-4, "warmup": 0.1, "batch_size": 4, "micro_batch_size": 2, "max_length": 512, "packing": True,
     "prompt_loss": True, "epochs": 1.0, "evaluations": 1, "max_windows": 4, "precision": "bf16", "save_steps": 10_000,
@@ -75,7 +81,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--criteria", nargs="*", default=["frequency"])
     parser.add_argument("--recover", type=int, default=0, metavar="TOKENS")
-    parser.add_argument("--methods", nargs="*", choices=("distill", "full"), default=["distill", "full"])
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=["distill", "full", "mix"])
     parser.add_argument("--ratio", type=float, default=0.0)
     parser.add_argument("--dtype", default="bf16")
     options = parser.parse_args()
@@ -178,8 +184,11 @@ def trained(
             if left <= 0:
                 break
     pruner.save_pretrained(folder / "pruned")
-    config = RecoveryConfig(method=method, **({"weights": "full"} if method == "distill" else {}), **TRAINING)
-    made = recover(folder / "pruned", rows, folder / "trained", config, teacher=folder_of(options.model))
+    how, distillation = METHODS[method]
+    made = recover(
+        folder / "pruned", rows, folder / "trained", RecoveryConfig(**how, **TRAINING), distillation=distillation,
+        teacher=folder_of(options.model),
+    )  # fmt: skip
     training = {name: made.report["training"][name] for name in ("tokens", "steps", "seconds")}
     made = load(str(folder / "trained"), options.dtype)
     shutil.rmtree(folder)

@@ -121,7 +121,7 @@ def _unit(values: Tensor) -> Tensor:
 def _given(head: Head) -> Head:
     """A head that gets no gradient."""
     bias = None if head.bias is None else head.bias.detach()
-    return Head(head.weight.detach(), bias, head.transform, head.tokens)
+    return Head(head.weight.detach(), bias, head.transform)
 
 
 class DualSpaceTeacher:

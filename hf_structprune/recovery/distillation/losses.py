@@ -95,20 +95,17 @@ class LogitTransform:
 class Head:
     """The head of a model: weight `(vocab, hidden)` and bias `(vocab,)`, and what the model does to the products.
 
-    Without a weight, its "hidden states" are logits already. With `tokens`, logits are those of a student's vocabulary
-    that has fewer.
+    Without a weight, its "hidden states" are logits already.
     """
 
     weight: Tensor | None = None
     bias: Tensor | None = None
     transform: LogitTransform = field(default_factory=LogitTransform)
-    tokens: TokenMap | None = None
 
     def to(self, *where: torch.device | torch.dtype) -> Head:
         """The head on a device or in a dtype."""
         weight, bias = (None if tensor is None else tensor.to(*where) for tensor in (self.weight, self.bias))
-        tokens = None if self.tokens is None else self.tokens.to(*where)
-        return Head(weight, bias, self.transform, tokens)
+        return Head(weight, bias, self.transform)
 
     def products(self, hidden: Tensor) -> Tensor:
         """Logits `(n, vocab)` before `transform`, in the dtype of the weight."""
@@ -117,28 +114,39 @@ class Head:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of a few tokens, in at least float32."""
         products = self.products(hidden)
-        return self.finished(products.to(_wide(products.dtype)))
-
-    def finished(self, products: Tensor) -> Tensor:
-        """Logits that follow from products."""
-        logits = self.transform(products)
-        return logits if self.tokens is None else self.tokens.merged(logits)
+        return self.transform(products.to(_wide(products.dtype)))
 
     def width(self, hidden: Tensor) -> int:
-        """How many products there are of a token."""
+        """How many logits there are of a token."""
         return hidden.shape[1] if self.weight is None else self.weight.shape[0]
-
-    def vocab(self, hidden: Tensor) -> int:
-        """How many tokens it tells apart."""
-        return self.width(hidden) if self.tokens is None else len(self.tokens.dense)
 
 
 @dataclass(frozen=True)
 class HeadPredictions:
-    """What a teacher says about tokens: last hidden states `(n, hidden)` and the head that turns them into logits."""
+    """What a teacher says about tokens: last hidden states `(n, hidden)` and the head that turns them into logits.
+
+    Of a student with fewer tokens, `tokens` and `prefixes` `(n,)` say how the logits become those of its vocabulary.
+    """
 
     hidden: Tensor
     head: Head
+    tokens: TokenMap | None = None
+    prefixes: Tensor | None = None
+
+    def finished(self, products: Tensor, rows: slice) -> Tensor:
+        """Logits of some rows, from the products of the head."""
+        logits = self.head.transform(products)
+        return logits if self.tokens is None else self.tokens.merged(logits, self.prefixes[rows])
+
+    def logits(self, rows: slice) -> Tensor:
+        """Logits of some rows, in at least float32."""
+        products = self.head.products(self.hidden[rows])
+        return self.finished(products.to(_wide(products.dtype)), rows)
+
+    @property
+    def vocab(self) -> int:
+        """How many tokens they tell apart."""
+        return self.head.width(self.hidden) if self.tokens is None else len(self.tokens.dense)
 
 
 @dataclass(frozen=True)
@@ -174,7 +182,7 @@ def _divergence(own: Tensor, teacher: Predictions, other: Tensor | None, rows: s
     vocabulary or if both spread the rest alike. Of one that is known by its head, `other` holds the products.
     """
     if other is not None:
-        target = _log_softmax(teacher.head.finished(other.to(own.dtype)), temperature)
+        target = _log_softmax(teacher.finished(other.to(own.dtype), rows), temperature)
         return F.kl_div(own, target, log_target=True, reduction="none").sum(-1)
     log_probs, ids = teacher.log_probs[rows].to(own.dtype), teacher.ids[rows]
     rest = own.exp().scatter(1, ids, 0.0).sum(-1, keepdim=True).clamp(min=torch.finfo(own.dtype).tiny)
@@ -208,11 +216,13 @@ def distillation_loss(
     Raises:
         ConfigurationError: The vocabularies differ.
     """
-    vocab = head.vocab(hidden)
+    vocab = head.width(hidden)
     largest = vocab
     if isinstance(teacher, HeadPredictions):
-        if (theirs := teacher.head.vocab(teacher.hidden)) != vocab:
-            raise ConfigurationError(f"The teacher predicts {theirs} tokens and the student {vocab}; they must agree.")
+        if teacher.vocab != vocab:
+            raise ConfigurationError(
+                f"The teacher predicts {teacher.vocab} tokens and the student {vocab}; they must agree."
+            )
         largest = max(vocab, teacher.head.width(teacher.hidden))
     counts = [torch.as_tensor(n, device=hidden.device).clamp(min=1) for n in counts or targets.counts]
     factors = (1.0 - label_weight) * temperature**2, label_weight

@@ -11,7 +11,6 @@ others (Sun et al., Massive Activations, arXiv:2402.17762) and would be all that
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -44,8 +43,10 @@ from ...model.loading import load_config, load_model, load_tokenizer
 from ...model.measuring import PROBE_LENGTH, measuring, positions_at_once
 from ...model.structure import decoder_layers
 from ...progress import tqdm
-from ...vocabulary.relating import TokenMap, related
+from ...vocabulary.aligning import Reader
+from ...vocabulary.relating import related
 from ..configuration import DistillationConfig
+from .fewer_tokens import read_as_dense, split_batch
 from .losses import Head, HeadPredictions, LogitTransform, Predictions, TopPredictions, top_predictions
 
 
@@ -115,24 +116,24 @@ def run(model: PreTrainedModel, transform: LogitTransform | None, inputs: dict[s
 class Lesson(NamedTuple):
     """What a teacher says about the positions of a batch that were asked for, in their order.
 
-    `states` are the hidden states `(n, hidden)`, by name, of the layers that are followed.
+    `states` are the hidden states `(n, hidden)`, by name, of the layers that are followed. The student's are at the
+    same place of the text where `same_place` `(n,)` of bool is true, or everywhere.
     """
 
     predictions: Predictions
     states: Mapping[str, Tensor] = MappingProxyType({})
+    same_place: Tensor | None = None
 
 
 class ModelTeacher:
     """A model in memory that is asked for each batch; `CachedTeacher` can take its place.
 
     It is called in evaluation mode and without gradients, and stays as it is; only its device may change, see `to`.
-    `by_sequence` says whether a lesson holds all logits, so that it should be asked for one sequence at a time. A
-    student with fewer `tokens` gives its own ids, and gets predictions of its own tokens.
+    `by_sequence` says whether a lesson holds all logits, so that it should be asked for one sequence at a time. With
+    `tokens`, of a student with fewer of them, it reads the student's text in its own tokens, see `fewer_tokens`.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, terms: LayerTerms | None = None, tokens: TokenMap | None = None
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, terms: LayerTerms | None = None, tokens: Reader | None = None) -> None:
         self.model, self.terms, self.tokens, self.transform = model, terms, tokens, find_transform(model)
         self.by_sequence = self.transform is None
 
@@ -144,18 +145,24 @@ class ModelTeacher:
     @torch.no_grad()
     def lesson(self, inputs: Mapping[str, Tensor], positions: Tensor) -> Lesson:
         """What it predicts at positions `(batch, sequence)` of bool of a batch."""
-        device = self.model.device
+        device, own = self.model.device, None
+        if self.tokens is not None:
+            own = read_as_dense(self.tokens, inputs)
+            inputs = own.inputs
         given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items() if k != "labels"}
         given["use_cache"] = False
-        if self.tokens is not None:
-            given["input_ids"] = self.tokens.dense.to(device)[given["input_ids"]]
         taps = self.terms.modules(self.model, 1) if self.terms else {}
         with measuring(self.model), record_outputs(taps) as outputs:
             hidden, head = run(self.model, self.transform, given)
-        states = {name: output[positions.to(output.device)] for name, output in outputs.items()}
-        hidden = hidden[positions.to(hidden.device)].to(positions.device)
-        head = dataclasses.replace(head, tokens=self.tokens).to(positions.device)
-        return Lesson(HeadPredictions(hidden, head), states)
+        if own is None:
+            states = {name: output[positions.to(output.device)] for name, output in outputs.items()}
+            hidden = hidden[positions.to(hidden.device)].to(positions.device)
+            return Lesson(HeadPredictions(hidden, head.to(positions.device)), states)
+        places = positions.cpu()
+        states = {name: own.at(output, places) for name, output in outputs.items()}
+        prefixes, same = (one[places].to(positions.device) for one in (own.prefixes, own.ends))
+        tokens, hidden = self.tokens.tokens.to(positions.device), own.at(hidden, places).to(positions.device)
+        return Lesson(HeadPredictions(hidden, head.to(positions.device), tokens, prefixes), states, same)
 
 
 def load_teacher(
@@ -167,8 +174,8 @@ def load_teacher(
     Args:
         teacher: A model, a folder or a Hub id.
         tokenizer: Of the student. With it, a teacher that comes from a folder or the Hub must have the same one, or
-            one of which the student's has fewer tokens: it then reads what the student reads, and a token that the
-            student lacks counts as the first of those that spell it.
+            one of which the student's has fewer tokens: it then reads the same text in its own tokens, and what it
+            predicts counts for what spells it, see `relating`.
         loading: Given to `load_model`: `revision`, `trust_remote_code`, ...
 
     Raises:
@@ -233,7 +240,7 @@ def _check_given(teacher: PreTrainedModel, student: PreTrainedModel, config: Dis
 
 def _tokens(
     own: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase | None, sizes: list[int], name: str
-) -> TokenMap | None:
+) -> Reader | None:
     """How the tokens go together, `None` if they are the same; refuses tokenizers that have nothing to do with it."""
     if other is None:
         raise ConfigurationError(
@@ -243,8 +250,8 @@ def _tokens(
     mine, theirs = own.get_vocab(), other.get_vocab()
     if mine == theirs:
         return None
-    if (tokens := related(own, other, sizes[1], sizes[0])) is not None:
-        return tokens
+    if (relation := related(own, other, sizes[1], sizes[0])) is not None:
+        return Reader(relation, own, other)
     token = min((t for t in mine.keys() | theirs.keys() if mine.get(t) != theirs.get(t)), key=str)
     raise ConfigurationError(
         f"The tokenizers differ: {token!r} is {theirs.get(token, 'unknown')} in {name} and "
@@ -380,8 +387,8 @@ class CachedTeacher:
 
     by_sequence, terms = False, None
 
-    def __init__(self, folder: str | os.PathLike, origin: dict[str, Any]) -> None:
-        self.folder, self.origin = Path(folder), {"schema_version": 2, **origin}
+    def __init__(self, folder: str | os.PathLike, origin: dict[str, Any], tokens: Reader | None = None) -> None:
+        self.folder, self.origin, self.tokens = Path(folder), {"schema_version": 2, **origin}, tokens
         inside = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
         if self.folder.is_file() or (inside and INDEX_NAME not in inside):
             raise ConfigurationError(f"`cache` is {folder}, which holds something else: give an empty or new folder.")
@@ -444,19 +451,6 @@ class CachedTeacher:
         return Lesson(TopPredictions(values.to(positions.device), known.to(positions.device)))
 
 
-def split_batch(inputs: Mapping[str, Tensor]) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Sequences of a batch that is padded on the right or padding-free: row, first position and token ids."""
-    ids = inputs["input_ids"].cpu().numpy()
-    mask, places = inputs.get("attention_mask"), inputs.get("position_ids")
-    lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(-1).tolist()
-    for row, length in enumerate(lengths):
-        starts = [0]
-        if places is not None and mask is None:
-            starts = np.flatnonzero(places[row].cpu().numpy() == 0).tolist()
-        for start, stop in zip(starts, [*starts[1:], length], strict=True):
-            yield row, start, ids[row, start:stop]
-
-
 def cached_teacher(
     teacher: ModelTeacher, datasets: Iterable[Any], config: DistillationConfig, folder: str | os.PathLike
 ) -> CachedTeacher:
@@ -471,10 +465,10 @@ def cached_teacher(
     top_k = min(config.top_k, teacher.model.config.get_text_config().vocab_size)
     origin = {"teacher": model_fingerprint(teacher.model), "top_k": top_k, "temperature": float(config.temperature)}
     if teacher.tokens is not None:
-        top_k = origin["top_k"] = min(top_k, len(teacher.tokens.dense))
-        origin["tokens"] = teacher.tokens.fingerprint
+        top_k = origin["top_k"] = min(top_k, len(teacher.tokens.tokens.dense))
+        origin["tokens"] = teacher.tokens.tokens.fingerprint
     sequences = {sequence_key(ids): ids for dataset in datasets for ids in _sequences_of(dataset) if len(ids) > 1}
-    cache = CachedTeacher(folder, origin)
+    cache = CachedTeacher(folder, origin, teacher.tokens)
     missing = [key for key in sequences if key not in cache]
     missing.sort(key=lambda key: (-len(sequences[key]), key))  # little padding
     try:
@@ -517,7 +511,8 @@ def _predict(
     mask, positions = places < lengths[:, None], places < lengths[:, None] - 1
     inputs = {"input_ids": ids, "attention_mask": mask.long()}
     known = teacher.lesson(inputs, positions.to(teacher.model.device)).predictions
-    rows = known.hidden.split(positions_at_once(known.head.width(known.hidden)))
-    parts = [top_predictions(known.head.logits(hidden), top_k, temperature) for hidden in rows]
+    step = positions_at_once(known.head.width(known.hidden))
+    rows = (slice(start, start + step) for start in range(0, len(known.hidden), step))
+    parts = [top_predictions(known.logits(some), top_k, temperature) for some in rows]
     columns = (torch.cat([getattr(one, name).cpu() for one in parts]) for name in ("ids", "log_probs"))
     return zip(*(column.split((lengths - 1).tolist()) for column in columns), strict=True)

@@ -20,6 +20,7 @@ from ...errors import ConfigurationError
 from ...quantization.four_bit import compute_as_stored
 from ..configuration import DistillationConfig
 from .dual_space import DualSpaceTeacher
+from .fewer_tokens import known_targets
 from .losses import LogitTransform, Targets, batch_targets, distillation_loss
 from .teacher import KINDS, CachedTeacher, ModelTeacher, cached_teacher, find_transform, record_outputs, run
 
@@ -91,7 +92,10 @@ def _losses(model, original, transform, request: Request, inputs: dict, targets:
     )  # fmt: skip
     if terms:
         followed = targets.followed[used]
-        own = {name: state[targets.followed.to(state.device)] for name, state in states.items()}
+        if lesson.same_place is not None:
+            followed = followed & lesson.same_place
+        compared = torch.zeros_like(used).masked_scatter(used, followed)
+        own = {name: state[compared.to(state.device)] for name, state in states.items()}
         other = {name: state[followed.to(state.device)] for name, state in lesson.states.items()}
         for kind, error in terms.errors(own, other).items():
             error = error.to(losses["loss"].device)
@@ -146,7 +150,7 @@ class DistillationSFTTrainer(SFTTrainer):
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if isinstance(self.teacher, DualSpaceTeacher):  # the trainer forgets gradients of the model alone
             self.teacher.projections.zero_grad()
-        counts = [batch_targets(batch, self.distillation.on_prompts).counts for batch in batches]
+        counts = [self._targets(batch).counts for batch in batches]
         total = torch.tensor([[int(n) for n in pair] for pair in counts] or [[0, 0]]).sum(0)
         self._step_counts = self.accelerator.reduce(total.to(self.accelerator.device), "sum")
         return batches, items
@@ -174,7 +178,7 @@ class DistillationSFTTrainer(SFTTrainer):
     ) -> Any:
         """The loss of a micro-batch, as its share of the loss of the optimiser step."""
         in_step = self.model.training and self._step_counts is not None
-        targets = batch_targets(inputs, self.distillation.on_prompts)
+        targets = self._targets(inputs)
         counts = tuple(self._step_counts) if in_step else targets.counts
         request = Request(self.teacher, targets, counts, self.distillation.temperature, self.distillation.label_weight)
         given = {key: value for key, value in inputs.items() if key != "labels"} | {"use_cache": False}
@@ -187,6 +191,12 @@ class DistillationSFTTrainer(SFTTrainer):
             return loss
         with torch.no_grad():
             return loss, model(**given)
+
+    def _targets(self, inputs: dict[str, Any]) -> Targets:
+        targets = batch_targets(inputs, self.distillation.on_prompts)
+        if isinstance(self.teacher, DualSpaceTeacher) or self.teacher.tokens is None:
+            return targets
+        return known_targets(targets, self.teacher.tokens, inputs)
 
     @torch.no_grad()
     def _note(self, losses: dict[str, Tensor], targets: Targets, inputs: dict[str, Any]) -> None:

@@ -11,7 +11,8 @@ from tiny_distillation import assert_equal_states, make_llama, make_rows, make_t
 from hf_structprune.errors import CheckpointError, ConfigurationError
 from hf_structprune.recovery.configuration import DistillationConfig
 from hf_structprune.recovery.distillation import teacher as cache_module
-from hf_structprune.recovery.distillation.teacher import ModelTeacher, cached_teacher, sequence_key, split_batch
+from hf_structprune.recovery.distillation.fewer_tokens import split_batch
+from hf_structprune.recovery.distillation.teacher import ModelTeacher, cached_teacher, sequence_key
 
 
 ROWS = ((3, 2), (7, 1), (2, 9), (5, 4), (1, 1), (4, 4))

@@ -2,19 +2,26 @@
 
 import json
 import random
-from collections import defaultdict
 
 import pytest
 import torch
-from kinds_of_tokenizers import MAKERS, TEXTS, tokenizer_of
+from kinds_of_tokenizers import FOREIGN, MAKERS, TEXTS, tokenizer_of
 from tiny_distillation import make_llama, make_trainer
 
 from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
 from hf_structprune.errors import ConfigurationError
 from hf_structprune.recovery import DistillationConfig, RecoveryConfig, recover
-from hf_structprune.recovery.distillation.losses import Head, HeadPredictions, Targets, distillation_loss
-from hf_structprune.recovery.distillation.teacher import load_teacher
-from hf_structprune.vocabulary.relating import TokenMap, related
+from hf_structprune.recovery.distillation.fewer_tokens import known_targets, split_batch
+from hf_structprune.recovery.distillation.losses import (
+    Head,
+    HeadPredictions,
+    Targets,
+    batch_targets,
+    distillation_loss,
+)
+from hf_structprune.recovery.distillation.teacher import load_teacher, record_outputs
+from hf_structprune.vocabulary.aligning import Reader
+from hf_structprune.vocabulary.relating import TokenMap, prefixes_of, related
 from hf_structprune.vocabulary.tokenizers import trimmed_tokenizer, vocabulary_of
 
 
@@ -30,7 +37,7 @@ def trimmed(kind, seed=0):
 @pytest.mark.parametrize("kind", MAKERS)
 def test_tokens_are_spelled_as_the_tokenizer_splits_them(kind):
     dense, (small, order) = tokenizer_of(kind), trimmed(kind)
-    tokens = related(small, dense, len(order) + 3, len(dense) + 5)
+    tokens = related(small, dense, len(order) + 3, len(dense) + 5).tokens
     assert tokens.dense[: len(order)].tolist() == order and tokens.dense[len(order) :].tolist() == [-1] * 3
     assert tokens.small[len(dense) :].tolist() == [-1] * 5
     model, number = small.backend_tokenizer.model, 0
@@ -56,31 +63,117 @@ def test_other_tokenizers_are_not_related():
     assert related(small, tokenizer_of("byte_level"), len(order), 500) is None  # rows are missing
 
 
-def test_merged_logits_are_sums_of_probabilities():
+def toy(seed=0, rows=40, few=7):
+    """A map of made-up spellings, some of them beginnings of others, and the spellings."""
+    draw = random.Random(seed)
+    spelled = {n: [n] if n < few else [draw.randrange(3) for _ in range(draw.randint(2, 4))] for n in range(rows)}
+    spelled[rows - 1] = []  # nothing spells it
+    return TokenMap.of(torch.arange(few), spelled, rows), spelled
+
+
+def begun(spelled, probabilities, prefix, few):
+    """By hand: what the next piece is after a prefix, where a token goes on that has begun with it."""
+    masses = [0.0] * few
+    for number, pieces in spelled.items():
+        if len(pieces) > len(prefix) and tuple(pieces[: len(prefix)]) == prefix:
+            masses[pieces[len(prefix)]] += float(probabilities[number])
+    return torch.tensor(masses, dtype=torch.float64) / sum(masses)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_merged_logits_are_sums_of_probabilities(dtype):
     torch.manual_seed(0)
-    small = torch.randint(-1, 6, (40,))
-    tokens, logits = TokenMap(torch.arange(7), small), 5 * torch.randn(9, 40, dtype=torch.float64)
-    got = tokens.merged(logits).softmax(-1)
-    for row, probabilities in zip(logits, got, strict=True):
-        sums = defaultdict(float)
-        for place, value in zip(small.tolist(), row.exp().tolist(), strict=True):
-            sums[place] += value
-        whole = sum(value for place, value in sums.items() if place >= 0)
-        assert probabilities.tolist() == pytest.approx([sums[place] / whole for place in range(7)], abs=1e-12)
+    tokens, spelled = toy()
+    prefixes = prefixes_of(spelled)
+    assert len(prefixes) > 20 and sorted(prefixes.values()) == list(range(1, len(prefixes) + 1))
+    rows = [(), *prefixes, ()]
+    logits = (60 * torch.randn(len(rows), 40)).to(dtype)  # so that some masses are tiny beside the whole
+    got = tokens.merged(logits, torch.tensor([prefixes.get(row, 0) for row in rows])).softmax(-1)
+    for place, row in enumerate(rows):
+        inside = [n for n, pieces in spelled.items() if len(pieces) > len(row) and tuple(pieces[: len(row)]) == row]
+        exact = (logits[place].double() - logits[place][inside].max().double()).exp()
+        assert (got[place] - begun(spelled, exact, row, 7)).abs().max() < (1e-5 if dtype == torch.float32 else 1e-12)
+    hot = tokens.merged(logits / 60, torch.full((len(rows),), 1)) / 100.0  # temperature: what cannot be stays so
+    assert ((hot.softmax(-1) > 0) == (begun(spelled, torch.ones(40), next(iter(prefixes)), 7) > 0)).all()
+
+
+def test_over_a_text_the_targets_are_what_comes_next():
+    # All texts of two dense tokens with their probabilities. What the second piece is after a first one, by counting,
+    # is the mean of the targets there: each text says by its own tokens whether the first piece was a token.
+    torch.manual_seed(0)
+    tokens, spelled = toy()
+    del spelled[39]
+    prefixes, first = prefixes_of(spelled), torch.randn(39, dtype=torch.float64).softmax(0)
+    second = torch.randn(39, 39, dtype=torch.float64).softmax(-1)
+    never = torch.full((39, 1), -torch.inf, dtype=torch.float64)
+    boundary = tokens.merged(torch.cat([second.log(), never], 1), torch.zeros(39, dtype=torch.long)).softmax(-1)
+    for piece in range(7):
+        counted, mean = torch.zeros(2, 7, dtype=torch.float64)
+        for one, pieces in spelled.items():
+            if pieces[0] != piece:
+                continue
+            if len(pieces) > 1:
+                counted[pieces[1]] += first[one]
+                row = torch.cat([first.log(), never[0]])[None]
+                mean += first[one] * tokens.merged(row, torch.tensor([prefixes[(piece,)]])).softmax(-1)[0]
+            else:
+                mean += first[one] * boundary[one]
+                for other, others in spelled.items():
+                    counted[others[0]] += first[one] * second[one, other]
+        assert (counted - mean).abs().max() < 1e-12
 
 
 def test_loss_is_that_of_the_merged_predictions():
     torch.manual_seed(0)
-    student, teacher = torch.randn(11, 8, dtype=torch.float64), torch.randn(20, 8, dtype=torch.float64)
-    mine, theirs = torch.randn(5, 8, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
-    tokens = TokenMap(torch.arange(11), torch.arange(20) % 11)
+    student, teacher = torch.randn(7, 8, dtype=torch.float64), torch.randn(40, 8, dtype=torch.float64)
+    mine, theirs = torch.randn(5, 8, dtype=torch.float64).requires_grad_(), torch.randn(5, 8, dtype=torch.float64)
+    tokens, spelled = toy()
+    rows = [(), next(iter(prefixes_of(spelled))), (), (2,), ()]
+    prefixes = torch.tensor([prefixes_of(spelled).get(row, 0) for row in rows])
     targets = Targets(torch.tensor([1, 1, 0, 1, 1], dtype=torch.bool), torch.full((5,), -100))
-    known = HeadPredictions(theirs, Head(teacher, tokens=tokens))
+    known = HeadPredictions(theirs, Head(teacher), tokens, prefixes)
     found = distillation_loss(mine, Head(student), known, targets, temperature=2.0, chunk=2)["loss"]
-    merged = torch.zeros(5, 11, dtype=torch.float64).index_add_(1, tokens.small, (theirs @ teacher.T).exp()).log()
-    own, target = ((x / 2.0).log_softmax(-1) for x in (mine @ student.T, merged))
-    kl = (target.exp() * (target - own)).sum(-1)[targets.followed]
-    assert float(found) == pytest.approx(4.0 * float(kl.mean()), abs=1e-12)
+    probabilities = (theirs @ teacher.T).softmax(-1)
+    merged = torch.stack([begun(spelled, p, row, 7) for p, row in zip(probabilities, rows, strict=True)])
+    own, target = (mine @ student.T / 2.0).log_softmax(-1), (merged.log() / 2.0).softmax(-1)
+    kl = (torch.xlogy(target, target) - target * own).sum(-1)[targets.followed]
+    assert found.item() == pytest.approx(4.0 * kl.mean().item(), abs=1e-12)
+    got, wanted = (torch.autograd.grad(loss, mine)[0] for loss in (found, 4.0 * kl.mean()))
+    assert (got - wanted).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_the_dense_model_reads_its_own_tokens(kind):
+    dense, (small, order) = tokenizer_of(kind), trimmed(kind)
+    relation = related(small, dense, len(order), len(dense))
+    reader, known, total = Reader(relation, small, dense), 0, 0
+    numbers = {number: prefix for prefix, number in prefixes_of(relation.spelled).items()}
+    for text in [TEXTS[0][:500], *FOREIGN, "<s>cut" + TEXTS[4][:90] + "</s>"]:
+        whole = small(text, add_special_tokens=False)["input_ids"]
+        for ids in (whole, whole[3:], whole[:-2]):  # cut inside of words too
+            reading = reader.read(tuple(ids))
+            if ids is whole and dense.decode(dense(text)["input_ids"]) == dense.decode(reading.ids):
+                ahead = dense(text, add_special_tokens=False)["input_ids"]
+                assert len(reading.ids) <= len(ids) and len(set(reading.ids) ^ set(ahead)) <= len(ahead) // 4
+            assert joined(dense, reading.ids) == joined(small, ids)
+            for place, after in enumerate(ids[1:]):
+                if not reading.known[place]:
+                    continue
+                spelled = relation.spelled[reading.ids[reading.rows[place] + 1]]
+                prefix = numbers.get(reading.prefixes[place], ())
+                assert spelled[len(prefix)] == after and prefix == tuple(ids[place + 1 - len(prefix) : place + 1])
+                # what comes before is the same text
+                before = ids[: place + 1 - len(prefix)]
+                assert joined(dense, reading.ids[: reading.rows[place] + 1]) == joined(small, before)
+                assert reading.ends[place] == (not prefix)
+            known, total = known + sum(reading.known), total + len(ids)
+    assert known / total > 0.8 and any(reading.prefixes)
+
+
+def joined(tokenizer, ids):
+    """The text of tokens, without the marks of their place in a word."""
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    return b"".join(bytes([int(t[3:5], 16)]) if t.startswith("<0x") else t.removeprefix("##").encode() for t in tokens)
 
 
 @pytest.fixture(scope="module")
@@ -99,22 +192,64 @@ def folders(tmp_path_factory):
     return folder
 
 
-def test_the_teacher_reads_the_students_ids(folders):
-    small = StructuredPruner.from_pretrained(folders / "small")
+def test_what_the_teacher_says_of_packed_and_padded_batches(folders):
+    small, dense = (StructuredPruner.from_pretrained(folders / name) for name in ("small", "dense"))
     teacher = load_teacher(folders / "dense", small.model, DistillationConfig(), tokenizer=small.tokenizer)
-    ids = torch.tensor([small.tokenizer(TEXTS[0])["input_ids"][:20]])
-    lesson = teacher.lesson({"input_ids": ids}, torch.ones_like(ids, dtype=torch.bool)).predictions
-    texts = small.tokenizer.convert_ids_to_tokens(ids[0])
-    dense = StructuredPruner.from_pretrained(folders / "dense")
-    read = torch.tensor([dense.tokenizer.convert_tokens_to_ids(texts)])
-    logits = dense.model(read).logits[0]
-    got = lesson.head.logits(lesson.hidden)
-    assert got.shape == (20, 640)
-    kept = [dense.tokenizer.get_vocab()[token] for token in small.tokenizer.convert_ids_to_tokens(range(640))]
-    assert (got >= logits[:, kept] - 1e-4).all()  # each with what it begins
-    assert (got.logsumexp(-1) - logits.logsumexp(-1)).abs().max() < 1e-4  # and nothing is lost
+    rows = [small.tokenizer(text[:length])["input_ids"] for text, length in zip(TEXTS, (60, 25, 40), strict=False)]
+    relation = related(small.tokenizer, dense.tokenizer, 640, len(dense.tokenizer))
+    wanted, known = [], []
+    for ids in rows:  # one by one and by hand
+        reading = teacher.tokens.read(tuple(ids))
+        assert reading.ids == dense.tokenizer.convert_tokens_to_ids(
+            dense.tokenizer.convert_ids_to_tokens(dense.tokenizer(small.tokenizer.decode(ids[1:-1]))["input_ids"])
+        )
+        probabilities = dense.model(torch.tensor([reading.ids])).logits[0].double().softmax(-1)
+        numbers = {number: prefix for prefix, number in prefixes_of(relation.spelled).items()} | {0: ()}
+        for row, number in zip(reading.rows, reading.prefixes, strict=True):
+            wanted.append(begun(relation.spelled, probabilities[row], numbers[number], 640))
+        known.append(reading.known)
+        assert max(reading.prefixes) > 0
+    for packed in (False, True):
+        made = collator(packed)([{"input_ids": ids} for ids in rows])
+        positions = torch.ones_like(made["input_ids"], dtype=torch.bool) if packed else made["attention_mask"].bool()
+        lesson = teacher.lesson(made, positions).predictions
+        got = lesson.logits(slice(None)).double().softmax(-1)
+        assert got.shape == (sum(map(len, rows)), 640)
+        assert (got - torch.stack(wanted)).abs().max() < 1e-5
+        targets = known_targets(batch_targets(made, True), teacher.tokens, made)
+        flat = targets.followed[positions].tolist()
+        assert flat == [k and i < len(row) - 1 for row in known for i, k in enumerate(row)]
     with pytest.raises(ConfigurationError, match="the student 640"):
         load_teacher(dense.model, small.model, DistillationConfig())
+
+
+def collator(packed):
+    return pytest.importorskip("trl.trainer.sft_trainer").DataCollatorForLanguageModeling(0, padding_free=packed)
+
+
+def test_states_are_compared_where_a_dense_token_ends(folders):
+    small = StructuredPruner.from_pretrained(folders / "small")
+    config = DistillationConfig(hidden_weight=1.0)
+    teacher = load_teacher(folders / "dense", small.model, config, tokenizer=small.tokenizer)
+    made = collator(True)([{"input_ids": small.tokenizer(text[:60])["input_ids"]} for text in TEXTS[:2]])
+    positions = torch.ones_like(made["input_ids"], dtype=torch.bool)
+    lesson = teacher.lesson(made, positions)
+    assert lesson.same_place.any() and not lesson.same_place.all()
+    places = [place for _, start, ids in split_batch(made) for place, end in enumerate(
+        teacher.tokens.read(tuple(ids.tolist())).ends, start) if end]  # fmt: skip
+    assert lesson.same_place.nonzero()[:, 0].tolist() == places
+    assert {len(state) for state in lesson.states.values()} == {len(lesson.same_place)}
+    # A text without dropped tokens is read alike, and the dense model's rows are the student's.
+    dense = StructuredPruner.from_pretrained(folders / "dense")
+    kept = [token for token in small.tokenizer("the of and")["input_ids"] if token > 2]
+    batch = {"input_ids": torch.tensor([kept])}
+    same = teacher.lesson(batch, torch.ones_like(batch["input_ids"], dtype=torch.bool))
+    if same.same_place.all():
+        with record_outputs(teacher.terms.modules(small.model, 0)) as states, torch.no_grad():
+            small.model(**batch)
+        for name, state in same.states.items():
+            assert (state - states[name][0]).abs().max() < 1e-4
+    assert dense.tokenizer is not None
 
 
 def test_cached_predictions_are_those_of_the_model(folders, tmp_path):
