@@ -97,26 +97,39 @@ class TokenMap:
         Returns:
             Shape (n, small rows); a number as low as the dtype has, for what the text cannot go on with.
         """
-        there = self.small >= 0
-        largest = logits[:, there].amax(-1, keepdim=True)
-        sums = logits.new_zeros(len(logits), len(self.dense))
-        sums.index_add_(1, self.small[there], (logits[:, there] - largest).exp())
+        there, shape = self.small >= 0, (len(logits), len(self.dense))
+        shares = torch.where(there, logits, -torch.inf)
+        shares = (shares - shares.amax(-1, keepdim=True)).exp_()
+        sums = logits.new_zeros(shape).scatter_add_(1, self.small.clamp(min=0).expand(len(logits), -1), shares)
+        begun = torch.zeros(len(self.dense), dtype=torch.bool, device=logits.device)
+        begun[self.small[there]] = True
+        logs = _logs(sums).masked_fill_(~begun, _never(logits.dtype))
         inside = prefixes.nonzero()[:, 0]
         if len(inside):
-            sums[inside] = self._continued(logits[inside], prefixes[inside])
-        never = torch.finfo(sums.dtype).min / 1024  # any temperature leaves it finite
-        return torch.where(sums > 0, sums.log(), never)
+            logs[inside] = self._continued(logits[inside], prefixes[inside])
+        return logs
 
     def _continued(self, logits: Tensor, prefixes: Tensor) -> Tensor:
-        """Sums over the entries of prefixes, over the largest of each, shape (n, small rows)."""
+        """The same where all rows are inside of a dense token."""
         sizes = (self.starts[1:] - self.starts[:-1])[prefixes - 1]
         rows = torch.arange(len(prefixes), device=logits.device).repeat_interleave(sizes)
         within = torch.arange(len(rows), device=logits.device) - (sizes.cumsum(0) - sizes)[rows]
         entries = self.starts[prefixes - 1][rows] + within
-        values = logits[rows, self.longer[entries]]
-        largest = values.new_full((len(prefixes),), float("-inf")).scatter_reduce_(0, rows, values, "amax")
+        values, places = logits[rows, self.longer[entries]], (rows, self.following[entries])
+        largest = values.new_full((len(prefixes),), -torch.inf).scatter_reduce_(0, rows, values, "amax")
         sums = logits.new_zeros(len(prefixes), len(self.dense))
-        return sums.index_put_((rows, self.following[entries]), (values - largest[rows]).exp(), accumulate=True)
+        sums.index_put_(places, (values - largest[rows]).exp(), accumulate=True)
+        result = torch.full_like(sums, _never(logits.dtype))
+        return result.index_put_(places, _logs(sums)[places])
+
+
+def _logs(sums: Tensor) -> Tensor:
+    return sums.clamp_(min=torch.finfo(sums.dtype).tiny).log_()
+
+
+def _never(dtype: torch.dtype) -> float:
+    """The logit of what cannot be: no temperature makes it infinite, and none makes it likely."""
+    return torch.finfo(dtype).min / 1024
 
 
 def prefixes_of(spelled: Mapping[int, Sequence[int]]) -> dict[tuple[int, ...], int]:
