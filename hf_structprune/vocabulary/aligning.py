@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from .relating import Relation, prefixes_of
 
 
+_BYTES = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}  # tokens of a character that has none
 _REMEMBERED = 256  # texts: a trainer asks for those of an optimiser step, and for each of them again
 
 
@@ -50,8 +51,7 @@ class Reader:
         self.tokens, self._spelled = relation.tokens, relation.spelled
         self._small, self._dense = small.backend_tokenizer, dense
         self._numbers, self._to_dense = prefixes_of(relation.spelled), relation.tokens.dense.tolist()
-        state = dense.backend_tokenizer.model
-        self._inner = getattr(state, "continuing_subword_prefix", None) or ""
+        self._inner = getattr(dense.backend_tokenizer.model, "continuing_subword_prefix", None) or ""
         self.read = lru_cache(_REMEMBERED)(self._read)
 
     def _read(self, ids: tuple[int, ...]) -> Reading:
@@ -104,8 +104,10 @@ class Reader:
         pieces = [self._to_dense[number] for number in ids]
         return own if self._text(own) == self._text(pieces) else pieces
 
-    def _text(self, ids: list[int]) -> str:
-        return "".join(token.removeprefix(self._inner) for token in self._dense.convert_ids_to_tokens(ids))
+    def _text(self, ids: list[int]) -> bytes:
+        """The text of dense rows, without the marks of their place in a word."""
+        tokens = self._dense.convert_ids_to_tokens(ids)
+        return b"".join(_BYTES.get(token, token.removeprefix(self._inner).encode()) for token in tokens)
 
 
 def _equal(first: tuple[int, ...], second: tuple[int, ...]) -> list[difflib.Match]:

@@ -6,11 +6,13 @@ import random
 import pytest
 import torch
 from kinds_of_tokenizers import FOREIGN, MAKERS, TEXTS, tokenizer_of
+from safetensors.torch import load_file
 from tiny_distillation import make_llama, make_trainer
 
 from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
 from hf_structprune.errors import ConfigurationError
 from hf_structprune.recovery import DistillationConfig, RecoveryConfig, recover
+from hf_structprune.recovery.callback import LoraRecoveryCallback
 from hf_structprune.recovery.distillation.fewer_tokens import known_targets, split_batch
 from hf_structprune.recovery.distillation.losses import (
     Head,
@@ -76,7 +78,7 @@ def begun(spelled, probabilities, prefix, few):
     masses = [0.0] * few
     for number, pieces in spelled.items():
         if len(pieces) > len(prefix) and tuple(pieces[: len(prefix)]) == prefix:
-            masses[pieces[len(prefix)]] += float(probabilities[number])
+            masses[pieces[len(prefix)]] += probabilities[number].item()
     return torch.tensor(masses, dtype=torch.float64) / sum(masses)
 
 
@@ -150,11 +152,9 @@ def test_the_dense_model_reads_its_own_tokens(kind):
     numbers = {number: prefix for prefix, number in prefixes_of(relation.spelled).items()}
     for text in [TEXTS[0][:500], *FOREIGN, "<s>cut" + TEXTS[4][:90] + "</s>"]:
         whole = small(text, add_special_tokens=False)["input_ids"]
+        assert reader.read(tuple(whole)).ids == dense(text, add_special_tokens=False)["input_ids"]
         for ids in (whole, whole[3:], whole[:-2]):  # cut inside of words too
             reading = reader.read(tuple(ids))
-            if ids is whole and dense.decode(dense(text)["input_ids"]) == dense.decode(reading.ids):
-                ahead = dense(text, add_special_tokens=False)["input_ids"]
-                assert len(reading.ids) <= len(ids) and len(set(reading.ids) ^ set(ahead)) <= len(ahead) // 4
             assert joined(dense, reading.ids) == joined(small, ids)
             for place, after in enumerate(ids[1:]):
                 if not reading.known[place]:
@@ -235,21 +235,17 @@ def test_states_are_compared_where_a_dense_token_ends(folders):
     positions = torch.ones_like(made["input_ids"], dtype=torch.bool)
     lesson = teacher.lesson(made, positions)
     assert lesson.same_place.any() and not lesson.same_place.all()
-    places = [place for _, start, ids in split_batch(made) for place, end in enumerate(
-        teacher.tokens.read(tuple(ids.tolist())).ends, start) if end]  # fmt: skip
-    assert lesson.same_place.nonzero()[:, 0].tolist() == places
+    ends = [end for _, _, ids in split_batch(made) for end in teacher.tokens.read(tuple(ids.tolist())).ends]
+    assert lesson.same_place.tolist() == ends
     assert {len(state) for state in lesson.states.values()} == {len(lesson.same_place)}
-    # A text without dropped tokens is read alike, and the dense model's rows are the student's.
-    dense = StructuredPruner.from_pretrained(folders / "dense")
-    kept = [token for token in small.tokenizer("the of and")["input_ids"] if token > 2]
-    batch = {"input_ids": torch.tensor([kept])}
-    same = teacher.lesson(batch, torch.ones_like(batch["input_ids"], dtype=torch.bool))
-    if same.same_place.all():
-        with record_outputs(teacher.terms.modules(small.model, 0)) as states, torch.no_grad():
-            small.model(**batch)
-        for name, state in same.states.items():
-            assert (state - states[name][0]).abs().max() < 1e-4
-    assert dense.tokenizer is not None
+    # Where no token went the text is read alike, and the small model's states are the dense one's.
+    words = (small.tokenizer(" " + word, add_special_tokens=False)["input_ids"] for word in " ".join(TEXTS).split())
+    ids = next(ids for ids in words if len(ids) > 2 and all(teacher.tokens.read(tuple(ids)).ends))
+    batch = {"input_ids": torch.tensor([ids])}
+    same = teacher.lesson(batch, torch.ones(1, len(ids), dtype=torch.bool))
+    with record_outputs(teacher.terms.modules(small.model, 0)) as states, torch.no_grad():
+        small.model(**batch)
+    assert len(states) == 2 and all((same.states[name] - one[0]).abs().max() < 1e-4 for name, one in states.items())
 
 
 def test_cached_predictions_are_those_of_the_model(folders, tmp_path):
@@ -264,13 +260,31 @@ def test_cached_predictions_are_those_of_the_model(folders, tmp_path):
     assert "tokens" in json.loads((tmp_path / "cache" / "cache.json").read_text())
 
 
-def test_recovery_from_the_dense_model(folders, tmp_path):
+def test_recovery_from_the_dense_model(folders, tmp_path, monkeypatch):
     rows = [{"instruction": f"Say {n}.", "context": "", "response": TEXTS[0][n : n + 80]} for n in range(12)]
     (tmp_path / "watched.txt").write_text(TEXTS[1])
     config = RecoveryConfig(
         method="distill", rank=4, alpha=8, max_length=64, batch_size=4, micro_batch_size=2, max_steps=4, window=32,
         evaluations=2, max_windows=2, precision="fp32", learning_rate=3e-3, text=str(tmp_path / "watched.txt"),
+        save_steps=2,
     )  # fmt: skip
-    result = recover(folders / "small", rows, tmp_path / "out", config, teacher=folders / "dense")
+
+    def train(name, **options):
+        teacher = folders / "dense"
+        return recover(folders / "small", rows, tmp_path / name, config, teacher=teacher, **options)
+
+    result = train("whole")
     assert result.report["teacher"] == "dense" and result.recovered is None
-    assert len(StructuredPruner.from_pretrained(tmp_path / "out").tokenizer) == 640
+    assert len(StructuredPruner.from_pretrained(tmp_path / "whole").tokenizer) == 640
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(LoraRecoveryCallback, "on_step_begin", interrupt)
+        train("parts")
+    train("parts", resume=True)
+    last = "checkpoint-4/adapter_model.safetensors"
+    whole, parts = (load_file(tmp_path / f"{name}-training" / last) for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def interrupt(self, args, state, control, **more):
+    if state.global_step == 2:
+        raise KeyboardInterrupt
