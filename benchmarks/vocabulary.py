@@ -47,7 +47,9 @@ from hf_structprune.commands.models import DEMO_MODEL, find_model, load_pruner
 from hf_structprune.recovery import DistillationConfig, RecoveryConfig, recover
 from hf_structprune.text.reading import read_rows
 from hf_structprune.vocabulary import choosing
+from hf_structprune.vocabulary.aligning import Reader
 from hf_structprune.vocabulary.counting import Counted
+from hf_structprune.vocabulary.relating import related
 from hf_structprune.vocabulary.trimming import Vocabulary
 
 
@@ -120,6 +122,9 @@ def main() -> None:
         row = {"criterion": criterion, "keep": len(pruner.tokenizer), **row}
         row["seconds"] = round(time.perf_counter() - start, 1)
         row["texts"] = {name: measure(pruner, found) for name, found in spans.items()}
+        if how:
+            for name, found in spans.items():
+                row["texts"][name]["followed"] = followed(pruner.tokenizer, dense.tokenizer, found)
         rows.append(row)
         print(row, flush=True)
         rows.sort(key=lambda row: (-row["keep"], row["criterion"]))
@@ -193,6 +198,15 @@ def trained(
     made = load(str(folder / "trained"), options.dtype)
     shutil.rmtree(folder)
     return made, training
+
+
+def followed(small: Any, dense: Any, spans: list[tuple[str, int, int]]) -> float:
+    """The share of the small model's tokens of which the dense model says what comes next, in distillation."""
+    relation = related(small, dense, len(small), len(dense))
+    reader, known = Reader(relation, small, dense), []
+    for text, _, _ in spans:
+        known += reader.read(tuple(small(text, add_special_tokens=False, verbose=False)["input_ids"])).known
+    return sum(known) / len(known)
 
 
 def folder_of(model: str) -> str:

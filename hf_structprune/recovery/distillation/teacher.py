@@ -192,8 +192,9 @@ def load_teacher(
     if sizes[0] != sizes[1] and tokens is None:
         raise ConfigurationError(
             f"The teacher knows {sizes[0]} tokens and the student {sizes[1]}. If the student's are some of the "
-            "teacher's, give the teacher by its folder or Hub id, which has its tokenizer too. If they share a tokenizer "
-            f"and one was padded, use `resize_token_embeddings` on the student first. {CROSS_TOKENIZER}"
+            "teacher's, give the teacher by its folder or Hub id, which has its tokenizer too. If they share a "
+            "tokenizer and one was padded, use `resize_token_embeddings` on the student first. "
+            f"{CROSS_TOKENIZER}"
         )
     return ModelTeacher(model, layer_terms(student, model, config), tokens)
 
