@@ -110,6 +110,7 @@ def in_words(plan: PruningPlan) -> str:
     return ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items()) or "nothing"
 
 
+NOT_YET = "units='auto': a plan measures nothing"  # where pruning will
 Mixture = tuple[tuple[str, ...], dict[str, int] | None]  # kinds, and what is left of those that go in large steps
 
 
@@ -172,8 +173,8 @@ class KindChooser:
             more = "; pruning, which reads them, measures" if why == NO_WEIGHTS and not self._instead else ""
             return f"units='auto' measured nothing, since {why}: {label} go{share}{more}"
         return (
-            f"units='auto': a plan measures nothing, and this one is of {label}{share}; pruning, and a plan with "
-            "`estimate`, measure what other kinds of units cost, and take them where that is clearly cheaper"
+            f"{NOT_YET}, and this one is of {label}{share}; pruning, and a plan with `estimate`, measure what other "
+            "kinds of units cost, and take them where that is clearly cheaper"
         )
 
     def _best(self, found: list[Candidate]) -> tuple[Candidate, str]:

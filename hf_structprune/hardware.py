@@ -60,6 +60,19 @@ def memory_left() -> int:
     return free
 
 
+def memory_in_all() -> int:
+    """Bytes of memory that there are: of the CUDA device if there is one, else of the machine or its container."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    total = psutil.virtual_memory().total
+    for limit, *_ in _CONTAINERS:
+        try:
+            total = min(total, int((_CGROUP / limit).read_text()))
+        except (OSError, ValueError):
+            continue
+    return total
+
+
 def memory_taken() -> int:
     """Bytes of memory that this process has by now: Python, its libraries, and what is in use."""
     return psutil.Process().memory_info().rss

@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from rich.constrain import Constrain
 from rich.table import Table
+from transformers import PreTrainedModel
 
+from ..choosing_kinds import NOT_YET
 from ..config import CONFIG_NAME, PruningConfig
 from ..errors import ConfigurationError, UnsupportedModelError
 from ..evaluation import EvaluationResult, ResultTable, evaluate
 from ..evaluation.evaluator import load_inputs
 from ..evaluation.results import RESULTS_NAME
-from ..evaluation_config import EfficiencyConfig
+from ..evaluation_config import EfficiencyConfig, find_protocol
 from ..files.writing import check_folder, check_place, write_text
 from ..hub import push_folder, write_card
 from ..hub.contents import DENSE_RESULTS_NAME, RECIPE_NAME, Contents, check_card, check_file, check_own_files
@@ -28,9 +31,10 @@ from ..model.describe import target_of
 from ..model.loading import load_config
 from ..model.towers import has_towers
 from ..plan import PruningPlan
+from ..pruner import StructuredPruner
 from ..quantization.quantizing import Unquantised, backend_of, quantize
 from ..recovery.data import load_rows
-from ..recovery.recovering import WRITING, newest_whole, recover, training_folder
+from ..recovery.recovering import newest_whole, recover, training_folder
 from ..units import DepthKind, kinds_of
 from .arguments import parse
 from .cli import check_output, console
@@ -47,10 +51,17 @@ from .models import (
 )
 from .options import ModelArguments, RunArguments
 from .recipe import Recipe, Step
+from .time_budget import (
+    TimeBudget,
+    account,
+    measuring_seconds,
+    pruning_seconds,
+    window_seconds,
+    windows_in,
+)
 
 
 TURNS = 3
-_LEAST = 0.1  # of a recipe's time: a training is not shorter
 _FREE = {"minutes": None}  # of what a training may have been given otherwise and is still the one that is asked for
 
 
@@ -121,10 +132,13 @@ class _Run:
 
     def __init__(self, recipe: Recipe, dense: ModelArguments, again: bool, started: float, turns: int = TURNS) -> None:
         self.recipe, self.dense, self.again, self.base = recipe, dense, again, recipe.model.model
-        self.turns = turns
-        self.started, self.measuring = started, 0.0  # when, and seconds that measuring the pruned model took
+        self.turns, self.started = turns, started
         self.folders, self.out = recipe.folders, console()
         self.steps: list[tuple[str, float]] = []  # what was begun, and when
+        self.budget: TimeBudget | None = None
+        if recipe.minutes is not None:
+            self.budget = TimeBudget(recipe.minutes, started, lambda line: self.out.print(line, soft_wrap=False))
+        self.measuring: float | None = None  # seconds that measuring a model takes, once that is known
         self.folder, self.final = Path(recipe.output_dir), list(recipe.folders.values())[-1]
         for folder in self.folders.values():
             check_folder(folder)
@@ -138,20 +152,20 @@ class _Run:
     def _took(self) -> str:
         """How long each step took, in a line."""
         ends = [*(begun for _, begun in self.steps[1:]), time.monotonic()]
-        took = [f"{words} {_minutes(end - begun)}" for (words, begun), end in zip(self.steps, ends, strict=True)]
-        return f"Took {_minutes(ends[-1] - self.started)} (minutes:seconds): {', '.join(took)}."
+        took = [(words, end - begun) for (words, begun), end in zip(self.steps, ends, strict=True)]
+        return account(self.started, took) if self.budget is None else self.budget.account(took)
 
     def all(self, push: bool) -> None:
         """Every step, in order."""
         recovery, quantization = self.recipe.recovery, self.recipe.quantization
         self._prune()
-        pruned = time.monotonic()
         self._finish(self.folder, "pruned")
-        self.measuring = time.monotonic() - pruned
         if quantization is not None:  # found out before a training that would be in vain
             backend_of(Unquantised.read(str(self.folder), False), quantization.config)
         if recovery is not None:
-            self._make(recovery, "recovered", "recover", RECOVERY_NAME, recovery.config.to_public_dict())
+            made = self._make(recovery, "recovered", "recover", RECOVERY_NAME, recovery.config.to_public_dict())
+            if not made:  # there was no time, and what would be made of it is not made either
+                self.folders, self.final, quantization = {"pruned": self.folder}, self.folder, None
         if quantization is not None:
             settings = public_config(quantization.config).to_dict()
             self._make(quantization, "quantised", "quantize", QUANTIZATION_NAME, settings)
@@ -175,7 +189,9 @@ class _Run:
         measured = self.recipe.evaluation is None or (not self.again and dense.exists())
         if pruned and measured:
             return
+        self._begin(f"Loading {self.base}")
         pruner = load_pruner(self.dense, self.recipe.pruning)
+        foretold = self._foretell(pruner, pruned)
         if not measured:
             self._begin(f"Measuring {self.base}")
             self._evaluate(pruner.model, pruner.tokenizer, Path(self.recipe.dense_results), self.base, "dense")
@@ -183,11 +199,49 @@ class _Run:
             self._begin(f"Pruning {self.base}")
             if self.dense.model != self.base:  # the card names the model, not the cache it was read from
                 pruner.origin = Origin.of(self.base).with_options_of(pruner.origin)
-            pruner.prune(self.recipe.ratio)
+            left = nullcontext() if self.budget is None else self.budget.step("Pruning", foretold, 2 * self.measuring)
+            with left:
+                pruner.prune(self.recipe.ratio)
             self.out.print(pruner.last_plan.table())
             pruner.save_pretrained(self.folder)
         if not measured:
             write_text(dense, Path(self.recipe.dense_results).read_text(encoding="utf-8"))
+
+    def _foretell(self, pruner: StructuredPruner, pruned: bool) -> float:
+        """Divides the time of a recipe that has one, before any of it is spent; seconds that pruning will take."""
+        if self.budget is None:
+            return 0.0
+        window, each = self._time_window(pruner.model)
+        foretold = 0.0
+        if not pruned:
+            plan = pruner.plan(self.recipe.ratio) if plans_by_shapes(self.recipe.pruning, self.recipe.ratio) else None
+            chooses = plan is not None and any(reason.startswith(NOT_YET) for reason in plan.reasons)
+            foretold = pruning_seconds(self.recipe.pruning, chooses, each, window)
+        self.budget.check(self.measuring * (len(self.folders) + 1), foretold)
+        return foretold
+
+    def _time_window(self, model: PreTrainedModel) -> tuple[int, float]:
+        """Tokens of a window and the seconds it takes; chooses how many are measured, and foretells how long."""
+        config = self.recipe.evaluation
+        protocol = find_protocol("paper") if config is None else find_protocol(config.protocol)
+        window = protocol.change(window=None if config is None else config.window).window_for(model)
+        each = window_seconds(model, window)
+        if config is None:
+            self.measuring = 0.0
+            return window, each
+        found = windows_in(config.load()[0], window)
+        wanted = found if config.max_windows is None else min(config.max_windows, found)
+        dense = Path(self.recipe.dense_results)
+        if dense.is_file() and not self.again:  # the others are compared with it
+            settings = EvaluationResult.load(dense).settings
+            wanted = chosen = settings.get("max_windows", config.max_windows)
+            wanted = found if wanted is None else wanted
+        else:
+            most = self.budget.windows(each, len(config.texts), len(self.folders) + 1, wanted)
+            chosen = config.max_windows if most == wanted else most
+        self.recipe.evaluation = dataclasses.replace(config, max_windows=chosen)
+        self.measuring = measuring_seconds(config, wanted if chosen is None else chosen, each)
+        return window, each
 
     def _is_pruned(self) -> bool:
         """Whether the folder holds the checkpoint already; refuses something else in it."""
@@ -202,59 +256,56 @@ class _Run:
             )
         return True
 
-    def _make(self, step: Step, state: str, section: str, file: str, settings: dict[str, Any]) -> None:
-        """What a section makes, unless the report in its folder says that it is made; refuses other settings."""
+    def _make(self, step: Step, state: str, section: str, file: str, settings: dict[str, Any]) -> bool:
+        """What a section makes, unless the report in its folder says that it is made; refuses other settings.
+
+        Returns:
+            Whether it is there; a training is not, for which there was no time.
+        """
         report = None if self.again else read_report(Path(step.output_dir) / file)
         if report is not None and {**report["configuration"], **_FREE} != {**settings, **_FREE}:
             raise ConfigurationError(
                 f"{step.output_dir} holds a checkpoint that was {state} with other settings; choose another "
                 f"`output_dir` in the section `{section}`, or say --overwrite."
             )
-        if report is None:
-            (self._recover if section == "recover" else self._quantise)(step)
+        if report is None and not (self._recover if section == "recover" else self._quantise)(step):
+            return False
         self._finish(Path(step.output_dir), state)
+        return True
 
-    def _recover(self, step: Step) -> None:
+    def _recover(self, step: Step) -> bool:
         """Trains the pruned checkpoint; an interrupted training goes on where it stopped."""
-        self._begin(f"Recovering {self.folder}")
         resume = not self.again and newest_whole(training_folder(step.output_dir))[0] is not None
-        config = step.config
-        if self.recipe.minutes is not None:
-            config = dataclasses.replace(config, minutes=self._minutes_left())
+        config, until = step.config, None
+        if self.budget is not None:
+            minutes = self.budget.training(self.measuring or 0.0)
+            if minutes is None:
+                return False
+            config = dataclasses.replace(config, minutes=round(minutes, 2))
+            until = time.monotonic() + 60 * minutes
+        self._begin(f"Recovering {self.folder}")
         recover(
             self.folder, step.dataset or None, step.output_dir, config, split=step.split, dense=self.dense.model,
             teacher=self.dense.model, teacher_name=None if Path(self.base).exists() else self.base, resume=resume,
             distillation=step.distillation, overwrite=self.again, trust_remote_code=self.dense.trust_remote_code,
+            until=until,
         )  # fmt: skip
+        return True
 
-    def _minutes_left(self) -> float:
-        """For the training: all but what is gone and what measuring takes, of the trained model as of the pruned one.
-
-        `recover` itself needs some before the training, when the dense model writes and both are measured.
-        """
-        total = self.recipe.minutes
-        left = total - (time.monotonic() - self.started + 2 * self.measuring) / 60
-        training = max(left / (1 + WRITING), _LEAST * total)
-        if training > left:
-            self.out.print(
-                f"Of {total:g} minutes {max(0.0, left):.1f} are left to train: {training:.1f} are taken, since less "
-                "would do nothing."
-            )
-        else:
-            self.out.print(f"{training:.1f} of {total:g} minutes are for the training.")
-        return round(training, 2)
-
-    def _quantise(self, step: Step) -> None:
+    def _quantise(self, step: Step) -> bool:
         """Quantises the last checkpoint."""
         trained = list(self.folders.values())[-2]
         self._begin(f"Quantising {trained}")
         quantize(str(trained), step.output_dir, step.config, overwrite=self.again)
+        return True
 
     def _finish(self, folder: Path, state: str) -> None:
         """Measures a checkpoint as its users will load it, and describes it."""
         if self.recipe.evaluation is not None:
             self._begin(f"Measuring {folder}")
             model, tokenizer = load_for_measuring(self._result(folder))
+            if self.budget is not None and self.measuring is None:  # all before it was done earlier
+                self._time_window(model)
             self._evaluate(model, tokenizer, folder / RESULTS_NAME, folder.name, state)
             del model
         self._describe(folder)
@@ -262,7 +313,10 @@ class _Run:
     def _evaluate(self, model: Any, tokenizer: Any, output: Path, name: str, state: str) -> None:
         config = dataclasses.replace(self.recipe.evaluation, efficiency=False)  # see `_time`
         about = {"name": name, "state": state, "base_model": None if state == "dense" else self.base}
+        known, begun = output.is_file() and not self.again, time.monotonic()
         evaluate(model, tokenizer, config, **about, output=output, overwrite=self.again)
+        if not known:  # the next one takes as long
+            self.measuring = time.monotonic() - begun
 
     def _time(self) -> None:
         """Size, memory and speed of all sides, in turns; recipes share other dense results, not these."""
@@ -298,11 +352,6 @@ class _Run:
         draw_pictures(folder)
         write_text(folder / RECIPE_NAME, self.recipe.text)
         write_card(folder)
-
-
-def _minutes(seconds: float) -> str:
-    """Minutes and seconds."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
 def answers_table(samples: Sequence[dict[str, Any]]) -> Constrain:

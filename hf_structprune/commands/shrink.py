@@ -8,20 +8,24 @@ from typing import Any
 
 import yaml
 
-from ..hardware import cpu_has_bf16, has_accelerator
+from ..hardware import cpu_has_bf16, has_accelerator, memory_in_all
 from ..hub.words import RECOVERY_NAME
 from ..model.loading import load_config
 from ..recovery.configuration import RecoveryConfig
 from ..recovery.recovering import newest_whole, training_folder
 from .arguments import parse
 from .cli import check_output
-from .models import find_model
-from .options import ShrinkArguments
+from .models import find_model, load_shapes
+from .options import ModelArguments, ShrinkArguments
 from .recipe import Recipe
 from .run import run_recipe
 
 
 MAX_WINDOWS = 6  # of the packaged text
+LABEL_WEIGHT = 0.3  # see docs/recover.md
+# Measuring in between must not take the time away: 3 times 4,096 tokens.
+TRAINING = {"prompt_loss": True, "evaluations": 3, "max_windows": 8}
+TRAINED_BYTES = 18  # of a parameter: 4 of weight, gradient and each moment, and 2 of the dense model
 
 
 def shrink_command(argv: Sequence[str]) -> None:
@@ -30,18 +34,24 @@ def shrink_command(argv: Sequence[str]) -> None:
     folder = Path(options.output_dir)
     if not (folder / RECOVERY_NAME).is_file() and newest_whole(training_folder(folder))[0] is None:
         check_output(options.output_dir, options.overwrite)
-    content = recipe_of(options, context_of(options.model))
+    content = recipe_of(options, context_of(options.model), has_room(options.model))
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     if options.dry_run:
         print(text)
     run_recipe(Recipe.from_dict(content, text), again=options.overwrite, dry_run=options.dry_run)
 
 
-def recipe_of(options: ShrinkArguments, context: int | None = None) -> dict[str, Any]:
-    """The recipe that does it, as a file of `hf-structprune run` would say it, for a model of this context."""
-    recover = {"output_dir": options.output_dir, **distilling(context)}
+def recipe_of(options: ShrinkArguments, context: int | None = None, full: bool = False) -> dict[str, Any]:
+    """The recipe that does it, as a file of `hf-structprune run` would say it, for a model of this context.
+
+    With `full` all weights are trained. Labels count where there is a data set: what the dense model writes has none
+    that it does not say better itself.
+    """
+    recover = {"output_dir": options.output_dir, **distilling(context), **TRAINING}
+    if full:
+        recover["weights"] = "full"
     if options.dataset:
-        recover["dataset"] = list(options.dataset)
+        recover |= {"dataset": list(options.dataset), "distillation": {"label_weight": LABEL_WEIGHT}}
     return {
         "model": loading(options.model),
         "output_dir": f"{options.output_dir.rstrip('/')}-pruned",
@@ -50,6 +60,11 @@ def recipe_of(options: ShrinkArguments, context: int | None = None) -> dict[str,
         "recover": recover,
         "evaluate": {"max_windows": MAX_WINDOWS, "efficiency": False},
     }
+
+
+def has_room(model: str) -> bool:
+    """Whether half of the memory is enough to train all weights: float32, gradient, two moments, the dense model."""
+    return TRAINED_BYTES * load_shapes(ModelArguments(model)).model.num_parameters() < memory_in_all() / 2
 
 
 def context_of(model: str) -> int | None:

@@ -80,6 +80,7 @@ class LoraRecoveryCallback(TrainerCallback):
         patience: Stop after so many measurements without a new best; `None` never stops.
         minutes: Stop after so many, and let the learning rate fall by time instead of steps; `evaluations` are then
             spread over them. `args.max_steps` or the epochs must be enough for that.
+        until: With `minutes`: when they have to be over, by `time.monotonic`; what is left then is less for the training.
         output_dir: Folder of the merged model. Default: `<args.output_dir>/recovered`.
         merge: Merge and save at the end; without it the Trainer has the best weights and nothing else is written.
 
@@ -99,6 +100,7 @@ class LoraRecoveryCallback(TrainerCallback):
         target: float | None = None,
         patience: int | None = 3,
         minutes: float | None = None,
+        until: float | None = None,
         output_dir: str | os.PathLike | None = None,
         merge: bool = True,
     ) -> None:
@@ -106,7 +108,7 @@ class LoraRecoveryCallback(TrainerCallback):
         self.patience = checked("patience", patience, Count | None)
         self.target = checked("target", target, Annotated[float, Limits(0, 1, open="least")] | None)
         minutes = checked("minutes", minutes, Annotated[float, Limits(0, open="least")] | None)
-        self._limit = None if minutes is None else TimeLimit(minutes, evaluations or 1)
+        self.limit = None if minutes is None else TimeLimit(minutes, evaluations or 1, until)
         if target is not None and dense is None:
             raise ConfigurationError("`target` is a share of what the dense model is better by: give `dense` too.")
         self.dense, self.text, self.output_dir, self.merge = dense, text, output_dir, merge
@@ -157,8 +159,8 @@ class LoraRecoveryCallback(TrainerCallback):
             self._begin(args, state, model)
         else:
             elapsed = self._go_on(folder, state.global_step)
-        if self._limit is not None:
-            self._limit.begin(kwargs.get("lr_scheduler"), state.max_steps, elapsed)
+        if self.limit is not None:
+            self.limit.begin(kwargs.get("lr_scheduler"), state.max_steps, elapsed)
         if self._trainer is None:
             logger.warning("The Trainer of this callback was not found: recovery.json has the curve, the logs not.")
             return
@@ -178,9 +180,9 @@ class LoraRecoveryCallback(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
         """Measures from time to time, if the Trainer does not evaluate."""
         due = state.global_step in self._steps
-        if self._limit is not None and self._limit.next_part():
+        if self.limit is not None and self.limit.next_part():
             due = control.should_save = True
-            if self._limit.progress >= 1.0 and self.stopped is None:
+            if self.limit.progress >= 1.0 and self.stopped is None:
                 self.stopped, control.should_training_stop = "time", True
         if args.eval_strategy == "no" and due:
             self._measure(state, control, model)
@@ -207,7 +209,7 @@ class LoraRecoveryCallback(TrainerCallback):
         content = {
             "schema_version": 1, "curve": asdict(self.curve), "kept": asdict(self.kept), "text": self._text.describe(),
             "seconds": round(time.perf_counter() - self._start, 3), "settings": self.settings, "files": files,
-            "elapsed": 0.0 if self._limit is None else round(self._limit.elapsed, 3),
+            "elapsed": 0.0 if self.limit is None else round(self.limit.elapsed, 3),
         }  # fmt: skip
         write_text(folder / STATE_NAME, json.dumps(content, indent=1, allow_nan=False) + "\n")
 

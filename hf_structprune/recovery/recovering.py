@@ -83,6 +83,7 @@ def recover(
     resume: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    until: float | None = None,
 ) -> RecoveryResult:
     """Trains a pruned checkpoint on some data and saves the recovered one: weights, tokenizer, curve and card.
 
@@ -107,6 +108,8 @@ def recover(
             same model, data and settings.
         overwrite: Replace what is in `output_dir`, and start a training that was interrupted anew.
         trust_remote_code: Run modelling code that comes with the models.
+        until: With `config.minutes`: when they have to be over, by `time.monotonic`. What comes before the first step
+            is taken from them then.
 
     Raises:
         ConfigurationError: The settings, the data and the model do not fit each other or those that the training was
@@ -195,7 +198,7 @@ def recover(
     callback = LoraRecoveryCallback(
         dense, text=config.text, window=config.window, max_windows=config.max_windows,
         batch_size=config.micro_batch_size, evaluations=config.evaluations, target=config.target,
-        patience=config.patience, minutes=config.minutes, output_dir=folder,
+        patience=config.patience, minutes=config.minutes, until=until, output_dir=folder,
     )  # fmt: skip
     callback.about, callback.settings = about, settings
     with _without_advice():
@@ -203,7 +206,7 @@ def recover(
             student, training_arguments(config, training), train_dataset=prepared, processing_class=tokenizer,
             peft_config=adapter_config(config, student), callbacks=[callback], **more,
         )  # fmt: skip
-    TrainingBar.put_into(trainer, config.minutes)
+    TrainingBar.put_into(trainer, callback.limit)
     widen(trainer.model)
     _remove_others(training, checkpoint)
     try:

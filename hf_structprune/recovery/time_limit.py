@@ -19,10 +19,11 @@ class TimeLimit:
     Args:
         minutes: How long.
         parts: In how many equal parts `next_part` divides the time.
+        until: When it has to be over, by `time.monotonic`: `minutes` become fewer if they would end later.
     """
 
-    def __init__(self, minutes: float, parts: int) -> None:
-        self.seconds, self.parts = 60.0 * minutes, parts
+    def __init__(self, minutes: float, parts: int, until: float | None = None) -> None:
+        self.seconds, self.parts, self._until = 60.0 * minutes, parts, until
         self._start, self._done = 0.0, 0
 
     def begin(self, scheduler: Any, max_steps: int, elapsed: float = 0.0) -> None:
@@ -32,7 +33,9 @@ class TimeLimit:
             scheduler: The Trainer's, or what accelerate has wrapped around it; one without functions of the step, as
                 DeepSpeed has them, stays as it is.
         """
-        self._start = time.perf_counter() - elapsed
+        self._start = time.monotonic() - elapsed
+        if self._until is not None:
+            self.seconds = agreed(max(1.0, min(self.seconds, self._until - self._start)))
         self._done = int(self.progress * self.parts)
         scheduler = getattr(scheduler, "scheduler", scheduler)
         if hasattr(scheduler, "lr_lambdas"):
@@ -47,7 +50,7 @@ class TimeLimit:
     @property
     def elapsed(self) -> float:
         """Seconds since the first step, without those between an interrupt and going on."""
-        return time.perf_counter() - self._start
+        return time.monotonic() - self._start
 
     @property
     def progress(self) -> float:

@@ -31,8 +31,8 @@ def place(tiny_llama, make_tokenizer, tmp_path, monkeypatch):
     (tmp_path / "own.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
     made = shrink.recipe_of
 
-    def quick(options, context=None):
-        content = made(options, context)
+    def quick(*given):
+        content = made(*given)
         content["prune"] |= {"units": ["mlp_neurons"], "calibration": {"num_samples": 4, "length": 16}}
         content["recover"] |= {**SMALL, "text": str(tmp_path / "own.txt")}
         content["evaluate"] |= {"texts": [str(tmp_path / "own.txt")], "window": 32, "max_windows": 2, "samples": False}
@@ -65,19 +65,6 @@ def test_one_line_and_what_is_done_is_not_done_again(place, capsys, monkeypatch)
     assert cli.main([*line, str(out)]) == 0 and again == []
     assert cli.main([*line[:-1], "--output-dir", str(place / "dense")]) == 2  # which holds something else
     assert "is not empty" in capsys.readouterr().err
-
-
-def test_training_gets_what_is_left_of_the_time(place, capsys, monkeypatch):
-    now = [0.0]
-    options = shrink.ShrinkArguments("m", 0.2, 60.0, str(place / "out"))
-    recipe = run.Recipe.from_dict(shrink.recipe_of(options))
-    steps = run._Run(recipe, recipe.model, False, started=0.0)
-    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
-    steps.measuring = 120.0
-    now[0] = 600.0  # ten minutes are gone, and measuring takes two times two more
-    assert steps._minutes_left() == round(46 / 1.2, 2)
-    now[0] = 3500.0
-    assert steps._minutes_left() == 6.0 and "since less would do nothing" in capsys.readouterr().out
 
 
 def test_sequences_are_no_longer_than_the_model_takes():

@@ -1,0 +1,95 @@
+"""What `hf-structprune shrink` makes of a model in so many minutes of one processor core, on the whole protocol.
+
+    python benchmarks/recovery_data.py --dolly FOLDER --c4 FILE.jsonl --tokenizer MODEL --output-dir data
+    python benchmarks/shrunk.py --dense MODEL --data data --wikitext2 FOLDER --ratio 0.2 --minutes 30 --output-dir OUT
+
+Runs the command as it is, on one thread and by the clock of the processor: a minute is one in which this process
+computes, so that what else the machine does takes nothing away. It is given a file of chats, web pages and Wikipedia, a
+third of the tokens each, none of which is measured (`recovery_settings.py`); with `--no-data` it is given none. Measured
+are 12 windows of 2048 tokens of each text that was held out, pruned and recovered over dense. Results are added to
+benchmarks/results/shrunk.json under `--name`; what lies in OUT is measured as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+
+_wall = time.monotonic
+time.monotonic = time.perf_counter = time.process_time  # before anything remembers the others
+
+import torch  # noqa: E402
+from recovery_settings import read_data  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
+
+from hf_structprune.commands.cli import main as command  # noqa: E402
+from hf_structprune.evaluation import perplexity  # noqa: E402
+from hf_structprune.files.writing import write_text  # noqa: E402
+from hf_structprune.installed import versions  # noqa: E402
+from hf_structprune.model.loading import load_model  # noqa: E402
+
+
+RESULTS = Path(__file__).parent / "results" / "shrunk.json"
+WINDOWS, TOKENS = 12, 370_000
+
+
+def measure(folder: str | Path, tokenizer, texts: dict[str, str]) -> dict[str, float]:
+    """Perplexity of each text."""
+    model = load_model(folder, dtype=torch.bfloat16)
+    return {name: perplexity(model, tokenizer, text, max_windows=WINDOWS).perplexity for name, text in texts.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("dense", "output-dir"):
+        parser.add_argument(f"--{name}", required=True)
+    for name in ("data", "wikitext2"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--ratio", type=float, required=True)
+    parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--no-data", action="store_true", help="without a data set")
+    parser.add_argument("--name", help="default: of ratio and minutes")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    arguments.tokens = TOKENS
+    rows, texts = read_data(arguments, AutoTokenizer.from_pretrained(arguments.dense))
+    texts = {name: texts[name] for name in ("WikiText-2", "C4", "Dolly")}
+    out, line = Path(arguments.output_dir), ["shrink", arguments.dense]
+    line += ["--ratio", str(arguments.ratio), "--minutes", str(arguments.minutes), "--output-dir", str(out)]
+    if not arguments.no_data:
+        file = arguments.data / "shrunk_train.jsonl"
+        write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        line += ["--dataset", str(file)]
+    results = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.is_file() else {}
+    results["versions"] = versions("trl", "peft")
+    name = arguments.name or f"{arguments.ratio:.0%} in {arguments.minutes:g} minutes"
+    run = results.setdefault(name, {"ratio": arguments.ratio, "minutes": arguments.minutes})
+    if not out.is_dir():
+        begun, wall = time.monotonic(), _wall()
+        if code := command(line):
+            raise SystemExit(code)
+        run |= {
+            "processor_minutes": round((time.monotonic() - begun) / 60, 2), "wall_minutes": round((_wall() - wall) / 60, 2)
+        }  # fmt: skip
+    report = json.loads((out / "recovery.json").read_text(encoding="utf-8"))
+    run |= {key: report["training"][key] for key in ("tokens", "steps", "seconds")}
+    run["configuration"] = {key: report[key] for key in ("configuration", "distillation")}
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    for state, folder in (("dense", arguments.dense), ("recovered", out), ("pruned", f"{out}-pruned")):
+        kept = results if state == "dense" else run
+        if state not in kept:
+            kept[state] = measure(folder, tokenizer, texts)
+            write_text(arguments.output, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    dense = results["dense"]
+    print(f"| | {' | '.join(texts)} |\n| --- |{' ---: |' * len(texts)}")
+    for title, found in (("dense", dense), (f"{name}, pruned", run["pruned"]), (name, run["recovered"])):
+        cells = [f"{found[text]:.1f} ({found[text] / dense[text]:.3f})" for text in texts]
+        print(f"| {title} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
