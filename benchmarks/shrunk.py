@@ -4,10 +4,10 @@
     python benchmarks/shrunk.py --dense MODEL --data data --wikitext2 FOLDER --ratio 0.2 --minutes 30 --output-dir OUT
 
 Runs the command as it is, on one thread and by the clock of the processor: a minute is one in which this process
-computes, so that what else the machine does takes nothing away. It is given a file of chats, web pages and Wikipedia, a
-third of the tokens each, none of which is measured (`recovery_settings.py`); with `--no-data` it is given none. Measured
-are 12 windows of 2048 tokens of each text that was held out, pruned and recovered over dense. Results are added to
-benchmarks/results/shrunk.json under `--name`; what lies in OUT is measured as it is.
+computes, so that what else the machine does takes nothing away. It is given a file of chats, web pages and Wikipedia,
+a third of the tokens each, none of which is measured (`recovery_settings.py`); with `--no-data` it is given none.
+Measured are 12 windows of 2048 tokens of each text that was held out, pruned and recovered over dense. Results are
+added to benchmarks/results/shrunk.json under `--name`; what lies in OUT is measured as it is.
 """
 
 from __future__ import annotations
@@ -72,9 +72,8 @@ def main() -> None:
         begun, wall = time.monotonic(), _wall()
         if code := command(line):
             raise SystemExit(code)
-        run |= {
-            "processor_minutes": round((time.monotonic() - begun) / 60, 2), "wall_minutes": round((_wall() - wall) / 60, 2)
-        }  # fmt: skip
+        run["processor_minutes"] = round((time.monotonic() - begun) / 60, 2)
+        run["wall_minutes"] = round((_wall() - wall) / 60, 2)
     report = json.loads((out / "recovery.json").read_text(encoding="utf-8"))
     run |= {key: report["training"][key] for key in ("tokens", "steps", "seconds")}
     run["configuration"] = {key: report[key] for key in ("configuration", "distillation")}

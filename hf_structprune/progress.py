@@ -49,6 +49,11 @@ def hidden() -> Any:
     return chosen(False)
 
 
+def above_bars() -> Any:
+    """A context in which something is printed: a bar that is open steps aside for it."""
+    return _tqdm.external_write_mode()
+
+
 @contextmanager
 def _without_those_of_transformers() -> Iterator[None]:
     shown = logging.is_progress_bar_enabled()

@@ -31,6 +31,7 @@ from ..model.describe import target_of
 from ..model.loading import load_config
 from ..model.towers import has_towers
 from ..plan import PruningPlan
+from ..progress import above_bars
 from ..pruner import StructuredPruner
 from ..quantization.quantizing import Unquantised, backend_of, quantize
 from ..recovery.data import load_rows
@@ -51,14 +52,7 @@ from .models import (
 )
 from .options import ModelArguments, RunArguments
 from .recipe import Recipe, Step
-from .time_budget import (
-    TimeBudget,
-    account,
-    measuring_seconds,
-    pruning_seconds,
-    window_seconds,
-    windows_in,
-)
+from .time_budget import TimeBudget, account, measuring_seconds, pruning_seconds, window_seconds, windows_in
 
 
 TURNS = 3
@@ -137,22 +131,27 @@ class _Run:
         self.steps: list[tuple[str, float]] = []  # what was begun, and when
         self.budget: TimeBudget | None = None
         if recipe.minutes is not None:
-            self.budget = TimeBudget(recipe.minutes, started, lambda line: self.out.print(line, soft_wrap=False))
+            self.budget = TimeBudget(recipe.minutes, started, self._say)
         self.measuring: float | None = None  # seconds that measuring a model takes, once that is known
         self.folder, self.final = Path(recipe.output_dir), list(recipe.folders.values())[-1]
         for folder in self.folders.values():
             check_folder(folder)
         check_place(recipe.dense_results, file=True)
 
-    def _begin(self, words: str) -> None:
-        """Says what is done now, and remembers when it was begun."""
-        self.steps.append((words, time.monotonic()))
+    def _begin(self, words: str, name: str) -> None:
+        """Says what is done now, and remembers under a short name when it was begun."""
+        self.steps.append((name, time.monotonic()))
         self.out.print(f"{words} ...")
+
+    def _say(self, line: str) -> None:
+        """Prints a line, also while a bar is shown."""
+        with above_bars():
+            self.out.print(line)
 
     def _took(self) -> str:
         """How long each step took, in a line."""
         ends = [*(begun for _, begun in self.steps[1:]), time.monotonic()]
-        took = [(words, end - begun) for (words, begun), end in zip(self.steps, ends, strict=True)]
+        took = [(name, end - begun) for (name, begun), end in zip(self.steps, ends, strict=True)]
         return account(self.started, took) if self.budget is None else self.budget.account(took)
 
     def all(self, push: bool) -> None:
@@ -189,18 +188,18 @@ class _Run:
         measured = self.recipe.evaluation is None or (not self.again and dense.exists())
         if pruned and measured:
             return
-        self._begin(f"Loading {self.base}")
+        self._begin(f"Loading {self.base}", "loading")
         pruner = load_pruner(self.dense, self.recipe.pruning)
         foretold = self._foretell(pruner, pruned)
         if not measured:
-            self._begin(f"Measuring {self.base}")
+            self._begin(f"Measuring {self.base}", "measuring dense")
             self._evaluate(pruner.model, pruner.tokenizer, Path(self.recipe.dense_results), self.base, "dense")
         if not pruned:
-            self._begin(f"Pruning {self.base}")
+            self._begin(f"Pruning {self.base}", "pruning")
             if self.dense.model != self.base:  # the card names the model, not the cache it was read from
                 pruner.origin = Origin.of(self.base).with_options_of(pruner.origin)
-            left = nullcontext() if self.budget is None else self.budget.step("Pruning", foretold, 2 * self.measuring)
-            with left:
+            after = len(self.folders) * (self.measuring or 0.0)
+            with nullcontext() if self.budget is None else self.budget.step("Pruning", foretold, after):
                 pruner.prune(self.recipe.ratio)
             self.out.print(pruner.last_plan.table())
             pruner.save_pretrained(self.folder)
@@ -278,12 +277,12 @@ class _Run:
         resume = not self.again and newest_whole(training_folder(step.output_dir))[0] is not None
         config, until = step.config, None
         if self.budget is not None:
-            minutes = self.budget.training(self.measuring or 0.0)
+            minutes = self.budget.training((len(self.folders) - 1) * (self.measuring or 0.0))
             if minutes is None:
                 return False
             config = dataclasses.replace(config, minutes=round(minutes, 2))
             until = time.monotonic() + 60 * minutes
-        self._begin(f"Recovering {self.folder}")
+        self._begin(f"Recovering {self.folder}", "recovering")
         recover(
             self.folder, step.dataset or None, step.output_dir, config, split=step.split, dense=self.dense.model,
             teacher=self.dense.model, teacher_name=None if Path(self.base).exists() else self.base, resume=resume,
@@ -295,14 +294,14 @@ class _Run:
     def _quantise(self, step: Step) -> bool:
         """Quantises the last checkpoint."""
         trained = list(self.folders.values())[-2]
-        self._begin(f"Quantising {trained}")
+        self._begin(f"Quantising {trained}", "quantising")
         quantize(str(trained), step.output_dir, step.config, overwrite=self.again)
         return True
 
     def _finish(self, folder: Path, state: str) -> None:
         """Measures a checkpoint as its users will load it, and describes it."""
         if self.recipe.evaluation is not None:
-            self._begin(f"Measuring {folder}")
+            self._begin(f"Measuring {folder}", f"measuring {state}")
             model, tokenizer = load_for_measuring(self._result(folder))
             if self.budget is not None and self.measuring is None:  # all before it was done earlier
                 self._time_window(model)
@@ -324,7 +323,7 @@ class _Run:
         results = [EvaluationResult.load(file) for file in files]
         if not self.recipe.evaluation.efficiency or all("efficiency/parameters" in r.figures for r in results):
             return
-        self._begin("Measuring size, memory and speed of all")
+        self._begin("Measuring size, memory and speed of all", "size, memory and speed")
         subjects = [Subject(self.dense, "dense", None)]
         subjects += [Subject(self._result(folder), state, self.base) for state, folder in self.folders.items()]
         config, turns = EfficiencyConfig(seed=self.recipe.evaluation.seed), self.turns

@@ -1,7 +1,7 @@
 """`TimeBudget`: the minutes of a recipe, of which the training takes what the other steps leave.
 
-What the other steps take is foretold by one forward pass, and measured as they are done: the rest is divided anew after
-each of them, and every difference is said.
+What the other steps take is foretold by one forward pass, and measured as they are done: the rest is divided anew
+after each of them, and every difference is said.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from transformers import PreTrainedModel
 from ..config import PruningConfig
 from ..errors import ConfigurationError
 from ..evaluation.perplexity import EvaluationText
-from ..evaluation_config import EvaluationConfig, find_protocol
+from ..evaluation_config import EvaluationConfig
 from ..model.measuring import context_length, measuring
 
 
 LEAST = 0.1  # of all minutes: a shorter training is not begun
 MEASURING = 0.15  # of all minutes at most, for perplexities
-# Plain passes of all calibration tokens that take as long as pruning by the default, and as pruning where kinds of units
-# are measured before: of SmolLM2, 2.6 to 3.7 times and 1.8 times as many again.
+# Plain passes of all calibration tokens that take as long as pruning by the default, 2.6 to 3.7 of SmolLM2, and as
+# pruning where kinds of units are measured before, 1.8 times as long.
 PRUNING, CHOOSING = 3.3, 5.9
 SAMPLES, GENERATION = 4, 20  # windows that take as long as sample texts, and as questions and requests
 _OVERDUE = 1.25  # times what was foretold
@@ -145,8 +145,8 @@ class TimeBudget:
         left = self.left - after - _ENDING * self.seconds
         if left < LEAST * self.seconds:
             self.say(
-                f"Not trained: of {self.minutes:g} minutes {_minutes(max(0.0, left))} are left, less than a tenth. The "
-                "same command with more `minutes` goes on from here and trains."
+                f"Not trained: of {self.minutes:g} minutes {_minutes(max(0.0, left))} are left, less than a tenth. "
+                "The same command with more `minutes` goes on from here and trains."
             )
             return None
         self.say(f"{left / 60:.1f} of {self.minutes:g} minutes are for the training.")
@@ -210,42 +210,6 @@ def pruning_seconds(config: PruningConfig, chooses: bool, each: float, window: i
     passes = each * text.num_samples * text.length / window
     minutes = (config.search_minutes if config.allocation == "evolution" else 0) + (config.reconstruct_minutes or 0)
     return passes * (CHOOSING if chooses else PRUNING) + 60 * minutes
-
-
-def account(self, steps: Sequence[tuple[str, float]]) -> str:
-        """How long all took, and each of the steps (their names and seconds), in a line."""
-        used = self.seconds - self.left
-        return f"Asked for {self.minutes:g} minutes, took {_minutes(used)} (minutes:seconds): {_in_words(steps)}."
-
-
-class _Alarm:
-    """Calls a function when `time.monotonic` has come to a time, unless it is cancelled before."""
-
-    def __init__(self, due: float, ring: Callable[[], None]) -> None:
-        self._due, self._ring, self._cancelled = due, ring, threading.Event()
-        threading.Thread(target=self._wait, daemon=True).start()
-
-    def _wait(self) -> None:
-        while not self._cancelled.wait(min(max(0.0, self._due - time.monotonic()), 3600.0)):
-            if time.monotonic() >= self._due:
-                self._ring()
-                return
-
-    def cancel(self) -> None:
-        self._cancelled.set()
-
-
-def window_seconds(model: PreTrainedModel, window: int) -> float:
-    """Seconds that a window of so many random tokens takes, the shorter of two passes, logits and all."""
-    window = min(window, context_length(model) or window)
-    ids = torch.arange(window, device=model.device)[None] % model.get_input_embeddings().num_embeddings
-    took = []
-    with measuring(model), torch.no_grad():
-        for _ in range(2):
-            begun = time.monotonic()
-            model(input_ids=ids, use_cache=False).logits.float().logsumexp(-1).sum().item()
-            took.append(time.monotonic() - begun)
-    return min(took)
 
 
 def account(started: float, steps: Sequence[tuple[str, float]]) -> str:

@@ -80,7 +80,7 @@ class LoraRecoveryCallback(TrainerCallback):
         patience: Stop after so many measurements without a new best; `None` never stops.
         minutes: Stop after so many, and let the learning rate fall by time instead of steps; `evaluations` are then
             spread over them. `args.max_steps` or the epochs must be enough for that.
-        until: With `minutes`: when they have to be over, by `time.monotonic`; what is left then is less for the training.
+        until: With `minutes`: when they have to be over, by `time.monotonic`, however late the training begins.
         output_dir: Folder of the merged model. Default: `<args.output_dir>/recovered`.
         merge: Merge and save at the end; without it the Trainer has the best weights and nothing else is written.
 

@@ -1,6 +1,8 @@
 """`hf-structprune shrink`: one line prunes, distils on the model's own text, measures and writes the card."""
 
 import json
+import time
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -12,7 +14,7 @@ pytest.importorskip("peft")
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from hf_structprune import PruningPlan  # noqa: E402
-from hf_structprune.commands import cli, run, shrink  # noqa: E402
+from hf_structprune.commands import cli, run, shrink, time_budget  # noqa: E402
 from hf_structprune.evaluation import EvaluationResult  # noqa: E402
 from hf_structprune.recovery import own_text, save  # noqa: E402
 
@@ -23,13 +25,15 @@ SMALL = {
 }  # fmt: skip
 
 
+made = shrink.recipe_of
+
+
 @pytest.fixture
 def place(tiny_llama, make_tokenizer, tmp_path, monkeypatch):
     """A dense checkpoint, and recipes that are done in a moment."""
     tiny_llama.save_pretrained(tmp_path / "dense")
     make_tokenizer().save_pretrained(tmp_path / "dense")
     (tmp_path / "own.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
-    made = shrink.recipe_of
 
     def quick(*given):
         content = made(*given)
@@ -65,6 +69,50 @@ def test_one_line_and_what_is_done_is_not_done_again(place, capsys, monkeypatch)
     assert cli.main([*line, str(out)]) == 0 and again == []
     assert cli.main([*line[:-1], "--output-dir", str(place / "dense")]) == 2  # which holds something else
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_without_time_nothing_is_trained_and_more_time_goes_on_from_there(place, capsys, monkeypatch):
+    late, prune = [0.0], run.StructuredPruner.prune
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + late[0])
+    monkeypatch.setattr(run, "time", clock)
+    monkeypatch.setattr(time_budget, "time", clock)
+
+    def slowly(*given, **more):
+        late[0] = 170.0
+        return prune(*given, **more)
+
+    monkeypatch.setattr(run.StructuredPruner, "prune", slowly)
+    line = ["shrink", str(place / "dense"), "--ratio", "0.2", "--output-dir", str(place / "out"), "--minutes"]
+    assert cli.main([*line, "3"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "more than foretold" in shown and "Not trained: of 3 minutes" in shown and "Asked for 3 minutes" in shown
+    assert not (place / "out").exists() and (place / "out-pruned" / "README.md").is_file()
+    trained = []
+    monkeypatch.setattr(run, "recover", lambda *given, **more: trained.append((given, more)))
+    late[0] = 0.0
+    assert cli.main([*line, "4"]) != 0  # nothing was recovered, which is then measured
+    ((pruned, *_, config), more), *_ = trained
+    assert pruned == place / "out-pruned" and 3 < config.minutes < 4
+    assert more["until"] - clock.monotonic() <= 60 * config.minutes + 1
+
+
+def test_too_few_minutes_are_refused_before_any_work(place, capsys, monkeypatch):
+    monkeypatch.setattr(run, "window_seconds", lambda model, window: 100.0)
+    line = ["shrink", str(place / "dense"), "--ratio", "0.2", "--minutes", "3", "--output-dir", str(place / "out")]
+    assert cli.main(line) == 2
+    assert "Give at least" in " ".join(capsys.readouterr().err.split())
+    assert not list(place.glob("out*"))
+
+
+def test_all_weights_are_trained_where_there_is_room(place, monkeypatch):
+    parameters = AutoModelForCausalLM.from_pretrained(place / "dense").num_parameters()
+    for memory, room in ((36 * parameters + 40, True), (36 * parameters - 40, False)):
+        monkeypatch.setattr(shrink, "memory_in_all", lambda memory=memory: memory)
+        assert shrink.has_room(str(place / "dense")) == room
+    options = shrink.ShrinkArguments("m", 0.2, 60.0, "o", dataset=["d.jsonl"])
+    recover = made(options, None, True)["recover"]
+    assert recover["weights"] == "full" and recover["distillation"] == {"label_weight": shrink.LABEL_WEIGHT}
+    assert "weights" not in made(options)["recover"]
 
 
 def test_sequences_are_no_longer_than_the_model_takes():

@@ -266,7 +266,7 @@ def test_no_data_set_is_needed_to_distil(checkpoints, monkeypatch, capsys):
 def test_a_training_with_a_time_limit_ends_in_time_with_its_learning_rate(checkpoints, monkeypatch, caplog):
     """A clock that goes on by six seconds with every optimiser step."""
     now, rates = [0.0], []
-    monkeypatch.setattr(time_limit, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(time_limit, "time", SimpleNamespace(monotonic=lambda: now[0]))
     step = LoraRecoveryCallback.on_step_end
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -281,6 +281,17 @@ def test_a_training_with_a_time_limit_ends_in_time_with_its_learning_rate(checkp
     half_cosine = [SMALL["learning_rate"] * (1 + math.cos(math.pi * n / 10)) / 2 for n in range(10)]
     assert rates == pytest.approx(half_cosine, abs=1e-5)
     assert "Training was stopped" not in (result.folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("until", "seconds"), [(None, 60.0), (100.0, 60.0), (45.0, 37.0), (-5.0, 1.0)])
+def test_a_time_limit_is_over_by_then(monkeypatch, until, seconds):
+    now = [8.0]
+    monkeypatch.setattr(time_limit, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    limit = time_limit.TimeLimit(1.0, 4, until)
+    limit.begin(None, 10)
+    assert limit.seconds == seconds
+    now[0] += seconds / 2
+    assert limit.progress == 0.5 and limit.next_part() and not limit.next_part()
 
 
 def test_a_model_in_memory(checkpoints, make_tokenizer):

@@ -1,0 +1,97 @@
+"""The minutes of a recipe: what is foretold, what is refused, and what is said as the time goes."""
+
+import re
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from hf_structprune.commands import time_budget
+from hf_structprune.commands.time_budget import LEAST, MEASURING, TimeBudget, pruning_seconds
+from hf_structprune.config import PruningConfig
+from hf_structprune.errors import ConfigurationError
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(time_budget, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+def budget_of(minutes, clock):
+    said = []
+    return TimeBudget(minutes, clock[0], said.append), said
+
+
+@pytest.mark.parametrize("wanted", [1, 6, 40])
+@pytest.mark.parametrize("each", [0.01, 4.0, 70.0])
+def test_windows_take_no_more_than_their_share(clock, each, wanted):
+    budget, said = budget_of(10, clock)
+    count = budget.windows(each, texts=2, models=3, wanted=wanted)
+    fits = [n for n in range(1, wanted + 1) if n * 2 * 3 * each <= MEASURING * 600]
+    assert count == max(fits, default=1)
+    assert bool(said) == (count < wanted)
+
+
+@pytest.mark.parametrize("gone", [0.0, 20.0])
+@pytest.mark.parametrize(("measuring", "pruning"), [(120.0, 240.0), (6.0, 0.0), (3.0, 33.0)])
+def test_too_few_minutes_are_refused_and_as_many_as_it_says_are_enough(clock, measuring, pruning, gone):
+    few, _ = budget_of(0.5, clock)
+    clock[0] += gone
+    with pytest.raises(ConfigurationError, match="nothing to train") as refused:
+        few.check(measuring, pruning + 30.0)
+    enough = float(re.search(r"at least ([\d.]+),", str(refused.value)).group(1))
+    budget, said = budget_of(enough, [clock[0] - gone])
+    budget.check(measuring, pruning + 30.0)
+    assert len(said) == 1 and "about" in said[0]
+    much, _ = budget_of(0.6 * enough, [clock[0] - gone])
+    with pytest.raises(ConfigurationError):
+        much.check(measuring, pruning + 30.0)
+
+
+def test_training_gets_what_is_left_and_is_left_out_where_that_is_less_than_a_tenth(clock):
+    budget, said = budget_of(60, clock)
+    clock[0] += 600.0
+    assert budget.training(after=120.0) == pytest.approx(60 - 10 - 2 - 1.2)
+    clock[0] += 60 * (50 - 2 - 1.2 - 60 * LEAST) + 1
+    assert budget.training(after=120.0) is None and "Not trained" in said[-1] and "more `minutes`" in said[-1]
+
+
+def test_a_step_that_takes_longer_says_so_meanwhile(clock):
+    lines, rang = [], {word: threading.Event() for word in ("at most", "all the time")}
+
+    def say(line):
+        lines.append(line)
+        for word, event in rang.items():
+            if word in line:
+                event.set()
+
+    budget = TimeBudget(1.0, clock[0], say)
+    with budget.step("Pruning", 0.001, after=59.998):
+        assert lines == []  # the clock stands
+        clock[0] += 0.0015
+        assert rang["at most"].wait(20) and not rang["all the time"].is_set()
+        clock[0] += 40.0
+        assert rang["all the time"].wait(20)
+    assert "Pruning took 0:40, 0:40 more than foretold" in lines[-1]
+    assert budget.account([("pruning", 40.0)]) == "Asked for 1 minutes, took 0:40 (minutes:seconds): pruning 0:40."
+
+
+def test_a_step_in_time_says_nothing(clock):
+    budget, said = budget_of(10, clock)
+    with budget.step("Pruning", 100.0):
+        clock[0] += 105.0
+    assert said == []
+    with pytest.raises(ZeroDivisionError), budget.step("Pruning", 100.0):
+        raise ZeroDivisionError
+    assert said == []
+
+
+def test_what_pruning_takes_goes_with_its_text_and_the_minutes_it_is_given():
+    plain = pruning_seconds(PruningConfig(), False, 2.0, 2048)
+    half = PruningConfig(calibration={"num_samples": 64})
+    assert pruning_seconds(half, False, 2.0, 2048) == plain / 2 < pruning_seconds(half, True, 2.0, 2048)
+    assert pruning_seconds(PruningConfig(reconstruct_minutes=3), False, 2.0, 2048) == plain + 180
+    search = PruningConfig(units="mlp_neurons", layout="per_layer", allocation="evolution", search_minutes=5)
+    assert pruning_seconds(search, False, 2.0, 2048) == plain + 300
