@@ -451,10 +451,11 @@ class ShrinkArguments:
     Args:
         model (`str`): Id of a model on the Hub, or a folder.
         ratio (`float`): Share of all parameters to remove: 0.3 removes 30 %.
-        minutes (`float`): For everything: training takes what measuring and pruning leave of it, and at least a tenth.
+        minutes (`float`): For everything: training takes what measuring and pruning leave of it, and is left out where
+            that is less than a tenth. Too few for the model are refused once a pass through it was timed.
         output_dir (`str`): Folder for the smaller model; the pruned one before training goes to `OUTPUT_DIR-pruned`.
-        dataset (list of `str`, *optional*): Data to train on. Default: what the pruning is calibrated on, and what the
-            dense model writes.
+        dataset (list of `str`, *optional*): Data to train on, of the kinds of text the model is for. Default: what
+            the pruning is calibrated on, and what the dense model writes.
         overwrite (`bool`): Do everything again even if the folders hold checkpoints.
         dry_run (`bool`): Print the recipe and its plan; loads no weights.
     """

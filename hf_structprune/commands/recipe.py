@@ -61,8 +61,8 @@ class Recipe:
     """What `hf-structprune run FILE` does: prune, recover, quantise, measure all sides, write the cards, push.
 
     A step that is `None` is not done. Several recipes may share the file of the dense model's results; `push` are
-    arguments of `push_folder`, and `text` is the file as it was written. With `minutes` the recovery takes what the
-    other steps leave of them.
+    arguments of `push_folder`, and `text` is the file as it was written. With `minutes` the recovery takes what
+    pruning and measuring leave of them; quantising and timing come on top.
     """
 
     model: ModelArguments

@@ -84,7 +84,7 @@ def run_recipe(
     if recipe.recovery is not None:
         need("trl", "peft", extra="recover")
         if recipe.recovery.dataset:
-            load_rows(recipe.recovery.dataset, split=recipe.recovery.split, max_samples=1)
+            load_rows(recipe.recovery.dataset, split=recipe.recovery.split)
     dense = dataclasses.replace(recipe.model, model=find_model(recipe.model.model).model)
     if recipe.quantization is not None:
         _check_quantization(recipe, dense)
@@ -210,24 +210,24 @@ class _Run:
         """Divides the time of a recipe that has one, before any of it is spent; seconds that pruning will take."""
         if self.budget is None:
             return 0.0
-        window, each = self._time_window(pruner.model)
+        window, body = self._time_window(pruner.model)
         foretold = 0.0
         if not pruned:
             plan = pruner.plan(self.recipe.ratio) if plans_by_shapes(self.recipe.pruning, self.recipe.ratio) else None
             chooses = plan is not None and any(reason.startswith(NOT_YET) for reason in plan.reasons)
-            foretold = pruning_seconds(self.recipe.pruning, chooses, each, window)
+            foretold = pruning_seconds(self.recipe.pruning, chooses, body, window)
         self.budget.check(self.measuring * (len(self.folders) + 1), foretold)
         return foretold
 
     def _time_window(self, model: PreTrainedModel) -> tuple[int, float]:
-        """Tokens of a window and the seconds it takes; chooses how many are measured, and foretells how long."""
+        """Tokens of a window and its seconds without the head; chooses how many are measured, foretells how long."""
         config = self.recipe.evaluation
         protocol = find_protocol("paper") if config is None else find_protocol(config.protocol)
         window = protocol.change(window=None if config is None else config.window).window_for(model)
-        each = window_seconds(model, window)
+        each, body = window_seconds(model, window)
         if config is None:
             self.measuring = 0.0
-            return window, each
+            return window, body
         found = windows_in(config.load()[0], window)
         wanted = found if config.max_windows is None else min(config.max_windows, found)
         dense = Path(self.recipe.dense_results)
@@ -240,7 +240,7 @@ class _Run:
             chosen = config.max_windows if most == wanted else most
         self.recipe.evaluation = dataclasses.replace(config, max_windows=chosen)
         self.measuring = measuring_seconds(config, wanted if chosen is None else chosen, each)
-        return window, each
+        return window, body
 
     def _is_pruned(self) -> bool:
         """Whether the folder holds the checkpoint already; refuses something else in it."""

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 
 from ..config import PruningConfig
 from ..errors import ConfigurationError
-from ..evaluation.perplexity import EvaluationText
+from ..evaluation.perplexity import EvaluationText, window_losses
 from ..evaluation_config import EvaluationConfig
 from ..model.measuring import context_length, measuring
+from ..progress import hidden
 
 
 LEAST = 0.1  # of all minutes: a shorter training is not begun
@@ -28,7 +29,7 @@ MEASURING = 0.15  # of all minutes at most, for perplexities
 PRUNING, CHOOSING = 3.3, 5.9
 SAMPLES, GENERATION = 4, 20  # windows that take as long as sample texts, and as questions and requests
 _OVERDUE = 1.25  # times what was foretold
-_ENDING = 0.02  # of all minutes: the last step of a training, and saving
+_ENDING, _ENDING_SECONDS = 0.02, 15.0  # of all minutes, and beside: the last step of a training, and saving
 
 
 class TimeBudget:
@@ -66,8 +67,8 @@ class TimeBudget:
         if wanted <= most:
             return wanted
         self.say(
-            f"{most} windows of each text are measured, not {wanted}: these would take over {MEASURING:.0%} of the "
-            f"time, at {each:.1f} seconds each."
+            f"{'One window' if most == 1 else f'{most} windows'} of each text instead of {wanted} measured: all would "
+            f"take over {MEASURING:.0%} of the time, at {each:.1f} seconds each."
         )
         return most
 
@@ -142,7 +143,7 @@ class TimeBudget:
         Args:
             after: Seconds that the steps after it need.
         """
-        left = self.left - after - _ENDING * self.seconds
+        left = self.left - after - _ENDING * self.seconds - min(_ENDING_SECONDS, 0.05 * self.seconds)
         if left < LEAST * self.seconds:
             self.say(
                 f"Not trained: of {self.minutes:g} minutes {_minutes(max(0.0, left))} are left, less than a tenth. "
@@ -175,17 +176,21 @@ class _Alarm:
         self._cancelled.set()
 
 
-def window_seconds(model: PreTrainedModel, window: int) -> float:
-    """Seconds that a window of so many tokens takes, the shorter of two passes, logits and all."""
+def window_seconds(model: PreTrainedModel, window: int) -> tuple[float, float]:
+    """Seconds that a window of so many tokens takes, the shorter of two passes: with its loss, without the head."""
     window = min(window, context_length(model) or window)
     ids = torch.arange(window, device=model.device)[None] % model.get_input_embeddings().num_embeddings
     took = []
-    with measuring(model), torch.no_grad():
+    with measuring(model), torch.no_grad(), hidden():
         for _ in range(2):
-            begun = time.monotonic()
-            model(input_ids=ids, use_cache=False).logits.float().logsumexp(-1).sum().item()
-            took.append(time.monotonic() - begun)
-    return max(min(took), 1e-6)
+            times = [time.monotonic()]
+            model.base_model(input_ids=ids, use_cache=False)[0].sum().item()
+            times.append(time.monotonic())
+            window_losses(model, ids, [window - 1], 1)
+            times.append(time.monotonic())
+            took.append((times[2] - times[1], times[1] - times[0]))
+    whole, body = (max(min(times), 1e-6) for times in zip(*took, strict=True))
+    return whole, body
 
 
 def windows_in(texts: Sequence[EvaluationText], window: int) -> int:
@@ -204,7 +209,7 @@ def pruning_seconds(config: PruningConfig, chooses: bool, each: float, window: i
     Args:
         config: How.
         chooses: Whether it is measured which kinds of units go.
-        each, window: Seconds of a plain pass, and its tokens.
+        each, window: Seconds of a pass without the head, and its tokens.
     """
     text = config.calibration
     passes = each * text.num_samples * text.length / window

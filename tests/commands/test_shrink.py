@@ -97,7 +97,7 @@ def test_without_time_nothing_is_trained_and_more_time_goes_on_from_there(place,
 
 
 def test_too_few_minutes_are_refused_before_any_work(place, capsys, monkeypatch):
-    monkeypatch.setattr(run, "window_seconds", lambda model, window: 100.0)
+    monkeypatch.setattr(run, "window_seconds", lambda model, window: (100.0, 100.0))
     line = ["shrink", str(place / "dense"), "--ratio", "0.2", "--minutes", "3", "--output-dir", str(place / "out")]
     assert cli.main(line) == 2
     assert "Give at least" in " ".join(capsys.readouterr().err.split())

@@ -53,7 +53,7 @@ def test_too_few_minutes_are_refused_and_as_many_as_it_says_are_enough(clock, me
 def test_training_gets_what_is_left_and_is_left_out_where_that_is_less_than_a_tenth(clock):
     budget, said = budget_of(60, clock)
     clock[0] += 600.0
-    assert budget.training(after=120.0) == pytest.approx(60 - 10 - 2 - 1.2)
+    assert budget.training(after=120.0) == pytest.approx(60 - 10 - 2 - 1.2 - 0.25)
     clock[0] += 60 * (50 - 2 - 1.2 - 60 * LEAST) + 1
     assert budget.training(after=120.0) is None and "Not trained" in said[-1] and "more `minutes`" in said[-1]
 
