@@ -123,14 +123,14 @@ def load_text(
             name, source = SAMPLE, "leading articles of WikiText-2 raw, test split"
     else:
         if named:
-            name, source, hint = spec, named.dataset, f"The text {spec!r} needs a data set of the Hub. "
+            name, source, hint = spec, named.dataset, f"The text {spec!r} needs a data set of the Hub: "
             chosen = [split] if split not in (None, named.splits[0]) else []
         else:
             named, local = NamedText(spec, ("test",), config_name, column or "text"), is_local(spec)
             source = path.expanduser().resolve().name if local else spec  # the whole path is nobody's business
             name, chosen = source.rpartition("/")[2], [value for value in options.values() if value is not None]
             if not local and "/" not in spec:
-                hint = f"Texts that have a name here are {', '.join((SAMPLE, *TEXTS))}. "
+                hint = f"Texts that have a name here are {', '.join((SAMPLE, *TEXTS))}; "
         split, separator = split or named.splits[0], named.separator
         try:
             rows = read_rows(named.dataset, name=named.config_name, split=split, column=named.column, **named.loading)

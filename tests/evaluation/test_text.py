@@ -165,7 +165,7 @@ def test_errors(tmp_path, hub):
 
 
 def test_a_misspelt_name_lists_the_names():
-    with pytest.raises(TextError, match=r"Texts that have a name here are sample, wikitext2, ptb, c4\. .*'wikitxt2'"):
+    with pytest.raises(TextError, match=r"Texts that have a name here are sample, wikitext2, ptb, c4; .*'wikitxt2'"):
         load_text("wikitxt2")
 
 
