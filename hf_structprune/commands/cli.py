@@ -216,6 +216,11 @@ def make_table(title: str, headers: Sequence[str], rows: Iterable[Sequence[str]]
     return table
 
 
+def why_left(note: str) -> str:
+    """A note about what is left alone, for a place that says so already; in one line."""
+    return " ".join(note.split()).removesuffix(", left alone")
+
+
 def show(as_json: bool, data: dict[str, Any], *tables: RenderableType) -> None:
     """Prints a result: the data as JSON, or the tables for people."""
     if as_json:

@@ -20,7 +20,7 @@ from ..files.reading import read_text
 from ..files.writing import write_text
 from ..units import KINDS
 from .arguments import command
-from .cli import make_table
+from .cli import make_table, why_left
 from .options import TypesArguments
 
 
@@ -263,7 +263,7 @@ def _table(rows: dict[str, Row]) -> str:
     lines.append(f"| --- {'| --- ' * len(COLUMNS)}| --- |\n")
     for name, row in rows.items():
         cells = (row.cells.get(kind, "") for kind in COLUMNS)
-        notes = "; ".join(" ".join(note.replace("|", "/").removesuffix(", left alone").split()) for note in row.notes)
+        notes = "; ".join(why_left(note).replace("|", "/") for note in row.notes)
         lines.append(f"| `{name}` | {' | '.join(cells)} | {notes} |\n")
     return "".join(lines)
 
@@ -324,5 +324,5 @@ def models_command(options: TypesArguments) -> tuple[Any, ...]:
         (name, *(", ".join(kind for kind in KINDS if row.cells.get(kind) == cell) for cell in found))
         for name, row in rows.items()
     ]
-    notes = [f"{name}, {LEFT}: {note}" for name, row in rows.items() for note in row.notes]
+    notes = [f"{name}, {LEFT}: {why_left(note)}" for name, row in rows.items() for note in row.notes]
     return data, make_table("model types", headers, cells, left=headers), *notes

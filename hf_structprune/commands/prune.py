@@ -26,7 +26,7 @@ from ..targets.reaching import check_alone
 from ..targets.size import SizeTarget
 from ..units import VOCABULARY
 from .arguments import command
-from .cli import check_output, make_table
+from .cli import check_output, make_table, why_left
 from .curve import inspect_curve
 from .models import check_amount, load_pruner, load_shapes, load_to_plan
 from .options import InspectArguments, ModelArguments, PlanArguments, PruneArguments
@@ -84,7 +84,7 @@ def inspect_command(model: ModelArguments, options: InspectArguments) -> tuple[A
         rows.append(["all", one["kind"], f"{units:,}", f"{cost:,}", share, "shared by all layers"])
     notes = [*structure.notes, *(f"{one['kind']}: {one['left_alone']}" for one in shared if one["left_alone"])]
     table = make_table(title, headers, rows, left=("layers", "unit", "producers -> consumer"))
-    return data, table, *(f"left alone: {note}" for note in notes)
+    return data, table, *(f"left alone: {why_left(note)}" for note in notes)
 
 
 def _shared(pruner: StructuredPruner) -> list[dict[str, Any]]:
@@ -156,7 +156,7 @@ def _inspect_depth(model: ModelArguments, options: InspectArguments) -> tuple[An
     values = [[layer[name][kind] for name in measures for kind in _KINDS] for layer in layers]
     rows = [[str(i), *("" if v is None else f"{v:.4f}" for v in row)] for i, row in enumerate(values)]
     title = "How much each layer turns the hidden states: least can go first"
-    tables = [make_table(title, ["layer", *headers], rows, left=())]
+    tables = [make_table(title, ["no.", *headers], rows, left=())]  # 80 columns hold it
     shown = blocks[: max(1, found.num_layers // 2)]  # --json and the CSV hold all sizes
     rows = [[str(len(b["layers"])), f"{b['distance']:.4f}", " ".join(map(str, b["layers"]))] for b in shown]
     tables.append(make_table("Blocks that turn them least", ("number", "distance", "layers"), rows, left=("layers",)))

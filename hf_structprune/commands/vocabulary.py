@@ -54,7 +54,7 @@ def inspect_vocabulary(
             f"{one['keep']:,}", f"{one['share']:.0%}", f"{one['covered']:.2%}",
             "" if one["covered_held_out"] is None else f"{one['covered_held_out']:.2%}",
             "" if one["longer"] is None else f"{one['longer']:.2%}",
-            f"{one['saved']:,}", f"{one['ratio']:.2%}",
+            f"{one['saved'] / 1e6:,.2f} M", f"{one['ratio']:.2%}",
         ]
         for one in points
     ]  # fmt: skip
@@ -65,7 +65,7 @@ def inspect_vocabulary(
         "of the text",
         "of text held out",
         "which gets longer by",
-        "parameters saved",
+        "params saved",
         "of the model",
     )
     table = make_table(title, headers, rows, left=())

@@ -189,7 +189,7 @@ def reason_of(attempt: Callable[[], None]) -> str | None:
     except _Differs as error:
         return f"on {small}, {error}"
     except StructPruneError as error:
-        return f"{small} does not show that it can be: {error}".rstrip(".")
+        return f"{small} does not show that it can be: {' '.join(f'{error}'.split())}".rstrip(".")
     except Exception as error:  # code of any model class runs here
         return f"{small} could not be built and cut ({_reason(error)})"
     return None

@@ -36,7 +36,7 @@ def refused(capsys, *argv: str) -> str:
     return capsys.readouterr().err
 
 
-def test_inspect_depth_writes_the_csv_and_the_heat_map(folder, tmp_path, capsys):
+def test_inspect_depth_writes_the_csv_and_the_heat_map(folder, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     out = tmp_path / "depth"
     data = json.loads(run(capsys, "inspect", folder, "--depth", "--output-dir", str(out), "--json", *CALIBRATION))
@@ -50,8 +50,10 @@ def test_inspect_depth_writes_the_csv_and_the_heat_map(folder, tmp_path, capsys)
     assert data["blocks"][1]["layers"] == list(range(int(best["block_start"]), int(best["block_end"])))
     assert (out / "layer_distances.png").read_bytes().startswith(b"\x89PNG")
     assert "files" in data and len(data["files"]) == 2
+    monkeypatch.setenv("COLUMNS", "80")
     text = run(capsys, "inspect", folder, "--depth", *CALIBRATION)
     assert "Blocks that turn them least" in text
+    assert text.splitlines()[2].count(" influence ") == 3  # words and numbers are not broken
 
 
 def test_inspect_depth_does_not_write_over_something(folder, tmp_path, capsys):
