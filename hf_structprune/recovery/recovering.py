@@ -453,9 +453,20 @@ def adapter_config(config: RecoveryConfig, model: PreTrainedModel) -> LoraConfig
             target_modules=targets if named else ALL_LINEAR, modules_to_save=whole,
             init_lora_weights=True if config.init_lora_weights is None else config.init_lora_weights,
             use_dora=config.use_dora, use_rslora=config.use_rslora,
+            ensure_weight_tying=_stays_tied(whole or (), model),
         )  # fmt: skip
     except (ValueError, ImportError) as error:
         raise ConfigurationError(f"PEFT refuses these adapters: {error}") from error
+
+
+def _stays_tied(whole: Sequence[str], model: PreTrainedModel) -> bool:
+    """Whether modules that are trained whole share a weight with another: it is trained as one, and saved as one."""
+    sides = [model.get_input_embeddings(), model.get_output_embeddings()]
+    weights = [getattr(side, "weight", None) for side in sides]
+    if weights[0] is None or weights[0] is not weights[1]:
+        return False
+    names = [f".{name}" for name, module in model.named_modules() if any(module is side for side in sides)]
+    return any(name.endswith(f".{one}") for name in names for one in whole)
 
 
 def widen(model: nn.Module) -> None:

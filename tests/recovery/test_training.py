@@ -101,6 +101,16 @@ def test_modules_to_save_as_in_peft_but_in_float32(tiny_llama, given):
     assert set(trained.values()) == {torch.float32} and len(trained) > len(whole)
 
 
+def test_a_tied_embedding_that_is_trained_whole_stays_tied(tiny_llama):
+    for tied in (False, True):
+        if tied:
+            tiny_llama.config.tie_word_embeddings = True
+            tiny_llama.tie_weights()
+        for given, whole in ((["embed_tokens"], tied), ("lm_head", tied), (["model.norm"], False), (None, False)):
+            found = adapter_config(RecoveryConfig(target_modules="q_proj", modules_to_save=given), tiny_llama)
+            assert found.ensure_weight_tying is whole
+
+
 def test_what_cannot_be_trained_whole_is_refused(tiny_llama):
     with pytest.raises(ConfigurationError, match="`modules_to_save` names 'head', of which the model has none"):
         adapter_config(RecoveryConfig(modules_to_save=["head"]), tiny_llama)
