@@ -7,28 +7,22 @@ are taken: an answer that is cut off would teach to stop anywhere.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import cached_assets_path
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import ConfigurationError
-from ..evaluation.results import model_fingerprint
-from ..files.reading import read_text
-from ..files.writing import write_text
 from ..hardware import process_state
 from ..model.measuring import measuring
 from ..progress import tqdm
 from .data import Encoder, recognise
+from .kept_batches import KeptBatches
 
 
 logger = logging.get_logger(__name__)
@@ -119,7 +113,7 @@ def answered_rows(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows `{"prompt": ..., "completion": ...}` of prompts of a data set and the dense model's answers to them.
 
-    What is answered is kept in the cache of huggingface_hub, as `own_text.generated_rows` keeps it.
+    What is answered is kept, see `KeptBatches`.
 
     Args:
         model, tokenizer: The dense model and its own tokenizer.
@@ -132,7 +126,6 @@ def answered_rows(
     Raises:
         ConfigurationError: There is no prompt in the data, or no answer ends.
     """
-    started = time.monotonic()
     encoder = Encoder(tokenizer, length, True, {tokenizer.eos_token_id})
     prompts = prompts_of(rows, encoder, length // 2)
     if not prompts:
@@ -142,17 +135,16 @@ def answered_rows(
         )
     prompts = random.Random(seed).sample(prompts, min(count, len(prompts)))
     about = Answers(model, tokenizer, [one.ids for one in prompts], min(NEW_TOKENS, length // 2))
-    key = hashlib.sha256(json.dumps([_VERSION, about.new_tokens, BATCH, about.prompts]).encode()).hexdigest()[:16]
-    folder = cached_assets_path("hf_structprune", namespace="answered", subfolder=model_fingerprint(model))
-    file = Path(folder) / f"{key}.jsonl"
-    found = [json.loads(line) for line in read_text(file).splitlines()] if file.is_file() else []
+    kept = KeptBatches("answered", model, [_VERSION, about.new_tokens, BATCH, about.prompts])
+    found = kept.batches
     with tqdm(total=len(prompts), initial=sum(map(len, found)), desc="Dense model answers") as progress:
-        while len(found) < len(about.batches) and (
-            seconds is None or not found or time.monotonic() - started < seconds
-        ):
-            found.append(about.batch(len(found)))
-            progress.update(len(found[-1]))
-            write_text(file, "".join(json.dumps(batch) + "\n" for batch in found))
+
+        def answer(number: int) -> list[list[int] | None]:
+            batch = about.batch(number)
+            progress.update(len(batch))
+            return batch
+
+        kept.fill(answer, lambda: len(found) < len(about.batches), seconds)
     answered = []
     for batch, said in zip(about.batches, found, strict=False):
         for number, ids in zip(batch, said, strict=True):

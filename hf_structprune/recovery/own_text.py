@@ -8,18 +8,14 @@ arXiv:2406.08464). Both are drawn from the model's distribution as it is, at tem
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import random
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import cached_assets_path
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -27,14 +23,12 @@ from transformers.utils import logging
 from ..config import CONFIG_NAME, PruningConfig
 from ..data import calibration_sample
 from ..errors import TextError
-from ..evaluation.results import model_fingerprint
-from ..files.reading import read_text
-from ..files.writing import write_text
 from ..hardware import cuda_devices, process_state
 from ..model.measuring import context_length, measuring
 from ..progress import tqdm
 from ..text.calibration import load_tokens
 from ..text.reading import read_rows
+from .kept_batches import KeptBatches
 
 
 logger = logging.get_logger(__name__)
@@ -140,8 +134,7 @@ def generated_rows(
 ) -> list[dict[str, str]]:  # fmt: skip
     """At least `tokens` tokens of text that a model writes, as rows `{"text": ...}`.
 
-    What is written is kept in the cache of huggingface_hub (`HF_ASSETS_CACHE`), under the fingerprint of the model and
-    all that it depends on: the next training reads it, and one that was interrupted goes on.
+    What is written is kept, see `KeptBatches`: the next training reads it, and one that was interrupted goes on.
 
     Args:
         model, tokenizer, openings, length, seed: See `Writer`.
@@ -151,28 +144,31 @@ def generated_rows(
     Raises:
         TextError: The model writes nothing.
     """
-    writer, started = Writer(model, tokenizer, openings, length, seed), time.monotonic()
-    about = json.dumps([_VERSION, length, seed, BATCH, OPENING, QUESTION, writer.before, writer.openings])
-    folder = cached_assets_path("hf_structprune", namespace="generated", subfolder=model_fingerprint(model))
-    file = Path(folder) / f"{hashlib.sha256(about.encode()).hexdigest()[:16]}.jsonl"
-    batches = list(_kept(file))
-    found = sum(len(ids) for batch in batches for ids in batch)
-    with tqdm(total=tokens, initial=min(found, tokens), desc="Dense model writes", unit="token") as progress:
-        while found < tokens and (seconds is None or not batches or time.monotonic() - started < seconds):
-            batches.append(writer.batch(len(batches)))
-            new = sum(map(len, batches[-1]))
-            if not new and len(batches) > 2:
+    writer = Writer(model, tokenizer, openings, length, seed)
+    about = [_VERSION, length, seed, BATCH, OPENING, QUESTION, writer.before, writer.openings]
+    kept = KeptBatches("generated", model, about)
+
+    def found() -> int:
+        return sum(len(ids) for batch in kept.batches for ids in batch)
+
+    with tqdm(total=tokens, initial=min(found(), tokens), desc="Dense model writes", unit="token") as progress:
+
+        def write(number: int) -> list[list[int]]:
+            batch = writer.batch(number)
+            new = sum(map(len, batch))
+            if not new and number > 1:
                 raise TextError("The dense model ends its texts before it has begun them: give a `dataset`.")
-            progress.update(min(new, max(0, tokens - found)))
-            found += new
-            write_text(file, "".join(json.dumps(batch) + "\n" for batch in batches))
+            progress.update(min(new, max(0, tokens - found())))
+            return batch
+
+        kept.fill(write, lambda: found() < tokens, seconds)
     rows, count = [], 0
-    for batch in batches:
+    for batch in kept.batches:
         for ids in batch:
             if count < tokens:
                 rows.append({"text": _as_text(tokenizer, ids)})
                 count += len(ids)
-    logger.info(f"The dense model has written {count:,} tokens, kept in {file.name} of huggingface_hub's cache.")
+    logger.info(f"The dense model has written {count:,} tokens, kept in {kept.file.name} of huggingface_hub's cache.")
     return rows
 
 
@@ -180,11 +176,6 @@ def _as_text(tokenizer: Any, ids: list[int]) -> str:
     """The text that gives these ids, with its special tokens but for one that every text begins with anyway."""
     first = tokenizer("")["input_ids"][:1]
     return tokenizer.decode(ids[1:] if first == ids[:1] == [tokenizer.bos_token_id] else ids)
-
-
-def _kept(file: Path) -> Iterator[list[list[int]]]:
-    if file.is_file():
-        yield from (json.loads(line) for line in read_text(file).splitlines())
 
 
 def own_rows(

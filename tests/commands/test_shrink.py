@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from hf_structprune import PruningPlan  # noqa: E402
 from hf_structprune.commands import cli, run, shrink, time_budget  # noqa: E402
 from hf_structprune.evaluation import EvaluationResult  # noqa: E402
-from hf_structprune.recovery import own_text, save  # noqa: E402
+from hf_structprune.recovery import kept_batches, save  # noqa: E402
 
 
 SMALL = {
@@ -43,7 +43,7 @@ def place(tiny_llama, make_tokenizer, tmp_path, monkeypatch):
         return content
 
     monkeypatch.setattr(shrink, "recipe_of", quick)
-    monkeypatch.setattr(own_text, "cached_assets_path", lambda *_, **__: tmp_path / "cache")
+    monkeypatch.setattr(kept_batches, "cached_assets_path", lambda *_, **__: tmp_path / "cache")
     monkeypatch.setattr(save, "draw_curve", lambda curve, path, best_step=None: path.write_bytes(b"a curve"))
     return tmp_path
 

@@ -11,7 +11,14 @@ import torch
 pytest.importorskip("trl")
 
 from hf_structprune.errors import ConfigurationError  # noqa: E402
-from hf_structprune.recovery import DistillationConfig, LoraRecoveryCallback, RecoveryConfig, own_answers, recover  # noqa: E402
+from hf_structprune.recovery import (  # noqa: E402
+    DistillationConfig,
+    LoraRecoveryCallback,
+    RecoveryConfig,
+    kept_batches,
+    own_answers,
+    recover,
+)
 from hf_structprune.recovery.data import load_rows  # noqa: E402
 from hf_structprune.recovery.own_answers import ANSWERS, answered_rows, with_answers  # noqa: E402
 
@@ -30,7 +37,7 @@ def dense(monkeypatch, tmp_path, tiny_llama):
     """A model that ends its answers early: every third token is an end."""
     monkeypatch.setattr(own_answers, "BATCH", 3)
     monkeypatch.setattr(own_answers, "NEW_TOKENS", 6)
-    monkeypatch.setattr(own_answers, "cached_assets_path", lambda *_, subfolder, **__: tmp_path / "cache" / subfolder)
+    monkeypatch.setattr(kept_batches, "cached_assets_path", lambda *_, subfolder, **__: tmp_path / "cache" / subfolder)
     tiny_llama.generation_config.eos_token_id = list(range(0, tiny_llama.config.vocab_size, 3))
     return tiny_llama
 
@@ -159,7 +166,7 @@ def test_a_training_by_time_goes_on_with_the_answers_that_it_was_begun_with(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(own_answers, "time", SimpleNamespace(monotonic=count(step=1000).__next__))  # one batch alone
+        patched.setattr(kept_batches, "time", SimpleNamespace(monotonic=count(step=1000).__next__))  # one batch alone
         patched.setattr(LoraRecoveryCallback, "on_step_begin", interrupt)
         train(False)
     (answers,) = (tmp_path / "cache").glob("**/*.jsonl")

@@ -10,7 +10,7 @@ pytest.importorskip("trl")
 
 from hf_structprune import CalibrationConfig, PruningConfig  # noqa: E402
 from hf_structprune.config import CONFIG_NAME  # noqa: E402
-from hf_structprune.recovery import own_text  # noqa: E402
+from hf_structprune.recovery import kept_batches, own_text  # noqa: E402
 from hf_structprune.recovery.own_text import Writer, calibration_rows, generated_rows  # noqa: E402
 
 
@@ -26,7 +26,7 @@ def few(monkeypatch, tmp_path):
     monkeypatch.setattr(own_text, "BATCH", 3)
     monkeypatch.setattr(own_text, "OPENING", 4)
     monkeypatch.setattr(own_text, "QUESTION", 6)
-    monkeypatch.setattr(own_text, "cached_assets_path", lambda *_, subfolder, **__: tmp_path / "cache" / subfolder)
+    monkeypatch.setattr(kept_batches, "cached_assets_path", lambda *_, subfolder, **__: tmp_path / "cache" / subfolder)
     return tmp_path
 
 

@@ -23,7 +23,7 @@ from hf_structprune.recovery import (  # noqa: E402
     DistillationConfig,
     LoraRecoveryCallback,
     RecoveryConfig,
-    own_text,
+    kept_batches,
     recover,
     time_limit,
 )
@@ -249,7 +249,7 @@ def test_distilling_needs_to_know_the_dense_model(checkpoints):
 
 def test_no_data_set_is_needed_to_distil(checkpoints, monkeypatch, capsys):
     """On the calibration text and on what the dense model writes; the command of the card does the same."""
-    monkeypatch.setattr(own_text, "cached_assets_path", lambda *_, **__: checkpoints / "cache")
+    monkeypatch.setattr(kept_batches, "cached_assets_path", lambda *_, **__: checkpoints / "cache")
     argv = ["recover", str(checkpoints / "pruned"), "--dense", str(checkpoints / "dense"), "--method", "distill"]
     argv += ["--generated-tokens", "1200", "--max-samples", "60", f"--text={checkpoints / 'watched.txt'}", "--json"]
     argv += [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
