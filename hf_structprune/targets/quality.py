@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -113,8 +114,11 @@ class QualityTarget:
         limit = dense.value * (1 + sign * self.within) if dense.value > 0 else dense.value + sign * self.within
         low, high, ratio = 0.0, 1.0, FIRST
         tried: dict[float, float] = {}
+        begun = time.monotonic()
         with tqdm(total=TRIALS, desc=f"{self.name} within {self.within:.0%}") as bar:
-            for _ in range(TRIALS):
+            for number in range(TRIALS):
+                if number == 1:
+                    _say_how_long((time.monotonic() - begun) / 60)
                 try:
                     tried[ratio] = value_at(ratio).value
                     bar.set_postfix_str(f"{ratio:.1%}: {tried[ratio]:.4g}")
@@ -137,6 +141,16 @@ class QualityTarget:
             )
         asked = f"within {self.within:.3g} of the dense model"
         return low, Reached(asked, self.name, "", limit, dense.value, got=tried[low], tried=list(tried.items()))
+
+
+def _say_how_long(trial: float) -> None:
+    """What a trial of so many minutes means for all of them."""
+    from transformers.utils import logging
+
+    logging.get_logger(__name__).info(
+        f"A copy was pruned and measured in {trial:.1f} minutes: up to {TRIALS - 1} more, and pruning the model "
+        f"itself, take up to {TRIALS * trial:.0f}."
+    )
 
 
 def _next(low: float, high: float, losses: dict[float, float], allowed: float) -> float:

@@ -1,5 +1,7 @@
 """`within`: the largest ratio at which a metric is as near to the dense model's as is asked."""
 
+from types import SimpleNamespace
+
 import families
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hf_structprune import CalibrationConfig, PruningConfig, PruningPlan, Struct
 from hf_structprune.commands.prune import prune_command
 from hf_structprune.errors import ConfigurationError, RatioError
 from hf_structprune.evaluation import Figure
+from hf_structprune.targets import quality
 from hf_structprune.targets.quality import FINEST, TRIALS, QualityTarget
 
 
@@ -43,6 +46,20 @@ def test_the_largest_ratio_within_is_found(power, edge):
 def test_where_more_is_better_it_is_the_other_way_round():
     ratio, reached = QualityTarget(within=0.1, metric="x").search(of(0.5, True), lambda r: of(0.5 - 0.25 * r, True))
     assert reached.limit == 0.45 and 0.17 <= ratio <= 0.2 and reached.got >= 0.45
+
+
+def test_after_the_first_trial_it_says_how_long_all_may_take(monkeypatch, caplog):
+    now = [0.0]
+    monkeypatch.setattr(quality, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def value_at(ratio):
+        now[0] += 150.0
+        return of(10 + ratio)
+
+    with caplog.at_level("INFO", "hf_structprune"):
+        QualityTarget(within=0.05).search(of(10.0), value_at)
+    (said,) = (line for line in caplog.messages if "pruned and measured" in line)
+    assert f"2.5 minutes: up to {TRIALS - 1} more" in said and f"up to {TRIALS * 2.5:.0f}." in said
 
 
 def test_what_no_ratio_keeps_is_refused():
