@@ -157,6 +157,7 @@ class _Run:
     def all(self, push: bool) -> None:
         """Every step, in order."""
         recovery, quantization = self.recipe.recovery, self.recipe.quantization
+        self._measure_as_before()
         self._prune()
         self._finish(self.folder, "pruned")
         if quantization is not None:  # found out before a training that would be in vain
@@ -164,7 +165,7 @@ class _Run:
         if recovery is not None:
             made = self._make(recovery, "recovered", "recover", RECOVERY_NAME, recovery.config.to_public_dict())
             if not made:  # there was no time, and what would be made of it is not made either
-                self.folders, self.final, quantization = {"pruned": self.folder}, self.folder, None
+                self.folders, self.final, quantization, push = {"pruned": self.folder}, self.folder, None, False
         if quantization is not None:
             settings = public_config(quantization.config).to_dict()
             self._make(quantization, "quantised", "quantize", QUANTIZATION_NAME, settings)
@@ -198,7 +199,7 @@ class _Run:
             self._begin(f"Pruning {self.base}", "pruning")
             if self.dense.model != self.base:  # the card names the model, not the cache it was read from
                 pruner.origin = Origin.of(self.base).with_options_of(pruner.origin)
-            after = len(self.folders) * (self.measuring or 0.0)
+            after = len(self.folders) * (self.measuring or 0.0)  # seconds
             with nullcontext() if self.budget is None else self.budget.step("Pruning", foretold, after):
                 pruner.prune(self.recipe.ratio)
             self.out.print(pruner.last_plan.table())
@@ -230,17 +231,20 @@ class _Run:
             return window, body
         found = windows_in(config.load()[0], window)
         wanted = found if config.max_windows is None else min(config.max_windows, found)
-        dense = Path(self.recipe.dense_results)
-        if dense.is_file() and not self.again:  # the others are compared with it
-            settings = EvaluationResult.load(dense).settings
-            wanted = chosen = settings.get("max_windows", config.max_windows)
-            wanted = found if wanted is None else wanted
-        else:
+        if not Path(self.recipe.dense_results).is_file() or self.again:
             most = self.budget.windows(each, len(config.texts), len(self.folders) + 1, wanted)
-            chosen = config.max_windows if most == wanted else most
-        self.recipe.evaluation = dataclasses.replace(config, max_windows=chosen)
-        self.measuring = measuring_seconds(config, wanted if chosen is None else chosen, each)
+            if most < wanted:
+                wanted = most
+                self.recipe.evaluation = dataclasses.replace(config, max_windows=most)
+        self.measuring = measuring_seconds(config, wanted, each)
         return window, body
+
+    def _measure_as_before(self) -> None:
+        """In a recipe with a time, as many windows are measured as were of the dense model, whatever is asked for."""
+        dense = Path(self.recipe.dense_results)
+        if self.budget is not None and self.recipe.evaluation is not None and dense.is_file() and not self.again:
+            windows = EvaluationResult.load(dense).settings.get("max_windows", self.recipe.evaluation.max_windows)
+            self.recipe.evaluation = dataclasses.replace(self.recipe.evaluation, max_windows=windows)
 
     def _is_pruned(self) -> bool:
         """Whether the folder holds the checkpoint already; refuses something else in it."""
@@ -277,7 +281,9 @@ class _Run:
         resume = not self.again and newest_whole(training_folder(step.output_dir))[0] is not None
         config, until = step.config, None
         if self.budget is not None:
-            minutes = self.budget.training((len(self.folders) - 1) * (self.measuring or 0.0))
+            if self.measuring is None:  # all before it was done earlier
+                self._time_window(load_for_measuring(self._result(self.folder))[0])
+            minutes = self.budget.training((len(self.folders) - 1) * self.measuring)
             if minutes is None:
                 return False
             config = dataclasses.replace(config, minutes=round(minutes, 2))
@@ -303,8 +309,6 @@ class _Run:
         if self.recipe.evaluation is not None:
             self._begin(f"Measuring {folder}", f"measuring {state}")
             model, tokenizer = load_for_measuring(self._result(folder))
-            if self.budget is not None and self.measuring is None:  # all before it was done earlier
-                self._time_window(model)
             self._evaluate(model, tokenizer, folder / RESULTS_NAME, folder.name, state)
             del model
         self._describe(folder)

@@ -82,10 +82,13 @@ def test_without_time_nothing_is_trained_and_more_time_goes_on_from_there(place,
         return prune(*given, **more)
 
     monkeypatch.setattr(run.StructuredPruner, "prune", slowly)
+    monkeypatch.setattr(run, "window_seconds", lambda model, window: (8.0, 0.001))  # too slow to measure two
     line = ["shrink", str(place / "dense"), "--ratio", "0.2", "--output-dir", str(place / "out"), "--minutes"]
     assert cli.main([*line, "3"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "more than foretold" in shown and "Not trained: of 3 minutes" in shown and "Asked for 3 minutes" in shown
+    assert "One window of each text instead of 2" in shown
+    assert EvaluationResult.load(place / "out-pruned" / "evaluation_results.json").settings["max_windows"] == 1
     assert not (place / "out").exists() and (place / "out-pruned" / "README.md").is_file()
     trained = []
     monkeypatch.setattr(run, "recover", lambda *given, **more: trained.append((given, more)))
