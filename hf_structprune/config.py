@@ -71,8 +71,10 @@ class PruningConfig:
             Default: the kinds that other options name (`attention_ratio`, `mlp_ratio`, `num_layers`, `keep_first`,
             `hidden_size`, `split`), else `"auto"`.
         criterion (`str`): How units are ranked: `"random"`, `"l1"`, `"l2"`, `"taylor"`, `"wanda"`, `"wifv"`,
-            `"activation"` or `"obs"`. With nothing but depth or nothing but `"hidden"` to cut, it may also be one of
-            `depth_criterion` or `hidden_criterion` and sets that. Or a criterion for each kind:
+            `"activation"`, `"obs"` or `"kfac"` (as `"obs"`, by what the loss rises by). `"auto"` is `"obs"`, which
+            needs no gradients; of what `units="auto"` takes, `"kfac"` where the whole model is in memory. With
+            nothing but depth or nothing but `"hidden"` to cut, it may also be one of `depth_criterion` or
+            `hidden_criterion` and sets that. Or a criterion for each kind:
             `{"layers": "angular", "kv_groups": "wanda", "mlp_neurons": "obs"}`.
         taylor (`str`): Variant of the Taylor criterion: `"vectorize"`, `"first"`, `"second"` or `"mix"`.
         aggregation (`str`): Joins the scores of the tensors of a group: `"sum"`, `"mean"`, `"max"`, `"prod"`,
@@ -161,7 +163,7 @@ class PruningConfig:
     """
 
     units: tuple[Annotated[str, OneOf(ChainMap({AUTO: None}, KINDS))], ...] | None = None
-    criterion: str | dict[Kind, str] | list[str] = "obs"
+    criterion: str | dict[Kind, str] | list[str] = AUTO
     taylor: Annotated[str, OneOf(TAYLOR_VARIANTS)] = "first"
     aggregation: Annotated[str, OneOf(AGGREGATIONS)] = "sum"
     compensation: bool = True
@@ -295,7 +297,8 @@ class PruningConfig:
     def criterion_of(self, kind: str) -> str:
         """The criterion that ranks the units of a kind."""
         named = getattr(self, KINDS[kind].criterion_option)
-        return named[kind] if isinstance(named, dict) else named
+        named = named[kind] if isinstance(named, dict) else named
+        return "obs" if named == AUTO else named
 
     @property
     def needs_ratio(self) -> bool:
@@ -406,6 +409,8 @@ def _share_criteria(config: PruningConfig) -> None:
         ConfigurationError: It is a criterion of what is not cut, or could be meant for two kinds of units.
     """
     name, widths = config.criterion, config.kinds((AUTO, *kinds_of(WidthKind)))
+    if name == AUTO:
+        return
     widths = [kind for kind in widths if kind == AUTO or KINDS[kind].criterion_option == "criterion"]
     if isinstance(name, dict):
         for contradiction in _not_cut("criterion", name, config):

@@ -106,8 +106,8 @@ class DefaultKind:
     def unmeasurable(self) -> str:
         """Why nothing can be measured with this model and configuration; empty where it can."""
         config, criterion = self.config, make_criterion(self.config)
-        if criterion.needs_gradients:
-            return "the criterion 'taylor' needs gradients"
+        if criterion.needs_gradients and config.criterion != "kfac":
+            return f"the criterion {config.criterion!r} needs gradients"
         if not config.compensation and not criterion.needs_inputs:
             return "this configuration does not look at text"
         if config.allocation == EVOLUTION:

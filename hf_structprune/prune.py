@@ -27,7 +27,7 @@ from .refit.reconstruction import in_words
 from .refit.shared import CUTS
 from .stats.processes import Processes
 from .stats.seen import Calibration
-from .stats.survey import Survey, survey
+from .stats.survey import Survey, reduced_gradients
 from .units import GROUPS, KINDS, QUERIES
 from .vocabulary.choosing import TokenChoice
 
@@ -64,14 +64,15 @@ class Execution:
     def carry_out(self, plan: PruningPlan, known: Survey | None = None) -> None:
         """Cuts the model as planned; units that the plan does not name are chosen, by what is `known` already."""
         self._plan, target = plan, self._prove(plan)
-        if known is None and make_criterion(self.config).needs_gradients and not plan.chosen:
-            known = survey(self.model, self.structure, self.config, self.tokens)
         for decision in plan.shared:
             self._cut_shared(decision)
+        known = known or Survey()
+        if make_criterion(self.config).needs_gradients and not plan.chosen and (plan.shared or known.salience is None):
+            known.salience = reduced_gradients(self.model, self.structure, self.config, self.tokens())
         if target is None and (plan.groups or plan.dropped):
             target = target_of(self.model, self.structure, plan)
         if target is not None:
-            self._cut(plan, target, known or Survey())
+            self._cut(plan, target, known)
 
     def _prove(self, plan: PruningPlan) -> Target | None:
         """Builds what will come out, without weights, and raises early; `None` if something else is cut first."""

@@ -46,6 +46,7 @@ from .planner import Planner
 from .proof.guarantee import kinds_in, prove, prove_decoder
 from .prune import Execution, check_plan
 from .refit.price import Prices
+from .stats.gradients import try_gradients
 from .stats.processes import Processes
 from .stats.seen import Calibration, SeenRows, see
 from .stats.survey import Survey
@@ -57,7 +58,7 @@ from .targets.reaching import Search, asked_for, check_alone, counted
 from .targets.size import SizeTarget
 from .text.calibration import check_given, check_token_ids, load_tokens, respelled
 from .text.images import load_image_rows
-from .units import VOCABULARY
+from .units import KINDS, VOCABULARY, WidthKind, kinds_of
 from .vocabulary.choosing import TokenChoice
 
 
@@ -332,9 +333,8 @@ class StructuredPruner:
         self._decided, self._why, self._reached, self._found, self._priced = self.config, [], None, None, False
         if isinstance(ratio, PruningPlan):
             if AUTO in self.config.units:
-                self._decided = dataclasses.replace(
-                    self.config, units=tuple(sorted(kinds_in(ratio))), layout=ratio.layout
-                )
+                named = dataclasses.replace(self.config, units=tuple(sorted(kinds_in(ratio))), layout=ratio.layout)
+                self._decided = named if ratio.chosen else self._ranked(named)
             return self._proven(kinds_in(ratio)), ratio
         if size.speedup is not None and (self._streaming is not None or self._processes.count > 1):
             raise ConfigurationError("`speedup` times whole models in one process: leave `stream` and the others out.")
@@ -373,8 +373,28 @@ class StructuredPruner:
         """Puts what `units="auto"` stands for at a ratio, and why, where it is looked for."""
         decided, self._why = chooser.choose(ratio, measure)
         self._priced = chooser.measured
-        self._decided = decided.config if isinstance(decided, Candidate) else decided
+        named = decided.config if isinstance(decided, Candidate) else decided
+        self._decided = self._ranked(named) if measure else named
         self._found = decided if isinstance(decided, Candidate) and not for_size else None
+
+    def _ranked(self, config: PruningConfig) -> PruningConfig:
+        """Ranks what `units="auto"` takes by the loss, where its gradients can be had; says where they cannot."""
+        if config.criterion != AUTO:
+            return config
+        kinds = [kind for kind in config.kinds(kinds_of(WidthKind)) if KINDS[kind].criterion_option == "criterion"]
+        able = [kind for kind in kinds if "kfac" in KINDS[kind].criteria]
+        images = self.config.calibration.image_column is not None
+        why = self._in_parts() or ("the calibration text has images" if images else "")
+        if able and not why and has_weights(self.model):
+            try:
+                try_gradients(self._decoder(), self._tokens())
+            except (RuntimeError, NotImplementedError) as error:  # no room for it, or an operation without a gradient
+                why = f"gradients cannot be computed here ({str(error).splitlines()[0]})"
+        if able and why:
+            self._why.append(f"units are ranked by the outputs of their layers ('obs', not 'kfac'), since {why}")
+        criteria = {kind: "obs" if why or kind not in able else "kfac" for kind in kinds}
+        one = next(iter(criteria.values()), "obs")
+        return dataclasses.replace(config, criterion=criteria if len(set(criteria.values())) > 1 else one)
 
     def _in_parts(self) -> str:
         """Why kinds cannot be measured: the whole model is not run in one place; empty where it is."""

@@ -39,7 +39,7 @@ from .model.towers import has_towers
 from .plan import PruningPlan
 from .refit.layer_by_layer import MATRICES, looks_at_text
 from .refit.reconstruction import BYTES
-from .units import KINDS, LAYERS, SharedKind, kinds_of
+from .units import KINDS, LAYERS, SharedKind, WidthKind, kinds_of
 
 
 logger = logging.get_logger(__name__)
@@ -48,7 +48,8 @@ SAVE_EVERY = 60.0  # seconds at least between two states of a run
 _STATE = "state.safetensors"
 _STREAMS = (
     "What streams: allocation 'uniform' (also with a width for each kind or layer stated or planned), with every "
-    "criterion of widths and of experts but 'taylor', re-fit and error correction included; and layers and sublayers "
+    "criterion of widths and of experts but 'taylor' and 'kfac', re-fit and error correction included; and layers and "
+    "sublayers "
     f"that are named (`layers`, `keep_first`) or chosen by `depth_criterion` {', '.join(map(repr, LAYER_BY_LAYER))}"
 )
 _LOSSES = "measures the loss of the whole model without each of them"
@@ -71,7 +72,9 @@ def needs_whole(config: PruningConfig, ratio: float | PruningPlan | None, by_lay
     if plan is None and config.allocation != "uniform":
         reasons.append(f"allocation {config.allocation!r}, which compares all layers of the whole model first")
     if not chosen and make_criterion(config).needs_gradients:
-        reasons.append("the criterion 'taylor', which needs gradients of the whole model")
+        named = {config.criterion_of(kind) for kind in config.kinds(kinds_of(WidthKind))} & {"taylor", "kfac"}
+        words = " and ".join(map(repr, sorted(named or {config.criterion})))
+        reasons.append(f"the criterion {words}, which {_GRADIENTS}")
     if plan is None and config.chooses_depth(ratio) and not (by_layer and config.depth_criterion in LAYER_BY_LAYER):
         why = _GRADIENTS if config.depth_criterion == "taylor" else _LOSSES
         reasons.append(f"the choice of layers by {config.depth_criterion!r}, which {why}")

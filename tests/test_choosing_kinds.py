@@ -15,6 +15,7 @@ from hf_structprune.choosing_kinds import Candidate, Curve, KindChooser
 from hf_structprune.errors import ConfigurationError, RatioError
 from hf_structprune.model.structure import ModelStructure
 from hf_structprune.refit import price
+from hf_structprune.stats.gradients import try_gradients
 
 
 def auto(model, **options):
@@ -315,3 +316,51 @@ def test_where_whole_experts_are_too_coarse_another_kind_in_mlps_goes_unmeasured
     assert abs(experts.ratio - 0.05) > 0.02
     plan = StructuredPruner(model, PruningConfig(round_to=1, calibration=calibration)).plan(0.05)
     assert abs(plan.ratio - 0.05) < 0.02 and plan.removed and "experts" not in plan.removed
+
+
+def test_what_auto_takes_is_ranked_by_the_loss():
+    """As `kfac` of these units, also where a plan is given; explicit criteria stay."""
+    model = families.make_model("llama", torch.float32, num_hidden_layers=4)
+    pruner = auto(copy.deepcopy(model))
+    pruner.prune(0.1)
+    assert not any("obs" in note for note in pruner.last_plan.reasons)
+    named = auto(copy.deepcopy(model), units="mlp_neurons", criterion="kfac")
+    named.prune(0.1)
+    planned = auto(copy.deepcopy(model))
+    planned.prune(planned.plan(0.1))
+    explicit, plain = auto(copy.deepcopy(model), criterion="obs"), auto(copy.deepcopy(model), units="mlp_neurons")
+    explicit.prune(0.1)
+    plain.prune(0.1)
+    kept = [[group.kept for group in one.last_plan.groups] for one in (pruner, named, planned, explicit, plain)]
+    assert kept[0] == kept[1] == kept[2] != kept[3] == kept[4]
+
+
+def test_where_there_are_no_gradients_auto_ranks_by_outputs_and_says_so(monkeypatch):
+    class WithoutGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(_, x):
+            return x * torch.sigmoid(x)
+
+        @staticmethod
+        def backward(_, __):
+            raise NotImplementedError("no backward pass is written")
+
+    model = families.make_model("llama", torch.float32, num_hidden_layers=4)
+    monkeypatch.setattr(type(model.model.layers[2].mlp.act_fn), "forward", lambda _, x: WithoutGradient.apply(x))
+    plain, pruner = auto(copy.deepcopy(model), units="mlp_neurons"), auto(model)
+    plain.prune(0.1)
+    pruner.prune(0.1)
+    (note,) = [note for note in pruner.last_plan.reasons if "'obs', not 'kfac'" in note]
+    assert "no backward pass is written" in note
+    assert [g.kept for g in pruner.last_plan.groups] == [g.kept for g in plain.last_plan.groups]
+
+
+MODELS = [
+    *((families.make_model, name) for name in families.FAMILIES),
+    *((moe_families.make_moe, name) for name in moe_families.CONFIGS if name != "dbrx"),  # does not run
+]
+
+
+def test_every_family_has_gradients():
+    for make, name in MODELS:
+        try_gradients(make(name), torch.arange(3, 15)[None])

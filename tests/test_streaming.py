@@ -79,9 +79,10 @@ def prune_both(dense: Path, ratio, loading=None, spill=None, **options) -> tuple
 
 
 CASES = {
-    "llama": (lambda: make_model("llama"), 0.1, {}),
+    "llama": (lambda: make_model("llama"), 0.1, {"units": "mlp_neurons"}),
     "tied in bf16": (
-        lambda: make_model("llama", dtype=torch.bfloat16, tie_word_embeddings=True), 0.1, {"reconstruct": True},
+        lambda: make_model("llama", dtype=torch.bfloat16, tie_word_embeddings=True), 0.1,
+        {"units": "mlp_neurons", "reconstruct": True},
     ),
     "gemma2 heads": (lambda: make_model("gemma2"), 0.1, {"units": ("kv_groups", "mlp_neurons")}),
     "gpt2 per layer": (lambda: make_model("gpt2"), 0.05, {"units": ("kv_groups",), "layout": "per_layer"}),
@@ -164,7 +165,7 @@ def test_tie_that_the_checkpoint_stores_twice(tmp_path, equal):
     embedding = stored["model.embed_tokens.weight"]
     stored["lm_head.weight"] = embedding.clone() if equal else embedding.flip(0).contiguous()
     save_file(stored, dense / "model.safetensors", metadata={"format": "pt"})
-    memory, disk = prune_both(dense, 0.1)
+    memory, disk = prune_both(dense, 0.1, units="mlp_neurons")
     assert_same(memory, disk)
     assert ("lm_head.weight" in tensors(disk)) != equal
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ..config import PruningConfig
+from ..config import AUTO, PruningConfig
 from ..units import KINDS, RoutedKind, WidthKind, kinds_of
 from . import experts
 from .base import ByKind, ConsumerCriterion, Criterion, Method, Paper, Scoring, TensorCriterion
-from .widths import L1, L2, OBS, WIFV, Activation, Random, Taylor, Wanda
+from .widths import KFAC, L1, L2, OBS, WIFV, Activation, Random, Taylor, Wanda
 
 
 BY_NAME: dict[str, type[Criterion]] = {
@@ -18,6 +18,7 @@ BY_NAME: dict[str, type[Criterion]] = {
     "wifv": WIFV,
     "activation": Activation,
     "obs": OBS,
+    "kfac": KFAC,
 }
 
 __all__ = [
@@ -34,7 +35,9 @@ def make_criterion(config: PruningConfig) -> Criterion:
         criteria[kind] = experts.InExperts(config, criteria[kind])
     if len({type(criterion) for criterion in criteria.values()}) > 1:
         return ByKind(config, criteria)
-    return next(iter(criteria.values())) if criteria else BY_NAME[config.criterion](config)
+    if criteria:
+        return next(iter(criteria.values()))
+    return BY_NAME["obs" if config.criterion == AUTO else config.criterion](config)
 
 
 def class_of(kind: str, name: str) -> type[Criterion]:

@@ -8,6 +8,7 @@ import torch
 
 from ..model.groups import Slice
 from ..refit.closed_form import SELECTION_DAMPING, obs_scores
+from ..stats.gradients import OUTPUTS
 from ..stats.moments import InputStatistics
 from .base import ConsumerCriterion, Criterion, Paper, Scoring, TensorCriterion
 
@@ -101,6 +102,29 @@ class OBS(Criterion):
     def score(self, scoring: Scoring) -> torch.Tensor:
         group = scoring.group
         damping = SELECTION_DAMPING if self.config.damping is None else self.config.damping
-        weight = scoring.weight(group.reader)
+        weight = self.weight(scoring)
         gram, index = scoring.statistics.moments.matrix(torch.float64), group.reader.index
         return obs_scores(weight, gram, index, damping, scoring.drop, group.blocks, overwrite=True)
+
+    def weight(self, scoring: Scoring) -> torch.Tensor:
+        """What is multiplied with the inputs, shape (any, d): its squared norm is what counts."""
+        return scoring.weight(scoring.group.reader)
+
+
+class KFAC(OBS):
+    """`tr(G W_g (H^-1_gg)^-1 W_g^T)`, greedily: the rise of the loss when a unit goes and the rest is re-fitted.
+
+    `OBS` in the metric of the loss: `G = E[g g^T]`, where `g` is the gradient of the loss by the consumer's output.
+    `H` and `G` are the factors of the consumer's Fisher matrix (Kronecker-factored: Martens & Grosse, 2015,
+    https://huggingface.co/papers/1503.05671), by which LLM Surgeon (van der Ouderaa et al., 2024,
+    https://huggingface.co/papers/2312.17244) removes rows and columns. The re-fit is that of every criterion: `G` has
+    no part in it.
+    """
+
+    papers = (SURGEON, Paper("martens2015kfac"), Paper("vanderouderaa2024surgeon"))
+    needs_gradients = True
+
+    def weight(self, scoring: Scoring) -> torch.Tensor:
+        consumer = scoring.group.reader
+        weight = super().weight(scoring)
+        return scoring.salience[consumer.module, OUTPUTS].to(weight.device, torch.float64) @ weight.double()

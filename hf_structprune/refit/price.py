@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..config import CalibrationConfig, PruningConfig
+from ..config import AUTO, CalibrationConfig, PruningConfig
 from ..criteria.depth import LayerSimilarities, layer_similarities
 from ..errors import ConfigurationError
 from ..model.store import Store
@@ -203,7 +203,7 @@ class Prices:
         """Nats a token on each compared sequence that plans are carried out with, and on each other one."""
         config = dataclasses.replace(config.closed_form(), damping=config.damping or DEFAULT_DAMPING)
         by_units = any(KINDS[kind].criterion_option == "criterion" for kind in config.units)
-        if by_units and config.criterion == PruningConfig.criterion:
+        if by_units and config.criterion in (AUTO, "obs", "kfac"):
             config = dataclasses.replace(config, criterion=_QUICK)
         key = _key(plan), sequences
         if key not in self._known:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -21,6 +22,10 @@ from .seen import Calibration, SeenRow, SeenRows
 
 
 Salience = dict[tuple[str, int], torch.Tensor]
+
+OUTPUTS = -1  # in the place of a dimension: what is known of the outputs of a module
+LARGEST = 1024  # rows of a root of second moments; of wider outputs it is a random projection
+_EVERY, _LEAST = 4, 8  # of the sequences every fourth has a part in second moments of gradients, if that leaves eight
 
 
 class _Probe(torch.autograd.Function):
@@ -76,6 +81,70 @@ def taylor_salience(model: nn.Module, groups: Iterable[Group], tokens: Calibrati
     for (tensor, _), score in salience.items():
         check_numbers(score, f"The gradients of `{tensor}`")
     return {key: score.abs() for key, score in salience.items()}
+
+
+def loss_metrics(model: nn.Module, groups: Iterable[Group], tokens: Calibration, config: PruningConfig) -> Salience:
+    """In which directions the outputs of the readers of groups change the loss: roots of `G = E[g g^T]`.
+
+    `g` is the gradient of the next-token loss, summed over a sequence, by the output at one token. `G` is divided by
+    the mean of its diagonal, and is the identity where the loss does not depend on the output. One sequence at a time,
+    every fourth of the calibration text: an outer product for each token is more than enough for the few directions
+    that matter. Outputs wider than `LARGEST` are projected onto as many random signs, which keeps `E ||R v||^2`
+    (Johnson & Lindenstrauss; Achlioptas, 2003, https://doi.org/10.1016/S0022-0000(03)00025-4).
+
+    Returns:
+        `{(full name of the reader, OUTPUTS): R}` with `R^T R = G`, float32 on the CPU, shape (at most `LARGEST`, out).
+
+    Raises:
+        StructPruneError: Gradients are not finite.
+    """
+    widths = {group.reader.module: matrix(model.get_submodule(group.reader.module)).shape[0] for group in groups}
+    moments: dict[str, torch.Tensor] = {}
+    random = torch.Generator().manual_seed(config.seed)
+
+    def report(name: str, signs: torch.Tensor, _: torch.Tensor, gradient: torch.Tensor) -> None:
+        gradient = gradient.detach().reshape(-1, widths[name]).float()
+        left = gradient.T if widths[name] <= LARGEST else signs[:, : len(gradient)].to(gradient)
+        moments[name] = moments.get(name, 0) + left @ gradient
+
+    def probes(_: float) -> AbstractContextManager:
+        signs = 1 - 2 * torch.randint(2, (LARGEST, longest), generator=random, dtype=torch.int8)
+        return hooked(
+            model.get_submodule(name).register_forward_hook(
+                lambda _, args, output, name=name: _Probe.apply(output, args[0], partial(report, name, signs))
+            )
+            for name in widths
+        )
+
+    chosen = torch.zeros(len(tokens), dtype=torch.bool)
+    chosen[:: max(1, min(_EVERY, len(tokens) // _LEAST))] = True
+    tokens = tokens[chosen]
+    longest = max(row.ids.shape[1] for row in tokens.rows) if isinstance(tokens, SeenRows) else tokens.shape[1]
+    single = dataclasses.replace(config, calibration=dataclasses.replace(config.calibration, batch_size=1))
+    _backward_passes(model, tokens, single, probes, total=True)
+    return {(name, OUTPUTS): _root(name, moments.get(name), width) for name, width in widths.items()}
+
+
+def try_gradients(model: nn.Module, tokens: Calibration) -> None:
+    """One backward pass through all of a model; nothing comes of it.
+
+    Raises:
+        RuntimeError: There is no room for it, or an operation has no gradient.
+    """
+    with measuring(model), _frozen(model, False):
+        _backward(model, on_device(model, tokens[:1]), has_plain_head(model, on_device(model, tokens[:1])), total=True)
+
+
+def _root(name: str, moment: torch.Tensor | None, width: int) -> torch.Tensor:
+    """A root of second moments, or what was projected as it is, so that the mean squared norm of columns is 1."""
+    if moment is None or not moment.any():
+        return torch.eye(width)
+    check_numbers(moment, f"The gradients at the outputs of `{name}`")
+    moment = moment.cpu().double()
+    if width > LARGEST:
+        return (moment / (moment.square().sum() / width).sqrt()).float()
+    values, vectors = torch.linalg.eigh(moment / moment.diagonal().mean())
+    return ((vectors * values.clamp_min(0).sqrt()) @ vectors.T).float()
 
 
 def gate_salience(model: nn.Module, groups: list[Group], tokens: Calibration, config: PruningConfig) -> Salience:
@@ -138,11 +207,13 @@ def weight_changes(
 
 
 def _backward_passes(
-    model: nn.Module, tokens: Calibration, config: PruningConfig, around: Callable[[float], AbstractContextManager]
-) -> None:
+    model: nn.Module, tokens: Calibration, config: PruningConfig, around: Callable[[float], AbstractContextManager],
+    total: bool = False,
+) -> None:  # fmt: skip
     """Backward pass of the mean next-token loss of each batch, in what `around` opens, given its share of sequences.
 
-    No parameter asks for a gradient, unless `around` lets it; the model is left as it was.
+    With `total` the loss is the sum, not the mean, which keeps float16 from underflow. No parameter asks for a
+    gradient, unless `around` lets it; the model is left as it was.
     """
     with measuring(model):
         seen = isinstance(tokens, SeenRows)
@@ -150,12 +221,12 @@ def _backward_passes(
         with _frozen(model, config.gradient_checkpointing):
             for row in tqdm(tokens.rows, desc="Gradients") if seen else ():
                 with around(1 / len(tokens)):
-                    _backward_row(model, row, tokens.layers)
+                    _backward_row(model, row, tokens.layers, total)
             if seen:
                 return
             for batch in tqdm(tokens.split(config.calibration.batch_size), desc="Gradients"):
                 with around(len(batch) / len(tokens)):
-                    _backward(model, on_device(model, batch), plain)
+                    _backward(model, on_device(model, batch), plain, total)
 
 
 def _change(weight: torch.Tensor, inputs: torch.Tensor, gradient: torch.Tensor, variant: str) -> torch.Tensor:
@@ -187,13 +258,14 @@ def run_hooked(
             model.base_model(input_ids=on_device(model, batch), use_cache=False)
 
 
-def _backward(model: nn.Module, batch: torch.Tensor, plain: bool) -> None:
-    """Backward pass of the mean next-token loss of a batch, with a plain head a few positions at a time.
+def _backward(model: nn.Module, batch: torch.Tensor, plain: bool, total: bool) -> None:
+    """Backward pass of the mean (or `total`) next-token loss of a batch, with a plain head a few positions at a time.
 
     Float32 logits of a whole batch and their gradient would need more memory than everything else.
     """
     if not plain:
-        model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        (loss * batch[:, 1:].numel() if total else loss).backward()
         return
     states = model.base_model(input_ids=batch, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
     head, targets = model.get_output_embeddings(), batch[:, 1:].flatten()
@@ -204,7 +276,8 @@ def _backward(model: nn.Module, batch: torch.Tensor, plain: bool) -> None:
     for part, target in zip(states.detach().split(chunk), targets.split(chunk), strict=True):
         part = part.requires_grad_(True)
         logits = head(part).float()
-        loss = nn.functional.cross_entropy(logits, target.to(logits.device), reduction="sum") / len(targets)
+        loss = nn.functional.cross_entropy(logits, target.to(logits.device), reduction="sum")
+        loss = loss if total else loss / len(targets)
         gradient, *own = torch.autograd.grad(loss, (part, *wanted))
         gradients.append(gradient)
         for one in own:
@@ -214,8 +287,8 @@ def _backward(model: nn.Module, batch: torch.Tensor, plain: bool) -> None:
     states.backward(torch.cat(gradients))
 
 
-def _backward_row(model: nn.Module, row: SeenRow, layers: list[str]) -> None:
-    """Backward pass of the mean loss of the text of a row with images, through the layers of the decoder."""
+def _backward_row(model: nn.Module, row: SeenRow, layers: list[str], total: bool) -> None:
+    """Backward pass of the mean (or `total`) loss of the text of a row with images, through the decoder's layers."""
     modules, hidden = [model.get_submodule(name) for name in layers], row.hidden.clone().requires_grad_(True)
     for index, module in enumerate(modules):
         args, kwargs = row.arguments[index]
@@ -225,7 +298,8 @@ def _backward_row(model: nn.Module, row: SeenRow, layers: list[str]) -> None:
     value = as_output(hidden[:, chosen], others_of(output))
     with replaced_forwards((module, lambda *args, **kwargs: value) for module in modules):
         logits = model(input_ids=row.ids[:, chosen], use_cache=False).logits
-    nn.functional.cross_entropy(logits[0].float(), row.targets[0, chosen]).backward()
+    reduction = "sum" if total else "mean"
+    nn.functional.cross_entropy(logits[0].float(), row.targets[0, chosen], reduction=reduction).backward()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from ..model.measuring import measures
 from ..model.structure import Group, ModelStructure, matrix
 from ..progress import tqdm
 from ..refit.reader import kept_columns, refitted, write_columns
-from .gradients import Salience, gate_salience, taylor_salience
+from .gradients import Salience, gate_salience, loss_metrics, taylor_salience
 from .moments import InputStatistics, is_held_out
 from .routing import RoutingStatistics, routing_statistics
 from .seen import Calibration
@@ -141,6 +141,21 @@ class Survey:
 
 
 @measures
+def reduced_gradients(
+    model: PreTrainedModel, structure: ModelStructure, config: PruningConfig, tokens: Calibration
+) -> Salience:
+    """What the criteria of a configuration need of the loss's gradients; changes nothing."""
+    asked: dict[str, list[Group]] = {"taylor": [], "kfac": [], "gates": []}
+    for group in (group for group in structure.groups if group.kind in config.units):
+        name = config.criterion_of(group.kind)
+        if name in asked:
+            asked["gates" if name == "taylor" and group.reader is None else name].append(group)
+    found = taylor_salience(model, asked["taylor"], tokens, config) if asked["taylor"] else {}
+    found |= gate_salience(model, asked["gates"], tokens, config) if asked["gates"] else {}
+    return found | (loss_metrics(model, asked["kfac"], tokens, config) if asked["kfac"] else {})
+
+
+@measures
 def survey(
     model: PreTrainedModel, structure: ModelStructure, config: PruningConfig, tokens: Callable[[], Calibration]
 ) -> Survey:
@@ -152,10 +167,7 @@ def survey(
     groups = [group for group in structure.groups if group.kind in config.units]
     known = Survey()
     if criterion.needs_gradients:
-        asked = [group for group in groups if config.criterion_of(group.kind) == "taylor"]
-        read, routed = ([g for g in asked if (g.reader is None) == without] for without in (False, True))
-        known.salience = taylor_salience(model, read, tokens(), config) if read else {}
-        known.salience |= gate_salience(model, routed, tokens(), config) if routed else {}
+        known.salience = reduced_gradients(model, structure, config, tokens())
     if config.allocation == "search":
         known.sensitivity = measure_sensitivity(model, structure, criterion, config, tokens(), groups, known.salience)
     elif config.allocation == "global" and criterion.needs_inputs:

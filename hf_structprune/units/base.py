@@ -98,7 +98,7 @@ class WidthKind(UnitKind):
         of_heads: Whether the number decides the shape of attention heads, which not every configuration can express.
     """
 
-    criteria = ("random", "l1", "l2", "taylor", "wanda", "wifv", "activation", "obs")
+    criteria = ("random", "l1", "l2", "taylor", "wanda", "wifv", "activation", "obs", "kfac")
     key: str = ""
     step: int = 1
     part: str = "layer"

@@ -13,7 +13,8 @@ from hf_structprune.criteria import BY_NAME, Scoring, make_criterion
 from hf_structprune.criteria.base import join
 from hf_structprune.model.structure import ModelStructure
 from hf_structprune.refit.closed_form import obs_scores
-from hf_structprune.stats.gradients import taylor_salience
+from hf_structprune.stats import gradients
+from hf_structprune.stats.gradients import OUTPUTS, loss_metrics, taylor_salience
 from hf_structprune.stats.moments import InputStatistics
 from hf_structprune.units import WidthKind, level_criteria
 
@@ -314,3 +315,66 @@ def test_random_scores_follow_seed_layer_and_kind(model, structure):
 
 def test_every_name_of_the_configuration_has_a_criterion():
     assert tuple(BY_NAME) == CRITERIA
+
+
+def output_gradients(model, module):
+    """Gradients of the summed loss of each sequence by what a module puts out, shape (tokens, out)."""
+    seen = []
+
+    def keep(_, __, output):
+        output.retain_grad()
+        seen.append(output)
+
+    with model.get_submodule(module).register_forward_hook(keep):
+        for sequence in TOKENS:
+            logits = model(input_ids=sequence[None]).logits[0, :-1].float()
+            torch.nn.functional.cross_entropy(logits, sequence[1:], reduction="sum").backward()
+    model.zero_grad()
+    return torch.cat([output.grad[0] for output in seen]).double()
+
+
+@pytest.mark.parametrize("name", ["llama_bias", "gpt2", "gemma2"])
+def test_metrics_of_the_loss_are_the_second_moments_of_the_gradients_at_the_consumers_outputs(name, monkeypatch):
+    """Also where the output passes a norm, or where the map is stored the other way around."""
+    model, config = families.make_model(name), PruningConfig(criterion="kfac", units="mlp_neurons")
+    groups = [layer.group("mlp_neurons") for layer in ModelStructure.of(model).layers]
+    got = loss_metrics(model, groups, TOKENS, config)
+    assert not any(p.grad is not None for p in model.parameters())
+    for group in groups:
+        gradient = output_gradients(model, group.reader.module)
+        root = got[group.reader.module, OUTPUTS].double()
+        expected = gradient.T @ gradient
+        torch.testing.assert_close(root.T @ root, expected / expected.diagonal().mean(), rtol=1e-3, atol=1e-4)
+    monkeypatch.setattr(gradients, "LARGEST", 4)  # narrower than the outputs: projected
+    narrow = loss_metrics(model, groups, TOKENS, config)[groups[0].reader.module, OUTPUTS]
+    assert narrow.shape == (4, families.HIDDEN)
+    assert float(narrow.square().sum()) == pytest.approx(families.HIDDEN, rel=1e-5)
+
+
+def test_projected_metrics_keep_norms(monkeypatch):
+    """`R v` of many random signs is as long as `G^1/2 v`, within what so many leave open."""
+    model, config = families.make_model("llama"), PruningConfig(criterion="kfac", units="mlp_neurons")
+    group = ModelStructure.of(model).layers[0].group("mlp_neurons")
+    exact = loss_metrics(model, [group], TOKENS, config)[group.reader.module, OUTPUTS]
+    monkeypatch.setattr(gradients, "LARGEST", 31)
+    found = []
+    for seed in range(60):
+        config = PruningConfig(criterion="kfac", units="mlp_neurons", seed=seed)
+        found.append(loss_metrics(model, [group], TOKENS, config)[group.reader.module, OUTPUTS])
+    roots = torch.stack(found)
+    metric, right = (roots.mT @ roots).mean(0), exact.T @ exact
+    assert float((metric - right).norm()) < 0.25 * float((torch.eye(len(right)) - right).norm())
+
+
+@pytest.mark.parametrize("kind", ["kv_groups", "mlp_neurons"])
+def test_kfac_is_obs_of_the_weights_in_the_metric_of_the_loss(model, structure, kind):
+    group, drop = structure.layers[1].group(kind), 1 if kind == "kv_groups" else 20
+    salience = loss_metrics(model, [group], TOKENS, PruningConfig(criterion="kfac", units=kind))
+    weight = model.get_submodule(group.reader.module).weight.detach().double()
+    x = consumer_inputs(model, group.reader.module).double().flatten(0, 1)
+    root = salience[group.reader.module, OUTPUTS].double()
+    expected = obs_scores(root @ weight, x.T @ x / len(x), group.reader.index, 0.3, drop, group.blocks)
+    got = score(model, group, "kfac", salience, drop=drop, damping=0.3)
+    close(got, expected.tolist())
+    plain = obs_scores(weight, x.T @ x / len(x), group.reader.index, 0.3, drop, group.blocks)
+    assert kind == "kv_groups" or got.argsort().tolist() != plain.argsort().tolist()

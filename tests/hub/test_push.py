@@ -288,7 +288,9 @@ def test_what_the_push_of_transformers_carries(online, which, request):
     pruner.model.push_to_hub("me/plain", token=online.token("me"))
     files = online.files("me/plain")
     record = json.loads(files["config.json"])["hf_structprune"]
-    assert record["pruning_config"] == {**pruner.config.to_dict(), "units": ["mlp_neurons"]}
+    criterion = "kfac" if pruner.config.criterion == "auto" else pruner.config.criterion
+    of_auto = {"units": ["mlp_neurons"], "criterion": criterion}
+    assert record["pruning_config"] == {**pruner.config.to_dict(), **of_auto}
     assert (record["ratio"], record["parameters_after"]) == (pruner.last_plan.ratio, pruner.last_plan.parameters_after)
     assert "generation_config.json" in files
     assert ("modeling_structprune.py" in files) == (which == "per_layer_pruner")
