@@ -46,6 +46,7 @@ NEURONS = {"units": "mlp_neurons"}
 DATA_FREE = {"random": {}, "l1": {}, "l2": {}}
 INPUTS = {"wanda": {}, "wifv": {}, "activation": {}, "obs": {}}
 GRADIENTS = {f"taylor {v}": {"criterion": "taylor", "taylor": v} for v in ("vectorize", "first", "second", "mix")}
+GRADIENTS["kfac"] = {"criterion": "kfac"}
 CRITERIA = {name: {"criterion": name, **options} for name, options in (DATA_FREE | INPUTS | GRADIENTS).items()}
 
 
@@ -76,7 +77,17 @@ def environment(threads: int | None = None) -> dict[str, str | int]:
         "processor": platform.processor() or platform.machine(),
         "threads": threads or torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """Of the sources that are measured; empty where they are not those of a checkout."""
+    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def load(model: str) -> StructuredPruner:
@@ -101,7 +112,7 @@ def speed(options: argparse.Namespace) -> None:
     for name in GRADIENTS.keys() & plain.keys():
         plain[name] |= {"gradient_checkpointing": True, "calibration": {"batch_size": 4}}
     own = {"wanda, re-fit without error correction": {**CRITERIA["wanda"], "error_correction": 0.0}}
-    default = {"default settings": NEURONS}
+    default = {"neurons by obs": NEURONS, "default settings": {}}
     table = Table(title="Pruning 20 %, 128 x 256 tokens")
     for column in ("settings", "seconds", "x forward", "peak memory over loaded process, MB", "over weights, MB"):
         table.add_column(column)
@@ -157,24 +168,25 @@ def one_speed(options: argparse.Namespace) -> None:
 def quality_runs() -> dict[str, tuple[float, dict]]:
     """Rows of the table: name, ratio and settings."""
     runs = {
-        "default settings, 20 %": (0.2, NEURONS),
-        "default settings, 30 %": (0.3, NEURONS),
-        "default settings, 10 %": (0.1, NEURONS),
+        "default settings, 20 %": (0.2, {}),
+        "default settings, 30 %": (0.3, {}),
+        "default settings, 10 %": (0.1, {}),
         "per-layer search, 20 %": (0.2, {"layout": "per_layer", "allocation": "search"}),
         "per-layer search, 30 %": (0.3, {"layout": "per_layer", "allocation": "search"}),
     }
-    more = {"calibration": {"num_samples": 256}}
+    more = {**NEURONS, "calibration": {"num_samples": 256}}
     runs["default settings with 256 x 256 tokens, 20 %"] = (0.2, more)
-    runs["reconstruction, 20 %"] = (0.2, {"reconstruct": True})
+    runs["reconstruction, 20 %"] = (0.2, {**NEURONS, "reconstruct": True})
     runs["reconstruction with 256 x 256 tokens, 20 %"] = (0.2, {"reconstruct": True, **more})
     evolution = {"layout": "per_layer", "allocation": "evolution", "search_evaluations": 220}
     evolution["units"] = ["mlp_neurons", "kv_groups"]
     runs["evolution of neurons and KV groups, 20 %"] = (0.2, evolution)
     runs["evolution of neurons and KV groups, reconstructed, 20 %"] = (0.2, {**evolution, "reconstruct": True})
     runs["evolution of neurons and KV groups, 30 %"] = (0.3, evolution)
+    runs["evolution of neurons and KV groups by kfac, 20 %"] = (0.2, {**evolution, "criterion": "kfac"})
     for name in (*INPUTS, *GRADIENTS, *DATA_FREE):
         runs[f"{name}, no compensation, 20 %"] = (0.2, {**CRITERIA[name], "compensation": False})
-        if name != "obs":  # these are the default settings
+        if name != "kfac":  # these are the default settings
             runs[f"{name}, 20 %"] = (0.2, CRITERIA[name])
     return runs
 
@@ -183,6 +195,9 @@ def quality(options: argparse.Namespace) -> None:
     """The table of criteria, and the best settings at several ratios; rows run in processes of one thread each."""
     names = ["dense", *(options.only or quality_runs())]
     rows: dict[str, dict] = {}
+    if options.only and (RESULTS / options.output).exists():  # the others stay
+        rows = {row["name"]: row for row in json.loads((RESULTS / options.output).read_text("utf-8"))["rows"]}
+    order = [*dict.fromkeys([*names, *rows])]
     command = [sys.executable, __file__, "one-quality", "--model", options.model]
     if options.wikitext and options.c4:
         command += ["--wikitext", str(options.wikitext), "--c4", str(options.c4)]
@@ -196,7 +211,7 @@ def quality(options: argparse.Namespace) -> None:
         ).stdout  # fmt: skip
         rows[name] = json.loads(output.splitlines()[-1])
         print(name, rows[name], flush=True)
-        ordered = [rows[name] for name in names if name in rows]
+        ordered = [rows[name] for name in order if name in rows]
         write(options.output, {"environment": environment(threads=1), "data": data(options)[2], "rows": ordered})
 
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -228,6 +243,7 @@ def one_quality(options: argparse.Namespace) -> None:
         if pruner.last_plan.reconstructed:
             row["reconstructed"] = pruner.last_plan.reconstructed
         row["mlp_widths"] = [group.keep for group in pruner.last_plan.groups if group.kind == "mlp_neurons"]
+    row["measured"] = environment(threads=1)
     row["perplexity"] = {name: measure(pruner, text) for name, text in texts.items()}
     if options.full:
         row["perplexity_whole_text"] = {name: measure(pruner, text, None) for name, text in texts.items()}
