@@ -263,7 +263,9 @@ class PruningConfig:
             left_out["merge_experts"] = False
         if set(units) <= set(kinds_of(SharedKind)):
             left_out |= {"reconstruct": False, "reconstruct_minutes": None}
-        if isinstance(self.criterion, dict):
+        if not set(units) & set(kinds_of(WidthKind)):
+            left_out["criterion"] = AUTO
+        elif isinstance(self.criterion, dict):
             left_out["criterion"] = {kind: one for kind, one in self.criterion.items() if kind in units} or "obs"
         return dataclasses.replace(self, **{**left_out, "keep": None, "split": None, "units": units, **changes})
 

@@ -115,7 +115,7 @@ def test_prices_are_measured(learnt):
 
 def test_kinds_without_tokens_need_no_tokenizer(learnt):
     model, _, calibration, _ = learnt
-    config = PruningConfig(units=("hidden", "mlp_neurons"), split="measured", calibration=calibration)
+    config = PruningConfig(("hidden", "mlp_neurons"), "wanda", split="measured", calibration=calibration)
     plan = StructuredPruner(model, config).plan(0.2)
     assert plan.ratio == pytest.approx(0.2, abs=0.03)
     with pytest.raises(RatioError, match="cannot be reached by mlp_neurons, kv_groups"):

@@ -25,7 +25,7 @@ Salience = dict[tuple[str, int], torch.Tensor]
 
 OUTPUTS = -1  # in the place of a dimension: what is known of the outputs of a module
 LARGEST = 1024  # rows of a root of second moments; of wider outputs it is a random projection
-_EVERY, _LEAST = 4, 8  # of the sequences every fourth has a part in second moments of gradients, if that leaves eight
+_SHARE, _LEAST = 4, 8  # of the sequences a quarter have a part in second moments of gradients, if that leaves eight
 
 
 class _Probe(torch.autograd.Function):
@@ -88,7 +88,7 @@ def loss_metrics(model: nn.Module, groups: Iterable[Group], tokens: Calibration,
 
     `g` is the gradient of the next-token loss, summed over a sequence, by the output at one token. `G` is divided by
     the mean of its diagonal, and is the identity where the loss does not depend on the output. One sequence at a time,
-    every fourth of the calibration text: an outer product for each token is more than enough for the few directions
+    a quarter of the calibration text: an outer product for each token is more than enough for the few directions
     that matter. Outputs wider than `LARGEST` are projected onto as many random signs, which keeps `E ||R v||^2`
     (Johnson & Lindenstrauss; Achlioptas, 2003, https://doi.org/10.1016/S0022-0000(03)00025-4).
 
@@ -116,8 +116,9 @@ def loss_metrics(model: nn.Module, groups: Iterable[Group], tokens: Calibration,
             for name in widths
         )
 
+    some = len(tokens) // max(1, min(_SHARE, len(tokens) // _LEAST))
     chosen = torch.zeros(len(tokens), dtype=torch.bool)
-    chosen[:: max(1, min(_EVERY, len(tokens) // _LEAST))] = True
+    chosen[torch.randperm(len(tokens), generator=random)[:some]] = True  # of all sources, which take turns
     tokens = tokens[chosen]
     longest = max(row.ids.shape[1] for row in tokens.rows) if isinstance(tokens, SeenRows) else tokens.shape[1]
     single = dataclasses.replace(config, calibration=dataclasses.replace(config.calibration, batch_size=1))

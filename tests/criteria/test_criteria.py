@@ -378,3 +378,16 @@ def test_kfac_is_obs_of_the_weights_in_the_metric_of_the_loss(model, structure, 
     close(got, expected.tolist())
     plain = obs_scores(weight, x.T @ x / len(x), group.reader.index, 0.3, drop, group.blocks)
     assert kind == "kv_groups" or got.argsort().tolist() != plain.argsort().tolist()
+
+
+@pytest.mark.parametrize("sources", [2, 3, 4, 8])
+def test_all_sources_have_a_part_in_the_metric_of_the_loss(model, sources, monkeypatch):
+    """Sources take turns in calibration text: every fourth sequence must not be of the same one each time."""
+    seen = []
+    monkeypatch.setattr(gradients, "_backward_passes", lambda _, tokens, *others, **named: seen.append(tokens))
+    group = ModelStructure.of(model).layers[0].group("mlp_neurons")
+    tokens = torch.arange(128)[:, None].expand(128, 4)
+    loss_metrics(model, [group], tokens, PruningConfig(criterion="kfac", units="mlp_neurons"))
+    assert len(seen[0]) == 32
+    counts = torch.bincount(seen[0][:, 0] % sources, minlength=sources)
+    assert counts.min() >= 0.4 * 32 / sources
