@@ -1,6 +1,6 @@
 """Every figure of README: measured from this commit, written as JSON, and printed as README has it.
 
-    python benchmarks/readme_figures.py --wikitext FOLDER --c4 FILE.jsonl   # two hours of a core: rows of `core.py quality`
+    python benchmarks/readme_figures.py --wikitext FOLDER --c4 FILE.jsonl   # two hours of a core
     python benchmarks/readme_figures.py --print     # nothing is measured: table and picture, from the JSON there is
     python benchmarks/readme_figures.py --small     # a tiny random model and two columns; writes nothing here
 
