@@ -228,6 +228,8 @@ class PruningConfig:
             raise ConfigurationError(f"`units` is empty; name at least one of {', '.join(KINDS)}.")
         if AUTO in self.units and len(self.units) > 1:
             raise ConfigurationError(f"`units` is {self.units}: '{AUTO}' chooses the kinds, so that it stands alone.")
+        if self.criterion == AUTO and AUTO not in self.units:
+            self.criterion = "obs"
         _share_criteria(self)
         check_step(self.round_to, self.align_to)
         for contradiction in chain(
@@ -339,6 +341,7 @@ class PruningConfig:
         if AUTO not in asked.units:
             return self == asked
         left = {"units": asked.units, "keep": None, "depth_criterion": asked.depth_criterion}
+        left |= {"criterion": AUTO} if asked.criterion == AUTO else {}
         return dataclasses.replace(self, **left) == asked
 
     @property

@@ -379,7 +379,7 @@ class StructuredPruner:
 
     def _ranked(self, config: PruningConfig) -> PruningConfig:
         """Ranks what `units="auto"` takes by the loss, where its gradients can be had; says where they cannot."""
-        if config.criterion != AUTO:
+        if self.config.criterion != AUTO:
             return config
         kinds = [kind for kind in config.kinds(kinds_of(WidthKind)) if KINDS[kind].criterion_option == "criterion"]
         able = [kind for kind in kinds if "kfac" in KINDS[kind].criteria]

@@ -71,7 +71,8 @@ def test_on_other_text_it_is_as_good_as_the_best_single_kind(spare):
     tokens = torch.randint(3, 60, (32, 16), generator=torch.Generator().manual_seed(2))
     expected, nats = families.logits(dense, tokens).log_softmax(-1), {}
     for units in ("auto", "mlp_neurons", "kv_groups", "layers"):
-        pruner = auto(copy.deepcopy(dense), units=units)
+        criterion = {} if units in ("auto", "layers") else {"criterion": "kfac"}  # the same choice within each kind
+        pruner = auto(copy.deepcopy(dense), units=units, **criterion)
         try:
             pruner.prune(0.2)
         except RatioError:

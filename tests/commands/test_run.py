@@ -122,7 +122,7 @@ def test_other_settings_in_the_folder_are_an_error(recipe, capsys):
     recipe.write_text(recipe.read_text().replace("prune:\n", "prune:\n  criterion: l2\n"))
     assert cli.main(["run", str(recipe)]) == 2
     assert "pruned with other settings" in capsys.readouterr().err
-    assert PruningConfig.load(recipe.parent / "out").criterion == "obs"
+    assert PruningConfig.load(recipe.parent / "out").criterion == "kfac"
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(recipe, done, capsys):
