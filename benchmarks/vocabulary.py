@@ -8,7 +8,7 @@
 
 `--recover TOKENS` trains what `frequency` leaves on so many tokens of the text that was counted, a third each of C4,
 Dolly and WikiText-2, all weights (`--methods`): by distillation from the dense model, on the labels (`full`), and by
-distillation with labels (`mix`, `label_weight=0.3`).
+distillation with labels (`mix`, `label_weight=0.3`), and the same of the embedding alone (`embedding`, at 1e-3).
 `--ratio` removes a share of all parameters: neurons alone, and neurons and tokens by `split="measured"`.
 
 FOLDER holds the raw WikiText-2 splits; tokens are counted in `train.txt` and `valid.txt`, in all C4 documents but the
@@ -44,7 +44,8 @@ from rich.table import Table
 
 from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
 from hf_structprune.commands.models import DEMO_MODEL, find_model, load_pruner
-from hf_structprune.recovery import DistillationConfig, RecoveryConfig, recover
+from hf_structprune.recovery import DistillationConfig, RecoveryConfig, recover, recovering
+from hf_structprune.recovery.recovering import load_student
 from hf_structprune.text.reading import read_rows
 from hf_structprune.vocabulary import choosing
 from hf_structprune.vocabulary.aligning import Reader
@@ -66,6 +67,10 @@ METHODS: dict[str, tuple[dict[str, Any], DistillationConfig | None]] = {
     "distill": ({"method": "distill", "weights": "full"}, None),
     "full": ({"method": "full"}, None),
     "mix": ({"method": "distill", "weights": "full"}, DistillationConfig(label_weight=0.3)),
+    "embedding": (
+        {"method": "distill", "weights": "full", "learning_rate": 1e-3},
+        DistillationConfig(label_weight=0.3),
+    ),
 }
 TRAINING = {
     "learning_rate": 2e-4, "warmup": 0.1, "batch_size": 4, "micro_batch_size": 2, "max_length": 512, "packing": True,
@@ -190,14 +195,22 @@ def trained(
                 break
     pruner.save_pretrained(folder / "pruned")
     how, distillation = METHODS[method]
-    made = recover(
-        folder / "pruned", rows, folder / "trained", RecoveryConfig(**how, **TRAINING), distillation=distillation,
-        teacher=folder_of(options.model),
-    )  # fmt: skip
+    with patch.object(recovering, "load_student", embedding_of if method == "embedding" else recovering.load_student):
+        made = recover(
+            folder / "pruned", rows, folder / "trained", RecoveryConfig(**{**TRAINING, **how}),
+            distillation=distillation, teacher=folder_of(options.model),
+        )  # fmt: skip
     training = {name: made.report["training"][name] for name in ("tokens", "steps", "seconds")}
     made = load(str(folder / "trained"), options.dtype)
     shutil.rmtree(folder)
     return made, training
+
+
+def embedding_of(*arguments: Any) -> Any:
+    """A student of which the (tied) embedding is trained alone."""
+    model = load_student(*arguments).requires_grad_(False)
+    model.get_input_embeddings().requires_grad_(True)
+    return model
 
 
 def followed(small: Any, dense: Any, spans: list[tuple[str, int, int]]) -> float:
