@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
-from ..config import PruningConfig
+from ..config import AUTO, PruningConfig
 from ..errors import ConfigurationError
 from ..evaluation.perplexity import EvaluationText, window_losses
 from ..evaluation_config import EvaluationConfig
@@ -27,6 +27,7 @@ MEASURING = 0.15  # of all minutes at most, for perplexities
 # Plain passes of all calibration tokens that take as long as pruning by the default, 2.6 to 3.7 of SmolLM2, and as
 # pruning where kinds of units are measured before, 1.8 times as long.
 PRUNING, CHOOSING = 3.3, 5.9
+GRADIENTS = 0.8  # the same, of those that "kfac" ranks by
 SAMPLES, GENERATION = 4, 20  # windows that take as long as sample texts, and as questions and requests
 _OVERDUE = 1.25  # times what was foretold
 _ENDING, _ENDING_SECONDS = 0.02, 15.0  # of all minutes, and beside: the last step of a training, and saving
@@ -214,7 +215,8 @@ def pruning_seconds(config: PruningConfig, chooses: bool, each: float, window: i
     text = config.calibration
     passes = each * text.num_samples * text.length / window
     minutes = (config.search_minutes if config.allocation == "evolution" else 0) + (config.reconstruct_minutes or 0)
-    return passes * (CHOOSING if chooses else PRUNING) + 60 * minutes
+    gradients = GRADIENTS if config.criterion in (AUTO, "kfac") else 0
+    return passes * ((CHOOSING if chooses else PRUNING) + gradients) + 60 * minutes
 
 
 def account(started: float, steps: Sequence[tuple[str, float]]) -> str:
