@@ -153,6 +153,11 @@ class DistillationSFTTrainer(SFTTrainer):
         counts = [self._targets(batch).counts for batch in batches]
         total = torch.tensor([[int(n) for n in pair] for pair in counts] or [[0, 0]]).sum(0)
         self._step_counts = self.accelerator.reduce(total.to(self.accelerator.device), "sum")
+        if not self._step_counts[0] and any(batch_targets(b, self.distillation.on_prompts).counts[0] for b in batches):
+            raise ConfigurationError(
+                "The dense model's tokens are not found again in the student's: its tokenizer makes others of the text "
+                "that they write. Train on labels instead, by the method 'full' or 'lora'."
+            )
         return batches, items
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:

@@ -260,6 +260,16 @@ def test_cached_predictions_are_those_of_the_model(folders, tmp_path):
     assert "tokens" in json.loads((tmp_path / "cache" / "cache.json").read_text())
 
 
+def test_nothing_to_follow_is_refused(folders, tmp_path, monkeypatch):
+    small = StructuredPruner.from_pretrained(folders / "small")
+    teacher = load_teacher(folders / "dense", small.model, DistillationConfig(), tokenizer=small.tokenizer)
+    trainer = make_trainer(tmp_path / "run", small.tokenizer, small.model, teacher, config=DistillationConfig())
+    read = teacher.tokens.read
+    monkeypatch.setattr(teacher.tokens, "read", lambda ids: read(ids)._replace(known=[False] * len(ids)))
+    with pytest.raises(ConfigurationError, match="not found again"):
+        trainer.train()
+
+
 def test_recovery_from_the_dense_model(folders, tmp_path, monkeypatch):
     rows = [{"instruction": f"Say {n}.", "context": "", "response": TEXTS[0][n : n + 80]} for n in range(12)]
     (tmp_path / "watched.txt").write_text(TEXTS[1])
