@@ -155,8 +155,8 @@ class DistillationSFTTrainer(SFTTrainer):
         self._step_counts = self.accelerator.reduce(total.to(self.accelerator.device), "sum")
         if not self._step_counts[0] and any(batch_targets(b, self.distillation.on_prompts).counts[0] for b in batches):
             raise ConfigurationError(
-                "The dense model's tokens are not found again in the student's: its tokenizer makes others of the text "
-                "that they write. Train on labels instead, by the method 'full' or 'lora'."
+                "The dense model's tokens are not found again in the student's: its tokenizer makes others of the "
+                "text that they write. Train on labels instead, by the method 'full' or 'lora'."
             )
         return batches, items
 
