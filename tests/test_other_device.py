@@ -114,11 +114,11 @@ def test_the_second_device_refuses_what_cuda_refuses():
 
 
 IN_TURNS = {
-    "default": ("llama", 0.1, {}),
+    "neurons": ("llama", 0.1, {"units": "mlp_neurons"}),
     "taylor": ("llama", 0.1, {"criterion": "taylor"}),
     "experts": ("qwen3_moe", None, {"keep": {"experts": 3}, "merge_experts": True}),
     "layers, chosen on the CPU": ("gpt2", None, {"num_layers": 1}),
-    "in steps, tied": ("gemma2", 0.2, {"iterative_steps": 2}),
+    "in steps, tied": ("gemma2", 0.2, {"units": "mlp_neurons", "iterative_steps": 2}),
 }
 
 
@@ -165,7 +165,7 @@ def test_layers_in_turns_on_another_device(case, room, turns):
 def test_layers_that_are_read_from_disk_go_to_the_device(room, tmp_path, monkeypatch):
     dense = families.make_model("gemma2")  # tied
     dense.save_pretrained(tmp_path / "dense")
-    config = PruningConfig(round_to=1, calibration=families.calibration(8, 12))
+    config = PruningConfig("mlp_neurons", round_to=1, calibration=families.calibration(8, 12))
     monkeypatch.setattr(streaming, "SAVE_EVERY", 0.0)
     StructuredPruner.from_pretrained(tmp_path / "dense", config).prune(0.2, tmp_path / "plain")
     with OtherDevice() as device:
@@ -194,7 +194,7 @@ def test_memory_is_pinned_for_cuda_alone_and_where_it_can_be(caplog):
 
 
 ON_DISK = {
-    "heads and neurons": (True, "qwen2", 0.1, {}),
+    "neurons": (True, "qwen2", 0.1, {"units": "mlp_neurons"}),
     "experts": (True, "qwen3_moe", None, {"keep": {"experts": 3}, "merge_experts": True}),
     "neurons of experts": (False, "mixtral", None, {"keep": {"expert_neurons": 8}}),
 }
@@ -210,7 +210,9 @@ def test_hidden_states_are_on_disk_where_the_machine_has_too_little_memory_too(c
     config = PruningConfig(round_to=1, calibration=families.calibration(8, 12), **options)
     expected = StructuredPruner(dense, config).prune(ratio).state_dict()
     with OtherDevice() as device:
-        experts = {"experts_implementation": "eager"} if options else {}  # others count in ways that only CUDA has
+        experts = (
+            {"experts_implementation": "eager"} if "keep" in options else {}
+        )  # others count in ways that only CUDA has
         pruner = StructuredPruner.from_pretrained(
             tmp_path / "dense", config, stream=stream, device="cuda", spill=Spill(0, tmp_path), **experts
         )

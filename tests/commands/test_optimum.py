@@ -19,7 +19,7 @@ from hf_structprune.commands import cli
 pytest.importorskip("optimum.commands.base")
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("hf_structprune", "optimum", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("hf_structprune", "optimum", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 # A command of some other package, in the same namespace.
 STRANGER = """
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
