@@ -195,8 +195,10 @@ def quality(options: argparse.Namespace) -> None:
     """The table of criteria, and the best settings at several ratios; rows run in processes of one thread each."""
     names = ["dense", *(options.only or quality_runs())]
     rows: dict[str, dict] = {}
-    if options.only and (RESULTS / options.output).exists():  # the others stay
-        rows = {row["name"]: row for row in json.loads((RESULTS / options.output).read_text("utf-8"))["rows"]}
+    where = environment(threads=1)
+    if options.only and (RESULTS / options.output).exists():  # the others stay; what is measured says where and when
+        found = json.loads((RESULTS / options.output).read_text("utf-8"))
+        rows, where = {row["name"]: row for row in found["rows"]}, found["environment"]
     order = [*dict.fromkeys([*names, *rows])]
     command = [sys.executable, __file__, "one-quality", "--model", options.model]
     if options.wikitext and options.c4:
@@ -212,7 +214,7 @@ def quality(options: argparse.Namespace) -> None:
         rows[name] = json.loads(output.splitlines()[-1])
         print(name, rows[name], flush=True)
         ordered = [rows[name] for name in order if name in rows]
-        write(options.output, {"environment": environment(threads=1), "data": data(options)[2], "rows": ordered})
+        write(options.output, {"environment": where, "data": data(options)[2], "rows": ordered})
 
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(run, [*names[1:], names[0]]))
