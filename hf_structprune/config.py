@@ -435,7 +435,9 @@ def _share_criteria(config: PruningConfig) -> None:
         config.criterion = by_kind if len(set(by_kind.values())) > 1 else next(iter(by_kind.values()), "obs")
         return
     check_choice(
-        "criterion", name, dict.fromkeys(n for level in (WidthKind, *_CRITERIA) for n in level_criteria(level))
+        "criterion",
+        name,
+        dict.fromkeys([AUTO, *(n for level in (WidthKind, *_CRITERIA) for n in level_criteria(level))]),
     )
     ranks_widths = name in level_criteria(WidthKind)
     levels = [level for level in _CRITERIA if name in level_criteria(level)]

@@ -78,7 +78,7 @@ def test_version(capsys):
         (["plan", "m"], ["--ratio is missing"]),
         (["plan", "m", "--ratio", "1.5"], ["--ratio: `ratio` is 1.5"]),
         (["plan", "m", "--ratio", "0.3", "--mlp-ratio", "0.3"], ["both given"]),
-        (["plan", "m", "--ratio", "0.3", "--criterion", "best"], ["`criterion`", "'best'", "obs"]),
+        (["plan", "m", "--ratio", "0.3", "--criterion", "best"], ["`criterion`", "'best'", "auto", "obs"]),
         (["plan", "/no/such/model", "--ratio", "0.3"], ["cannot load '/no/such/model'"]),
         (["plan", "m", "--ratio", "0.3", "--config", "no-such.yaml"], ["There is no file no-such.yaml"]),
         (["prune", "m", "--ratio", "0.3"], ["--output-dir is missing"]),
