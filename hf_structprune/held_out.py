@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from .errors import TextError
 from .evaluation.perplexity import window_losses
 from .progress import hidden
+from .text.reading import beginning_of
 from .vocabulary.counting import Counted
 
 
@@ -93,8 +94,6 @@ def _counting(ids: list[int], ends: list[int], after: int) -> int:
 
 
 def _encoded(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
-    """Ids of a text, behind the token that begins every one if there is such, and where those of the text end."""
+    """Ids of a text, behind the tokens that begin every one if there are such, and where those of the text end."""
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    first = tokenizer("a")["input_ids"][:1]
-    begins = first if first == [tokenizer.bos_token_id] else []
-    return [*begins, *found["input_ids"]], [end for _, end in found["offset_mapping"]]
+    return [*beginning_of(tokenizer), *found["input_ids"]], [end for _, end in found["offset_mapping"]]

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from ..checks import Count, Limits, checked
 from ..errors import CheckpointError, ConfigurationError
-from ..evaluation.perplexity import EvaluationText
+from ..evaluation.perplexity import EvaluationText, bos_for
 from ..files.reading import read_json_object
 from ..files.writing import write_text
 from ..hardware import process_state
@@ -147,7 +147,8 @@ class LoraRecoveryCallback(TrainerCallback):
         if context is not None and window > context:
             logger.warning(f"`window` is {window}, but the model's context is {context} tokens: {context} are taken.")
             window = context
-        self._text = HeldOutText(self._tokenizer, self.text, window=window, **self.windows)
+        bos = bos_for(underneath(model), self._tokenizer)
+        self._text = HeldOutText(self._tokenizer, self.text, window=window, bos=bos, **self.windows)
         self._best = BestWeights(Path(args.output_dir) / BEST_FOLDER, writes=self._first)
         self.report, self.stopped, self._active = None, None, True
         self._steps = measuring_steps(state.max_steps, self.evaluations)

@@ -50,6 +50,7 @@ class HeldOutText:
         tokenizer: Tokenizer of the models.
         text: What `load_text` takes, or a text.
         window, max_windows, batch_size: As in `measure_perplexity`.
+        bos: As there; of a model, `bos_for` gives it.
 
     Raises:
         ConfigurationError: The text has fewer tokens than a window, or a number is impossible.
@@ -58,15 +59,16 @@ class HeldOutText:
 
     def __init__(
         self, tokenizer: Any, text: str | EvaluationText = "sample", *, window: int = 512,
-        max_windows: int | None = 32, batch_size: int = 4,
+        max_windows: int | None = 32, batch_size: int = 4, bos: bool | None = None,
     ) -> None:  # fmt: skip
-        protocol = PROTOCOLS["paper"].change(window=window)
+        protocol = PROTOCOLS["paper"].change(window=window, bos=bos)
         self.batch_size = checked("batch_size", batch_size, Count)
         self.text = load_text(text) if isinstance(text, str) else text
         self.tokenizer, self.window = tokenizer, protocol.window
         max_windows = checked("max_windows", max_windows, Count | None)
         encoded, _, self.ids, self.protocol = prepare(tokenizer, self.text, protocol, max_windows)
         self.text_tokens = len(encoded.ids)
+        self._begun = {"bos": True} if protocol.adds_bos_everywhere else {}
         self.tokens = self.ids.shape[0] * (self.ids.shape[1] - 1)  # that are predicted
         self.fingerprint = hashlib.sha256(self.text.text.encode()).hexdigest()[:16]  # as in `EvaluationResult`
 
@@ -74,7 +76,7 @@ class HeldOutText:
         """What is measured on: two equal descriptions mean that values can be compared."""
         return {
             "name": self.text.name, "source": self.text.source, "fingerprint": self.fingerprint,
-            "windows": len(self.ids), "window": self.window, "tokens": self.tokens,
+            "windows": len(self.ids), "window": self.window, "tokens": self.tokens, **self._begun,
         }  # fmt: skip
 
     def measure(self, model: nn.Module, *, autocast: torch.dtype | None = None, pruned: bool = False) -> float:

@@ -26,7 +26,7 @@ from ..errors import TextError
 from ..hardware import cuda_devices, process_state
 from ..model.measuring import context_length, measuring
 from ..progress import tqdm
-from ..text.calibration import load_tokens
+from ..text.calibration import load_tokens, without_beginning
 from ..text.reading import read_rows
 from .kept_batches import KeptBatches
 
@@ -47,7 +47,7 @@ def calibration_rows(pruned: str | os.PathLike | None, tokenizer: Any) -> list[d
     config = PruningConfig.load(path.parent).calibration if path is not None and path.is_file() else None
     if config is not None and config.image_column is None and config.fingerprint is None and config.dataset:
         tokens = load_tokens(replace(config, tokens=None), tokenizer)
-        return [{"text": text} for text in tokenizer.batch_decode(tokens)]
+        return [{"text": text} for text in tokenizer.batch_decode(without_beginning(tokens, tokenizer))]
     if config is not None and (config.fingerprint is not None or config.image_column is not None):
         logger.warning(
             "The calibration data was in memory, or has pictures: the packaged sample of English text takes its place."

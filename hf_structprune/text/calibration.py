@@ -20,7 +20,7 @@ import numpy as np
 from ..checks import Count, Limits, Number, check_fields, check_keys
 from ..data import calibration_sample
 from ..errors import CalibrationError, ConfigurationError, TextError
-from .reading import read_rows, token_ids
+from .reading import beginning_of, read_rows, token_ids
 
 
 if TYPE_CHECKING:
@@ -131,8 +131,10 @@ def load_tokens(config: CalibrationConfig, tokenizer: Any) -> torch.LongTensor:
     Documents are joined by the tokenizer's end-of-sequence token, or by two line breaks if the model is a chat model
     (has a chat template), where that token ends a turn; lines of one running text (a `.txt` file, or rows as WikiText
     has them) by two line breaks. The result is cut into full sequences without padding, and one is drawn in each of
-    `num_samples` equal stretches of it; with several datasets, sequence `i` is of dataset `i % len(datasets)`. A
-    beginning-of-sequence token stands only where the tokenizer puts one by default, at the start of a document.
+    `num_samples` equal stretches of it; with several datasets, sequence `i` is of dataset `i % len(datasets)`. What
+    the tokenizer puts before every text (a beginning-of-sequence token) also begins every sequence, as one of its
+    tokens: models lean on it, and some are lost without (of 256 tokens of WikiText-2 without it, Gemma-3-270M has 4.5
+    times the perplexity).
 
     The tokenizer may be `None` when `config.tokens` is given.
 
@@ -186,12 +188,34 @@ def respelled(tokens: torch.LongTensor, dense: Any, small: Any) -> torch.LongTen
     """
     import torch
 
-    texts = dense.batch_decode(tokens, clean_up_tokenization_spaces=False)
+    texts = dense.batch_decode(without_beginning(tokens, dense), clean_up_tokenization_spaces=False)
     rows = small(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    ids, length = torch.tensor(list(chain.from_iterable(rows)), dtype=torch.long), tokens.shape[1]
-    if len(ids) < length:
+    begins, length = beginning_of(small), tokens.shape[1]
+    begins = begins if _begin_with(tokens, beginning_of(dense)) else []
+    ids, step = np.fromiter(chain.from_iterable(rows), np.int32), length - len(begins)
+    if len(ids) < step:
         raise CalibrationError(f"The calibration tokens are {len(ids)} after tokens went: fewer than one sequence.")
-    return ids[: len(ids) // length * length].view(-1, length)
+    return torch.from_numpy(_sequences(ids, np.arange(len(ids) // step) * step, length, begins)).long()
+
+
+def without_beginning(tokens: torch.LongTensor, tokenizer: Any) -> torch.LongTensor:
+    """Sequences without the special tokens that begin every one, if they all begin with them."""
+    begins = beginning_of(tokenizer)
+    return tokens[:, len(begins) :] if _begin_with(tokens, begins) else tokens
+
+
+def _begin_with(tokens: torch.LongTensor, begins: list[int]) -> bool:
+    return bool((tokens[:, : len(begins)] == tokens.new_tensor(begins)).all())
+
+
+def _sequences(ids: np.ndarray, starts: np.ndarray, length: int, begins: list[int]) -> np.ndarray:
+    """Sequences of so many tokens from `starts` on, behind those that are to begin each, if they do not already."""
+    first, sequences = np.array(begins, ids.dtype), []
+    for start in starts:
+        row = ids[start : start + length]
+        begun = len(row) == length and (row[: len(first)] == first).all()
+        sequences.append(row if begun else np.concatenate([first, row[: length - len(first)]]))
+    return np.stack(sequences)
 
 
 def check_token_ids(tokens: torch.LongTensor, vocab_size: int) -> None:
@@ -234,11 +258,19 @@ def _source_tokens(
     most = sum(map(len, texts)) * _TOKENS_PER_CHARACTER + len(texts) * _SEPARATORS
     _check_enough(most, f"at most {most}", name, count, config.length)
     ids = _tokenize(texts, running, config.chat_template, tokenizer)
-    _check_enough(len(ids), str(len(ids)), name, count, config.length)
+    begins = beginning_of(tokenizer)
+    if config.chat_template and ids[: len(begins)].tolist() != begins:  # the template begins chats in another way
+        begins = []
+    step = config.length - len(begins)
+    if step < 1:
+        raise CalibrationError(
+            f"`length` is {config.length}, but the tokenizer begins every text with {len(begins)} tokens: raise it."
+        )
+    _check_enough(len(ids), str(len(ids)), name, count, step)
     # One random sequence out of each of `count` equal stretches.
-    found = len(ids) // config.length
+    found = len(ids) // step
     chosen = [rng.randrange(i * found // count, (i + 1) * found // count) for i in range(count)]
-    return ids[: found * config.length].reshape(found, config.length)[chosen]
+    return _sequences(ids, np.array(chosen) * step, config.length, begins)
 
 
 def _is_running_text(rows: Sequence[Any]) -> bool:

@@ -276,6 +276,15 @@ def token_ids(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> 
     return np.concatenate([tokens.ids.astype(np.int32) for tokens in found])
 
 
+def beginning_of(tokenizer: Any) -> list[int]:
+    """The special tokens that a tokenizer puts before every text: a beginning-of-sequence token, several, or none."""
+    plain, begun = (
+        tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"] for special in (False, True)
+    )
+    places = range(len(begun) - len(plain) + 1)
+    return list(begun[: next((place for place in places if begun[place : place + len(plain)] == plain), 0)])
+
+
 def _piece(tokenizer: Any, text: str, start: int, stop: int, add_special_tokens: bool) -> Tokens:
     found = tokenizer(
         text[start:stop], add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False

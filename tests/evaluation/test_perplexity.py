@@ -9,6 +9,8 @@ from transformers.utils import logging
 
 from hf_structprune.errors import ConfigurationError
 from hf_structprune.evaluation import perplexity, read_text
+from hf_structprune.evaluation.perplexity import EvaluationText, bos_for, measure_perplexity
+from hf_structprune.recovery.measuring import HeldOutText
 
 
 # The package exports a function of the module's name, so an attribute path does not reach the module.
@@ -97,6 +99,20 @@ def test_text_is_tokenised_once_with_the_default_bos(tiny_llama, make_tokenizer)
     assert result.nll == pytest.approx(
         brute_force(tiny_llama, tokenizer, "ab" * 40 + "\n\n" + "cd" * 40, 32), rel=1e-6
     )
+
+
+def test_gemma_gets_bos_in_every_window_as_by_lm_eval(tiny_llama, make_tokenizer):
+    tokenizer, text = make_tokenizer(bos=True), EvaluationText("a", TEXT, "")
+    tiny_llama.config.model_type = "gemma3_text"  # the exception is made by this name
+    result = measure_perplexity(tiny_llama, tokenizer, text, window=64)
+    assert result.protocol.endswith("BOS in each")
+    assert result == measure_perplexity(tiny_llama, tokenizer, text, window=64, bos=True)
+    assert measure_perplexity(tiny_llama, tokenizer, text, window=64, bos=False).protocol.endswith("no BOS")
+    held_out = HeldOutText(tokenizer, text, window=64, max_windows=None, bos=bos_for(tiny_llama, tokenizer))
+    assert held_out.measure(tiny_llama) == pytest.approx(result.nll, rel=1e-6) and held_out.describe()["bos"]
+    for model_type, beginning in (("llama", True), ("gemma3_text", False)):
+        tiny_llama.config.model_type = model_type
+        assert bos_for(tiny_llama, make_tokenizer(bos=beginning)) is None
 
 
 def test_bfloat16_likelihood_is_taken_in_float32(tiny_llama, tiny_tokenizer):

@@ -4,13 +4,14 @@ import tracemalloc
 import datasets
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from hf_structprune.config import CalibrationConfig
 from hf_structprune.data import calibration_sample, wikitext2_sample
 from hf_structprune.errors import CalibrationError
 from hf_structprune.text import calibration, reading
-from hf_structprune.text.calibration import check_token_ids, load_tokens
-from hf_structprune.text.reading import read_lines
+from hf_structprune.text.calibration import check_token_ids, load_tokens, respelled, without_beginning
+from hf_structprune.text.reading import beginning_of, read_lines
 
 
 CHAT_TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
@@ -59,7 +60,7 @@ def test_default_shape_and_determinism(tiny_tokenizer):
 
 
 def test_documents_of_a_chat_model_are_joined_by_line_breaks(make_tokenizer):
-    tokenizer, texts = make_tokenizer(bos=True, chat_template=CHAT_TEMPLATE), words(10)
+    tokenizer, texts = make_tokenizer(chat_template=CHAT_TEMPLATE), words(10)
     stream = tokenizer("\n\n".join(texts))["input_ids"]
     full = len(stream) // 16
     assert load_all(tokenizer, full, texts=texts) == stream[: full * 16]
@@ -85,11 +86,46 @@ def test_documents_are_joined_by_blank_lines_without_eos(make_tokenizer):
     assert load_all(tokenizer, full, texts=words(10)) == stream[: full * 16]
 
 
-def test_bos_only_at_document_starts(make_tokenizer):
+def test_what_begins_every_text_begins_every_sequence_once(make_tokenizer):
     tokenizer = make_tokenizer(bos=True)
     stream = [i for text in words(10) for i in [1, *tokenizer(text, add_special_tokens=False)["input_ids"], 2]]
-    full = len(stream) // 16
-    assert load_all(tokenizer, full, texts=words(10)) == stream[: full * 16]
+    full = len(stream) // 15
+    starts = range(0, full * 15, 15)
+    # A sequence that starts with a document has its token already, and one more of the text instead.
+    rows = [stream[s : s + 16] if stream[s] == 1 else [1, *stream[s : s + 15]] for s in starts]
+    assert rows[0][0] == 1 and rows[0][1] != 1 and all(row[0] == 1 and row[1] != 1 for row in rows)
+    assert load_all(tokenizer, full, texts=words(10)) == sum(rows, [])
+    chats = [[{"role": "user", "content": text}] for text in words(10)]
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokens = load(tokenizer, texts=chats, chat_template=True, num_samples=4)
+    assert (tokens[:, 0] == 1).all() and (tokens[:, 1] != 1).all()
+    with pytest.raises(CalibrationError, match="`length` is 2, but the tokenizer begins every text with 2 tokens"):
+        load(with_two(make_tokenizer), texts=words(10), length=2)
+
+
+def with_two(make_tokenizer):
+    """A tokenizer that begins every text with two tokens and ends it with one, as GLM's and BERT's do together."""
+    tokenizer = make_tokenizer(bos=True)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{tokenizer.bos_token} {tokenizer.unk_token} $A {tokenizer.eos_token}",
+        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in tokenizer.all_special_tokens],
+    )
+    return tokenizer
+
+
+def test_beginnings(make_tokenizer, tiny_tokenizer):
+    assert beginning_of(tiny_tokenizer) == [] and beginning_of(make_tokenizer(bos=True)) == [1]
+    assert beginning_of(with_two(make_tokenizer)) == [1, 0]
+
+
+def test_respelled_sequences_begin_as_before(make_tokenizer):
+    tokenizer = make_tokenizer(bos=True)
+    tokens = load(tokenizer, texts=words(10), num_samples=6)
+    inside = without_beginning(tokens, tokenizer).flatten()
+    again = respelled(tokens, tokenizer, tokenizer)
+    assert (again[:, 0] == 1).all() and torch.equal(again[:, 1:].flatten(), inside[: again[:, 1:].numel()])
+    given = torch.randint(3, 20, (4, 16), generator=torch.Generator().manual_seed(0))  # not begun: as they were given
+    assert torch.equal(respelled(given, tokenizer, tokenizer), given)
 
 
 def test_sequences_are_spread_evenly(tiny_tokenizer):
