@@ -108,7 +108,8 @@ class OBS(Criterion):
 
     def weight(self, scoring: Scoring) -> torch.Tensor:
         """What is multiplied with the inputs, shape (any, d): its squared norm is what counts."""
-        return scoring.weight(scoring.group.reader)
+        weight, gain = scoring.weight(scoring.group.reader), scoring.statistics.gain
+        return weight if gain is None else weight.float() * gain.to(weight.device)[:, None]
 
 
 class KFAC(OBS):
@@ -126,5 +127,5 @@ class KFAC(OBS):
 
     def weight(self, scoring: Scoring) -> torch.Tensor:
         consumer = scoring.group.reader
-        weight = super().weight(scoring)
+        weight = scoring.weight(consumer)  # gradients have the gain in them
         return scoring.salience[consumer.module, OUTPUTS].to(weight.device, torch.float64) @ weight.double()

@@ -29,6 +29,7 @@ from ..model.structure import ModelStructure
 from ..model.surgery import cut_units, mask_sublayers
 from ..plan import PruningPlan
 from ..progress import tqdm
+from ..stats.addends import Addend
 from ..stats.moments import InputStatistics
 from ..stats.processes import Processes
 from ..stats.routing import ExpertInputs, RoutingStatistics, routing_statistics
@@ -97,7 +98,7 @@ class _Compression:
         self.correcting = False
         self.dense: States = []  # the hidden states of the dense model
         self.error: States = []  # what the hidden states lack of those, float32
-        self.outputs: list[States] = []  # of the layer's consumers so far
+        self.outputs: list[States] = []  # what the layer's consumers have added so far
         self.weights = TokenWeights(processes)
         self.kept: Kept = {}
         self.cut: set[tuple[int, str]] = set()  # groups that are out already
@@ -110,10 +111,10 @@ class _Compression:
             batch_size = self.config.calibration.batch_size
             share, self.first = self.processes.share(tokens(), batch_size)
             stream = LayerStream(self.model, self.structure, share, batch_size, self.store)
-            stream.additive = bool(self.processes.agree(stream.additive))
-            self.correcting = correcting and stream.additive
+            stream.sums = bool(self.processes.agree(stream.sums))
+            self.correcting = correcting and stream.sums
             self.stream = stream if looks or self.correcting else None
-            if correcting and not stream.additive:
+            if correcting and not stream.sums:
                 notes.append(
                     "error correction: the layers of this model do not simply add up, so that re-fits look at their "
                     "own outputs only"
@@ -245,7 +246,8 @@ class _Compression:
         self.error = self._difference(self.dense, stream.hidden)
         dense = stream.carry(layer.index, self.dense, outputs_of=[*consumers, *lost])
         for name in lost:
-            _add(self.error, dense.pop(name))
+            addend = stream.addend(name)
+            _add(self.error, (addend(output) for output in dense.pop(name)))
         if layer.index + 1 not in self.gone:
             return dense, None
         before = stream.copy(self.dense)
@@ -275,17 +277,20 @@ class _Compression:
         dense = None if inside else dense
         module, inputs = self.model.get_submodule(consumer), self.stream.capture(layer.index, consumer)
         width, size = matrix(module).shape[1], 0 if dense is None else dense[0].shape[-1]
-        device = matrix(module).device
-        statistics = InputStatistics(width, self.needs_gram, size, device, self.first)
+        device, addend = matrix(module).device, self.stream.addend(consumer)
+        statistics = InputStatistics(width, self.needs_gram, size, device, self.first, addend.gain())
         for number, x in enumerate(inputs):
             x, target, weights = x.to(device), None, None
             if self.needs_gram and (dense is not None or self.config.token_weighting):
                 output = consume(module, x, torch.arange(width)).float()
+                added = addend(output)
+                scale = None if addend.plain else addend.scale(output, added)
                 if dense is not None:
-                    lacking = (self.error[number] + dense[number].float()).to(device) - output
-                    target = self.config.error_correction * lacking
+                    lacking = self._lacking(number, addend, dense, added)
+                    target = lacking if scale is None else addend.correction(lacking, scale)
+                    target = self.config.error_correction * target
                 if self.config.token_weighting:
-                    weights = self.weights(self._state(number, output))
+                    weights = self.weights(self._state(number, added), scale)
             statistics.update(x, target, weights)
         statistics.gather(self.processes)
         for group in cut if self.turns is not None else ():
@@ -298,46 +303,48 @@ class _Compression:
         write_columns(module, refitted(module, statistics, columns, self.config), columns)
         self.processes.take_first(module.weight)
         device = matrix(module).device
-        self._pass_on(parent, (consume(module, x.to(device), columns) for x in inputs), dense, adds=not inside)
+        outputs = (consume(module, x.to(device), columns) for x in inputs)
+        self._pass_on(parent, outputs, dense, addend, adds=not inside)
 
     def _without(
         self, layer: LayerStructure, consumer: str, cut: list[Group], inputs: States, dense: States | None
     ) -> tuple[InputStatistics, States]:
         """Takes units out at once that the others depend on; the consumer's inputs without them, and their moments."""
-        module = self.model.get_submodule(consumer)
+        module, addend = self.model.get_submodule(consumer), self.stream.addend(consumer)
+        gain = addend.gain()
         every, device = torch.arange(matrix(module).shape[1]), matrix(module).device
         targets = self._stored(consume(module, x.to(device), every) for x in inputs)
         for number, target in enumerate(targets) if dense is not None else ():
-            lacking = self.error[number] + dense[number].float() - target
-            target.add_(lacking, alpha=self.config.error_correction)
+            self._correct(number, addend, dense, target)
         cut_units(self.model, cut, self.kept)
         self.cut |= {group.key for group in cut}
         inputs = self.stream.capture(layer.index, consumer)
         every = torch.arange(matrix(module).shape[1])
         size = targets[0].shape[-1]
-        statistics = InputStatistics(len(every), self.needs_gram, size, device, self.first)
+        statistics = InputStatistics(len(every), self.needs_gram, size, device, self.first, gain)
         for number, x in enumerate(inputs):
-            x = x.to(device)
+            x, weights = x.to(device), None
             output = consume(module, x, every).float()
-            weights = self.weights(self._state(number, output)) if self.config.token_weighting else None
-            statistics.update(x, targets[number].to(device) - output, weights)
+            if self.config.token_weighting:
+                weights = self._token_weights(number, addend, output)
+            target = targets[number].to(device) - output
+            statistics.update(x, target if gain is None else target * gain, weights)
         statistics.gather(self.processes)
         return statistics, inputs
 
     def _experts(self, layer: LayerStructure, group: Group, cut: bool, dense: States | None) -> None:
         """Chooses the experts (or what is in them) that stay, and re-fits those; whole ones go at once."""
         inputs = self.stream.capture(layer.index, group.parent)
-        experts = Experts(self.model, group)
+        experts, addend = Experts(self.model, group), self.stream.addend(group.parent)
         targets = self._stored(experts.run(x)[0] for x in inputs)
         outputs = targets
         if cut:
             weights = None
             if self.config.token_weighting:
-                weights = [self.weights(self._state(number, output.to(self.stream.device(layer.index))))
+                weights = [self._token_weights(number, addend, output.to(self.stream.device(layer.index)))
                            for number, output in enumerate(targets)]  # fmt: skip
             for number, target in enumerate(targets) if dense is not None else ():
-                lacking = self.error[number] + dense[number].float() - target
-                target.add_(lacking, alpha=self.config.error_correction)
+                self._correct(number, addend, dense, target)
             statistics = routing_statistics(self.model, group, self.criterion, inputs, weights, self.processes)
             self._choose([group], statistics)
             self.plan.of_layer(layer.index)[group.kind].seen = statistics.tokens.long().tolist()
@@ -351,7 +358,7 @@ class _Compression:
             outputs = refit_experts(
                 self.model, group, inputs, targets, weights, self.config, kept, self.processes, self.first
             )
-        self._pass_on(group.parent, outputs, dense)
+        self._pass_on(group.parent, outputs, dense, addend)
 
     def _stored(self, outputs: Iterable[torch.Tensor]) -> States:
         """What a module puts out for each batch, float32, where hidden states are kept."""
@@ -361,21 +368,44 @@ class _Compression:
             rooms[number].copy_(output)
         return rooms
 
-    def _state(self, number: int, output: torch.Tensor) -> torch.Tensor:
-        """Hidden states that an output is added to, with what the layer's consumers have added so far, and itself."""
-        hidden = sum((outputs[number] for outputs in self.outputs), self.stream.hidden[number]).float()
-        hidden = hidden.to(output.device)
-        return hidden + output if self.stream.additive else hidden.flatten(2)
+    def _lacking(self, number: int, addend: Addend, dense: States, added: torch.Tensor) -> torch.Tensor:
+        """What the hidden states will lack of the dense model's when so much is added to them, float32."""
+        wanted = self.error[number] + addend(dense[number]).float().to(self.error[number].device)
+        return wanted.to(added.device) - added
 
-    def _pass_on(self, parent: str, outputs: Iterable[torch.Tensor], dense: States | None, adds: bool = True) -> None:
-        """Keeps what a consumer puts out now, and counts what that lacks; `adds`: to the hidden states as it is."""
+    def _correct(self, number: int, addend: Addend, dense: States, output: torch.Tensor) -> None:
+        """Changes an output, float32, in place to one that makes up for a part of what the hidden states lack."""
+        added = addend(output).float()
+        lacking = self._lacking(number, addend, dense, added)
+        if not addend.plain:
+            lacking, gain = addend.correction(lacking, addend.scale(output, added)), addend.gain()
+            lacking = lacking if gain is None else lacking / gain.to(lacking.device)
+        output.add_(lacking, alpha=self.config.error_correction)
+
+    def _token_weights(self, number: int, addend: Addend, output: torch.Tensor) -> torch.Tensor:
+        added = addend(output).float()
+        return self.weights(self._state(number, added), None if addend.plain else addend.scale(output, added))
+
+    def _state(self, number: int, added: torch.Tensor) -> torch.Tensor:
+        """Hidden states that something is added to, with what the layer's consumers have added so far, and itself."""
+        hidden = sum((outputs[number] for outputs in self.outputs), self.stream.hidden[number]).float()
+        hidden = hidden.to(added.device)
+        return hidden + added if self.stream.sums else hidden.flatten(2)
+
+    def _pass_on(
+        self, parent: str, outputs: Iterable[torch.Tensor], dense: States | None, addend: Addend, adds: bool = True
+    ) -> None:
+        """Keeps what a consumer puts out now, and counts what that lacks; `adds`: to the hidden states."""
         stored = self.stream.blank(self.stream.hidden[0])
+        added = stored if addend.plain else self.stream.blank(self.stream.hidden[0])
         for number, output in enumerate(outputs):
             stored[number].copy_(output)
+            if not addend.plain:
+                added[number].copy_(addend(stored[number]))
             if dense is not None:
-                self.error[number].add_(dense[number]).sub_(stored[number])
-        if self.stream.additive and adds:
-            self.outputs.append(stored)
+                self.error[number].add_(addend(dense[number])).sub_(added[number])
+        if self.stream.sums and adds:
+            self.outputs.append(added)
         self.stream.replace(parent, stored)
 
     def _choose(
@@ -423,6 +453,6 @@ def _reach(plan: PruningPlan) -> tuple[int, int]:
     return first, max([*cut, *dropped], default=-1)
 
 
-def _add(states: States, others: States) -> None:
+def _add(states: States, others: Iterable[torch.Tensor]) -> None:
     for state, other in zip(states, others, strict=True):
         state.add_(other)

@@ -20,11 +20,13 @@ def refitted(
     columns = columns.to(weight.device)
     if not config.compensation:
         return weight[:, columns]
+    dtype, gain = weight.dtype, 1 if statistics.gain is None else statistics.gain.to(weight.device)[:, None]
+    weight = weight if statistics.gain is None else weight.float() * gain
     damping = damping_for(weight, statistics.fit, statistics.held_out, columns, config)
     moments = statistics.moments
     gram, target = moments.gram, moments.target
     del moments
-    return refit(weight, gram, columns, damping, target).to(weight.dtype)
+    return (refit(weight, gram, columns, damping, target) / gain).to(dtype)
 
 
 def damping_for(
@@ -39,15 +41,18 @@ def damping_for(
 class TokenWeights:
     """`1 / ||h||^2` of hidden states `h`, relative to the mean of the first batch: the next norm divides by it.
 
-    Of several processes the first one's batch counts.
+    Where a norm comes before the sum, too, times `r^2` of what is added (`Addend.scale`). Of several processes the
+    first one's batch counts.
     """
 
     def __init__(self, processes: Processes | None = None) -> None:
         self.unit: float | None = None
         self._processes = processes or Processes()
 
-    def __call__(self, state: torch.Tensor) -> torch.Tensor:
+    def __call__(self, state: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
         weights = 1 / state.square().sum(-1).clamp_min(1e-12)
+        if scale is not None:
+            weights = weights * scale.squeeze(-1).square()
         self.unit = self.unit or self._processes.agree(float(weights.mean()))
         return weights / self.unit
 

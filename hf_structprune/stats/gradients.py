@@ -18,6 +18,7 @@ from ..model.experts import Experts
 from ..model.measuring import check_numbers, has_plain_head, measuring, positions_at_once
 from ..model.structure import Group, is_linear, matrix
 from ..progress import tqdm
+from .addends import Addend, norms_of
 from .seen import Calibration, SeenRow, SeenRows
 
 
@@ -89,8 +90,10 @@ def loss_metrics(model: nn.Module, groups: Iterable[Group], tokens: Calibration,
     `g` is the gradient of the next-token loss, summed over a sequence, by the output at one token. `G` is divided by
     the mean of its diagonal, and is the identity where the loss does not depend on the output. One sequence at a time,
     a quarter of the calibration text: an outer product for each token is more than enough for the few directions
-    that matter. Outputs wider than `LARGEST` are projected onto as many random signs, which keeps `E ||R v||^2`
-    (Johnson & Lindenstrauss; Achlioptas, 2003, https://doi.org/10.1016/S0022-0000(03)00025-4).
+    that matter. Where a norm comes right behind an output, `g` is multiplied by the size that it divides the token by:
+    the moments of the inputs have the reciprocal in their weights (`Addend.scale`). Outputs wider than `LARGEST` are
+    projected onto as many random signs, which keeps `E ||R v||^2` (Johnson & Lindenstrauss; Achlioptas, 2003,
+    https://doi.org/10.1016/S0022-0000(03)00025-4).
 
     Returns:
         `{(full name of the reader, OUTPUTS): R}` with `R^T R = G`, float32 on the CPU, shape (at most `LARGEST`, out).
@@ -101,21 +104,42 @@ def loss_metrics(model: nn.Module, groups: Iterable[Group], tokens: Calibration,
     widths = {group.reader.module: matrix(model.get_submodule(group.reader.module)).shape[0] for group in groups}
     moments: dict[str, torch.Tensor] = {}
     random = torch.Generator().manual_seed(config.seed)
+    last: dict[str, torch.Tensor] = {}  # outputs, until it is known whether a norm gets them
+    scales: dict[str, torch.Tensor] = {}
 
     def report(name: str, signs: torch.Tensor, _: torch.Tensor, gradient: torch.Tensor) -> None:
         gradient = gradient.detach().reshape(-1, widths[name]).float()
+        if name in scales:
+            scale = scales[name].reshape(-1, 1)
+            gradient = torch.where(scale == 0, 0.0, gradient / torch.where(scale == 0, 1.0, scale))
         left = gradient.T if widths[name] <= LARGEST else signs[:, : len(gradient)].to(gradient)
         moments[name] = moments.get(name, 0) + left @ gradient
 
+    def probe(name: str, signs: torch.Tensor, inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        output = _Probe.apply(output, inputs, partial(report, name, signs))
+        last[name] = output.detach()
+        return output
+
+    def behind(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        for name, before in list(last.items()):
+            if args and args[0].data_ptr() == before.data_ptr() and args[0].shape == before.shape:
+                scales[name] = Addend(module).scale(before, output.detach().float())
+                del last[name]
+
     def probes(_: float) -> AbstractContextManager:
         signs = 1 - 2 * torch.randint(2, (LARGEST, longest), generator=random, dtype=torch.int8)
-        return hooked(
+        last.clear()
+        handles = [
             model.get_submodule(name).register_forward_hook(
-                lambda _, args, output, name=name: _Probe.apply(output, args[0], partial(report, name, signs))
+                lambda _, args, output, name=name: probe(name, signs, args[0], output)
             )
             for name in widths
-        )
+        ]
+        return hooked(handles + [module.register_forward_hook(behind) for module in norms])
 
+    around = {name.rpartition(".")[0] for name in widths}
+    around |= {name.rpartition(".")[0] for name in around}
+    norms = norms_of(map(model.get_submodule, sorted(around)))
     some = len(tokens) // max(1, min(_SHARE, len(tokens) // _LEAST))
     chosen = torch.zeros(len(tokens), dtype=torch.bool)
     chosen[torch.randperm(len(tokens), generator=random)[:some]] = True  # of all sources, which take turns

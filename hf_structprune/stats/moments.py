@@ -26,6 +26,8 @@ class InputStatistics:
         gram: Whether to accumulate the second moments `C = E[x x^T]` (d x d).
         targets: Number of features of a target `t`, if `E[t x^T]` is wanted too; 0 otherwise.
         first: Number of the first sequence among those of all processes, by which some are held out.
+        gain: What the rows of the consumer are multiplied with before its outputs count, shape (out,): of the norm
+            behind it. Targets are in these units.
 
     Attributes:
         total, squares: Sums of `x` and of `x^2`, shape (d,).
@@ -34,8 +36,10 @@ class InputStatistics:
     """
 
     def __init__(
-        self, width: int, gram: bool, targets: int = 0, device: torch.device | str = "cpu", first: int = 0
-    ) -> None:
+        self, width: int, gram: bool, targets: int = 0, device: torch.device | str = "cpu", first: int = 0,
+        gain: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self.gain = gain
         self.width, self.tokens, self.sequences, self._first = width, 0, 0, first
         self.total, self.squares, self.activity = (torch.zeros(width, device=device) for _ in range(3))
         self.fit, self.held_out = (Moments.zeros(width, targets, device) if gram else None for _ in range(2))

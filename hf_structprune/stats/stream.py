@@ -18,6 +18,7 @@ from ..model.measuring import check_numbers
 from ..model.store import HEAD, OUTSIDE, Store
 from ..model.structure import ModelStructure, decoder_layers
 from ..progress import tqdm
+from .addends import Addend, factors_of_sum, norms_of
 from .seen import Calibration, SeenRows
 
 
@@ -56,7 +57,9 @@ class LayerStream:
     Attributes:
         hidden: What enters the next layer, one tensor of shape (sequences, length, H) for each batch; of a model with
             several residual streams (DeepSeek-V4, Gemma 3n) of shape (sequences, length, streams, H).
-        additive: Whether every layer's output is its input plus the outputs of its consumers, and nothing else.
+        sums: Whether every layer's output is its input plus what is made of the outputs of its consumers, and nothing
+            else.
+        additive: Whether it is these outputs themselves.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class LayerStream:
         self._replaced: dict[str, list[torch.Tensor]] = {}
         self._layer_extras: list | tuple | None = None
         self._leading: list[torch.Size] = []
+        self._addends: dict[str, Addend] = {}
         self.hidden: list[torch.Tensor] = []
         with self.store.holding(OUTSIDE):
             self._begin(structure)
@@ -92,7 +96,7 @@ class LayerStream:
                 )
             self.hidden = self.hidden or self.blank(state, tail=state.shape[2:])
             self.hidden[number].copy_(state)
-        self.additive = True
+        self.sums = self.additive = True
         parents = _outermost(structure.groups)
         if self.rows is not None:
             self._record(0, parents)
@@ -141,6 +145,7 @@ class LayerStream:
         """Records the arguments of every layer, and which consumers' outputs are those of the modules around them."""
         arguments: list[tuple[tuple, dict[str, Any]]] = []
         outputs: dict[str, torch.Tensor] = {}
+        raw: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # as it was put out, and as it is now
         entered: list[torch.Tensor] = []
         by_name: list[bool] = []
 
@@ -154,8 +159,13 @@ class LayerStream:
             check_numbers(first_of(output), f"The hidden states that leave layer {len(entered) - 1}")
             self._layer_extras = others_of(output)
             if outputs:
-                self.additive &= _is_sum(first_of(output), [entered[-1], *outputs.values()])
+                factors = factors_of_sum(first_of(output), [entered[-1], *outputs.values()])
+                self.sums &= factors is not None
+                for name, factor in zip(outputs, factors or (), strict=False):
+                    self._addends.setdefault(name, Addend()).factor = factor
+                self.additive &= self.sums and not normed and all(factor == 1 for factor in factors)
                 outputs.clear()
+                raw.clear()
 
         def after_consumer(name):  # a copy: some layers add to the output in place
             return lambda _, __, output: outputs.update({name: first_of(output).clone()})
@@ -164,7 +174,19 @@ class LayerStream:
             first, expected = first_of(output), outputs[consumer]
             if first.numel() == expected.numel() and torch.equal(first.view_as(expected), expected):
                 self._replayable[parent] = others_of(output)
+                raw[consumer] = (expected, first)
 
+        def after_norm(module, args, output):
+            """Looks whether a norm got what a module had just put out: then the layer adds what the norm gives."""
+            for name, (before, first) in list(raw.items()):
+                same = args and args[0].data_ptr() == first.data_ptr() and args[0].shape == first.shape
+                if same and torch.equal(first.view_as(before), before):
+                    self._addends[name] = Addend(module)
+                    normed.add(name)
+                    outputs[name] = output.clone()
+                    del raw[name]
+
+        normed: set[str] = set()
         load, free = self.store.load, self.store.free
         handles = [layer.register_forward_pre_hook(lambda *_, n=n: load(n)) for n, layer in enumerate(self.layers)]
         handles += [layer.register_forward_pre_hook(before_layer, with_kwargs=True) for layer in self.layers]
@@ -173,6 +195,8 @@ class LayerStream:
             consumer, parent = map(self.model.get_submodule, names)
             handles.append(consumer.register_forward_hook(after_consumer(names[0])))
             handles.append(parent.register_forward_hook(lambda _, __, out, names=names: after_parent(*names, out)))
+        for module in norms_of(self.layers) if parents else ():
+            handles.append(module.register_forward_hook(after_norm))
         handles += [layer.register_forward_hook(lambda *_, n=n: free(n)) for n, layer in enumerate(self.layers)]
         with hooked(handles):
             self._forward(number)
@@ -218,6 +242,10 @@ class LayerStream:
     def placed(self, index: int, states: list[torch.Tensor]) -> list[torch.Tensor]:
         """Hidden states on the device of layer `index`, unless the store keeps them elsewhere."""
         return states if self.store.device is not None else [state.to(self.device(index)) for state in states]
+
+    def addend(self, consumer: str) -> Addend:
+        """What layers add to the hidden states of the output of a consumer (or of a block of experts)."""
+        return self._addends.get(consumer, Addend())
 
     @torch.no_grad()
     def capture(self, index: int, consumer: str) -> list[torch.Tensor]:
@@ -398,13 +426,3 @@ def _outermost(groups: Iterable[Group]) -> dict[tuple[str, str], None]:
 
 def _hidden(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
     return args[0] if args else kwargs["hidden_states"]
-
-
-def _is_sum(total: torch.Tensor, terms: list[torch.Tensor]) -> bool:
-    """Whether a tensor is the sum of others, within the rounding of low-precision additions, wherever they are."""
-    terms = [term.to(total.device) for term in terms]
-    if len({term.numel() for term in (total, *terms)}) > 1:  # outputs go into several residual streams
-        return False
-    parts = sum(term.reshape(total.shape).float() for term in terms[1:])
-    rest = (total.float() - terms[0].reshape(total.shape).float() - parts).norm(dim=-1)
-    return float((rest / parts.norm(dim=-1).clamp_min(1e-30)).median()) < 0.1

@@ -19,7 +19,7 @@ from ..model.groups import Kept
 from ..model.measuring import measures
 from ..model.structure import Group, ModelStructure, matrix
 from ..progress import tqdm
-from ..refit.reader import kept_columns, refitted, write_columns
+from ..refit.reader import consume, kept_columns, refitted, write_columns
 from .gradients import Salience, gate_salience, loss_metrics, taylor_salience
 from .moments import InputStatistics, is_held_out
 from .routing import RoutingStatistics, routing_statistics
@@ -76,16 +76,24 @@ def measure_sensitivity(
     return sensitivity
 
 
+@torch.no_grad()
 def statistics_of(
     stream: LayerStream, group: Group, criterion: Criterion, gram: bool
 ) -> InputStatistics | RoutingStatistics:
     """Moments of what the reader of a group gets, or what is done with what a block of experts gets."""
     if group.reader is None:
         return routing_statistics(stream.model, group, criterion, stream.capture(group.layer, group.parent))
-    inputs = stream.capture(group.layer, group.reader.module)
-    statistics = InputStatistics(inputs[0].shape[-1], gram, device=inputs[0].device)
+    inputs, addend = stream.capture(group.layer, group.reader.module), stream.addend(group.reader.module)
+    statistics = InputStatistics(inputs[0].shape[-1], gram, device=inputs[0].device, gain=addend.gain())
+    module, unit = stream.model.get_submodule(group.reader.module), None
     for batch in inputs:
-        statistics.update(batch)
+        weights = None
+        if gram and addend.norm is not None:  # tokens count as the norm behind makes them count
+            output = consume(module, batch, torch.arange(batch.shape[-1])).float()
+            weights = addend.scale(output, addend(output)).squeeze(-1).square()
+            unit = unit or float(weights.mean())
+            weights = weights / unit
+        statistics.update(batch, weights=weights)
     return statistics
 
 

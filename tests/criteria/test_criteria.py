@@ -317,8 +317,11 @@ def test_every_name_of_the_configuration_has_a_criterion():
     assert tuple(BY_NAME) == CRITERIA
 
 
-def output_gradients(model, module):
-    """Gradients of the summed loss of each sequence by what a module puts out, shape (tokens, out)."""
+def output_gradients(model, module, norm=None):
+    """Gradients of the summed loss of each sequence by what a module puts out, shape (tokens, out).
+
+    Where a norm is behind it: times the root mean square of the output, by which the norm divides.
+    """
     seen = []
 
     def keep(_, __, output):
@@ -330,7 +333,10 @@ def output_gradients(model, module):
             logits = model(input_ids=sequence[None]).logits[0, :-1].float()
             torch.nn.functional.cross_entropy(logits, sequence[1:], reduction="sum").backward()
     model.zero_grad()
-    return torch.cat([output.grad[0] for output in seen]).double()
+    gradient = torch.cat([output.grad[0] for output in seen]).double()
+    if norm is None:
+        return gradient
+    return gradient * (torch.cat([output[0].detach() for output in seen]).square().mean(-1, True) + norm.eps).sqrt()
 
 
 @pytest.mark.parametrize("name", ["llama_bias", "gpt2", "gemma2"])
@@ -341,7 +347,8 @@ def test_metrics_of_the_loss_are_the_second_moments_of_the_gradients_at_the_cons
     got = loss_metrics(model, groups, TOKENS, config)
     assert not any(p.grad is not None for p in model.parameters())
     for group in groups:
-        gradient = output_gradients(model, group.reader.module)
+        norm = getattr(model.get_submodule(group.parent.rpartition(".")[0]), "post_feedforward_layernorm", None)
+        gradient = output_gradients(model, group.reader.module, norm)
         root = got[group.reader.module, OUTPUTS].double()
         expected = gradient.T @ gradient
         torch.testing.assert_close(root.T @ root, expected / expected.diagonal().mean(), rtol=1e-3, atol=1e-4)

