@@ -10,8 +10,9 @@ Text whose tokens all stay is split as before, and all other text is spelled by 
   sets the penalty of unknown characters.
 * WordPiece: the longest match stays the longest.
 
-What spells the rest stays as well: symbols of one character (with byte-level BPE those are the 256 bytes), or the 256
-byte tokens and what the tokenizer writes for a space, where it falls back to bytes.
+What spells the rest stays as well: symbols of one character (with byte-level BPE those are the 256 bytes), or, where it
+falls back to bytes, the 256 byte tokens, characters of one byte (text is no longer without a digit's token, but the
+model has hardly ever seen its byte) and what the tokenizer writes for a space.
 """
 
 from __future__ import annotations
@@ -89,7 +90,10 @@ class Vocabulary:
         own = {token: number for number, token in self._own.items()}
         if self.falls_back:
             written = {char for text in _texts(self.state) for char in text}
-            return {number for token, number in own.items() if token in _BYTES or token in written}
+            return {
+                number for token, number in own.items()
+                if token in _BYTES or token in written or len(token.encode()) == 1
+            }  # fmt: skip
         letters = {token: number for token, number in own.items() if len(self.symbols(token)) == 1}
         # A token of characters that have none of their own stays.
         return {
