@@ -9,6 +9,7 @@ from ..config import PruningConfig
 from ..evaluation.pictures import coverage_figure, save
 from ..installed import need
 from ..model.vocabulary_size import token_group
+from ..progress import tqdm
 from ..units import VOCABULARY
 from ..vocabulary.choosing import TokenChoice
 from .cli import check_output, make_table
@@ -34,8 +35,8 @@ def inspect_vocabulary(
     choice.check(group.size)
     total, tokens = pruner.structure.total_parameters, len(choice.vocabulary.tokens)
     sizes = [choice.least, *(round(share * tokens) for share in _SHARES), tokens]
-    points = []
-    for keep in sorted({size for size in sizes if choice.least <= size <= tokens}):
+    points, tried = [], sorted({size for size in sizes if choice.least <= size <= tokens})
+    for keep in tqdm(tried, desc="Vocabularies"):
         kept = choice.choose(group.size, keep)
         found = {"keep": keep, "share": keep / tokens, **choice.covered(kept), "longer": choice.longer(kept)}
         saved = (group.size - keep) * group.cost

@@ -26,6 +26,8 @@ from ..files.writing import appearing, check_place
 from ..installed import need
 from ..progress import enabled
 from .common import EMBEDDINGS, Block, Exported, State, class_name, llama_layers, load_source, pad_layer
+from .gguf_gemma3 import ARCHITECTURE as GEMMA3
+from .gguf_gemma3 import check_gemma3, rope_of
 
 
 try:
@@ -168,10 +170,11 @@ def _remarks(config: PreTrainedConfig, architecture: str, quant: str, matrices: 
 
 
 # The architecture of each class of Transformers. The tensors of each are those of a Llama, and norms of queries and
-# keys (qwen3) or biases (qwen2).
+# keys (qwen3, gemma3), norms behind sublayers (gemma3) or biases (qwen2).
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama", "MistralForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3", "SmolLM3ForCausalLM": "smollm3", "GraniteForCausalLM": "granite",
+    "Gemma3ForCausalLM": GEMMA3,
 }  # fmt: skip
 # Those that rotate neighbouring rows of queries and keys, where Transformers rotates the first half of a head with the
 # second. They are also those that read factors of the rotary frequencies from a tensor.
@@ -193,7 +196,9 @@ def _architecture_of(config: PreTrainedConfig) -> str:
             f"{name} cannot be written as GGUF here; what can be: {', '.join(ARCHITECTURES)}. For others take "
             "convert_hf_to_gguf.py of llama.cpp, which reads checkpoints whose layers are alike."
         )
-    if config.hidden_act not in ("silu", "swish"):
+    if ARCHITECTURES[name] == GEMMA3:
+        check_gemma3(config)
+    elif config.hidden_act not in ("silu", "swish"):
         raise ExportError(f"llama.cpp computes the MLP of a {name} with SiLU; this model's is {config.hidden_act!r}.")
     if name == "SmolLM3ForCausalLM":
         rotated = [int((i + 1) % 4 != 0) for i in range(config.num_hidden_layers)]
@@ -227,15 +232,17 @@ def _as_llama_cpp_reads(model: PreTrainedModel) -> tuple[str, State, list[Block]
         for layer, (old, new) in enumerate(zip(blocks, whole, strict=True)):
             pad_layer(state, layer, old, new, head_dim)
         return "deci", state, whole, head_dim
-    rotated = model.config.rope_parameters.get("rope_type")
+    rotated = rope_of(model.config).get("rope_type")
     if architecture == "qwen2" and (blocks[0].heads * head_dim != model.config.hidden_size or rotated == "longrope"):
         architecture = "llama"
     return architecture, state, blocks, head_dim
 
 
 def _context(config: PreTrainedConfig) -> int:
-    """Tokens up to which llama.cpp computes what Transformers computes: it reads no sliding window of these models."""
+    """Tokens up to which llama.cpp computes what Transformers does: it reads a sliding window of a Gemma 3 alone."""
     sliding, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if ARCHITECTURES[class_name(config)] == GEMMA3:
+        return config.max_position_embeddings
     if sliding and (types is None or "sliding_attention" in types):
         return min(config.max_position_embeddings, sliding)
     return config.max_position_embeddings
@@ -252,6 +259,7 @@ def _add_hyperparameters(writer: Any, config: PreTrainedConfig, blocks: list[Blo
         "layer_norm_rms_eps": config.rms_norm_eps, "rope_dimension_count": head_dim,
         **{name: counts if writer.arch == "deci" else counts[0] for name, counts in sizes.items()},
         **{name: getattr(config, key) for key, name in _GRANITE.items() if writer.arch == "granite"},
+        **({"sliding_window": config.sliding_window} if writer.arch == GEMMA3 else {}),
     }  # fmt: skip
     for name, value in values.items():
         getattr(writer, f"add_{name}")(value)
@@ -260,15 +268,16 @@ def _add_hyperparameters(writer: Any, config: PreTrainedConfig, blocks: list[Blo
 
 def _add_rope(writer: Any, config: PreTrainedConfig) -> None:
     """Writes how positions are rotated; refuses what llama.cpp would compute differently."""
-    rope = config.rope_parameters
+    rope = rope_of(config)
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ExportError("llama.cpp rotates whole heads of this architecture; here only a part of each is rotated.")
     writer.add_rope_freq_base(rope["rope_theta"])
     kind = rope.get("rope_type", "default")
-    if kind in ("linear", "yarn"):
+    yarn = kind == "yarn" and writer.arch != GEMMA3  # whose windows would be stretched as well
+    if kind == "linear" or yarn:
         writer.add_rope_scaling_type(gguf.RopeScalingType[kind.upper()])
         writer.add_rope_scaling_factor(rope["factor"])
-    if kind == "yarn":  # as both compute it by default; other settings mean something else there
+    if yarn:  # as both compute it by default; other settings mean something else there
         stated = {key for key, value in rope.items() if value is not None}
         other = sorted({"attention_factor", "mscale", "mscale_all_dim", "truncate"} & stated)
         if other:
@@ -286,8 +295,8 @@ def _add_rope(writer: Any, config: PreTrainedConfig) -> None:
     elif kind not in ("default", "linear"):
         raise ExportError(
             f"Rotary positions of type {kind!r} cannot be written for llama.cpp's {writer.arch}; those that can are "
-            "default, linear and yarn, and for models like Llama llama3 and one list of frequencies for all lengths "
-            "(longrope), as smaller heads have."
+            "default, linear and (but of Gemma 3) yarn, and for models like Llama llama3 and one list of frequencies "
+            "for all lengths (longrope), as smaller heads have."
         )
 
 
@@ -317,17 +326,20 @@ def _add_tensors(
         kind = asked if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[asked][0] == 0 else gguf.GGMLQuantizationType.F16
         kind = gguf.GGMLQuantizationType.F32 if tensor.ndim == 1 else kind
         rotated = name.rpartition(".")[0].endswith(("q_proj", "k_proj")) and writer.arch in _ROTATES_NEIGHBOURS
-        values = partial(_values, stored, partial(read, name), kind, head_dim if rotated else None)
+        shift = float(writer.arch == GEMMA3 and name.endswith("norm.weight"))  # Transformers adds 1 to what it stores
+        values = partial(_values, stored, partial(read, name), kind, head_dim if rotated else None, shift)
         meta = LazyNumpyTensor.meta_with_dtype_and_shape(np.float32, tuple(tensor.shape))
         writer.add_tensor(stored, quantize(LazyNumpyTensor(meta=meta, func=values), kind), raw_dtype=kind)
 
 
-def _values(name: str, read: Callable[[], torch.Tensor], kind: Any, head_dim: int | None) -> np.ndarray:
+def _values(
+    name: str, read: Callable[[], torch.Tensor], kind: Any, head_dim: int | None, shift: float = 0.0
+) -> np.ndarray:
     """The float32 values of a tensor of the file; rotary rows in the order of rotation by neighbours.
 
     Transformers rotates row `i` of a head with row `i + head_dim / 2`; in the result these two are neighbours.
     """
-    values = read().detach().to("cpu", torch.float32).contiguous()
+    values = read().detach().to("cpu", torch.float32).contiguous() + shift
     if kind.name == "F16" and values.abs().max() > torch.finfo(torch.float16).max:
         raise ExportError(f"{name} holds {values.abs().max():.4g}, too large for f16. Say --quant bf16.")
     if head_dim is not None:
@@ -397,7 +409,8 @@ def _kind_of(description: dict[str, Any]) -> tuple[str, str]:
         raise ExportError(f"The tokenizer is a {model['type']} model; what can be written as GGUF is BPE.")
     steps = {step["type"] for step in _sequence(normalizer, "normalizers")}
     splits = _splitting(description["pre_tokenizer"])
-    if model.get("byte_fallback") and steps <= {"Prepend", "Replace"} and splits in ((), ("unknown Metaspace",)):
+    whole = splits in ((), ("unknown Metaspace",)) or _finds_nothing(description)
+    if model.get("byte_fallback") and steps <= {"Prepend", "Replace"} and whole:
         return "llama", "default"
     key = (splits, bool(model.get("ignore_merges")))
     if model.get("byte_fallback") or key not in _SPLITS or not steps <= {"NFC"}:
@@ -407,6 +420,13 @@ def _kind_of(description: dict[str, Any]) -> tuple[str, str]:
             "SentencePiece's BPE."
         )
     return "gpt2", _SPLITS[key]
+
+
+def _finds_nothing(description: dict[str, Any]) -> bool:
+    """Whether text is split where something stands that the normalizer has replaced, as Gemma's is at spaces."""
+    replaced = [step.get("pattern") for step in _sequence(description["normalizer"], "normalizers")]
+    split = description["pre_tokenizer"] or {}
+    return split.get("type") == "Split" and "String" in split["pattern"] and split["pattern"] in replaced
 
 
 def _splitting(pre_tokenizer: dict[str, Any] | None) -> tuple[str, ...]:

@@ -10,8 +10,8 @@ Text whose tokens all stay is split as before, and all other text is spelled by 
   sets the penalty of unknown characters.
 * WordPiece: the longest match stays the longest.
 
-What spells the rest stays as well: symbols of one character (with byte-level BPE those are the 256 bytes), or, where it
-falls back to bytes, the 256 byte tokens, characters of one byte (text is no longer without a digit's token, but the
+What spells the rest stays as well: symbols of one character (with byte-level BPE those are the 256 bytes), or, where
+it falls back to bytes, the 256 byte tokens, characters of one byte (text is no longer without a digit's token, but the
 model has hardly ever seen its byte) and what the tokenizer writes for a space.
 """
 
@@ -278,7 +278,7 @@ class Vocabulary:
         words = dict(sorted(words.items(), key=lambda item: item[1]))
         if self.kind == "WordPiece":
             return {**model, "vocab": words}
-        merges = [list(m) for m in self._merges if {*m, self._merged(*m)} <= words.keys()]
+        merges = [[a, b] for a, b in self._merges if a in words and b in words and self._merged(a, b) in words]
         return {**model, "vocab": words, "merges": merges}
 
 

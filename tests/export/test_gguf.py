@@ -237,6 +237,8 @@ LONG = {
     [
         ("gemma2", {}, "Gemma2ForCausalLM cannot be written.*LlamaForCausalLM"),
         ("smollm3", {}, "every fourth layer"),
+        ("gemma3_text", {}, r"every 6th layer .*those that do are \[1\] of 3"),
+        ("gemma3_text", {"layer_types": ["sliding_attention"] * 3, "query_pre_attn_scalar": 16}, "scalar` 8.*is 16"),
         ("llama", {"hidden_act": "gelu"}, "SiLU; this model's is 'gelu'"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "'dynamic'"),
         (
