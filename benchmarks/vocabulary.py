@@ -13,8 +13,8 @@ distillation with labels (`mix`, `label_weight=0.3`), and the same of the embedd
 
 FOLDER holds the raw WikiText-2 splits; tokens are counted in `train.txt` and `valid.txt`, in all C4 documents but the
 last 300, which are the test text, and in the training part of Dolly (`train-*.jsonl`: instruction, input, output).
-Results go to benchmarks/results/vocabulary.json; sizes that are in it already, of the same settings, are not measured
-again.
+Results go to benchmarks/results/vocabulary.json, of another model than the demo's to vocabulary-NAME.json; sizes that
+are in it already, of the same settings, are not measured again.
 
 The text is that of evenly spaced windows (12, or `--windows`) of 2048 tokens of the dense tokenizer, all but the first
 token of each. The small model reads the same text as its own tokenizer splits it; its whole loss is divided by the
@@ -46,7 +46,7 @@ from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
 from hf_structprune.commands.models import DEMO_MODEL, find_model, load_pruner
 from hf_structprune.recovery import DistillationConfig, RecoveryConfig, recover, recovering
 from hf_structprune.recovery.recovering import load_student
-from hf_structprune.text.reading import read_rows
+from hf_structprune.text.reading import beginning_of, read_rows
 from hf_structprune.vocabulary import choosing
 from hf_structprune.vocabulary.aligning import Reader
 from hf_structprune.vocabulary.counting import Counted
@@ -104,7 +104,8 @@ def main() -> None:
         "windows": options.windows,
         "sources": [Path(s).name for s in sources],
     }
-    rows = measured(about)
+    output = "vocabulary.json" if options.model == DEMO_MODEL else f"vocabulary-{Path(options.model).name}.json"
+    rows = measured(about, output)
     cases: list[tuple[str, int | None]] = [("dense", len(dense.tokenizer)), *product(options.criteria, options.keep)]
     if options.recover:
         names = [f"frequency, {method} on {options.recover:,} tokens" for method in options.methods]
@@ -133,7 +134,7 @@ def main() -> None:
         rows.append(row)
         print(row, flush=True)
         rows.sort(key=lambda row: (-row["keep"], row["criterion"]))
-        write("vocabulary.json", {**about, "rows": rows})
+        write(output, {**about, "rows": rows})
     table = Table(title="Perplexity per token of the dense tokenizer, over dense")
     for column in (
         "criterion",
@@ -244,9 +245,9 @@ def as_text(path: Path) -> str:
     return "".join(json.dumps({"text": text}) + "\n" for text in texts)
 
 
-def measured(about: dict[str, object]) -> list[dict]:
+def measured(about: dict[str, object], output: str) -> list[dict]:
     """Rows that were measured with the same settings, the versions and the processor too."""
-    path = RESULTS / "vocabulary.json"
+    path = RESULTS / output
     there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     now = {**about, "environment": {**about["environment"], "date": there.get("environment", {}).get("date")}}
     return there["rows"] if {name: there.get(name) for name in now} == now else []
@@ -277,8 +278,9 @@ def measure(pruner: StructuredPruner, spans: list[tuple[str, int, int]]) -> dict
     loss, original, size, tokens = 0.0, 0, 0, 0
     for text, first, count in spans:
         found = pruner.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids = torch.tensor([found["input_ids"]])
-        counts = torch.tensor([end > first for _, end in found["offset_mapping"]])[1:]
+        begins = beginning_of(pruner.tokenizer)
+        ids = torch.tensor([[*begins, *found["input_ids"]]])
+        counts = torch.tensor([*[False] * len(begins), *(end > first for _, end in found["offset_mapping"])])[1:]
         hidden = pruner.model.base_model(ids, use_cache=False).last_hidden_state[0, :-1][counts]
         labels = ids[0, 1:][counts]
         for states, wanted in zip(hidden.split(512), labels.split(512), strict=True):

@@ -25,6 +25,7 @@ from .planner import describe, size_of
 from .refit.layer_by_layer import compress
 from .refit.reconstruction import in_words
 from .refit.shared import CUTS
+from .stats.gradients import try_gradients
 from .stats.processes import Processes
 from .stats.seen import Calibration
 from .stats.survey import Survey, reduced_gradients
@@ -64,10 +65,13 @@ class Execution:
     def carry_out(self, plan: PruningPlan, known: Survey | None = None) -> None:
         """Cuts the model as planned; units that the plan does not name are chosen, by what is `known` already."""
         self._plan, target = plan, self._prove(plan)
+        by_gradients = make_criterion(self.config).needs_gradients and not plan.chosen
+        if by_gradients and plan.shared:  # taken of what is left, and before anything goes it is seen that they can be
+            try_gradients(self.model, self.tokens())
         for decision in plan.shared:
             self._cut_shared(decision)
         known = known or Survey()
-        if make_criterion(self.config).needs_gradients and not plan.chosen and (plan.shared or known.salience is None):
+        if by_gradients and (plan.shared or known.salience is None):
             known.salience = reduced_gradients(self.model, self.structure, self.config, self.tokens())
         if target is None and (plan.groups or plan.dropped):
             target = target_of(self.model, self.structure, plan)

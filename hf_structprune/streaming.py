@@ -100,7 +100,7 @@ def check_streams(
     if reasons:
         if model is not None:
             size = tqdm.format_sizeof(model.num_parameters() * next(model.parameters()).element_size(), "B")
-            gradients = ", and as much for gradients" if any("gradients" in reason for reason in reasons) else ""
+            gradients = ", and room for gradients" if any("gradients" in reason for reason in reasons) else ""
             needs = f"That would take {size} of memory for the weights{gradients}, besides the hidden states. "
         raise ConfigurationError(
             f"With `stream` the model is never in memory as a whole, which is needed for {'; for '.join(reasons)}. "

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from test_depth_pruner import check, make_pruner
 from transformers import AutoModelForCausalLM
+from untouched import untouched
 
 from hf_structprune import PruningConfig, StructuredPruner
 from hf_structprune.errors import ConfigurationError, RatioError, UnsupportedModelError
@@ -74,6 +75,16 @@ def test_widths_are_chosen_in_the_smaller_stream(criterion, tmp_path):
     pruner.prune(0.3)
     assert set(pruner.last_plan.removed) == {"hidden", "mlp_neurons"}
     check(pruner, dense, tmp_path)
+
+
+def test_gradients_that_cannot_be_had_are_missed_before_the_stream_gets_smaller(monkeypatch):
+    def no_way(*_):
+        raise RuntimeError("no way back")
+
+    monkeypatch.setattr("hf_structprune.stats.gradients._backward", no_way)
+    pruner = make_pruner(families.make_model("llama"), split={"hidden": 0.5, "mlp_neurons": 0.5}, criterion="taylor")
+    with untouched(pruner.model, "no way back", RuntimeError):
+        pruner.prune(0.3)
 
 
 def test_without_compensation_and_by_magnitude_no_text_is_needed():

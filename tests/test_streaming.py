@@ -210,7 +210,7 @@ def test_layers_are_in_memory_one_or_two_at_a_time(tmp_path, monkeypatch):
         ({"criterion": "taylor"}, 0.1, "gradients"),
         ({"allocation": "search", "layout": "per_layer"}, 0.1, "'search'"),
         ({"units": ("layers",)}, 0.4, "'exchange', which measures the loss .* memory for the weights, besides"),
-        ({"units": ("layers",), "depth_criterion": "taylor"}, 0.4, "weights, and as much for gradients"),
+        ({"units": ("layers",), "depth_criterion": "taylor"}, 0.4, "weights, and room for gradients"),
         ({"units": ("hidden",)}, 0.1, "hidden size"),
         ({"iterative_steps": 2}, 0.1, "iterative_steps"),
     ],
