@@ -78,7 +78,7 @@ def test_widths_are_chosen_in_the_smaller_stream(criterion, tmp_path):
 
 
 def test_gradients_that_cannot_be_had_are_missed_before_the_stream_gets_smaller(monkeypatch):
-    def no_way(*_):
+    def no_way(*_, **__):
         raise RuntimeError("no way back")
 
     monkeypatch.setattr("hf_structprune.stats.gradients._backward", no_way)
