@@ -92,7 +92,7 @@ def citations(config: PruningConfig, plan: PruningPlan, results: Sequence[Evalua
     papers = [paper for method in _methods(config, plan) for paper in method.papers]
     papers += WIFV.papers if config.allocation == "global" else ()
     papers += [EVOPRESS] if config.allocation == EVOLUTION else []
-    papers += [SURGEON] if config.compensation else []
+    papers += [SURGEON] if config.compensation and uses_text(config, plan) else []
     papers += [LM_EVAL] if any(name.startswith("tasks/") for side in results for name in side.figures) else []
     return [paper.bibtex for paper in dict.fromkeys(papers)]
 

@@ -257,7 +257,10 @@ class LoraRecoveryCallback(TrainerCallback):
             logger.warning(f"The checkpoint of step {step} has no {STATE_NAME}: the curve begins there.")
         self._best.keep(model)
         if self.curve.dense is None:
-            logger.info(f"Before training: log-perplexity {pruned:.4f}; without `dense` no share can be told.")
+            logger.info(
+                f"Before training: log-perplexity {pruned:.4f}; what share of the loss comes back cannot be told without "
+                "a dense model of the same tokens (`dense`)."
+            )
         else:
             logger.info(f"Before training: log-perplexity {pruned:.4f}; the dense model {self.curve.dense:.4f}.")
             if self.curve.recovered(pruned) is None:

@@ -207,7 +207,7 @@ class SharedKind(UnitKind):
 
     def told(self, plan):
         decision = plan.of_model(self.name)
-        return decision and f"{self.label.capitalize()}: {decision.keep} instead of {decision.before}"
+        return decision and f"{self.label.capitalize()}: {decision.keep:,} instead of {decision.before:,}"
 
     def sizes(self, size: int, round_to: int | None, align_to: str | int | None) -> list[int]:
         """Numbers of units that a model with `size` of them may keep to reach a ratio; options as in `PruningConfig`.

@@ -405,6 +405,9 @@ def test_citations(folder):
     )
     found = re.findall(r"@\w+{(\S+),", make_card(folder).text)
     assert found == ["sun2024wanda", "an2024flap", "hassibi1992second"]  # also of the allocation and of the re-fit
+    plan = PruningPlan.load(folder)
+    dataclasses.replace(plan, calibrated=False).save(folder / "pruning_plan.json")  # nothing was re-fitted
+    assert "hassibi1992second" not in make_card(folder).text
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -52,4 +52,4 @@ def test_the_card_says_which_tokens_went(trimmed, tmp_path):
     pruner = trimmed[2]
     pruner.save_pretrained(tmp_path / "small")
     card = (tmp_path / "small" / "README.md").read_text()
-    assert "Vocabulary: 512 instead of 1002" in card and "tokens of `texts` stay" in card
+    assert "Vocabulary: 512 instead of 1,002" in card and "tokens of `texts` stay" in card
