@@ -188,6 +188,17 @@ class LoraRecoveryCallback(TrainerCallback):
         if args.eval_strategy == "no" and due:
             self._measure(state, control, model)
 
+    def on_substep_end(self, args, state, control, **kwargs) -> None:
+        """Ends a training in the middle of a step of many sequences when the time is up: that step is not taken."""
+        if self.limit is None or self.stopped is not None or not self.limit.overrun:
+            return
+        self.stopped, control.should_training_stop = "time", True
+        sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        logger.warning(
+            f"The time is up in the middle of step {state.global_step + 1}, which is not taken: {sequences} sequences "
+            f"a step take long here; give more `minutes` or a smaller `batch_size`. So far {self._kept_in_words()}."
+        )
+
     def on_epoch_end(self, args, state, control, model=None, **kwargs) -> None:
         """Measures after the last step, while reporting callbacks still listen."""
         if control.should_training_stop or state.global_step >= state.max_steps:
@@ -258,8 +269,8 @@ class LoraRecoveryCallback(TrainerCallback):
         self._best.keep(model)
         if self.curve.dense is None:
             logger.info(
-                f"Before training: log-perplexity {pruned:.4f}; what share of the loss comes back cannot be told without "
-                "a dense model of the same tokens (`dense`)."
+                f"Before training: log-perplexity {pruned:.4f}; what share of the loss comes back cannot be told "
+                "without a dense model of the same tokens (`dense`)."
             )
         else:
             logger.info(f"Before training: log-perplexity {pruned:.4f}; the dense model {self.curve.dense:.4f}.")

@@ -9,6 +9,9 @@ from typing import Any
 from .weights import agreed
 
 
+_GRACE = 0.05  # of the time
+
+
 class TimeLimit:
     """The clock of a training that has so many minutes, measuring included, from its first step on.
 
@@ -56,6 +59,11 @@ class TimeLimit:
     def progress(self) -> float:
         """The share of the time that is gone, from 0 to 1; the same in all processes."""
         return agreed(min(1.0, self.elapsed / self.seconds))
+
+    @property
+    def overrun(self) -> bool:
+        """Whether it has been over for a while: a step that ends soon after is worth more than none."""
+        return agreed(self.elapsed > (1 + _GRACE) * self.seconds)
 
     def next_part(self) -> bool:
         """Whether another part of the time is over since this was last asked."""

@@ -283,6 +283,30 @@ def test_a_training_with_a_time_limit_ends_in_time_with_its_learning_rate(checkp
     assert "Training was stopped" not in (result.folder / "README.md").read_text()
 
 
+def test_the_time_is_up_in_the_middle_of_a_step(checkpoints, monkeypatch, caplog):
+    """A clock that goes on by six seconds with every micro-batch, four of which make a step: 12 in 66 seconds."""
+    now = [0.0]
+    monkeypatch.setattr(time_limit, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    for name in ("on_substep_end", "on_step_end"):
+        event = getattr(LoraRecoveryCallback, name)
+
+        def later(self, *args, event=event, **kwargs):
+            now[0] += 6.0
+            event(self, *args, **kwargs)
+
+        monkeypatch.setattr(LoraRecoveryCallback, name, later)
+    sizes = {"batch_size": 8, "micro_batch_size": 2, "max_steps": None, "patience": None}
+    with caplog.at_level("WARNING"):
+        result = run(checkpoints, minutes=1.0, **sizes)
+    assert result.report["training"]["steps"] == 2 and result.report["stopped"] == "time" and now == [66.0]
+    assert result.report["curve"]["points"][-1]["step"] == 2  # measured, although its time did not ask for it
+    assert "in the middle of step 3, which is not taken: 8 sequences" in caplog.text
+    now[0] = 0.0
+    result = run(checkpoints, "none", minutes=0.25, **sizes)
+    assert result.report["training"]["steps"] == 0 and result.report["best_step"] == 0
+    assert parameters(checkpoints / "none") == parameters(checkpoints / "pruned")
+
+
 @pytest.mark.parametrize(("until", "seconds"), [(None, 60.0), (100.0, 60.0), (45.0, 37.0), (-5.0, 1.0)])
 def test_a_time_limit_is_over_by_then(monkeypatch, until, seconds):
     now = [8.0]
