@@ -32,6 +32,8 @@ from .towers import has_towers
 
 logger = logging.get_logger(__name__)
 
+_ALIKE = 0.3  # relative difference of two matrices that are one, in types of a few bits; independent ones: above 1
+
 # Options of loading a model that go to the tokenizer too.
 _WHERE = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
 _TOKENIZER_OPTIONS = (*_WHERE, "gguf_file", "trust_remote_code")
@@ -176,7 +178,23 @@ def load_model(
     there = all(weight is not None and (weight.device.type != "meta" or stored) for weight in weights)
     if there and weights[0] is not weights[1] and (stored or weights[0].data_ptr() != weights[1].data_ptr()):
         with_ties(model.config, False)  # Transformers keeps a head of its own, even if the configuration says tied
+        if gguf:
+            _warn_of_one_matrix(model_id, *weights)
     return model.eval()
+
+
+def _warn_of_one_matrix(model_id: str | os.PathLike, embeddings: torch.Tensor, head: torch.Tensor) -> None:
+    """Says so where a GGUF file holds the matrix of a tied model twice, in two types: as a head, and as embeddings."""
+    if embeddings.shape != head.shape:
+        return
+    some, others = (weight.detach()[:: max(1, len(weight) // 1024)].float() for weight in (embeddings, head))
+    differ = float((some - others).norm() / others.norm())
+    if differ < _ALIKE:
+        logger.warning(
+            f"Embeddings and head of {model_id} are the same to {differ:.0%}: the file holds the one matrix of a tied "
+            f"model twice, in two types. As it is, {head.numel():,} parameters more than that model has are counted "
+            "and kept; docs/troubleshooting.md says how to tie them first."
+        )
 
 
 def load_tokenizer(model_id: str | os.PathLike, **kwargs: Any) -> Any:

@@ -19,6 +19,7 @@ from vocabularies import TEXTS, byte_level, sentence_piece
 
 from hf_structprune.errors import ConfigurationError, ExportError, PlaceError, StructPruneError
 from hf_structprune.export.gguf import export_gguf
+from hf_structprune.model.loading import load_model
 from hf_structprune.model.structure import ModelStructure
 
 
@@ -126,6 +127,17 @@ def test_transformers_reads_the_same_model(name, tied, export):
     read = AutoTokenizer.from_pretrained(result.path.parent, **where)
     assert tokenizer.get_vocab().items() <= read.get_vocab().items()
     assert read(TEXTS[0]).input_ids == tokenizer(TEXTS[0]).input_ids
+
+
+def test_a_file_that_holds_the_matrix_of_a_tied_model_twice(export, caplog):
+    model = model_of("llama", tie_word_embeddings=False)
+    embeddings, head = (one.weight.data for one in (model.get_input_embeddings(), model.get_output_embeddings()))
+    for noise, said in ((1.0, False), (0.05, True)):
+        embeddings.copy_(head + noise * head.std() * torch.randn_like(head))
+        path = export(model)[0].path
+        caplog.clear()
+        assert load_model(path.parent, gguf_file=path.name).num_parameters() == model.num_parameters()
+        assert ("are the same to 5%: the file holds the one matrix" in caplog.text) is said
 
 
 def test_pruned_heads(export):
