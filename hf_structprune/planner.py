@@ -407,6 +407,8 @@ class Planner:
             why = f"{error}".rstrip(".")
         if every:  # with other units
             why = f"its layers can only have {sorted(every)} (KV groups, query heads in each)"
+        if widths == ("kv_groups",) and {g.size for g in structure.groups if g.kind == "kv_groups"} == {1}:
+            why = "each layer has one, which goes with its whole attention only (take 'query_heads' or 'layers')"
         if all(KINDS[kind].of_heads for kind in widths) or config.split is not None:
             raise UnsupportedModelError(f"`units` is {config.units}, but heads are left alone: {why}.")
         structure.notes = list(dict.fromkeys([*structure.notes, f"heads are left alone: {why}"]))

@@ -188,20 +188,24 @@ class Search:
         for kind in [kind for kind in config.units if kind in cached] or cached:
             try:
                 size = self._size(kind, planner_of(config))
-                for keep in range(max(1, min(int(size * self.limit / self.dense), size - 1)), 0, -1):
-                    exact = dataclasses.replace(config, units=(kind,), keep={kind: keep})
+            except StructPruneError as error:
+                self._refused = self._refused or error
+                continue
+            for keep in range(min(max(1, int(size * self.limit / self.dense)), size - 1), 0, -1):
+                exact = dataclasses.replace(config, units=(kind,), keep={kind: keep})
+                try:
                     planner = planner_of(exact)
                     value = self.target.of(planner.plan(None), planner.shapes)
-                    values[f"{keep} {KINDS[kind].label}"] = value
-                    if value <= self.limit:
-                        words = f"kv_cache={self.target.asked} was reached by {KINDS[kind].label}"
-                        return (
-                            exact,
-                            f"{words}: {keep} of {size} stay",
-                            self._reached(self.limit, self.dense, value),
-                        )
-            except StructPruneError as error:
-                self._refused = error
+                except (ConfigurationError, RatioError) as error:  # not this number: sizes of heads are even
+                    self._refused = self._refused or error
+                    continue
+                except StructPruneError as error:
+                    self._refused = self._refused or error
+                    break
+                values[f"{keep} {KINDS[kind].label}"] = value
+                if value <= self.limit:
+                    words = f"kv_cache={self.target.asked} was reached by {KINDS[kind].label}: {keep} of {size} stay"
+                    return exact, words, self._reached(self.limit, self.dense, value)
         raise self._unreached(values)
 
     @staticmethod
@@ -222,8 +226,8 @@ class Search:
             nearest = f" The nearest that can is {in_units(value, target.unit)}, at {at}."
         why = f" ({self._refused})" if self._refused else ""
         return RatioError(
-            f"`{target.name}` is {target.asked} ({target.measured_as()}), which cannot be reached.{nearest} Ask for "
-            f"that, or let other `units` go.{why}"
+            f"`{target.name}` is {target.asked} ({target.measured_as()}), which cannot be reached.{nearest} "
+            f"{'Ask for that, or let' if nearest else 'Let'} other `units` go.{why}"
         )
 
 

@@ -14,7 +14,7 @@ from hf_structprune import CalibrationConfig, PruningConfig, PruningPlan, Struct
 from hf_structprune.commands.arguments import parse
 from hf_structprune.commands.models import ModelArguments
 from hf_structprune.commands.prune import plan_command
-from hf_structprune.errors import ConfigurationError, RatioError
+from hf_structprune.errors import ConfigurationError, RatioError, UnsupportedModelError
 from hf_structprune.export.gguf_size import gguf_bytes
 from hf_structprune.targets import latency
 from hf_structprune.targets.size import SizeTarget
@@ -111,6 +111,18 @@ def test_memory_is_weights_and_cache_and_overhead():
     assert plan.target.predicted == memory(plan) <= 0.8 * memory(dense) and plan.target.dense == memory(dense)
     more = [pruner.plan(plan.ratio_requested - step) for step in (0.001, 0.01)]
     assert all(memory(one) > 0.8 * memory(dense) or memory(one) == memory(plan) for one in more)
+
+
+def test_a_smaller_cache_with_one_key_value_head():
+    """Heads get smaller: 11 of 16 dimensions would do, and are not even, so that 10 stay."""
+    sizes = {"head_dim": 16, "query_pre_attn_scalar": 16, "num_key_value_heads": 1}
+    pruner = pruner_of(families.make_model("gemma3_text", **sizes), head_dim_criterion="magnitude")
+    plan = pruner.plan(kv_cache="-30%")
+    assert plan.kv_bytes_after * 16 == plan.kv_bytes_before * 10
+    with pytest.raises(RatioError, match=r"`kv_cache` is -99%.* reached\. Let other `units` go\. \(.*even"):
+        pruner.plan(kv_cache="-99%")
+    with pytest.raises(UnsupportedModelError, match="'kv_groups'.* each layer has one"):
+        pruner_of(pruner.model, units=("kv_groups",)).plan(0.05)
 
 
 @pytest.mark.parametrize(("make", "kind"), [("llama", "kv_groups"), ("deepseek_v3", "kv_ranks")])
