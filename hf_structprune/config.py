@@ -129,7 +129,8 @@ class PruningConfig:
             `"taylor"`.
         vocabulary_text (`str` or list of `str`, *optional*): The text in which tokens are counted: as `dataset` of the
             calibration. Give text of every language, and of every kind, that the model is to write; each source has an
-            equal part. Default: all of the calibration's data.
+            equal part. Default: all of the calibration's data. With `units="auto"`, tokens go only if it is given: the
+            vocabulary and the kind that goes by default are then split by what they cost (`split="measured"`).
         vocabulary_tokens (`int`): Tokens of it that are counted at most.
         merge_experts (`bool`): Average every expert that goes into the nearest that stays, instead of dropping it.
         split (`dict` of `str` to `float`, or `"measured"`, *optional*): The part of the budget of each kind of unit,
@@ -589,7 +590,7 @@ def _between_kinds(config: PruningConfig) -> Iterator[str]:
             yield f"{criterion!r} does not rank {KINDS[kind].label}; these do: {', '.join(KINDS[kind].criteria)}."
     if config.merge_experts and not config.kinds(kinds_of(RoutedKind)):
         yield f"`merge_experts` is given, but `units` is {config.units}: no whole experts go."
-    if config.vocabulary_text is not None and not config.kinds(kinds_of(VocabularyKind)):
+    if config.vocabulary_text is not None and not config.kinds((AUTO, *kinds_of(VocabularyKind))):
         yield f"`vocabulary_text` is given, but `units` is {config.units}: no 'vocabulary' in it."
     inside = [kind for kind in config.kinds(tuple(KINDS)) if KINDS[kind].within_experts]
     if inside and config.kinds(kinds_of(RoutedKind)):

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from .allocation.depth import DepthChoice
 from .choosing_kinds import Candidate, KindChooser
-from .config import AUTO, PruningConfig
+from .config import AUTO, MEASURED, PruningConfig
 from .criteria.tokens import token_importance
 from .default_kind import DefaultKind, near
 from .errors import CalibrationError, ConfigurationError, StructPruneError, UnsupportedModelError
@@ -344,21 +344,28 @@ class StructuredPruner:
             self._decided, why, self._reached = found
             self._why = [why] * bool(why)
             return self._proven(self._decided.units), None
-        if AUTO in self.config.units:
-            kinds = DefaultKind(self._decoder(), self.structure, self.config, self._proven)
-            chooser = KindChooser(kinds, self._measured_prices, self._in_parts())
-            self._choose_kinds(chooser, search.guess if size else ratio, measure, bool(size))
+        config = self.config
+        if AUTO in config.units:
+            plain = dataclasses.replace(config, vocabulary_text=None)
+            kinds = DefaultKind(self._decoder(), self.structure, plain, self._proven)
+            if config.vocabulary_text is not None:  # the text of the user's languages: tokens may go, too
+                config = self._decided = self._with_tokens(kinds)
+            else:
+                chooser = KindChooser(kinds, self._measured_prices, self._in_parts())
+                self._choose_kinds(chooser, search.guess if size else ratio, measure, bool(size))
         decoder = self._proven(self._decided.units)
-        if self.config.measures_split:
+        if config.measures_split:
             if not has_weights(self.model):
                 raise UnsupportedModelError(why_no_weights(self.model))
-            choice = self._choices()[VOCABULARY] if VOCABULARY in self.config.units else None
-            splitter = SplitChooser(decoder, self.structure, self.config, self._tokens, choice)
-            self._decided, self._why = splitter.choose(search.guess if size else ratio)
+            choice = self._choices()[VOCABULARY] if VOCABULARY in config.units else None
+            splitter = SplitChooser(decoder, self.structure, config, self._tokens, choice)
+            found, self._why = splitter.choose(search.guess if size else ratio)
+            self._decided = self._ranked(found) if AUTO in self.config.units and measure else found
         if size:
             planner = self._planner(decoder, dataclasses.replace(self._decided, iterative_steps=1))
             ratio = search.ratio(planner)
-            if AUTO in self.config.units and abs(ratio - search.guess) > near(search.guess):
+            again = AUTO in self.config.units and not config.measures_split
+            if again and abs(ratio - search.guess) > near(search.guess):
                 before = self._decided
                 self._choose_kinds(chooser, ratio, measure, True)
                 if self._decided != before:
@@ -368,6 +375,17 @@ class StructuredPruner:
                     ratio = search.ratio(planner)
             self._reached = search.reached(ratio, planner)
         return decoder, ratio
+
+    def _with_tokens(self, kinds: DefaultKind) -> PruningConfig:
+        """What `units="auto"` stands for with `vocabulary_text`: the default kind and the vocabulary."""
+        why = self._in_parts() or kinds.unmeasurable()
+        if why:
+            raise ConfigurationError(
+                "`vocabulary_text` is given with units='auto', which then measures how much goes of the vocabulary, "
+                f"and nothing can be measured, since {why}: leave it out, or say how much of each kind goes, such as "
+                f"units=('{VOCABULARY}', '{kinds.kind}') with split={{'{VOCABULARY}': 0.5, '{kinds.kind}': 0.5}}."
+            )
+        return dataclasses.replace(self.config, units=(VOCABULARY, kinds.kind), split=MEASURED)
 
     def _choose_kinds(self, chooser: KindChooser, ratio: float, measure: bool, for_size: bool) -> None:
         """Puts what `units="auto"` stands for at a ratio, and why, where it is looked for."""

@@ -48,6 +48,18 @@ def _pruner(learnt, **options):
     return StructuredPruner(copy.deepcopy(model), PruningConfig(**options), tokenizer)
 
 
+def _loss(model):
+    """In the place of `HeldOut.loss`: `x^2` of tokens and `3 x^2` of neurons, `x` being their part of all."""
+
+    def loss(self, small, tokenizer):
+        assert len(tokenizer) == small.config.vocab_size
+        tokens = (1002 - small.config.vocab_size) * families.HIDDEN
+        neurons = (96 - small.config.intermediate_size) * 3 * families.HIDDEN * len(small.model.layers)
+        return (tokens**2 + 3 * neurons**2) / model.num_parameters() ** 2
+
+    return loss
+
+
 def test_a_division_is_the_cheapest_of_all():
     curves = {"a": Curve([(50, 0.01), (100, 0.2)]), "b": Curve([(50, 0.05), (100, 0.12)]), "c": Curve([(30, 0.004)])}
 
@@ -87,15 +99,8 @@ def test_the_division_that_costs_least_is_taken(learnt, monkeypatch):
     """Where costs are `x^2` of tokens and `3 x^2` of neurons, three quarters go by tokens."""
     model = learnt[0]
     state = {name: value.clone() for name, value in model.state_dict().items()}
-
-    def loss(self, small, tokenizer):
-        assert len(tokenizer) == small.config.vocab_size
-        tokens = (1002 - small.config.vocab_size) * families.HIDDEN
-        neurons = (96 - small.config.intermediate_size) * 3 * families.HIDDEN * len(small.model.layers)
-        return (tokens**2 + 3 * neurons**2) / model.num_parameters() ** 2
-
     with monkeypatch.context() as patched:
-        patched.setattr(HeldOut, "loss", loss)
+        patched.setattr(HeldOut, "loss", _loss(model))
         pruner = _pruner(learnt)
         small = pruner.prune(0.25)
     plan = pruner.last_plan
@@ -132,3 +137,24 @@ def test_what_cannot_be_measured_is_said():
     with pytest.raises(ConfigurationError, match="or 'measured'"):
         PruningConfig(units=KINDS, split="cheapest")
     assert math.isclose(sum(PruningConfig(split={"layers": 0.5, "mlp_neurons": 0.5}).parts.values()), 1)
+
+
+def test_a_text_for_tokens_lets_auto_take_them(learnt, monkeypatch):
+    """It is the split that is measured of the vocabulary and the kind that goes by default; by size, too."""
+    model, tokenizer, calibration, text = learnt
+    monkeypatch.setattr(HeldOut, "loss", _loss(model))
+
+    def pruner(**options):
+        config = PruningConfig(calibration=calibration, round_to=1, vocabulary_text=text, **options)
+        return StructuredPruner(copy.deepcopy(model), config, tokenizer)
+
+    auto = pruner()
+    auto.prune(0.25)
+    plan, other = auto.last_plan, _pruner(learnt).plan(0.25)
+    assert plan.removed == other.removed and plan.removed["vocabulary"] > plan.removed["mlp_neurons"] > 0
+    assert other.reasons[0] in plan.reasons and "split='measured' took" in other.reasons[0]
+    assert len(auto.tokenizer) == auto.model.config.vocab_size
+    by_size = pruner().plan(target_parameters=0.75 * model.num_parameters())
+    assert by_size.removed["vocabulary"] and by_size.ratio == pytest.approx(0.25, abs=0.02)
+    with pytest.raises(ConfigurationError, match="nothing can be measured, since each of `iterative_steps`"):
+        pruner(iterative_steps=2).plan(0.25)
