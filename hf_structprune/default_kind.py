@@ -152,7 +152,7 @@ class DefaultKind:
             return []
         return [
             f"{share:.0%} of the parameters are outside of the layers, where units='auto' does not cut: rows of the "
-            "embedding that your text does not use cost far less (units='vocabulary', with text like yours)"
+            "embedding that your text does not use cost far less (give `vocabulary_text`, text like yours)"
         ]
 
 

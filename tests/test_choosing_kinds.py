@@ -291,7 +291,7 @@ def test_the_knee_is_where_more_costs_as_much_as_on_average():
 
 def test_a_large_vocabulary_is_named():
     large, small = (families.make_model("llama", torch.float32, vocab_size=size) for size in (512, 60))
-    assert [any("units='vocabulary'" in note for note in auto(one).plan(0.05).reasons) for one in (large, small)] == [
+    assert [any("`vocabulary_text`" in note for note in auto(one).plan(0.05).reasons) for one in (large, small)] == [
         True, families.count(small.model.layers) < 0.7 * families.count(small),
     ]  # fmt: skip
 

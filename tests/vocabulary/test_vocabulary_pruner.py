@@ -220,7 +220,7 @@ def test_what_cannot_be_is_said(tmp_path):
     with pytest.raises(UnsupportedModelError, match="do not belong together"):
         _pruner(make_model("llama", vocab_size=500)).plan(0.1)
     with pytest.raises(ConfigurationError, match="no 'vocabulary' in it"):
-        PruningConfig(vocabulary_text="a.txt")
+        PruningConfig(units="layers", vocabulary_text="a.txt")
     with pytest.raises(ConfigurationError, match="costs are not compared"):
         PruningConfig(units=("vocabulary", "mlp_neurons"))
     pruner = _pruner(keep={"vocabulary": 640})
