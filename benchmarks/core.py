@@ -10,7 +10,8 @@ the JSON says so. Results go to benchmarks/results/*.json, tables to the termina
 Speed: the time of pruning 20 % over the time of ONE plain forward pass of the same 128 x 256 tokens through the body
 of the model, each measured in a process of its own, and the peak of the resident memory, over that of the process with
 the model loaded and over the weights alone (so with the interpreter and its libraries, about 0.4 GB).
-Quality: perplexity over 12 evenly spaced windows of 2048 tokens, pruned over dense.
+Quality: perplexity over 12 evenly spaced windows of 2048 tokens, pruned over dense. Another model goes with another
+`--output`: `quality --model FOLDER --only "default settings, 20 %" --output core_NAME.json`.
 """
 
 from __future__ import annotations
@@ -184,6 +185,7 @@ def quality_runs() -> dict[str, tuple[float, dict]]:
     runs["evolution of neurons and KV groups, reconstructed, 20 %"] = (0.2, {**evolution, "reconstruct": True})
     runs["evolution of neurons and KV groups, 30 %"] = (0.3, evolution)
     runs["evolution of neurons and KV groups by kfac, 20 %"] = (0.2, {**evolution, "criterion": "kfac"})
+    runs["obs, 10 %"] = (0.1, CRITERIA["obs"])
     for name in (*INPUTS, *GRADIENTS, *DATA_FREE):
         runs[f"{name}, no compensation, 20 %"] = (0.2, {**CRITERIA[name], "compensation": False})
         if name != "kfac":  # these are the default settings
@@ -241,6 +243,7 @@ def one_quality(options: argparse.Namespace) -> None:
         began = time.process_time()
         pruner.prune(ratio)
         row |= {"asked": ratio, "ratio": pruner.last_plan.ratio, "settings": settings}
+        row["why"] = pruner.last_plan.reasons
         row["cpu_minutes"] = (time.process_time() - began) / 60
         if pruner.last_plan.reconstructed:
             row["reconstructed"] = pruner.last_plan.reconstructed
