@@ -48,6 +48,16 @@ def test_what_recovery_gives_back(figures):
     assert figures.recovery_words() in flat(README)
 
 
+def test_what_fewer_tokens_of_gemma_cost(figures):
+    rows = json.loads((figures.RESULTS.parent / "vocabulary-gemma3-270m.json").read_text(encoding="utf-8"))["rows"]
+    dense, half = (next(row for row in rows if row["keep"] == keep) for keep in (262_144, 131_072))
+    more = sorted(
+        half["texts"][name]["perplexity"] / dense["texts"][name]["perplexity"] - 1 for name in dense["texts"]
+    )
+    low, high = (round(100 * share) for share in more)
+    assert f"({half['ratio']:.0%} of Gemma-3-270M: perplexity + {low} to {high} %)".replace("%", " %", 1) in README
+
+
 def test_numbers_of_types(figures):
     found = re.search(r"Of the (\d+ types) .*? (MLP neurons or experts .*? layers in \d+):", flat(README))
     assert f"Of the {found[1]}, {found[2]}" == figures.type_words()

@@ -1,6 +1,7 @@
 import families
 import pytest
 import torch
+import transformers
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
@@ -55,6 +56,22 @@ def test_factors_of_sums():
     assert factors_of_sum(first + one * two, [first, one, two]) is None
     assert factors_of_sum(torch.randn(2, 7, 4, 12), [first, one]) is None and factors_of_sum(first, [first]) is None
     assert Addend().plain and Addend().gain() is None and not Addend(None, 0.5).plain
+
+
+@pytest.mark.parametrize("name", ["Glm4", "Exaone4"])
+def test_norms_behind_sublayers_are_found_in_other_families(name):
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    config = getattr(transformers, f"{name}Config")(**sizes, num_key_value_heads=2, head_dim=8, pad_token_id=None)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    structure = ModelStructure.of(model)
+    stream = LayerStream(model, structure, torch.randint(3, 60, (2, 8)), 2)
+    readers = {group.reader.module for group in structure.layers[0].groups}
+    before = stream.copy(stream.hidden)
+    outputs = stream.carry(0, stream.hidden, outputs_of=readers)
+    assert stream.sums and not stream.additive and all(stream.addend(reader).norm is not None for reader in readers)
+    added = sum(stream.addend(reader)(outputs[reader][0]) for reader in readers)
+    torch.testing.assert_close(before[0] + added, stream.hidden[0], rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_small_before_a_norm_counts_as_what_it_becomes():
