@@ -174,6 +174,9 @@ class PruningPlan:
         reconstructed: Of each layer that was trained after its re-fit (`reconstruct`): its number (`layer`), how many
             `steps` that took, and the squared error of its output on held-out text, relative to the output's square,
             `before` and `after`; equal where the re-fit stays.
+        softened: What the norm in front of the head was multiplied by when all was cut (`factor`), and how far the
+            model's predictions were from the dense model's `before` and `after`, in nats a token on calibration text;
+            `None` where that was not looked at.
         target: What was asked for in other units than a ratio, see `targets.size.SizeTarget`, what is predicted, and
             what came out; `None` where nothing was.
     """
@@ -203,6 +206,7 @@ class PruningPlan:
     target: Reached | None = field(default=None, compare=False)
     reasons: list[str] = field(default_factory=list, compare=False)
     reconstructed: list[dict[str, Any]] = field(default_factory=list, compare=False)
+    softened: dict[str, float] | None = field(default=None, compare=False)
 
     @property
     def groups(self) -> list[Decision]:

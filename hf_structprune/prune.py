@@ -22,8 +22,8 @@ from .model.surgery import Kept, drop
 from .model.target import Target
 from .plan import Decision, PruningPlan, normalised
 from .planner import describe, size_of
+from .refit import last_norm, reconstruction
 from .refit.layer_by_layer import compress
-from .refit.reconstruction import in_words
 from .refit.shared import CUTS
 from .stats.gradients import try_gradients
 from .stats.processes import Processes
@@ -145,7 +145,8 @@ class Execution:
         result.model_type, result.vocabulary_report = self._model_type, plan.vocabulary_report
         result.notes += dict.fromkeys(self._notes)
         result.bytes_per_parameter = self._bytes / self._dense.own_parameters
-        result.reconstructed, result.reasons = plan.reconstructed, in_words(plan.reconstructed)
+        result.reconstructed, result.softened = plan.reconstructed, plan.softened
+        result.reasons = reconstruction.in_words(plan.reconstructed) + last_norm.in_words(plan.softened)
         seen = {(group.layer, group.kind): group.seen for group in plan.groups}
         for group in result.groups:
             group.seen = seen.get((group.layer, group.kind))

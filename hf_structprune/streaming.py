@@ -304,7 +304,10 @@ class Streaming:
         working, states = memory_needed(self.store, self.store.model, plan, config, structure)
         recording = self.store.size(OUTSIDE) + largest + 2 * merged if looks_at_text(plan, config) else 0
         turn = waiting + max(working, largest + 2 * merged, 2 * largest + merged)
-        return max(recording, turn), states
+        tokens = config.calibration.num_samples * config.calibration.length
+        logits = 3 * 4 * min(MAX_LOGITS, tokens * self.store.model.get_input_embeddings().weight.shape[0])
+        ends = self.store.size(OUTSIDE) + self.store.size(HEAD) + logits  # where the last norm is scaled
+        return max(recording, turn, waiting + ends if states else 0), states
 
     def check_choice(self, tokens: torch.Tensor, config: PruningConfig) -> None:
         """Says what choosing layers by this text needs of memory and disk, as `check_room` does."""

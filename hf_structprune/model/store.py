@@ -78,6 +78,12 @@ class Store:
         finally:
             self.free(part)
 
+    @contextmanager
+    def holding_ends(self) -> Iterator[None]:
+        """What is outside of the layers, with the head, is in memory on one device as long as this is open."""
+        with self.holding(OUTSIDE), self.holding(HEAD):
+            yield
+
     def begin(
         self, model: PreTrainedModel, structure: ModelStructure, dropped: dict[str, list[int]], target: Target
     ) -> None:
@@ -87,8 +93,8 @@ class Store:
         """Bytes of a layer, or of a part outside of the layers."""
         raise NotImplementedError
 
-    def put(self, index: int) -> None:
-        """A layer that is in memory is as it will be."""
+    def put(self, part: int | str) -> None:
+        """A layer, or what is `OUTSIDE` of the layers, is in memory and as it will be."""
 
     def finish(self) -> None:
         """All layers that change were put."""
@@ -141,6 +147,10 @@ class InTurns(Store):
     def free(self, part):
         self._move(part, torch.device("cpu"))
         self._there.discard(part)
+
+    @contextmanager
+    def holding_ends(self):
+        yield  # in the machine's memory, where the head is
 
     def close(self):
         for part in list(self._there):

@@ -24,7 +24,7 @@ from ..criteria.base import best_units
 from ..errors import ConfigurationError
 from ..model.experts import Experts
 from ..model.groups import Group, Kept, LayerStructure, matrix
-from ..model.store import Store
+from ..model.store import OUTSIDE, Store
 from ..model.structure import ModelStructure
 from ..model.surgery import cut_units, mask_sublayers
 from ..plan import PruningPlan
@@ -38,6 +38,7 @@ from ..stats.stream import LayerStream
 from ..stats.survey import Survey
 from ..units import KINDS, LAYERS, DepthKind, kinds_of
 from .experts import refit_experts
+from .last_norm import soften
 from .merging import merge_experts
 from .reader import TokenWeights, by_consumer, consume, kept_columns, refitted, write_columns
 from .reconstruction import Reconstruction, check_reconstruction
@@ -95,7 +96,7 @@ class _Compression:
         self.needs_gram = config.compensation or (self.by_inputs and self.criterion.needs_gram)
         self.gone = plan.dropped.get(LAYERS, [])
         self.stream: LayerStream | None = None
-        self.correcting = False
+        self.correcting = self.softening = False
         self.dense: States = []  # the hidden states of the dense model
         self.error: States = []  # what the hidden states lack of those, float32
         self.outputs: list[States] = []  # what the layer's consumers have added so far
@@ -105,7 +106,7 @@ class _Compression:
         self.reconstruction: Reconstruction | None = None
 
     def run(self, tokens: Callable[[], Calibration], notes: list[str]) -> Kept:
-        self.plan.reconstructed = []
+        self.plan.reconstructed, self.plan.softened = [], None
         looks, correcting = _looks(self.plan, self.config, bool(self.scores)), _corrects(self.plan, self.config)
         if looks or correcting:
             batch_size = self.config.calibration.batch_size
@@ -124,6 +125,7 @@ class _Compression:
             self.dense = self.stream.copy(self.stream.hidden)
             self._pass_dropped(-1)
             last = len(self.structure.layers)
+            self.softening = self.store.cuts
         layers = [layer for layer in self.structure.layers[: last + 1] if layer.index not in self.gone]
         trained = {layer.index for layer in layers if layer.index >= first}
         if self.config.reconstruct and self.stream:
@@ -137,15 +139,23 @@ class _Compression:
                 self._layer(layer, self.correcting and layer.index >= first)
                 if self.reconstruction and layer.index in trained:
                     self.reconstruction.train(layer, self.kept, self._untrained(layer), self.dense)
-                if self.stream and layer is not layers[-1]:
+                if self.stream and (self.softening or layer is not layers[-1]):
                     self.stream.advance(layer.index)
                 if self.store.cuts:
                     cut_units(self.model, [group for group in layer.groups if group.key not in self.cut], self.kept)
                 self.store.put(layer.index)
             self.store.save(lambda layer=layer: self._progress(layer.index))
+        if self.softening:
+            self._soften()
         if self.reconstruction:
             self.plan.reconstructed = self.reconstruction.report()
         return self.kept
+
+    def _soften(self) -> None:
+        """Scales the norm in front of the head, when all layers have been cut."""
+        with self.store.holding_ends():
+            self.plan.softened = soften(self.stream, self.dense, self.processes)
+            self.store.put(OUTSIDE)
 
     def _untrained(self, layer: LayerStructure) -> set[str]:
         """Full names of the parameters of a layer that reconstruction leaves alone: routers, and sublayers that go."""

@@ -49,9 +49,9 @@ class _Trial(Store):
         with untouched(layer):
             yield
 
-    def put(self, index: int) -> None:
-        self.stream.advance(index)
-        self.passed.add(index)
+    def put(self, part: int | str) -> None:
+        self.stream.advance(part)
+        self.passed.add(part)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from .seen import Calibration, SeenRow, SeenRows
 
 
 Salience = dict[tuple[str, int], torch.Tensor]
+Draw = Callable[[torch.Tensor], torch.Tensor]  # tokens of logits
 
 OUTPUTS = -1  # in the place of a dimension: what is known of the outputs of a module
 LARGEST = 1024  # rows of a root of second moments; of wider outputs it is a random projection
@@ -87,13 +88,15 @@ def taylor_salience(model: nn.Module, groups: Iterable[Group], tokens: Calibrati
 def loss_metrics(model: nn.Module, groups: Iterable[Group], tokens: Calibration, config: PruningConfig) -> Salience:
     """In which directions the outputs of the readers of groups change the loss: roots of `G = E[g g^T]`.
 
-    `g` is the gradient of the next-token loss, summed over a sequence, by the output at one token. `G` is divided by
-    the mean of its diagonal, and is the identity where the loss does not depend on the output. One sequence at a time,
-    a quarter of the calibration text: an outer product for each token is more than enough for the few directions
-    that matter. Where a norm comes right behind an output, `g` is multiplied by the size that it divides the token by:
-    the moments of the inputs have the reciprocal in their weights (`Addend.scale`). Outputs wider than `LARGEST` are
-    projected onto as many random signs, which keeps `E ||R v||^2` (Johnson & Lindenstrauss; Achlioptas, 2003,
-    https://doi.org/10.1016/S0022-0000(03)00025-4).
+    `g` is the gradient of the next-token loss, summed over a sequence, by the output at one token, when the tokens to
+    be predicted are drawn from the model's own predictions: then `G` is a factor of the Fisher matrix, the curvature
+    of `KL(dense || pruned)`; with those of the text it would count most where the model is wrong (Kunstner et al.,
+    2019, https://huggingface.co/papers/1905.12558). `G` is divided by the mean of its diagonal, and is the identity
+    where the loss does not depend on the output. One sequence at a time, a quarter of the calibration text: an outer
+    product for each token is more than enough for the few directions that matter. Where a norm comes right behind an
+    output, `g` is multiplied by the size that it divides the token by: the moments of the inputs have the reciprocal
+    in their weights (`Addend.scale`). Outputs wider than `LARGEST` are projected onto as many random signs, which
+    keeps `E ||R v||^2` (Johnson & Lindenstrauss; Achlioptas, 2003, https://doi.org/10.1016/S0022-0000(03)00025-4).
 
     Returns:
         `{(full name of the reader, OUTPUTS): R}` with `R^T R = G`, float32 on the CPU, shape (at most `LARGEST`, out).
@@ -146,7 +149,7 @@ def loss_metrics(model: nn.Module, groups: Iterable[Group], tokens: Calibration,
     tokens = tokens[chosen]
     longest = max(row.ids.shape[1] for row in tokens.rows) if isinstance(tokens, SeenRows) else tokens.shape[1]
     single = dataclasses.replace(config, calibration=dataclasses.replace(config.calibration, batch_size=1))
-    _backward_passes(model, tokens, single, probes, total=True)
+    _backward_passes(model, tokens, single, probes, draw=partial(_drawn, random))
     return {(name, OUTPUTS): _root(name, moments.get(name), width) for name, width in widths.items()}
 
 
@@ -157,7 +160,14 @@ def try_gradients(model: nn.Module, tokens: Calibration) -> None:
         RuntimeError: There is no room for it, or an operation has no gradient.
     """
     with measuring(model), _frozen(model, False):
-        _backward(model, on_device(model, tokens[:1]), has_plain_head(model, on_device(model, tokens[:1])), total=True)
+        _backward(model, on_device(model, tokens[:1]), has_plain_head(model, on_device(model, tokens[:1])))
+
+
+def _drawn(random: torch.Generator, logits: torch.Tensor) -> torch.Tensor:
+    """A token of each row of logits `(n, vocab)`, each as often as it is predicted, shape (n,)."""
+    places = torch.rand(len(logits), 1, generator=random).to(logits.device)
+    sums = logits.detach().softmax(-1).cumsum(-1)
+    return torch.searchsorted(sums, places * sums[:, -1:])[:, 0].clamp_max(logits.shape[1] - 1)
 
 
 def _root(name: str, moment: torch.Tensor | None, width: int) -> torch.Tensor:
@@ -233,12 +243,12 @@ def weight_changes(
 
 def _backward_passes(
     model: nn.Module, tokens: Calibration, config: PruningConfig, around: Callable[[float], AbstractContextManager],
-    total: bool = False,
+    draw: Draw | None = None,
 ) -> None:  # fmt: skip
     """Backward pass of the mean next-token loss of each batch, in what `around` opens, given its share of sequences.
 
-    With `total` the loss is the sum, not the mean, which keeps float16 from underflow. No parameter asks for a
-    gradient, unless `around` lets it; the model is left as it was.
+    With `draw` the loss is that of tokens which it draws from logits, and the sum, not the mean, which keeps float16
+    from underflow. No parameter asks for a gradient, unless `around` lets it; the model is left as it was.
     """
     with measuring(model):
         seen = isinstance(tokens, SeenRows)
@@ -246,12 +256,12 @@ def _backward_passes(
         with _frozen(model, config.gradient_checkpointing):
             for row in tqdm(tokens.rows, desc="Gradients") if seen else ():
                 with around(1 / len(tokens)):
-                    _backward_row(model, row, tokens.layers, total)
+                    _backward_row(model, row, tokens.layers, draw)
             if seen:
                 return
             for batch in tqdm(tokens.split(config.calibration.batch_size), desc="Gradients"):
                 with around(len(batch) / len(tokens)):
-                    _backward(model, on_device(model, batch), plain, total)
+                    _backward(model, on_device(model, batch), plain, draw)
 
 
 def _change(weight: torch.Tensor, inputs: torch.Tensor, gradient: torch.Tensor, variant: str) -> torch.Tensor:
@@ -283,14 +293,18 @@ def run_hooked(
             model.base_model(input_ids=on_device(model, batch), use_cache=False)
 
 
-def _backward(model: nn.Module, batch: torch.Tensor, plain: bool, total: bool) -> None:
-    """Backward pass of the mean (or `total`) next-token loss of a batch, with a plain head a few positions at a time.
+def _backward(model: nn.Module, batch: torch.Tensor, plain: bool, draw: Draw | None = None) -> None:
+    """Backward pass of the mean next-token loss of a batch, with a plain head a few positions at a time.
 
-    Float32 logits of a whole batch and their gradient would need more memory than everything else.
+    Float32 logits of a whole batch and their gradient would need more memory than everything else. `draw`: see
+    `_backward_passes`.
     """
+    if not plain and draw is not None:
+        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+        nn.functional.cross_entropy(logits, draw(logits), reduction="sum").backward()
+        return
     if not plain:
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
-        (loss * batch[:, 1:].numel() if total else loss).backward()
+        model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
         return
     states = model.base_model(input_ids=batch, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
     head, targets = model.get_output_embeddings(), batch[:, 1:].flatten()
@@ -301,8 +315,9 @@ def _backward(model: nn.Module, batch: torch.Tensor, plain: bool, total: bool) -
     for part, target in zip(states.detach().split(chunk), targets.split(chunk), strict=True):
         part = part.requires_grad_(True)
         logits = head(part).float()
-        loss = nn.functional.cross_entropy(logits, target.to(logits.device), reduction="sum")
-        loss = loss if total else loss / len(targets)
+        target = target.to(logits.device) if draw is None else draw(logits)
+        loss = nn.functional.cross_entropy(logits, target, reduction="sum")
+        loss = loss / len(targets) if draw is None else loss
         gradient, *own = torch.autograd.grad(loss, (part, *wanted))
         gradients.append(gradient)
         for one in own:
@@ -312,8 +327,8 @@ def _backward(model: nn.Module, batch: torch.Tensor, plain: bool, total: bool) -
     states.backward(torch.cat(gradients))
 
 
-def _backward_row(model: nn.Module, row: SeenRow, layers: list[str], total: bool) -> None:
-    """Backward pass of the mean (or `total`) loss of the text of a row with images, through the decoder's layers."""
+def _backward_row(model: nn.Module, row: SeenRow, layers: list[str], draw: Draw | None) -> None:
+    """Backward pass of the mean loss of the text of a row with images, through the decoder's layers."""
     modules, hidden = [model.get_submodule(name) for name in layers], row.hidden.clone().requires_grad_(True)
     for index, module in enumerate(modules):
         args, kwargs = row.arguments[index]
@@ -322,9 +337,9 @@ def _backward_row(model: nn.Module, row: SeenRow, layers: list[str], total: bool
     chosen = (row.targets[0] >= 0).nonzero().flatten()  # float32 logits of few positions
     value = as_output(hidden[:, chosen], others_of(output))
     with replaced_forwards((module, lambda *args, **kwargs: value) for module in modules):
-        logits = model(input_ids=row.ids[:, chosen], use_cache=False).logits
-    reduction = "sum" if total else "mean"
-    nn.functional.cross_entropy(logits[0].float(), row.targets[0, chosen], reduction=reduction).backward()
+        logits = model(input_ids=row.ids[:, chosen], use_cache=False).logits[0].float()
+    targets, reduction = (row.targets[0, chosen], "mean") if draw is None else (draw(logits), "sum")
+    nn.functional.cross_entropy(logits, targets, reduction=reduction).backward()
 
 
 @contextmanager

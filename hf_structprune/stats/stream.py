@@ -15,7 +15,7 @@ from ..errors import UnsupportedModelError
 from ..hooks import as_output, first_of, hooked, others_of, replaced_forwards
 from ..model.groups import Group
 from ..model.measuring import check_numbers
-from ..model.store import HEAD, OUTSIDE, Store
+from ..model.store import OUTSIDE, Store
 from ..model.structure import ModelStructure, decoder_layers
 from ..progress import tqdm
 from .addends import Addend, factors_of_sum, norms_of
@@ -387,7 +387,7 @@ def without_layers(
         forms.append(others_of(output))
         raise _Stop
 
-    with store.holding(OUTSIDE), store.holding(HEAD):
+    with store.holding_ends():
         with store.holding(0), layers[0].register_forward_hook(stop), suppress(_Stop):
             model.base_model(input_ids=ids, use_cache=False)
         form = forms[0]
@@ -412,7 +412,7 @@ def layer_by_layer(
     for index in tqdm(range(len(stream.layers)), desc="Layers"):
         with store.holding(index):
             stream.advance(index)
-    with store.holding(OUTSIDE), store.holding(HEAD):
+    with store.holding_ends():
         yield map(stream.passed, stream.hidden)
 
 

@@ -320,7 +320,8 @@ def test_every_name_of_the_configuration_has_a_criterion():
 def output_gradients(model, module, norm=None):
     """Gradients of the summed loss of each sequence by what a module puts out, shape (tokens, out).
 
-    Where a norm is behind it: times the root mean square of the output, by which the norm divides.
+    The loss is that of the tokens that the model finds most likely (`most_likely`). Where a norm is behind it: times
+    the root mean square of the output, by which the norm divides.
     """
     seen = []
 
@@ -331,7 +332,7 @@ def output_gradients(model, module, norm=None):
     with model.get_submodule(module).register_forward_hook(keep):
         for sequence in TOKENS:
             logits = model(input_ids=sequence[None]).logits[0, :-1].float()
-            torch.nn.functional.cross_entropy(logits, sequence[1:], reduction="sum").backward()
+            torch.nn.functional.cross_entropy(logits, logits.argmax(-1), reduction="sum").backward()
     model.zero_grad()
     gradient = torch.cat([output.grad[0] for output in seen]).double()
     if norm is None:
@@ -339,8 +340,16 @@ def output_gradients(model, module, norm=None):
     return gradient * (torch.cat([output[0].detach() for output in seen]).square().mean(-1, True) + norm.eps).sqrt()
 
 
+@pytest.fixture
+def most_likely(monkeypatch):
+    """Instead of drawing tokens from what is predicted, the most likely ones are taken."""
+    monkeypatch.setattr(gradients, "_drawn", lambda _, logits: logits.detach().argmax(-1))
+
+
 @pytest.mark.parametrize("name", ["llama_bias", "gpt2", "gemma2"])
-def test_metrics_of_the_loss_are_the_second_moments_of_the_gradients_at_the_consumers_outputs(name, monkeypatch):
+def test_metrics_of_the_loss_are_the_second_moments_of_the_gradients_at_the_consumers_outputs(
+    name, monkeypatch, most_likely
+):
     """Also where the output passes a norm, or where the map is stored the other way around."""
     model, config = families.make_model(name), PruningConfig(criterion="kfac", units="mlp_neurons")
     groups = [layer.group("mlp_neurons") for layer in ModelStructure.of(model).layers]
@@ -358,7 +367,39 @@ def test_metrics_of_the_loss_are_the_second_moments_of_the_gradients_at_the_cons
     assert float(narrow.square().sum()) == pytest.approx(families.HIDDEN, rel=1e-5)
 
 
-def test_projected_metrics_keep_norms(monkeypatch):
+@pytest.mark.parametrize("name", ["llama_bias", "gemma2"])  # the head alone, and with what is done to logits
+def test_metrics_are_factors_of_the_fisher_matrix(name):
+    """Of many draws: all tokens that could come next, each with the probability that the model gives it."""
+    model = families.make_model(name)
+    group, tokens = ModelStructure.of(model).layers[-1].group("mlp_neurons"), TOKENS[:1, :5]
+    module, seen = model.get_submodule(group.reader.module), []
+    norm = getattr(model.get_submodule(group.parent.rpartition(".")[0]), "post_feedforward_layernorm", None)
+    with module.register_forward_hook(lambda _, __, output: seen.append(output)):
+        log_probs = model(input_ids=tokens).logits[0, :-1].float().log_softmax(-1)
+    size = 1 if norm is None else (seen[0][0].detach().double().square().mean(-1, True) + norm.eps).sqrt()
+    exact = 0
+    for position, token in torch.cartesian_prod(*map(torch.arange, log_probs.shape)).tolist():
+        (gradient,) = torch.autograd.grad(log_probs[position, token], seen[0], retain_graph=True)
+        gradient = gradient[0].double() * size
+        exact = exact + log_probs[position, token].detach().exp() * gradient.T @ gradient
+    exact, found, draws = exact / exact.diagonal().mean(), 0, 400
+    repeated = tokens.expand(4 * draws, -1)  # of which a quarter is looked at
+    root = loss_metrics(model, [group], repeated, PruningConfig(criterion="kfac", units="mlp_neurons"))
+    found = root[group.reader.module, OUTPUTS].double()
+    far = float((exact - torch.eye(len(exact))).norm())
+    assert float((found.T @ found - exact).norm()) < 0.15 * far
+
+
+def test_tokens_are_drawn_as_often_as_they_are_predicted():
+    logits = torch.tensor([[0.0, 2.0, -1.0, 1.0]]).expand(20_000, 4)
+    drawn = gradients._drawn(torch.Generator().manual_seed(0), logits)
+    torch.testing.assert_close(torch.bincount(drawn) / len(drawn), logits[0].softmax(-1), atol=0.01, rtol=0)
+    assert torch.equal(drawn, gradients._drawn(torch.Generator().manual_seed(0), logits))
+    certain = torch.tensor([[-1e4, -1e4, 0.0, -1e4]]).expand(100, 4)
+    assert gradients._drawn(torch.Generator(), certain).unique().tolist() == [2]
+
+
+def test_projected_metrics_keep_norms(monkeypatch, most_likely):
     """`R v` of many random signs is as long as `G^1/2 v`, within what so many leave open."""
     model, config = families.make_model("llama"), PruningConfig(criterion="kfac", units="mlp_neurons")
     group = ModelStructure.of(model).layers[0].group("mlp_neurons")
