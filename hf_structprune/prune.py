@@ -53,6 +53,7 @@ class Execution:
     processes: Processes = field(default_factory=Processes)
     _notes: list[str] = field(init=False, default_factory=list)
     _plan: PruningPlan | None = field(init=False, default=None)
+    _softened: dict[str, float] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         # narrow: after what all layers share was cut, before anything else
@@ -119,6 +120,9 @@ class Execution:
             self.store.finish()
         finally:
             self.store.close()
+        if plan.softened is not None and self._softened is not None:  # by an earlier step
+            plan.softened["factor"] *= self._softened["factor"]
+        self._softened = plan.softened or self._softened
         drop(self.model, self.structure, plan.dropped)
         self.model = rebuild(self.model, target)
         self.structure = ModelStructure.of(self.model, whole=False, towers=self.structure.towers)
@@ -145,8 +149,8 @@ class Execution:
         result.model_type, result.vocabulary_report = self._model_type, plan.vocabulary_report
         result.notes += dict.fromkeys(self._notes)
         result.bytes_per_parameter = self._bytes / self._dense.own_parameters
-        result.reconstructed, result.softened = plan.reconstructed, plan.softened
-        result.reasons = reconstruction.in_words(plan.reconstructed) + last_norm.in_words(plan.softened)
+        result.reconstructed, result.softened = plan.reconstructed, self._softened
+        result.reasons = reconstruction.in_words(plan.reconstructed) + last_norm.in_words(self._softened)
         seen = {(group.layer, group.kind): group.seen for group in plan.groups}
         for group in result.groups:
             group.seen = seen.get((group.layer, group.kind))

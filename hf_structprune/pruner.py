@@ -509,7 +509,7 @@ class StructuredPruner:
                 logger.warning(line)
         if not given:
             plan.predicted_nats = predicted
-            plan.reasons += [*self._why, *[planner.how] * bool(planner.how)]
+            plan.reasons = [*self._why, *[planner.how] * bool(planner.how), *plan.reasons]
         reached = ratio.target if given else self._reached
         if reached is not None:
             plan.target = counted(reached, plan, lambda: run.model)
