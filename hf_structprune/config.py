@@ -83,8 +83,8 @@ class PruningConfig:
         error_correction (`float`): The share of the error that earlier cuts have left in the hidden states which every
             re-fit tries to undo on top of its own layer's, 0 to 1. Needs compensation and a model whose layers simply
             add up; other models are re-fitted without it.
-        token_weighting (`bool`): Weigh every calibration token in the re-fit (and in `"obs"`) by the inverse square
-            of its hidden state's norm, by which the norm that follows divides. Without it a few tokens with massive
+        token_weighting (`bool`): Weigh every calibration token in the re-fit (and in `"obs"`) by the inverse of its
+            hidden state's norm, by which the norm that follows divides. Without it a few tokens with massive
             activations rule the fit.
         damping (`float`, *optional*): Ridge of the re-fit, as a multiple of the mean of `diag(E[x x^T])`. `None`
             chooses it for each layer on held-out calibration text.

@@ -39,10 +39,12 @@ def damping_for(
 
 
 class TokenWeights:
-    """`1 / ||h||^2` of hidden states `h`, relative to the mean of the first batch: the next norm divides by it.
+    """`1 / ||h||` of hidden states `h`, relative to the mean of the first batch: the next norm divides by `||h||`.
 
-    Where a norm comes before the sum, too, times `r^2` of what is added (`Addend.scale`). Of several processes the
-    first one's batch counts.
+    An error there would count by the square of it. By that, the many tokens with small states decide what becomes of
+    those with large ones; the root of it is better on other text (SmolLM2, 20 %: 0.5 % of perplexity, Gemma-3-270M,
+    10 %: 1.5 %). Where a norm comes before the sum, too, times `r^2` of what is added (`Addend.scale`). Of several
+    processes the first one's batch counts.
     """
 
     def __init__(self, processes: Processes | None = None) -> None:
@@ -50,7 +52,7 @@ class TokenWeights:
         self._processes = processes or Processes()
 
     def __call__(self, state: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
-        weights = 1 / state.square().sum(-1).clamp_min(1e-12)
+        weights = 1 / state.norm(dim=-1).clamp_min(1e-6)
         if scale is not None:
             weights = weights * scale.squeeze(-1).square()
         self.unit = self.unit or self._processes.agree(float(weights.mean()))

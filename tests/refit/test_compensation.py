@@ -217,7 +217,8 @@ def test_little_text_gets_more_damping_than_much():
 def test_tokens_count_by_what_the_next_norm_divides_by_relative_to_the_first_batch():
     weights = TokenWeights()
     assert weights(torch.ones(1, 3, 4)).tolist() == [[1, 1, 1]]
-    assert weights(2 * torch.ones(1, 2, 4)).tolist() == [[0.25, 0.25]]
+    assert weights(2 * torch.ones(1, 2, 4)).tolist() == [[0.5, 0.5]]
+    assert weights(torch.ones(1, 1, 4), torch.full((1, 1, 1), 3.0)).tolist() == [[9.0]]  # a norm comes before
 
 
 def test_the_damping_is_the_configured_one_or_suits_what_is_held_out():
