@@ -55,9 +55,10 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/core.py speed --model "$(MODEL)"
 	$(BIN)/python benchmarks/core.py quality --model "$(MODEL)" $(if $(WIKITEXT),--wikitext "$(WIKITEXT)") $(if $(C4),--c4 "$(C4)")
 
-# All figures of README: JSON in benchmarks/results/, and the tables to paste. WIKITEXT and C4 as above; hours.
+# All figures of README: JSON in benchmarks/results/, and the tables to paste. WIKITEXT and C4 as above, DOLLY=FOLDER
+# with rows to train on; two hours of a core.
 readme-figures: $(VENV)/.installed-dev
-	$(BIN)/python benchmarks/readme_figures.py --wikitext "$(WIKITEXT)" --c4 "$(C4)"
+	$(BIN)/python benchmarks/readme_figures.py --wikitext "$(WIKITEXT)" --c4 "$(C4)" --dolly "$(DOLLY)"
 
 clean:
 	rm -rf "$(VENV)" "$(VLLM_VENV)" "$(MLX_VENV)" "$(DOCS_VENV)" site build ./*.egg-info .pytest_cache .ruff_cache

@@ -175,10 +175,10 @@ def quality_runs() -> dict[str, tuple[float, dict]]:
         "per-layer search, 20 %": (0.2, {"layout": "per_layer", "allocation": "search"}),
         "per-layer search, 30 %": (0.3, {"layout": "per_layer", "allocation": "search"}),
     }
-    more = {**NEURONS, "calibration": {"num_samples": 256}}
+    more = {"calibration": {"num_samples": 256}}
     runs["default settings with 256 x 256 tokens, 20 %"] = (0.2, more)
     runs["reconstruction, 20 %"] = (0.2, {**NEURONS, "reconstruct": True})
-    runs["reconstruction with 256 x 256 tokens, 20 %"] = (0.2, {"reconstruct": True, **more})
+    runs["reconstruction with 256 x 256 tokens, 20 %"] = (0.2, {**NEURONS, "reconstruct": True, **more})
     evolution = {"layout": "per_layer", "allocation": "evolution", "search_evaluations": 220}
     evolution["units"] = ["mlp_neurons", "kv_groups"]
     runs["evolution of neurons and KV groups, 20 %"] = (0.2, evolution)

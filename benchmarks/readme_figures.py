@@ -1,12 +1,12 @@
 """Every figure of README: measured from this commit, written as JSON, and printed as README has it.
 
-    python benchmarks/readme_figures.py --wikitext FOLDER --c4 FILE.jsonl   # two hours of a core
+    python benchmarks/readme_figures.py --wikitext FOLDER --c4 FILE.jsonl --dolly FOLDER   # two hours of a core
     python benchmarks/readme_figures.py --print     # nothing is measured: table and picture, from the JSON there is
     python benchmarks/readme_figures.py --small     # a tiny random model and two columns; writes nothing here
 
-`make readme-figures` is the first. What recovery gives back comes from the JSON that `benchmarks/recovered.py`
-writes, and the numbers of types from `docs/models.md`, which `hf-structprune models` computes.
-`tests/test_readme.py` compares README with all three.
+`make readme-figures` is the first: `core.py quality`, then `shrunk.py` on data of `recovery_data.py`, all of one
+commit. The numbers of types are those of `docs/models.md`, which `hf-structprune models` computes.
+`tests/test_readme.py` compares README with all of it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 CORE, RESULTS = ROOT / "benchmarks" / "core.py", ROOT / "benchmarks" / "results" / "core_quality.json"
 PRUNED = ROOT / "model_cards" / "smollm2-135m-instruct-pruned-20"
-RECOVERED = ROOT / "benchmarks" / "results" / "recovered.json"
-RUN = "20 %, evolution, own answers"  # of it
+RECOVERED = ROOT / "benchmarks" / "results" / "shrunk.json"
+RATIO, MINUTES = 0.2, 30
+RUN = f"{RATIO:.0%} in {MINUTES} minutes"  # of it
 # The columns of the table, and the rows of `core.py quality` that they are.
 COLUMNS = {
     "dense": "dense", "10 %": "default settings, 10 %", "20 %": "default settings, 20 %",
@@ -37,7 +38,6 @@ OTHERS = {
     "wifv, no compensation, 20 %": "as FLAP ranks", "wanda, no compensation, 20 %": "as Wanda-sp ranks",
     "taylor second, no compensation, 20 %": "as LLM-Pruner ranks",
 }  # fmt: skip
-SEARCHED = "evolution of neurons and KV groups, 20 %"  # of which the picture takes the size
 # Kinds of units that README counts together, by their columns in docs/models.md.
 COUNTED = {
     "MLP neurons or experts": ("MLP neurons", "experts"), "attention heads": ("KV groups", "query heads"),
@@ -49,6 +49,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wikitext", help="folder with train.txt, valid.txt and test.txt")
     parser.add_argument("--c4", help="C4, .jsonl")
+    parser.add_argument("--dolly", help="folder with train and held-out rows of Dolly, .jsonl")
+    parser.add_argument("--jobs", type=int, default=1, help="rows of the table at once")
     parser.add_argument("--print", action="store_true", help="measure nothing")
     parser.add_argument("--small", action="store_true", help="a tiny random model")
     options = parser.parse_args()
@@ -56,16 +58,38 @@ def main() -> None:
         print(small())
         return
     if not options.print:
-        if not (options.wikitext and options.c4):
-            parser.error("--wikitext and --c4 are the texts of the published table.")
-        command = [sys.executable, CORE, "quality", "--wikitext", options.wikitext, "--c4", options.c4]
-        command += ["--only", *(name for name in COLUMNS.values() if name != "dense"), *OTHERS, SEARCHED]
-        subprocess.run(command, check=True)
+        if not (options.wikitext and options.c4 and options.dolly):
+            parser.error("--wikitext, --c4 and --dolly are the texts of the published figures.")
+        measure(options)
     rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
     draw(rows, dense_parameters(), PICTURE)
     print(quality_table(rows, dense_parameters()))
     print(recovery_words())
     print(type_words())
+
+
+def measure(options: argparse.Namespace) -> None:
+    """The rows of the table and of the picture, and what one command makes of the model in so many minutes."""
+    from hf_structprune.commands.models import find_model
+    from hf_structprune.commands.options import DEMO_MODEL
+
+    command = [sys.executable, CORE, "quality", "--wikitext", options.wikitext, "--c4", options.c4]
+    command += [
+        "--jobs",
+        str(options.jobs),
+        "--only",
+        *(name for name in COLUMNS.values() if name != "dense"),
+        *OTHERS,
+    ]
+    subprocess.run(command, check=True)
+    model = str(find_model(DEMO_MODEL).model)
+    with tempfile.TemporaryDirectory() as folder:
+        data = f"{folder}/data"
+        command = [sys.executable, CORE.with_name("recovery_data.py"), "--dolly", options.dolly, "--c4", options.c4]
+        subprocess.run([*command, "--tokenizer", model, "--output-dir", data], check=True)
+        command = [sys.executable, CORE.with_name("shrunk.py"), "--dense", model, "--data", data]
+        command += ["--wikitext2", options.wikitext, "--ratio", str(RATIO), "--minutes", str(MINUTES), "--anew"]
+        subprocess.run([*command, "--output-dir", f"{folder}/out"], check=True)
 
 
 def quality_table(rows: list[dict[str, Any]], parameters: int) -> str:
@@ -86,11 +110,11 @@ def points(rows: list[dict[str, Any]], parameters: int) -> dict[str, list[tuple[
     """The picture's lines and points: millions of parameters and perplexity of WikiText-2."""
     found = {row["name"]: (parameters * (1 - row["ratio"]) / 1e6, row["perplexity"]["WikiText-2"]) for row in rows}
     run = json.loads(RECOVERED.read_text(encoding="utf-8"))[RUN]
-    size = found[SEARCHED][0]
+    size = parameters * (1 - run["got"]) / 1e6
     return {
         "neurons, all layers alike": [found[COLUMNS[name]] for name in ("dense", "10 %", "20 %", "30 %")],
         "widths by layer, search": [found[COLUMNS["20 %, per-layer"]]],
-        "widths by layer, evolution, then distilled": [
+        f"`shrink`, {MINUTES} minutes on a core": [
             (size, run["pruned"]["WikiText-2"]), (size, run["recovered"]["WikiText-2"])
         ],
         **{f"{words}, nothing re-fitted": [found[name]] for name, words in OTHERS.items()},
@@ -131,7 +155,7 @@ def recovery_words() -> str:
     ]
     right = [sum(one["right"]) for one in (run["pruned"], run["recovered"], dense)]
     answers = f"right answers {right[0]} -> {right[1]} ({right[2]}) of {len(dense['right'])}"
-    return f"{run['seconds'] / 60:.0f} minutes on a CPU core: {', '.join([*texts, answers])}"
+    return f"{MINUTES} minutes on a CPU core: {', '.join([*texts, answers])}"
 
 
 def type_words() -> str:

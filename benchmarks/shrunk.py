@@ -6,8 +6,9 @@
 Runs the command as it is, on one thread and by the clock of the processor: a minute is one in which this process
 computes, so that what else the machine does takes nothing away. It is given a file of chats, web pages and Wikipedia,
 a third of the tokens each, none of which is measured (`recovery_settings.py`); with `--no-data` it is given none.
-Measured are 12 windows of 2048 tokens of each text that was held out, pruned and recovered over dense. Results are
-added to benchmarks/results/shrunk.json under `--name`; what lies in OUT is measured as it is.
+Measured are 12 windows of 2048 tokens of each text that was held out, pruned and recovered over dense, and right
+answers to the packaged closed questions (`recovered.py`). Results are added to benchmarks/results/shrunk.json under
+`--name`, or written over what was there (`--anew`); what lies in OUT is measured as it is.
 """
 
 from __future__ import annotations
@@ -22,24 +23,18 @@ _wall = time.monotonic
 time.monotonic = time.perf_counter = time.process_time  # before anything remembers the others
 
 import torch  # noqa: E402
+from core import commit  # noqa: E402
+from recovered import WINDOWS, measure  # noqa: E402
 from recovery_settings import read_data  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
 from hf_structprune.commands.cli import main as command  # noqa: E402
-from hf_structprune.evaluation import perplexity  # noqa: E402
 from hf_structprune.files.writing import write_text  # noqa: E402
 from hf_structprune.installed import versions  # noqa: E402
-from hf_structprune.model.loading import load_model  # noqa: E402
 
 
 RESULTS = Path(__file__).parent / "results" / "shrunk.json"
-WINDOWS, TOKENS = 12, 370_000
-
-
-def measure(folder: str | Path, tokenizer, texts: dict[str, str]) -> dict[str, float]:
-    """Perplexity of each text."""
-    model = load_model(folder, dtype=torch.bfloat16)
-    return {name: perplexity(model, tokenizer, text, max_windows=WINDOWS).perplexity for name, text in texts.items()}
+TOKENS = 370_000
 
 
 def main() -> None:
@@ -51,6 +46,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, required=True)
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--no-data", action="store_true", help="without a data set")
+    parser.add_argument("--anew", action="store_true", help="also what is in the file already, and nothing beside it")
     parser.add_argument("--name", help="default: of ratio and minutes")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -64,8 +60,9 @@ def main() -> None:
         file = arguments.data / "shrunk_train.jsonl"
         write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         line += ["--dataset", str(file)]
-    results = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.is_file() else {}
-    results["versions"] = versions("trl", "peft")
+    there = arguments.output.is_file() and not arguments.anew
+    results = json.loads(arguments.output.read_text(encoding="utf-8")) if there else {}
+    results |= {"versions": versions("trl", "peft"), "commit": commit(), "windows": WINDOWS}
     name = arguments.name or f"{arguments.ratio:.0%} in {arguments.minutes:g} minutes"
     run = results.setdefault(name, {"ratio": arguments.ratio, "minutes": arguments.minutes})
     if not out.is_dir():
@@ -75,6 +72,7 @@ def main() -> None:
         run["processor_minutes"] = round((time.monotonic() - begun) / 60, 2)
         run["wall_minutes"] = round((_wall() - wall) / 60, 2)
     report = json.loads((out / "recovery.json").read_text(encoding="utf-8"))
+    run["got"] = json.loads(Path(f"{out}-pruned", "pruning_plan.json").read_text(encoding="utf-8"))["ratio"]
     run |= {key: report["training"][key] for key in ("tokens", "steps", "seconds")}
     run["configuration"] = {key: report[key] for key in ("configuration", "distillation")}
     tokenizer = AutoTokenizer.from_pretrained(out)
@@ -84,10 +82,10 @@ def main() -> None:
             kept[state] = measure(folder, tokenizer, texts)
             write_text(arguments.output, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     dense = results["dense"]
-    print(f"| | {' | '.join(texts)} |\n| --- |{' ---: |' * len(texts)}")
+    print(f"| | {' | '.join(texts)} | right |\n| --- |{' ---: |' * (len(texts) + 1)}")
     for title, found in (("dense", dense), (f"{name}, pruned", run["pruned"]), (name, run["recovered"])):
         cells = [f"{found[text]:.1f} ({found[text] / dense[text]:.3f})" for text in texts]
-        print(f"| {title} | {' | '.join(cells)} |")
+        print(f"| {title} | {' | '.join(cells)} | {sum(found['right'])} |")
 
 
 if __name__ == "__main__":
