@@ -63,6 +63,7 @@ LATENTS = {
     "magnitude": Method(channels.METHODS["pca"].papers, needs_text=False),
 }
 LM_EVAL, EVOPRESS = Paper("eval-harness"), Paper("sieberling2024evopress")
+TEMPERATURE = Paper("guo2017calibration")  # of the norm in front of the head
 
 
 def _methods(config: PruningConfig, plan: PruningPlan) -> list[Method]:
@@ -93,6 +94,7 @@ def citations(config: PruningConfig, plan: PruningPlan, results: Sequence[Evalua
     papers += WIFV.papers if config.allocation == "global" else ()
     papers += [EVOPRESS] if config.allocation == EVOLUTION else []
     papers += [SURGEON] if config.compensation and uses_text(config, plan) else []
+    papers += [TEMPERATURE] if plan.softened is not None and plan.softened["factor"] != 1 else []
     papers += [LM_EVAL] if any(name.startswith("tasks/") for side in results for name in side.figures) else []
     return [paper.bibtex for paper in dict.fromkeys(papers)]
 

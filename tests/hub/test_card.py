@@ -403,9 +403,12 @@ def test_citations(folder):
     dataclasses.replace(config, criterion="wanda", allocation="global", layout="per_layer").save(
         folder / "pruning_config.json"
     )
-    found = re.findall(r"@\w+{(\S+),", make_card(folder).text)
-    assert found == ["sun2024wanda", "an2024flap", "hassibi1992second"]  # also of the allocation and of the re-fit
     plan = PruningPlan.load(folder)
+    softened = {"factor": 0.9, "before": 0.2, "after": 0.1}
+    for found_of_norm, cited in ((None, []), (softened | {"factor": 1.0}, []), (softened, ["guo2017calibration"])):
+        dataclasses.replace(plan, softened=found_of_norm).save(folder / "pruning_plan.json")
+        found = re.findall(r"@\w+{(\S+),", make_card(folder).text)
+        assert found == ["sun2024wanda", "an2024flap", "hassibi1992second", *cited]  # of allocation and re-fit, too
     dataclasses.replace(plan, calibrated=False).save(folder / "pruning_plan.json")  # nothing was re-fitted
     assert "hassibi1992second" not in make_card(folder).text
 
