@@ -384,6 +384,8 @@ class PruningPlan:
             # What has a default is newer than the first plans that were written.
             fields = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}
             fields["target"] = Reached(**fields["target"]) if fields.get("target") else None
+            if (softened := fields.get("softened")) is not None:
+                fields["softened"] = {name: softened[name] + 0.0 for name in ("factor", "before", "after")}
             return cls(**{**fields, "decisions": decisions})
         except (KeyError, TypeError, AttributeError) as error:
             raise ConfigurationError(f"The plan is incomplete or of another kind: {error}.") from error

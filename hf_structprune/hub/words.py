@@ -12,7 +12,7 @@ from typing import Any
 
 import jinja2
 
-from ..config import EVOLUTION, PruningConfig
+from ..config import AUTO, EVOLUTION, PruningConfig
 from ..criteria import Method, Paper, channels, class_of, depth, pairs, tokens
 from ..criteria.widths import SURGEON, WIFV
 from ..errors import CheckpointError
@@ -199,6 +199,8 @@ def _changed(values: Any) -> dict[str, Any]:
     """Fields that differ from the defaults."""
     names = {field.name for field in dataclasses.fields(values)} - {*_NO_OPTIONS}
     default = type(values)(method=values.method) if isinstance(values, RecoveryConfig) else type(values)()
+    if isinstance(values, PruningConfig) and values.criterion == "obs" and AUTO not in values.units:
+        names.remove("criterion")  # what 'auto' is where units are named
     return {n: v for n, v in vars(values).items() if n in names and v != getattr(default, n)}
 
 
