@@ -81,8 +81,9 @@ class PruningConfig:
             `"first"` (first producer) or `"last"` (the consumer).
         compensation (`bool`): Re-fit the consumers of what is cut on the calibration text.
         error_correction (`float`): The share of the error that earlier cuts have left in the hidden states which every
-            re-fit tries to undo on top of its own layer's, 0 to 1. Needs compensation and a model whose layers simply
-            add up; other models are re-fitted without it.
+            re-fit tries to undo on top of its own layer's, 0 to 1; above 0 the norm in front of the head is scaled in
+            the end, too, so that predictions are no surer than what is left allows. Needs compensation and a model
+            whose layers simply add up; other models are re-fitted without it.
         token_weighting (`bool`): Weigh every calibration token in the re-fit (and in `"obs"`) by the inverse of its
             hidden state's norm, by which the norm that follows divides. Without it a few tokens with massive
             activations rule the fit.
