@@ -92,8 +92,8 @@ def in_words(softened: dict[str, float] | None) -> list[str]:
         return []
     factor, before, after = (softened[name] for name in ("factor", "before", "after"))
     return [
-        f"the norm in front of the head gives {factor:.3f} times as much, so that predictions are no surer than what "
-        f"is left allows: {before:.3f} -> {after:.3f} nats from the dense model's on calibration text"
+        f"the norm in front of the head gives {factor:.3f} times as much, which brings predictions nearest to the "
+        f"dense model's: {before:.3f} -> {after:.3f} nats a token on calibration text"
     ]
 
 
