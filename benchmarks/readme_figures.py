@@ -114,7 +114,7 @@ def points(rows: list[dict[str, Any]], parameters: int) -> dict[str, list[tuple[
     return {
         "neurons, all layers alike": [found[COLUMNS[name]] for name in ("dense", "10 %", "20 %", "30 %")],
         "widths by layer, search": [found[COLUMNS["20 %, per-layer"]]],
-        f"`shrink`, {MINUTES} minutes on a core": [
+        f"shrink: {MINUTES} minutes on a core": [
             (size, run["pruned"]["WikiText-2"]), (size, run["recovered"]["WikiText-2"])
         ],
         **{f"{words}, nothing re-fitted": [found[name]] for name, words in OTHERS.items()},
@@ -127,7 +127,7 @@ def draw(rows: list[dict[str, Any]], parameters: int, path: Path) -> None:
 
     with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "readme", "font.size": 9}):
         figure, axes = plt.subplots(figsize=(7.2, 3.4), layout="constrained")
-        places = [(-20, 5), (5, -4), (5, -12), (5, -9), (-24, -1), (5, -3)]  # of the numbers: they must not overlap
+        places = [(-20, 5), (5, -12), (5, 2), (5, -9), (-24, -1), (5, -3)]  # of the numbers: they must not overlap
         for marker, place, (label, line) in zip("os^xxx", places, points(rows, parameters).items(), strict=True):
             axes.plot(*zip(*line, strict=True), marker=marker, label=label)
             for x, y in line:
