@@ -16,8 +16,8 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 
 PLACE = "repository"
 ROOT = Path(__file__).parents[1]
-_LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#:]+)(#[^)\s]*)?\)")
-_CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
+# Code, or a link, whose text may be code.
+_LINK = re.compile(r"```.*?```|(!?)\[((?:`[^`\n]*`|[^\]`])*)\]\(([^)\s#:]+)(#[^)\s]*)?\)|`[^`\n]*`", re.DOTALL)
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -26,8 +26,8 @@ def on_files(files: Files, config: Any) -> Files:
     waiting = [f"docs/{file.src_uri}" for file in files.documentation_pages()]
     while waiting:
         page = waiting.pop()
-        for _, _, target, _ in _LINK.findall(_CODE.sub("", (ROOT / page).read_text(encoding="utf-8"))):
-            path = _resolved(page, target)
+        for _, _, target, _ in _LINK.findall((ROOT / page).read_text(encoding="utf-8")):
+            path = _resolved(page, target) if target else None
             if path is None or path in seen or path.startswith("docs/") or not (ROOT / path).is_file():
                 continue
             seen.add(path)
@@ -46,6 +46,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
     def changed(found: re.Match) -> str:
         picture, text, target, anchor = found.groups()
+        if target is None:
+            return found[0]
         path = _resolved(here, target)
         if path is None or (path.startswith("docs/") and uri == here.removeprefix("docs/")):
             return found[0]  # MkDocs looks whether it is there
@@ -54,8 +56,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             return text
         return f"{picture}[{text}]({posixpath.relpath(there, posixpath.dirname(uri))}{anchor or ''})"
 
-    parts = _CODE.split(_front_matter_off(markdown))
-    return "".join(part if i % 2 else _LINK.sub(changed, part) for i, part in enumerate(parts))
+    return _LINK.sub(changed, _front_matter_off(markdown))
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
