@@ -398,6 +398,14 @@ def test_pictures(folder):
     assert found == ["pruned_widths.png", "pictures/widths.png", "pictures/quality.png"]
 
 
+@pytest.mark.parametrize("units, criterion, told", [
+    (("mlp_neurons",), "obs", False), (("mlp_neurons",), "wanda", True), (("auto",), "obs", True),
+])  # fmt: skip
+def test_the_criterion_is_told_where_it_is_not_what_comes_by_default(units, criterion, told):
+    config = PruningConfig(units=units, criterion=criterion)
+    assert ("criterion" in config_expression(config)) == told
+
+
 def test_citations(folder):
     config = PruningConfig.load(folder)
     dataclasses.replace(config, criterion="wanda", allocation="global", layout="per_layer").save(
