@@ -45,9 +45,10 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--ratio", type=float, required=True)
     parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--layout", default="uniform", help="as of `shrink`")
     parser.add_argument("--no-data", action="store_true", help="without a data set")
     parser.add_argument("--anew", action="store_true", help="also what is in the file already, and nothing beside it")
-    parser.add_argument("--name", help="default: of ratio and minutes")
+    parser.add_argument("--name", help="default: of ratio, minutes and layout")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -56,6 +57,7 @@ def main() -> None:
     texts = {name: texts[name] for name in ("WikiText-2", "C4", "Dolly")}
     out, line = Path(arguments.output_dir), ["shrink", arguments.dense]
     line += ["--ratio", str(arguments.ratio), "--minutes", str(arguments.minutes), "--output-dir", str(out)]
+    line += ["--layout", arguments.layout]
     if not arguments.no_data:
         file = arguments.data / "shrunk_train.jsonl"
         write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -64,6 +66,7 @@ def main() -> None:
     results = json.loads(arguments.output.read_text(encoding="utf-8")) if there else {}
     results |= {"versions": versions("trl", "peft"), "commit": commit(), "windows": WINDOWS}
     name = arguments.name or f"{arguments.ratio:.0%} in {arguments.minutes:g} minutes"
+    name += "" if arguments.name or arguments.layout == "uniform" else ", per-layer"
     run = results.setdefault(name, {"ratio": arguments.ratio, "minutes": arguments.minutes})
     if not out.is_dir():
         begun, wall = time.monotonic(), _wall()

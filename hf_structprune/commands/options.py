@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ..checks import Count, Limits, OneOf, Ratio, check_fields
-from ..config import CalibrationConfig, PruningConfig
+from ..config import LAYOUTS, CalibrationConfig, PruningConfig
 from ..errors import ConfigurationError
 from ..evaluation_config import EfficiencyConfig, EvaluationConfig, find_protocol
 from ..quantization.configuration import QuantizationConfig
@@ -456,6 +456,8 @@ class ShrinkArguments:
         output_dir (`str`): Folder for the smaller model; the pruned one before training goes to `OUTPUT_DIR-pruned`.
         dataset (list of `str`, *optional*): Data to train on, of the kinds of text the model is for. Default: what
             the pruning is calibrated on, and what the dense model writes.
+        layout (`str`): `"uniform"` gives a vanilla checkpoint; by `"per_layer"` most goes from the layers where it
+            costs least (allocation `search`), and the checkpoint carries a small modelling file.
         overwrite (`bool`): Do everything again even if the folders hold checkpoints.
         dry_run (`bool`): Print the recipe and its plan; loads no weights.
     """
@@ -465,6 +467,7 @@ class ShrinkArguments:
     minutes: Annotated[float, Limits(0, open="least")]
     output_dir: str
     dataset: Sequence[str] | None = None
+    layout: Annotated[str, OneOf(LAYOUTS)] = "uniform"
     overwrite: bool = False
     dry_run: bool = False
 

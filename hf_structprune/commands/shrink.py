@@ -52,11 +52,14 @@ def recipe_of(options: ShrinkArguments, context: int | None = None, full: bool =
         recover["weights"] = "full"
     if options.dataset:
         recover |= {"dataset": list(options.dataset), "distillation": {"label_weight": LABEL_WEIGHT}}
+    prune = {"ratio": options.ratio}
+    if options.layout == "per_layer":
+        prune |= {"layout": "per_layer", "allocation": "search"}
     return {
         "model": loading(options.model),
         "output_dir": f"{options.output_dir.rstrip('/')}-pruned",
         "minutes": options.minutes,
-        "prune": {"ratio": options.ratio},
+        "prune": prune,
         "recover": recover,
         "evaluate": {"max_windows": MAX_WINDOWS, "efficiency": False},
     }
