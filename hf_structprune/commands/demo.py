@@ -18,7 +18,7 @@ from .models import check_ratio
 from .options import DEMO_MODEL, DemoArguments
 from .recipe import Recipe
 from .run import run_recipe
-from .shrink import context_of, distilling, loading
+from .shrink import CALIBRATION, context_of, distilling, loading
 
 
 MAX_WINDOWS = 4  # of the packaged text
@@ -50,7 +50,7 @@ def recipe_of(options: DemoArguments, minutes: float, context: int | None = None
     content: dict[str, Any] = {
         "model": loading(options.model),
         "output_dir": options.output_dir,
-        "prune": {"ratio": options.ratio},
+        "prune": {"ratio": options.ratio, "calibration": dict(CALIBRATION)},
         "evaluate": {"max_windows": MAX_WINDOWS},
     }
     if minutes:  # all of which is for training: little is measured, and the dense model writes nothing

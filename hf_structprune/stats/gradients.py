@@ -27,7 +27,8 @@ Draw = Callable[[torch.Tensor], torch.Tensor]  # tokens of logits
 
 OUTPUTS = -1  # in the place of a dimension: what is known of the outputs of a module
 LARGEST = 1024  # rows of a root of second moments; of wider outputs it is a random projection
-_SHARE, _LEAST = 4, 8  # of the sequences a quarter have a part in second moments of gradients, if that leaves eight
+# Of the sequences a quarter have a part in second moments of gradients, if that leaves eight, and no more than 32.
+_SHARE, _LEAST, _MOST = 4, 8, 32
 
 
 class _Probe(torch.autograd.Function):
@@ -92,11 +93,12 @@ def loss_metrics(model: nn.Module, groups: Iterable[Group], tokens: Calibration,
     be predicted are drawn from the model's own predictions: then `G` is a factor of the Fisher matrix, the curvature
     of `KL(dense || pruned)`; with those of the text it would count most where the model is wrong (Kunstner et al.,
     2019, https://huggingface.co/papers/1905.12558). `G` is divided by the mean of its diagonal, and is the identity
-    where the loss does not depend on the output. One sequence at a time, a quarter of the calibration text: an outer
-    product for each token is more than enough for the few directions that matter. Where a norm comes right behind an
-    output, `g` is multiplied by the size that it divides the token by: the moments of the inputs have the reciprocal
-    in their weights (`Addend.scale`). Outputs wider than `LARGEST` are projected onto as many random signs, which
-    keeps `E ||R v||^2` (Johnson & Lindenstrauss; Achlioptas, 2003, https://doi.org/10.1016/S0022-0000(03)00025-4).
+    where the loss does not depend on the output. One sequence at a time, a quarter of the calibration text and no
+    more than 32 sequences: an outer product for each token is more than enough for the few directions that matter.
+    Where a norm comes right behind an output, `g` is multiplied by the size that it divides the token by: the moments
+    of the inputs have the reciprocal in their weights (`Addend.scale`). Outputs wider than `LARGEST` are projected
+    onto as many random signs, which keeps `E ||R v||^2` (Johnson & Lindenstrauss; Achlioptas, 2003,
+    https://doi.org/10.1016/S0022-0000(03)00025-4).
 
     Returns:
         `{(full name of the reader, OUTPUTS): R}` with `R^T R = G`, float32 on the CPU, shape (at most `LARGEST`, out).
@@ -143,7 +145,7 @@ def loss_metrics(model: nn.Module, groups: Iterable[Group], tokens: Calibration,
     around = {name.rpartition(".")[0] for name in widths}
     around |= {name.rpartition(".")[0] for name in around}
     norms = norms_of(map(model.get_submodule, sorted(around)))
-    some = len(tokens) // max(1, min(_SHARE, len(tokens) // _LEAST))
+    some = min(len(tokens) // max(1, min(_SHARE, len(tokens) // _LEAST)), _MOST)
     chosen = torch.zeros(len(tokens), dtype=torch.bool)
     chosen[torch.randperm(len(tokens), generator=random)[:some]] = True  # of all sources, which take turns
     tokens = tokens[chosen]

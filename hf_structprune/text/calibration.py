@@ -85,7 +85,7 @@ class CalibrationConfig:
     texts: list[Any] | None = None
     tokens: Any = None
     image_column: str | None = None
-    num_samples: Count = 128
+    num_samples: Count = 256
     length: Annotated[int, Limits(2)] = 256
     batch_size: Count = 8
     seed: Number = 0

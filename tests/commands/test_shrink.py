@@ -118,6 +118,16 @@ def test_all_weights_are_trained_where_there_is_room(place, monkeypatch):
     assert "weights" not in made(options)["recover"]
 
 
+def test_widths_may_differ_between_layers(place):
+    options = shrink.ShrinkArguments("m", 0.2, 60.0, "o")
+    assert made(options)["prune"] == {"ratio": 0.2, "calibration": shrink.CALIBRATION}
+    options.layout = "per_layer"
+    assert made(options)["prune"].items() >= {"layout": "per_layer", "allocation": "search", "ratio": 0.2}.items()
+    line = ["shrink", str(place / "dense"), "--ratio", "0.2", "--minutes", "3", "--output-dir", str(place / "out")]
+    assert cli.main([*line, "--layout", "mixed"]) == 2
+    assert not (place / "out").exists()
+
+
 def test_sequences_are_no_longer_than_the_model_takes():
     lengths = [shrink.recipe_of(shrink.ShrinkArguments("m", 0.2, 1.0, "o"), n)["recover"] for n in (128, 2048, None)]
     assert [recover.get("max_length") for recover in lengths] == [128, None, None]

@@ -368,7 +368,7 @@ def test_metrics_of_the_loss_are_the_second_moments_of_the_gradients_at_the_cons
 
 
 @pytest.mark.parametrize("name", ["llama_bias", "gemma2"])  # the head alone, and with what is done to logits
-def test_metrics_are_factors_of_the_fisher_matrix(name):
+def test_metrics_are_factors_of_the_fisher_matrix(name, monkeypatch):
     """Of many draws: all tokens that could come next, each with the probability that the model gives it."""
     model = families.make_model(name)
     group, tokens = ModelStructure.of(model).layers[-1].group("mlp_neurons"), TOKENS[:1, :5]
@@ -382,7 +382,8 @@ def test_metrics_are_factors_of_the_fisher_matrix(name):
         (gradient,) = torch.autograd.grad(log_probs[position, token], seen[0], retain_graph=True)
         gradient = gradient[0].double() * size
         exact = exact + log_probs[position, token].detach().exp() * gradient.T @ gradient
-    exact, found, draws = exact / exact.diagonal().mean(), 0, 400
+    exact, draws = exact / exact.diagonal().mean(), 400
+    monkeypatch.setattr(gradients, "_MOST", draws)
     repeated = tokens.expand(4 * draws, -1)  # of which a quarter is looked at
     root = loss_metrics(model, [group], repeated, PruningConfig(criterion="kfac", units="mlp_neurons"))
     found = root[group.reader.module, OUTPUTS].double()
@@ -428,14 +429,15 @@ def test_kfac_is_obs_of_the_weights_in_the_metric_of_the_loss(model, structure, 
     assert kind == "kv_groups" or got.argsort().tolist() != plain.argsort().tolist()
 
 
+@pytest.mark.parametrize("sequences", [128, 500])
 @pytest.mark.parametrize("sources", [2, 3, 4, 8])
-def test_all_sources_have_a_part_in_the_metric_of_the_loss(model, sources, monkeypatch):
+def test_all_sources_have_a_part_in_the_metric_of_the_loss(model, sources, sequences, monkeypatch):
     """Sources take turns in calibration text: every fourth sequence must not be of the same one each time."""
     seen = []
     monkeypatch.setattr(gradients, "_backward_passes", lambda _, tokens, *others, **named: seen.append(tokens))
     group = ModelStructure.of(model).layers[0].group("mlp_neurons")
-    tokens = torch.arange(128)[:, None].expand(128, 4)
+    tokens = torch.arange(sequences)[:, None].expand(sequences, 4)
     loss_metrics(model, [group], tokens, PruningConfig(criterion="kfac", units="mlp_neurons"))
     assert len(seen[0]) == 32
     counts = torch.bincount(seen[0][:, 0] % sources, minlength=sources)
-    assert counts.min() >= 0.4 * 32 / sources
+    assert counts.min() >= 0.25 * 32 / sources

@@ -42,7 +42,7 @@ def load_all(tokenizer, full, **options):
 
 def test_packaged_sample_works_offline_and_alternates():
     rows = [json.loads(line) for line in calibration_sample().read_text(encoding="utf-8").splitlines()]
-    assert all(row["text"].strip() for row in rows) and len(rows) == 176
+    assert all(row["text"].strip() for row in rows) and len(rows) == 320
     assert all(row["text"].startswith("= ") for row in rows[::2])  # Wikipedia: an article or section heading
     assert not any(row["text"].startswith("= ") for row in rows[1::2])
     assert wikitext2_sample().read_text(encoding="utf-8").startswith(" \n = Robert Boulter = \n")
@@ -50,10 +50,10 @@ def test_packaged_sample_works_offline_and_alternates():
 
 def test_default_shape_and_determinism(tiny_tokenizer):
     first = load_tokens(CalibrationConfig(), tiny_tokenizer)
-    assert first.shape == (128, 256)
+    assert first.shape == (256, 256)
     assert torch.equal(first, load_tokens(CalibrationConfig(), tiny_tokenizer))
     assert not torch.equal(first, load_tokens(CalibrationConfig(seed=1), tiny_tokenizer))
-    assert len(torch.unique(first, dim=0)) == 128
+    assert len(torch.unique(first, dim=0)) == 256
 
 
 # ---------------------------------------------------------------------------------------- joining and cutting
