@@ -5,10 +5,9 @@
     python benchmarks/depth.py picture
 
 `quality` prunes with every setting below and measures 12 evenly spaced windows of 2048 tokens of each text (the
-packaged sample without them); rows of width pruning are those of the model cards. Rows that
-benchmarks/results/depth.json holds already are not measured again. The first n removals of one greedy run are those of
-a shorter one, from which exchanges start. `speed` times decoding of the checkpoints that `quality` left behind, in
-turns with the dense model.
+packaged sample without them). Rows that benchmarks/results/depth.json holds already are not measured again. The
+first n removals of one greedy run are those of a shorter one, from which exchanges start. `speed` times decoding of
+the checkpoints that `quality` left behind, in turns with the dense model.
 """
 
 from __future__ import annotations
@@ -33,13 +32,11 @@ from hf_structprune.commands.models import DEMO_MODEL, find_model, find_subject,
 from hf_structprune.evaluation import perplexity, read_text
 from hf_structprune.evaluation.efficiency import EfficiencyConfig
 from hf_structprune.evaluation.pictures import COLOURS, GREY, legend_below, make_panels, save
-from hf_structprune.evaluation.results import EvaluationResult
 from hf_structprune.stats.losses import TextLoss
 from hf_structprune.units import DepthKind, kinds_of
 
 
 RESULTS = Path(__file__).parent / "results" / "depth.json"
-CARDS = Path(__file__).parents[1] / "model_cards"
 LAYERS = (4, 8, 11)
 BARE = {"compensation": False}
 # What the first tools of the field leave of the same model, measured once with the same windows (WikiText-2, C4).
@@ -56,6 +53,8 @@ def settings() -> dict[str, tuple[float | None, dict[str, Any]]]:
     checkpoint must be there.
     """
     rows: dict[str, tuple[float | None, dict[str, Any]]] = {}
+    for percent in (10, 20, 30):
+        rows[f"width {percent} %"] = percent / 100, {"units": "mlp_neurons"}
     for number in LAYERS:
         rows[f"{number} layers"] = None, {"chosen": number}
         rows[f"{number} layers, no re-fit"] = None, {"chosen": number, **BARE}
@@ -123,7 +122,6 @@ def quality(options: argparse.Namespace) -> None:
     if "chosen" not in content:
         content["chosen"] = choose_layers(load(options))
         store(content)
-    content["rows"] |= {name: row for name, row in width_rows().items() if name not in content["rows"]}
     for name, (ratio, values) in settings().items():
         if name in content["rows"] or (options.only and name not in options.only):
             continue
@@ -144,21 +142,6 @@ def quality(options: argparse.Namespace) -> None:
         }  # fmt: skip
         print(name, content["rows"][name], flush=True)
         store(content)
-
-
-def width_rows() -> dict[str, Any]:
-    """What the model cards say of neurons cut with the default settings: the same windows, in bfloat16."""
-    rows = {}
-    for percent in (10, 20, 30):
-        folder = CARDS / f"smollm2-135m-instruct-pruned-{percent}"
-        figures = EvaluationResult.load(folder / "evaluation_results.json").figures
-        dense = EvaluationResult.load(folder / "evaluation_results_dense.json").figures
-        before, after = (side["efficiency/parameters"].value for side in (dense, figures))
-        rows[f"width {percent} %"] = {
-            "ratio": 1 - after / before, "parameters": after, "source": f"model_cards/{folder.name}",
-            "perplexity": {"WikiText-2": figures["perplexity/wikitext2"].value, "C4": figures["perplexity/c4"].value},
-        }  # fmt: skip
-    return rows
 
 
 def choose_layers(pruner: StructuredPruner) -> dict[str, Any]:
