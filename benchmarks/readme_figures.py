@@ -23,7 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 CORE, RESULTS = ROOT / "benchmarks" / "core.py", ROOT / "benchmarks" / "results" / "core_quality.json"
-PRUNED = ROOT / "model_cards" / "smollm2-135m-instruct-pruned-20"
+PRUNED = ROOT / "model_cards" / "smollm2-135m-instruct-20-pruned"
 RECOVERED = ROOT / "benchmarks" / "results" / "shrunk.json"
 RATIO, MINUTES = 0.2, 30
 RUN = f"{RATIO:.0%} in {MINUTES} minutes"  # of it

@@ -386,7 +386,7 @@ def test_recipe_of_the_whole_study_is_about_six_layers_if_asked(monkeypatch):
     """The number of layers whose parameters are nearest to the ratio, which `layers` takes."""
     name = RECIPES / "smollm2-135m-instruct" / "prune-recover-quantize.yaml"
     recipe = Recipe.load(name)
-    assert recipe.pruning == PruningConfig(units="mlp_neurons") and recipe.ratio == 0.2
+    assert recipe.pruning == PruningConfig() and recipe.ratio == 0.2
     assert recipe.quantization.config == QuantizationConfig("bitsandbytes", 4, 64)
     monkeypatch.setenv("UNITS", "layers")
     monkeypatch.setenv("RATIO", "0.16")
