@@ -11,6 +11,7 @@ import sys
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from difflib import get_close_matches
 from typing import Annotated, Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from ..checks import checked, field_types
@@ -31,11 +32,21 @@ POSITIONALS = {
     "recipe": ("RECIPE", "?"),
     "types": ("TYPE", "*"),
 }
+_LIKE = 0.7  # how alike names must be to be taken for each other, 0 to 1
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"{message} (see `{self.prog} --help`)")
+        before, unknown, words = message.partition("unrecognized arguments: ")
+        near = self._nearest(words) if unknown and not before else ""
+        raise ConfigurationError(f"{message}{near} (see `{self.prog} --help`)")
+
+    def _nearest(self, words: str) -> str:
+        """Options that may have been meant by unknown ones."""
+        given = [word.partition("=")[0] for word in words.split() if word.startswith("--")]
+        found = [get_close_matches(word, self._option_string_actions, 1, _LIKE) for word in given]
+        names = dict.fromkeys(f"`{name}`" for names in found for name in names)
+        return f"; did you mean {' and '.join(names)}?" if names else ""
 
 
 def command(function: Callable[..., tuple[Any, ...] | None]) -> Callable[[Sequence[str]], None]:

@@ -164,7 +164,10 @@ def test_bad_yaml(yaml_file, text, message):
     "argv, message",
     [
         ([], "MODEL is missing"),
-        (["m", "--bogus", "3"], "unrecognized arguments: --bogus"),
+        (["m", "--bogus", "3"], r"unrecognized arguments: --bogus 3 \(see"),
+        (["m", "--criterio", "l2"], "unrecognized arguments: --criterio l2; did you mean `--criterion`\\?"),
+        (["m", "--samples=3"], "unrecognized arguments: --samples=3 \\("),
+        (["m", "--roundto=8", "--unit", "x"], "mean `--round-to` and `--units`\\?"),
         (["m", "--rat", "0.3"], "unrecognized arguments: --rat"),
         (["m", "n"], "unrecognized arguments: n"),
         (["m", "--round-to", "x"], "--round-to: `round_to` is 'x'; it must be an integer of at least 1"),
