@@ -38,6 +38,7 @@ logger.addFilter(lambda record: process_state().is_main_process)
 
 METRIC = "eval_recovery_log_perplexity"
 RECOVERED_FOLDER = "recovered"
+MEASURING, LEAST_WINDOWS = 0.1, 4  # of the minutes of a training one measurement takes at most, unless of these few
 STATE_NAME, BEST_NAME = "recovery_state.json", "recovery_best.safetensors"  # in every checkpoint of a training
 REASONS = {
     "target": "the target is reached",
@@ -73,7 +74,7 @@ class LoraRecoveryCallback(TrainerCallback):
         dense: The dense model: a perplexity, a model, a folder or Hub id, a results JSON, or `None`. Measured once.
         text: Held-out text, see `load_text`. It should not be in the training data.
         window: Tokens in a window; at most the model's context.
-        max_windows: At most so many windows.
+        max_windows: At most so many windows; with `minutes` fewer, but four, where all take more than a tenth of them.
         batch_size: Windows that go through the model at once.
         evaluations: How often to measure if the Trainer does not evaluate; `None` is at the end only.
         target: Stop when this share of the lost log-perplexity is back.
@@ -245,6 +246,7 @@ class LoraRecoveryCallback(TrainerCallback):
 
     def _begin(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
         """Measures the pruned and the dense model, and keeps the weights as they are."""
+        self._shorten(model)
         step, dtype = state.global_step, self._autocast or getattr(underneath(model).config, "dtype", None) or "auto"
         pruned, dense = self._value(model, pruned=True), None
         if not math.isfinite(pruned):
@@ -281,12 +283,29 @@ class LoraRecoveryCallback(TrainerCallback):
                 )
         self._start = time.perf_counter()
 
+    def _shorten(self, model: nn.Module) -> None:
+        """Takes fewer windows where all of them would take too much of the training's time, each time."""
+        known = isinstance(self.dense, (int, float)) or str(self.dense).endswith(".json")  # of all windows
+        if self.limit is None or known:
+            return
+        each, there = agreed(self._text.seconds_of_a_window(model, self._autocast)), len(self._text.ids)
+        windows = max(LEAST_WINDOWS, int(MEASURING * self.limit.seconds / each))
+        if windows < there:
+            logger.info(
+                f"{windows} of {there} windows are measured: all of them would take {there * each:,.0f} s, which is "
+                f"more than a tenth of {self.limit.seconds / 60:g} minutes."
+            )
+            self._text.shorten(windows)
+
     def _go_on(self, folder: Path, step: int) -> float:
         """Goes back to where a checkpoint was saved, so many seconds after the first step; the first process reads."""
         path = folder / STATE_NAME
         content = agreed(read_json_object(path) if self._first else {})
         if not all(key in content for key in ("curve", "kept", "seconds", "text")):
             raise CheckpointError(f"{path} is incomplete: remove it to measure anew.")
+        windows = content["text"].get("windows")
+        if self.limit is not None and isinstance(windows, int) and 0 < windows < len(self._text.ids):
+            self._text.shorten(windows)
         text = self._text.describe()
         differing = [key for key in text if key != "source" and content["text"].get(key) != text[key]]
         if differing:

@@ -76,7 +76,8 @@ class RecoveryConfig:
         report_to (list of `str`, *optional*): Where the curves go besides the logs: `tensorboard`, `trackio`, `wandb`.
         evaluations (`int`): How often the perplexity of held-out text is measured during training.
         text (`str`): That text: `sample`, `wikitext2`, `c4`, a file, a folder or a data set id of the Hub.
-        max_windows (`int`): At most so many windows of it.
+        max_windows (`int`): At most so many windows of it; with `minutes` fewer (but four) where all take more than a
+            tenth of them.
         window (`int`): Tokens in a window.
         target (`float`, *optional*): Stop when this share of the lost log-perplexity is back: 0.5 is half of it.
         patience (`int`, *optional*): Stop after so many measurements without a new best; `None` never stops.

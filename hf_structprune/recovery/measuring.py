@@ -8,6 +8,7 @@ import hashlib
 import math
 import os
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +100,21 @@ class HeldOutText:
         with as_before_training(model) if pruned else contextlib.nullcontext(), without_trace():
             losses = window_losses(plain, self.ids, counts, self.batch_size, autocast)
         return float(losses.sum() / self.tokens)
+
+    def seconds_of_a_window(self, model: nn.Module, autocast: torch.dtype | None = None) -> float:
+        """How long a window takes to measure, by the first batch of them."""
+        every, self.ids = self.ids, self.ids[: self.batch_size]
+        try:
+            start = time.perf_counter()
+            self.measure(model, autocast=autocast)
+            return (time.perf_counter() - start) / len(self.ids)
+        finally:
+            self.ids = every
+
+    def shorten(self, windows: int) -> None:
+        """Leaves so many of the windows, evenly spaced."""
+        self.ids = self.ids[torch.linspace(0, len(self.ids) - 1, windows).round().long()]
+        self.tokens = self.ids.shape[0] * (self.ids.shape[1] - 1)
 
 
 @contextlib.contextmanager

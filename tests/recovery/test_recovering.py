@@ -1,5 +1,6 @@
 """`recover` and its command: from a pruned checkpoint to a recovered one, on tiny models."""
 
+import copy
 import json
 import math
 import shutil
@@ -27,6 +28,7 @@ from hf_structprune.recovery import (  # noqa: E402
     recover,
     time_limit,
 )
+from hf_structprune.recovery.measuring import HeldOutText  # noqa: E402
 from hf_structprune.recovery.recovering import _check_folders  # noqa: E402
 
 
@@ -281,6 +283,36 @@ def test_a_training_with_a_time_limit_ends_in_time_with_its_learning_rate(checkp
     half_cosine = [SMALL["learning_rate"] * (1 + math.cos(math.pi * n / 10)) / 2 for n in range(10)]
     assert rates == pytest.approx(half_cosine, abs=1e-5)
     assert "Training was stopped" not in (result.folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("each", "left"), [(0.1, 6), (1.2, 5), (100.0, 4)])
+def test_measuring_takes_a_tenth_of_the_time_or_four_windows(checkpoints, monkeypatch, caplog, each, left):
+    """Also when the training goes on: its curve is of the same windows."""
+    monkeypatch.setattr(HeldOutText, "seconds_of_a_window", lambda *given: each)
+    sizes = {"minutes": 1.0, "max_steps": 2, "save_steps": 1, "max_windows": 6}
+    with caplog.at_level("INFO"):
+        text = run(checkpoints, **sizes).report["text"]
+    assert text["windows"] == left and text["tokens"] == left * (text["window"] - 1)
+    assert (f"{left} of 6 windows are measured" in caplog.text) == (left < 6)
+    assert run(checkpoints, resume=True, **sizes).report["text"] == text
+
+
+def test_a_window_is_timed_as_it_is_measured(checkpoints, make_tokenizer):
+    tokenizer, model = make_tokenizer(), AutoModelForCausalLM.from_pretrained(checkpoints / "pruned")
+    text = HeldOutText(tokenizer, window=32, max_windows=9, batch_size=2)
+    ids, value = text.ids, text.measure(model)
+    assert 0 < text.seconds_of_a_window(model) < 60 and text.ids is ids and text.measure(model) == value
+    text.shorten(3)
+    assert torch.equal(text.ids, ids[[0, 4, 8]])
+    assert text.measure(model) == pytest.approx(sum(one.measure(model) for one in alone(text)) / 3)
+
+
+def alone(text):
+    """A held-out text of each window."""
+    for number in range(len(text.ids)):
+        one = copy.copy(text)
+        one.ids, one.tokens = text.ids[number : number + 1], text.tokens // len(text.ids)
+        yield one
 
 
 def test_the_time_is_up_in_the_middle_of_a_step(checkpoints, monkeypatch, caplog):
