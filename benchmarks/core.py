@@ -241,6 +241,7 @@ def one_quality(options: argparse.Namespace) -> None:
         began = time.process_time()
         pruner.prune(ratio)
         row |= {"asked": ratio, "ratio": pruner.last_plan.ratio, "settings": settings}
+        row["calibrated"] = f"{text.num_samples} x {text.length} tokens"
         row["why"] = pruner.last_plan.reasons
         row["cpu_minutes"] = (time.process_time() - began) / 60
         if pruner.last_plan.reconstructed:
@@ -257,15 +258,12 @@ def measure(pruner: StructuredPruner, text: str, windows: int | None = 12) -> fl
     return perplexity(pruner.model, pruner.tokenizer, text, max_windows=windows).perplexity
 
 
-def data(options: argparse.Namespace, samples: int = 256) -> tuple[list[str] | None, dict[str, str | None], str]:
-    """Calibration sources, test texts and what they are; `samples` of 256 tokens are taken to calibrate."""
+def data(options: argparse.Namespace) -> tuple[list[str] | None, dict[str, str | None], str]:
+    """Calibration sources, test texts and what they are."""
     if options.wikitext is None or options.c4 is None:
         return None, {"WikiText-2 sample": None}, "packaged samples"
     calibration, texts = split_texts(options.wikitext, options.c4)
-    each = f"{samples // 2} x 256 tokens"
-    note = (
-        f"calibrated on {each} of WikiText-2 valid and {each} of C4; C4 test: the last {C4_TEST_DOCUMENTS} documents"
-    )
+    note = f"calibrated on WikiText-2 valid and C4, half each; C4 test: the last {C4_TEST_DOCUMENTS} documents"
     return [str(options.wikitext / "valid.txt"), str(calibration)], texts, note
 
 

@@ -46,7 +46,8 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
-    calibration, texts, note = data(options, options.calibration)
+    calibration, texts, note = data(options)
+    note = f"{options.calibration} x 256 tokens, {note}"
     path = RESULTS / NAME
     rows = {row["name"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
     for name in options.rows:

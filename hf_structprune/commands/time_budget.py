@@ -20,14 +20,15 @@ from ..evaluation.perplexity import EvaluationText, window_losses
 from ..evaluation_config import EvaluationConfig
 from ..model.measuring import context_length, measuring
 from ..progress import hidden
+from ..stats.gradients import sequences_of_metrics
 
 
 LEAST = 0.1  # of all minutes: a shorter training is not begun
 MEASURING = 0.15  # of all minutes at most, for perplexities
-# Plain passes of all calibration tokens that take as long as pruning by the default, 2.6 to 3.7 of SmolLM2, and as
-# pruning where kinds of units are measured before, 1.8 times as long.
-PRUNING, CHOOSING = 3.3, 5.9
-GRADIENTS = 0.8  # the same, of those that "kfac" ranks by
+# Plain passes of all calibration tokens that take as long as pruning by the default, 2.6 to 3.7 of SmolLM2, as pruning
+# where kinds of units are measured before, 1.8 times as long, and where layers are, 2.5 times (`allocation="search"`).
+PRUNING, CHOOSING, SEARCHING = 3.3, 5.9, 8.3
+GRADIENTS = 3.2  # the same, of the sequences that gradients for "kfac" are of
 SAMPLES, GENERATION = 4, 20  # windows that take as long as sample texts, and as questions and requests
 _OVERDUE = 1.25  # times what was foretold
 _ENDING, _ENDING_SECONDS = 0.02, 15.0  # of all minutes, and beside: the last step of a training, and saving
@@ -213,10 +214,13 @@ def pruning_seconds(config: PruningConfig, chooses: bool, each: float, window: i
         each, window: Seconds of a pass without the head, and its tokens.
     """
     text = config.calibration
-    passes = each * text.num_samples * text.length / window
+    of_sequence = each * text.length / window
     minutes = (config.search_minutes if config.allocation == "evolution" else 0) + (config.reconstruct_minutes or 0)
-    gradients = GRADIENTS if config.criterion in (AUTO, "kfac") else 0
-    return passes * ((CHOOSING if chooses else PRUNING) + gradients) + 60 * minutes
+    searching = SEARCHING if config.allocation == "search" else PRUNING
+    passes = (CHOOSING if chooses else searching) * text.num_samples
+    if config.criterion in (AUTO, "kfac"):
+        passes += GRADIENTS * sequences_of_metrics(text.num_samples)
+    return of_sequence * passes + 60 * minutes
 
 
 def account(started: float, steps: Sequence[tuple[str, float]]) -> str:

@@ -145,14 +145,19 @@ def loss_metrics(model: nn.Module, groups: Iterable[Group], tokens: Calibration,
     around = {name.rpartition(".")[0] for name in widths}
     around |= {name.rpartition(".")[0] for name in around}
     norms = norms_of(map(model.get_submodule, sorted(around)))
-    some = min(len(tokens) // max(1, min(_SHARE, len(tokens) // _LEAST)), _MOST)
     chosen = torch.zeros(len(tokens), dtype=torch.bool)
+    some = sequences_of_metrics(len(tokens))
     chosen[torch.randperm(len(tokens), generator=random)[:some]] = True  # of all sources, which take turns
     tokens = tokens[chosen]
     longest = max(row.ids.shape[1] for row in tokens.rows) if isinstance(tokens, SeenRows) else tokens.shape[1]
     single = dataclasses.replace(config, calibration=dataclasses.replace(config.calibration, batch_size=1))
     _backward_passes(model, tokens, single, probes, draw=partial(_drawn, random))
     return {(name, OUTPUTS): _root(name, moments.get(name), width) for name, width in widths.items()}
+
+
+def sequences_of_metrics(sequences: int) -> int:
+    """How many of the calibration sequences have a part in second moments of gradients."""
+    return min(sequences // max(1, min(_SHARE, sequences // _LEAST)), _MOST)
 
 
 def try_gradients(model: nn.Module, tokens: Calibration) -> None:

@@ -90,9 +90,15 @@ def test_a_step_in_time_says_nothing(clock):
 
 def test_what_pruning_takes_goes_with_its_text_and_the_minutes_it_is_given():
     named, plain = (pruning_seconds(PruningConfig(units), False, 2.0, 2048) for units in ("mlp_neurons", "auto"))
-    assert 0.2 * named < plain - named < 0.3 * named  # gradients
-    half = PruningConfig(calibration={"num_samples": 64})
-    assert pruning_seconds(half, False, 2.0, 2048) == plain / 2 < pruning_seconds(half, True, 2.0, 2048)
+    assert 0.1 * named < plain - named < 0.15 * named  # gradients, of 32 sequences
+    for count, gradients in ((128, plain - named), (512, plain - named), (64, (plain - named) / 2)):
+        text = PruningConfig("mlp_neurons", calibration={"num_samples": count})
+        assert pruning_seconds(text, False, 2.0, 2048) == pytest.approx(named * count / 256)
+        text = PruningConfig(calibration={"num_samples": count})
+        assert pruning_seconds(text, False, 2.0, 2048) == pytest.approx(named * count / 256 + gradients)
+        assert pruning_seconds(text, True, 2.0, 2048) > named * count / 256 + gradients
+    search = PruningConfig("mlp_neurons", layout="per_layer", allocation="search")
+    assert 2.4 < pruning_seconds(search, False, 2.0, 2048) / named < 2.6
     assert pruning_seconds(PruningConfig(reconstruct_minutes=3), False, 2.0, 2048) == plain + 180
     search = PruningConfig(units="mlp_neurons", layout="per_layer", allocation="evolution", search_minutes=5)
     assert pruning_seconds(search, False, 2.0, 2048) == named + 300

@@ -146,7 +146,7 @@ def test_calibrated_methods_name_their_text(folder, plan):
     assert "* Method: gptq, 4 bits, groups of 64 weights\n" in section_of(report)
     assert "* Method: gptq, 4 bits, a scale for each row\n" in section_of(make_quantisation("gptq", group_size=-1))
     assert "* Method: bitsandbytes, 8 bits\n" in section_of(make_quantisation(bits=8))
-    assert "* Calibration: 128 x 256 tokens of [them/texts](https://huggingface.co/datasets/" in section_of(report)
+    assert "* Calibration: 256 x 256 tokens of [them/texts](https://huggingface.co/datasets/" in section_of(report)
     assert libraries(report) == ["gptq"]
     quantise(folder, plan, method="gptq", calibration={"dataset": "them/texts"})
     assert "them/texts" in make_card(folder).data.datasets

@@ -4,19 +4,20 @@ import copy
 import json
 
 import pytest
-import seeing_families
 import torch
 from seeing_families import SEEING, build_seeing, with_picture
 from tiny_tokenizers import build_tokenizer
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    AutoTokenizer,
     CLIPImageProcessorPil,
     LlavaProcessor,
 )
 
 from hf_structprune import PruningConfig, StructuredPruner
 from hf_structprune.commands.cli import main
+from hf_structprune.data import wikitext2_sample
 from hf_structprune.errors import CheckpointError, UnsupportedModelError
 from hf_structprune.model.rebuild import check_whole
 from hf_structprune.model.structure import ModelStructure
@@ -234,8 +235,8 @@ def test_what_is_for_text_alone_says_so(llava, tmp_path, capsys):
 
 def test_refit_brings_the_whole_nearer_to_the_dense_one(llava):
     dense = AutoModelForImageTextToText.from_pretrained(llava, dtype=torch.float64)
-    seen = seeing_families.with_picture("llava")
-    far = []
+    words = AutoTokenizer.from_pretrained(llava)(wikitext2_sample().read_text(encoding="utf-8")[:4000])["input_ids"]
+    seen, far = {"input_ids": torch.tensor([words[64 * i : 64 * i + 64] for i in range(8)])}, []
     for compensation in (False, True):
         config = PruningConfig(**{**NEURONS, "criterion": "wanda"}, compensation=compensation)
         config.calibration.num_samples, config.calibration.length = 16, 64
