@@ -127,7 +127,7 @@ def draw(rows: list[dict[str, Any]], parameters: int, path: Path) -> None:
 
     with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "readme", "font.size": 9}):
         figure, axes = plt.subplots(figsize=(7.2, 3.4), layout="constrained")
-        places = [(-20, 5), (5, -12), (5, 2), (5, -9), (-24, -1), (5, -3)]  # of the numbers: they must not overlap
+        places = [(-20, 5), (5, -12), (5, 2), (5, 0), (-24, -7), (5, -3)]  # of the numbers: they must not overlap
         for marker, place, (label, line) in zip("os^xxx", places, points(rows, parameters).items(), strict=True):
             axes.plot(*zip(*line, strict=True), marker=marker, label=label)
             for x, y in line:
