@@ -15,7 +15,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from hf_structprune import PruningConfig, StructuredPruner
+from hf_structprune import PruningConfig
+from hf_structprune.commands.models import DEMO_MODEL, find_model, load_pruner
 from hf_structprune.evaluation import EvaluationConfig, EvaluationResult, ResultTable, evaluate
 
 
@@ -24,7 +25,8 @@ RESULTS = Path(__file__).parent / "results" / "generation.json"
 
 def measure(model: str, ratio: float, units: list[str] | None) -> tuple[EvaluationResult, float]:
     """One ratio, and the seconds that generation takes with the perplexity."""
-    pruner = StructuredPruner.from_pretrained(model, PruningConfig(units=units))
+    pruner = load_pruner(find_model(model))
+    pruner.config = PruningConfig(units=units)
     if ratio:
         pruner.prune(ratio)
     start = time.perf_counter()
@@ -36,7 +38,7 @@ def measure(model: str, ratio: float, units: list[str] | None) -> tuple[Evaluati
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--model", default=DEMO_MODEL, help="Hub id or folder; the demo's model if it is left out")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.1, 0.15, 0.2])
     parser.add_argument("--units", nargs="+", help="as of PruningConfig; default: its own")
     parser.add_argument("--output", type=Path, default=RESULTS)
