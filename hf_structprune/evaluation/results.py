@@ -10,7 +10,7 @@ import math
 import os
 import platform
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -189,8 +189,17 @@ def model_fingerprint(model: PreTrainedModel, read: Callable[[str], torch.Tensor
     for name, parameter in list(model.named_parameters()):  # before any is put in the place of another
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         parameter = parameter if read is None else read(name)
-        if parameter.device.type != "meta":
-            step = max(1, parameter.numel() // _SAMPLES) | 1  # odd, so that it does not stay in one column
-            some = parameter.detach().reshape(-1)[::step].contiguous().cpu()
+        for part in _parts(parameter) if parameter.device.type != "meta" else ():
+            step = max(1, part.numel() // _SAMPLES) | 1  # odd, so that it does not stay in one column
+            some = part.detach().reshape(-1)[::step].contiguous().cpu()
             digest.update(some.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors that one is made of: itself, or what a quantised one of torchao holds, which does little itself."""
+    if not type(tensor).__module__.startswith("torchao."):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _parts(getattr(tensor, name))

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from hf_structprune import CalibrationConfig, PruningConfig, QuantizationConfig, StructuredPruner, installed, quantize
 from hf_structprune.commands.cli import main
 from hf_structprune.errors import CheckpointError, ConfigurationError, StructPruneError, UnsupportedModelError
+from hf_structprune.evaluation.evaluator import MODEL
 from hf_structprune.evaluation.results import EvaluationResult
 from hf_structprune.hub.words import QUANTIZATION_NAME, read_report
 from hf_structprune.model.loading import load_model
@@ -336,3 +337,26 @@ def test_sizes_are_measured_truly(method, bits, dense, tmp_path):
     assert figures["efficiency/parameters"] == result.report["weights"]["parameters"]
     # All but the header of the file.
     assert 0 <= result.report["weights"]["bytes"] - figures["efficiency/weight_bytes"] < 30_000
+
+
+@pytest.mark.parametrize(("method", "bits"), [("bitsandbytes", 4), ("bitsandbytes", 8), ("torchao", 8)])
+def test_what_was_quantised_is_evaluated(method, bits, tmp_path):
+    """By the command, beside the model before; the same checkpoint has the same name, and no other has it."""
+    pytest.importorskip(method)
+    dense = saved(tmp_path / "dense", hidden_size=64, intermediate_size=96, vocab_size=128)
+    folder, text = (
+        quantize(dense, tmp_path / method, QuantizationConfig(method, bits=bits)).folder,
+        tmp_path / "own.txt",
+    )
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    results = []
+    for number, (model, *more) in enumerate([(folder, "--baseline", str(dense)), (folder,), (dense,)]):
+        line = ["evaluate", str(model), *more, "--texts", str(text), "--window", "32", "--max-windows", "2"]
+        output = tmp_path / f"{number}.json"
+        assert main([*line, "--no-efficiency", "--no-samples", "--output", str(output)]) == 0
+        results.append(EvaluationResult.load(output))
+    first, again, before = (one.settings[MODEL] for one in results)
+    assert first == again != before
+    assert results[0].figures["perplexity/own"].value == pytest.approx(
+        results[2].figures["perplexity/own"].value, rel=0.2
+    )
