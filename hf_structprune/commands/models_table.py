@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigurationError, StructPruneError
 from ..files.reading import read_text
 from ..files.writing import write_text
+from ..progress import tqdm
 from ..units import KINDS
 from .arguments import command
 from .cli import make_table, why_left
@@ -179,11 +180,12 @@ def row_of(model_type: str, kinds: Iterable[str] = COLUMNS, sees: bool = False) 
         row.notes.append(f"{error}")
         return row
     row.notes += structure.notes
-    with apart():
+    found = [kind for kind in kinds if has_units(structure, kind)]
+    with tqdm(found, desc=f"Trying {model_type}", unit="kind") as progress, apart():
         trial = Trial()
         why_not = reason_of(partial(trial.begin, model, structure))
         reasons: dict[str, list[str]] = {}
-        for kind in (kind for kind in kinds if has_units(structure, kind)):
+        for kind in progress:
             reason = why_not or reason_of(partial(trial.test, kind))
             if reason is not None:
                 reasons.setdefault(reason, []).append(kind)
