@@ -373,7 +373,7 @@ class Planner:
         sensitivity: dict[tuple[int, str], float] | None = None,
     ) -> Counts:  # fmt: skip
         known, budget = self.known or Survey(), self._budget(config, dropped)
-        return allocate(budget, ratio, target, known.scores, sensitivity or known.sensitivity)
+        return allocate(budget, ratio, target, known.scores, sensitivity or known.sensitivity, known.rises)
 
     def _budget(self, config: PruningConfig, dropped: Dropped) -> Budget:
         return Budget(self._narrow, config, self._head_counts, dropped, self._dense)

@@ -196,6 +196,7 @@ def allocate(
     budget: Budget, ratio: float | None, target: int | None = None,
     scores: dict[tuple[int, str], torch.Tensor] | None = None,
     sensitivity: dict[tuple[int, str], float] | None = None,
+    rises: dict[tuple[int, str], torch.Tensor] | None = None,
 ) -> Counts:  # fmt: skip
     """Units to keep for every group that is cut, by the allocation that the configuration names.
 
@@ -204,6 +205,7 @@ def allocate(
         target: Parameters to remove from heads and neurons, instead of a ratio.
         scores: Importance of every unit; for the global allocation.
         sensitivity: Cost of cutting each group, see `survey.measure_sensitivity`; for the search.
+        rises: By what the loss rises as the units of a group go, one after the other; in the place of `scores`.
 
     Returns:
         `{(layer, kind): units to keep}`; for query heads the number in each KV group.
@@ -227,7 +229,9 @@ def allocate(
                 f"allocation={config.allocation!r} does not split {KINDS[kind].label}; use units 'mlp_neurons' and "
                 "'kv_groups', or 'uniform'."
             )
-    return _global(budget, target, scores) if config.allocation == "global" else _search(budget, target, sensitivity)
+    if config.allocation == "search":
+        return _search(budget, target, sensitivity)
+    return _global(budget, target, scores if rises is None else rises, standardised=rises is None)
 
 
 def _smaller(groups: Iterable[Group], counts: Counts) -> Counts:
@@ -369,13 +373,16 @@ def _widths(budget: Budget, groups: list[Group], target: float) -> Counts:
     return _smaller(groups, counts)
 
 
-def _global(budget: Budget, target: int, scores: dict[tuple[int, str], torch.Tensor]) -> Counts:
-    """Removes the units with the lowest standardised scores of the whole model until the target is met.
+def _global(
+    budget: Budget, target: int, scores: dict[tuple[int, str], torch.Tensor], standardised: bool
+) -> Counts:  # fmt: skip
+    """Removes the units with the lowest scores of the whole model until the target is met.
 
     Scores are standardised within each group, `(s - mean) / std`, as FLAP's AL-AM does (An et al., 2023,
-    https://huggingface.co/papers/2312.11983). Widths are then rounded, carrying the error from layer to layer.
+    https://huggingface.co/papers/2312.11983), or else say by what the loss rises, and are taken for each parameter
+    that goes: then all layers lose as much by their last unit, which is the least loss in all. Widths are then rounded, carrying the error from layer to layer.
     """
-    removed = _lowest(budget, target, scores)
+    removed = _lowest(budget, target, scores, standardised)
     counts: Counts = {}
     left = float(target)
     for layer in budget.attentions:
@@ -392,12 +399,14 @@ def _global(budget: Budget, target: int, scores: dict[tuple[int, str], torch.Ten
     return _smaller(budget.ranked, counts)
 
 
-def _lowest(budget: Budget, target: int, scores: dict[tuple[int, str], torch.Tensor]) -> Counts:
+def _lowest(
+    budget: Budget, target: int, scores: dict[tuple[int, str], torch.Tensor], standardised: bool
+) -> Counts:  # fmt: skip
     """How many units of each group are among the lowest of the model that hold the target together."""
     entries, groups = [], budget.ranked
     for number, group in enumerate(groups):
         score = scores[group.key].double()
-        z = (score - score.mean()) / score.std().clamp_min(1e-30)
+        z = (score - score.mean()) / score.std().clamp_min(1e-30) if standardised else score / group.cost
         limit = group.size - (1 if KINDS[group.kind].of_heads else budget.least(group))
         # Only the lowest may go; the rest of the group is not offered.
         entries.append(torch.stack([z.sort().values[:limit], torch.full((limit,), number)], dim=1))

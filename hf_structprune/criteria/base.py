@@ -65,6 +65,7 @@ class Criterion:
     Attributes:
         needs_inputs, needs_gram: Looks at the inputs of the consumer, and at their second moments.
         needs_gradients: Looks at gradients of the loss.
+        of_loss: Scores say by what the loss rises, so that those of any two groups can be compared.
         papers: What it is from; model cards cite them.
     """
 
@@ -72,6 +73,7 @@ class Criterion:
     needs_inputs = False
     needs_gram = False
     needs_gradients = False
+    of_loss = False
 
     def __init__(self, config: PruningConfig) -> None:
         self.config = config
@@ -89,6 +91,7 @@ class ByKind(Criterion):
         self.criteria = criteria
         for need in ("needs_inputs", "needs_gram", "needs_gradients"):
             setattr(self, need, any(getattr(criterion, need) for criterion in criteria.values()))
+        self.of_loss = all(criterion.of_loss for criterion in criteria.values())
 
     def score(self, scoring: Scoring) -> torch.Tensor:
         return self.criteria[scoring.group.kind].score(scoring)

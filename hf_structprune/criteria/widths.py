@@ -124,6 +124,7 @@ class KFAC(OBS):
 
     papers = (SURGEON, Paper("martens2015kfac"), Paper("vanderouderaa2024surgeon"))
     needs_gradients = True
+    of_loss = True
 
     def weight(self, scoring: Scoring) -> torch.Tensor:
         consumer = scoring.group.reader

@@ -26,6 +26,7 @@ Salience = dict[tuple[str, int], torch.Tensor]
 Draw = Callable[[torch.Tensor], torch.Tensor]  # tokens of logits
 
 OUTPUTS = -1  # in the place of a dimension: what is known of the outputs of a module
+_NOTHING = 1e-12  # a root of what has no part in the loss: units are told apart by their outputs then
 LARGEST = 1024  # rows of a root of second moments; of wider outputs it is a random projection
 # Of the sequences a quarter have a part in second moments of gradients, if that leaves eight, and no more than 32.
 _SHARE, _LEAST, _MOST = 4, 8, 32
@@ -92,8 +93,8 @@ def loss_metrics(model: nn.Module, groups: Iterable[Group], tokens: Calibration,
     `g` is the gradient of the next-token loss, summed over a sequence, by the output at one token, when the tokens to
     be predicted are drawn from the model's own predictions: then `G` is a factor of the Fisher matrix, the curvature
     of `KL(dense || pruned)`; with those of the text it would count most where the model is wrong (Kunstner et al.,
-    2019, https://huggingface.co/papers/1905.12558). `G` is divided by the mean of its diagonal, and is the identity
-    where the loss does not depend on the output. One sequence at a time, a quarter of the calibration text and no
+    2019, https://huggingface.co/papers/1905.12558). Where the loss does not depend on the output, `G` is as good as 0,
+    a multiple of the identity. One sequence at a time, a quarter of the calibration text and no
     more than 32 sequences: an outer product for each token is more than enough for the few directions that matter.
     Where a norm comes right behind an output, `g` is multiplied by the size that it divides the token by: the moments
     of the inputs have the reciprocal in their weights (`Addend.scale`). Outputs wider than `LARGEST` are projected
@@ -108,6 +109,7 @@ def loss_metrics(model: nn.Module, groups: Iterable[Group], tokens: Calibration,
     """
     widths = {group.reader.module: matrix(model.get_submodule(group.reader.module)).shape[0] for group in groups}
     moments: dict[str, torch.Tensor] = {}
+    seen: dict[str, int] = {}  # tokens
     random = torch.Generator().manual_seed(config.seed)
     last: dict[str, torch.Tensor] = {}  # outputs, until it is known whether a norm gets them
     scales: dict[str, torch.Tensor] = {}
@@ -119,6 +121,7 @@ def loss_metrics(model: nn.Module, groups: Iterable[Group], tokens: Calibration,
             gradient = torch.where(scale == 0, 0.0, gradient / torch.where(scale == 0, 1.0, scale))
         left = gradient.T if widths[name] <= LARGEST else signs[:, : len(gradient)].to(gradient)
         moments[name] = moments.get(name, 0) + left @ gradient
+        seen[name] = seen.get(name, 0) + len(gradient)
 
     def probe(name: str, signs: torch.Tensor, inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         output = _Probe.apply(output, inputs, partial(report, name, signs))
@@ -152,7 +155,7 @@ def loss_metrics(model: nn.Module, groups: Iterable[Group], tokens: Calibration,
     longest = max(row.ids.shape[1] for row in tokens.rows) if isinstance(tokens, SeenRows) else tokens.shape[1]
     single = dataclasses.replace(config, calibration=dataclasses.replace(config.calibration, batch_size=1))
     _backward_passes(model, tokens, single, probes, draw=partial(_drawn, random))
-    return {(name, OUTPUTS): _root(name, moments.get(name), width) for name, width in widths.items()}
+    return {(name, OUTPUTS): _root(name, moments.get(name), seen.get(name, 0), width) for name, width in widths.items()}
 
 
 def sequences_of_metrics(sequences: int) -> int:
@@ -177,15 +180,15 @@ def _drawn(random: torch.Generator, logits: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(sums, places * sums[:, -1:])[:, 0].clamp_max(logits.shape[1] - 1)
 
 
-def _root(name: str, moment: torch.Tensor | None, width: int) -> torch.Tensor:
-    """A root of second moments, or what was projected as it is, so that the mean squared norm of columns is 1."""
+def _root(name: str, moment: torch.Tensor | None, tokens: int, width: int) -> torch.Tensor:
+    """A root of the mean second moments over so many tokens, or what was projected as it is."""
     if moment is None or not moment.any():
-        return torch.eye(width)
+        return _NOTHING * torch.eye(width)
     check_numbers(moment, f"The gradients at the outputs of `{name}`")
     moment = moment.cpu().double()
     if width > LARGEST:
-        return (moment / (moment.square().sum() / width).sqrt()).float()
-    values, vectors = torch.linalg.eigh(moment / moment.diagonal().mean())
+        return (moment / (tokens * len(moment)) ** 0.5).float()
+    values, vectors = torch.linalg.eigh(moment / tokens)
     return ((vectors * values.clamp_min(0).sqrt()) @ vectors.T).float()
 
 

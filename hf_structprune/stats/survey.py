@@ -141,9 +141,17 @@ def _score_inputs(
 
 @dataclass
 class Survey:
-    """What was found out about the model before it is cut: scores of units, costs of groups, reduced gradients."""
+    """What was found out about the model before it is cut.
+
+    Attributes:
+        scores: Of units, by which they are chosen as well.
+        rises: By what the loss rises as the units of a group go, by which widths are chosen and nothing else.
+        sensitivity: Costs of groups.
+        salience: Reduced gradients.
+    """
 
     scores: Scores | None = None
+    rises: Scores | None = None
     sensitivity: Sensitivity | None = None
     salience: Salience | None = None
 
@@ -180,7 +188,9 @@ def survey(
         known.sensitivity = measure_sensitivity(model, structure, criterion, config, tokens(), groups, known.salience)
     elif config.allocation == "global" and criterion.needs_inputs:
         stream = LayerStream(model, structure, tokens(), config.calibration.batch_size)
-        known.scores = _score_inputs(structure, criterion, stream, groups, known.salience)
+        scores = _score_inputs(structure, criterion, stream, groups, known.salience)
+        # Units are ranked once more where they are cut: by what the layers before have left.
+        known.rises, known.scores = (scores, None) if criterion.of_loss else (None, scores)
     elif config.allocation == "global":
         scorings = {group.key: Scoring(group, model, salience=known.salience) for group in groups}
         known.scores = {key: criterion.score(scoring).cpu() for key, scoring in scorings.items()}
