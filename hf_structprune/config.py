@@ -126,8 +126,9 @@ class PruningConfig:
             the tokens that an expert gets), `"frequency"`, `"router"` (mean probability), `"l2"`, `"taylor"`,
             `"random"`, or `"loss"` (each time the one goes without which the block's output changes least).
         vocabulary_criterion (`str`): Which tokens stay: `"frequency"` (those without which text like this gets
-            longer; where counts are small, the tokenizer's own order has a part in it), `"embedding_norm"` or
-            `"taylor"`.
+            longer; where counts are small, the tokenizer's own order has a part in it), `"frequency_taylor"` (the
+            same, with a part for what the loss loses without their rows: better, but needs gradients),
+            `"embedding_norm"` or `"taylor"`.
         vocabulary_text (`str` or list of `str`, *optional*): The text in which tokens are counted: as `dataset` of the
             calibration. Give text of every language, and of every kind, that the model is to write; each source has an
             equal part. Default: all of the calibration's data. With `units="auto"`, tokens go only if it is given: the

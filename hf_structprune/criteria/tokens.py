@@ -21,6 +21,8 @@ def token_importance(
 ) -> torch.Tensor:
     """Importance of every row of the embedding by `config.vocabulary_criterion`, shape (rows,), on the CPU.
 
+    Of `"frequency_taylor"` it is the part that looks at the weights.
+
     Args:
         group: Where the rows are.
         tokens: Loads the calibration text, for criteria that look at it.
@@ -56,9 +58,10 @@ def taylor(
     return total
 
 
-_CRITERIA = {"embedding_norm": embedding_norm, "taylor": taylor}
+_CRITERIA = {"embedding_norm": embedding_norm, "taylor": taylor, "frequency_taylor": taylor}
 METHODS = {
     "frequency": Method(),
+    "frequency_taylor": Method(Taylor.papers),
     "embedding_norm": Method(needs_text=False),
     "taylor": Method(Taylor.papers),
 }

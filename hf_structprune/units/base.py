@@ -232,5 +232,5 @@ class VocabularyKind(SharedKind):
     """Tokens. Which of them stay is decided by the tokenizer, before anything is cut."""
 
     criterion_option = "vocabulary_criterion"
-    criteria = ("frequency", "embedding_norm", "taylor")
+    criteria = ("frequency", "frequency_taylor", "embedding_norm", "taylor")
     reads_text = False

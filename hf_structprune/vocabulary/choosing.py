@@ -16,11 +16,12 @@ from ..config import PruningConfig
 from ..errors import ConfigurationError, UnsupportedModelError
 from ..units import VOCABULARY
 from .counting import Counted, count_tokens, coverage, ids_of, scripts
-from .estimating import frequencies
+from .estimating import frequencies, joined
 from .ranking import least_longer
 from .tokenizers import must_stay, trimmed_tokenizer, vocabulary_of
 
 
+_COUNTING = ("frequency", "frequency_taylor")  # criteria that look at how often tokens are in text
 _SCRIPTS = 8  # that are named
 _CHARACTERS = 200_000  # of held-out text of each source that many vocabularies are tried on
 
@@ -98,10 +99,12 @@ class TokenChoice:
         """All ids, the ones to keep first."""
         ids = np.fromiter(self.vocabulary.tokens, np.int64)
         order = np.array([self.vocabulary.order(number) for number in ids.tolist()])
-        if self.config.criterion_of(VOCABULARY) == "frequency":
-            shares = dict(zip(ids.tolist(), frequencies(self.counted, ids, order).tolist(), strict=True))
-            return least_longer(self.vocabulary, shares, self.stay)
-        useful = self.importance()[ids]
+        criterion = self.config.criterion_of(VOCABULARY)
+        useful = None if criterion == "frequency" else self.importance()[ids]
+        if criterion in _COUNTING:
+            shares = frequencies(self.counted, ids, order)
+            shares = shares if useful is None else joined(shares, useful)
+            return least_longer(self.vocabulary, dict(zip(ids.tolist(), shares.tolist(), strict=True)), self.stay)
         return ids[np.lexsort((order, -useful))].tolist()
 
     def choose(self, rows: int, keep: int) -> list[int]:
@@ -182,7 +185,7 @@ class TokenChoice:
         before = Counter(there.values())
         after = Counter(script for number, script in there.items() if number in tokens)
         lost = sorted(before, key=lambda script: after[script] - before[script])[:_SCRIPTS]
-        counted = self.counted if self.config.criterion_of(VOCABULARY) == "frequency" else []
+        counted = self.counted if self.config.criterion_of(VOCABULARY) in _COUNTING else []
         return {
             "sources": coverage(counted, tokens, small),
             "scripts": {name: [before[name], after[name]] for name in lost if after[name] < before[name]},

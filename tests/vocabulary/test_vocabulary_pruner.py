@@ -3,6 +3,7 @@
 import json
 import random
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES, count, logits, make_model
@@ -17,6 +18,8 @@ from hf_structprune.model.vocabulary_size import cut_tokens, token_group
 from hf_structprune.proof.guarantee import verdicts
 from hf_structprune.vocabulary import counting
 from hf_structprune.vocabulary.choosing import TokenChoice
+from hf_structprune.vocabulary.estimating import frequencies
+from hf_structprune.vocabulary.ranking import least_longer
 
 
 ROWS = 1064  # more than there are tokens
@@ -178,6 +181,26 @@ def test_taylor_ranks_tokens_by_the_first_order_change_of_the_loss_of_their_rows
     assert pruner.plan().of_model("vocabulary").kept == choice.choose(ROWS, 700)
     found = token_importance(model, token_group(model, pruner.structure), pruner.config, lambda: tokens)
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-12) and found.count_nonzero() > 50
+
+
+def test_counts_are_joined_with_what_the_loss_loses_without_a_token():
+    """Of two tokens that are as frequent the one goes that the loss can do without; counts alone cannot tell."""
+    model, options = _model(), dict(keep={"vocabulary": 700})
+    counted = _pruner(model, **options).plan().of_model("vocabulary").kept
+    pruner = _pruner(model, vocabulary_criterion="frequency_taylor", **options)
+    found = pruner.plan()
+    assert found.of_model("vocabulary").kept != counted
+    assert [source["source"] for source in found.vocabulary_report["sources"]] == ["`texts`"]
+    importance = token_importance(model, token_group(model, pruner.structure), pruner.config, pruner._tokens).numpy()
+    choice = TokenChoice(pruner.tokenizer, pruner.config, [model.config], lambda: importance)
+    ids = np.array(sorted(choice.vocabulary.tokens))
+    order = np.array([choice.vocabulary.order(number) for number in ids.tolist()])
+    shares = frequencies(choice.counted, ids, order)
+    product = (shares / shares.sum()) ** 0.6 * (importance[ids] / importance[ids].sum()) ** 0.4
+    expected = least_longer(choice.vocabulary, dict(zip(ids.tolist(), product.tolist(), strict=True)), choice.stay)
+    assert len(set(choice.ranked()[:600]) & set(expected[:600])) >= 598  # but for ties of what was never seen
+    small = pruner.prune(found)
+    assert small.get_input_embeddings().weight.shape[0] == 700 == len(pruner.tokenizer)
 
 
 def test_beside_other_kinds_the_vocabulary_goes_first_and_they_take_the_rest():
