@@ -95,7 +95,8 @@ class PruningConfig:
         reconstruct_minutes (`float`, *optional*): Reconstruct for so many minutes in all, in the place of fifty
             steps a layer.
         allocation (`str`): `"uniform"` cuts the same share of every group of a kind, `"global"` compares the
-            standardised scores of all groups, `"search"` measures how much the model's predictions change when each
+            scores of all groups (by `"kfac"`, which `units="auto"` takes, as they are: what the loss rises by for
+            each parameter; by other criteria standardised, as FLAP does), `"search"` measures how much the model's predictions change when each
             group alone is cut and takes most where it costs least. `"evolution"` goes on from there: groups are
             re-fitted at about ten widths, and widths, and whole layers if `units` names them, are exchanged for as
             long as `search_minutes` says, or until `search_evaluations` models were measured, whenever the

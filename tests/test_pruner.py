@@ -153,7 +153,8 @@ def sliced(dense, small, plan):
 
 
 @pytest.mark.parametrize(
-    "criterion, allocation", [("l1", "uniform"), ("taylor", "global"), ("obs", "global"), ("random", "uniform")]
+    "criterion, allocation",
+    [("l1", "uniform"), ("taylor", "global"), ("obs", "global"), ("kfac", "global"), ("random", "uniform")],
 )
 def test_three_steps_reach_the_same_size_and_name_units_of_the_original_model(criterion, allocation):
     dense = families.make_model("llama")
@@ -170,6 +171,25 @@ def test_three_steps_reach_the_same_size_and_name_units_of_the_original_model(cr
     if allocation == "uniform":
         assert [g.keep for g in plans[3].groups] == [g.keep for g in plans[1].groups]
     assert plans[3].ratio == pytest.approx(plans[1].ratio, abs=0.005)
+
+
+def test_by_kfac_the_global_allocation_takes_from_the_layer_that_the_loss_depends_on_least():
+    """Scores within a layer, which other criteria compare, do not know how much its output counts."""
+    dense = families.make_model("llama")
+    layer = dense.model.layers[1].mlp
+    layer.down_proj.weight.data.mul_(1e-2)
+    kept = {}
+    for criterion in ("obs", "kfac"):
+        pruner = make_pruner(
+            copy.deepcopy(dense), units="mlp_neurons", criterion=criterion, allocation="global", layout="per_layer"
+        )
+        small = pruner.prune(0.1)
+        plan = pruner.last_plan
+        kept[criterion] = [plan.keep(n, "mlp_neurons", families.WIDTH) for n in range(len(dense.model.layers))]
+        assert families.count(small) == plan.parameters_after
+        assert [one.mlp.down_proj.in_features for one in small.model.layers] == kept[criterion]
+    others = kept["kfac"][:1] + kept["kfac"][2:]
+    assert kept["kfac"][1] < 0.6 * kept["obs"][1] and kept["kfac"][1] < 0.6 * min(others)
 
 
 def test_three_steps_with_heads_and_ratios_by_kind_reach_the_same_size():

@@ -457,7 +457,7 @@ class ShrinkArguments:
         dataset (list of `str`, *optional*): Data to train on, of the kinds of text the model is for. Default: what
             the pruning is calibrated on, and what the dense model writes.
         layout (`str`): `"uniform"` gives a vanilla checkpoint; by `"per_layer"` most goes from the layers where it
-            costs least (allocation `search`), and the checkpoint carries a small modelling file.
+            costs least (allocation `global`), and the checkpoint carries a small modelling file.
         overwrite (`bool`): Do everything again even if the folders hold checkpoints.
         dry_run (`bool`): Print the recipe and its plan; loads no weights.
     """

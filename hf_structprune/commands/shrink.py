@@ -55,7 +55,7 @@ def recipe_of(options: ShrinkArguments, context: int | None = None, full: bool =
         recover |= {"dataset": list(options.dataset), "distillation": {"label_weight": LABEL_WEIGHT}}
     prune = {"ratio": options.ratio, "calibration": dict(CALIBRATION)}
     if options.layout == "per_layer":
-        prune |= {"layout": "per_layer", "allocation": "search"}
+        prune |= {"layout": "per_layer", "allocation": "global"}
     return {
         "model": loading(options.model),
         "output_dir": f"{options.output_dir.rstrip('/')}-pruned",

@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 
 from ..config import AUTO, EVOLUTION, PruningConfig
-from ..criteria import Method, Paper, channels, class_of, depth, pairs, tokens
+from ..criteria import Method, Paper, channels, class_of, depth, make_criterion, pairs, tokens
 from ..criteria.widths import SURGEON, WIFV
 from ..errors import CheckpointError
 from ..evaluation.results import EvaluationResult
@@ -91,7 +91,7 @@ def method_of(kind: str, criterion: str) -> Method:
 def citations(config: PruningConfig, plan: PruningPlan, results: Sequence[EvaluationResult]) -> list[str]:
     """BibTeX entries of what a configuration uses; of lm-eval too if its tasks were measured."""
     papers = [paper for method in _methods(config, plan) for paper in method.papers]
-    papers += WIFV.papers if config.allocation == "global" else ()
+    papers += WIFV.papers if config.allocation == "global" and not make_criterion(config).of_loss else ()
     papers += [EVOPRESS] if config.allocation == EVOLUTION else []
     papers += [SURGEON] if config.compensation and uses_text(config, plan) else []
     papers += [TEMPERATURE] if plan.softened is not None and plan.softened["factor"] != 1 else []

@@ -122,7 +122,7 @@ def test_widths_may_differ_between_layers(place):
     options = shrink.ShrinkArguments("m", 0.2, 60.0, "o")
     assert made(options)["prune"] == {"ratio": 0.2, "calibration": shrink.CALIBRATION}
     options.layout = "per_layer"
-    assert made(options)["prune"].items() >= {"layout": "per_layer", "allocation": "search", "ratio": 0.2}.items()
+    assert made(options)["prune"].items() >= {"layout": "per_layer", "allocation": "global", "ratio": 0.2}.items()
     line = ["shrink", str(place / "dense"), "--ratio", "0.2", "--minutes", "3", "--output-dir", str(place / "out")]
     assert cli.main([*line, "--layout", "mixed"]) == 2
     assert not (place / "out").exists()

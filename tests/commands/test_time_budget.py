@@ -99,6 +99,8 @@ def test_what_pruning_takes_goes_with_its_text_and_the_minutes_it_is_given():
         assert pruning_seconds(text, True, 2.0, 2048) > named * count / 256 + gradients
     search = PruningConfig("mlp_neurons", layout="per_layer", allocation="search")
     assert 2.4 < pruning_seconds(search, False, 2.0, 2048) / named < 2.6
+    ranked = PruningConfig("mlp_neurons", layout="per_layer", allocation="global")
+    assert 1.5 < pruning_seconds(ranked, False, 2.0, 2048) / named < 1.7
     assert pruning_seconds(PruningConfig(reconstruct_minutes=3), False, 2.0, 2048) == plain + 180
     search = PruningConfig(units="mlp_neurons", layout="per_layer", allocation="evolution", search_minutes=5)
     assert pruning_seconds(search, False, 2.0, 2048) == named + 300
