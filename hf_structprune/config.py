@@ -96,11 +96,11 @@ class PruningConfig:
             steps a layer.
         allocation (`str`): `"uniform"` cuts the same share of every group of a kind, `"global"` compares the
             scores of all groups (by `"kfac"`, which `units="auto"` takes, as they are: what the loss rises by for
-            each parameter; by other criteria standardised, as FLAP does), `"search"` measures how much the model's predictions change when each
-            group alone is cut and takes most where it costs least. `"evolution"` goes on from there: groups are
-            re-fitted at about ten widths, and widths, and whole layers if `units` names them, are exchanged for as
-            long as `search_minutes` says, or until `search_evaluations` models were measured, whenever the
-            predictions of the whole model change less.
+            each parameter; by other criteria standardised, as FLAP does), `"search"` measures how much the model's
+            predictions change when each group alone is cut and takes most where it costs least. `"evolution"` goes on
+            from there: groups are re-fitted at about ten widths, and widths, and whole layers if `units` names them,
+            are exchanged for as long as `search_minutes` says, or until `search_evaluations` models were measured,
+            whenever the predictions of the whole model change less.
         levels (`str`, *optional*): Folder that keeps what `"evolution"` re-fitted and measured: another ratio, and a
             search that was interrupted, go on from it. By default it is made for the one run.
         search_minutes (`float`): For `"evolution"`: minutes that widths are exchanged, after levels were made.

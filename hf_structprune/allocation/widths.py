@@ -380,7 +380,8 @@ def _global(
 
     Scores are standardised within each group, `(s - mean) / std`, as FLAP's AL-AM does (An et al., 2023,
     https://huggingface.co/papers/2312.11983), or else say by what the loss rises, and are taken for each parameter
-    that goes: then all layers lose as much by their last unit, which is the least loss in all. Widths are then rounded, carrying the error from layer to layer.
+    that goes: then all layers lose as much by their last unit, which is the least loss in all. Widths are
+    then rounded, carrying the error from layer to layer.
     """
     removed = _lowest(budget, target, scores, standardised)
     counts: Counts = {}

@@ -155,7 +155,9 @@ def loss_metrics(model: nn.Module, groups: Iterable[Group], tokens: Calibration,
     longest = max(row.ids.shape[1] for row in tokens.rows) if isinstance(tokens, SeenRows) else tokens.shape[1]
     single = dataclasses.replace(config, calibration=dataclasses.replace(config.calibration, batch_size=1))
     _backward_passes(model, tokens, single, probes, draw=partial(_drawn, random))
-    return {(name, OUTPUTS): _root(name, moments.get(name), seen.get(name, 0), width) for name, width in widths.items()}
+    return {
+        (name, OUTPUTS): _root(name, moments.get(name), seen.get(name, 0), width) for name, width in widths.items()
+    }
 
 
 def sequences_of_metrics(sequences: int) -> int:

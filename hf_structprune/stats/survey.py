@@ -19,7 +19,7 @@ from ..model.groups import Kept
 from ..model.measuring import measures
 from ..model.structure import Group, ModelStructure, matrix
 from ..progress import tqdm
-from ..refit.reader import consume, kept_columns, refitted, write_columns
+from ..refit.reader import TokenWeights, consume, kept_columns, refitted, write_columns
 from .gradients import Salience, gate_salience, loss_metrics, taylor_salience
 from .moments import InputStatistics, is_held_out
 from .routing import RoutingStatistics, routing_statistics
@@ -78,19 +78,26 @@ def measure_sensitivity(
 
 @torch.no_grad()
 def statistics_of(
-    stream: LayerStream, group: Group, criterion: Criterion, gram: bool
-) -> InputStatistics | RoutingStatistics:
-    """Moments of what the reader of a group gets, or what is done with what a block of experts gets."""
+    stream: LayerStream, group: Group, criterion: Criterion, gram: bool, left: list[torch.Tensor] | None = None
+) -> InputStatistics | RoutingStatistics:  # fmt: skip
+    """Moments of what the reader of a group gets, or what is done with what a block of experts gets.
+
+    With `left`, the hidden states that leave the layer, tokens weigh in second moments as in the re-fit.
+    """
     if group.reader is None:
         return routing_statistics(stream.model, group, criterion, stream.capture(group.layer, group.parent))
     inputs, addend = stream.capture(group.layer, group.reader.module), stream.addend(group.reader.module)
     statistics = InputStatistics(inputs[0].shape[-1], gram, device=inputs[0].device, gain=addend.gain())
-    module, unit = stream.model.get_submodule(group.reader.module), None
-    for batch in inputs:
-        weights = None
+    module, unit, weigh = stream.model.get_submodule(group.reader.module), None, TokenWeights()
+    for number, batch in enumerate(inputs):
+        weights = scale = None
         if gram and addend.norm is not None:  # tokens count as the norm behind makes them count
             output = consume(module, batch, torch.arange(batch.shape[-1])).float()
-            weights = addend.scale(output, addend(output)).squeeze(-1).square()
+            scale = addend.scale(output, addend(output))
+        if gram and left is not None:
+            weights = weigh(left[number].to(batch.device).float().flatten(2), scale)
+        elif scale is not None:
+            weights = scale.squeeze(-1).square()
             unit = unit or float(weights.mean())
             weights = weights / unit
         statistics.update(batch, weights=weights)
@@ -126,16 +133,21 @@ def _score_inputs(
     structure: ModelStructure, criterion: Criterion, stream: LayerStream, groups: list[Group],
     salience: Salience | None,
 ) -> Scores:  # fmt: skip
-    """Scores units by what the consumers receive in the model as it is; one forward pass, one layer at a time."""
+    """Scores units by what the consumers receive in the model as it is, one layer at a time."""
     scores: Scores = {}
+    weighed = criterion.needs_gram and criterion.config.token_weighting
     for layer in tqdm(structure.layers, desc="Scoring"):
+        left = stream.copy(stream.hidden)
+        stream.carry(layer.index, left)
         known: dict[Any, InputStatistics | RoutingStatistics] = {}
         for group in (g for g in groups if g.layer == layer.index):
             place = group.key if group.reader is None else group.reader.module
             if place not in known:
-                known = {place: statistics_of(stream, group, criterion, criterion.needs_gram)}
+                known = {
+                    place: statistics_of(stream, group, criterion, criterion.needs_gram, left if weighed else None)
+                }
             scores[group.key] = criterion.score(Scoring(group, stream.model, known[place], salience)).cpu()
-        stream.advance(layer.index)
+        stream.hidden = left
     return scores
 
 

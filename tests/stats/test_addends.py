@@ -9,9 +9,10 @@ from hf_structprune.config import PruningConfig
 from hf_structprune.criteria import Scoring
 from hf_structprune.criteria.widths import OBS
 from hf_structprune.model.structure import ModelStructure
+from hf_structprune.refit.closed_form import obs_scores
 from hf_structprune.stats.addends import Addend, factors_of_sum
 from hf_structprune.stats.stream import LayerStream
-from hf_structprune.stats.survey import statistics_of
+from hf_structprune.stats.survey import _score_inputs, statistics_of
 
 
 def norm(cls, width=24):
@@ -94,3 +95,26 @@ def test_what_is_small_before_a_norm_counts_as_what_it_becomes():
     torch.testing.assert_close(statistics.gain, 1 + after.weight.float())
     scoring = Scoring(group, model, statistics)
     torch.testing.assert_close(criterion.weight(scoring), weight * (1 + after.weight)[:, None])
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_units_of_all_layers_are_scored_with_the_tokens_weights_of_the_re_fit(weighted):
+    model = families.make_model("llama", torch.float32)
+    structure = ModelStructure.of(model)
+    config = PruningConfig(criterion="obs", units="mlp_neurons", token_weighting=weighted)
+    groups = [layer.group("mlp_neurons") for layer in structure.layers]
+    tokens = torch.randint(3, 60, (16, 8), generator=torch.Generator().manual_seed(0))
+    found = _score_inputs(structure, OBS(config), LayerStream(model, structure, tokens, 4), groups, None)
+    inputs, outputs = [], []
+    for layer in model.model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        layer.register_forward_hook(lambda _, __, output: outputs.append(output))
+    with torch.no_grad():
+        model(tokens)
+    for group, x, output in zip(groups, inputs, outputs, strict=True):
+        weights = 1 / output.norm(dim=-1)
+        weights = (weights / weights[:4].mean()).flatten() if weighted else torch.ones(tokens.numel())
+        x = x.flatten(0, 1)
+        gram = (x * weights[:, None]).T @ x / len(x)
+        expected = obs_scores(model.get_submodule(group.reader.module).weight.detach(), gram, group.reader.index)
+        torch.testing.assert_close(found[group.key], expected, rtol=1e-3, atol=0)
