@@ -44,6 +44,7 @@ from hf_structprune.text.calibration import load_tokens
 RESULTS = Path(__file__).parent / "results"
 C4_TEST_DOCUMENTS = 300
 NEURONS = {"units": "mlp_neurons"}
+PER_LAYER = {"layout": "per_layer", "allocation": "global"}
 DATA_FREE = {"random": {}, "l1": {}, "l2": {}}
 INPUTS = {"wanda": {}, "wifv": {}, "activation": {}, "obs": {}}
 GRADIENTS = {f"taylor {v}": {"criterion": "taylor", "taylor": v} for v in ("vectorize", "first", "second", "mix")}
@@ -172,11 +173,14 @@ def quality_runs() -> dict[str, tuple[float, dict]]:
         "default settings, 20 %": (0.2, {}),
         "default settings, 30 %": (0.3, {}),
         "default settings, 10 %": (0.1, {}),
-        "per-layer search, 20 %": (0.2, {"layout": "per_layer", "allocation": "search"}),
-        "per-layer search, 30 %": (0.3, {"layout": "per_layer", "allocation": "search"}),
+        "per-layer, 20 %": (0.2, PER_LAYER),
+        "per-layer, 30 %": (0.3, PER_LAYER),
+        "per-layer search, 20 %": (0.2, {**PER_LAYER, "allocation": "search"}),
+        "per-layer search, 30 %": (0.3, {**PER_LAYER, "allocation": "search"}),
     }
+    runs["per-layer with 128 x 256 tokens, 20 %"] = (0.2, {**PER_LAYER, "calibration": {"num_samples": 128}})
     runs["default settings with 128 x 256 tokens, 20 %"] = (0.2, {"calibration": {"num_samples": 128}})
-    runs["reconstruction, 20 %"] = (0.2, {**NEURONS, "reconstruct": True})
+    runs["reconstruction, 20 %"] = (0.2, {"reconstruct": True})
     evolution = {"layout": "per_layer", "allocation": "evolution", "search_evaluations": 220}
     evolution["units"] = ["mlp_neurons", "kv_groups"]
     runs["evolution of neurons and KV groups, 20 %"] = (0.2, evolution)

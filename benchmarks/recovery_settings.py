@@ -88,7 +88,7 @@ def read_data(
 ) -> tuple[list[dict], dict[str, str]]:
     """Rows to train on, `tokens` in all, and the texts to measure on.
 
-    A third each of chats, web pages and Wikipedia. With `answers`, a quarter at most are questions with the dense
+    A third each of chats, web pages and Wikipedia, or as `arguments.shares` says. With `answers`, a quarter at most are questions with the dense
     model's own answers, of `recovery_data.py --answers`.
     """
 
@@ -126,8 +126,9 @@ def read_data(
     articles = [{"prompt": "", "completion": line} for line in wiki.split("\n") if len(line) > 500]
     pages = [{"prompt": "", "completion": r["text"]} for r in rows_of("c4_train.jsonl")]
     left = arguments.tokens - (take(chats_of("answers.jsonl"), arguments.tokens / 4) if answers else 0)
-    for source in (chats_of("dolly_train.jsonl"), pages, articles):
-        take(source, left / 3)
+    shares = getattr(arguments, "shares", None) or [1, 1, 1]
+    for source, share in zip((chats_of("dolly_train.jsonl"), pages, articles), shares, strict=True):
+        take(source, left * share / sum(shares))
     texts = {
         "WikiText-2": (arguments.wikitext2 / "test.txt").read_text(encoding="utf-8"),
         "C4": "\n\n".join(row["text"] for row in rows_of("c4.jsonl")),

@@ -5,8 +5,8 @@
 
 Runs the command as it is, on one thread and by the clock of the processor: a minute is one in which this process
 computes, so that what else the machine does takes nothing away. It is given a file of chats, web pages and Wikipedia,
-a third of the tokens each, none of which is measured (`recovery_settings.py`); with `--no-data` it is given none.
-Measured are 12 windows of 2048 tokens of each text that was held out, pruned and recovered over dense, and right
+a third of the tokens each or by `--shares`, none of which is measured (`recovery_settings.py`); with `--no-data` it is
+given none. Measured are 12 windows of 2048 tokens of each text that was held out, pruned and recovered over dense, and right
 answers to the packaged closed questions (`recovered.py`). Results are added to benchmarks/results/shrunk.json under
 `--name`, or written over what was there (`--anew`); what lies in OUT is measured as it is.
 """
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, required=True)
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--layout", default="uniform", help="as of `shrink`")
+    parser.add_argument("--shares", type=float, nargs=3, help="of chats, web pages and Wikipedia; default: the same")
     parser.add_argument("--no-data", action="store_true", help="without a data set")
     parser.add_argument("--anew", action="store_true", help="also what is in the file already, and nothing beside it")
     parser.add_argument("--name", help="default: of ratio, minutes and layout")
@@ -68,6 +69,7 @@ def main() -> None:
     name = arguments.name or f"{arguments.ratio:.0%} in {arguments.minutes:g} minutes"
     name += "" if arguments.name or arguments.layout == "uniform" else ", per-layer"
     run = results.setdefault(name, {"ratio": arguments.ratio, "minutes": arguments.minutes})
+    run |= {"shares": arguments.shares} if arguments.shares else {}
     if not out.is_dir():
         begun, wall = time.monotonic(), _wall()
         if code := command(line):
