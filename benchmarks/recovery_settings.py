@@ -88,8 +88,8 @@ def read_data(
 ) -> tuple[list[dict], dict[str, str]]:
     """Rows to train on, `tokens` in all, and the texts to measure on.
 
-    A third each of chats, web pages and Wikipedia, or as `arguments.shares` says. With `answers`, a quarter at most are questions with the dense
-    model's own answers, of `recovery_data.py --answers`.
+    A third each of chats, web pages and Wikipedia, or as `arguments.shares` says. With `answers`, a quarter at most
+    are questions with the dense model's own answers, of `recovery_data.py --answers`.
     """
 
     def rows_of(name: str) -> list[dict]:

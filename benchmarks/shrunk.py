@@ -6,9 +6,9 @@
 Runs the command as it is, on one thread and by the clock of the processor: a minute is one in which this process
 computes, so that what else the machine does takes nothing away. It is given a file of chats, web pages and Wikipedia,
 a third of the tokens each or by `--shares`, none of which is measured (`recovery_settings.py`); with `--no-data` it is
-given none. Measured are 12 windows of 2048 tokens of each text that was held out, pruned and recovered over dense, and right
-answers to the packaged closed questions (`recovered.py`). Results are added to benchmarks/results/shrunk.json under
-`--name`, or written over what was there (`--anew`); what lies in OUT is measured as it is.
+given none. Measured are 12 windows of 2048 tokens of each text that was held out, pruned and recovered over dense, and
+right answers to the packaged closed questions (`recovered.py`). Results are added to benchmarks/results/shrunk.json
+under `--name`, or written over what was there (`--anew`); what lies in OUT is measured as it is.
 """
 
 from __future__ import annotations
