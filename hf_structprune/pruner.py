@@ -392,7 +392,8 @@ class StructuredPruner:
         decided, self._why = chooser.choose(ratio, measure)
         self._priced = chooser.measured
         named = decided.config if isinstance(decided, Candidate) else decided
-        self._decided = self._ranked(named) if measure else named
+        looks = named.allocation == "global"  # which criterion it is decides more than the units then
+        self._decided = self._ranked(named) if measure or looks else named
         self._found = decided if isinstance(decided, Candidate) and not for_size else None
 
     def _ranked(self, config: PruningConfig) -> PruningConfig:

@@ -192,6 +192,14 @@ def test_by_kfac_the_global_allocation_takes_from_the_layer_that_the_loss_depend
     assert kept["kfac"][1] < 0.6 * kept["obs"][1] and kept["kfac"][1] < 0.6 * min(others)
 
 
+def test_widths_that_are_planned_by_the_default_are_those_that_pruning_takes():
+    model = families.make_model("llama")
+    pruner = make_pruner(model, units="auto", allocation="global", layout="per_layer")
+    planned = [group.keep for group in pruner.plan(0.1).groups]
+    pruner.prune(0.1)
+    assert [group.keep for group in pruner.last_plan.groups] == planned and len(set(planned)) > 1
+
+
 def test_three_steps_with_heads_and_ratios_by_kind_reach_the_same_size():
     plans = []
     for steps in (1, 3):
