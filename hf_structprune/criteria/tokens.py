@@ -16,6 +16,9 @@ from .base import Method
 from .widths import Taylor
 
 
+SEQUENCES = 64  # that gradients beside counts are of
+
+
 def token_importance(
     model: PreTrainedModel, group: Group, config: PruningConfig, tokens: Callable[[], Calibration]
 ) -> torch.Tensor:
@@ -58,7 +61,18 @@ def taylor(
     return total
 
 
-_CRITERIA = {"embedding_norm": embedding_norm, "taylor": taylor, "frequency_taylor": taylor}
+def taylor_beside_counts(
+    model: PreTrainedModel, group: Group, config: PruningConfig, tokens: Callable[[], Calibration]
+) -> torch.Tensor:
+    """`taylor` on a few sequences, which is enough where much more text is counted."""
+    text = tokens()
+    chosen = torch.zeros(len(text), dtype=torch.bool)
+    order = torch.randperm(len(text), generator=torch.Generator().manual_seed(config.seed))
+    chosen[order[:SEQUENCES]] = True  # of all sources, which take turns
+    return taylor(model, group, config, lambda: text[chosen])
+
+
+_CRITERIA = {"embedding_norm": embedding_norm, "taylor": taylor, "frequency_taylor": taylor_beside_counts}
 METHODS = {
     "frequency": Method(),
     "frequency_taylor": Method(Taylor.papers),

@@ -11,6 +11,7 @@ from kinds_of_tokenizers import TEXTS, strings, tokenizer_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3nForCausalLM, Gemma3nTextConfig, GenerationConfig
 
 from hf_structprune import CalibrationConfig, PruningConfig, PruningPlan, StructuredPruner
+from hf_structprune.criteria import tokens as criteria
 from hf_structprune.criteria.tokens import token_importance
 from hf_structprune.errors import ConfigurationError, RatioError, UnsupportedModelError
 from hf_structprune.model.structure import ModelStructure
@@ -181,6 +182,17 @@ def test_taylor_ranks_tokens_by_the_first_order_change_of_the_loss_of_their_rows
     assert pruner.plan().of_model("vocabulary").kept == choice.choose(ROWS, 700)
     found = token_importance(model, token_group(model, pruner.structure), pruner.config, lambda: tokens)
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-12) and found.count_nonzero() > 50
+
+
+def test_beside_counts_gradients_are_of_a_part_of_the_text(monkeypatch):
+    model, seen = _model(), []
+    monkeypatch.setattr(criteria, "taylor", lambda model, group, config, text: seen.append(text()) or torch.ones(ROWS))
+    config = PruningConfig(units="vocabulary", vocabulary_criterion="frequency_taylor")
+    group, text = token_group(model, ModelStructure.of(model)), torch.arange(200)[:, None].expand(200, 4)
+    for some in (text, text[:10]):
+        token_importance(model, group, config, lambda some=some: some)
+    assert [len(one) for one in seen] == [64, 10] and len(seen[0][:, 0].unique()) == 64
+    assert 0.3 < float((seen[0][:, 0] % 2).float().mean()) < 0.7  # of two sources
 
 
 def test_counts_are_joined_with_what_the_loss_loses_without_a_token():
