@@ -409,10 +409,13 @@ def _lowest(
         score = scores[group.key].double()
         z = (score - score.mean()) / score.std().clamp_min(1e-30) if standardised else score / group.cost
         limit = group.size - (1 if KINDS[group.kind].of_heads else budget.least(group))
-        # Only the lowest may go; the rest of the group is not offered.
-        entries.append(torch.stack([z.sort().values[:limit], torch.full((limit,), number)], dim=1))
+        # Only the lowest may go; the rest of the group is not offered. What the loss rises by is known less well, the
+        # more of a group goes: beyond the cap units go last.
+        late = (torch.arange(limit) >= _CAP * group.size) & (not standardised)
+        entries.append(torch.stack([z.sort().values[:limit], torch.full((limit,), number), late], dim=1))
     ranked = torch.cat(entries)
     ranked = ranked[ranked[:, 0].argsort(stable=True)]
+    ranked = ranked[ranked[:, 2].argsort(stable=True)]
     costs = torch.tensor([float(group.cost) for group in groups])[ranked[:, 1].long()]
     count = int((costs.cumsum(0) - costs / 2 <= target).sum())
     going = ranked[:count, 1].long().bincount(minlength=len(groups))

@@ -126,6 +126,9 @@ class KFAC(OBS):
     needs_gradients = True
     of_loss = True
 
+    def score(self, scoring: Scoring) -> torch.Tensor:
+        return super().score(scoring) * scoring.statistics.unit
+
     def weight(self, scoring: Scoring) -> torch.Tensor:
         consumer = scoring.group.reader
         weight = scoring.weight(consumer)  # gradients have the gain in them

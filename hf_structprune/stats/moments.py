@@ -33,13 +33,15 @@ class InputStatistics:
         total, squares: Sums of `x` and of `x^2`, shape (d,).
         activity: Sum over sequences of `(mean over tokens of |x|)^2`, shape (d,).
         fit, held_out: Second moments over the two parts of the sequences; `None` without `gram`.
+        unit: What the moments are to be multiplied with to compare them with those of other consumers, where the
+            tokens' weights are relative to those of the first batch.
     """
 
     def __init__(
         self, width: int, gram: bool, targets: int = 0, device: torch.device | str = "cpu", first: int = 0,
         gain: torch.Tensor | None = None,
     ) -> None:  # fmt: skip
-        self.gain = gain
+        self.gain, self.unit = gain, 1.0
         self.width, self.tokens, self.sequences, self._first = width, 0, 0, first
         self.total, self.squares, self.activity = (torch.zeros(width, device=device) for _ in range(3))
         self.fit, self.held_out = (Moments.zeros(width, targets, device) if gram else None for _ in range(2))

@@ -95,7 +95,10 @@ def statistics_of(
             output = consume(module, batch, torch.arange(batch.shape[-1])).float()
             scale = addend.scale(output, addend(output))
         if gram and left is not None:
-            weights = weigh(left[number].to(batch.device).float().flatten(2), scale)
+            state = left[number].to(batch.device).float().flatten(2)
+            weights = weigh(state, scale)
+            if scale is not None and number == 0:  # how much a norm enlarges is another thing in each layer
+                statistics.unit = weigh.unit / float((1 / state.norm(dim=-1).clamp_min(1e-6)).mean())
         elif scale is not None:
             weights = scale.squeeze(-1).square()
             unit = unit or float(weights.mean())
