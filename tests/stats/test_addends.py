@@ -12,7 +12,7 @@ from hf_structprune.model.structure import ModelStructure
 from hf_structprune.refit.closed_form import obs_scores
 from hf_structprune.stats.addends import Addend, factors_of_sum
 from hf_structprune.stats.stream import LayerStream
-from hf_structprune.stats.survey import _score_inputs, statistics_of
+from hf_structprune.stats.survey import _score_inputs, statistics_of, survey
 
 
 def norm(cls, width=24):
@@ -118,3 +118,16 @@ def test_units_of_all_layers_are_scored_with_the_tokens_weights_of_the_re_fit(we
         gram = (x * weights[:, None]).T @ x / len(x)
         expected = obs_scores(model.get_submodule(group.reader.module).weight.detach(), gram, group.reader.index)
         torch.testing.assert_close(found[group.key], expected, rtol=1e-3, atol=0)
+
+
+def test_what_the_loss_rises_by_does_not_depend_on_the_size_that_a_norm_divides_by():
+    """A map in front of a norm may be ten times as large: the model is the same, and so are the costs of its units."""
+    config = PruningConfig(criterion="kfac", units="mlp_neurons", allocation="global", layout="per_layer")
+    tokens = torch.randint(3, 60, (32, 8), generator=torch.Generator().manual_seed(0))
+    model = families.make_model("gemma3_text", torch.float32)
+    structure = ModelStructure.of(model)
+    before = survey(model, structure, config, lambda: tokens).rises
+    model.model.layers[1].mlp.down_proj.weight.data.mul_(10)
+    after = survey(model, structure, config, lambda: tokens).rises
+    for key in before:
+        torch.testing.assert_close(after[key], before[key], rtol=0.02, atol=0)
