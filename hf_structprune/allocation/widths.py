@@ -20,6 +20,7 @@ from ..units.heads import counts_of, pair_of, pairs, removed_by_pair
 
 Counts = dict[tuple[int, str], int]
 _CAP = 2 / 3  # of a group; beyond it the quadratic model of the cost is too kind
+_LATE = 0.7  # of a group; what the loss rises by beyond it is known less well
 
 
 class Budget:
@@ -409,9 +410,8 @@ def _lowest(
         score = scores[group.key].double()
         z = (score - score.mean()) / score.std().clamp_min(1e-30) if standardised else score / group.cost
         limit = group.size - (1 if KINDS[group.kind].of_heads else budget.least(group))
-        # Only the lowest may go; the rest of the group is not offered. What the loss rises by is known less well, the
-        # more of a group goes: beyond the cap units go last.
-        late = (torch.arange(limit) >= _CAP * group.size) & (not standardised)
+        # Only the lowest may go; the rest of the group is not offered. The last of a group go after all others.
+        late = (torch.arange(limit) >= _LATE * group.size) & (not standardised)
         entries.append(torch.stack([z.sort().values[:limit], torch.full((limit,), number), late], dim=1))
     ranked = torch.cat(entries)
     ranked = ranked[ranked[:, 0].argsort(stable=True)]
