@@ -101,7 +101,7 @@ def statistics_of(
                 statistics.unit = weigh.unit / float((1 / state.norm(dim=-1).clamp_min(1e-6)).mean())
         elif scale is not None:
             weights = scale.squeeze(-1).square()
-            unit = unit or float(weights.mean())
+            statistics.unit = unit = unit or float(weights.mean())
             weights = weights / unit
         statistics.update(batch, weights=weights)
     return statistics

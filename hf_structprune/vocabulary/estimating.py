@@ -66,10 +66,11 @@ def joined(shares: np.ndarray, importance: np.ndarray) -> np.ndarray:
         importance: What the loss loses by first order without its rows, shape (tokens,).
 
     Returns:
-        Shape (tokens,), float64, of sum 1.
+        Shape (tokens,), float64, of sum 1; by the frequencies alone where the loss depends on no token.
     """
     importance = importance.astype(np.float64)
-    parts = [(values / values.sum() + _LEAST) ** power for values, power in ((shares, 0.6), (importance, 0.4))]
+    pairs = (shares, 0.6), (importance, 0.4)
+    parts = [(values / max(values.sum(), 1e-300) + _LEAST) ** power for values, power in pairs]
     product = parts[0] * parts[1]
     return product / product.sum()
 

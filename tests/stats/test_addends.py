@@ -120,9 +120,11 @@ def test_units_of_all_layers_are_scored_with_the_tokens_weights_of_the_re_fit(we
         torch.testing.assert_close(found[group.key], expected, rtol=1e-3, atol=0)
 
 
-def test_what_the_loss_rises_by_does_not_depend_on_the_size_that_a_norm_divides_by():
+@pytest.mark.parametrize("weighted", [True, False])
+def test_what_the_loss_rises_by_does_not_depend_on_the_size_that_a_norm_divides_by(weighted):
     """A map in front of a norm may be ten times as large: the model is the same, and so are the costs of its units."""
-    config = PruningConfig(criterion="kfac", units="mlp_neurons", allocation="global", layout="per_layer")
+    options = dict(allocation="global", layout="per_layer", token_weighting=weighted)
+    config = PruningConfig(criterion="kfac", units="mlp_neurons", **options)
     tokens = torch.randint(3, 60, (32, 8), generator=torch.Generator().manual_seed(0))
     model = families.make_model("gemma3_text", torch.float32)
     structure = ModelStructure.of(model)

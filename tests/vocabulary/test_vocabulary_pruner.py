@@ -19,7 +19,7 @@ from hf_structprune.model.vocabulary_size import cut_tokens, token_group
 from hf_structprune.proof.guarantee import verdicts
 from hf_structprune.vocabulary import counting
 from hf_structprune.vocabulary.choosing import TokenChoice
-from hf_structprune.vocabulary.estimating import frequencies
+from hf_structprune.vocabulary.estimating import frequencies, joined
 from hf_structprune.vocabulary.ranking import least_longer
 
 
@@ -182,6 +182,12 @@ def test_taylor_ranks_tokens_by_the_first_order_change_of_the_loss_of_their_rows
     assert pruner.plan().of_model("vocabulary").kept == choice.choose(ROWS, 700)
     found = token_importance(model, token_group(model, pruner.structure), pruner.config, lambda: tokens)
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-12) and found.count_nonzero() > 50
+
+
+def test_counts_decide_alone_where_gradients_are_zero():
+    shares = np.array([0.5, 0.2, 0.3])
+    assert joined(shares, np.zeros(3)).argsort().tolist() == shares.argsort().tolist()
+    assert joined(shares, np.array([0.0, 8.0, 2.0])).argmax() == 1 and joined(shares, shares) == pytest.approx(shares)
 
 
 def test_beside_counts_gradients_are_of_a_part_of_the_text(monkeypatch):
