@@ -39,7 +39,7 @@ FIXED = {
     "save_steps": 10_000,
 }  # fmt: skip
 LORA = {"rank": 64, "alpha": 128}
-FULL = {"method": "distill", "weights": "full", "learning_rate": 2e-4}
+FULL = {"method": "distill", "weights": "full", "learning_rate": 2e-4, "train_embeddings": True}
 # The changes of a run, of `RecoveryConfig` and of `DistillationConfig`.
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "labels, LoRA, 1e-3": ({"method": "lora", "learning_rate": 1e-3, **LORA}, {}),
@@ -49,6 +49,10 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "KL, all weights, 5e-4": ({**FULL, "learning_rate": 5e-4}, {}),
     "KL and labels, all weights, 2e-4": (FULL, {"label_weight": 0.5}),
     "KL, all weights, 2e-4, batches of 4": ({**FULL, "batch_size": 4}, {}),
+    "KL, all weights but embeddings, 2e-4, batches of 4": (
+        {**FULL, "batch_size": 4, "micro_batch_size": 4, "train_embeddings": False}, {}
+    ),
+    "KL, all weights, 2e-4, batches of 4 at once": ({**FULL, "batch_size": 4, "micro_batch_size": 4}, {}),
     "KL, all weights, 2e-4, answers alone": ({**FULL, "prompt_loss": False}, {"on_prompts": False}),
     "KL, all weights, 2e-4, top 64": (FULL, {"cache": "cache", "top_k": 64}),
     "KL, all weights, 2e-4, T 2": (FULL, {"temperature": 2.0}),

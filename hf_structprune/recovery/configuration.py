@@ -47,6 +47,9 @@ class RecoveryConfig:
             `all-linear` for every Linear but the head, which is the default.
         modules_to_save (list of `str`, *optional*): Names of the modules that are trained whole beside the adapters,
             for example `lm_head`. Default: none.
+        train_embeddings (`bool`, *optional*): Where all weights are trained, the input embeddings and the head too.
+            Default: yes, but not in distillation, where steps without them take a fifth less time on a CPU and give
+            back as much.
         init_lora_weights (`str`, *optional*): How PEFT starts adapters: `gaussian`, `orthogonal`, `mica`, `pissa`,
             `pissa_niter_16` (or another number) or `olora`. Default: PEFT's, zero for the second matrix.
         use_dora (`bool`): Train magnitude and direction apart (DoRA).
@@ -95,6 +98,7 @@ class RecoveryConfig:
     dropout: Annotated[float, Limits(0, 0.99)] | None = None
     target_modules: Sequence[str] | None = None
     modules_to_save: Sequence[str] | None = None
+    train_embeddings: bool | None = None
     init_lora_weights: str | None = None
     use_dora: bool = False
     use_rslora: bool = False
@@ -128,6 +132,13 @@ class RecoveryConfig:
         defaults = dict(_DEFAULTS["distill" if self.method == "distill" else "labels"])
         if self.method == "distill":
             defaults["batch_size"] = max(defaults["batch_size"], self.micro_batch_size)
+        if self.trained != "full" and self.train_embeddings is not None:
+            raise ConfigurationError(
+                f"`train_embeddings` is {self.train_embeddings}, and {self.trained!r} trains adapters beside frozen "
+                "weights: name the modules to be trained whole in `modules_to_save`, or train 'full'."
+            )
+        if self.trained == "full":
+            defaults["train_embeddings"] = self.method != "distill"
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)

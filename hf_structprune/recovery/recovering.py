@@ -132,6 +132,8 @@ def recover(
     need("trl", "peft", extra="recover")
     from trl import SFTTrainer
 
+    from .packing import PackedRows, collator_of
+
     check_folder(output_dir)  # before a path is made of it: an empty name would be the working directory
     folder, training = Path(output_dir), training_folder(output_dir)
     check_place(folder, Path(model) if named else folder_of(model))
@@ -149,6 +151,8 @@ def recover(
     rows = None if dataset is None else load_rows(dataset, **drawn)
     tokenizer = tokenizer or load_tokenizer(model, trust_remote_code=trust_remote_code)
     student = load_student(model, config, trust_remote_code)
+    if config.train_embeddings is False:
+        hold_embeddings(student)
     loaded = None
     if teacher is not None:
         from .distillation.dual_space import load_dual_space_teacher
@@ -173,6 +177,9 @@ def recover(
         else:
             rows = with_answers(rows, loaded.model, theirs, distillation.dense_answers, **limits)
     stops = getattr(student.generation_config, "eos_token_id", None) or []
+    collator = collator_of(student, tokenizer.pad_token_id or 0) if config.packing else None
+    config = dataclasses.replace(config, packing=collator is not None)
+    in_rows = isinstance(collator, PackedRows)
     prepared, data = prepare(
         rows, tokenizer, max_length=config.max_length, context=context_length(student),
         prompt_loss=config.prompt_loss, packing=config.packing, seed=config.seed,
@@ -201,9 +208,11 @@ def recover(
         patience=config.patience, minutes=config.minutes, until=until, output_dir=folder,
     )  # fmt: skip
     callback.about, callback.settings = about, settings
+    if in_rows:
+        more["data_collator"] = collator
     with _without_advice():
         trainer = trainer_class(
-            student, training_arguments(config, training), train_dataset=prepared, processing_class=tokenizer,
+            student, training_arguments(config, training, in_rows), train_dataset=prepared, processing_class=tokenizer,
             peft_config=adapter_config(config, student), callbacks=[callback], **more,
         )  # fmt: skip
     TrainingBar.put_into(trainer, callback.limit)
@@ -409,6 +418,17 @@ def load_student(model: Any, config: RecoveryConfig, trust_remote_code: bool) ->
     return load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
+def hold_embeddings(model: PreTrainedModel) -> None:
+    """Leaves input embeddings and head as they are in a training of all weights.
+
+    Their gradient is a matrix of the vocabulary's size whatever the number of tokens, for every pass, and the head's
+    costs a third of its products.
+    """
+    for side in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if side is not None:
+            side.requires_grad_(False)
+
+
 def load_quantised(
     model_id: str | os.PathLike, bits: int = 4, dtype: torch.dtype = torch.bfloat16, *,
     gradient_checkpointing: bool = False, **kwargs: Any,
@@ -495,8 +515,11 @@ def _check_modules(targets: Sequence[str], whole: Sequence[str], model: PreTrain
                 )
 
 
-def training_arguments(config: RecoveryConfig, output_dir: str | os.PathLike) -> SFTConfig:
-    """TRL's arguments, with checkpoints in `output_dir`. Rows are tokenised, cut and packed already, see `prepare`."""
+def training_arguments(config: RecoveryConfig, output_dir: str | os.PathLike, in_rows: bool = False) -> SFTConfig:
+    """TRL's arguments, with checkpoints in `output_dir`. Rows are tokenised, cut and packed already, see `prepare`.
+
+    `in_rows` says that packed sequences lie side by side, see `packing`, and not behind each other.
+    """
     from trl import SFTConfig
 
     precision = choose_precision(config.precision)
@@ -506,28 +529,30 @@ def training_arguments(config: RecoveryConfig, output_dir: str | os.PathLike) ->
         warmup_steps=config.warmup,  # a share, below 1
         num_train_epochs=config.epochs if config.minutes is None else _NO_END,
         max_steps=-1 if config.max_steps is None else config.max_steps,
-        per_device_train_batch_size=sequences_at_once(config),
-        gradient_accumulation_steps=accumulation_steps(config, hardware.process_state().num_processes),
+        per_device_train_batch_size=sequences_at_once(config, in_rows),
+        gradient_accumulation_steps=accumulation_steps(config, hardware.process_state().num_processes, in_rows),
         gradient_checkpointing=config.gradient_checkpointing, bf16=precision == "bf16", fp16=precision == "fp16",
         use_cpu=not hardware.has_accelerator(),  # Transformers trains in bfloat16 on a CPU only if told to be there
-        max_length=None, packing=False, padding_free=config.packing,  # positions begin anew in every packed example
+        max_length=None, packing=False,
+        padding_free=config.packing and not in_rows,  # positions begin anew in every packed example
         save_strategy="steps", save_steps=_SAVED_SHARE if config.save_steps is None else config.save_steps,
         save_total_limit=2,  # the older one is whole while the newer one is written
         eval_strategy="no", seed=config.seed, data_seed=config.seed,
     )  # fmt: skip
 
 
-def sequences_at_once(config: RecoveryConfig) -> int:
-    """Sequences in a forward pass: `micro_batch_size`, and one of those that are packed on a CPU.
+def sequences_at_once(config: RecoveryConfig, in_rows: bool = False) -> int:
+    """Sequences in a forward pass: `micro_batch_size`, and one of those that are packed behind each other on a CPU.
 
     Packed sequences that go through together are one long sequence with a mask, and attention, which skips nothing on
-    a CPU, takes the square of its length: three of 512 tokens one at a time took a fifth less in a 135M model. The
-    loss is a mean over the tokens of the optimiser step, so that the gradient is the same.
+    a CPU, takes the square of its length. The loss is a mean over the tokens of the optimiser step, so that the
+    gradient is the same.
     """
-    return 1 if config.packing and not hardware.has_accelerator() else config.micro_batch_size
+    alone = config.packing and not in_rows and not hardware.has_accelerator()
+    return 1 if alone else config.micro_batch_size
 
 
-def accumulation_steps(config: RecoveryConfig, processes: int) -> int:
+def accumulation_steps(config: RecoveryConfig, processes: int, in_rows: bool = False) -> int:
     """Forward passes of a device in one optimiser step: `batch_size / (sequences_at_once * processes)`."""
     at_once = config.micro_batch_size * processes
     if config.batch_size % at_once:
@@ -535,4 +560,4 @@ def accumulation_steps(config: RecoveryConfig, processes: int) -> int:
             f"`batch_size` is {config.batch_size}, which {processes} processes with `micro_batch_size` "
             f"{config.micro_batch_size} cannot share out: make it a multiple of {at_once}."
         )
-    return config.batch_size // (sequences_at_once(config) * processes)
+    return config.batch_size // (sequences_at_once(config, in_rows) * processes)

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, Trainer
 pytest.importorskip("trl")
 pytest.importorskip("peft")
 
+import families  # noqa: E402
+
 from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner  # noqa: E402
 from hf_structprune.commands import cli  # noqa: E402
 from hf_structprune.errors import ConfigurationError, StructPruneError, TextError  # noqa: E402
@@ -389,3 +391,30 @@ def test_mistakes_on_the_command_line_are_one_line(argv, message, capsys):
     assert cli.main(["recover", *argv]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_embeddings_are_held_in_distillation_unless_asked_for(tiny_builders, tmp_path, tied, checkpointing):
+    _, build_tokenizer = tiny_builders
+    dense = families.make_model("llama", vocab_size=128, tie_word_embeddings=tied)
+    teach(dense, build_tokenizer())
+    student, sides = copy.deepcopy(dense), ("model.embed_tokens.weight", "lm_head.weight")
+    with torch.no_grad():
+        for name, weight in student.named_parameters():
+            if name not in sides:
+                weight.add_(torch.randn_like(weight), alpha=0.1)
+    (tmp_path / "watched.txt").write_text(SENTENCE * 10)
+    rows, changed = [{"text": SENTENCE} for _ in range(16)], {}
+    for trains in (None, True):
+        config = RecoveryConfig(
+            **SMALL | {"rank": None, "alpha": None}, method="distill", weights="full", train_embeddings=trains,
+            gradient_checkpointing=checkpointing, text=str(tmp_path / "watched.txt"),
+        )  # fmt: skip
+        before = copy.deepcopy(student.state_dict())
+        model = copy.deepcopy(student)
+        recover(model, rows, tmp_path / f"{trains}", config, tokenizer=build_tokenizer(), teacher=dense)
+        now = AutoModelForCausalLM.from_pretrained(tmp_path / f"{trains}").state_dict()
+        changed[trains] = {name for name, value in now.items() if not torch.equal(value, before[name])}
+    assert changed[None] and not changed[None] & set(sides)
+    assert changed[True] == changed[None] | set(sides)

@@ -90,3 +90,16 @@ def test_defaults_follow_the_method_and_what_is_given_stays():
     assert values(method="distill", micro_batch_size=16)[-1] == 16
     given = {"rank": 8, "alpha": 4, "dropout": 0.5, "packing": False, "warmup": 0.0, "batch_size": 8}
     assert values(method="distill", **given) == list(given.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "trains"),
+    [({"method": "full"}, True), ({"method": "distill", "weights": "full"}, False), ({"method": "distill"}, None)],
+)
+def test_embeddings_are_trained_on_labels_and_held_in_distillation(options, trains):
+    assert RecoveryConfig(**options).train_embeddings is trains
+    if trains is not None:
+        assert RecoveryConfig(**options, train_embeddings=not trains).train_embeddings is not trains
+        return
+    with pytest.raises(ConfigurationError, match="`train_embeddings` is True, and 'lora' trains adapters"):
+        RecoveryConfig(**options, train_embeddings=True)
