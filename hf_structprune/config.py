@@ -89,11 +89,13 @@ class PruningConfig:
             activations rule the fit.
         damping (`float`, *optional*): Ridge of the re-fit, as a multiple of the mean of `diag(E[x x^T])`. `None`
             chooses it for each layer on held-out calibration text.
-        reconstruct (`bool`): Train each layer after its re-fit, all weights that it has left, for fifty steps
-            towards what it should put out; the re-fit stays where that is no better on held-out calibration text.
-            Takes many times the time of the rest.
-        reconstruct_minutes (`float`, *optional*): Reconstruct for so many minutes in all, in the place of fifty
-            steps a layer.
+        reconstruct (`bool`, *optional*): Train each layer after its re-fit, all weights that it has left, for fifty
+            steps towards what it should put out; the re-fit stays where that is no better on held-out calibration
+            text. The first layers gain most: after three in a row that gain less than 1 %, the others are re-fitted
+            alone. Default: where `units` and `criterion` are `"auto"`, the model has no experts, is whole in memory
+            and leaves room for it; `False` leaves it out.
+        reconstruct_minutes (`float`, *optional*): Reconstruct for so many minutes in all, and all layers, in the
+            place of fifty steps each of the first.
         allocation (`str`): `"uniform"` cuts the same share of every group of a kind, `"global"` compares the
             scores of all groups (by `"kfac"`, which `units="auto"` takes, as they are: what the loss rises by for
             each parameter; by other criteria standardised, as FLAP does), `"search"` measures how much the model's
@@ -128,8 +130,9 @@ class PruningConfig:
             `"random"`, or `"loss"` (each time the one goes without which the block's output changes least).
         vocabulary_criterion (`str`): Which tokens stay: `"frequency"` (those without which text like this gets
             longer; where counts are small, the tokenizer's own order has a part in it), `"frequency_taylor"` (the
-            same, with a part for what the loss loses without their rows: better, but needs gradients),
-            `"embedding_norm"` or `"taylor"`.
+            same, with a part for what the loss loses without their rows, by gradients of a few sequences of that
+            text), `"embedding_norm"` or `"taylor"`. `"auto"` is `"frequency_taylor"` where gradients can be had, else
+            `"frequency"`, and the plan says why.
         vocabulary_text (`str` or list of `str`, *optional*): The text in which tokens are counted: as `dataset` of the
             calibration. Give text of every language, and of every kind, that the model is to write; each source has an
             equal part. Default: all of the calibration's data. With `units="auto"`, tokens go only if it is given: the
@@ -174,7 +177,7 @@ class PruningConfig:
     error_correction: Annotated[float, Limits(0, 1)] = 0.5
     token_weighting: bool = True
     damping: Annotated[float, Limits(0, open="least"), Described("a positive number")] | None = None
-    reconstruct: bool = False
+    reconstruct: bool | None = None
     reconstruct_minutes: Annotated[float, Limits(0), Described("a number of minutes")] | None = None
     allocation: Annotated[str, OneOf(ALLOCATIONS)] = "uniform"
     levels: str | None = None
@@ -189,7 +192,7 @@ class PruningConfig:
     head_dim_criterion: Annotated[str, OneOf(level_criteria(HeadSize))] = "attention"
     latent_criterion: Annotated[str, OneOf(level_criteria(LatentRanks))] = "outputs"
     expert_criterion: Annotated[str, OneOf(level_criteria(RoutedKind))] = "reap"
-    vocabulary_criterion: Annotated[str, OneOf(level_criteria(VocabularyKind))] = "frequency"
+    vocabulary_criterion: Annotated[str, OneOf((AUTO, *level_criteria(VocabularyKind)))] = AUTO
     vocabulary_text: str | list[str] | None = None
     vocabulary_tokens: Count = 50_000_000
     merge_experts: bool = False
@@ -227,7 +230,7 @@ class PruningConfig:
             by_criterion = self.criterion if isinstance(self.criterion, dict) else {}
             self.units = (*by_option, *self.parts, *(self.keep or {}), *by_criterion) or (AUTO,)
         self.units = tuple(dict.fromkeys(self.units))
-        self.reconstruct |= self.reconstruct_minutes is not None
+        self.reconstruct = True if self.reconstruct_minutes is not None else self.reconstruct
         if not self.units:
             raise ConfigurationError(f"`units` is empty; name at least one of {', '.join(KINDS)}.")
         if AUTO in self.units and len(self.units) > 1:
@@ -306,7 +309,7 @@ class PruningConfig:
         """The criterion that ranks the units of a kind."""
         named = getattr(self, KINDS[kind].criterion_option)
         named = named[kind] if isinstance(named, dict) else named
-        return "obs" if named == AUTO else named
+        return KINDS[kind].without_gradients if named == AUTO else named
 
     @property
     def needs_ratio(self) -> bool:

@@ -7,7 +7,7 @@ import dataclasses
 import os
 import tempfile
 import weakref
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from transformers.utils import logging
 
 from .allocation.depth import DepthChoice
 from .choosing_kinds import Candidate, KindChooser
-from .config import AUTO, MEASURED, PruningConfig
-from .criteria.tokens import token_importance
-from .default_kind import DefaultKind, near
+from .config import AUTO, EVOLUTION, MEASURED, PruningConfig
+from .criteria.tokens import SEQUENCES, token_importance
+from .default_kind import NO_WEIGHTS, DefaultKind, near
 from .errors import CalibrationError, ConfigurationError, StructPruneError, UnsupportedModelError
 from .evaluation.results import Figure
 from .files.rooms import Spill
@@ -46,6 +46,7 @@ from .planner import Planner
 from .proof.guarantee import kinds_in, prove, prove_decoder
 from .prune import Execution, check_plan
 from .refit.price import Prices
+from .refit.reconstruction import why_not_trained
 from .stats.gradients import try_gradients
 from .stats.processes import Processes
 from .stats.seen import Calibration, SeenRows, see
@@ -58,8 +59,9 @@ from .targets.reaching import Search, asked_for, check_alone, counted
 from .targets.size import SizeTarget
 from .text.calibration import check_given, check_token_ids, load_tokens, respelled
 from .text.images import load_image_rows
-from .units import KINDS, VOCABULARY, WidthKind, kinds_of
+from .units import KINDS, VOCABULARY, SharedKind, WidthKind, kinds_of
 from .vocabulary.choosing import TokenChoice
+from .vocabulary.counting import sequences_of
 
 
 logger = logging.get_logger(__name__)
@@ -128,6 +130,9 @@ class StructuredPruner:
         self._found: Candidate | None = None  # what was decided then, with its plan
         self._priced = False  # whether it was by measurement
         self._choice: TokenChoice | None = None
+        self._no_gradients = False  # of the loss: units are ranked without
+        self._chosen_for: PruningConfig | None = None
+        self._of_tokens = ""  # why gradients have no part in which tokens go
         self._trimmed_from: Any = None  # the tokenizer before tokens went
         self._seen: tuple[Any, SeenRows] | None = None  # what rows with images were drawn by, and the rows
 
@@ -331,10 +336,12 @@ class StructuredPruner:
         Gives what is cut, once it is shown that it can be, and the ratio. Without `measure` nothing is for it.
         """
         self._decided, self._why, self._reached, self._found, self._priced = self.config, [], None, None, False
+        self._no_gradients = False
+        self._of_tokens = ""
         if isinstance(ratio, PruningPlan):
             if AUTO in self.config.units:
                 named = dataclasses.replace(self.config, units=tuple(sorted(kinds_in(ratio))), layout=ratio.layout)
-                self._decided = named if ratio.chosen else self._ranked(named)
+                self._decided = self._reconstructing(named if ratio.chosen else self._ranked(named))
             return self._proven(kinds_in(ratio)), ratio
         if size.speedup is not None and (self._streaming is not None or self._processes.count > 1):
             raise ConfigurationError("`speedup` times whole models in one process: leave `stream` and the others out.")
@@ -344,7 +351,8 @@ class StructuredPruner:
             self._decided, why, self._reached = found
             self._why = [why] * bool(why)
             return self._proven(self._decided.units), None
-        config = self.config
+        tokens_go = VOCABULARY in self.config.units or self.config.vocabulary_text is not None
+        config = self._decided = self._with_ranked_tokens() if tokens_go else self.config
         if AUTO in config.units:
             plain = dataclasses.replace(config, vocabulary_text=None)
             kinds = DefaultKind(self._decoder(), self.structure, plain, self._proven)
@@ -360,7 +368,8 @@ class StructuredPruner:
             choice = self._choices()[VOCABULARY] if VOCABULARY in config.units else None
             splitter = SplitChooser(decoder, self.structure, config, self._tokens, choice)
             found, self._why = splitter.choose(search.guess if size else ratio)
-            self._decided = self._ranked(found) if AUTO in self.config.units and measure else found
+            ranked = self._ranked(found) if AUTO in self.config.units and measure else found
+            self._decided = self._reconstructing(ranked)
         if size:
             planner = self._planner(decoder, dataclasses.replace(self._decided, iterative_steps=1))
             ratio = search.ratio(planner)
@@ -374,6 +383,8 @@ class StructuredPruner:
                     planner = self._planner(decoder, dataclasses.replace(self._decided, iterative_steps=1))
                     ratio = search.ratio(planner)
             self._reached = search.reached(ratio, planner)
+        if self._of_tokens:
+            self._why = [*self._why, self._of_tokens]
         return decoder, ratio
 
     def _with_tokens(self, kinds: DefaultKind) -> PruningConfig:
@@ -385,7 +396,19 @@ class StructuredPruner:
                 f"and nothing can be measured, since {why}: leave it out, or say how much of each kind goes, such as "
                 f"units=('{VOCABULARY}', '{kinds.kind}') with split={{'{VOCABULARY}': 0.5, '{kinds.kind}': 0.5}}."
             )
-        return dataclasses.replace(self.config, units=(VOCABULARY, kinds.kind), split=MEASURED)
+        return dataclasses.replace(self._decided, units=(VOCABULARY, kinds.kind), split=MEASURED)
+
+    def _with_ranked_tokens(self) -> PruningConfig:
+        """Ranks tokens by the loss, too, where its gradients can be had."""
+        if self.config.vocabulary_criterion != AUTO:
+            return self.config
+        decoder, length = self._decoder(), self.config.calibration.length
+        any_text = torch.arange(length)[None] % decoder.get_input_embeddings().num_embeddings
+        why = self._without_gradients(lambda: any_text)
+        if why:
+            self._of_tokens = f"tokens are ranked by counts alone ('frequency', not 'frequency_taylor'), since {why}"
+        criterion = "frequency" if why else "frequency_taylor"
+        return dataclasses.replace(self.config, vocabulary_criterion=criterion)
 
     def _choose_kinds(self, chooser: KindChooser, ratio: float, measure: bool, for_size: bool) -> None:
         """Puts what `units="auto"` stands for at a ratio, and why, where it is looked for."""
@@ -393,7 +416,7 @@ class StructuredPruner:
         self._priced = chooser.measured
         named = decided.config if isinstance(decided, Candidate) else decided
         looks = named.allocation == "global"  # which criterion it is decides more than the units then
-        self._decided = self._ranked(named) if measure or looks else named
+        self._decided = self._reconstructing(self._ranked(named) if measure or looks else named)
         self._found = decided if isinstance(decided, Candidate) and not for_size else None
 
     def _ranked(self, config: PruningConfig) -> PruningConfig:
@@ -402,18 +425,42 @@ class StructuredPruner:
             return config
         kinds = [kind for kind in config.kinds(kinds_of(WidthKind)) if KINDS[kind].criterion_option == "criterion"]
         able = [kind for kind in kinds if "kfac" in KINDS[kind].criteria]
-        images = self.config.calibration.image_column is not None
-        why = self._in_parts() or ("the calibration text has images" if images else "")
-        if able and not why and has_weights(self.model):
-            try:
-                try_gradients(self._decoder(), self._tokens())
-            except (RuntimeError, NotImplementedError) as error:  # no room for it, or an operation without a gradient
-                why = f"gradients cannot be computed here ({str(error).splitlines()[0]})"
+        why = self._without_gradients(self._tokens) if able and has_weights(self.model) else self._in_parts()
         if able and why:
             self._why.append(f"units are ranked by the outputs of their layers ('obs', not 'kfac'), since {why}")
+            self._no_gradients = True
         criteria = {kind: "obs" if why or kind not in able else "kfac" for kind in kinds}
         one = next(iter(criteria.values()), "obs")
         return dataclasses.replace(config, criterion=criteria if len(set(criteria.values())) > 1 else one)
+
+    def _reconstructing(self, config: PruningConfig) -> PruningConfig:
+        """Trains the layers of what `units="auto"` takes after their re-fit, where that can be had beside the rest."""
+        asked = self.config
+        ours = AUTO in asked.units and asked.criterion == AUTO and asked.reconstruct is None
+        if not ours or not config.compensation or config.iterative_steps > 1 or config.allocation == EVOLUTION:
+            return config
+        widths = config.kinds(kinds_of(WidthKind))
+        alone = widths and set(config.units) <= {*widths, *kinds_of(SharedKind)}
+        if not alone or not has_weights(self.model) or self._no_gradients:
+            return config
+        why = self._in_parts() or ("the model is spread over several devices" if is_spread(self.model) else "")
+        why = why or why_not_trained(self._decoder(), self.structure, config)
+        if why:
+            self._why.append(f"layers are re-fitted alone, and not trained on from there (`reconstruct`), since {why}")
+            return config
+        return dataclasses.replace(config, reconstruct=True)
+
+    def _without_gradients(self, text: Callable[[], Any]) -> str:
+        """Why gradients of the loss cannot be had; empty where they can, as the first sequence of a text shows."""
+        why = self._in_parts() or ("" if has_weights(self.model) else NO_WEIGHTS)
+        if not why and self.config.calibration.image_column is not None:
+            return "the calibration text has images"
+        if not why:
+            try:
+                try_gradients(self._decoder(), text())
+            except (RuntimeError, NotImplementedError) as error:  # no room for it, or an operation without a gradient
+                return f"gradients cannot be computed here ({str(error).splitlines()[0]})"
+        return why
 
     def _in_parts(self) -> str:
         """Why kinds cannot be measured: the whole model is not run in one place; empty where it is."""
@@ -448,20 +495,29 @@ class StructuredPruner:
 
     def _choices(self) -> dict[str, TokenChoice]:
         """Chooses which tokens stay, and puts the tokenizer without the others in its place."""
-        known = self._choice
-        if known is None or known.tokenizer is not self.tokenizer or known.config is not self.config:
+        known, config = self._choice, self._decided
+        same = known is not None and known.config.vocabulary_criterion == config.vocabulary_criterion
+        if not same or known.tokenizer is not self.tokenizer or self._chosen_for is not self.config:
+            self._chosen_for = self.config
             named = (self.model.config, getattr(self.model, "generation_config", None))
 
             def importance() -> np.ndarray:
                 decoder = self._decoder()
                 group = token_group(decoder, self.structure)
-                return token_importance(decoder, group, self.config, self._tokens).numpy()
+                beside = config.criterion_of(VOCABULARY) == "frequency_taylor"
+                beside &= config.vocabulary_text is not None or config.calibration.tokens is None
+                return token_importance(decoder, group, config, counted if beside else self._tokens).numpy()
+
+            def counted() -> torch.Tensor:
+                """The text that tokens are counted in, of the user's languages, is what they matter in."""
+                choice, length = self._choice, config.calibration.length
+                return torch.from_numpy(sequences_of(choice.counted, choice.tokenizer, SEQUENCES, length))
 
             def done(tokenizer: Any) -> None:
                 self.tokenizer, self._trimmed_from = tokenizer, self.tokenizer
 
             here = importance if has_weights(self.model) else None
-            self._choice = TokenChoice(self.tokenizer, self.config, named, here, done)
+            self._choice = TokenChoice(self.tokenizer, config, named, here, done)
         return {VOCABULARY: self._choice}
 
     def _decoder(self) -> PreTrainedModel:

@@ -50,7 +50,7 @@ def recipe_of(options: DemoArguments, minutes: float, context: int | None = None
     content: dict[str, Any] = {
         "model": loading(options.model),
         "output_dir": options.output_dir,
-        "prune": {"ratio": options.ratio, "calibration": dict(CALIBRATION)},
+        "prune": {"ratio": options.ratio, "reconstruct": False, "calibration": dict(CALIBRATION)},
         "evaluate": {"max_windows": MAX_WINDOWS},
     }
     if minutes:  # all of which is for training: little is measured, and the dense model writes nothing

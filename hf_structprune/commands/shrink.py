@@ -53,7 +53,8 @@ def recipe_of(options: ShrinkArguments, context: int | None = None, full: bool =
         recover["weights"] = "full"
     if options.dataset:
         recover |= {"dataset": list(options.dataset), "distillation": {"label_weight": LABEL_WEIGHT}}
-    prune = {"ratio": options.ratio, "calibration": dict(CALIBRATION)}
+    # Training all layers together brings back more than one after the other.
+    prune = {"ratio": options.ratio, "reconstruct": False, "calibration": dict(CALIBRATION)}
     if options.layout == "per_layer":
         prune |= {"layout": "per_layer", "allocation": "global"}
     return {

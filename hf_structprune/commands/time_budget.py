@@ -20,6 +20,7 @@ from ..evaluation.perplexity import EvaluationText, window_losses
 from ..evaluation_config import EvaluationConfig
 from ..model.measuring import context_length, measuring
 from ..progress import hidden
+from ..refit.reconstruction import STEP_TOKENS, STEPS
 from ..stats.gradients import sequences_of_metrics
 
 
@@ -31,6 +32,7 @@ MEASURING = 0.15  # of all minutes at most, for perplexities
 PRUNING, CHOOSING = 3.3, 5.9
 ALLOCATING = {"global": 5.2, "search": 8.3}
 GRADIENTS = 3.2  # the same, of the sequences that gradients for "kfac" are of
+RECONSTRUCTING = 2.5  # the same, of all tokens that layers are trained on after their re-fit: not all layers are
 SAMPLES, GENERATION = 4, 20  # windows that take as long as sample texts, and as questions and requests
 _OVERDUE = 1.25  # times what was foretold
 _ENDING, _ENDING_SECONDS = 0.02, 15.0  # of all minutes, and beside: the last step of a training, and saving
@@ -222,6 +224,9 @@ def pruning_seconds(config: PruningConfig, chooses: bool, each: float, window: i
     passes = (CHOOSING if chooses else allocating) * text.num_samples
     if config.criterion in (AUTO, "kfac"):
         passes += GRADIENTS * sequences_of_metrics(text.num_samples)
+    asked = config.reconstruct or (config.reconstruct is None and config.units == (AUTO,) == (config.criterion,))
+    if asked and config.reconstruct_minutes is None:
+        passes += RECONSTRUCTING * STEPS * STEP_TOKENS / text.length
     return of_sequence * passes + 60 * minutes
 
 

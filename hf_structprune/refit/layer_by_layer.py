@@ -134,10 +134,11 @@ class _Compression:
         number, layers = len(layers), self._go_on(layers)
         for layer in tqdm(layers, desc="Pruning", initial=number - len(layers), total=number):
             with self.store.holding(layer.index):
-                if self.reconstruction and layer.index in trained:
+                trains = layer.index in trained and self.reconstruction and not self.reconstruction.over
+                if trains:
                     self.reconstruction.begin(layer)
                 self._layer(layer, self.correcting and layer.index >= first)
-                if self.reconstruction and layer.index in trained:
+                if trains:
                     self.reconstruction.train(layer, self.kept, self._untrained(layer), self.dense)
                 if self.stream and (self.softening or layer is not layers[-1]):
                     self.stream.advance(layer.index)

@@ -31,13 +31,15 @@ from torch.func import functional_call
 
 from ..config import PruningConfig
 from ..errors import ConfigurationError, UnsupportedModelError
+from ..hardware import free_memory, memory_left
 from ..model.groups import Group, Kept, LayerStructure
 from ..model.structure import ModelStructure
 from ..stats.stream import LayerStream
-from ..units import NEURONS
+from ..units import KINDS, NEURONS, RoutedKind
 
 
 STEPS = 50  # of a layer, without a limit of minutes
+WORTH, PATIENCE = 0.01, 3  # without one, layers are trained until so many have gained less than this in a row
 STEP_TOKENS = 2048
 RATE = 0.005  # of the mean square root of a tensor's entries, each step
 WARM_UP = 0.1  # of the steps
@@ -48,6 +50,8 @@ SLOWER = 0.2  # so that the closed form is gone back to and this much of the rat
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.125)  # of the way from the closed form to the end of the training are measured
 HELD_OUT = 8  # of so many batches one is held out
 BYTES = 20  # of memory for each parameter of the layer: weights, gradients, two moments and the best state, float32
+
+ROOM = 0.3  # of the memory that is free, for it without asking
 
 States = list[torch.Tensor]  # hidden states, shape (sequences, length, d) for each batch
 
@@ -99,6 +103,16 @@ class Reconstruction:
         self._held_out = range(every // 2, number, every)
         self._fit = [batch for batch in range(number) if batch not in self._held_out]
         self._own: States = []
+
+    @property
+    def over(self) -> bool:
+        """Whether the layers that come are left as the closed form leaves them.
+
+        What training gains falls from layer to layer, and the last ones take as long as the first.
+        """
+        last = self.results[-PATIENCE:]
+        tired = len(last) == PATIENCE and all(one.after > (1 - WORTH) * one.before for one in last)
+        return tired and self.config.reconstruct_minutes is None
 
     def begin(self, layer: LayerStructure) -> None:
         """Keeps what the layer, which is not changed yet, makes of the hidden states that enter it."""
@@ -298,6 +312,23 @@ def check_reconstruction(structure: ModelStructure, model: nn.Module, layers: Co
                     f"`{layer.name}.{name}` {reason}: layers cannot be trained one after the other. Leave "
                     "`reconstruct` out."
                 )
+
+
+def why_not_trained(model: nn.Module, structure: ModelStructure, config: PruningConfig) -> str:
+    """Why layers are not trained unless that is asked for; empty where they are."""
+    if any(group.in_experts or isinstance(KINDS.get(group.kind), RoutedKind) for group in structure.groups):
+        return "all experts of a layer would be"
+    if config.calibration.image_column is not None:
+        return "the calibration text has images"
+    if config.calibration.num_samples <= config.calibration.batch_size:
+        return "the calibration text is one batch, of which none can be held out"
+    try:
+        check_reconstruction(structure, model, [layer.index for layer in structure.layers])
+    except UnsupportedModelError as error:
+        return f"{error}".partition(":")[0]
+    free = free_memory(next(model.parameters()).device)
+    free, needed = memory_left() if free is None else free, BYTES * max(layer.parameters for layer in structure.layers)
+    return "" if needed < ROOM * free else f"that takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
 
 
 def _leaves_out(module: nn.Module, layer: LayerStructure, kept: Kept) -> dict[str, tuple[int, torch.Tensor]]:

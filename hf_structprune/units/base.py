@@ -56,6 +56,7 @@ class UnitKind:
         options: Fields of `PruningConfig` that say how much of it goes, and so ask for it.
         criterion_option: Field of `PruningConfig` that says how it is ranked.
         criteria: Names of the criteria that can rank it.
+        without_gradients: What `"auto"` is where gradients of the loss cannot be had.
         sublayer: Which half of a decoder layer holds the units, `"attention"` or `"mlp"`; `None` for neither.
         within: Name of the kind of unit that each of these is a part of.
         aligns: Whether `align_to` wants multiples of their number, as of the inputs of a linear map.
@@ -70,6 +71,7 @@ class UnitKind:
     options: tuple[str, ...] = ()
     criterion_option: str = "criterion"
     criteria: tuple[str, ...] = ()
+    without_gradients: str = "obs"
     sublayer: str | None = None
     within: str | None = None
     activated: bool = False
@@ -232,5 +234,6 @@ class VocabularyKind(SharedKind):
     """Tokens. Which of them stay is decided by the tokenizer, before anything is cut."""
 
     criterion_option = "vocabulary_criterion"
+    without_gradients = "frequency"
     criteria = ("frequency", "frequency_taylor", "embedding_norm", "taylor")
     reads_text = False

@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..config import PruningConfig
 from ..data import calibration_sample
 from ..errors import TextError
 from ..progress import tqdm
-from ..text.reading import read_rows
+from ..text.reading import beginning_of, read_rows
 
 
 _PIECE = (1024, 4096)  # characters of a piece of text, where there is little and where there is more
@@ -25,6 +26,7 @@ _HELD_OUT = 20  # one of so many stretches of text is not counted, and measured 
 _STRETCH = 16  # pieces of a stretch, at most: what is held out is of other documents, not of those that are counted
 _MEASURED = 2_000_000  # characters of held-out text of each source that are kept
 _BATCH = 64  # pieces that are tokenised at once
+_READ = 400_000  # characters of what is counted of each source that are kept
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Counted:
         name: What it is called.
         counts: How often each id is in it, shape (ids,).
         held_out: Pieces of it that are not in the counts.
+        read: Some of those that are, from everywhere in it.
         pieces: In how many pieces of it each id is.
         held_counts, held_pieces: The same of what is held out.
     """
@@ -42,6 +45,7 @@ class Counted:
     name: str
     counts: np.ndarray
     held_out: list[str] = field(default_factory=list)
+    read: list[str] = field(default_factory=list)
     pieces: np.ndarray = field(init=False)
     held_counts: np.ndarray = field(init=False)
     held_pieces: np.ndarray = field(init=False)
@@ -63,6 +67,25 @@ class Counted:
                 found.append(piece)
                 size += len(piece)
         return found
+
+
+def sequences_of(counted: Sequence[Counted], tokenizer: Any, count: int, length: int) -> np.ndarray:
+    """Sequences of the text that was counted, of all sources in turns, shape (at most `count`, at most `length`).
+
+    What the tokenizer puts before every text begins each of them. Where there is little text, they are fewer or
+    shorter.
+    """
+    begins, found = beginning_of(tokenizer), []
+    for number, one in enumerate(counted):
+        [ids] = ids_of(tokenizer, ["\n".join(one.read)])
+        size = min(length - len(begins), len(ids))
+        whole = len(ids) // size if size else 0
+        wanted = min(whole, len(range(number, count, len(counted))))
+        starts = [i * whole // wanted * size for i in range(wanted)]
+        found.append([begins + ids[start : start + size] for start in starts])
+    turns = [row for rows in zip_longest(*found) for row in rows if row is not None]
+    longest = max(map(len, turns))
+    return np.array([row for row in turns if len(row) == longest])
 
 
 def count_tokens(config: PruningConfig, tokenizer: Any, size: int) -> list[Counted]:
@@ -105,7 +128,7 @@ def _sources(config: PruningConfig) -> Iterator[tuple[str, Sequence[Any]]]:
 
 
 def _count(one: Counted, rows: Sequence[Any], tokenizer: Any, most: int) -> None:
-    measured, batch = 0, []
+    measured, read, batch = 0, 0, []
     with tqdm(total=len(rows), desc=f"Counting tokens of {one.name}") as bar:
         for held_out, piece in _pieces(rows, bar):
             if held_out:
@@ -113,6 +136,9 @@ def _count(one: Counted, rows: Sequence[Any], tokenizer: Any, most: int) -> None
                     one.held_out.append(piece)
                     measured += len(piece)
                 continue
+            if read < _READ:
+                one.read.append(piece)
+                read += len(piece)
             batch.append(piece)
             if len(batch) == _BATCH:
                 _add(one.counts, one.pieces, ids_of(tokenizer, batch))

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from hf_structprune.commands import time_budget
-from hf_structprune.commands.time_budget import LEAST, MEASURING, TimeBudget, pruning_seconds
+from hf_structprune.commands.time_budget import LEAST, MEASURING, RECONSTRUCTING, TimeBudget, pruning_seconds
 from hf_structprune.config import PruningConfig
 from hf_structprune.errors import ConfigurationError
+from hf_structprune.refit.reconstruction import STEPS
 
 
 @pytest.fixture
@@ -89,18 +90,25 @@ def test_a_step_in_time_says_nothing(clock):
 
 
 def test_what_pruning_takes_goes_with_its_text_and_the_minutes_it_is_given():
-    named, plain = (pruning_seconds(PruningConfig(units), False, 2.0, 2048) for units in ("mlp_neurons", "auto"))
+    alone = {"reconstruct": False}
+    kinds = "mlp_neurons", "auto"
+    named, plain = (pruning_seconds(PruningConfig(units, **alone), False, 2.0, 2048) for units in kinds)
     assert 0.1 * named < plain - named < 0.15 * named  # gradients, of 32 sequences
     for count, gradients in ((128, plain - named), (512, plain - named), (64, (plain - named) / 2)):
         text = PruningConfig("mlp_neurons", calibration={"num_samples": count})
         assert pruning_seconds(text, False, 2.0, 2048) == pytest.approx(named * count / 256)
-        text = PruningConfig(calibration={"num_samples": count})
+        text = PruningConfig(calibration={"num_samples": count}, **alone)
         assert pruning_seconds(text, False, 2.0, 2048) == pytest.approx(named * count / 256 + gradients)
         assert pruning_seconds(text, True, 2.0, 2048) > named * count / 256 + gradients
     search = PruningConfig("mlp_neurons", layout="per_layer", allocation="search")
     assert 2.4 < pruning_seconds(search, False, 2.0, 2048) / named < 2.6
     ranked = PruningConfig("mlp_neurons", layout="per_layer", allocation="global")
     assert 1.5 < pruning_seconds(ranked, False, 2.0, 2048) / named < 1.7
+    trained = plain + 2.0 * RECONSTRUCTING * STEPS  # of 2048 tokens, layer by layer
+    assert pruning_seconds(PruningConfig(), False, 2.0, 2048) == pytest.approx(trained)
+    assert (
+        pruning_seconds(PruningConfig("mlp_neurons", reconstruct=True), False, 2.0, 2048) > named + trained - plain - 1
+    )
     assert pruning_seconds(PruningConfig(reconstruct_minutes=3), False, 2.0, 2048) == plain + 180
     search = PruningConfig(units="mlp_neurons", layout="per_layer", allocation="evolution", search_minutes=5)
     assert pruning_seconds(search, False, 2.0, 2048) == named + 300

@@ -1,12 +1,13 @@
 """Layers that are trained after their re-fit: never worse, the same each time, and nothing comes back that was cut."""
 
 import copy
+import re
 
 import families
 import pytest
 import torch
 
-from hf_structprune import CalibrationConfig, PruningConfig, StructuredPruner
+from hf_structprune import CalibrationConfig, PruningConfig, PruningPlan, StructuredPruner
 from hf_structprune.errors import ConfigurationError, UnsupportedModelError
 from hf_structprune.refit import reconstruction
 from hf_structprune.refit.reconstruction import check_reconstruction
@@ -140,3 +141,49 @@ def test_what_cannot_be_held_out_or_trained_is_refused_before_anything_changes()
     model.model.layers[2].mlp = model.model.layers[0].mlp
     with pytest.raises(UnsupportedModelError, match="belongs to layer 0 and to layer 2"):
         check_reconstruction(pruner.structure, model, [1, 2])
+
+
+def test_layers_that_come_after_three_with_little_gain_are_left_as_the_closed_form_has_them(monkeypatch):
+    gains = iter([0.2, 0.005, 0.03, 0.009, 0.0, 0.009, 0.5, 0.5])
+
+    def run(self, seconds):
+        return 50, 1.0, 1 - next(gains)
+
+    monkeypatch.setattr(reconstruction._Training, "run", run)
+    model, options = families.make_model("llama", num_hidden_layers=8), dict(units=("mlp_neurons",))
+    found = pruned(model, reconstruct=True, **options).last_plan.reconstructed
+    assert [one["layer"] for one in found] == [0, 1, 2, 3, 4, 5]
+    gains = iter([0.0] * 8)
+    timed = pruned(model, reconstruct_minutes=5, **options).last_plan.reconstructed
+    assert len(timed) == 8  # what was asked for
+
+
+def test_auto_trains_the_layers_and_what_is_named_does_not(tmp_path, monkeypatch):
+    model = families.make_model("llama")
+    pruner = pruned(model, 0.1)
+    assert [one["layer"] for one in pruner.last_plan.reconstructed] == [0, 1, 2]
+    assert any("layers were reconstructed" in line for line in pruner.last_plan.reasons)
+    pruner.save_pretrained(tmp_path / "small")
+    assert '"reconstruct": true' in (tmp_path / "small" / "pruning_config.json").read_text(encoding="utf-8")
+    replayed = pruned(families.make_model("llama"), PruningPlan.load(tmp_path / "small" / "pruning_plan.json"))
+    for name, value in pruner.model.state_dict().items():
+        assert torch.equal(value, replayed.model.state_dict()[name]), name
+    left = [
+        dict(reconstruct=False), dict(units=("mlp_neurons",)), dict(criterion="wanda"), dict(compensation=False),
+    ]  # fmt: skip
+    for options in left:
+        plan = pruned(families.make_model("llama"), 0.1, **options).last_plan
+        assert not plan.reconstructed and not any("`reconstruct`" in line for line in plan.reasons)
+
+
+@pytest.mark.parametrize(
+    "why", ["all experts of a layer would be", "the calibration text is one batch", "that takes .* GB, and 0.0 GB are"]
+)
+def test_auto_says_why_layers_are_not_trained(why, monkeypatch):
+    if "GB" in why:
+        monkeypatch.setattr(reconstruction, "memory_left", lambda: 1000)
+    model = families.make_model("mixtral" if "experts" in why else "llama")
+    plan = pruned(model, 0.1, batch_size=64 if "batch" in why else 8).last_plan
+    assert not plan.reconstructed
+    words = r"layers are re-fitted alone, and not trained on from there \(`reconstruct`\), since " + why
+    assert any(re.match(words, line) for line in plan.reasons)

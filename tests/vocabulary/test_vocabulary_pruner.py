@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, count, logits, make_model
+from families import FAMILIES, count, logits, make_config, make_model
 from kinds_of_tokenizers import TEXTS, strings, tokenizer_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3nForCausalLM, Gemma3nTextConfig, GenerationConfig
 
@@ -19,6 +19,7 @@ from hf_structprune.model.vocabulary_size import cut_tokens, token_group
 from hf_structprune.proof.guarantee import verdicts
 from hf_structprune.vocabulary import counting
 from hf_structprune.vocabulary.choosing import TokenChoice
+from hf_structprune.vocabulary.counting import Counted, count_tokens, sequences_of
 from hf_structprune.vocabulary.estimating import frequencies, joined
 from hf_structprune.vocabulary.ranking import least_longer
 
@@ -36,6 +37,10 @@ TEXT = CalibrationConfig(texts=TEXTS, num_samples=8, length=32)
 def _model(name="llama", **changes):
     family, more = MORE.get(name, (name, {}))
     return make_model(family, torch.float64, vocab_size=ROWS, **more, **changes)
+
+
+def _model_without_weights():
+    return AutoModelForCausalLM.from_config(make_config("llama", vocab_size=ROWS))
 
 
 def _pruner(model=None, tokenizer=None, **options):
@@ -204,12 +209,14 @@ def test_beside_counts_gradients_are_of_a_part_of_the_text(monkeypatch):
 def test_counts_are_joined_with_what_the_loss_loses_without_a_token():
     """Of two tokens that are as frequent the one goes that the loss can do without; counts alone cannot tell."""
     model, options = _model(), dict(keep={"vocabulary": 700})
-    counted = _pruner(model, **options).plan().of_model("vocabulary").kept
+    counted = _pruner(model, vocabulary_criterion="frequency", **options).plan().of_model("vocabulary").kept
     pruner = _pruner(model, vocabulary_criterion="frequency_taylor", **options)
     found = pruner.plan()
     assert found.of_model("vocabulary").kept != counted
     assert [source["source"] for source in found.vocabulary_report["sources"]] == ["`texts`"]
-    importance = token_importance(model, token_group(model, pruner.structure), pruner.config, pruner._tokens).numpy()
+    counted = count_tokens(pruner.config, pruner.tokenizer, ROWS)
+    text = torch.from_numpy(sequences_of(counted, pruner.tokenizer, 64, 32))
+    importance = token_importance(model, token_group(model, pruner.structure), pruner.config, lambda: text).numpy()
     choice = TokenChoice(pruner.tokenizer, pruner.config, [model.config], lambda: importance)
     ids = np.array(sorted(choice.vocabulary.tokens))
     order = np.array([choice.vocabulary.order(number) for number in ids.tolist()])
@@ -219,6 +226,63 @@ def test_counts_are_joined_with_what_the_loss_loses_without_a_token():
     assert len(set(choice.ranked()[:600]) & set(expected[:600])) >= 598  # but for ties of what was never seen
     small = pruner.prune(found)
     assert small.get_input_embeddings().weight.shape[0] == 700 == len(pruner.tokenizer)
+
+
+def test_gradients_beside_counts_are_of_the_text_that_is_counted(tmp_path, monkeypatch):
+    """Calibrated on other text than what the user gave for the tokens, their languages must not count less."""
+    files = {"a.txt": "cafés naïve élan " * 400, "b.txt": "zebra quartz " * 600}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    seen = []
+    monkeypatch.setattr(criteria, "taylor", lambda model, group, config, text: seen.append(text()) or torch.ones(ROWS))
+    pruner = _pruner(keep={"vocabulary": 700}, vocabulary_text=[str(tmp_path / name) for name in files])
+    pruner.plan()
+    [text] = seen
+    words = [pruner.tokenizer.decode(row) for row in text]
+    assert all(("zebra" in word) == bool(number % 2) for number, word in enumerate(words[:20]))
+    assert all(("élan" in word) != bool(number % 2) for number, word in enumerate(words[:20]))
+
+
+def test_sequences_of_what_was_counted_are_whole_and_of_all_sources_in_turns():
+    tokenizer = tokenizer_of("byte_level")
+    sources = [Counted(name, np.zeros(ROWS), read=[text]) for name, text in (("a", "ab " * 400), ("b", "xyz " * 30))]
+    [long], [short] = (counting.ids_of(tokenizer, one.read) for one in sources)
+    found = sequences_of(sources, tokenizer, 8, 16)
+    assert found.shape == (min(4, len(long) // 15) + min(4, len(short) // 15), 16)
+    assert found[0].tolist() == [1, *long[:15]] and found[1].tolist() == [1, *short[:15]]
+    starts = [15 * (i * (len(long) // 15) // 4) for i in range(4)]
+    first = [row.tolist() for row in found if 90 not in row]  # without a "z"
+    assert first == [[1, *long[start : start + 15]] for start in starts]
+    little = [Counted("c", np.zeros(ROWS), read=["ab"])]
+    assert sequences_of(little, tokenizer, 8, 16).tolist() == [[1, *counting.ids_of(tokenizer, ["ab"])[0]]]
+
+
+def test_tokens_are_ranked_by_the_loss_too_unless_there_are_no_gradients(tmp_path, monkeypatch):
+    options = dict(keep={"vocabulary": 700})
+    pruner = _pruner(**options)
+    kept = pruner.plan().of_model("vocabulary").kept
+    assert kept == _pruner(vocabulary_criterion="frequency_taylor", **options).plan().of_model("vocabulary").kept
+    counts = _pruner(vocabulary_criterion="frequency", **options).plan()
+    assert kept != counts.of_model("vocabulary").kept and not counts.reasons
+    pruner.prune()
+    pruner.save_pretrained(tmp_path / "small")
+    assert "`frequency_taylor`" in (tmp_path / "small" / "README.md").read_text(encoding="utf-8")
+
+    def no_room(model, tokens):
+        raise RuntimeError("out of memory: 3 GB\nand more")
+
+    monkeypatch.setattr("hf_structprune.pruner.try_gradients", no_room)
+    found = _pruner(**options).plan()
+    assert found.of_model("vocabulary").kept == counts.of_model("vocabulary").kept
+    assert found.reasons == [
+        "tokens are ranked by counts alone ('frequency', not 'frequency_taylor'), since gradients cannot be computed "
+        "here (out of memory: 3 GB)"
+    ]
+    with torch.device("meta"):
+        model = _model_without_weights()
+    found = _pruner(model, **options).plan()
+    assert found.of_model("vocabulary").kept == counts.of_model("vocabulary").kept
+    assert "since the weights are not in memory" in found.reasons[0]
 
 
 def test_beside_other_kinds_the_vocabulary_goes_first_and_they_take_the_rest():
