@@ -48,8 +48,8 @@ class RecoveryConfig:
         modules_to_save (list of `str`, *optional*): Names of the modules that are trained whole beside the adapters,
             for example `lm_head`. Default: none.
         train_embeddings (`bool`, *optional*): Where all weights are trained, the input embeddings and the head too.
-            Default: yes, but not in distillation, where steps without them take a fifth less time on a CPU and give
-            back as much.
+            Default: yes, but not in distillation from a model with the same tokens, where steps without them take a
+            fifth less time on a CPU and give back as much.
         init_lora_weights (`str`, *optional*): How PEFT starts adapters: `gaussian`, `orthogonal`, `mica`, `pissa`,
             `pissa_niter_16` (or another number) or `olora`. Default: PEFT's, zero for the second matrix.
         use_dora (`bool`): Train magnitude and direction apart (DoRA).
@@ -137,8 +137,8 @@ class RecoveryConfig:
                 f"`train_embeddings` is {self.train_embeddings}, and {self.trained!r} trains adapters beside frozen "
                 "weights: name the modules to be trained whole in `modules_to_save`, or train 'full'."
             )
-        if self.trained == "full":
-            defaults["train_embeddings"] = self.method != "distill"
+        if self.method == "full":
+            defaults["train_embeddings"] = True
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)

@@ -151,8 +151,6 @@ def recover(
     rows = None if dataset is None else load_rows(dataset, **drawn)
     tokenizer = tokenizer or load_tokenizer(model, trust_remote_code=trust_remote_code)
     student = load_student(model, config, trust_remote_code)
-    if config.train_embeddings is False:
-        hold_embeddings(student)
     loaded = None
     if teacher is not None:
         from .distillation.dual_space import load_dual_space_teacher
@@ -163,6 +161,10 @@ def recover(
             computed = dataclasses.replace(distillation, teacher_dtype=choose_precision(config.precision))
         load = partial(load_dual_space_teacher, seed=config.seed) if distillation.dual_space else load_teacher
         loaded = load(teacher, student, computed, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+    if config.trained == "full" and config.train_embeddings is None:  # tokens that went are spelled by others now
+        config = dataclasses.replace(config, train_embeddings=distillation.dual_space or loaded.tokens is not None)
+    if config.train_embeddings is False:
+        hold_embeddings(student)
     if loaded is not None and (rows is None or distillation.dense_answers):
         loaded.to(hardware.process_state().device)
         names = not isinstance(teacher, nn.Module)

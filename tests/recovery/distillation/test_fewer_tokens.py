@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -293,6 +294,20 @@ def test_recovery_from_the_dense_model(folders, tmp_path, monkeypatch):
     last = "checkpoint-4/adapter_model.safetensors"
     whole, parts = (load_file(tmp_path / f"{name}-training" / last) for name in ("whole", "parts"))
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_embeddings_are_trained_where_tokens_are_spelled_by_others_now(folders, tmp_path):
+    rows = [{"text": TEXTS[0][n : n + 80]} for n in range(12)]
+    (tmp_path / "watched.txt").write_text(TEXTS[1])
+    config = RecoveryConfig(
+        method="distill", weights="full", max_length=64, batch_size=4, micro_batch_size=2, max_steps=2, window=32,
+        evaluations=1, max_windows=2, precision="fp32", learning_rate=1e-3, text=str(tmp_path / "watched.txt"),
+    )  # fmt: skip
+    held = recover(folders / "small", rows, tmp_path / "held", replace(config, train_embeddings=False),
+                   teacher=folders / "dense")  # fmt: skip
+    made = recover(folders / "small", rows, tmp_path / "made", config, teacher=folders / "dense")
+    assert [one.report["configuration"]["train_embeddings"] for one in (held, made)] == [False, True]
+    assert held.report["training"]["trainable_parameters"] < made.report["training"]["trainable_parameters"]
 
 
 def interrupt(self, args, state, control, **more):
