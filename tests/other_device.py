@@ -6,6 +6,8 @@ as CUDA would: all but 0-dimensional ones, indices (which may be on the CPU) and
 its tensor came from. What hooks do in a backward pass is not seen.
 """
 
+from unittest.mock import patch
+
 import torch
 from accelerate import dispatch_model
 from torch.overrides import TorchFunctionMode
@@ -66,9 +68,12 @@ class OtherDevice:
         self._modes = (operations, _Python(operations))
         for mode in self._modes:
             mode.__enter__()
+        self._memory = patch.object(torch.cuda, "mem_get_info", lambda device=None: (2**40, 2**40))
+        self._memory.start()
         return self
 
     def __exit__(self, *error):
+        self._memory.stop()
         self.operations, self.pinned = self._modes[0].operations, self._modes[0].pinned
         for mode in reversed(self._modes):
             mode.__exit__(*error)

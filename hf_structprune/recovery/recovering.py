@@ -161,6 +161,7 @@ def recover(
             computed = dataclasses.replace(distillation, teacher_dtype=choose_precision(config.precision))
         load = partial(load_dual_space_teacher, seed=config.seed) if distillation.dual_space else load_teacher
         loaded = load(teacher, student, computed, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+    given = config
     if config.trained == "full" and config.train_embeddings is None:  # tokens that went are spelled by others now
         config = dataclasses.replace(config, train_embeddings=distillation.dual_space or loaded.tokens is not None)
     if config.train_embeddings is False:
@@ -193,7 +194,7 @@ def recover(
     if checkpoint is not None:
         refuse_other_settings(checkpoint, settings)
     about = {
-        "configuration": config.to_public_dict(), "model": _name(model), "dataset": settings["dataset"],
+        "configuration": given.to_public_dict(), "model": _name(model), "dataset": settings["dataset"],
         "data": dataclasses.asdict(data),
     }  # fmt: skip
     trainer_class, more = SFTTrainer, {}

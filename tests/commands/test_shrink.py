@@ -120,7 +120,9 @@ def test_all_weights_are_trained_where_there_is_room(place, monkeypatch):
 
 def test_widths_may_differ_between_layers(place):
     options = shrink.ShrinkArguments("m", 0.2, 60.0, "o")
-    assert made(options)["prune"] == {"ratio": 0.2, "calibration": shrink.CALIBRATION}
+    assert made(options)["prune"] == {
+        "ratio": 0.2, "reconstruct": False, "calibration": shrink.CALIBRATION,
+    }  # fmt: skip
     options.layout = "per_layer"
     assert made(options)["prune"].items() >= {"layout": "per_layer", "allocation": "global", "ratio": 0.2}.items()
     line = ["shrink", str(place / "dense"), "--ratio", "0.2", "--minutes", "3", "--output-dir", str(place / "out")]

@@ -148,5 +148,5 @@ def test_a_model_that_mixes_examples_is_trained_on_one_at_a_time(tmp_path, caplo
     )
     report = recover(model, rows, tmp_path / "out", config, tokenizer=build_tokenizer()).report
     assert "Examples are not packed into sequences: in OPTForCausalLM" in caplog.text
-    assert report["configuration"]["packing"] is False and report["data"]["packed"] is None
+    assert report["configuration"]["packing"] is True and report["data"]["packed"] is None  # asked, and got
     assert [shape[0] for shape in shapes] == [2] * 4

@@ -306,7 +306,7 @@ def test_embeddings_are_trained_where_tokens_are_spelled_by_others_now(folders, 
     held = recover(folders / "small", rows, tmp_path / "held", replace(config, train_embeddings=False),
                    teacher=folders / "dense")  # fmt: skip
     made = recover(folders / "small", rows, tmp_path / "made", config, teacher=folders / "dense")
-    assert [one.report["configuration"]["train_embeddings"] for one in (held, made)] == [False, True]
+    assert made.report["configuration"]["train_embeddings"] is None  # what was asked for
     assert held.report["training"]["trainable_parameters"] < made.report["training"]["trainable_parameters"]
 
 
