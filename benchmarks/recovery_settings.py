@@ -50,7 +50,8 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "KL and labels, all weights, 2e-4": (FULL, {"label_weight": 0.5}),
     "KL, all weights, 2e-4, batches of 4": ({**FULL, "batch_size": 4}, {}),
     "KL, all weights but embeddings, 2e-4, batches of 4": (
-        {**FULL, "batch_size": 4, "micro_batch_size": 4, "train_embeddings": False}, {}
+        {**FULL, "batch_size": 4, "micro_batch_size": 4, "train_embeddings": False},
+        {},
     ),
     "KL, all weights, 2e-4, batches of 4 at once": ({**FULL, "batch_size": 4, "micro_batch_size": 4}, {}),
     "KL, all weights, 2e-4, answers alone": ({**FULL, "prompt_loss": False}, {"on_prompts": False}),
