@@ -278,6 +278,11 @@ def test_tokens_are_ranked_by_the_loss_too_unless_there_are_no_gradients(tmp_pat
         "tokens are ranked by counts alone ('frequency', not 'frequency_taylor'), since gradients cannot be computed "
         "here (out of memory: 3 GB)"
     ]
+    with monkeypatch.context() as patched:
+        patched.setattr("hf_structprune.pruner.MANY_WEIGHTS", 1000)
+        found = _pruner(**options).plan()
+        assert found.of_model("vocabulary").kept == counts.of_model("vocabulary").kept
+        assert found.reasons[0].endswith("since gradients of 1,064 rows take long on a CPU")
     with torch.device("meta"):
         model = _model_without_weights()
     found = _pruner(model, **options).plan()
