@@ -131,8 +131,8 @@ class PruningConfig:
         vocabulary_criterion (`str`): Which tokens stay: `"frequency"` (those without which text like this gets
             longer; where counts are small, the tokenizer's own order has a part in it), `"frequency_taylor"` (the
             same, with a part for what the loss loses without their rows, by gradients of a few sequences of that
-            text), `"embedding_norm"` or `"taylor"`. `"auto"` is `"frequency_taylor"` where gradients can be had (on a
-            CPU, of at most 100 million weights), else `"frequency"`, and the plan says why.
+            text), `"embedding_norm"` or `"taylor"`. `"auto"` is `"frequency_taylor"` where gradients can be had, else
+            `"frequency"`, and the plan says why.
         vocabulary_text (`str` or list of `str`, *optional*): The text in which tokens are counted: as `dataset` of the
             calibration. Give text of every language, and of every kind, that the model is to write; each source has an
             equal part. Default: all of the calibration's data. With `units="auto"`, tokens go only if it is given: the

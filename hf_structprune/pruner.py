@@ -21,7 +21,7 @@ from transformers.utils import logging
 from .allocation.depth import DepthChoice
 from .choosing_kinds import Candidate, KindChooser
 from .config import AUTO, EVOLUTION, MEASURED, PruningConfig
-from .criteria.tokens import MANY_WEIGHTS, SEQUENCES, token_importance
+from .criteria.tokens import SEQUENCES, token_importance
 from .default_kind import NO_WEIGHTS, DefaultKind, near
 from .errors import CalibrationError, ConfigurationError, StructPruneError, UnsupportedModelError
 from .evaluation.results import Figure
@@ -402,10 +402,8 @@ class StructuredPruner:
         """Ranks tokens by the loss, too, where its gradients can be had."""
         if self.config.vocabulary_criterion != AUTO:
             return self.config
-        weight, length = self._decoder().get_input_embeddings().weight, self.config.calibration.length
-        many = weight.device.type == "cpu" and weight.numel() > MANY_WEIGHTS
-        why = f"gradients of {len(weight):,} rows take long on a CPU" if many else ""
-        why = why or self._without_gradients(lambda: torch.arange(length)[None] % len(weight))
+        rows, length = len(self._decoder().get_input_embeddings().weight), self.config.calibration.length
+        why = self._without_gradients(lambda: torch.arange(length)[None] % rows)
         if why:
             self._of_tokens = f"tokens are ranked by counts alone ('frequency', not 'frequency_taylor'), since {why}"
         criterion = "frequency" if why else "frequency_taylor"

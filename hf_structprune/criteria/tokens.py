@@ -17,7 +17,6 @@ from .widths import Taylor
 
 
 SEQUENCES = 64  # that gradients beside counts are of
-MANY_WEIGHTS = 10**8  # of an embedding: on a CPU their gradients are taken only if asked for (168 million: 20 minutes)
 
 
 def token_importance(

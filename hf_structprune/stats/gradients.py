@@ -323,6 +323,8 @@ def _backward(model: nn.Module, batch: torch.Tensor, plain: bool, draw: Draw | N
     # A quarter: the loss holds its logits, their softmax and two gradients at once.
     chunk, gradients = max(1, positions_at_once(head.weight.shape[0]) // 4), []
     wanted = [head.weight] if head.weight.requires_grad else []
+    if wanted:  # their gradient, which is added up for each chunk, is as large as what the loss then holds
+        chunk = max(chunk, head.weight.shape[1] // 4)
     of_head = torch.zeros_like(head.weight, dtype=torch.float32) if wanted else None
     for part, target in zip(states.detach().split(chunk), targets.split(chunk), strict=True):
         part = part.requires_grad_(True)
