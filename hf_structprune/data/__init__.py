@@ -9,6 +9,11 @@ def calibration_sample() -> Path:
     return _path("calibration.jsonl")
 
 
+def chat_sample() -> Path:
+    """Chats of one question and answer, a `.jsonl` file with the column `messages`, English."""
+    return _path("chats.jsonl")
+
+
 def wikitext2_sample() -> Path:
     """The leading articles of the WikiText-2 raw test split, a `.txt` file with its blank lines."""
     return _path("wikitext2_test_sample.txt")

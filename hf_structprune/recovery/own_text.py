@@ -26,14 +26,15 @@ from ..errors import TextError
 from ..hardware import cuda_devices, process_state
 from ..model.measuring import context_length, measuring
 from ..progress import tqdm
-from ..text.calibration import load_tokens, without_beginning
+from ..text.calibration import load_tokens, packaged_chats, without_beginning
 from ..text.reading import read_rows
 from .kept_batches import KeptBatches
 
 
 logger = logging.get_logger(__name__)
 
-CALIBRATION, GENERATED = "calibration text", "generated text"  # names of the sources
+# Names of the sources.
+CALIBRATION, CHATS, GENERATED = "calibration text", "packaged chats", "generated text"
 BATCH = 16  # sequences that are written at once
 OPENING = 16  # tokens of the calibration text that are gone on from
 QUESTION = 64  # tokens of a question at most
@@ -41,18 +42,24 @@ _MARK = "QUESTION"  # a user's turn, to see what the template writes before it
 _VERSION = 1  # of what is generated from the same model, seed and settings
 
 
-def calibration_rows(pruned: str | os.PathLike | None, tokenizer: Any) -> list[dict[str, str]]:
-    """The text that a pruned checkpoint was calibrated on, as its configuration says, else the packaged sample."""
+def calibration_rows(
+    pruned: str | os.PathLike | None, tokenizer: Any
+) -> tuple[list[dict[str, str]], list[dict[str, Any]]]:
+    """The text that a pruned checkpoint was calibrated on, as its configuration says, else the packaged sample.
+
+    The second are chats, of the packaged sample, where the model can write them.
+    """
     path = None if pruned is None else Path(pruned) / CONFIG_NAME
     config = PruningConfig.load(path.parent).calibration if path is not None and path.is_file() else None
     if config is not None and config.image_column is None and config.fingerprint is None and config.dataset:
         tokens = load_tokens(replace(config, tokens=None), tokenizer)
-        return [{"text": text} for text in tokenizer.batch_decode(without_beginning(tokens, tokenizer))]
+        return [{"text": text} for text in tokenizer.batch_decode(without_beginning(tokens, tokenizer))], []
     if config is not None and (config.fingerprint is not None or config.image_column is not None):
         logger.warning(
             "The calibration data was in memory, or has pictures: the packaged sample of English text takes its place."
         )
-    return [{"text": row["text"] if isinstance(row, dict) else row} for row in read_rows(calibration_sample())]
+    plain = [{"text": row["text"] if isinstance(row, dict) else row} for row in read_rows(calibration_sample())]
+    return plain, [{"messages": chat} for chat in packaged_chats(tokenizer)]
 
 
 class Writer:
@@ -182,14 +189,14 @@ def own_rows(
     model: PreTrainedModel, tokenizer: Any, pruned: str | os.PathLike | None, tokens: int, *, length: int, seed: int,
     seconds: float | None = None,
 ) -> list[Any]:  # fmt: skip
-    """Sources for `load_rows`: the calibration text, and `tokens` tokens that the dense model writes, if any.
+    """Sources for `load_rows`: what it was calibrated on, and `tokens` tokens that the dense model writes, if any.
 
     The first process writes, the others read; arguments as of `calibration_rows` and `generated_rows`.
     """
     import datasets
 
-    calibration = calibration_rows(pruned, tokenizer)
-    sources = {CALIBRATION: calibration}
+    calibration, chats = calibration_rows(pruned, tokenizer)
+    sources: dict[str, list[dict[str, Any]]] = {CALIBRATION: calibration, **({CHATS: chats} if chats else {})}
     if tokens:
         openings, state = [row["text"] for row in calibration], process_state()
         with state.main_process_first():

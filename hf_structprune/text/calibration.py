@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 
 from ..checks import Count, Limits, Number, check_fields, check_keys
-from ..data import calibration_sample
+from ..data import calibration_sample, chat_sample
 from ..errors import CalibrationError, ConfigurationError, TextError
 from .reading import beginning_of, read_rows, token_ids
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 CHARACTERS_PER_TOKEN = 64  # that are tokenised of a source with far more text than needed, for each needed token
+PLAIN = 3  # packaged sequences of plain text for each one of chats
 PEEK_ROWS = 1000  # looked at to tell lines of one text from documents
 # No text has more tokens: a character has four bytes at most; a row gets some special tokens or a separator.
 _TOKENS_PER_CHARACTER, _SEPARATORS = 8, 16
@@ -60,7 +61,7 @@ class CalibrationConfig:
         dataset (`str` or list of `str`, *optional*):
             A `.txt`, `.jsonl` or `.json` file, a folder made by `datasets.save_to_disk` or a dataset id of the Hub. A
             list mixes several sources in equal shares, interleaved. `None` is the packaged sample (half Wikipedia
-            articles, half web pages; English).
+            articles, half web pages; English); with a chat template every fourth sequence is of packaged chats.
         name (`str`, *optional*): Configuration name of a Hub dataset, for example `"wikitext-2-raw-v1"`.
         split (`str`): Split of a dataset.
         column (`str`): Column of a dataset or key of a JSONL row; a text, or chat messages with `chat_template`.
@@ -155,18 +156,37 @@ def load_tokens(config: CalibrationConfig, tokenizer: Any) -> torch.LongTensor:
         raise CalibrationError("Calibration text needs a tokenizer and there is none: give one, or give `tokens`.")
     found = []
     try:
-        sources = _sources(config)
-        for i, (name, rows) in enumerate(sources):
-            count = len(range(i, config.num_samples, len(sources)))
-            found.append(torch.from_numpy(_source_tokens(name, rows, count, config, tokenizer)))
+        sources = _sources(config, tokenizer)
+        turns = [source for source in sources for _ in range(source.turns)]
+        for source in sources:
+            places = [range(i, config.num_samples, len(turns)) for i, one in enumerate(turns) if one is source]
+            if count := sum(map(len, places)):
+                found.append((places, _source_tokens(source, count, config, tokenizer)))
     except CalibrationError:
         raise
     except TextError as error:  # also from the middle of a file
         raise CalibrationError(str(error)) from error
     tokens = torch.empty(config.num_samples, config.length, dtype=torch.long)
-    for i, sequences in enumerate(found):
-        tokens[i :: len(found)] = sequences
+    for places, sequences in found:
+        for i, place in enumerate(places):
+            tokens[list(place)] = torch.from_numpy(sequences[i :: len(places)]).long()
     return tokens
+
+
+def packaged_chats(tokenizer: Any) -> Sequence[list[dict[str, str]]]:
+    """Chats for a model with a chat template that can write them; none for others."""
+    if not getattr(tokenizer, "chat_template", None):
+        return ()
+    rows = read_rows(chat_sample(), column="messages")
+    try:
+        rendered("A packaged chat", rows[0], tokenizer, "")
+    except CalibrationError as error:
+        from transformers.utils import logging
+
+        logger = logging.get_logger(__name__)
+        logger.warning(f"{error}. There are no chats in the packaged text, then: give chats of your own as `dataset`.")
+        return ()
+    return rows
 
 
 def check_given(config: CalibrationConfig) -> None:
@@ -228,12 +248,30 @@ def check_token_ids(tokens: torch.LongTensor, vocab_size: int) -> None:
         )
 
 
-def _sources(config: CalibrationConfig) -> list[tuple[str, Sequence[Any]]]:
-    """Names for messages and rows; those of a dataset are read only when asked for."""
+@dataclass(frozen=True)
+class _Source:
+    """Rows, those of a dataset read only when asked for.
+
+    Attributes:
+        name: For messages.
+        rows: Texts, or chats.
+        chats: Whether the chat template writes them.
+        turns: Sequences of it, before the next source has its turn.
+    """
+
+    name: str
+    rows: Sequence[Any]
+    chats: bool
+    turns: int = 1
+
+
+def _sources(config: CalibrationConfig, tokenizer: Any) -> list[_Source]:
     if config.texts is not None:
-        return [("`texts`", config.texts)]
+        return [_Source("`texts`", config.texts, config.chat_template)]
     if config.dataset is None:
-        return [("the packaged sample", read_rows(calibration_sample()))]
+        chats = packaged_chats(tokenizer)
+        plain = _Source("the packaged sample", read_rows(calibration_sample()), config.chat_template, PLAIN)
+        return [plain, *([_Source("the packaged chats", chats, True)] if chats else ())]
     datasets = [config.dataset] if isinstance(config.dataset, str) else config.dataset
     if not datasets:
         raise CalibrationError("`dataset` is an empty list: name at least one, or None for the packaged sample.")
@@ -242,24 +280,22 @@ def _sources(config: CalibrationConfig) -> list[tuple[str, Sequence[Any]]]:
             f"`num_samples` is {config.num_samples}, but there are {len(datasets)} datasets to take a sequence of."
         )
     options = {"name": config.name, "split": config.split, "column": config.column}
-    return [(str(dataset), read_rows(str(dataset), **options)) for dataset in datasets]
+    return [_Source(str(one), read_rows(str(one), **options), config.chat_template) for one in datasets]
 
 
-def _source_tokens(
-    name: str, rows: Sequence[Any], count: int, config: CalibrationConfig, tokenizer: Any
-) -> np.ndarray:
+def _source_tokens(source: _Source, count: int, config: CalibrationConfig, tokenizer: Any) -> np.ndarray:
     """`count` sequences of one source, shape `(count, config.length)`."""
-    rng = random.Random(config.seed)
-    running = not config.chat_template and _is_running_text(rows)
+    name, rows, chats, rng = source.name, source.rows, source.chats, random.Random(config.seed)
+    running = not chats and _is_running_text(rows)
     drawn = _draw(rows, count, config.length * CHARACTERS_PER_TOKEN, rng)
-    texts = [_as_text(f"Row {index} of {name}", row, config, tokenizer) for index, row in drawn]
+    texts = [_as_text(f"Row {index} of {name}", row, chats, tokenizer) for index, row in drawn]
     if not any(text.strip() for text in texts):
         raise CalibrationError(f"There is no text in {name}: it has no rows, or all of them are empty.")
     most = sum(map(len, texts)) * _TOKENS_PER_CHARACTER + len(texts) * _SEPARATORS
     _check_enough(most, f"at most {most}", name, count, config.length)
-    ids = _tokenize(texts, running, config.chat_template, tokenizer)
+    ids = _tokenize(texts, running, chats, tokenizer)
     begins = beginning_of(tokenizer)
-    if config.chat_template and ids[: len(begins)].tolist() != begins:  # the template begins chats in another way
+    if chats and ids[: len(begins)].tolist() != begins:  # the template begins chats in another way
         begins = []
     step = config.length - len(begins)
     if step < 1:
@@ -312,16 +348,16 @@ def _draw(rows: Sequence[Any], parts: int, characters: int, rng: random.Random) 
     return drawn
 
 
-def _as_text(where: str, row: Any, config: CalibrationConfig, tokenizer: Any) -> str:
+def _as_text(where: str, row: Any, chats: bool, tokenizer: Any) -> str:
     """A row that is text, or chat messages (a text is one of the user) as the tokenizer's template renders them."""
-    if isinstance(row, str) and (not config.chat_template or not row.strip()):
+    if isinstance(row, str) and (not chats or not row.strip()):
         return row
     chat = [{"role": "user", "content": row}] if isinstance(row, str) else row
     is_chat = (
         isinstance(chat, list) and chat and all(isinstance(m, dict) and {"role", "content"} <= {*m} for m in chat)
     )
-    if not (config.chat_template and is_chat):
-        kinds = "a text or a list of {role, content} messages" if config.chat_template else "a text"
+    if not (chats and is_chat):
+        kinds = "a text or a list of {role, content} messages" if chats else "a text"
         hint = " Set `chat_template=True` to render chat messages." if is_chat else ""
         raise CalibrationError(f"{where} is a {type(row).__name__}, not {kinds}.{hint}")
     return rendered(

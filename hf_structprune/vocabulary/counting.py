@@ -16,6 +16,7 @@ from ..config import PruningConfig
 from ..data import calibration_sample
 from ..errors import TextError
 from ..progress import tqdm
+from ..text.calibration import packaged_chats, rendered
 from ..text.reading import beginning_of, read_rows
 
 
@@ -103,7 +104,7 @@ def count_tokens(config: PruningConfig, tokenizer: Any, size: int) -> list[Count
         _add(one.counts, one.pieces, calibration.tokens.tolist())
         return [one]
     found = []
-    sources = list(_sources(config))
+    sources = list(_sources(config, tokenizer))
     for name, rows in sources:
         one = Counted(name, np.zeros(size, dtype=np.int64))
         _count(one, rows, tokenizer, config.vocabulary_tokens // len(sources))
@@ -113,14 +114,15 @@ def count_tokens(config: PruningConfig, tokenizer: Any, size: int) -> list[Count
     return found
 
 
-def _sources(config: PruningConfig) -> Iterator[tuple[str, Sequence[Any]]]:
+def _sources(config: PruningConfig, tokenizer: Any) -> Iterator[tuple[str, Sequence[Any]]]:
     calibration, given = config.calibration, config.vocabulary_text
     if given is None and calibration.texts is not None:
         yield "`texts`", calibration.texts
         return
     given = calibration.dataset if given is None else given
     if given is None:
-        yield "the packaged sample", read_rows(calibration_sample())
+        chats = [rendered("A packaged chat", chat, tokenizer, "") for chat in packaged_chats(tokenizer)]
+        yield "the packaged sample", [*read_rows(calibration_sample()), *chats]
         return
     options = {"name": calibration.name, "split": calibration.split, "column": calibration.column}
     for source in [given] if isinstance(given, str) else given:

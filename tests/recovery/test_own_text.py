@@ -80,10 +80,16 @@ def test_what_was_written_is_kept_and_gone_on_with(few, tiny_llama, make_tokeniz
 
 def test_text_of_the_calibration(tmp_path, make_tokenizer, caplog):
     tokenizer = make_tokenizer()
-    assert len(calibration_rows(None, tokenizer)) == 320  # of the packaged sample
+    plain, chats = calibration_rows(None, tokenizer)
+    assert len(plain) == 320 and not chats  # of the packaged sample
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"text": OPENINGS[0] * 9}) + "\n" for _ in range(9)))
     own = CalibrationConfig(dataset=str(tmp_path / "mine.jsonl"), num_samples=4, length=16)
     for calibration, count in ((own, 4), (CalibrationConfig(texts=OPENINGS), 320)):
         PruningConfig(calibration=calibration).save(tmp_path / CONFIG_NAME)
-        assert len(calibration_rows(tmp_path, tokenizer)) == count
+        plain, chats = calibration_rows(tmp_path, tokenizer)
+        assert len(plain) == count and not chats
     assert "was in memory" in caplog.text
+    tokenizer.chat_template = TEMPLATE
+    assert len(calibration_rows(tmp_path, tokenizer)[1]) == 160
+    PruningConfig(calibration=own).save(tmp_path / CONFIG_NAME)
+    assert not calibration_rows(tmp_path, tokenizer)[1]

@@ -7,7 +7,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from hf_structprune.config import CalibrationConfig
-from hf_structprune.data import calibration_sample, wikitext2_sample
+from hf_structprune.data import calibration_sample, chat_sample, wikitext2_sample
 from hf_structprune.errors import CalibrationError
 from hf_structprune.text import calibration, reading
 from hf_structprune.text.calibration import check_token_ids, load_tokens, respelled, without_beginning
@@ -54,6 +54,26 @@ def test_default_shape_and_determinism(tiny_tokenizer):
     assert torch.equal(first, load_tokens(CalibrationConfig(), tiny_tokenizer))
     assert not torch.equal(first, load_tokens(CalibrationConfig(seed=1), tiny_tokenizer))
     assert len(torch.unique(first, dim=0)) == 256
+
+
+def test_packaged_chats_are_questions_with_answers():
+    rows = [json.loads(line) for line in chat_sample().read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 160 == len({row["messages"][0]["content"] for row in rows})
+    assert all([one["role"] for one in row["messages"]] == ["user", "assistant"] for row in rows)
+    assert all(one["content"].strip() == one["content"] != "" for row in rows for one in row["messages"])
+
+
+@pytest.mark.parametrize("count", [3, 64, 254])
+def test_every_fourth_packaged_sequence_is_of_chats_where_a_template_writes_them(make_tokenizer, caplog, count):
+    """Chats alone hold the end token here: plain texts of a chat model are joined by line breaks."""
+    tokenizer = make_tokenizer(chat_template=CHAT_TEMPLATE)
+    config = CalibrationConfig(num_samples=count, length=1000)  # more than one message
+    tokens = load_tokens(config, tokenizer)
+    assert (tokens == 2).any(1).tolist() == [i % 4 == 3 for i in range(count)]
+    assert len(torch.unique(tokens, dim=0)) == count
+    tokenizer.chat_template = "{{ raise_exception('systems only') }}"
+    assert not (load_tokens(config, tokenizer) == 2).any() and "systems only" in caplog.text
+    assert not (load_tokens(config, make_tokenizer()) == 2).all(1).any()
 
 
 # ---------------------------------------------------------------------------------------- joining and cutting
