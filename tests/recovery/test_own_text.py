@@ -90,6 +90,6 @@ def test_text_of_the_calibration(tmp_path, make_tokenizer, caplog):
         assert len(plain) == count and not chats
     assert "was in memory" in caplog.text
     tokenizer.chat_template = TEMPLATE
-    assert len(calibration_rows(tmp_path, tokenizer)[1]) == 160
+    assert len(calibration_rows(tmp_path, tokenizer)[1]) == 240
     PruningConfig(calibration=own).save(tmp_path / CONFIG_NAME)
     assert not calibration_rows(tmp_path, tokenizer)[1]

@@ -58,7 +58,7 @@ def test_default_shape_and_determinism(tiny_tokenizer):
 
 def test_packaged_chats_are_questions_with_answers():
     rows = [json.loads(line) for line in chat_sample().read_text(encoding="utf-8").splitlines()]
-    assert len(rows) == 160 == len({row["messages"][0]["content"] for row in rows})
+    assert len(rows) == 240 == len({row["messages"][0]["content"] for row in rows})
     assert all([one["role"] for one in row["messages"]] == ["user", "assistant"] for row in rows)
     assert all(one["content"].strip() == one["content"] != "" for row in rows for one in row["messages"])
 
