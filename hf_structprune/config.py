@@ -136,7 +136,8 @@ class PruningConfig:
         vocabulary_text (`str` or list of `str`, *optional*): The text in which tokens are counted: as `dataset` of the
             calibration. Give text of every language, and of every kind, that the model is to write; each source has an
             equal part. Default: all of the calibration's data. With `units="auto"`, tokens go only if it is given: the
-            vocabulary and the kind that goes by default are then split by what they cost (`split="measured"`).
+            vocabulary and the kind that goes by default are then split by what they cost (`split="measured"`), unless
+            `keep={"vocabulary": 32768}` says how many tokens stay.
         vocabulary_tokens (`int`): Tokens of it that are counted at most.
         merge_experts (`bool`): Average every expert that goes into the nearest that stays, instead of dropping it.
         split (`dict` of `str` to `float`, or `"measured"`, *optional*): The part of the budget of each kind of unit,
@@ -347,7 +348,7 @@ class PruningConfig:
         """Whether this is the configuration that is asked for, or what `units="auto"` in that came to."""
         if AUTO not in asked.units:
             return self == asked
-        left = {"units": asked.units, "keep": None, "depth_criterion": asked.depth_criterion}
+        left = {"units": asked.units, "keep": asked.keep, "depth_criterion": asked.depth_criterion}
         left |= {"criterion": AUTO} if asked.criterion == AUTO else {}
         return dataclasses.replace(self, **left) == asked
 
@@ -523,7 +524,8 @@ def _in_amounts(config: PruningConfig) -> Iterator[str]:
     for options in exclusive:
         if len(given := _given(config, *options)) > 1:
             yield f"`{given[0]}` and `{given[1]}` are both given; give one of them."
-    yield from _not_cut("keep", config.keep, config)
+    kept = set(config.keep or ()) - set(kinds_of(VocabularyKind) if AUTO in config.units else ())
+    yield from _not_cut("keep", sorted(kept), config)
     yield from _not_cut("split", config.parts, config)
 
 

@@ -351,12 +351,18 @@ class StructuredPruner:
             self._decided, why, self._reached = found
             self._why = [why] * bool(why)
             return self._proven(self._decided.units), None
-        tokens_go = VOCABULARY in self.config.units or self.config.vocabulary_text is not None
-        config = self._decided = self._with_ranked_tokens() if tokens_go else self.config
+        tokens_named = VOCABULARY in (self.config.keep or ())
+        tokens_go = VOCABULARY in self.config.units or tokens_named or self.config.vocabulary_text is not None
+        chooser, config = None, self._with_ranked_tokens() if tokens_go else self.config
+        self._decided = config
         if AUTO in config.units:
-            plain = dataclasses.replace(config, vocabulary_text=None)
+            plain = dataclasses.replace(config, vocabulary_text=None, keep=None)
             kinds = DefaultKind(self._decoder(), self.structure, plain, self._proven)
-            if config.vocabulary_text is not None:  # the text of the user's languages: tokens may go, too
+            if tokens_named:  # the other units take the rest
+                config = dataclasses.replace(config, units=(VOCABULARY, kinds.kind))
+                looks = measure or config.allocation == "global"
+                config = self._decided = self._reconstructing(self._ranked(config) if looks else config)
+            elif config.vocabulary_text is not None:  # the text of the user's languages: tokens may go, too
                 config = self._decided = self._with_tokens(kinds)
             else:
                 chooser = KindChooser(kinds, self._measured_prices, self._in_parts())
@@ -373,8 +379,7 @@ class StructuredPruner:
         if size:
             planner = self._planner(decoder, dataclasses.replace(self._decided, iterative_steps=1))
             ratio = search.ratio(planner)
-            again = AUTO in self.config.units and not config.measures_split
-            if again and abs(ratio - search.guess) > near(search.guess):
+            if chooser is not None and abs(ratio - search.guess) > near(search.guess):
                 before = self._decided
                 self._choose_kinds(chooser, ratio, measure, True)
                 if self._decided != before:

@@ -458,6 +458,9 @@ class ShrinkArguments:
             the pruning is calibrated on, and what the dense model writes.
         layout (`str`): `"uniform"` gives a vanilla checkpoint; by `"per_layer"` most goes from the layers where it
             costs least (allocation `global`), and the checkpoint carries a small modelling file.
+        vocabulary_size (`int`, *optional*): Tokens that stay; other units take the rest of the ratio. Default: all.
+        vocabulary_text (list of `str`, *optional*): With `--vocabulary-size`: text like what the model is to read and
+            write, some million tokens, in which its tokens are counted; as `prune` takes it.
         overwrite (`bool`): Do everything again even if the folders hold checkpoints.
         dry_run (`bool`): Print the recipe and its plan; loads no weights.
     """
@@ -468,6 +471,8 @@ class ShrinkArguments:
     output_dir: str
     dataset: Sequence[str] | None = None
     layout: Annotated[str, OneOf(LAYOUTS)] = "uniform"
+    vocabulary_size: Count | None = None
+    vocabulary_text: Sequence[str] | None = None
     overwrite: bool = False
     dry_run: bool = False
 

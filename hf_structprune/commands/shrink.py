@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from ..errors import ConfigurationError
 from ..hardware import cpu_has_bf16, has_accelerator, memory_in_all
 from ..hub.words import RECOVERY_NAME
 from ..model.loading import load_config
@@ -57,6 +58,14 @@ def recipe_of(options: ShrinkArguments, context: int | None = None, full: bool =
     prune = {"ratio": options.ratio, "reconstruct": False, "calibration": dict(CALIBRATION)}
     if options.layout == "per_layer":
         prune |= {"layout": "per_layer", "allocation": "global"}
+    if (options.vocabulary_size is None) != (options.vocabulary_text is None):
+        raise ConfigurationError(
+            "`--vocabulary-size` says how many tokens stay, `--vocabulary-text` in what text they are counted: give "
+            "both."
+        )
+    if options.vocabulary_size is not None:
+        prune |= {"units": "auto", "keep": {"vocabulary": options.vocabulary_size}}
+        prune["vocabulary_text"] = list(options.vocabulary_text)
     return {
         "model": loading(options.model),
         "output_dir": f"{options.output_dir.rstrip('/')}-pruned",

@@ -130,6 +130,16 @@ def test_widths_may_differ_between_layers(place):
     assert not (place / "out").exists()
 
 
+def test_tokens_may_go_beside_the_other_units(place, capsys):
+    (place / "text.txt").write_text("The cat sat on the mat. " * 400)
+    line = ["shrink", str(place / "dense"), "--ratio", "0.2", "--minutes", "3", "--output-dir", str(place / "out")]
+    for half in (["--vocabulary-size", "64"], ["--vocabulary-text", str(place / "text.txt")]):
+        assert cli.main([*line, *half]) == 2 and "give both" in " ".join(capsys.readouterr().err.split())
+    options = shrink.ShrinkArguments("m", 0.2, 60.0, "o", vocabulary_size=64, vocabulary_text=["t.txt"])
+    asked = {"units": "auto", "keep": {"vocabulary": 64}, "vocabulary_text": ["t.txt"]}
+    assert made(options)["prune"].items() >= asked.items()
+
+
 def test_sequences_are_no_longer_than_the_model_takes():
     lengths = [shrink.recipe_of(shrink.ShrinkArguments("m", 0.2, 1.0, "o"), n)["recover"] for n in (128, 2048, None)]
     assert [recover.get("max_length") for recover in lengths] == [128, None, None]

@@ -289,6 +289,35 @@ def test_tokens_are_ranked_by_the_loss_too_unless_there_are_no_gradients(tmp_pat
     assert "since the weights are not in memory" in found.reasons[0]
 
 
+@pytest.mark.parametrize("layout", ["uniform", "per_layer"])
+def test_with_units_auto_a_number_of_tokens_stays_and_what_goes_by_default_takes_the_rest(tmp_path, layout):
+    more = {"layout": layout, "allocation": "global" if layout == "per_layer" else "uniform"}
+    options = dict(units="auto", keep={"vocabulary": 640}, round_to=1, **more)
+    pruner = _pruner(**options)
+    asked, planned = pruner.config, pruner.plan(0.35)
+    small, plan = pruner.prune(0.35), pruner.last_plan
+    assert plan.removed.keys() == {"vocabulary", "mlp_neurons"} and abs(plan.ratio - 0.35) < 0.01
+    assert small.get_input_embeddings().weight.shape[0] == 640 and planned.removed == plan.removed
+    assert pruner.config == asked and len(pruner.tokenizer) == 640
+    same = {"units": ("vocabulary", "mlp_neurons"), "criterion": "kfac", "reconstruct": True}
+    named = _pruner(**{**options, **same})
+    assert named.plan(0.35).decisions == planned.decisions
+    pruner.save_pretrained(tmp_path / "small")
+    assert PruningConfig.load(tmp_path / "small").keep == {"vocabulary": 640}
+    if layout == "uniform":
+        with torch.device("meta"):
+            model = _model_without_weights()
+        assert _pruner(model, **options).plan(0.35).removed.keys() == plan.removed.keys()
+    reached = _pruner(**options).plan(target_parameters=plan.parameters_after)
+    assert reached.ratio == pytest.approx(plan.ratio, abs=0.01)
+    with pytest.raises(RatioError, match="vocabulary|tokens"):
+        _pruner(**options).plan(0.01)
+    with pytest.raises(ConfigurationError, match="ratio is missing"):
+        _pruner(**options).plan()
+    with pytest.raises(ConfigurationError, match="`keep` names 'layers'"):
+        PruningConfig(units="auto", keep={"layers": 1})
+
+
 def test_beside_other_kinds_the_vocabulary_goes_first_and_they_take_the_rest():
     model = _model()
     pruner = _pruner(
