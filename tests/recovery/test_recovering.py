@@ -261,7 +261,11 @@ def test_no_data_set_is_needed_to_distil(checkpoints, monkeypatch, capsys):
     said = capsys.readouterr()
     assert f"{checkpoints / 'out-training'} (" in said.err and "they may be deleted" in said.err
     report = json.loads(said.out)
-    assert [source["name"] for source in report["data"]["sources"]] == ["calibration text", "generated text"]
+    assert [source["name"] for source in report["data"]["sources"]] == [
+        "calibration text",
+        "packaged chats",
+        "generated text",
+    ]
     assert report["dataset"] == [] and report["teacher"] == "dense" and report["training"]["steps"] == 4
     card = (checkpoints / "out" / "README.md").read_text()
     assert "--generated-tokens 1200" in card and "--dataset " not in card
