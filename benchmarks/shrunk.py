@@ -7,8 +7,10 @@ Runs the command as it is, on one thread and by the clock of the processor: a mi
 computes, so that what else the machine does takes nothing away. It is given a file of chats, web pages and Wikipedia,
 a third of the tokens each or by `--shares`, none of which is measured (`recovery_settings.py`); with `--no-data` it is
 given none. Measured are 12 windows of 2048 tokens of each text that was held out, pruned and recovered over dense, and
-right answers to the packaged closed questions (`recovered.py`). Results are added to benchmarks/results/shrunk.json
-under `--name`, or written over what was there (`--anew`); what lies in OUT is measured as it is.
+right answers to the packaged closed questions (`recovered.py`). With `--vocabulary-size N --vocabulary-text FILE ...`
+tokens go, too; perplexity is of the dense model's tokens (`vocabulary.py`). Results are added to
+benchmarks/results/shrunk.json under `--name`, or written over what was there (`--anew`); what lies in OUT is measured
+as it is.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import argparse
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 
 _wall = time.monotonic
@@ -27,7 +31,10 @@ from core import commit  # noqa: E402
 from recovered import WINDOWS, measure  # noqa: E402
 from recovery_settings import read_data  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
+from vocabulary import measure as measure_windows  # noqa: E402
+from vocabulary import windows  # noqa: E402
 
+from hf_structprune import StructuredPruner  # noqa: E402
 from hf_structprune.commands.cli import main as command  # noqa: E402
 from hf_structprune.files.writing import write_text  # noqa: E402
 from hf_structprune.installed import versions  # noqa: E402
@@ -47,6 +54,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--layout", default="uniform", help="as of `shrink`")
     parser.add_argument("--shares", type=float, nargs=3, help="of chats, web pages and Wikipedia; default: the same")
+    parser.add_argument("--vocabulary-size", type=int, help="as of `shrink`")
+    parser.add_argument("--vocabulary-text", nargs="+", help="as of `shrink`")
     parser.add_argument("--no-data", action="store_true", help="without a data set")
     parser.add_argument("--anew", action="store_true", help="also what is in the file already, and nothing beside it")
     parser.add_argument("--name", help="default: of ratio, minutes and layout")
@@ -59,6 +68,8 @@ def main() -> None:
     out, line = Path(arguments.output_dir), ["shrink", arguments.dense]
     line += ["--ratio", str(arguments.ratio), "--minutes", str(arguments.minutes), "--output-dir", str(out)]
     line += ["--layout", arguments.layout]
+    if arguments.vocabulary_size:
+        line += ["--vocabulary-size", str(arguments.vocabulary_size), "--vocabulary-text", *arguments.vocabulary_text]
     if not arguments.no_data:
         file = arguments.data / "shrunk_train.jsonl"
         write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -68,6 +79,7 @@ def main() -> None:
     results |= {"versions": versions("trl", "peft"), "commit": commit(), "windows": WINDOWS}
     name = arguments.name or f"{arguments.ratio:.0%} in {arguments.minutes:g} minutes"
     name += "" if arguments.name or arguments.layout == "uniform" else ", per-layer"
+    name += f", {arguments.vocabulary_size} tokens" if arguments.vocabulary_size and not arguments.name else ""
     run = results.setdefault(name, {"ratio": arguments.ratio, "minutes": arguments.minutes})
     run |= {"shares": arguments.shares} if arguments.shares else {}
     if not out.is_dir():
@@ -80,17 +92,28 @@ def main() -> None:
     run["got"] = json.loads(Path(f"{out}-pruned", "pruning_plan.json").read_text(encoding="utf-8"))["ratio"]
     run |= {key: report["training"][key] for key in ("tokens", "steps", "seconds")}
     run["configuration"] = {key: report[key] for key in ("configuration", "distillation")}
-    tokenizer = AutoTokenizer.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.dense)
     for state, folder in (("dense", arguments.dense), ("recovered", out), ("pruned", f"{out}-pruned")):
         kept = results if state == "dense" else run
         if state not in kept:
-            kept[state] = measure(folder, tokenizer, texts)
+            kept[state] = measure(folder, AutoTokenizer.from_pretrained(folder), texts)
+            if arguments.vocabulary_size and state != "dense":
+                kept[state] |= of_dense_tokens(folder, tokenizer, texts)
             write_text(arguments.output, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     dense = results["dense"]
     print(f"| | {' | '.join(texts)} | right |\n| --- |{' ---: |' * (len(texts) + 1)}")
     for title, found in (("dense", dense), (f"{name}, pruned", run["pruned"]), (name, run["recovered"])):
         cells = [f"{found[text]:.1f} ({found[text] / dense[text]:.3f})" for text in texts]
         print(f"| {title} | {' | '.join(cells)} | {sum(found['right'])} |")
+
+
+def of_dense_tokens(folder: str | Path, tokenizer: Any, texts: dict[str, str]) -> dict[str, float]:
+    """Perplexity of the same windows, per token of the dense model, whatever tokens the model has."""
+    small, found = StructuredPruner.from_pretrained(str(folder), dtype=torch.bfloat16), {}
+    for name, text in texts.items():
+        spans = windows(SimpleNamespace(tokenizer=tokenizer), text, WINDOWS)
+        found[name] = measure_windows(small, spans)["perplexity"]
+    return found
 
 
 if __name__ == "__main__":
