@@ -2,7 +2,8 @@
 
     python benchmarks/generation.py --model HuggingFaceTB/SmolLM2-135M-Instruct
 
-Prunes by each of `--ratios` with the default settings (calibrated on the packaged text) and measures what
+Prunes by each of `--ratios` with the default settings (calibrated on the packaged text), or with `--as-shrink` on half
+of the text and without reconstruction, as `shrink` and `demo` do before they train, and measures what
 `evaluate --generation` measures, in the model's own dtype, and the perplexity of the packaged text (6 windows). Every
 ratio is kept as soon as it is there: a call with the same output goes on. Results go to
 benchmarks/results/generation.json, a table to the terminal.
@@ -12,21 +13,23 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from hf_structprune import PruningConfig
 from hf_structprune.commands.models import DEMO_MODEL, find_model, load_pruner
+from hf_structprune.commands.shrink import CALIBRATION
 from hf_structprune.evaluation import EvaluationConfig, EvaluationResult, ResultTable, evaluate
 
 
 RESULTS = Path(__file__).parent / "results" / "generation.json"
 
 
-def measure(model: str, ratio: float, units: list[str] | None) -> tuple[EvaluationResult, float]:
+def measure(model: str, ratio: float, settings: dict[str, Any]) -> tuple[EvaluationResult, float]:
     """One ratio, and the seconds that generation takes with the perplexity."""
     pruner = load_pruner(find_model(model))
-    pruner.config = PruningConfig(units=units)
+    pruner.config = PruningConfig(**settings)
     if ratio:
         pruner.prune(ratio)
     start = time.perf_counter()
@@ -41,13 +44,17 @@ def main() -> None:
     parser.add_argument("--model", default=DEMO_MODEL, help="Hub id or folder; the demo's model if it is left out")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.1, 0.15, 0.2])
     parser.add_argument("--units", nargs="+", help="as of PruningConfig; default: its own")
+    parser.add_argument("--as-shrink", action="store_true", help="as `shrink` prunes")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
+    settings: dict[str, Any] = {"units": options.units}
+    if options.as_shrink:
+        settings |= {"reconstruct": False, "calibration": CALIBRATION}
     saved = json.loads(options.output.read_text()) if options.output.exists() else {"seconds": {}, "results": {}}
     for ratio in [0.0, *options.ratios]:
         if f"{ratio:g}" in saved["results"]:
             continue
-        result, saved["seconds"][f"{ratio:g}"] = measure(options.model, ratio, options.units)
+        result, saved["seconds"][f"{ratio:g}"] = measure(options.model, ratio, settings)
         saved["results"][f"{ratio:g}"] = result.to_dict()
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(saved, indent=1) + "\n")
