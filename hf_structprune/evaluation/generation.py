@@ -18,6 +18,7 @@ from ..files.writing import write_text
 from ..hardware import cuda_devices, synchronize
 from ..model.measuring import context_length, measuring
 from ..progress import tqdm
+from ..text.calibration import same_day
 from .efficiency import devices_of, memory_in_use, where
 from .results import Figure, csv_text
 
@@ -153,7 +154,7 @@ def encode_prompt(model: PreTrainedModel, tokenizer: Any, prompt: str) -> dict[s
     """Token ids and mask of a prompt, as a user's message if the tokenizer has a chat template."""
     if tokenizer.chat_template:
         messages, options = [{"role": "user", "content": prompt}], {"return_dict": True, "return_tensors": "pt"}
-        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
+        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options, **same_day(tokenizer))
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     if inputs["input_ids"].shape[1] == 0:

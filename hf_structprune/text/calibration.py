@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import torch
 
 CHARACTERS_PER_TOKEN = 64  # that are tokenised of a source with far more text than needed, for each needed token
+# In the place of the function of the same name; the day is that of Llama 3.1's template where it knows no other.
+_SAME_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"  # templates drop the break after a tag
 PLAIN = 3  # packaged sequences of plain text for each one of chats
 PEEK_ROWS = 1000  # looked at to tell lines of one text from documents
 # No text has more tokens: a character has four bytes at most; a row gets some special tokens or a separator.
@@ -371,9 +373,16 @@ def rendered(where: str, chat: list[dict[str, Any]], owner: Any, if_none: str) -
     if not getattr(owner, "chat_template", None):
         raise CalibrationError(f"`chat_template` is True, but {if_none}")
     try:
-        return owner.apply_chat_template(chat, tokenize=False)
+        return owner.apply_chat_template(chat, tokenize=False, **same_day(owner))
     except Exception as error:  # a template is a program of the model's author and fails as it likes
         raise CalibrationError(f"{where} cannot be rendered by the chat template: {error}") from error
+
+
+def same_day(owner: Any) -> dict[str, Any]:
+    """What lets a chat template that writes the day (Llama 3, SmolLM3) write the same one whenever it runs."""
+    found = owner.chat_template
+    template = found.get("default") if isinstance(found, dict) else found
+    return {"chat_template": f"{_SAME_DAY}{template}"} if "strftime_now" in str(template) else {}
 
 
 def _tokenize(texts: list[str], running: bool, rendered: bool, tokenizer: Any) -> np.ndarray:

@@ -10,7 +10,7 @@ from hf_structprune.config import CalibrationConfig
 from hf_structprune.data import calibration_sample, chat_sample, wikitext2_sample
 from hf_structprune.errors import CalibrationError
 from hf_structprune.text import calibration, reading
-from hf_structprune.text.calibration import check_token_ids, load_tokens, respelled, without_beginning
+from hf_structprune.text.calibration import check_token_ids, load_tokens, rendered, respelled, without_beginning
 from hf_structprune.text.reading import beginning_of, read_lines
 
 
@@ -74,6 +74,22 @@ def test_every_fourth_packaged_sequence_is_of_chats_where_a_template_writes_them
     tokenizer.chat_template = "{{ raise_exception('systems only') }}"
     assert not (load_tokens(config, tokenizer) == 2).any() and "systems only" in caplog.text
     assert not (load_tokens(config, make_tokenizer()) == 2).all(1).any()
+
+
+def test_a_template_that_writes_the_day_gives_the_same_tokens_on_all_days(make_tokenizer):
+    chat = [{"role": "user", "content": "Hi"}]
+    template = (
+        "{%- if strftime_now is defined %}{%- set day = strftime_now('%d %b %Y') %}{%- endif %}\n"
+        "{{ day }}|{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    tokenizer = make_tokenizer(chat_template=template)
+    assert rendered("", chat, tokenizer, "") == "26 Jul 2024|Hi"
+    tokenizer.chat_template = {"default": "\n " + template, "tools": "{{ strftime_now('%d') }}"}
+    assert rendered("", chat, tokenizer, "") == "26 Jul 2024|Hi"
+    tokenizer.chat_template = "\n {{ messages | length }}" + template
+    assert rendered("", chat, tokenizer, "") == "\n 126 Jul 2024|Hi"
+    tokenizer.chat_template = template.replace("strftime_now", "other")
+    assert rendered("", chat, tokenizer, "") == "|Hi"
 
 
 # ---------------------------------------------------------------------------------------- joining and cutting
