@@ -57,6 +57,18 @@ def test_every_string_decodes_as_before_and_is_split_as_before_where_no_token_we
 
 
 @pytest.mark.parametrize("kind", MAKERS)
+def test_ten_thousand_strings_decode_as_before(kind):
+    dense = tokenizer_of(kind)
+    small, _ = trimmed_tokenizer(dense, _kept(dense, 0.2)[0])
+    texts = list(strings(10_000))
+    decoded = []
+    for one in (dense, small):
+        ids = one(texts, add_special_tokens=False)["input_ids"]
+        decoded.append(one.batch_decode(ids, clean_up_tokenization_spaces=False))
+    assert len({*texts}) > 9_000 and decoded[0] == decoded[1]
+
+
+@pytest.mark.parametrize("kind", MAKERS)
 def test_what_must_stay_stays_and_keeps_its_meaning(kind):
     dense = tokenizer_of(kind)
     small, order = trimmed_tokenizer(dense, _kept(dense, 0.0)[0])
