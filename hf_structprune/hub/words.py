@@ -123,7 +123,8 @@ def calibration_in_words(calibration: CalibrationConfig) -> str:
     if calibration.fingerprint is not None:
         return f"{size}, given in memory (SHA-256 begins with `{calibration.fingerprint}`)"
     if not sources:
-        return f"{size} of the sample of hf_structprune: half WikiText-2 (validation), half C4, English"
+        plain = f"{size} of the sample of hf_structprune: half WikiText-2 (validation), half C4, English"
+        return f"{plain}; of a model with a chat template every fourth sequence is of chats of Dolly"
     hub = calibration_datasets(calibration)
     names = [f"[{s}](https://huggingface.co/datasets/{s})" if s in hub else f"`{Path(s).name}`" for s in sources]
     names += [f"configuration `{calibration.name}`"] if hub and calibration.name else []

@@ -268,6 +268,7 @@ class _Source:
 
 
 def _sources(config: CalibrationConfig, tokenizer: Any) -> list[_Source]:
+    """What the configuration names; without anything the packaged text, with chats that the tokenizer can write."""
     if config.texts is not None:
         return [_Source("`texts`", config.texts, config.chat_template)]
     if config.dataset is None:
