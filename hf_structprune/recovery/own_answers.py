@@ -22,13 +22,12 @@ from ..hardware import process_state
 from ..model.measuring import measuring
 from ..progress import tqdm
 from .data import Encoder, recognise
-from .kept_batches import KeptBatches
+from .kept_batches import KeptBatches, batch_of
 
 
 logger = logging.get_logger(__name__)
 
 ANSWERS = "the dense model's answers"  # name of the source
-BATCH = 16  # prompts that are answered at once
 NEW_TOKENS = 128  # of an answer at most
 _VERSION = 1  # of what is written for the same model and prompts
 
@@ -72,21 +71,24 @@ def _before_answer(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class Answers:
-    """The greedy answers of a model to prompts, `BATCH` at once, the shortest prompts first.
+    """The greedy answers of a model to prompts, some at once, the shortest prompts first.
 
     Args:
         model, tokenizer: The dense model and its own tokenizer.
         prompts: Token ids of the prompts.
         new_tokens: Of an answer at most.
+        size: Prompts that are answered at once.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, prompts: list[list[int]], new_tokens: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any, prompts: list[list[int]], new_tokens: int, size: int
+    ) -> None:
         self.model, self.prompts, self.new_tokens = model, prompts, new_tokens
         self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         ends = model.generation_config.eos_token_id
         self.ends = {*(ends if isinstance(ends, (list, tuple)) else [ends]), tokenizer.eos_token_id} - {None}
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        self.batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
+        self.batches = [order[i : i + size] for i in range(0, len(order), size)]
 
     @torch.no_grad()
     def batch(self, number: int) -> list[list[int] | None]:
@@ -134,8 +136,9 @@ def answered_rows(
             "the dense model to answer: leave it out, raise `max_length`, or give chats or instructions."
         )
     prompts = random.Random(seed).sample(prompts, min(count, len(prompts)))
-    about = Answers(model, tokenizer, [one.ids for one in prompts], min(NEW_TOKENS, length // 2))
-    kept = KeptBatches("answered", model, [_VERSION, about.new_tokens, BATCH, about.prompts])
+    size = batch_of(model, length)
+    about = Answers(model, tokenizer, [one.ids for one in prompts], min(NEW_TOKENS, length // 2), size)
+    kept = KeptBatches("answered", model, [_VERSION, about.new_tokens, size, about.prompts])
     found = kept.batches
     with tqdm(total=len(prompts), initial=sum(map(len, found)), desc="Dense model answers") as progress:
 

@@ -28,14 +28,13 @@ from ..model.measuring import context_length, measuring
 from ..progress import tqdm
 from ..text.calibration import load_tokens, packaged_chats, without_beginning
 from ..text.reading import read_rows
-from .kept_batches import KeptBatches
+from .kept_batches import KeptBatches, batch_of
 
 
 logger = logging.get_logger(__name__)
 
 # Names of the sources.
 CALIBRATION, CHATS, GENERATED = "calibration text", "packaged chats", "generated text"
-BATCH = 16  # sequences that are written at once
 OPENING = 16  # tokens of the calibration text that are gone on from
 QUESTION = 64  # tokens of a question at most
 _MARK = "QUESTION"  # a user's turn, to see what the template writes before it
@@ -77,19 +76,20 @@ class Writer:
     ) -> None:
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
         self.length = min(length, context_length(model) or length)
+        self.size = batch_of(model, self.length)
         encoded = (tokenizer(text, verbose=False)["input_ids"][:OPENING] for text in openings)
         self.openings = [ids for ids in encoded if ids]
         self.before = _before_question(tokenizer)
         self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     def batch(self, number: int) -> list[list[int]]:
-        """Token ids of `BATCH` sequences: chats if the number is odd and there is a template, else plain text."""
+        """Token ids of `size` sequences: chats if the number is odd and there is a template, else plain text."""
         with measuring(self.model), torch.random.fork_rng(cuda_devices([self.model.device])):
             torch.manual_seed(self.seed + number)
             if self.before is None or number % 2 == 0:
-                drawn = random.Random(self.seed + number).choices(self.openings, k=BATCH)
+                drawn = random.Random(self.seed + number).choices(self.openings, k=self.size)
                 return self._go_on(drawn, self.length)
-            starts = [self.before] * BATCH
+            starts = [self.before] * self.size
             chats = [
                 self._as_chat(ids[len(self.before) :]) for ids in self._go_on(starts, len(self.before) + QUESTION)
             ]
@@ -152,7 +152,7 @@ def generated_rows(
         TextError: The model writes nothing.
     """
     writer = Writer(model, tokenizer, openings, length, seed)
-    about = [_VERSION, length, seed, BATCH, OPENING, QUESTION, writer.before, writer.openings]
+    about = [_VERSION, length, seed, writer.size, OPENING, QUESTION, writer.before, writer.openings]
     kept = KeptBatches("generated", model, about)
 
     def found() -> int:

@@ -35,7 +35,7 @@ LIMITS = {"length": 192, "seed": 0}
 @pytest.fixture
 def dense(monkeypatch, tmp_path, tiny_llama):
     """A model that ends its answers early: every third token is an end."""
-    monkeypatch.setattr(own_answers, "BATCH", 3)
+    monkeypatch.setattr(own_answers, "batch_of", lambda *_: 3)
     monkeypatch.setattr(own_answers, "NEW_TOKENS", 6)
     monkeypatch.setattr(kept_batches, "cached_assets_path", lambda *_, subfolder, **__: tmp_path / "cache" / subfolder)
     tiny_llama.generation_config.eos_token_id = list(range(0, tiny_llama.config.vocab_size, 3))

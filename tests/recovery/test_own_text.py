@@ -23,7 +23,7 @@ OPENINGS = ["The quick brown fox jumps over the lazy dog.", "A sentence of anoth
 
 @pytest.fixture
 def few(monkeypatch, tmp_path):
-    monkeypatch.setattr(own_text, "BATCH", 3)
+    monkeypatch.setattr(own_text, "batch_of", lambda *_: 3)
     monkeypatch.setattr(own_text, "OPENING", 4)
     monkeypatch.setattr(own_text, "QUESTION", 6)
     monkeypatch.setattr(kept_batches, "cached_assets_path", lambda *_, subfolder, **__: tmp_path / "cache" / subfolder)
