@@ -34,6 +34,7 @@ from .units.depth import LAYERS
 from .units.head_size import HeadSize
 from .units.heads import GROUPS
 from .units.latent_ranks import LatentRanks
+from .units.vocabulary import VOCABULARY
 
 
 CONFIG_NAME = "pruning_config.json"
@@ -333,9 +334,10 @@ class PruningConfig:
             )
         if ratio is not None and not self.takes_ratio:
             stated = ", ".join(f"`{name}`" for name in self.stated_options)
+            more = " With `units='auto'` the other units take what is left." if VOCABULARY in (self.keep or ()) else ""
             raise ConfigurationError(
                 f"The ratio {ratio!r} is given, and {stated} in the configuration says how much goes: give one or the "
-                "other."
+                f"other.{more}"
             )
         return ratio
 

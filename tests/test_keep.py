@@ -116,6 +116,8 @@ def test_a_ratio_counts_the_widths_that_are_stated():
 def test_no_ratio_where_all_is_stated():
     with pytest.raises(ConfigurationError, match="`keep` in the configuration says how much goes"):
         make_pruner(keep={"mlp_neurons": 24}).plan(0.3)
+    with pytest.raises(ConfigurationError, match="With `units='auto'` the other units take what is left"):
+        PruningConfig(keep={"vocabulary": 64}).check_ratio(0.3)
 
 
 def test_criteria_by_kind():

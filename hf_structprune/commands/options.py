@@ -454,8 +454,8 @@ class ShrinkArguments:
         minutes (`float`): For everything: training takes what measuring and pruning leave of it, and is left out where
             that is less than a tenth. Too few for the model are refused once a pass through it was timed.
         output_dir (`str`): Folder for the smaller model; the pruned one before training goes to `OUTPUT_DIR-pruned`.
-        dataset (list of `str`, *optional*): Data to train on, of the kinds of text the model is for. Default: what
-            the pruning is calibrated on, and what the dense model writes.
+        dataset (list of `str`, *optional*): Data to train on, of the kinds of text the model is for; half of what the
+            pruning is calibrated on is of it, too. Default: the packaged sample, and what the dense model writes.
         layout (`str`): `"uniform"` gives a vanilla checkpoint; by `"per_layer"` most goes from the layers where it
             costs least (allocation `global`), and the checkpoint carries a small modelling file.
         vocabulary_size (`int`, *optional*): Tokens that stay; other units take the rest of the ratio. Default: all.

@@ -13,7 +13,9 @@ from ..hardware import cpu_has_bf16, has_accelerator, memory_in_all
 from ..hub.words import RECOVERY_NAME
 from ..model.loading import load_config
 from ..recovery.configuration import RecoveryConfig
+from ..recovery.data import without_shares
 from ..recovery.recovering import newest_whole, training_folder
+from ..text.calibration import PACKAGED
 from .arguments import parse
 from .cli import check_output
 from .models import find_model, load_shapes
@@ -56,6 +58,8 @@ def recipe_of(options: ShrinkArguments, context: int | None = None, full: bool =
         recover |= {"dataset": list(options.dataset), "distillation": {"label_weight": LABEL_WEIGHT}}
     # Training all layers together brings back more than one after the other.
     prune = {"ratio": options.ratio, "reconstruct": False, "calibration": dict(CALIBRATION)}
+    if options.dataset:  # half of it is text of the kinds that the model is for
+        prune["calibration"]["dataset"] = [*without_shares(list(options.dataset)), PACKAGED]
     if options.layout == "per_layer":
         prune |= {"layout": "per_layer", "allocation": "global"}
     if (options.vocabulary_size is None) != (options.vocabulary_text is None):

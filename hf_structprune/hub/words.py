@@ -23,7 +23,7 @@ from ..installed import LIBRARIES
 from ..plan import PruningPlan
 from ..quantization.configuration import QuantizationConfig
 from ..recovery.configuration import DistillationConfig, RecoveryConfig
-from ..text.calibration import CalibrationConfig
+from ..text.calibration import PACKAGED, CalibrationConfig
 from ..units import KINDS, DepthKind, StreamKind, UnitKind, VocabularyKind, WidthKind, kinds_of
 from ..units.head_size import HeadSize
 from ..units.latent_ranks import LatentRanks
@@ -107,12 +107,19 @@ def uses_text(config: PruningConfig, plan: PruningPlan) -> bool:
     return by_text or any(method.needs_text for method in _methods(config, plan))
 
 
+_PACKAGED = (
+    "the sample of hf_structprune: half WikiText-2 (validation), half C4, English; of a model with a chat template "
+    "every fourth sequence is of chats of Dolly"
+)
+
+
 def calibration_datasets(calibration: CalibrationConfig) -> list[str]:
     """Data sets of the Hub that were calibrated on."""
     if calibration.fingerprint is not None:
         return []
-    sources = sources_of(calibration)
-    return [source for source in sources if not is_file(source)] if sources else ["Salesforce/wikitext", "allenai/c4"]
+    sources = sources_of(calibration) or [PACKAGED]
+    packaged = ["Salesforce/wikitext", "allenai/c4"] if PACKAGED in sources else []
+    return [source for source in sources if source != PACKAGED and not is_file(source)] + packaged
 
 
 def calibration_in_words(calibration: CalibrationConfig) -> str:
@@ -122,14 +129,14 @@ def calibration_in_words(calibration: CalibrationConfig) -> str:
         size = f"{calibration.num_samples} rows of text and images"
     if calibration.fingerprint is not None:
         return f"{size}, given in memory (SHA-256 begins with `{calibration.fingerprint}`)"
-    if not sources:
-        plain = f"{size} of the sample of hf_structprune: half WikiText-2 (validation), half C4, English"
-        return f"{plain}; of a model with a chat template every fourth sequence is of chats of Dolly"
-    hub = calibration_datasets(calibration)
+    if not sources or sources == [PACKAGED]:
+        return f"{size} of {_PACKAGED}"
+    sources, beside = [s for s in sources if s != PACKAGED], PACKAGED in sources
+    hub = [s for s in calibration_datasets(calibration) if s in sources]
     names = [f"[{s}](https://huggingface.co/datasets/{s})" if s in hub else f"`{Path(s).name}`" for s in sources]
     names += [f"configuration `{calibration.name}`"] if hub and calibration.name else []
     names += [f"split `{calibration.split}`"] if hub and calibration.split else []
-    return f"{size} of {', '.join(names)}"
+    return f"{size} of {', '.join(names)}" + (f", in turns with {_PACKAGED}" if beside else "")
 
 
 # Options of loading that the commands have.

@@ -17,35 +17,13 @@ from ..errors import ConfigurationError, TextError
 from ..files.reading import parse_json
 from ..installed import need
 from ..progress import only_ours, tqdm
+from ..text.formats import NO_TEMPLATE, example_of, parts_of, recognise, says
 from ..text.reading import as_table, read_table
 
 
 logger = logging.get_logger(__name__)
 
 IGNORED = -100  # label of a token that is not learned
-# Formats by the names that the column of each part may have; `None` says that it may be missing. In the order in which
-# they are looked for: rows of chats and instructions often have their text once more.
-FORMATS: dict[str, dict[str, tuple[str | None, ...]]] = {
-    "messages": {"messages": ("messages",)},
-    "conversations": {"messages": ("conversations",)},
-    "prompt-completion": {"prompt": ("prompt",), "completion": ("completion",)},
-    "instruction": {
-        "instruction": ("instruction",), "input": ("input", "context", None), "output": ("output", "response"),
-    },
-    "question-answer": {"instruction": ("question",), "output": ("answer",)},
-    "text": {"text": ("text",)},
-}  # fmt: skip
-# Names of the speakers in chats, and the roles that chat templates know.
-ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
-    "bot": "assistant", "model": "assistant", "system": "system", "tool": "tool", "function": "tool",
-    "developer": "developer",
-}  # fmt: skip
-# The prompt of Stanford Alpaca, with the line break at its end that Alpaca-LoRA added.
-ALPACA = (
-    "Below is an instruction that describes a task{more}. Write a response that appropriately completes the request."
-    "\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
-)
 
 
 def load_rows(source: Any, *, split: str = "train", max_samples: int | None = None, seed: int = 0) -> Any:
@@ -88,6 +66,11 @@ def load_rows(source: Any, *, split: str = "train", max_samples: int | None = No
 def public_sources(source: Any) -> list[str]:
     """Sources as they are given on the command line, with the names of local files in place of their paths."""
     return [_name(one) if share is None else f"{_name(one)}@{share:g}" for one, share in _with_shares(source)]
+
+
+def without_shares(source: Any) -> list[Any]:
+    """Sources alone."""
+    return [one for one, _ in _with_shares(source)]
 
 
 def _with_shares(source: Any) -> list[tuple[Any, float | None]]:
@@ -171,23 +154,6 @@ def mix_counts(rows: Sequence[int], shares: Sequence[float | None], most: int | 
     size = min(n / part for n, part in zip(rows, parts, strict=True))
     size = size if most is None else min(size, most)
     return [min(n, round(size * part)) for n, part in zip(rows, parts, strict=True)]
-
-
-def recognise(columns: Sequence[str], where: str) -> tuple[str, dict[str, str | None]]:
-    """The format of rows with these columns, the first of `FORMATS` whose columns are all there, and its columns."""
-    there = {*columns, None}
-    for name, parts in FORMATS.items():
-        found = {part: next((one for one in names if one in there), "") for part, names in parts.items()}
-        if "" not in found.values():
-            return name, found
-    words = [
-        f"{name}: " + ", ".join("|".join(filter(None, one)) + " (optional)" * (None in one) for one in parts.values())
-        for name, parts in FORMATS.items()
-    ]
-    raise TextError(
-        f"{where} has the columns {', '.join(map(repr, columns)) or 'none'}; training needs those of one of these "
-        f"formats: {'; '.join(words)}. Rename the columns, or make one `text` of them."
-    )
 
 
 @dataclass
@@ -359,7 +325,7 @@ class Encoder:
         self, row: Mapping[str, Any], parts: dict[str, str | None], count: SourceReport
     ) -> list[tuple[list[int], list[int]]]:
         """Ids and labels of the sequences of one row, and its part of the account."""
-        examples, found = self.examples({part: row.get(column) for part, column in parts.items()}, row), []
+        examples, found = self.examples(parts_of(row, parts), row), []
         count.rows += 1
         count.empty += not examples
         for example in examples:
@@ -380,34 +346,13 @@ class Encoder:
     def examples(self, parts: dict[str, Any], row: Mapping[str, Any]) -> list[dict[str, Any]]:
         """A row as TRL's trainer takes it: `text`, `prompt` and `completion`, or `messages`; none if it is empty."""
         more = {name: row[name] for name in ("tools", "chat_template_kwargs") if row.get(name)}
-        if "text" in parts:
-            text = _text(parts["text"], "text")
-            return [{"text": text}] if text.strip() else []
-        if "instruction" in parts:
-            task, context, answer = (_text(parts.get(name), name) for name in ("instruction", "input", "output"))
-            if not answer.strip() or not (task + context).strip():
-                return []
-            if not self.has_chats:
-                more = ", paired with an input that provides further context" if context.strip() else ""
-                given = f"### Input:\n{context}\n\n" if more else ""
-                return [{"prompt": ALPACA.format(more=more, instruction=task, input=given), "completion": answer}]
-            question = f"{task}\n\n{context}" if context.strip() else task
-            parts = {
-                "prompt": [{"role": "user", "content": question}],
-                "completion": [{"role": "assistant", "content": answer}],
-            }
-        if "prompt" in parts:
-            prompt, completion = parts["prompt"], parts["completion"]
-            if isinstance(prompt, list) != isinstance(completion, list):
-                raise TextError("`prompt` and `completion` must both be texts or both be lists of messages.")
-            if not isinstance(prompt, list):
-                prompt, completion = _text(prompt, "prompt"), _text(completion, "completion")
-                return [{"prompt": prompt, "completion": completion}] if completion.strip() else []
-            prompt, completion = _messages(prompt), _messages(completion)
-            says = prompt and any(map(_says, completion))
-            return [{"prompt": prompt, "completion": completion, **more}] if says else []
-        messages = _messages(parts["messages"])
-        said = [i for i, one in enumerate(messages) if i and one["role"] == "assistant" and _says(one)]
+        example = example_of(parts, self.has_chats)
+        if example is None:
+            return []
+        if "messages" not in example:
+            return [{**example, **(more if isinstance(example.get("prompt"), list) else {})}]
+        messages = example["messages"]
+        said = [i for i, one in enumerate(messages) if i and one["role"] == "assistant" and says(one)]
         if said and (self.prompt_loss or (self.marks and len(said) > 1)):
             return [{"messages": messages[: said[-1] + 1], **more}]  # nobody answers what comes after the last answer
         self.counts["apart"] += len(said) > 1
@@ -420,10 +365,7 @@ class Encoder:
         last, options = "text" if "text" in example else "completion", {}
         is_chat = not isinstance(example.get(last), str)
         if is_chat and not self.has_chats:
-            raise TextError(
-                "it is a chat, but the tokenizer has no chat template: set `tokenizer.chat_template`, use the "
-                "tokenizer of an instruction-tuned model, or give the rows as `prompt` and `completion` or as `text`."
-            )
+            raise TextError(f"it {NO_TEMPLATE}")
         if is_chat:
             tools = example.get("tools")
             if isinstance(tools, str):
@@ -485,36 +427,3 @@ class Encoder:
 
 def _learned(labels: list[int]) -> int:
     return sum(label != IGNORED for label in labels[1:])
-
-
-def _text(value: Any, name: str) -> str:
-    if value is not None and not isinstance(value, str):
-        raise TextError(f"`{name}` is a {type(value).__name__}, not a text.")
-    return value or ""
-
-
-def _says(message: Mapping[str, Any]) -> bool:
-    return bool(message["content"] or message.get("tool_calls"))
-
-
-def _messages(value: Any) -> list[dict[str, Any]]:
-    """Messages with roles that chat templates know; of content in parts (`[{"type": "text", ...}]`) the text."""
-    from trl import maybe_convert_to_chatml
-
-    if value is not None and not (isinstance(value, list) and all(isinstance(one, Mapping) for one in value)):
-        raise TextError("the messages are no list of objects with `role` and `content`.")
-    # Tables fill up with `None`.
-    kept = [{key: one for key, one in message.items() if one is not None} for message in value or []]
-    messages = maybe_convert_to_chatml({"messages": kept})["messages"]
-    for message in messages:
-        if message.get("role") not in ROLES:
-            raise TextError(f"a message is by {message.get('role')!r}; known are {', '.join(ROLES)}.")
-        content = message.get("content")
-        if isinstance(content, list):
-            parts = [part if isinstance(part, Mapping) else {"text": part} for part in content]
-            other = next((kind for part in parts if (kind := part.get("type") or "text") != "text"), None)
-            if other is not None:
-                raise TextError(f"a message has a part of type {other!r}; only text can be learned.")
-            content = "".join(_text(part.get("text"), "text") for part in parts)
-        message |= {"role": ROLES[message["role"]], "content": _text(content, "content")}
-    return messages

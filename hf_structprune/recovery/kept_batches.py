@@ -24,8 +24,8 @@ CACHE = 2**30  # bytes of keys and values
 def batch_of(model: PreTrainedModel, length: int) -> int:
     """How many sequences of so many tokens a model writes at once.
 
-    The more, the less each costs: 64 of SmolLM2-135M take a third of the time of 16 each on a CPU. As many as `CACHE` bytes
-    hold the keys and values of, by the configuration and not by what is free, so that batches are the same anywhere.
+    The more, the less each costs. As many as `CACHE` bytes hold the keys and values of: by the configuration and not
+    by what is free, so that batches are the same anywhere.
     """
     config = model.config.get_text_config()
     layers, heads, hidden, kv_heads, head_dim = (

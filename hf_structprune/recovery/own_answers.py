@@ -21,7 +21,8 @@ from ..errors import ConfigurationError
 from ..hardware import process_state
 from ..model.measuring import measuring
 from ..progress import tqdm
-from .data import Encoder, recognise
+from ..text.formats import parts_of, recognise
+from .data import Encoder
 from .kept_batches import KeptBatches, batch_of
 
 
@@ -57,7 +58,7 @@ def prompts_of(rows: Mapping[str, Any], encoder: Encoder, longest: int) -> list[
     for name, table in rows.items():
         _, parts = recognise(table.column_names, name)
         for row in table:
-            for example in encoder.examples({part: row.get(column) for part, column in parts.items()}, row):
+            for example in encoder.examples(parts_of(row, parts), row):
                 if "text" in example or example.get("tools"):
                     continue
                 asked = example["prompt"] if "prompt" in example else _before_answer(example["messages"])

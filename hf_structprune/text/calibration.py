@@ -20,16 +20,19 @@ import numpy as np
 from ..checks import Count, Limits, Number, check_fields, check_keys
 from ..data import calibration_sample, chat_sample
 from ..errors import CalibrationError, ConfigurationError, TextError
-from .reading import beginning_of, read_rows, token_ids
+from .formats import Documents
+from .reading import beginning_of, column_of, read_objects, read_rows, token_ids
 
 
 if TYPE_CHECKING:
     import torch
 
+_COLUMN = "text"  # where there is none, rows may be in other formats
 CHARACTERS_PER_TOKEN = 64  # that are tokenised of a source with far more text than needed, for each needed token
 # In the place of the function of the same name; the day is that of Llama 3.1's template where it knows no other.
 _SAME_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"  # templates drop the break after a tag
 PLAIN = 3  # packaged sequences of plain text for each one of chats
+PACKAGED = "packaged"  # names the packaged sample beside other sources
 PEEK_ROWS = 1000  # looked at to tell lines of one text from documents
 # No text has more tokens: a character has four bytes at most; a row gets some special tokens or a separator.
 _TOKENS_PER_CHARACTER, _SEPARATORS = 8, 16
@@ -63,10 +66,13 @@ class CalibrationConfig:
         dataset (`str` or list of `str`, *optional*):
             A `.txt`, `.jsonl` or `.json` file, a folder made by `datasets.save_to_disk` or a dataset id of the Hub. A
             list mixes several sources in equal shares, interleaved. `None` is the packaged sample (half Wikipedia
-            articles, half web pages; English); with a chat template every fourth sequence is of packaged chats.
+            articles, half web pages; English); with a chat template every fourth sequence is of packaged chats. In a
+            list it is `"packaged"`, and takes the place of what the other sources have too little text for.
         name (`str`, *optional*): Configuration name of a Hub dataset, for example `"wikitext-2-raw-v1"`.
         split (`str`): Split of a dataset.
-        column (`str`): Column of a dataset or key of a JSONL row; a text, or chat messages with `chat_template`.
+        column (`str`): Column of a dataset or key of a JSONL row; a text, or chat messages with `chat_template`. Where
+            there is no column `text`, rows may be in any format that `recover` trains on: `messages`, `prompt` and
+            `completion`, instructions, questions with answers; the chat template writes their chats.
         texts (list of `str`, *optional*): Texts given in memory instead of a dataset; with `image_column` a list of
             rows such as `{"text": "...", "images": [...]}`, or a `datasets.Dataset`.
         tokens (`torch.Tensor`, *optional*): Token ids of shape `(num_samples, length)` given in memory.
@@ -156,23 +162,12 @@ def load_tokens(config: CalibrationConfig, tokenizer: Any) -> torch.LongTensor:
         )
     if tokenizer is None:
         raise CalibrationError("Calibration text needs a tokenizer and there is none: give one, or give `tokens`.")
-    found = []
     try:
-        sources = _sources(config, tokenizer)
-        turns = [source for source in sources for _ in range(source.turns)]
-        for source in sources:
-            places = [range(i, config.num_samples, len(turns)) for i, one in enumerate(turns) if one is source]
-            if count := sum(map(len, places)):
-                found.append((places, _source_tokens(source, count, config, tokenizer)))
+        return torch.from_numpy(_all_tokens(config, tokenizer)).long()
     except CalibrationError:
         raise
     except TextError as error:  # also from the middle of a file
         raise CalibrationError(str(error)) from error
-    tokens = torch.empty(config.num_samples, config.length, dtype=torch.long)
-    for places, sequences in found:
-        for i, place in enumerate(places):
-            tokens[list(place)] = torch.from_numpy(sequences[i :: len(places)]).long()
-    return tokens
 
 
 def packaged_chats(tokenizer: Any) -> Sequence[list[dict[str, str]]]:
@@ -250,7 +245,29 @@ def check_token_ids(tokens: torch.LongTensor, vocab_size: int) -> None:
         )
 
 
-@dataclass(frozen=True)
+def open_documents(source: str, config: CalibrationConfig, has_chats: bool) -> Sequence[Any]:
+    """The texts or chats of a dataset: of its column, or of rows in a format that is known.
+
+    Args:
+        source: A file, a folder or the id of a dataset.
+        config: Names the rest.
+        has_chats: Whether there is a chat template.
+
+    Raises:
+        TextError: There is no such source, or it cannot be read.
+    """
+    if source.endswith(".txt"):
+        return read_rows(source)
+    rows = read_objects(source, name=config.name, split=config.split)
+    if config.column == _COLUMN and len(rows) and _COLUMN not in rows[0]:
+        try:
+            return Documents(rows, source, has_chats)
+        except TextError as error:
+            raise TextError(f"{error} Or say by `column` which of them has the text.") from error
+    return column_of(rows, config.column, source)
+
+
+@dataclass(frozen=True, eq=False)
 class _Source:
     """Rows, those of a dataset read only when asked for.
 
@@ -258,44 +275,91 @@ class _Source:
         name: For messages.
         rows: Texts, or chats.
         chats: Whether the chat template writes them.
-        turns: Sequences of it, before the next source has its turn.
+        turns: Whether texts are chats, too, with one turn of the user.
+        packaged: Whether it takes the place of what others have too little text for.
     """
 
     name: str
     rows: Sequence[Any]
     chats: bool
-    turns: int = 1
+    turns: bool = False
+    packaged: bool = False
 
 
-def _sources(config: CalibrationConfig, tokenizer: Any) -> list[_Source]:
-    """What the configuration names; without anything the packaged text, with chats that the tokenizer can write."""
+def _all_tokens(config: CalibrationConfig, tokenizer: Any) -> np.ndarray:
+    """Sequences of all sources in turns, shape `(num_samples, length)`."""
+    turns = _turns(config, tokenizer)
+    count = {source: 0 for source in turns}
+    for i, source in enumerate(turns):
+        count[source] += len(range(i, config.num_samples, len(turns)))
+    packaged = [source for source in turns if source.packaged]
+    found, missing = {}, 0
+    for source in (one for one in count if not one.packaged):
+        found[source] = _source_tokens(source, count[source], config, tokenizer, fewer=bool(packaged))
+        missing += count[source] - len(found[source])
+    for i, source in enumerate(packaged):
+        count[source] += len(range(i, missing, len(packaged)))
+    found |= {one: _source_tokens(one, count[one], config, tokenizer) for one in dict.fromkeys(packaged) if count[one]}
+    # There is text for all: only now is memory set aside.
+    tokens, left = np.empty((config.num_samples, config.length), np.int64), []
+    places: dict[_Source, list[int]] = {source: [] for source in turns}
+    for place in range(config.num_samples):
+        places[turns[place % len(turns)]].append(place)
+    for source in (one for one in places if not one.packaged):
+        own, some = places[source], len(found[source])
+        filled = [own[i * len(own) // some] for i in range(some)]
+        tokens[filled] = found[source]
+        left += sorted({*own} - {*filled})
+    for number, place in enumerate(sorted(left)):
+        places[packaged[number % len(packaged)]].append(place)
+    for source in (one for one in dict.fromkeys(packaged) if count[one]):
+        tokens[sorted(places[source])] = found[source]
+    return tokens
+
+
+def _turns(config: CalibrationConfig, tokenizer: Any) -> list[_Source]:
+    """What the configuration names, in the order of the sequences, and from the beginning again after the last one.
+
+    Without anything the packaged text, with chats that the tokenizer can write.
+    """
     if config.texts is not None:
-        return [_Source("`texts`", config.texts, config.chat_template)]
-    if config.dataset is None:
-        chats = packaged_chats(tokenizer)
-        plain = _Source("the packaged sample", read_rows(calibration_sample()), config.chat_template, PLAIN)
-        return [plain, *([_Source("the packaged chats", chats, True)] if chats else ())]
+        return [_Source("`texts`", config.texts, config.chat_template, config.chat_template)]
     datasets = [config.dataset] if isinstance(config.dataset, str) else config.dataset
+    datasets = [PACKAGED] if datasets is None else datasets
     if not datasets:
         raise CalibrationError("`dataset` is an empty list: name at least one, or None for the packaged sample.")
     if config.num_samples < len(datasets):
         raise CalibrationError(
             f"`num_samples` is {config.num_samples}, but there are {len(datasets)} datasets to take a sequence of."
         )
-    options = {"name": config.name, "split": config.split, "column": config.column}
-    return [_Source(str(one), read_rows(str(one), **options), config.chat_template) for one in datasets]
+    has_chats, others = bool(getattr(tokenizer, "chat_template", None)), []
+    for one in datasets:
+        if one != PACKAGED:
+            rows = open_documents(str(one), config, has_chats)
+            known = isinstance(rows, Documents)
+            chats = rows.are_chats() if known else config.chat_template
+            others.append(_Source(str(one), rows, chats, config.chat_template and not known))
+    if PACKAGED not in datasets:
+        return others
+    written, chats = config.chat_template, packaged_chats(tokenizer)
+    plain = _Source("the packaged sample", read_rows(calibration_sample()), written, written, packaged=True)
+    own = [plain] * PLAIN + ([_Source("the packaged chats", chats, True, packaged=True)] if chats else [])
+    return [source for one in own for source in (*others, one)]
 
 
-def _source_tokens(source: _Source, count: int, config: CalibrationConfig, tokenizer: Any) -> np.ndarray:
-    """`count` sequences of one source, shape `(count, config.length)`."""
+def _source_tokens(
+    source: _Source, count: int, config: CalibrationConfig, tokenizer: Any, fewer: bool = False
+) -> np.ndarray:
+    """`count` sequences of one source, shape `(count, config.length)`; as many as there are, if `fewer` will do."""
     name, rows, chats, rng = source.name, source.rows, source.chats, random.Random(config.seed)
     running = not chats and _is_running_text(rows)
     drawn = _draw(rows, count, config.length * CHARACTERS_PER_TOKEN, rng)
-    texts = [_as_text(f"Row {index} of {name}", row, chats, tokenizer) for index, row in drawn]
+    texts = [_as_text(f"Row {index} of {name}", row, source, tokenizer) for index, row in drawn]
     if not any(text.strip() for text in texts):
         raise CalibrationError(f"There is no text in {name}: it has no rows, or all of them are empty.")
     most = sum(map(len, texts)) * _TOKENS_PER_CHARACTER + len(texts) * _SEPARATORS
-    _check_enough(most, f"at most {most}", name, count, config.length)
+    if not fewer:
+        _check_enough(most, f"at most {most}", name, count, config.length)
     ids = _tokenize(texts, running, chats, tokenizer)
     begins = beginning_of(tokenizer)
     if chats and ids[: len(begins)].tolist() != begins:  # the template begins chats in another way
@@ -305,11 +369,19 @@ def _source_tokens(source: _Source, count: int, config: CalibrationConfig, token
         raise CalibrationError(
             f"`length` is {config.length}, but the tokenizer begins every text with {len(begins)} tokens: raise it."
         )
+    found = len(ids) // step
+    if fewer and found < count:
+        from transformers.utils import logging
+
+        logging.get_logger(__name__).warning(
+            f"{name} has text for {found} of {count} sequences to calibrate on; the others are of the packaged sample."
+        )
+        count = found
     _check_enough(len(ids), str(len(ids)), name, count, step)
     # One random sequence out of each of `count` equal stretches.
-    found = len(ids) // step
     chosen = [rng.randrange(i * found // count, (i + 1) * found // count) for i in range(count)]
-    return _sequences(ids, np.array(chosen) * step, config.length, begins)
+    starts = np.array(chosen, dtype=int) * step
+    return _sequences(ids, starts, config.length, begins) if count else np.empty((0, config.length), int)
 
 
 def _is_running_text(rows: Sequence[Any]) -> bool:
@@ -351,9 +423,10 @@ def _draw(rows: Sequence[Any], parts: int, characters: int, rng: random.Random) 
     return drawn
 
 
-def _as_text(where: str, row: Any, chats: bool, tokenizer: Any) -> str:
-    """A row that is text, or chat messages (a text is one of the user) as the tokenizer's template renders them."""
-    if isinstance(row, str) and (not chats or not row.strip()):
+def _as_text(where: str, row: Any, source: _Source, tokenizer: Any) -> str:
+    """A row that is text, or chat messages as the tokenizer's template renders them."""
+    chats = source.chats
+    if isinstance(row, str) and (not source.turns or not row.strip()):
         return row
     chat = [{"role": "user", "content": row}] if isinstance(row, str) else row
     is_chat = (

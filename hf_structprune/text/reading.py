@@ -48,12 +48,10 @@ def read_rows(
     """
     path = _file(source)
     if path is None:
-        loaded = _load(str(source), name, split, loading)
-        _check_column(str(source), column, loaded.column_names)
-        return loaded[column]
+        return column_of(_load(str(source), name, split, loading), column, source)
     if path.suffix == ".txt":
         return read_lines(path)
-    return _objects(path, column)
+    return column_of(_objects(path), column, path)
 
 
 def read_table(source: str | os.PathLike, *, name: str | None = None, split: str = "train", **loading: Any) -> Any:
@@ -82,6 +80,18 @@ def read_objects(source: str | os.PathLike, *, name: str | None = None, split: s
     if path.suffix == ".txt":
         raise TextError(f"{path} is plain text; rows with several columns are those of a .jsonl or .json file.")
     return _objects(path)
+
+
+def column_of(rows: Any, column: str, source: str | os.PathLike) -> Sequence[Any]:
+    """One column of what `read_objects` gives of a source.
+
+    Raises:
+        TextError: There is no such column, of a file as soon as a row lacks it.
+    """
+    if isinstance(rows, _Objects):
+        return rows.column(column)
+    _check_column(str(source), column, rows.column_names)
+    return rows[column]
 
 
 def as_table(rows: Sequence[Any], name: str) -> Any:
@@ -134,6 +144,24 @@ class _Rows(Sequence[Any]):
         return [self._read(number) for number in found] if isinstance(index, slice) else self._read(found)
 
 
+class _Objects(_Rows):
+    """Objects of a file of JSON."""
+
+    def __init__(
+        self, read: Callable[[int, str], dict[str, Any]], numbers: Sequence[int], where: Callable[[int], str]
+    ) -> None:
+        super().__init__(lambda number: read(number, "text"), numbers)
+        self._objects, self._where = read, where
+
+    def column(self, column: str) -> Sequence[Any]:
+        def read(number: int) -> Any:
+            row = self._objects(number, column)
+            _check_column(self._where(number), column, list(row))
+            return row[column]
+
+        return _Rows(read, self._numbers)
+
+
 def lines_of(path: Path) -> Sequence[str]:
     """Lines of a UTF-8 text file without their line breaks, which are those of Python's text files."""
     if not path.is_file():
@@ -159,23 +187,21 @@ def lines_of(path: Path) -> Sequence[str]:
     return _Rows(line, range(len(starts) - 1))
 
 
-def _objects(path: Path, column: str | None = None) -> Sequence[Any]:
-    """The objects of a JSON file, one a line or all in one list; with `column`, what they have there."""
+def _objects(path: Path) -> _Objects:
+    """The objects of a JSON file, one a line or all in one list."""
     lines = lines_of(path)
     filled = array("q", (number for number, line in enumerate(lines) if line.strip()))
     is_list = path.suffix == ".json" and filled and lines[filled[0]].lstrip().startswith("[")
     items = read_json(path, TextError, repeats=True) if is_list else ()
 
-    def read(number: int) -> Any:
-        where = f"Item {number} of {path}" if is_list else f"Line {number + 1} of {path}"
-        row = items[number] if is_list else parse_json(lines[number], where, TextError, repeats=True)
-        row = _object(row, where, column or "text")
-        if column is None:
-            return row
-        _check_column(where, column, list(row))
-        return row[column]
+    def where(number: int) -> str:
+        return f"Item {number} of {path}" if is_list else f"Line {number + 1} of {path}"
 
-    return _Rows(read, range(len(items)) if is_list else filled)
+    def read(number: int, column: str) -> dict[str, Any]:
+        row = items[number] if is_list else parse_json(lines[number], where(number), TextError, repeats=True)
+        return _object(row, where(number), column)
+
+    return _Objects(read, range(len(items)) if is_list else filled, where)
 
 
 def _file(source: str | os.PathLike) -> Path | None:

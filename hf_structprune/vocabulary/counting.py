@@ -16,7 +16,7 @@ from ..config import PruningConfig
 from ..data import calibration_sample
 from ..errors import TextError
 from ..progress import tqdm
-from ..text.calibration import packaged_chats, rendered
+from ..text.calibration import PACKAGED, open_documents, packaged_chats, rendered
 from ..text.reading import beginning_of, read_rows
 
 
@@ -121,12 +121,19 @@ def _sources(config: PruningConfig, tokenizer: Any) -> Iterator[tuple[str, Seque
         return
     given = calibration.dataset if given is None else given
     if given is None:
-        chats = [rendered("A packaged chat", chat, tokenizer, "") for chat in packaged_chats(tokenizer)]
-        yield "the packaged sample", [*read_rows(calibration_sample()), *chats]
+        yield from _packaged(tokenizer)
         return
-    options = {"name": calibration.name, "split": calibration.split, "column": calibration.column}
     for source in [given] if isinstance(given, str) else given:
-        yield Path(source).name if Path(source).exists() else source, read_rows(source, **options)
+        if source == PACKAGED:
+            yield from _packaged(tokenizer)
+            continue
+        has_chats = bool(getattr(tokenizer, "chat_template", None))
+        yield Path(source).name if Path(source).exists() else source, open_documents(source, calibration, has_chats)
+
+
+def _packaged(tokenizer: Any) -> Iterator[tuple[str, Sequence[Any]]]:
+    chats = [rendered("A packaged chat", chat, tokenizer, "") for chat in packaged_chats(tokenizer)]
+    yield "the packaged sample", [*read_rows(calibration_sample()), *chats]
 
 
 def _count(one: Counted, rows: Sequence[Any], tokenizer: Any, most: int) -> None:

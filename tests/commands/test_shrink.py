@@ -118,6 +118,14 @@ def test_all_weights_are_trained_where_there_is_room(place, monkeypatch):
     assert "weights" not in made(options)["recover"]
 
 
+def test_half_of_the_calibration_is_of_the_data(place):
+    options = shrink.ShrinkArguments("m", 0.2, 60.0, "o")
+    assert made(options)["prune"]["calibration"] == shrink.CALIBRATION
+    options.dataset = ["d.jsonl@0.7", "org/data@0.3"]
+    asked = {**shrink.CALIBRATION, "dataset": ["d.jsonl", "org/data", "packaged"]}
+    assert made(options)["prune"]["calibration"] == asked and made(options)["recover"]["dataset"] == options.dataset
+
+
 def test_widths_may_differ_between_layers(place):
     options = shrink.ShrinkArguments("m", 0.2, 60.0, "o")
     assert made(options)["prune"] == {

@@ -19,7 +19,7 @@ from hf_structprune.errors import ConfigurationError, HubError
 from hf_structprune.evaluation.results import EvaluationResult, Figure
 from hf_structprune.hub import make_card, origin, validate_card, write_card
 from hf_structprune.hub.card import model_index
-from hf_structprune.hub.words import config_expression, method_of
+from hf_structprune.hub.words import calibration_datasets, calibration_in_words, config_expression, method_of
 from hf_structprune.units import KINDS
 
 
@@ -367,6 +367,12 @@ def test_own_calibration_files_are_named_without_their_paths(tiny_llama, tiny_to
         content = (tmp_path / "small" / name).read_text()
         assert "my.txt" in content and "secret-folder" not in content
     assert ModelCard.load(tmp_path / "small" / "README.md").data.datasets is None
+    beside = CalibrationConfig(dataset=[str(text), "packaged"])
+    said = calibration_in_words(beside)
+    assert "`my.txt`, in turns with the sample of hf_structprune" in said
+    assert "secret" not in said and "split" not in said
+    assert calibration_datasets(beside) == calibration_datasets(CalibrationConfig())
+    assert calibration_datasets(CalibrationConfig(dataset=["org/data", "packaged"]))[0] == "org/data"
 
 
 def test_options_of_loading_are_in_the_lines_that_make_it_again(tiny_llama, tmp_path):

@@ -6,7 +6,8 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 
 from hf_structprune.errors import ConfigurationError, TextError
-from hf_structprune.recovery.data import FORMATS, Encoder, load_rows, mix_counts, public_sources, recognise
+from hf_structprune.recovery.data import Encoder, load_rows, mix_counts, public_sources
+from hf_structprune.text.formats import FORMATS, recognise
 
 
 def texts(count, letter="t"):

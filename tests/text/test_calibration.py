@@ -11,6 +11,7 @@ from hf_structprune.data import calibration_sample, chat_sample, wikitext2_sampl
 from hf_structprune.errors import CalibrationError
 from hf_structprune.text import calibration, reading
 from hf_structprune.text.calibration import check_token_ids, load_tokens, rendered, respelled, without_beginning
+from hf_structprune.text.formats import ALPACA
 from hf_structprune.text.reading import beginning_of, read_lines
 
 
@@ -359,9 +360,12 @@ def test_too_little_text_says_how_much_there_is(tiny_tokenizer):
 
 def test_wrong_columns_are_named(tmp_path, tiny_tokenizer):
     path = write_jsonl(tmp_path / "a.jsonl", [{"body": "x", "title": "y"}])
-    check_error(r"no column 'text'; it has 'body', 'title'", tiny_tokenizer, dataset=path)
+    known = "known are .* question-answer: question, answer.* by `column`"
+    check_error(f"has the columns 'body', 'title'; {known}", tiny_tokenizer, dataset=path)
+    check_error("no column 'words'; it has 'body', 'title'", tiny_tokenizer, dataset=path, column="words")
     datasets.Dataset.from_dict({"body": ["x"]}).save_to_disk(tmp_path / "d")
-    check_error(r"no column 'text'; it has 'body'", tiny_tokenizer, dataset=str(tmp_path / "d"))
+    check_error(f"has the columns 'body'; {known}", tiny_tokenizer, dataset=str(tmp_path / "d"))
+    check_error("no column 'words'; it has 'body'", tiny_tokenizer, dataset=str(tmp_path / "d"), column="words")
 
 
 def test_wrong_split_is_named(tmp_path, tiny_tokenizer):
@@ -430,3 +434,80 @@ def test_check_token_ids():
     for ids in ([[0, 128]], [[-1, 5]]):
         with pytest.raises(CalibrationError, match=r"128 entries \(0 to 127\)"):
             check_token_ids(torch.tensor(ids), 128)
+
+
+# ------------------------------------------------------------------------------------- formats, packaged beside others
+
+
+CHAT = [{"role": "user", "content": "Where is the fox?"}, {"role": "assistant", "content": "It is over the dog."}]
+WRITTEN = "[user]Where is the fox?</s>[assistant]It is over the dog.</s>"
+ROWS = {
+    "messages": {"messages": CHAT},
+    "conversations": {
+        "conversations": [
+            {"from": "human", "value": "Where is the fox?"}, {"from": "gpt", "value": "It is over the dog."}
+        ]
+    },
+    "prompt-completion": {"prompt": CHAT[:1], "completion": CHAT[1:]},
+    "instruction": {"instruction": "Where is the fox?", "output": "It is over the dog."},
+    "question-answer": {"question": "Where is the fox?", "answer": "It is over the dog."},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("folder", [False, True])
+def test_rows_that_can_be_trained_on_can_be_calibrated_on(name, folder, tmp_path, make_tokenizer):
+    tokenizer, path = make_tokenizer(chat_template=CHAT_TEMPLATE), str(tmp_path / "rows")
+    if folder:
+        datasets.Dataset.from_list([ROWS[name]] * 20).save_to_disk(path)
+    else:
+        path = write_jsonl(tmp_path / "rows.jsonl", [ROWS[name]] * 20)
+    chats = write_jsonl(tmp_path / "chats.jsonl", [{"text": CHAT}] * 20)
+    tokens = load(tokenizer, dataset=path, length=128)
+    assert torch.equal(tokens, load(tokenizer, dataset=chats, chat_template=True, length=128))
+    assert all(WRITTEN in tokenizer.decode(row) for row in tokens)
+
+
+def test_instructions_are_texts_where_there_is_no_chat_template(tmp_path, tiny_tokenizer):
+    path = write_jsonl(tmp_path / "rows.jsonl", [ROWS["instruction"], {**ROWS["instruction"], "input": "Look."}] * 20)
+    plain = write_jsonl(
+        tmp_path / "plain.jsonl",
+        [
+            {"text": ALPACA.format(more=more, instruction="Where is the fox?", input=given) + "It is over the dog."}
+            for more, given in (
+                ("", ""),
+                (", paired with an input that provides further context", "### Input:\nLook.\n\n"),
+            )
+        ]
+        * 20,
+    )
+    assert torch.equal(load(tiny_tokenizer, dataset=path), load(tiny_tokenizer, dataset=plain))
+    path = write_jsonl(tmp_path / "chats.jsonl", [{"messages": CHAT}])
+    check_error(
+        "Row 0 of .*chats.jsonl is a chat, but the tokenizer has no chat template", tiny_tokenizer, dataset=path
+    )
+
+
+@pytest.mark.parametrize("template", [None, CHAT_TEMPLATE])
+def test_packaged_text_stands_beside_other_sources(template, tmp_path, make_tokenizer):
+    tokenizer = make_tokenizer(chat_template=template)
+    path = write_jsonl(tmp_path / "own.jsonl", [{"text": "0" * 100}] * 30)
+    tokens = load(tokenizer, dataset=[path, "packaged"], num_samples=16)
+    packaged = load(tokenizer, num_samples=8)
+    assert torch.equal(tokens[1::2], packaged) and {tokenizer.decode(row)[0] for row in tokens[::2]} == {"0"}
+    assert torch.equal(load(tokenizer, dataset="packaged"), load(tokenizer))
+
+
+def test_packaged_text_takes_the_place_of_what_is_missing(tmp_path, make_tokenizer, caplog):
+    tokenizer = make_tokenizer(chat_template=CHAT_TEMPLATE)
+    path = write_jsonl(tmp_path / "own.jsonl", [{"text": "0" * 100}])
+    own = load(tokenizer, dataset=path, num_samples=1, length=16)
+    full = 3
+    tokens = load(tokenizer, dataset=[path, "packaged"], num_samples=16, length=32)
+    mine = [number for number, row in enumerate(tokens) if set(tokenizer.decode(row).replace("</s>", "")) == {"0"}]
+    assert len(mine) == full and all(number % 2 == 0 for number in mine) and own.shape == (1, 16)
+    assert len({tuple(row) for row in tokens.tolist()}) >= 14
+    path = write_jsonl(tmp_path / "word.jsonl", [{"text": "0"}])
+    tokens, packaged = load(tokenizer, dataset=[path, "packaged"], num_samples=16), load(tokenizer, num_samples=16)
+    assert sorted(tokens.tolist()) == sorted(packaged.tolist()) and "word.jsonl has text for 0 of 8" in caplog.text
+    check_error("need", tokenizer, dataset=[path, path])
