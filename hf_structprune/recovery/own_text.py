@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from ..config import CONFIG_NAME, PruningConfig
 from ..data import calibration_sample
-from ..errors import TextError
+from ..errors import CalibrationError, TextError
 from ..hardware import cuda_devices, process_state
 from ..model.measuring import context_length, measuring
 from ..progress import tqdm
@@ -51,7 +51,12 @@ def calibration_rows(
     path = None if pruned is None else Path(pruned) / CONFIG_NAME
     config = PruningConfig.load(path.parent).calibration if path is not None and path.is_file() else None
     if config is not None and config.image_column is None and config.fingerprint is None and config.dataset:
-        tokens = load_tokens(replace(config, tokens=None), tokenizer)
+        try:
+            tokens = load_tokens(replace(config, tokens=None), tokenizer)
+        except CalibrationError as error:  # of files a checkpoint has the names alone
+            raise TextError(
+                f"The pruning was calibrated on text that cannot be read here: {error} Give a `dataset`."
+            ) from error
         return [{"text": text} for text in tokenizer.batch_decode(without_beginning(tokens, tokenizer))], []
     if config is not None and (config.fingerprint is not None or config.image_column is not None):
         logger.warning(

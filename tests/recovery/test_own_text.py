@@ -10,6 +10,7 @@ pytest.importorskip("trl")
 
 from hf_structprune import CalibrationConfig, PruningConfig  # noqa: E402
 from hf_structprune.config import CONFIG_NAME  # noqa: E402
+from hf_structprune.errors import TextError  # noqa: E402
 from hf_structprune.recovery import kept_batches, own_text  # noqa: E402
 from hf_structprune.recovery.own_text import Writer, calibration_rows, generated_rows  # noqa: E402
 
@@ -93,3 +94,6 @@ def test_text_of_the_calibration(tmp_path, make_tokenizer, caplog):
     assert len(calibration_rows(tmp_path, tokenizer)[1]) == 240
     PruningConfig(calibration=own).save(tmp_path / CONFIG_NAME)
     assert not calibration_rows(tmp_path, tokenizer)[1]
+    (tmp_path / "mine.jsonl").unlink()
+    with pytest.raises(TextError, match="There is no file .*mine.jsonl. Give a `dataset`"):
+        calibration_rows(tmp_path, tokenizer)
