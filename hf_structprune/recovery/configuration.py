@@ -78,7 +78,9 @@ class RecoveryConfig:
         save_steps (`int`, *optional*): Steps between checkpoints to resume from. Default: a tenth of the training.
         report_to (list of `str`, *optional*): Where the curves go besides the logs: `tensorboard`, `trackio`, `wandb`.
         evaluations (`int`): How often the perplexity of held-out text is measured during training.
-        text (`str`): That text: `sample`, `wikitext2`, `c4`, a file, a folder or a data set id of the Hub.
+        text (`str`, *optional*): That text: `sample`, `wikitext2`, `c4`, a file, a folder or a data set id of the Hub.
+            Default: rows of the data set that are not trained on, one of 20 at most; `sample` without a data set,
+            where they are too few, and beside a `dense` perplexity, which is of a text that is known.
         max_windows (`int`): At most so many windows of it; with `minutes` fewer (but four) where all take more than a
             tenth of them.
         window (`int`): Tokens in a window.
@@ -120,7 +122,7 @@ class RecoveryConfig:
     save_steps: Count | None = None
     report_to: Sequence[str] | None = None
     evaluations: Count = 10
-    text: str = "sample"
+    text: str | None = None
     max_windows: Count = 32
     window: _Length = 512
     target: Annotated[float, Limits(1e-6, 1)] | None = None
@@ -174,8 +176,8 @@ class RecoveryConfig:
 
     def to_public_dict(self) -> dict[str, Any]:
         """The same with the names of local files in place of their paths: reports are published."""
-        local = Path(self.text)
-        return {**self.to_dict(), "text": local.name if local.expanduser().exists() else self.text}
+        local = None if self.text is None else Path(self.text)
+        return {**self.to_dict(), "text": local.name if local and local.expanduser().exists() else self.text}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RecoveryConfig:

@@ -23,6 +23,7 @@ from transformers.utils import logging
 from .. import hardware
 from ..errors import CheckpointError, ConfigurationError
 from ..evaluation.comparison import fingerprint
+from ..evaluation.perplexity import SAMPLE
 from ..evaluation.results import model_fingerprint
 from ..files.reading import damage, first_damage, read_json
 from ..files.writing import check_folder
@@ -34,6 +35,7 @@ from .bar import TrainingBar
 from .callback import STATE_NAME, LoraRecoveryCallback
 from .configuration import DistillationConfig, RecoveryConfig
 from .data import load_rows, prepare, public_sources
+from .hold_out import hold_out
 from .own_answers import with_answers
 from .own_text import own_rows
 from .save import check_place, folder_of
@@ -151,7 +153,10 @@ def recover(
     rows = None if dataset is None else load_rows(dataset, **drawn)
     tokenizer = tokenizer or load_tokenizer(model, trust_remote_code=trust_remote_code)
     student = load_student(model, config, trust_remote_code)
-    loaded = None
+    held_out, loaded = None, None
+    if rows is not None and config.text is None and not _is_perplexity(dense):
+        windows = {"window": config.window, "windows": config.max_windows}
+        rows, held_out = hold_out(rows, tokenizer, **windows, seed=config.seed)
     if teacher is not None:
         from .distillation.dual_space import load_dual_space_teacher
         from .distillation.teacher import load_teacher
@@ -206,7 +211,7 @@ def recover(
             dense = loaded.model if loaded.tokens is None else None
         trainer_class, more = DistillationSFTTrainer, {"teacher": loaded, "distillation": distillation}
     callback = LoraRecoveryCallback(
-        dense, text=config.text, window=config.window, max_windows=config.max_windows,
+        dense, text=held_out or config.text or SAMPLE, window=config.window, max_windows=config.max_windows,
         batch_size=config.micro_batch_size, evaluations=config.evaluations, target=config.target,
         patience=config.patience, minutes=config.minutes, until=until, output_dir=folder,
     )  # fmt: skip
@@ -236,6 +241,12 @@ def recover(
         "(`resume`) they are needed, and they may be deleted."
     )
     return RecoveryResult(folder, callback.report)
+
+
+def _is_perplexity(dense: Any) -> bool:
+    """Whether the dense model's value is given, of a text that is known."""
+    named = isinstance(dense, (str, os.PathLike)) and Path(dense).suffix == ".json"
+    return named or isinstance(dense, (int, float))
 
 
 def _check_distillation(config: RecoveryConfig, distillation: DistillationConfig, dataset: Any) -> None:
