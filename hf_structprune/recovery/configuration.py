@@ -79,8 +79,8 @@ class RecoveryConfig:
         report_to (list of `str`, *optional*): Where the curves go besides the logs: `tensorboard`, `trackio`, `wandb`.
         evaluations (`int`): How often the perplexity of held-out text is measured during training.
         text (`str`, *optional*): That text: `sample`, `wikitext2`, `c4`, a file, a folder or a data set id of the Hub.
-            Default: rows of the data set that are not trained on, one of 20 at most; `sample` without a data set,
-            where they are too few, and beside a `dense` perplexity, which is of a text that is known.
+            Default: half rows of the data set that are not trained on, one of 20 at most, and half `sample`; that
+            alone without a data set, where rows are too few, and beside a `dense` perplexity, which is of a text.
         max_windows (`int`): At most so many windows of it; with `minutes` fewer (but four) where all take more than a
             tenth of them.
         window (`int`): Tokens in a window.

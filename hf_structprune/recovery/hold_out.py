@@ -1,7 +1,7 @@
-"""Rows of a data set that are not trained on: what a training on that data is watched by.
+"""Rows of a data set that are not trained on, and general text: what a training on that data is watched by.
 
-Text of another kind would judge a training on code, or in another language, by what it is not for: stop it when that
-gains nothing more, and put weights back that know less of the data.
+General text alone would judge a training on code, or in another language, by what it is not for: stop it when that
+gains nothing more, and put weights back that know less of the data. Rows alone would not show what it costs elsewhere.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any
 from transformers.utils import logging
 
 from ..errors import TextError
-from ..evaluation.perplexity import EvaluationText
+from ..evaluation.perplexity import SAMPLE, EvaluationText, load_text
 from ..text.calibration import rendered
 from ..text.formats import Documents, recognise
 
 
 logger = logging.get_logger(__name__)
 
-NAME = "held-out rows"
+NAME = "held-out rows and sample"
 PART = 20  # one row of so many is held out at most
-FEWEST = 4  # windows that a training can be watched by
+FEWEST = 2  # windows of rows that a training can be watched by
 _BEGUN = "text that is trained on"  # name of a column for a moment
 _LOOKED_AT = 64  # rows of a source whose length is looked at
 _MORE = 1.25  # tokens for each one that is wanted: rows are of different lengths
@@ -31,9 +31,10 @@ _MORE = 1.25  # tokens for each one that is wanted: rows are of different length
 def hold_out(
     rows: Any, tokenizer: Any, *, window: int, windows: int | None, seed: int
 ) -> tuple[Any, EvaluationText | None]:
-    """Takes as many rows out of every source as have text for the windows, one of `PART` at most, by `seed`.
+    """Takes as many rows out of every source as have text for half of the windows, one of `PART` at most, by `seed`.
 
-    Of a source with fewer rows than that, whole books perhaps, each loses its end.
+    Of a source with fewer rows than that, whole books perhaps, each loses its end. As much text is of the packaged
+    sample.
 
     Args:
         rows: A `datasets.DatasetDict` of `load_rows`.
@@ -42,8 +43,8 @@ def hold_out(
         seed: Of the draw.
 
     Returns:
-        The other rows, and the text of those; all rows and `None` where there is text for fewer than `FEWEST` windows,
-        or rows that no document can be made of, which the training says itself.
+        The other rows, and the text; all rows and `None` where those have text for fewer than `FEWEST` windows, or are
+        such that no document can be made of them, which the training says itself.
     """
     import datasets
 
@@ -53,7 +54,7 @@ def hold_out(
             for name, table in rows.items()
         }
         tokens = sum(map(lambda one: _tokens(one, tokenizer), sources.values()))
-        wanted = tokens if windows is None else _MORE * window * windows
+        wanted = tokens if windows is None else _MORE * window * windows / 2
         share = min(1 / PART, wanted / max(1, tokens))
         left, found, rng = datasets.DatasetDict(), [], random.Random(seed)
         for name, documents in sources.items():
@@ -68,13 +69,24 @@ def hold_out(
     except TextError:
         return rows, None
     rng.shuffle(found)
-    text = "\n\n".join(found)
-    if len(tokenizer(text, verbose=False)["input_ids"]) < window * min(FEWEST, windows or FEWEST):
+    half = None if windows is None else window * max(1, windows // 2)
+    text, tokens = _beginning("\n\n".join(found), tokenizer, half)
+    if tokens < window * FEWEST:
         return rows, None
+    # A little more than is needed: how many tokens a part of a text has is an estimate.
+    general, _ = _beginning(load_text(SAMPLE).text.strip(), tokenizer, tokens if half is None else round(1.2 * half))
     names = ", ".join(rows)
     about = f"{len(found):,} {'row' if len(found) == 1 else 'rows'}, or ends of them, of {names}, not trained on"
-    logger.info(f"The training is watched by {about}.")
-    return left, EvaluationText(NAME, text, about)
+    logger.info(f"The training is watched by {about}, and as much of WikiText-2.")
+    return left, EvaluationText(NAME, f"{text}\n\n{general}", f"{about}, and as much of the packaged WikiText-2 test")
+
+
+def _beginning(text: str, tokenizer: Any, most: int | None) -> tuple[str, int]:
+    """About so many tokens of a text, cut before a space, and how many they are; without `most` all of it."""
+    tokens = len(tokenizer(text, verbose=False)["input_ids"])
+    if most is None or tokens <= most:
+        return text, tokens
+    return text[: text.rfind(" ", 0, len(text) * most // tokens)], most
 
 
 def _tokens(documents: Documents, tokenizer: Any) -> float:

@@ -154,7 +154,7 @@ def recover(
     tokenizer = tokenizer or load_tokenizer(model, trust_remote_code=trust_remote_code)
     student = load_student(model, config, trust_remote_code)
     held_out, loaded = None, None
-    if rows is not None and config.text is None and not _is_perplexity(dense):
+    if rows is not None and tokenizer is not None and config.text is None and not _is_perplexity(dense):
         windows = {"window": config.window, "windows": config.max_windows}
         rows, held_out = hold_out(rows, tokenizer, **windows, seed=config.seed)
     if teacher is not None:

@@ -21,19 +21,27 @@ def in_rows(found):
     return {row for table in found.values() for row in table["text"]}
 
 
+def parts(text):
+    """Of the rows, and of the sample."""
+    own, general = text.text.split("\n\n= Robert Boulter = ")
+    return own, general
+
+
 def test_rows_are_trained_on_or_watched():
     rows = load_rows([texts(400), texts(200, 1000)])
-    left, text = hold_out(rows, tokenizer(), window=16, windows=8, seed=0)
+    asked = dict(window=32, windows=64, seed=0)
+    left, text = hold_out(rows, tokenizer(), **asked)
     held = {row for row in in_rows(rows) if row in text.text}
-    assert held and not held & in_rows(left) and held | in_rows(left) == in_rows(rows)
-    assert text.name == NAME and f"{len(held)} rows" in text.source
-    tokens = len(tokenizer()(text.text)["input_ids"])
-    assert 16 * 8 <= tokens < 2 * 16 * 8  # no more than is needed
-    first, second = (sum(row in text.text for row in table["text"]) for table in rows.values())
+    assert held and not held & in_rows(left) and in_rows(left) < in_rows(rows)
+    assert text.name == NAME and f"{len(in_rows(rows)) - len(in_rows(left))} rows" in text.source
+    own, general = (len(tokenizer()(part)["input_ids"]) for part in parts(text))
+    half = 32 * 64 / 2
+    assert 0.9 * half <= own <= half <= general < 1.3 * half  # what is more is in no window
+    first, second = (len(rows[name]) - len(left[name]) for name in rows)
     assert first == pytest.approx(2 * second, abs=2)  # as the rows of both
-    assert hold_out(rows, tokenizer(), window=16, windows=8, seed=0)[1] == text
-    assert hold_out(rows, tokenizer(), window=16, windows=8, seed=1)[1] != text
-    most = hold_out(rows, tokenizer(), window=16, windows=None, seed=0)[0]
+    assert hold_out(rows, tokenizer(), **asked)[1] == text
+    assert hold_out(rows, tokenizer(), **{**asked, "seed": 1})[1] != text
+    most = hold_out(rows, tokenizer(), **{**asked, "windows": None})[0]
     assert len(in_rows(rows)) - len(in_rows(most)) == len(in_rows(rows)) // PART
 
 
@@ -41,8 +49,8 @@ def test_chats_are_watched_as_the_template_writes_them():
     chat = [{"role": "user", "content": "Where is it?"}, {"role": "assistant", "content": "It is here."}]
     rows, own = load_rows([{"messages": chat}] * 200), tokenizer()
     own.chat_template = TEMPLATE
-    _, text = hold_out(rows, own, window=16, windows=4, seed=0)
-    assert set(text.text.split("\n\n")) == {"user: Where is it?\nassistant: It is here."}
+    chats = parts(hold_out(rows, own, window=16, windows=16, seed=0)[1])[0].split("\n\n")
+    assert len(chats) > 1 and set(chats[:-1]) == {"user: Where is it?\nassistant: It is here."}
 
 
 def test_a_book_loses_its_end(tmp_path):
@@ -50,8 +58,9 @@ def test_a_book_loses_its_end(tmp_path):
     (tmp_path / "book.txt").write_text(book)
     rows = load_rows(str(tmp_path / "book.txt"))
     left, text = hold_out(rows, tokenizer(), window=16, windows=8, seed=0)
-    [begun] = left["book.txt"]["text"]
-    assert book.startswith(begun) and begun + " " + text.text == book and len(text.text) < len(book) / PART
+    [begun], own = left["book.txt"]["text"], parts(text)[0]
+    assert book.startswith(begun) and own and book[len(begun) :].strip().startswith(own)
+    assert len(book) - len(begun) < len(book) / PART
 
 
 @pytest.mark.parametrize("rows", [texts(19), texts(40), [{"messages": [{"role": "user", "content": "x"}]}] * 400])
