@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..config import AUTO, PruningConfig
+from ..criteria.tokens import SEQUENCES
 from ..errors import ConfigurationError
 from ..evaluation.perplexity import EvaluationText, window_losses
 from ..evaluation_config import EvaluationConfig
@@ -22,6 +23,7 @@ from ..model.measuring import context_length, measuring
 from ..progress import hidden
 from ..refit.reconstruction import STEP_TOKENS, STEPS
 from ..stats.gradients import sequences_of_metrics
+from ..units.vocabulary import VOCABULARY
 
 
 LEAST = 0.1  # of all minutes: a shorter training is not begun
@@ -32,6 +34,7 @@ MEASURING = 0.15  # of all minutes at most, for perplexities
 PRUNING, CHOOSING = 3.3, 5.9
 ALLOCATING = {"global": 5.2, "search": 8.3}
 GRADIENTS = 3.2  # the same, of the sequences that gradients for "kfac" are of
+TOKENS = 7  # the same, of the sequences that tokens are ranked by, counting them and all else included
 RECONSTRUCTING = 2.5  # the same, of all tokens that layers are trained on after their re-fit: not all layers are
 SAMPLES, GENERATION = 4, 20  # windows that take as long as sample texts, and as questions and requests
 _OVERDUE = 1.25  # times what was foretold
@@ -224,6 +227,8 @@ def pruning_seconds(config: PruningConfig, chooses: bool, each: float, window: i
     passes = (CHOOSING if chooses else allocating) * text.num_samples
     if config.criterion in (AUTO, "kfac"):
         passes += GRADIENTS * sequences_of_metrics(text.num_samples)
+    if VOCABULARY in (*config.units, *(config.keep or ())) or config.vocabulary_text is not None:
+        passes += TOKENS * SEQUENCES
     asked = config.reconstruct or (config.reconstruct is None and config.units == (AUTO,) == (config.criterion,))
     if asked and config.reconstruct_minutes is None:
         passes += RECONSTRUCTING * STEPS * STEP_TOKENS / text.length

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from hf_structprune.commands import time_budget
-from hf_structprune.commands.time_budget import LEAST, MEASURING, RECONSTRUCTING, TimeBudget, pruning_seconds
+from hf_structprune.commands.time_budget import LEAST, MEASURING, RECONSTRUCTING, TOKENS, TimeBudget, pruning_seconds
 from hf_structprune.config import PruningConfig
 from hf_structprune.errors import ConfigurationError
 from hf_structprune.refit.reconstruction import STEPS
@@ -110,5 +110,8 @@ def test_what_pruning_takes_goes_with_its_text_and_the_minutes_it_is_given():
         pruning_seconds(PruningConfig("mlp_neurons", reconstruct=True), False, 2.0, 2048) > named + trained - plain - 1
     )
     assert pruning_seconds(PruningConfig(reconstruct_minutes=3), False, 2.0, 2048) == plain + 180
+    for tokens in ({"vocabulary_text": "t.txt"}, {"keep": {"vocabulary": 64}, "vocabulary_text": "t.txt"}):
+        beside = pruning_seconds(PruningConfig("auto", **tokens, **alone), False, 2.0, 2048)
+        assert beside == pytest.approx(plain + 2.0 * TOKENS * 64 * 256 / 2048)
     search = PruningConfig(units="mlp_neurons", layout="per_layer", allocation="evolution", search_minutes=5)
     assert pruning_seconds(search, False, 2.0, 2048) == named + 300
