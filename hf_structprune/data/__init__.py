@@ -14,6 +14,11 @@ def chat_sample() -> Path:
     return _path("chats.jsonl")
 
 
+def code_sample() -> Path:
+    """Pieces of programs, a `.jsonl` file: every other one Python, else TypeScript and C++ in turns."""
+    return _path("code.jsonl")
+
+
 def wikitext2_sample() -> Path:
     """The leading articles of the WikiText-2 raw test split, a `.txt` file with its blank lines."""
     return _path("wikitext2_test_sample.txt")

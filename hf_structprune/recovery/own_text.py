@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import CONFIG_NAME, PruningConfig
-from ..data import calibration_sample
+from ..data import calibration_sample, code_sample
 from ..errors import CalibrationError, TextError
 from ..hardware import cuda_devices, process_state
 from ..model.measuring import context_length, measuring
@@ -62,7 +62,7 @@ def calibration_rows(
         logger.warning(
             "The calibration data was in memory, or has pictures: the packaged sample of English text takes its place."
         )
-    plain = [{"text": row["text"] if isinstance(row, dict) else row} for row in read_rows(calibration_sample())]
+    plain = [{"text": text} for sample in (calibration_sample(), code_sample()) for text in read_rows(sample)]
     return plain, [{"messages": chat} for chat in packaged_chats(tokenizer)]
 
 

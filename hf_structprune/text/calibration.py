@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 
 from ..checks import Count, Limits, Number, check_fields, check_keys
-from ..data import calibration_sample, chat_sample
+from ..data import calibration_sample, chat_sample, code_sample
 from ..errors import CalibrationError, ConfigurationError, TextError
 from .formats import Documents
 from .reading import beginning_of, column_of, read_objects, read_rows, token_ids
@@ -31,7 +31,6 @@ _COLUMN = "text"  # where there is none, rows may be in other formats
 CHARACTERS_PER_TOKEN = 64  # that are tokenised of a source with far more text than needed, for each needed token
 # In the place of the function of the same name; the day is that of Llama 3.1's template where it knows no other.
 _SAME_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"  # templates drop the break after a tag
-PLAIN = 3  # packaged sequences of plain text for each one of chats
 PACKAGED = "packaged"  # names the packaged sample beside other sources
 PEEK_ROWS = 1000  # looked at to tell lines of one text from documents
 # No text has more tokens: a character has four bytes at most; a row gets some special tokens or a separator.
@@ -66,8 +65,8 @@ class CalibrationConfig:
         dataset (`str` or list of `str`, *optional*):
             A `.txt`, `.jsonl` or `.json` file, a folder made by `datasets.save_to_disk` or a dataset id of the Hub. A
             list mixes several sources in equal shares, interleaved. `None` is the packaged sample (half Wikipedia
-            articles, half web pages; English); with a chat template every fourth sequence is of packaged chats. In a
-            list it is `"packaged"`, and takes the place of what the other sources have too little text for.
+            articles, half web pages; English); every eighth sequence is of code, and with a chat template every fourth
+            of chats. In a list it is `"packaged"`, and takes the place of what the others have too little text for.
         name (`str`, *optional*): Configuration name of a Hub dataset, for example `"wikitext-2-raw-v1"`.
         split (`str`): Split of a dataset.
         column (`str`): Column of a dataset or key of a JSONL row; a text, or chat messages with `chat_template`. Where
@@ -343,7 +342,9 @@ def _turns(config: CalibrationConfig, tokenizer: Any) -> list[_Source]:
         return others
     written, chats = config.chat_template, packaged_chats(tokenizer)
     plain = _Source("the packaged sample", read_rows(calibration_sample()), written, written, packaged=True)
-    own = [plain] * PLAIN + ([_Source("the packaged chats", chats, True, packaged=True)] if chats else [])
+    code = _Source("the packaged code", read_rows(code_sample()), written, written, packaged=True)
+    chats = _Source("the packaged chats", chats, True, packaged=True) if chats else plain
+    own = [plain, code, plain, chats, plain, plain, plain, chats]
     return [source for one in own for source in (*others, one)]
 
 

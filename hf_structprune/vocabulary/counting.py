@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..config import PruningConfig
-from ..data import calibration_sample
+from ..data import calibration_sample, code_sample
 from ..errors import TextError
 from ..progress import tqdm
 from ..text.calibration import PACKAGED, open_documents, packaged_chats, rendered
@@ -133,7 +133,7 @@ def _sources(config: PruningConfig, tokenizer: Any) -> Iterator[tuple[str, Seque
 
 def _packaged(tokenizer: Any) -> Iterator[tuple[str, Sequence[Any]]]:
     chats = [rendered("A packaged chat", chat, tokenizer, "") for chat in packaged_chats(tokenizer)]
-    yield "the packaged sample", [*read_rows(calibration_sample()), *chats]
+    yield "the packaged sample", [*read_rows(calibration_sample()), *chats, *read_rows(code_sample())]
 
 
 def _count(one: Counted, rows: Sequence[Any], tokenizer: Any, most: int) -> None:

@@ -7,7 +7,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from hf_structprune.config import CalibrationConfig
-from hf_structprune.data import calibration_sample, chat_sample, wikitext2_sample
+from hf_structprune.data import calibration_sample, chat_sample, code_sample, wikitext2_sample
 from hf_structprune.errors import CalibrationError
 from hf_structprune.text import calibration, reading
 from hf_structprune.text.calibration import check_token_ids, load_tokens, rendered, respelled, without_beginning
@@ -57,6 +57,13 @@ def test_default_shape_and_determinism(tiny_tokenizer):
     assert len(torch.unique(first, dim=0)) == 256
 
 
+def test_packaged_code_is_of_three_languages():
+    rows = [json.loads(line)["text"] for line in code_sample().read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 96 == len({*rows}) and all(text.isascii() and 900 < len(text) < 1500 for text in rows)
+    assert all("def " in text or "class " in text or "self" in text for text in rows[::2])
+    assert not any("Copyright" in text or "http" in text for text in rows)
+
+
 def test_packaged_chats_are_questions_with_answers():
     rows = [json.loads(line) for line in chat_sample().read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 240 == len({row["messages"][0]["content"] for row in rows})
@@ -72,6 +79,8 @@ def test_every_fourth_packaged_sequence_is_of_chats_where_a_template_writes_them
     tokens = load_tokens(config, tokenizer)
     assert (tokens == 2).any(1).tolist() == [i % 4 == 3 for i in range(count)]
     assert len(torch.unique(tokens, dim=0)) == count
+    signs = torch.isin(tokens, torch.tensor(tokenizer("(){}[]=_;")["input_ids"])).sum(1)  # of code there are many
+    assert all(signs[i] > 24 for i in range(1, count, 8)) and signs[2::8].float().mean() < 24
     tokenizer.chat_template = "{{ raise_exception('systems only') }}"
     assert not (load_tokens(config, tokenizer) == 2).any() and "systems only" in caplog.text
     assert not (load_tokens(config, make_tokenizer()) == 2).all(1).any()
