@@ -108,8 +108,8 @@ def uses_text(config: PruningConfig, plan: PruningPlan) -> bool:
 
 
 _PACKAGED = (
-    "the sample of hf_structprune: half WikiText-2 (validation), half C4, English; every eighth sequence is of code, "
-    "of a model with a chat template every fourth of chats of Dolly"
+    "the sample of hf_structprune: half WikiText-2 (validation), half C4, English, and some code; of a model with a "
+    "chat template every fourth sequence is of chats of Dolly"
 )
 
 

@@ -65,8 +65,9 @@ class CalibrationConfig:
         dataset (`str` or list of `str`, *optional*):
             A `.txt`, `.jsonl` or `.json` file, a folder made by `datasets.save_to_disk` or a dataset id of the Hub. A
             list mixes several sources in equal shares, interleaved. `None` is the packaged sample (half Wikipedia
-            articles, half web pages; English); every eighth sequence is of code, and with a chat template every fourth
-            of chats. In a list it is `"packaged"`, and takes the place of what the others have too little text for.
+            articles, half web pages; English); every sixteenth sequence is of code, and with a chat template every
+            fourth of chats. In a list it is `"packaged"` (an eighth of its sequences are of code then), and takes the
+            place of what the others have too little text for.
         name (`str`, *optional*): Configuration name of a Hub dataset, for example `"wikitext-2-raw-v1"`.
         split (`str`): Split of a dataset.
         column (`str`): Column of a dataset or key of a JSONL row; a text, or chat messages with `chat_template`. Where
@@ -345,6 +346,8 @@ def _turns(config: CalibrationConfig, tokenizer: Any) -> list[_Source]:
     code = _Source("the packaged code", read_rows(code_sample()), written, written, packaged=True)
     chats = _Source("the packaged chats", chats, True, packaged=True) if chats else plain
     own = [plain, code, plain, chats, plain, plain, plain, chats]
+    if not others:  # one sequence in sixteen, as beside another source
+        own += [plain, plain, plain, chats, plain, plain, plain, chats]
     return [source for one in own for source in (*others, one)]
 
 

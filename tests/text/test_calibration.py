@@ -80,7 +80,7 @@ def test_every_fourth_packaged_sequence_is_of_chats_where_a_template_writes_them
     assert (tokens == 2).any(1).tolist() == [i % 4 == 3 for i in range(count)]
     assert len(torch.unique(tokens, dim=0)) == count
     signs = torch.isin(tokens, torch.tensor(tokenizer("(){}[]=_;")["input_ids"])).sum(1)  # of code there are many
-    assert all(signs[i] > 24 for i in range(1, count, 8)) and signs[2::8].float().mean() < 24
+    assert all(signs[i] > 24 for i in range(1, count, 16)) and signs[2::16].float().mean() < 24
     tokenizer.chat_template = "{{ raise_exception('systems only') }}"
     assert not (load_tokens(config, tokenizer) == 2).any() and "systems only" in caplog.text
     assert not (load_tokens(config, make_tokenizer()) == 2).all(1).any()
@@ -517,6 +517,7 @@ def test_packaged_text_takes_the_place_of_what_is_missing(tmp_path, make_tokeniz
     assert len(mine) == full and all(number % 2 == 0 for number in mine) and own.shape == (1, 16)
     assert len({tuple(row) for row in tokens.tolist()}) >= 14
     path = write_jsonl(tmp_path / "word.jsonl", [{"text": "0"}])
-    tokens, packaged = load(tokenizer, dataset=[path, "packaged"], num_samples=16), load(tokenizer, num_samples=16)
-    assert sorted(tokens.tolist()) == sorted(packaged.tolist()) and "word.jsonl has text for 0 of 8" in caplog.text
+    tokens = load(tokenizer, dataset=[path, "packaged"], num_samples=16, length=1000)
+    assert len({tuple(row) for row in tokens.tolist()}) == 16 and "word.jsonl has text for 0 of 8" in caplog.text
+    assert (tokens == 2).any(1).sum() == 4  # of chats, as without it
     check_error("need", tokenizer, dataset=[path, path])
