@@ -9,8 +9,8 @@ a third of the tokens each or by `--shares`, none of which is measured (`recover
 given none. Measured are 12 windows of 2048 tokens of each text that was held out, pruned and recovered over dense, and
 right answers to the packaged closed questions (`recovered.py`). With `--vocabulary-size N --vocabulary-text FILE ...`
 tokens go, too; perplexity is of the dense model's tokens (`vocabulary.py`). Results are added to
-benchmarks/results/shrunk.json under `--name`, or written over what was there (`--anew`); what lies in OUT is measured
-as it is.
+benchmarks/results/shrunk.json under `--name`; with `--anew` what was there under this name, and of the dense model, is
+measured anew. What lies in OUT is measured as it is.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--vocabulary-size", type=int, help="as of `shrink`")
     parser.add_argument("--vocabulary-text", nargs="+", help="as of `shrink`")
     parser.add_argument("--no-data", action="store_true", help="without a data set")
-    parser.add_argument("--anew", action="store_true", help="also what is in the file already, and nothing beside it")
+    parser.add_argument("--anew", action="store_true", help="also what is in the file already")
     parser.add_argument("--name", help="default: of ratio, minutes and layout")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -74,13 +74,16 @@ def main() -> None:
         file = arguments.data / "shrunk_train.jsonl"
         write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         line += ["--dataset", str(file)]
-    there = arguments.output.is_file() and not arguments.anew
+    there = arguments.output.is_file()
     results = json.loads(arguments.output.read_text(encoding="utf-8")) if there else {}
-    results |= {"versions": versions("trl", "peft"), "commit": commit(), "windows": WINDOWS}
+    results |= {"versions": versions("trl", "peft"), "windows": WINDOWS}
     name = arguments.name or f"{arguments.ratio:.0%} in {arguments.minutes:g} minutes"
     name += "" if arguments.name or arguments.layout == "uniform" else ", per-layer"
     name += f", {arguments.vocabulary_size} tokens" if arguments.vocabulary_size and not arguments.name else ""
+    if arguments.anew:
+        results = {key: found for key, found in results.items() if key not in (name, "dense")}
     run = results.setdefault(name, {"ratio": arguments.ratio, "minutes": arguments.minutes})
+    run["commit"] = commit()
     run |= {"shares": arguments.shares} if arguments.shares else {}
     if not out.is_dir():
         begun, wall = time.monotonic(), _wall()

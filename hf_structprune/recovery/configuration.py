@@ -207,6 +207,8 @@ class DistillationConfig:
             beside the text that the pruning was calibrated on. 0 takes that text alone.
         dense_answers (`int`): Where there is a data set: so many of its prompts are answered by the dense model too,
             greedily, and the answers that it ends are learned beside those of the data. See `own_answers`.
+        dense_questions (`int`): So many short questions, in English, at most are made up by the dense model, and
+            learned with its answers beside all else: facts go first. See `own_questions`.
 
     Raises:
         ConfigurationError: A value is impossible.
@@ -224,6 +226,7 @@ class DistillationConfig:
     top_k: Count = 64
     generated_tokens: Number = 65_536
     dense_answers: Number = 0
+    dense_questions: Number = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -232,11 +235,12 @@ class DistillationConfig:
                 "`cache` keeps the dense model's predictions only, not its hidden states: leave it out, or set "
                 "`hidden_weight` and `attention_weight` to 0."
             )
-        if self.dense_answers and self.dual_space:
-            raise ConfigurationError(
-                f"`dense_answers` is {self.dense_answers}, but the teacher of `dual_space` has another tokenizer and "
-                "chat template: leave one of them out."
-            )
+        for name in ("dense_answers", "dense_questions"):
+            if self.dual_space and getattr(self, name):
+                raise ConfigurationError(
+                    f"`{name}` is {getattr(self, name)}, but the teacher of `dual_space` has another tokenizer and "
+                    "chat template: leave one of them out."
+                )
         others = {"cache": self.cache, "hidden_weight": self.hidden_weight, "attention_weight": self.attention_weight}
         others |= {"on_prompts=False": not self.on_prompts}
         for name in (name for name, value in others.items() if self.dual_space and value):

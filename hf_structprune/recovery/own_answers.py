@@ -91,9 +91,13 @@ class Answers:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         self.batches = [order[i : i + size] for i in range(0, len(order), size)]
 
-    @torch.no_grad()
     def batch(self, number: int) -> list[list[int] | None]:
         """The answers to the prompts of a batch, without what ended them; `None` where that did not come."""
+        return [ids if ended else None for ids, ended in self.said(number)]
+
+    @torch.no_grad()
+    def said(self, number: int) -> list[tuple[list[int], bool]]:
+        """What is said to the prompts of a batch, and whether it was ended, without what ended it."""
         some = [self.prompts[i] for i in self.batches[number]]
         longest = max(map(len, some))
         ids = torch.tensor([[self.pad] * (longest - len(one)) + one for one in some], device=self.model.device)
@@ -106,7 +110,7 @@ class Answers:
         found = []
         for row in output[:, longest:].tolist():
             end = next((place for place, token in enumerate(row) if token in self.ends), None)
-            found.append(None if end is None else row[:end])
+            found.append((row[:end], end is not None))
         return found
 
 

@@ -37,6 +37,7 @@ from .configuration import DistillationConfig, RecoveryConfig
 from .data import load_rows, prepare, public_sources
 from .hold_out import hold_out
 from .own_answers import with_answers
+from .own_questions import with_questions
 from .own_text import own_rows
 from .save import check_place, folder_of
 from .weights import BEST_FOLDER
@@ -171,7 +172,7 @@ def recover(
         config = dataclasses.replace(config, train_embeddings=distillation.dual_space or loaded.tokens is not None)
     if config.train_embeddings is False:
         hold_embeddings(student)
-    if loaded is not None and (rows is None or distillation.dense_answers):
+    if loaded is not None and (rows is None or distillation.dense_answers or distillation.dense_questions):
         loaded.to(hardware.process_state().device)
         names = not isinstance(teacher, nn.Module)
         theirs = (load_tokenizer(teacher, trust_remote_code=trust_remote_code) if names else None) or tokenizer
@@ -182,8 +183,11 @@ def recover(
         if rows is None:
             where = model if named else folder_of(model)
             rows = load_rows(own_rows(loaded.model, theirs, where, distillation.generated_tokens, **limits), **drawn)
-        else:
+        elif distillation.dense_answers:
             rows = with_answers(rows, loaded.model, theirs, distillation.dense_answers, **limits)
+        if distillation.dense_questions:
+            del limits["length"]
+            rows = with_questions(rows, loaded.model, theirs, distillation.dense_questions, **limits)
     stops = getattr(student.generation_config, "eos_token_id", None) or []
     collator = collator_of(student, tokenizer.pad_token_id or 0) if config.packing else None
     config = dataclasses.replace(config, packing=collator is not None)
