@@ -211,33 +211,33 @@ class _Run:
         """Divides the time of a recipe that has one, before any of it is spent; seconds that pruning will take."""
         if self.budget is None:
             return 0.0
-        window, body = self._time_window(pruner.model)
+        window, times = self._time_window(pruner.model)
         foretold = 0.0
         if not pruned:
             plan = pruner.plan(self.recipe.ratio) if plans_by_shapes(self.recipe.pruning, self.recipe.ratio) else None
             chooses = plan is not None and any(reason.startswith(NOT_YET) for reason in plan.reasons)
-            foretold = pruning_seconds(self.recipe.pruning, chooses, body, window)
+            foretold = pruning_seconds(self.recipe.pruning, chooses, times, window)
         self.budget.check(self.measuring * (len(self.folders) + 1), foretold)
         return foretold
 
-    def _time_window(self, model: PreTrainedModel) -> tuple[int, float]:
-        """Tokens of a window and its seconds without the head; chooses how many are measured, foretells how long."""
+    def _time_window(self, model: PreTrainedModel) -> tuple[int, tuple[float, float]]:
+        """Tokens of a window and its `window_seconds`; chooses how many are measured, foretells how long."""
         config = self.recipe.evaluation
         protocol = find_protocol("paper") if config is None else find_protocol(config.protocol)
         window = protocol.change(window=None if config is None else config.window).window_for(model)
-        each, body = window_seconds(model, window)
+        times = window_seconds(model, window)
         if config is None:
             self.measuring = 0.0
-            return window, body
+            return window, times
         found = windows_in(config.load()[0], window)
         wanted = found if config.max_windows is None else min(config.max_windows, found)
         if not Path(self.recipe.dense_results).is_file() or self.again:
-            most = self.budget.windows(each, len(config.texts), len(self.folders) + 1, wanted)
+            most = self.budget.windows(times[0], len(config.texts), len(self.folders) + 1, wanted)
             if most < wanted:
                 wanted = most
                 self.recipe.evaluation = dataclasses.replace(config, max_windows=most)
-        self.measuring = measuring_seconds(config, wanted, each)
-        return window, body
+        self.measuring = measuring_seconds(config, wanted, times[0])
+        return window, times
 
     def _measure_as_before(self) -> None:
         """In a recipe with a time, as many windows are measured as were of the dense model, whatever is asked for."""

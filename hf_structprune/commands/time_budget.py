@@ -33,7 +33,8 @@ MEASURING = 0.15  # of all minutes at most, for perplexities
 # are measured, 2.5 times.
 PRUNING, CHOOSING = 3.3, 5.9
 ALLOCATING = {"global": 5.2, "search": 8.3}
-GRADIENTS = 3.2  # the same, of the sequences that gradients for "kfac" are of
+GRADIENTS = 2.5  # the same with the head, of the sequences that gradients for "kfac" are of
+HEADS = 128  # sequences for which the head runs while kinds of units are measured: 16 for each of eight ways
 TOKENS = 7  # the same, of the sequences that tokens are ranked by, counting them and all else included
 RECONSTRUCTING = 2.5  # the same, of all tokens that layers are trained on after their re-fit: not all layers are
 SAMPLES, GENERATION = 4, 20  # windows that take as long as sample texts, and as questions and requests
@@ -212,27 +213,30 @@ def measuring_seconds(config: EvaluationConfig, windows: int, each: float) -> fl
     return each * (windows * len(config.texts) + SAMPLES * config.samples + GENERATION * config.generation)
 
 
-def pruning_seconds(config: PruningConfig, chooses: bool, each: float, window: int) -> float:
+def pruning_seconds(config: PruningConfig, chooses: bool, each: tuple[float, float], window: int) -> float:
     """Seconds that pruning takes.
 
     Args:
         config: How.
         chooses: Whether it is measured which kinds of units go.
-        each, window: Seconds of a pass without the head, and its tokens.
+        each, window: Seconds of a pass with its loss and without the head, see `window_seconds`, and its tokens. The
+            head counts where it runs: of small models with large vocabularies it is most of a pass.
     """
     text = config.calibration
-    of_sequence = each * text.length / window
+    whole, of_sequence = (seconds * text.length / window for seconds in each)
     minutes = (config.search_minutes if config.allocation == "evolution" else 0) + (config.reconstruct_minutes or 0)
     allocating = ALLOCATING.get(config.allocation, PRUNING)
     passes = (CHOOSING if chooses else allocating) * text.num_samples
+    with_head = 0.0
     if config.criterion in (AUTO, "kfac"):
-        passes += GRADIENTS * sequences_of_metrics(text.num_samples)
+        with_head += GRADIENTS * sequences_of_metrics(text.num_samples)
     if VOCABULARY in (*config.units, *(config.keep or ())) or config.vocabulary_text is not None:
         passes += TOKENS * SEQUENCES
     asked = config.reconstruct or (config.reconstruct is None and config.units == (AUTO,) == (config.criterion,))
     if asked and config.reconstruct_minutes is None:
         passes += RECONSTRUCTING * STEPS * STEP_TOKENS / text.length
-    return of_sequence * passes + 60 * minutes
+    heads = HEADS if chooses else 0
+    return of_sequence * passes + whole * with_head + (whole - of_sequence) * heads + 60 * minutes
 
 
 def account(started: float, steps: Sequence[tuple[str, float]]) -> str:
