@@ -19,6 +19,7 @@ from ..files.writing import write_text
 
 FEWEST, MOST = 16, 64  # sequences that are written at once
 CACHE = 2**30  # bytes of keys and values
+SHORTEST = 30.0  # seconds that a batch gets at least, whatever time is left
 
 
 def batch_of(model: PreTrainedModel, length: int) -> int:
@@ -39,6 +40,14 @@ def batch_of(model: PreTrainedModel, length: int) -> int:
     return max(FEWEST, min(MOST, CACHE // each))
 
 
+Write = Callable[[int, float | None], list[Any]]
+
+
+def until_then(until: float | None) -> dict[str, float]:
+    """The option of `generate` that ends it at a time, by `time.monotonic`."""
+    return {} if until is None else {"max_time": max(until - time.monotonic(), 1e-3)}
+
+
 class KeptBatches:
     """Batches in the cache of huggingface_hub (`HF_ASSETS_CACHE`), under what they depend on.
 
@@ -56,15 +65,18 @@ class KeptBatches:
         lines = read_text(self.file).splitlines() if self.file.is_file() else []
         self.batches: list[list[Any]] = [json.loads(line) for line in lines]
 
-    def fill(self, write: Callable[[int], list[Any]], wanted: Callable[[], bool], seconds: float | None) -> None:
+    def fill(self, write: Write, wanted: Callable[[], bool], seconds: float | None) -> None:
         """Writes further batches as long as they are `wanted`.
 
         Args:
-            write: Makes the batch of a number.
+            write: Makes the batch of a number until a time, by `time.monotonic`: what is not written by then is left
+                out. What a batch holds depends on the machine then, and is kept as it is.
             wanted: Whether one more is, by `batches`.
-            seconds: Begin none after so many; one is always there.
+            seconds: Begin none after so many, and end the one that is written then, unless it had less than `SHORTEST`
+                seconds; one is always begun.
         """
-        started = time.monotonic()
-        while wanted() and (seconds is None or not self.batches or time.monotonic() - started < seconds):
-            self.batches.append(write(len(self.batches)))
+        end = None if seconds is None else time.monotonic() + seconds
+        while wanted() and (end is None or not self.batches or time.monotonic() < end):
+            until = None if end is None else max(end, time.monotonic() + SHORTEST)
+            self.batches.append(write(len(self.batches), until))
             write_text(self.file, "".join(json.dumps(batch) + "\n" for batch in self.batches))

@@ -23,7 +23,7 @@ from ..model.measuring import measuring
 from ..progress import tqdm
 from ..text.formats import parts_of, recognise
 from .data import Encoder
-from .kept_batches import KeptBatches, batch_of
+from .kept_batches import KeptBatches, batch_of, until_then
 
 
 logger = logging.get_logger(__name__)
@@ -91,13 +91,13 @@ class Answers:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         self.batches = [order[i : i + size] for i in range(0, len(order), size)]
 
-    def batch(self, number: int) -> list[list[int] | None]:
+    def batch(self, number: int, until: float | None = None) -> list[list[int] | None]:
         """The answers to the prompts of a batch, without what ended them; `None` where that did not come."""
-        return [ids if ended else None for ids, ended in self.said(number)]
+        return [ids if ended else None for ids, ended in self.said(number, until)]
 
     @torch.no_grad()
-    def said(self, number: int) -> list[tuple[list[int], bool]]:
-        """What is said to the prompts of a batch, and whether it was ended, without what ended it."""
+    def said(self, number: int, until: float | None = None) -> list[tuple[list[int], bool]]:
+        """What is said to the prompts of a batch until a time, and whether it was ended, without what ended it."""
         some = [self.prompts[i] for i in self.batches[number]]
         longest = max(map(len, some))
         ids = torch.tensor([[self.pad] * (longest - len(one)) + one for one in some], device=self.model.device)
@@ -105,7 +105,7 @@ class Answers:
         with measuring(self.model):
             output = self.model.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=self.new_tokens, do_sample=False, num_beams=1,
-                pad_token_id=self.pad, eos_token_id=sorted(self.ends),
+                pad_token_id=self.pad, eos_token_id=sorted(self.ends), **until_then(until),
             )  # fmt: skip
         found = []
         for row in output[:, longest:].tolist():
@@ -128,7 +128,7 @@ def answered_rows(
         count: Prompts, drawn at random by `seed`; all of them if there are fewer.
         length: Tokens of prompt and answer together at most; a prompt takes half of them at most.
         seed: Of the draw.
-        seconds: Begin no further batch after so many; one is always answered.
+        seconds: Stop answering after so many; a batch gets `kept_batches.SHORTEST` at least.
 
     Raises:
         ConfigurationError: There is no prompt in the data, or no answer ends.
@@ -147,8 +147,8 @@ def answered_rows(
     found = kept.batches
     with tqdm(total=len(prompts), initial=sum(map(len, found)), desc="Dense model answers") as progress:
 
-        def answer(number: int) -> list[list[int] | None]:
-            batch = about.batch(number)
+        def answer(number: int, until: float | None) -> list[list[int] | None]:
+            batch = about.batch(number, until)
             progress.update(len(batch))
             return batch
 
@@ -161,9 +161,11 @@ def answered_rows(
                 answered.append(prompts[number].answered(text))
     asked = sum(map(len, found))
     if not answered:
+        timed = "" if seconds is None else f" and about {seconds:.0f} seconds"
+        more = "" if seconds is None else "give more `minutes`, or "
         raise ConfigurationError(
-            f"The dense model ends none of its answers to {asked:,} prompts within {about.new_tokens} tokens: leave "
-            "`dense_answers` out."
+            f"The dense model ends none of its answers to {asked:,} prompts within {about.new_tokens} tokens{timed}: "
+            f"{more}leave `dense_answers` out."
         )
     logger.info(f"The dense model has answered {asked:,} prompts; {len(answered):,} answers end and are learned too.")
     return answered

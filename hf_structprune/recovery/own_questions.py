@@ -24,7 +24,7 @@ from ..evaluation.questions import closed_questions
 from ..hardware import cuda_devices, process_state
 from ..model.measuring import context_length, measuring
 from ..progress import tqdm
-from .kept_batches import KeptBatches, batch_of
+from .kept_batches import KeptBatches, batch_of, until_then
 from .own_answers import Answers
 
 
@@ -70,8 +70,11 @@ class Writer:
         self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     @torch.no_grad()
-    def batch(self, number: int) -> list[tuple[str, str]]:
-        """The whole questions and answers of `size` continued lists; none by a model whose context is too short."""
+    def batch(self, number: int, until: float | None = None) -> list[tuple[str, str]]:
+        """The whole questions and answers of `size` continued lists; none by a model whose context is too short.
+
+        With a time, by `time.monotonic`, the lists are cut off then.
+        """
         rng = random.Random(self.seed + number)
         starts = [f"{_listed(rng.sample(SHOTS, BEFORE))}\n\nQuestion:" for _ in range(self.size)]
         encoded = [self.tokenizer(text)["input_ids"] for text in starts]
@@ -84,7 +87,7 @@ class Writer:
             torch.manual_seed(self.seed + number)
             output = self.model.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=WRITTEN, do_sample=True, temperature=1.0,
-                top_k=TOP_K, top_p=1.0, pad_token_id=self.pad,
+                top_k=TOP_K, top_p=1.0, pad_token_id=self.pad, **until_then(until),
             )  # fmt: skip
         found = []
         for row in output[:, longest:].tolist():
@@ -113,7 +116,7 @@ def made_up(
         model, tokenizer: The dense model and its own tokenizer.
         count: Questions at most; fewer where a batch brings no new one.
         seed: Of what is written.
-        seconds: Begin no further batch after so many; one is always written.
+        seconds: Stop after so many; a batch gets `kept_batches.SHORTEST` at least.
     """
     writer = Writer(model, tokenizer, seed)
     kept = KeptBatches("questions", model, [_VERSION, seed, writer.size, WRITTEN, TOP_K, LONGEST, SHOTS])
@@ -130,8 +133,8 @@ def made_up(
 
     with tqdm(total=count, initial=min(count, len(found(kept.batches))), desc="Dense model asks itself") as progress:
 
-        def write(number: int) -> list[tuple[str, str]]:
-            batch = writer.batch(number)
+        def write(number: int, until: float | None) -> list[tuple[str, str]]:
+            batch = writer.batch(number, until)
             progress.update(min(len({**dict(batch), **found(kept.batches)}), count) - progress.n)
             return batch
 
@@ -163,7 +166,7 @@ def chats_of(
     Args:
         model, tokenizer: The dense model and its own tokenizer, which has a chat template.
         questions: What is asked, where the context has room for it.
-        seconds: Begin no further batch after so many; one is always answered.
+        seconds: Stop after so many; a batch gets `kept_batches.SHORTEST` at least.
     """
     options, context = {"add_generation_prompt": True, "return_dict": True}, context_length(model)
     encoded = []
@@ -177,8 +180,8 @@ def chats_of(
     kept = KeptBatches("asked", model, [_VERSION, ANSWERED, prompts])
     with tqdm(total=len(prompts), initial=sum(map(len, kept.batches)), desc="Dense model answers") as progress:
 
-        def answer(number: int) -> list[Any]:
-            batch = about.said(number)
+        def answer(number: int, until: float | None) -> list[Any]:
+            batch = about.said(number, until)
             progress.update(len(batch))
             return batch
 
@@ -204,7 +207,7 @@ def with_questions(
         model, tokenizer: The dense model and its own tokenizer.
         count: Questions at most. A model that writes none adds nothing, and a warning says so.
         seed: Of what is written.
-        seconds: Begin no further batch after so many, two thirds of them for the questions; one is always written.
+        seconds: Stop after so many, two thirds of them for the questions; see `KeptBatches.fill`.
     """
     import datasets
 

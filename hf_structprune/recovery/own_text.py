@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from ..model.measuring import context_length, measuring
 from ..progress import tqdm
 from ..text.calibration import load_tokens, packaged_chats, without_beginning
 from ..text.reading import read_rows
-from .kept_batches import KeptBatches, batch_of
+from .kept_batches import KeptBatches, batch_of, until_then
 
 
 logger = logging.get_logger(__name__)
@@ -87,18 +88,22 @@ class Writer:
         self.before = _before_question(tokenizer)
         self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
-    def batch(self, number: int) -> list[list[int]]:
-        """Token ids of `size` sequences: chats if the number is odd and there is a template, else plain text."""
+    def batch(self, number: int, until: float | None = None) -> list[list[int]]:
+        """Token ids of `size` sequences: chats if the number is odd and there is a template, else plain text.
+
+        With a time, by `time.monotonic`, they are cut off then; chats whose questions took that long are left out.
+        """
         with measuring(self.model), torch.random.fork_rng(cuda_devices([self.model.device])):
             torch.manual_seed(self.seed + number)
             if self.before is None or number % 2 == 0:
                 drawn = random.Random(self.seed + number).choices(self.openings, k=self.size)
-                return self._go_on(drawn, self.length)
+                return self._go_on(drawn, self.length, until)
             starts = [self.before] * self.size
-            chats = [
-                self._as_chat(ids[len(self.before) :]) for ids in self._go_on(starts, len(self.before) + QUESTION)
-            ]
-            return self._go_on([ids for ids in chats if ids and len(ids) < self.length], self.length)
+            asked = self._go_on(starts, len(self.before) + QUESTION, until)
+            if until is not None and time.monotonic() > until:
+                return []
+            chats = [self._as_chat(ids[len(self.before) :]) for ids in asked]
+            return self._go_on([ids for ids in chats if ids and len(ids) < self.length], self.length, until)
 
     def _as_chat(self, question: list[int]) -> list[int] | None:
         """The ids of a chat up to where its answer begins; `None` without a question."""
@@ -108,8 +113,8 @@ class Writer:
         chat = [{"role": "user", "content": text}]
         return self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
 
-    def _go_on(self, starts: list[list[int]], length: int) -> list[list[int]]:
-        """Sequences that begin with those given, up to their end or so many tokens; padded on the left meanwhile."""
+    def _go_on(self, starts: list[list[int]], length: int, until: float | None = None) -> list[list[int]]:
+        """Sequences that begin with those given, to their end, a length or a time; padded on the left meanwhile."""
         if not starts:
             return []
         longest = max(map(len, starts))
@@ -118,7 +123,7 @@ class Writer:
         device = self.model.device
         output: Tensor = self.model.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), max_length=max(length, longest + 1),
-            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=self.pad,
+            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=self.pad, **until_then(until),
         )  # fmt: skip
         stops = self.model.generation_config.eos_token_id
         stops = {stops} if isinstance(stops, int) else {*(stops or ()), self.tokenizer.eos_token_id}
@@ -151,7 +156,7 @@ def generated_rows(
     Args:
         model, tokenizer, openings, length, seed: See `Writer`.
         tokens: How many, of the model's tokenizer.
-        seconds: Begin no further batch after so many; one is always written.
+        seconds: Stop writing after so many; a batch gets `kept_batches.SHORTEST` at least.
 
     Raises:
         TextError: The model writes nothing.
@@ -165,10 +170,10 @@ def generated_rows(
 
     with tqdm(total=tokens, initial=min(found(), tokens), desc="Dense model writes", unit="token") as progress:
 
-        def write(number: int) -> list[list[int]]:
-            batch = writer.batch(number)
+        def write(number: int, until: float | None) -> list[list[int]]:
+            batch = writer.batch(number, until)
             new = sum(map(len, batch))
-            if not new and number > 1:
+            if not new and number > 1 and (until is None or time.monotonic() < until):
                 raise TextError("The dense model ends its texts before it has begun them: give a `dataset`.")
             progress.update(min(new, max(0, tokens - found())))
             return batch

@@ -1,6 +1,7 @@
 """What the dense model answers to the prompts of a data set."""
 
 import json
+import time
 from itertools import count
 from types import SimpleNamespace
 
@@ -75,13 +76,23 @@ def test_every_prompt_gets_the_answer_that_it_gets_alone(dense, make_tokenizer):
 def test_what_was_answered_is_kept_and_gone_on_with(dense, make_tokenizer, monkeypatch):
     tokenizer, made = make_tokenizer(chat_template=TEMPLATE), []
     batch = own_answers.Answers.batch
-    monkeypatch.setattr(own_answers.Answers, "batch", lambda self, n: made.append(n) or batch(self, n))
+    monkeypatch.setattr(own_answers.Answers, "batch", lambda self, n, until: made.append(n) or batch(self, n, until))
     short = answered_rows(dense, tokenizer, instructions(), 10, seconds=0, **LIMITS)
     assert made == [0]  # one batch in any case
     rows = answered_rows(dense, tokenizer, instructions(), 10, **LIMITS)
     assert rows[: len(short)] == short and made == [0, 1]
     assert answered_rows(dense, tokenizer, instructions(), 10, **LIMITS) == rows and made == [0, 1]
     assert len(answered_rows(dense, tokenizer, instructions(), 2, **LIMITS)) <= 2 and made[2:] == [0]  # others drawn
+
+
+def test_answers_for_which_there_was_no_time_are_not_ended(dense, make_tokenizer, monkeypatch):
+    tokenizer = make_tokenizer(chat_template=TEMPLATE)
+    dense.generation_config.eos_token_id = dense.config.vocab_size - 1
+    about = own_answers.Answers(dense, tokenizer, [[5, 6, 7], [8, 9]], 6, 2)
+    assert [(len(ids), ended) for ids, ended in about.said(0)] == [(6, False)] * 2
+    assert [(len(ids), ended) for ids, ended in about.said(0, time.monotonic() - 1)] == [(1, False)] * 2
+    with pytest.raises(ConfigurationError, match="within 6 tokens and about 7 seconds: give more `minutes`, or leave"):
+        answered_rows(dense, tokenizer, instructions(), 4, seconds=7.0, **LIMITS)
 
 
 def test_chats_and_texts_to_go_on_from_are_sources_of_their_own(dense, make_tokenizer):
@@ -167,6 +178,7 @@ def test_a_training_by_time_goes_on_with_the_answers_that_it_was_begun_with(
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(kept_batches, "time", SimpleNamespace(monotonic=count(step=1000).__next__))  # one batch alone
+        patched.setattr(kept_batches, "SHORTEST", 1e6)
         patched.setattr(LoraRecoveryCallback, "on_step_begin", interrupt)
         train(False)
     (answers,) = (tmp_path / "cache").glob("**/*.jsonl")

@@ -63,7 +63,7 @@ def written(place, monkeypatch):
     """The numbers of the batches that are written; what they hold is given."""
     numbers = []
 
-    def batch(self, number):
+    def batch(self, number, until=None):
         numbers.append(number)
         return BATCHES[number] if number < len(BATCHES) else []
 

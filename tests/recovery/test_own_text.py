@@ -1,6 +1,7 @@
 """Distillation without a data set: what the dense model writes, kept, and the text of the calibration."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -58,10 +59,28 @@ def test_padding_on_the_left_changes_nothing(few, tiny_llama, make_tokenizer, mo
     assert together == [one[: len(row)] for one, row in zip(alone, together, strict=True)] and len(together[1]) > 2
 
 
+def test_writing_stops_when_its_time_is_over(few, tiny_llama, make_tokenizer, monkeypatch):
+    """A slow model's first batch would else take all the time that there is to train."""
+    writer = Writer(tiny_llama, make_tokenizer(chat_template=TEMPLATE), OPENINGS, 24, seed=0)
+    over = time.monotonic() - 1
+    assert [len(ids) for ids in writer.batch(0, over)] == [5, 5, 5]  # an opening of four, and one token
+    assert writer.batch(0, time.monotonic() + 600) == writer.batch(0) and writer.batch(1, over) == []
+    given = []
+    kept = kept_batches.KeptBatches("kind", tiny_llama, "time")
+    kept.fill(lambda number, until: given.append(until - time.monotonic()) or [number], lambda: len(given) < 3, 1000.0)
+    assert kept.batches == [[0], [1], [2]] and all(990 < left <= 1000 for left in given)
+    late = kept_batches.KeptBatches("kind", tiny_llama, "late")
+    late.fill(lambda number, until: given.append(until - time.monotonic()) or [number], lambda: True, 0.0)
+    assert late.batches == [[0]] and 20 < given[-1] <= kept_batches.SHORTEST  # one is always begun
+    monkeypatch.setattr(kept_batches, "SHORTEST", -1.0)
+    rows = generated_rows(tiny_llama, writer.tokenizer, OPENINGS, 10_000, length=24, seed=5, seconds=0)
+    assert len(rows) == 3  # what there was time for, and no error
+
+
 def test_what_was_written_is_kept_and_gone_on_with(few, tiny_llama, make_tokenizer, monkeypatch):
     tokenizer, written = make_tokenizer(chat_template=TEMPLATE), []
     batch = Writer.batch
-    monkeypatch.setattr(Writer, "batch", lambda self, number: written.append(number) or batch(self, number))
+    monkeypatch.setattr(Writer, "batch", lambda self, n, until: written.append(n) or batch(self, n, until))
     about = {"length": 24, "seed": 0}
     short = generated_rows(tiny_llama, tokenizer, OPENINGS, 10_000, seconds=0, **about)
     assert written == [0]  # one batch in any case
