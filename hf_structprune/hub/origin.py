@@ -192,7 +192,7 @@ def base_metadata(origin: Origin) -> dict[str, Any]:
     except Exception as error:
         if not isinstance(error, (OSError, ValueError)) and not is_network_error(error):
             raise
-        logger.warning(f"The card of {origin.name} could not be read, so that its licence is unknown: {error}")
+        logger.warning_once(f"The card of {origin.name} could not be read, so that its licence is unknown: {error}")
         return {}
     wanted = ("license", "license_name", "license_link", "language")
     return {key: value for key, value in metadata.items() if key in wanted and value}

@@ -38,6 +38,7 @@ logger = logging.get_logger(__name__)
 CALIBRATION, CHATS, GENERATED = "calibration text", "packaged chats", "generated text"
 OPENING = 16  # tokens of the calibration text that are gone on from
 QUESTION = 64  # tokens of a question at most
+PLAIN = 15  # rows of English for each of code, as in the calibration; all that is packaged would be a fifth of the text
 _MARK = "QUESTION"  # a user's turn, to see what the template writes before it
 _VERSION = 1  # of what is generated from the same model, seed and settings
 
@@ -63,8 +64,9 @@ def calibration_rows(
         logger.warning(
             "The calibration data was in memory, or has pictures: the packaged sample of English text takes its place."
         )
-    plain = [{"text": text} for sample in (calibration_sample(), code_sample()) for text in read_rows(sample)]
-    return plain, [{"messages": chat} for chat in packaged_chats(tokenizer)]
+    english, code = list(read_rows(calibration_sample())), list(read_rows(code_sample()))
+    few = code[:: max(1, len(code) * PLAIN // len(english))]  # of all languages: they lie one after the other
+    return [{"text": text} for text in [*english, *few]], [{"messages": chat} for chat in packaged_chats(tokenizer)]
 
 
 class Writer:

@@ -101,10 +101,10 @@ def test_what_was_written_is_kept_and_gone_on_with(few, tiny_llama, make_tokeniz
 def test_text_of_the_calibration(tmp_path, make_tokenizer, caplog):
     tokenizer = make_tokenizer()
     plain, chats = calibration_rows(None, tokenizer)
-    assert len(plain) == 416 and not chats  # of the packaged sample
+    assert len(plain) == 344 and not chats  # of the packaged sample
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"text": OPENINGS[0] * 9}) + "\n" for _ in range(9)))
     own = CalibrationConfig(dataset=str(tmp_path / "mine.jsonl"), num_samples=4, length=16)
-    for calibration, count in ((own, 4), (CalibrationConfig(texts=OPENINGS), 416)):
+    for calibration, count in ((own, 4), (CalibrationConfig(texts=OPENINGS), 344)):
         PruningConfig(calibration=calibration).save(tmp_path / CONFIG_NAME)
         plain, chats = calibration_rows(tmp_path, tokenizer)
         assert len(plain) == count and not chats
