@@ -56,7 +56,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/core.py quality --model "$(MODEL)" $(if $(WIKITEXT),--wikitext "$(WIKITEXT)") $(if $(C4),--c4 "$(C4)")
 
 # All figures of README: JSON in benchmarks/results/, and the tables to paste. WIKITEXT and C4 as above, DOLLY=FOLDER
-# with rows to train on; two and a half hours of a core.
+# with rows to train on; an hour and a half of a core.
 readme-figures: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/readme_figures.py --wikitext "$(WIKITEXT)" --c4 "$(C4)" --dolly "$(DOLLY)"
 

@@ -1,6 +1,6 @@
 """Every figure of README: measured from this commit, written as JSON, and printed as README has it.
 
-    python benchmarks/readme_figures.py --wikitext FOLDER --c4 FILE.jsonl --dolly FOLDER   # 2.5 hours of a core
+    python benchmarks/readme_figures.py --wikitext FOLDER --c4 FILE.jsonl --dolly FOLDER   # 1.5 hours of a core
     python benchmarks/readme_figures.py --print     # nothing is measured: table and picture, from the JSON there is
     python benchmarks/readme_figures.py --small     # a tiny random model and two columns; writes nothing here
 
