@@ -38,7 +38,7 @@ logger = logging.get_logger(__name__)
 CALIBRATION, CHATS, GENERATED = "calibration text", "packaged chats", "generated text"
 OPENING = 16  # tokens of the calibration text that are gone on from
 QUESTION = 64  # tokens of a question at most
-PLAIN = 15  # rows of English for each of code, as in the calibration; all that is packaged would be a fifth of the text
+PLAIN = 15  # rows of English for each of code, as in the calibration; with all of them code would be a fifth
 _MARK = "QUESTION"  # a user's turn, to see what the template writes before it
 _VERSION = 1  # of what is generated from the same model, seed and settings
 
