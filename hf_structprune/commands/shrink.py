@@ -26,7 +26,6 @@ from .run import run_recipe
 
 MAX_WINDOWS = 6  # of the packaged text
 LABEL_WEIGHT = 0.3  # see docs/recover.md
-QUESTIONS = 500  # that the dense model makes up, at most: see docs/recover.md
 CALIBRATION = {"num_samples": 128}  # half of the default: the time is better spent on the training
 # Measuring in between must not take the time away: 3 times 4,096 tokens.
 TRAINING = {"prompt_loss": True, "evaluations": 3, "max_windows": 8}
@@ -55,10 +54,8 @@ def recipe_of(options: ShrinkArguments, context: int | None = None, full: bool =
     recover = {"output_dir": options.output_dir, **distilling(context), **TRAINING}
     if full:
         recover["weights"] = "full"
-    recover["distillation"] = {"dense_questions": QUESTIONS}
     if options.dataset:
-        recover["dataset"] = list(options.dataset)
-        recover["distillation"]["label_weight"] = LABEL_WEIGHT
+        recover |= {"dataset": list(options.dataset), "distillation": {"label_weight": LABEL_WEIGHT}}
     # Training all layers together brings back more than one after the other.
     prune = {"ratio": options.ratio, "reconstruct": False, "calibration": dict(CALIBRATION)}
     if options.dataset:  # half of it is text of the kinds that the model is for

@@ -114,9 +114,7 @@ def test_all_weights_are_trained_where_there_is_room(place, monkeypatch):
         assert shrink.has_room(str(place / "dense")) == room
     options = shrink.ShrinkArguments("m", 0.2, 60.0, "o", dataset=["d.jsonl"])
     recover = made(options, None, True)["recover"]
-    assert recover["weights"] == "full" and recover["distillation"] == {
-        "dense_questions": shrink.QUESTIONS, "label_weight": shrink.LABEL_WEIGHT,
-    }  # fmt: skip
+    assert recover["weights"] == "full" and recover["distillation"] == {"label_weight": shrink.LABEL_WEIGHT}
     assert "weights" not in made(options)["recover"]
 
 
