@@ -10,6 +10,7 @@ from .weights import agreed
 
 
 _GRACE = 0.05  # of the time
+WARMUP_STEPS = 10  # at least, of a schedule that begins below its peak
 
 
 class TimeLimit:
@@ -17,7 +18,9 @@ class TimeLimit:
 
     The schedule of the learning rate is a function of the step. It is given the step that a training of `max_steps`
     would have reached, `max_steps * max(step / max_steps, elapsed / limit)`, so that a cosine ends at zero when time
-    is up, however fast the machine is and whatever else it does.
+    is up, however fast the machine is and whatever else it does. One that warms up does so for `WARMUP_STEPS` steps at
+    least: where a step takes long, a share of the time would be none, and Adam's first steps at the whole rate undo
+    more than the others bring.
 
     Args:
         minutes: How long.
@@ -45,8 +48,10 @@ class TimeLimit:
             scheduler.lr_lambdas = [self._by_time(one, max_steps) for one in scheduler.lr_lambdas]
 
     def _by_time(self, schedule: Callable[[float], float], max_steps: int) -> Callable[[int], float]:
+        most = [(step + 1) / WARMUP_STEPS for step in range(WARMUP_STEPS if schedule(0) < 1 else 0)]
+
         def factor(step: int) -> float:
-            return schedule(max(step, self.progress * max_steps))
+            return min([schedule(max(step, self.progress * max_steps)), *most[step : step + 1]])
 
         return factor
 
