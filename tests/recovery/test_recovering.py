@@ -356,6 +356,27 @@ def test_a_time_limit_is_over_by_then(monkeypatch, until, seconds):
     assert limit.progress == 0.5 and limit.next_part() and not limit.next_part()
 
 
+@pytest.mark.parametrize("warmup", [0, 100])
+def test_a_schedule_by_time_warms_up_for_ten_steps_at_least(monkeypatch, warmup):
+    """A step of six seconds of a minute: a tenth of the time, for which the schedule warms up, is one step."""
+    now = [0.0]
+    monkeypatch.setattr(time_limit, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    schedule = lambda step: min(1.0, step / warmup if warmup else 1.0)  # noqa: E731
+    scheduler, factors = SimpleNamespace(lr_lambdas=[schedule]), []
+    time_limit.TimeLimit(2.0, 1).begin(scheduler, 1000)
+    for step in range(14):
+        factors.append(scheduler.lr_lambdas[0](step))
+        now[0] += 6.0
+    by_time = [min(1.0, 0.5 * step) for step in range(14)]
+    slower = [min(1.0, (step + 1) / 10) for step in range(14)]
+    assert factors == pytest.approx([*map(min, by_time, slower)] if warmup else [1.0] * 14)
+    now[0] = 0.0
+    quick = SimpleNamespace(lr_lambdas=[schedule])
+    time_limit.TimeLimit(200.0, 1).begin(quick, 1000)  # the schedule itself takes longer
+    now[0] += 60.0
+    assert quick.lr_lambdas[0](4) == (0.05 if warmup else 1.0)
+
+
 def test_a_model_in_memory(checkpoints, make_tokenizer):
     model = AutoModelForCausalLM.from_pretrained(checkpoints / "pruned")
     config = RecoveryConfig(**{**SMALL, "text": str(checkpoints / "watched.txt"), "max_steps": 1})
