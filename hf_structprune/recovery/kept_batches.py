@@ -20,6 +20,7 @@ from ..files.writing import write_text
 FEWEST, MOST = 16, 64  # sequences that are written at once
 CACHE = 2**30  # bytes of keys and values
 SHORTEST = 30.0  # seconds that a batch gets at least, whatever time is left
+CUT = '"cut"'  # the line behind a batch that time has ended
 
 
 def batch_of(model: PreTrainedModel, length: int) -> int:
@@ -63,20 +64,25 @@ class KeptBatches:
         folder = cached_assets_path("hf_structprune", namespace=kind, subfolder=model_fingerprint(model))
         self.file = Path(folder) / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.jsonl"
         lines = read_text(self.file).splitlines() if self.file.is_file() else []
-        self.batches: list[list[Any]] = [json.loads(line) for line in lines]
+        self.cut = lines[-1:] == [CUT]
+        self.batches: list[list[Any]] = [json.loads(line) for line in lines if line != CUT]
 
     def fill(self, write: Write, wanted: Callable[[], bool], seconds: float | None) -> None:
         """Writes further batches as long as they are `wanted`.
 
         Args:
             write: Makes the batch of a number until a time, by `time.monotonic`: what is not written by then is left
-                out. What a batch holds depends on the machine then, and is kept as it is.
+                out. Such a batch is written anew by the next training, unless that has 0 seconds: it goes on with one.
             wanted: Whether one more is, by `batches`.
             seconds: Begin none after so many, and end the one that is written then, unless it had less than `SHORTEST`
                 seconds; one is always begun.
         """
+        if self.cut and seconds != 0:
+            self.batches.pop()
         end = None if seconds is None else time.monotonic() + seconds
         while wanted() and (end is None or not self.batches or time.monotonic() < end):
             until = None if end is None else max(end, time.monotonic() + SHORTEST)
             self.batches.append(write(len(self.batches), until))
-            write_text(self.file, "".join(json.dumps(batch) + "\n" for batch in self.batches))
+            self.cut = until is not None and time.monotonic() > until
+            lines = [*map(json.dumps, self.batches), *([CUT] if self.cut else [])]
+            write_text(self.file, "".join(f"{line}\n" for line in lines))

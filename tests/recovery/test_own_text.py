@@ -72,9 +72,16 @@ def test_writing_stops_when_its_time_is_over(few, tiny_llama, make_tokenizer, mo
     late = kept_batches.KeptBatches("kind", tiny_llama, "late")
     late.fill(lambda number, until: given.append(until - time.monotonic()) or [number], lambda: True, 0.0)
     assert late.batches == [[0]] and 20 < given[-1] <= kept_batches.SHORTEST  # one is always begun
+    assert not late.cut
     monkeypatch.setattr(kept_batches, "SHORTEST", -1.0)
     rows = generated_rows(tiny_llama, writer.tokenizer, OPENINGS, 10_000, length=24, seed=5, seconds=0)
     assert len(rows) == 3  # what there was time for, and no error
+    about = {"length": 24, "seed": 5}
+    assert generated_rows(tiny_llama, writer.tokenizer, OPENINGS, 10_000, seconds=0, **about) == rows  # gone on with
+    whole = generated_rows(tiny_llama, writer.tokenizer, OPENINGS, 60, **about)  # a training with time: written anew
+    fresh = Writer(tiny_llama, writer.tokenizer, OPENINGS, 24, seed=5).batch(0)
+    assert [row["text"] for row in whole[:3]] == [own_text._as_text(writer.tokenizer, ids) for ids in fresh]
+    assert generated_rows(tiny_llama, writer.tokenizer, OPENINGS, 60, **about) == whole  # and kept
 
 
 def test_what_was_written_is_kept_and_gone_on_with(few, tiny_llama, make_tokenizer, monkeypatch):
