@@ -15,9 +15,8 @@ from ..errors import ConfigurationError
 
 # Those of PEFT that need no data. The last ones change the base weights as well.
 INITIALISATIONS = re.compile(r"gaussian|orthogonal|mica|pissa|pissa_niter_\d+|olora")
-# Learning rates by what is trained, see `RecoveryConfig.learning_rate`; those of distillation are ours.
+# On labels, by what is trained. That of distillation goes by the model, see `learning_rate`.
 LEARNING_RATES = {"lora": 1e-4, "qlora": 1e-4, "full": 2e-5}
-DISTILLATION_RATES = {"lora": 1e-3, "qlora": 1e-3, "full": 2e-4}
 # What is taken where nothing is given: on labels that of published recipes with thousands of steps, in distillation
 # what gives a few hundred steps on little text.
 _DEFAULTS = {
@@ -59,8 +58,8 @@ class RecoveryConfig:
             only its own example. Default: no, or yes.
         prompt_loss (`bool`): Learn prompts too, not only the answers.
         max_samples (`int`, *optional*): At most so many examples, drawn at random. Default: all.
-        learning_rate (`float`, *optional*): Peak learning rate. Default: 1e-4 for adapters and 2e-5 for all weights,
-            or 1e-3 and 2e-4.
+        learning_rate (`float`, *optional*): Peak learning rate. Default: 1e-4 for adapters and 2e-5 for all weights;
+            or as many times the typical size of the model's weights, see `learning_rate.peak_learning_rate`.
         scheduler (`str`): `"cosine"`, `"linear"`, `"constant"` or `"constant_with_warmup"`.
         warmup (`float`, *optional*): Share of the steps over which the learning rate rises. Default: 0.03, or 0.1.
         weight_decay (`float`): Weight decay of AdamW.
@@ -141,6 +140,8 @@ class RecoveryConfig:
             )
         if self.method == "full":
             defaults["train_embeddings"] = True
+        if self.method != "distill":
+            defaults["learning_rate"] = LEARNING_RATES[self.method]
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -164,12 +165,6 @@ class RecoveryConfig:
     def trained(self) -> str:
         """What is trained: `"lora"`, `"qlora"` or `"full"`."""
         return self.weights if self.method == "distill" else self.method
-
-    @property
-    def peak_learning_rate(self) -> float:
-        """The learning rate, or the default of what is trained."""
-        rates = DISTILLATION_RATES if self.method == "distill" else LEARNING_RATES
-        return rates[self.trained] if self.learning_rate is None else self.learning_rate
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -36,6 +36,7 @@ from .callback import STATE_NAME, LoraRecoveryCallback
 from .configuration import DistillationConfig, RecoveryConfig
 from .data import load_rows, prepare, public_sources
 from .hold_out import hold_out
+from .learning_rate import peak_learning_rate
 from .own_answers import with_answers
 from .own_questions import with_questions
 from .own_text import own_rows
@@ -170,6 +171,8 @@ def recover(
     given = config
     if config.trained == "full" and config.train_embeddings is None:  # tokens that went are spelled by others now
         config = dataclasses.replace(config, train_embeddings=distillation.dual_space or loaded.tokens is not None)
+    config = dataclasses.replace(config, learning_rate=peak_learning_rate(config, student))
+    settings["learning_rate"] = config.learning_rate
     if config.train_embeddings is False:
         hold_embeddings(student)
     if loaded is not None and (rows is None or distillation.dense_answers or distillation.dense_questions):
@@ -358,7 +361,7 @@ def _remove_others(training: Path, checkpoint: Path | None) -> None:
 def settings_of(config: RecoveryConfig, distillation: DistillationConfig | None, **about: Any) -> dict[str, Any]:
     """Everything that a training is begun with, by the names of the options; no names of folders."""
     values = {name: value for name, value in config.to_public_dict().items() if name not in _FREE}
-    chosen = {"learning_rate": config.peak_learning_rate, "precision": choose_precision(config.precision)}
+    chosen = {"precision": choose_precision(config.precision)}
     more = {} if distillation is None else distillation.to_public_dict()
     return json.loads(json.dumps({**about, **values, **chosen, **more}, default=str))
 
@@ -536,6 +539,8 @@ def _check_modules(targets: Sequence[str], whole: Sequence[str], model: PreTrain
 def training_arguments(config: RecoveryConfig, output_dir: str | os.PathLike, in_rows: bool = False) -> SFTConfig:
     """TRL's arguments, with checkpoints in `output_dir`. Rows are tokenised, cut and packed already, see `prepare`.
 
+    The learning rate is the one given: see `peak_learning_rate`.
+
     `in_rows` says that packed sequences lie side by side, see `packing`, and not behind each other.
     """
     from trl import SFTConfig
@@ -543,7 +548,7 @@ def training_arguments(config: RecoveryConfig, output_dir: str | os.PathLike, in
     precision = choose_precision(config.precision)
     return SFTConfig(
         output_dir=str(Path(output_dir)), report_to=list(config.report_to or ["none"]),
-        learning_rate=config.peak_learning_rate, lr_scheduler_type=config.scheduler, weight_decay=config.weight_decay,
+        learning_rate=config.learning_rate, lr_scheduler_type=config.scheduler, weight_decay=config.weight_decay,
         warmup_steps=config.warmup,  # a share, below 1
         num_train_epochs=config.epochs if config.minutes is None else _NO_END,
         max_steps=-1 if config.max_steps is None else config.max_steps,

@@ -1,0 +1,54 @@
+import pytest
+import torch
+
+from hf_structprune.errors import ConfigurationError
+from hf_structprune.recovery.configuration import RecoveryConfig
+from hf_structprune.recovery.learning_rate import RELATIVE, peak_learning_rate, typical_size
+
+
+DISTILLED = RecoveryConfig(method="distill", weights="full")
+
+
+def matrices(model):
+    return [p for name, p in model.named_parameters() if p.ndim > 1 and "embed" not in name and "lm_head" not in name]
+
+
+@torch.no_grad()
+def test_the_rate_of_distillation_goes_with_the_size_of_the_weights(tiny_llama):
+    for number, weight in enumerate(matrices(tiny_llama)):
+        weight.fill_(0.25 if number else 100.0)
+    tiny_llama.get_input_embeddings().weight.fill_(9.0)
+    assert typical_size(tiny_llama) == 0.25
+    assert peak_learning_rate(DISTILLED, tiny_llama) == pytest.approx(0.25 * RELATIVE["full"])
+    assert peak_learning_rate(RecoveryConfig(method="distill"), tiny_llama) == 0.0013  # to two digits
+    for weight in matrices(tiny_llama):
+        weight /= 5
+    assert peak_learning_rate(DISTILLED, tiny_llama) == pytest.approx(0.05 * RELATIVE["full"])
+    assert peak_learning_rate(DISTILLED, tiny_llama.to(torch.bfloat16)) == pytest.approx(0.05 * RELATIVE["full"])
+
+
+def test_what_is_given_and_what_recipes_say_does_not(tiny_llama):
+    assert peak_learning_rate(RecoveryConfig(method="distill", learning_rate=3e-4), tiny_llama) == 3e-4
+    assert [peak_learning_rate(RecoveryConfig(method=m), tiny_llama) for m in ("lora", "qlora", "full")] == [
+        1e-4, 1e-4, 2e-5,
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def test_matrices_of_zeros_do_not_count(tiny_llama):
+    for number, weight in enumerate(matrices(tiny_llama)):
+        weight.fill_(0.5 * (number == 0))
+    assert typical_size(tiny_llama) == 0.5
+    matrices(tiny_llama)[0].zero_()
+    with pytest.raises(ConfigurationError, match="matrices of the model are zero"):
+        peak_learning_rate(DISTILLED, tiny_llama)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_matrices_are_read_as_they_compute(tiny_llama, tmp_path, bits):
+    pytest.importorskip("bitsandbytes")
+    from hf_structprune.recovery.recovering import load_quantised
+
+    tiny_llama.save_pretrained(tmp_path)
+    model = load_quantised(tmp_path, bits)
+    assert typical_size(model) == pytest.approx(typical_size(tiny_llama), rel=0.02)
