@@ -272,6 +272,9 @@ def recovery_section(report: dict[str, Any], *, picture: str | None = PICTURE_NA
     training, told = report.get("training") or {}, report.get("distillation") or {}
     config = RecoveryConfig.from_dict(report["configuration"]) if report.get("configuration") else None
     facts = [words.format(training[key]) for key, words in _TRAINING.items() if training.get(key)]
+    if lowered := training.get("lowered"):
+        after = f"step{'s' * (len(lowered) > 1)} {' and '.join(map(str, lowered))}"
+        facts.append(f"a third of the learning rate after {after}, where it was worse than before training")
     if seconds := training.get("seconds"):
         facts.append(f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.1f} minutes")
     weights = [f"{name.replace('_', ' ')} {told[name]:g}" for name in _WEIGHTED if told.get(name)]

@@ -38,6 +38,7 @@ logger.addFilter(lambda record: process_state().is_main_process)
 
 METRIC = "eval_recovery_log_perplexity"
 RECOVERED_FOLDER = "recovered"
+LOWERED = 1 / 3  # of the learning rate, see `back_off`
 MEASURING, LEAST_WINDOWS = 0.1, 4  # of the minutes of a training one measurement takes at most, unless of these few
 STATE_NAME, BEST_NAME = "recovery_state.json", "recovery_best.safetensors"  # in every checkpoint of a training
 REASONS = {
@@ -79,6 +80,8 @@ class LoraRecoveryCallback(TrainerCallback):
         evaluations: How often to measure if the Trainer does not evaluate; `None` is at the end only.
         target: Stop when this share of the lost log-perplexity is back.
         patience: Stop after so many measurements without a new best; `None` never stops.
+        back_off: After a measurement that is worse than the one before training, go on from the best weights at a
+            third of the learning rate. Not where DeepSpeed has the weights, or the Trainer evaluates.
         minutes: Stop after so many, and let the learning rate fall by time instead of steps; `evaluations` are then
             spread over them. `args.max_steps` or the epochs must be enough for that.
         until: With `minutes`: when they have to be over, by `time.monotonic`, however late the training begins.
@@ -100,6 +103,7 @@ class LoraRecoveryCallback(TrainerCallback):
         evaluations: int | None = 10,
         target: float | None = None,
         patience: int | None = 3,
+        back_off: bool = False,
         minutes: float | None = None,
         until: float | None = None,
         output_dir: str | os.PathLike | None = None,
@@ -113,6 +117,7 @@ class LoraRecoveryCallback(TrainerCallback):
         if target is not None and dense is None:
             raise ConfigurationError("`target` is a share of what the dense model is better by: give `dense` too.")
         self.dense, self.text, self.output_dir, self.merge = dense, text, output_dir, merge
+        self.back_off, self.lowered = checked("back_off", back_off, bool), []  # steps after which the rate was lowered
         self.window, self.windows = window, {"max_windows": max_windows, "batch_size": batch_size}
         self.about: dict[str, Any] = {}  # goes into recovery.json as it is: configuration, data, ...
         self.settings: dict[str, Any] = {}  # goes into the checkpoints: what the training was begun with
@@ -151,7 +156,7 @@ class LoraRecoveryCallback(TrainerCallback):
         bos = bos_for(underneath(model), self._tokenizer)
         self._text = HeldOutText(self._tokenizer, self.text, window=window, bos=bos, **self.windows)
         self._best = BestWeights(Path(args.output_dir) / BEST_FOLDER, writes=self._first)
-        self.report, self.stopped, self._active = None, None, True
+        self.report, self.stopped, self.lowered, self._active = None, None, [], True
         self._steps = measuring_steps(state.max_steps, self.evaluations)
         places = [resumed, f"{args.output_dir}/checkpoint-{state.global_step}", args.resume_from_checkpoint]
         there = (Path(place) for place in places if place and (Path(place) / STATE_NAME).is_file())
@@ -188,6 +193,9 @@ class LoraRecoveryCallback(TrainerCallback):
                 self.stopped, control.should_training_stop = "time", True
         if args.eval_strategy == "no" and due:
             self._measure(state, control, model)
+            worse = self.curve.is_worse and not control.should_training_stop
+            if self.back_off and worse and not args.deepspeed:
+                self._lower(state, model, kwargs["optimizer"], kwargs["lr_scheduler"])
 
     def on_substep_end(self, args, state, control, **kwargs) -> None:
         """Ends a training in the middle of a step of many sequences when the time is up: that step is not taken."""
@@ -222,7 +230,7 @@ class LoraRecoveryCallback(TrainerCallback):
         content = {
             "schema_version": 1, "curve": asdict(self.curve), "kept": asdict(self.kept), "text": self._text.describe(),
             "seconds": round(time.perf_counter() - self._start, 3), "settings": self.settings, "files": files,
-            "elapsed": 0.0 if self.limit is None else round(self.limit.elapsed, 3),
+            "lowered": self.lowered, "elapsed": 0.0 if self.limit is None else round(self.limit.elapsed, 3),
         }  # fmt: skip
         write_text(folder / STATE_NAME, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
@@ -236,7 +244,7 @@ class LoraRecoveryCallback(TrainerCallback):
             self._warn_if_worse(self.kept, "the Trainer has loaded that checkpoint")
         else:
             self._best.restore(model)
-        self.report = self._make_report(describe_training(args, state, model, seconds))
+        self.report = self._make_report(describe_training(args, state, model, seconds) | {"lowered": self.lowered})
         try:
             if self._first:
                 merged = self._merged(args) if self.merge else None
@@ -317,7 +325,7 @@ class LoraRecoveryCallback(TrainerCallback):
         self.curve, self.kept = RecoveryCurve(**{**content["curve"], "points": points}), Point(**content["kept"])
         if self._first:
             copy_file(folder / BEST_NAME, self._best.path)
-        self._start = time.perf_counter() - content["seconds"]
+        self.lowered, self._start = content.get("lowered", []), time.perf_counter() - content["seconds"]
         logger.info(f"The curve goes on after step {step}; {self._kept_in_words()}.")
         return float(content.get("elapsed", 0.0))
 
@@ -350,6 +358,19 @@ class LoraRecoveryCallback(TrainerCallback):
         self._log(step, value)
         self._start += time.perf_counter() - start
         return value
+
+    def _lower(self, state: TrainerState, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
+        """Puts the best weights back and lowers the learning rate. Adam forgets where it went, not how steep it was."""
+        self._best.restore(model)
+        scheduler = getattr(scheduler, "scheduler", scheduler)
+        scheduler.base_lrs = [LOWERED * rate for rate in scheduler.base_lrs]
+        for group in optimizer.param_groups:
+            group["lr"] *= LOWERED
+        for moments in optimizer.state.values():
+            if "exp_avg" in moments:
+                moments["exp_avg"].zero_()
+        self.lowered.append(state.global_step)
+        logger.warning(f"The learning rate may be too high: from here on a third of it, {self._kept_in_words()}.")
 
     def _value(self, model: nn.Module, pruned: bool = False) -> float:
         return agreed(self._text.measure(model, autocast=self._autocast, pruned=pruned))

@@ -220,7 +220,7 @@ def recover(
     callback = LoraRecoveryCallback(
         dense, text=held_out or config.text or SAMPLE, window=config.window, max_windows=config.max_windows,
         batch_size=config.micro_batch_size, evaluations=config.evaluations, target=config.target,
-        patience=config.patience, minutes=config.minutes, until=until, output_dir=folder,
+        patience=config.patience, back_off=True, minutes=config.minutes, until=until, output_dir=folder,
     )  # fmt: skip
     callback.about, callback.settings = about, settings
     if in_rows:

@@ -122,6 +122,15 @@ def test_a_pruned_model_has_no_word_of_it(folder):
     assert BEGIN not in text and "trained afterwards" not in text and "recovered already" not in text
 
 
+def test_a_rate_that_was_lowered_is_told():
+    report = make_report()
+    for lowered, words in (([3], "after step 3, where"), ([3, 6], "after steps 3 and 6, where")):
+        report["training"]["lowered"] = lowered
+        assert f"a third of the learning rate {words} it was worse than before training" in section_of(report)
+    report["training"]["lowered"] = []
+    assert "a third" not in section_of(report)
+
+
 @pytest.mark.parametrize(
     ("report", "sentences"),
     [

@@ -1,5 +1,6 @@
 """The callback in trainings of a tiny model: what it measures, logs, keeps, stops and leaves alone."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -19,6 +20,7 @@ from training_setup import (
     rows,
     tokenizer,
 )
+from transformers import TrainerCallback
 
 from hf_structprune import PruningPlan
 from hf_structprune.errors import ConfigurationError
@@ -144,6 +146,53 @@ def test_puts_the_best_of_the_middle_back(tmp_path, caplog):
     assert callback.report["best_step"] == 4
     assert HELD_OUT.measure(trainer.model) == pytest.approx(values(callback)[1], abs=1e-6)
     assert "keeping the best of step 4" in caplog.text
+
+
+class Watching(TrainerCallback):
+    """What each step begins with: the learning rate and the log-perplexity."""
+
+    def __init__(self):
+        self.rates, self.values = {}, {}
+
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        (self.rates[state.global_step + 1],) = {group["lr"] for group in optimizer.param_groups}
+        self.values[state.global_step + 1] = HELD_OUT.measure(model)
+
+
+def test_goes_on_from_the_best_at_a_third_of_the_rate(tmp_path, caplog):
+    """At a rate that destroys the model, of which nothing comes otherwise; also after an interrupt."""
+    options = {"learning_rate": 1.0, "max_steps": 24, "lr_scheduler_type": "linear", "save_strategy": "steps"}
+    options["save_steps"] = 2
+    model, free = make_tiny(), make_callback(patience=None, evaluations=12)
+    make_trainer(tmp_path / "before", model=model, max_steps=24).train()
+    run(tmp_path / "free", free, model=copy.deepcopy(model), **options)
+    assert free.kept.step == 0
+
+    def train(resumed=None):
+        callback, watching = make_callback(patience=None, evaluations=12, back_off=True), Watching()
+        trainer = make_trainer(tmp_path / "a", callback, copy.deepcopy(model), callbacks=[watching], **options)
+        trainer.train(resume_from_checkpoint=resumed)
+        return callback, watching
+
+    with caplog.at_level("WARNING"):
+        callback, watching = train()
+    lowered = callback.report["training"]["lowered"]
+    assert lowered[0] == 2 and max(lowered) < callback.kept.step and callback.kept.log_perplexity < free.curve.pruned
+    assert [p.step for p in callback.curve.points if p.log_perplexity > callback.curve.pruned] == lowered
+    assert watching.rates == pytest.approx(
+        {step: (1 - (step - 1) / 24) / 3 ** sum(one < step for one in lowered) for step in range(1, 25)}
+    )
+    assert {watching.values[step + 1] for step in lowered} == {callback.curve.pruned}
+    assert "from here on a third of it, keeping the pruned model" in caplog.text
+    again, watched = train(str(tmp_path / "a" / f"checkpoint-{lowered[0]}"))
+    assert watched.rates == {step: rate for step, rate in watching.rates.items() if step > lowered[0]}
+    assert again.report["training"]["lowered"] == lowered and values(again) == values(callback)
+
+
+def test_the_rate_stays_where_nothing_is_worse(tmp_path, observed):
+    callback = make_callback(back_off=True)
+    run(tmp_path, callback)
+    assert callback.report["training"]["lowered"] == [] and values(callback) == values(observed[0])
 
 
 @pytest.mark.parametrize("name", ["model", "loss"])
