@@ -360,7 +360,7 @@ class LoraRecoveryCallback(TrainerCallback):
         return value
 
     def _lower(self, state: TrainerState, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
-        """Puts the best weights back and lowers the learning rate. Adam forgets where it went, not how steep it was."""
+        """Puts the best weights back and lowers the learning rate. Adam forgets its way, not how steep it was."""
         self._best.restore(model)
         scheduler = getattr(scheduler, "scheduler", scheduler)
         scheduler.base_lrs = [LOWERED * rate for rate in scheduler.base_lrs]
