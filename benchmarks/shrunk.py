@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs=3, help="of chats, web pages and Wikipedia; default: the same")
     parser.add_argument("--vocabulary-size", type=int, help="as of `shrink`")
     parser.add_argument("--vocabulary-text", nargs="+", help="as of `shrink`")
+    parser.add_argument("--dense-questions", type=int, help="as of `shrink`")
     parser.add_argument("--no-data", action="store_true", help="without a data set")
     parser.add_argument("--anew", action="store_true", help="also what is in the file already")
     parser.add_argument("--name", help="default: of ratio, minutes and layout")
@@ -70,6 +71,8 @@ def main() -> None:
     line += ["--layout", arguments.layout]
     if arguments.vocabulary_size:
         line += ["--vocabulary-size", str(arguments.vocabulary_size), "--vocabulary-text", *arguments.vocabulary_text]
+    if arguments.dense_questions:
+        line += ["--dense-questions", str(arguments.dense_questions)]
     if not arguments.no_data:
         file = arguments.data / "shrunk_train.jsonl"
         write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -80,6 +83,7 @@ def main() -> None:
     name = arguments.name or f"{arguments.ratio:.0%} in {arguments.minutes:g} minutes"
     name += "" if arguments.name or arguments.layout == "uniform" else ", per-layer"
     name += f", {arguments.vocabulary_size} tokens" if arguments.vocabulary_size and not arguments.name else ""
+    name += f", {arguments.dense_questions} questions" if arguments.dense_questions and not arguments.name else ""
     if arguments.anew:
         results = {key: found for key, found in results.items() if key not in (name, "dense")}
     run = results.setdefault(name, {"ratio": arguments.ratio, "minutes": arguments.minutes})

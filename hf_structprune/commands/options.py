@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
-from ..checks import Count, Limits, OneOf, Ratio, check_fields
+from ..checks import Count, Limits, Number, OneOf, Ratio, check_fields
 from ..config import LAYOUTS, CalibrationConfig, PruningConfig
 from ..errors import ConfigurationError
 from ..evaluation_config import EfficiencyConfig, EvaluationConfig, find_protocol
@@ -461,6 +461,8 @@ class ShrinkArguments:
         vocabulary_size (`int`, *optional*): Tokens that stay; other units take the rest of the ratio. Default: all.
         vocabulary_text (list of `str`, *optional*): With `--vocabulary-size`: text like what the model is to read and
             write, some million tokens, in which its tokens are counted; as `prune` takes it.
+        dense_questions (`int`): Short questions, in English, that the dense model makes up and answers, learned beside
+            all else, as `recover` takes it: some hundreds where an hour is given and facts matter.
         overwrite (`bool`): Do everything again even if the folders hold checkpoints.
         dry_run (`bool`): Print the recipe and its plan; loads no weights.
     """
@@ -473,6 +475,7 @@ class ShrinkArguments:
     layout: Annotated[str, OneOf(LAYOUTS)] = "uniform"
     vocabulary_size: Count | None = None
     vocabulary_text: Sequence[str] | None = None
+    dense_questions: Number = 0
     overwrite: bool = False
     dry_run: bool = False
 

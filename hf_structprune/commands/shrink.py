@@ -54,8 +54,13 @@ def recipe_of(options: ShrinkArguments, context: int | None = None, full: bool =
     recover = {"output_dir": options.output_dir, **distilling(context), **TRAINING}
     if full:
         recover["weights"] = "full"
+    distillation = {"label_weight": LABEL_WEIGHT} if options.dataset else {}
+    if options.dense_questions:
+        distillation["dense_questions"] = options.dense_questions
     if options.dataset:
-        recover |= {"dataset": list(options.dataset), "distillation": {"label_weight": LABEL_WEIGHT}}
+        recover["dataset"] = list(options.dataset)
+    if distillation:
+        recover["distillation"] = distillation
     # Training all layers together brings back more than one after the other.
     prune = {"ratio": options.ratio, "reconstruct": False, "calibration": dict(CALIBRATION)}
     if options.dataset:  # half of it is text of the kinds that the model is for

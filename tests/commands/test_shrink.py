@@ -148,6 +148,16 @@ def test_tokens_may_go_beside_the_other_units(place, capsys):
     assert made(options)["prune"].items() >= asked.items()
 
 
+def test_questions_of_the_dense_model_go_with_data_and_without():
+    options = shrink.ShrinkArguments("m", 0.2, 60.0, "o", dense_questions=300)
+    assert made(options)["recover"]["distillation"] == {"dense_questions": 300}
+    options.dataset = ["d.jsonl"]
+    both = {"dense_questions": 300, "label_weight": shrink.LABEL_WEIGHT}
+    assert made(options)["recover"]["distillation"] == both
+    options.dense_questions = 0
+    assert made(options)["recover"]["distillation"] == {"label_weight": shrink.LABEL_WEIGHT}
+
+
 def test_sequences_are_no_longer_than_the_model_takes():
     lengths = [shrink.recipe_of(shrink.ShrinkArguments("m", 0.2, 1.0, "o"), n)["recover"] for n in (128, 2048, None)]
     assert [recover.get("max_length") for recover in lengths] == [128, None, None]
