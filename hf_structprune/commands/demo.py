@@ -22,7 +22,6 @@ from .shrink import CALIBRATION, context_of, distilling, loading
 
 
 MAX_WINDOWS = 4  # of the packaged text
-RATE = 3e-4
 # Minutes of the steps with SmolLM2-135M-Instruct on two cores: CPU seconds of one thread (37 to measure one, 242 to
 # prune it, 31 to time one) over 1.7, which two threads are taken to gain; what is around a training is an estimate.
 MEASURING, PRUNING, STARTING, TIMING = 0.4, 2.4, 0.5, 0.3
@@ -55,8 +54,7 @@ def recipe_of(options: DemoArguments, minutes: float, context: int | None = None
         "evaluate": {"max_windows": MAX_WINDOWS},
     }
     if minutes:  # all of which is for training: little is measured, and the dense model writes nothing
-        few = {"batch_size": 1, "micro_batch_size": 1, "evaluations": 2, "max_windows": 8}  # many steps of few tokens,
-        few["learning_rate"] = RATE  # for which the rate of more tokens is too high
+        few = {"batch_size": 1, "micro_batch_size": 1, "evaluations": 2, "max_windows": 8}  # many steps of few tokens
         own = {"distillation": {"generated_tokens": 0}}
         content["recover"] = {**distilling(context), "minutes": minutes, **few, **own}
     return content

@@ -27,6 +27,18 @@ def test_the_rate_of_distillation_goes_with_the_size_of_the_weights(tiny_llama):
     assert peak_learning_rate(DISTILLED, tiny_llama.to(torch.bfloat16)) == pytest.approx(0.05 * RELATIVE["full"])
 
 
+@torch.no_grad()
+def test_adapters_take_smaller_steps_from_fewer_sequences(tiny_llama):
+    for weight in matrices(tiny_llama):
+        weight.fill_(0.2)
+
+    def rates(weights):
+        configs = [RecoveryConfig("distill", weights, batch_size=n, micro_batch_size=1) for n in (1, 2, 4, 16)]
+        return [peak_learning_rate(config, tiny_llama) for config in configs]
+
+    assert rates("lora") == rates("qlora") == [2.5e-4, 5e-4, 1e-3, 1e-3] and rates("full") == [2e-4] * 4
+
+
 def test_what_is_given_and_what_recipes_say_does_not(tiny_llama):
     assert peak_learning_rate(RecoveryConfig(method="distill", learning_rate=3e-4), tiny_llama) == 3e-4
     assert [peak_learning_rate(RecoveryConfig(method=m), tiny_llama) for m in ("lora", "qlora", "full")] == [
