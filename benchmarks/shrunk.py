@@ -7,10 +7,11 @@ Runs the command as it is, on one thread and by the clock of the processor: a mi
 computes, so that what else the machine does takes nothing away. It is given a file of chats, web pages and Wikipedia,
 a third of the tokens each or by `--shares`, none of which is measured (`recovery_settings.py`); with `--no-data` it is
 given none. Measured are 12 windows of 2048 tokens of each text that was held out, pruned and recovered over dense, and
-right answers to the packaged closed questions (`recovered.py`). With `--vocabulary-size N --vocabulary-text FILE ...`
-tokens go, too; perplexity is of the dense model's tokens (`vocabulary.py`). Results are added to
-benchmarks/results/shrunk.json under `--name`; with `--anew` what was there under this name, and of the dense model, is
-measured anew. What lies in OUT is measured as it is.
+right answers to the packaged closed questions (`recovered.py`), in all and of those that the dense model answers
+right, and answers in its words. With `--vocabulary-size N --vocabulary-text FILE ...` tokens go, too; perplexity is of
+the dense model's tokens (`vocabulary.py`). Results are added to benchmarks/results/shrunk.json under `--name`; with
+`--anew` what was there under this name, and of the dense model, is measured anew. What lies in OUT is measured as it
+is.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from vocabulary import windows  # noqa: E402
 
 from hf_structprune import StructuredPruner  # noqa: E402
 from hf_structprune.commands.cli import main as command  # noqa: E402
+from hf_structprune.evaluation.answers import words_of  # noqa: E402
 from hf_structprune.files.writing import write_text  # noqa: E402
 from hf_structprune.installed import versions  # noqa: E402
 
@@ -108,10 +110,18 @@ def main() -> None:
                 kept[state] |= of_dense_tokens(folder, tokenizer, texts)
             write_text(arguments.output, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     dense = results["dense"]
-    print(f"| | {' | '.join(texts)} | right |\n| --- |{' ---: |' * (len(texts) + 1)}")
+    columns = [*texts, "right", "of the dense model's", "in its words"]
+    print(f"| | {' | '.join(columns)} |\n| --- |{' ---: |' * len(columns)}")
     for title, found in (("dense", dense), (f"{name}, pruned", run["pruned"]), (name, run["recovered"])):
         cells = [f"{found[text]:.1f} ({found[text] / dense[text]:.3f})" for text in texts]
-        print(f"| {title} | {' | '.join(cells)} | {sum(found['right'])} |")
+        cells += [str(sum(found["right"])), str(sum(map(min, found["right"], dense["right"])))]
+        cells.append(str(sum(map(same_words, found["answers"], dense["answers"]))))
+        print(f"| {title} | {' | '.join(cells)} |")
+
+
+def same_words(answer: str, dense: str) -> bool:
+    """Whether two answers are the same but for case and punctuation."""
+    return words_of(answer) == words_of(dense)
 
 
 def of_dense_tokens(folder: str | Path, tokenizer: Any, texts: dict[str, str]) -> dict[str, float]:
