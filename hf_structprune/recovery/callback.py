@@ -38,7 +38,7 @@ logger.addFilter(lambda record: process_state().is_main_process)
 
 METRIC = "eval_recovery_log_perplexity"
 RECOVERED_FOLDER = "recovered"
-LOWERED = 1 / 3  # of the learning rate, see `back_off`
+LOWERED, WORSE = 1 / 3, 0.01  # of the learning rate, see `back_off`; nats by which a measurement is worse
 MEASURING, LEAST_WINDOWS = 0.1, 4  # of the minutes of a training one measurement takes at most, unless of these few
 STATE_NAME, BEST_NAME = "recovery_state.json", "recovery_best.safetensors"  # in every checkpoint of a training
 REASONS = {
@@ -80,8 +80,8 @@ class LoraRecoveryCallback(TrainerCallback):
         evaluations: How often to measure if the Trainer does not evaluate; `None` is at the end only.
         target: Stop when this share of the lost log-perplexity is back.
         patience: Stop after so many measurements without a new best; `None` never stops.
-        back_off: After a measurement that is worse than the one before training, go on from the best weights at a
-            third of the learning rate. Not where DeepSpeed has the weights, or the Trainer evaluates.
+        back_off: After a measurement whose perplexity is over 1 % worse than before training, go on from the best
+            weights at a third of the learning rate. Not where DeepSpeed has the weights, or the Trainer evaluates.
         minutes: Stop after so many, and let the learning rate fall by time instead of steps; `evaluations` are then
             spread over them. `args.max_steps` or the epochs must be enough for that.
         until: With `minutes`: when they have to be over, by `time.monotonic`, however late the training begins.
@@ -193,8 +193,8 @@ class LoraRecoveryCallback(TrainerCallback):
                 self.stopped, control.should_training_stop = "time", True
         if args.eval_strategy == "no" and due:
             self._measure(state, control, model)
-            worse = self.curve.is_worse and not control.should_training_stop
-            if self.back_off and worse and not args.deepspeed:
+            worse = self.curve.all_points[-1].log_perplexity > self.curve.pruned + WORSE
+            if self.back_off and worse and not (args.deepspeed or control.should_training_stop):
                 self._lower(state, model, kwargs["optimizer"], kwargs["lr_scheduler"])
 
     def on_substep_end(self, args, state, control, **kwargs) -> None:
