@@ -189,6 +189,14 @@ def test_goes_on_from_the_best_at_a_third_of_the_rate(tmp_path, caplog):
     assert again.report["training"]["lowered"] == lowered and values(again) == values(callback)
 
 
+def test_the_rate_stays_where_little_is_lost(tmp_path, monkeypatch):
+    found = iter([3.0, 3.009, 3.011, 2.9, 3.009])  # before training, and after every second step
+    monkeypatch.setattr(LoraRecoveryCallback, "_value", lambda *given, **options: next(found))
+    callback = make_callback(back_off=True)
+    run(tmp_path, callback)
+    assert callback.report["training"]["lowered"] == [4] and callback.kept.step == 6
+
+
 def test_the_rate_stays_where_nothing_is_worse(tmp_path, observed):
     callback = make_callback(back_off=True)
     run(tmp_path, callback)

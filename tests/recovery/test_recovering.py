@@ -284,7 +284,8 @@ def test_a_training_with_a_time_limit_ends_in_time_with_its_learning_rate(checkp
 
     monkeypatch.setattr(LoraRecoveryCallback, "on_step_end", on_step_end)
     rate = 1e-5  # by which it becomes no worse: it would be lowered otherwise
-    result = run(checkpoints, minutes=1.0, max_steps=None, evaluations=5, warmup=0.0, patience=None, learning_rate=rate)
+    given = {"minutes": 1.0, "max_steps": None, "evaluations": 5, "warmup": 0.0, "patience": None}
+    result = run(checkpoints, learning_rate=rate, **given)
     assert result.report["training"]["steps"] == 10 and result.report["stopped"] == "time"
     assert [point["step"] for point in result.report["curve"]["points"]] == [2, 4, 6, 8, 10]
     half_cosine = [rate * (1 + math.cos(math.pi * n / 10)) / 2 for n in range(10)]
