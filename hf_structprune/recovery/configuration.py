@@ -15,8 +15,6 @@ from ..errors import ConfigurationError
 
 # Those of PEFT that need no data. The last ones change the base weights as well.
 INITIALISATIONS = re.compile(r"gaussian|orthogonal|mica|pissa|pissa_niter_\d+|olora")
-# On labels, by what is trained. That of distillation goes by the model, see `learning_rate`.
-LEARNING_RATES = {"lora": 1e-4, "qlora": 1e-4, "full": 2e-5}
 # What is taken where nothing is given: on labels that of published recipes with thousands of steps, in distillation
 # what gives a few hundred steps on little text.
 _DEFAULTS = {
@@ -58,8 +56,9 @@ class RecoveryConfig:
             only its own example. Default: no, or yes.
         prompt_loss (`bool`): Learn prompts too, not only the answers.
         max_samples (`int`, *optional*): At most so many examples, drawn at random. Default: all.
-        learning_rate (`float`, *optional*): Peak learning rate. Default: 1e-4 for adapters and 2e-5 for all weights;
-            or as many times the typical size of the model's weights, see `learning_rate.peak_learning_rate`.
+        learning_rate (`float`, *optional*): Peak learning rate. Default: half a percent of the typical size of the
+            model's weights for adapters, a tenth of one for all weights, see `learning_rate`. Of a model whose weights
+            are 0.02, as of many with some billions, these are the 1e-4 and 2e-5 of published recipes.
         scheduler (`str`): `"cosine"`, `"linear"`, `"constant"` or `"constant_with_warmup"`.
         warmup (`float`, *optional*): Share of the steps over which the learning rate rises. Default: 0.03, or 0.1.
         weight_decay (`float`): Weight decay of AdamW.
@@ -140,8 +139,6 @@ class RecoveryConfig:
             )
         if self.method == "full":
             defaults["train_embeddings"] = True
-        if self.method != "distill":
-            defaults["learning_rate"] = LEARNING_RATES[self.method]
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)

@@ -1,4 +1,4 @@
-"""The peak learning rate where none is given: that of published recipes, or by the size of the weights."""
+"""The peak learning rate where none is given: by the size of the weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOST = 64  # matrices that are looked at, evenly spaced
 
 
 def peak_learning_rate(config: RecoveryConfig, model: nn.Module) -> float:
-    """The learning rate given, that of published recipes on labels, or `RELATIVE` times `typical_size`.
+    """The learning rate given, or `RELATIVE` times `typical_size`.
 
     That of adapters is for steps of `SEQUENCES` sequences, of fewer it is smaller in proportion.
 

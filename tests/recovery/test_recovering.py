@@ -30,6 +30,7 @@ from hf_structprune.recovery import (  # noqa: E402
     recover,
     time_limit,
 )
+from hf_structprune.recovery.learning_rate import peak_learning_rate  # noqa: E402
 from hf_structprune.recovery.measuring import HeldOutText  # noqa: E402
 from hf_structprune.recovery.recovering import _check_folders  # noqa: E402
 
@@ -269,6 +270,16 @@ def test_no_data_set_is_needed_to_distil(checkpoints, monkeypatch, capsys):
     assert report["dataset"] == [] and report["teacher"] == "dense" and report["training"]["steps"] == 4
     card = (checkpoints / "out" / "README.md").read_text()
     assert "--generated-tokens 1200" in card and "--dataset " not in card
+
+
+def test_the_rate_goes_by_the_model_and_is_compared_when_the_training_goes_on(checkpoints):
+    model = AutoModelForCausalLM.from_pretrained(checkpoints / "pruned")
+    rate = peak_learning_rate(RecoveryConfig(), model)
+    begun = {"max_steps": 2, "save_steps": 1}
+    assert run(checkpoints, learning_rate=None, **begun).report["training"]["learning_rate"] == rate
+    run(checkpoints, learning_rate=rate, resume=True, **begun)
+    with pytest.raises(ConfigurationError, match=f"`learning_rate` is 0.5, it was {rate}"):
+        run(checkpoints, learning_rate=0.5, resume=True, **begun)
 
 
 def test_a_training_with_a_time_limit_ends_in_time_with_its_learning_rate(checkpoints, monkeypatch, caplog):

@@ -100,9 +100,7 @@ def test_a_whole_checkpoint_is_there_while_the_next_one_is_written(tmp_path):
 def test_all_settings_are_compared_but_those_that_change_nothing(tmp_path):
     begun = settings_of(RecoveryConfig(precision="fp32"), DistillationConfig(), model="m")
     (tmp_path / STATE_NAME).write_text(json.dumps({"settings": begun}))
-    same = RecoveryConfig(
-        precision="fp32", learning_rate=1e-4, report_to=["wandb"], save_steps=3, gradient_checkpointing=True
-    )
+    same = RecoveryConfig(precision="fp32", report_to=["wandb"], save_steps=3, gradient_checkpointing=True)
     refuse_other_settings(tmp_path, settings_of(same, DistillationConfig(), model="m"))
     other = settings_of(RecoveryConfig(precision="fp32", seed=1), DistillationConfig(temperature=2.0), model="n")
     with pytest.raises(
