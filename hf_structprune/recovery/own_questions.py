@@ -5,7 +5,7 @@ pruned model has the dense one's perplexity back sooner than its answers. Who ca
 the dense model: it goes on with a list of questions and answers (Self-Instruct, Wang et al., arXiv:2212.10560, has a
 model write its own instructions). What it writes is learned as such lists; a model with a chat template is asked each
 question once more, as a chat, and its greedy answers are learned as well. The packaged questions, which `evaluation`
-asks, are left out, so that its figure stays one of questions that were not trained on.
+asks, are left out, in other words too, so that its figure stays one of questions that were not trained on.
 """
 
 from __future__ import annotations
@@ -49,7 +49,13 @@ TOGETHER, ROUNDS = 8, 2  # questions of a list to learn, and in how many lists e
 LONGEST = 120  # characters of a question, and of an answer
 _BLOCK = re.compile(r"Question:[ \t]*(\S[^\n]*\?)[ \t]*\nAnswer:[ \t]*(\S[^\n]*)\n")
 _SENTENCES = re.compile(r".*[.!?](?=\s|$)", re.DOTALL)
-_VERSION = 1  # of what is written by the same model and seed
+# Words by which a question is not told from others.
+_COMMON = {
+    "a", "an", "and", "are", "at", "by", "called", "can", "city", "do", "does", "for", "from", "get", "has",
+    "have", "how", "i", "in", "is", "it", "many", "most", "of", "often", "on", "or", "s", "the", "their",
+    "there", "to", "used", "was", "we", "what", "when", "where", "which", "who", "with", "you", "your",
+}  # fmt: skip
+_VERSION = 2  # of what is written by the same model and seed
 
 
 def _listed(pairs: list[Any]) -> str:
@@ -98,13 +104,19 @@ class Writer:
 def pairs_in(text: str) -> list[tuple[str, str]]:
     """The questions of a list that end as such, each with its whole answer; none of the packaged ones."""
     pairs = [(question.strip(), answer.strip()) for question, answer in _BLOCK.findall(text)]
-    return [pair for pair in pairs if max(map(len, pair)) <= LONGEST and tuple(words_of(pair[0])) not in _asked()]
+    return [pair for pair in pairs if max(map(len, pair)) <= LONGEST and not is_packaged(pair[0])]
+
+
+def is_packaged(question: str) -> bool:
+    """Whether a question has all words that tell one of the packaged ones from others."""
+    words = set(words_of(question))
+    return any(asked <= words for asked in _asked())
 
 
 @cache
-def _asked() -> set[tuple[str, ...]]:
-    """The words of the packaged questions."""
-    return {tuple(words_of(question.text)) for question in closed_questions()}
+def _asked() -> list[set[str]]:
+    """The words of the packaged questions without common ones."""
+    return [set(words_of(question.text)) - _COMMON for question in closed_questions()]
 
 
 def made_up(

@@ -29,6 +29,7 @@ from hf_structprune.recovery.own_questions import (  # noqa: E402
     TOGETHER,
     Writer,
     chats_of,
+    is_packaged,
     lists_of,
     made_up,
     pairs_in,
@@ -79,6 +80,25 @@ def test_whole_questions_with_whole_answers_are_read_and_no_packaged_ones():
         f"Question: Who?\nAnswer:\n\nQuestion: Which one?\nAnswer: cut o"
     )
     assert pairs_in(text) == [("Where is it?", "here"), ("Why?", "for fun.")]
+
+
+@pytest.mark.parametrize(
+    ("question", "packaged"),
+    [
+        ("What is the capital city of France?", True), ("What's the capital of Canada?", True),
+        ("Which planet is the largest one in our solar system?", True), ('Say the opposite of "Hot"?', True),
+        ("What is the capital of Australia?", False), ("What is the largest mammal on Earth?", False),
+        ("How many legs does a horse have?", False), ("What is the opposite?", False),
+    ],
+)  # fmt: skip
+def test_packaged_questions_are_known_in_other_words_too(question, packaged):
+    assert is_packaged(question) is packaged
+    assert bool(pairs_in(f"Question: {question}\nAnswer: this\n")) is not packaged
+
+
+def test_every_packaged_question_is_told_by_two_words_at_least():
+    assert all(is_packaged(question.text) for question in closed_questions())
+    assert min(map(len, own_questions._asked())) >= 2
 
 
 def test_no_example_is_among_the_questions_that_are_asked():
