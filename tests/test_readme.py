@@ -46,6 +46,7 @@ def test_the_picture(figures, tmp_path):
 
 def test_what_recovery_gives_back(figures):
     assert figures.recovery_words() in flat(README)
+    assert f"fewer tokens and widths by layer: {figures.nearer_words()}." in flat(README)
 
 
 def test_what_fewer_tokens_of_gemma_cost(figures):
