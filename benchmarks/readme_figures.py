@@ -1,11 +1,12 @@
-"""Every figure of README: measured from this commit, written as JSON, and printed as README has it.
+"""The figures of README: measured from this commit, written as JSON, and printed as README has them.
 
     python benchmarks/readme_figures.py --wikitext FOLDER --c4 FILE.jsonl --dolly FOLDER   # 1.5 hours of a core
     python benchmarks/readme_figures.py --print     # nothing is measured: table and picture, from the JSON there is
     python benchmarks/readme_figures.py --small     # a tiny random model and two columns; writes nothing here
 
 `make readme-figures` is the first: `core.py quality`, then `shrunk.py` on data of `recovery_data.py`, all of one
-commit. The numbers of types are those of `docs/models.md`, which `hf-structprune models` computes.
+commit. Those with fewer tokens (`NEARER`) are of a run of `shrunk.py` by itself: its commit is in the JSON, its line in
+docs/recover.md. The numbers of types are those of `docs/models.md`, which `hf-structprune models` computes.
 `tests/test_readme.py` compares README with all of it.
 """
 

@@ -194,7 +194,8 @@ class LoraRecoveryCallback(TrainerCallback):
         if args.eval_strategy == "no" and due:
             self._measure(state, control, model)
             worse = self.curve.all_points[-1].log_perplexity > self.curve.pruned + WORSE
-            if self.back_off and worse and not (args.deepspeed or control.should_training_stop):
+            deepspeed = getattr(self._trainer, "is_deepspeed_enabled", False)
+            if self.back_off and worse and not (deepspeed or control.should_training_stop):
                 self._lower(state, model, kwargs["optimizer"], kwargs["lr_scheduler"])
 
     def on_substep_end(self, args, state, control, **kwargs) -> None:

@@ -57,8 +57,8 @@ class RecoveryConfig:
         prompt_loss (`bool`): Learn prompts too, not only the answers.
         max_samples (`int`, *optional*): At most so many examples, drawn at random. Default: all.
         learning_rate (`float`, *optional*): Peak learning rate. Default: half a percent of the typical size of the
-            model's weights for adapters, a tenth of one for all weights, see `learning_rate`. Of a model whose weights
-            are 0.02, as of many with some billions, these are the 1e-4 and 2e-5 of published recipes.
+            model's weights for adapters, a tenth of one for all weights, see `learning_rate`. Of weights of 0.02, the
+            usual `initializer_range`, these are the 1e-4 and 2e-5 of published recipes.
         scheduler (`str`): `"cosine"`, `"linear"`, `"constant"` or `"constant_with_warmup"`.
         warmup (`float`, *optional*): Share of the steps over which the learning rate rises. Default: 0.03, or 0.1.
         weight_decay (`float`): Weight decay of AdamW.

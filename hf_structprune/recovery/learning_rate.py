@@ -45,7 +45,7 @@ def typical_size(model: nn.Module) -> float:
     Matrices of bitsandbytes are read as they compute; experts that are kept in one tensor count as one matrix.
 
     Raises:
-        ConfigurationError: All of them are zero.
+        ConfigurationError: All of them are zero, or not finite.
     """
     sides = (model.get_input_embeddings(), model.get_output_embeddings())
     theirs = {id(side.weight) for side in sides if getattr(side, "weight", None) is not None}
@@ -60,6 +60,9 @@ def typical_size(model: nn.Module) -> float:
     for matrix in matrices[::step]:
         weight = dequantised(matrix).weight if isinstance(matrix, nn.Module) else matrix
         sizes.append(float(torch.linalg.vector_norm(weight, dtype=torch.float32)) / math.sqrt(weight.numel()))
-    if not any(sizes):
-        raise ConfigurationError("All matrices of the model are zero, by which no rate can be told: give one.")
-    return statistics.median(size for size in sizes if size)
+    if not (known := [size for size in sizes if 0 < size < math.inf]):
+        raise ConfigurationError(
+            "All matrices of the model are zero or not finite, by which no `learning_rate` can be told: give one, or "
+            "a model that works."
+        )
+    return statistics.median(known)

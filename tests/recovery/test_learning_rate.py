@@ -52,12 +52,14 @@ def test_what_is_given_stays(tiny_llama):
 
 
 @torch.no_grad()
-def test_matrices_of_zeros_do_not_count(tiny_llama):
+def test_matrices_of_zeros_and_of_no_numbers_do_not_count(tiny_llama):
     for number, weight in enumerate(matrices(tiny_llama)):
         weight.fill_(0.5 * (number == 0))
     assert typical_size(tiny_llama) == 0.5
+    matrices(tiny_llama)[1].fill_(float("nan"))  # which the watch will say
+    assert typical_size(tiny_llama) == 0.5
     matrices(tiny_llama)[0].zero_()
-    with pytest.raises(ConfigurationError, match="matrices of the model are zero"):
+    with pytest.raises(ConfigurationError, match="are zero or not finite, by which no `learning_rate`"):
         peak_learning_rate(DISTILLED, tiny_llama)
 
 
