@@ -5,8 +5,8 @@
     python benchmarks/readme_figures.py --small     # a tiny random model and two columns; writes nothing here
 
 `make readme-figures` is the first: `core.py quality`, then `shrunk.py` on data of `recovery_data.py`, all of one
-commit. Those with fewer tokens (`NEARER`) are of a run of `shrunk.py` by itself: its commit is in the JSON, its line in
-docs/recover.md. The numbers of types are those of `docs/models.md`, which `hf-structprune models` computes.
+commit. Those with fewer tokens (`NEARER`) are of a run of `shrunk.py` by itself: its commit is in the JSON, its
+line in docs/recover.md. The numbers of types are those of `docs/models.md`, which `hf-structprune models` computes.
 `tests/test_readme.py` compares README with all of it.
 """
 
