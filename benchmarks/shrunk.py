@@ -8,16 +8,17 @@ computes, so that what else the machine does takes nothing away. It is given a f
 a third of the tokens each or by `--shares`, none of which is measured (`recovery_settings.py`); with `--no-data` it is
 given none. Measured are 12 windows of 2048 tokens of each text that was held out, pruned and recovered over dense, and
 right answers to the packaged closed questions (`recovered.py`), in all and of those that the dense model answers
-right, and answers in its words. With `--vocabulary-size N --vocabulary-text FILE ...` tokens go, too; perplexity is of
-the dense model's tokens (`vocabulary.py`). Results are added to benchmarks/results/shrunk.json under `--name`; with
-`--anew` what was there under this name, and of the dense model, is measured anew. What lies in OUT is measured as it
-is.
+right, and answers in its words. With `--threads N` it takes so many threads and the clock on the wall: nothing else
+may run then. With `--vocabulary-size N --vocabulary-text FILE ...` tokens go, too; perplexity is of the dense model's
+tokens (`vocabulary.py`). Results are added to benchmarks/results/shrunk.json under `--name`; with `--anew` what was
+there under this name, and of the dense model, is measured anew. What lies in OUT is measured as it is.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,8 @@ from typing import Any
 
 
 _wall = time.monotonic
-time.monotonic = time.perf_counter = time.process_time  # before anything remembers the others
+if not any(argument.startswith("--threads") for argument in sys.argv):
+    time.monotonic = time.perf_counter = time.process_time  # before anything remembers the others
 
 import torch  # noqa: E402
 from core import commit  # noqa: E402
@@ -59,12 +61,13 @@ def main() -> None:
     parser.add_argument("--vocabulary-size", type=int, help="as of `shrink`")
     parser.add_argument("--vocabulary-text", nargs="+", help="as of `shrink`")
     parser.add_argument("--dense-questions", type=int, help="as of `shrink`")
+    parser.add_argument("--threads", type=int, default=1, help="more than one: by the clock on the wall")
     parser.add_argument("--no-data", action="store_true", help="without a data set")
     parser.add_argument("--anew", action="store_true", help="also what is in the file already")
     parser.add_argument("--name", help="default: of ratio, minutes and layout")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
     arguments.tokens = TOKENS
     rows, texts = read_data(arguments, AutoTokenizer.from_pretrained(arguments.dense))
     texts = {name: texts[name] for name in ("WikiText-2", "C4", "Dolly")}
@@ -85,17 +88,19 @@ def main() -> None:
     name = arguments.name or f"{arguments.ratio:.0%} in {arguments.minutes:g} minutes"
     name += "" if arguments.name or arguments.layout == "uniform" else ", per-layer"
     name += f", {arguments.vocabulary_size} tokens" if arguments.vocabulary_size and not arguments.name else ""
+    name += f", {arguments.threads} threads" if arguments.threads > 1 and not arguments.name else ""
     name += f", {arguments.dense_questions} questions" if arguments.dense_questions and not arguments.name else ""
     if arguments.anew:
         results = {key: found for key, found in results.items() if key not in (name, "dense")}
     run = results.setdefault(name, {"ratio": arguments.ratio, "minutes": arguments.minutes})
     run["commit"] = commit()
+    run |= {"threads": arguments.threads} if arguments.threads > 1 else {}
     run |= {"shares": arguments.shares} if arguments.shares else {}
     if not out.is_dir():
-        begun, wall = time.monotonic(), _wall()
+        begun, wall = time.process_time(), _wall()
         if code := command(line):
             raise SystemExit(code)
-        run["processor_minutes"] = round((time.monotonic() - begun) / 60, 2)
+        run["processor_minutes"] = round((time.process_time() - begun) / 60, 2)
         run["wall_minutes"] = round((_wall() - wall) / 60, 2)
     report = json.loads((out / "recovery.json").read_text(encoding="utf-8"))
     run["got"] = json.loads(Path(f"{out}-pruned", "pruning_plan.json").read_text(encoding="utf-8"))["ratio"]

@@ -45,6 +45,7 @@ SHOTS = (
 BEFORE = 4  # of them before what is written
 WRITTEN, ANSWERED = 96, 40  # tokens at most: of a continued list, of an answer in a chat
 TOP_K = 50  # of the tokens to draw from
+TEMPERATURE = 0.8  # at 1 half as many a second are whole, of SmolLM2-135M, and more of them make no sense
 TOGETHER, ROUNDS = 8, 2  # questions of a list to learn, and in how many lists each of them is
 LONGEST = 120  # characters of a question, and of an answer
 _BLOCK = re.compile(r"Question:[ \t]*(\S[^\n]*\?)[ \t]*\nAnswer:[ \t]*(\S[^\n]*)\n")
@@ -92,7 +93,7 @@ class Writer:
         with measuring(self.model), torch.random.fork_rng(cuda_devices([self.model.device])):
             torch.manual_seed(self.seed + number)
             output = self.model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=WRITTEN, do_sample=True, temperature=1.0,
+                input_ids=ids, attention_mask=mask, max_new_tokens=WRITTEN, do_sample=True, temperature=TEMPERATURE,
                 top_k=TOP_K, top_p=1.0, pad_token_id=self.pad, **until_then(until),
             )  # fmt: skip
         found = []
@@ -131,7 +132,7 @@ def made_up(
         seconds: Stop after so many; a batch gets `kept_batches.SHORTEST` at least.
     """
     writer = Writer(model, tokenizer, seed)
-    kept = KeptBatches("questions", model, [_VERSION, seed, writer.size, WRITTEN, TOP_K, LONGEST, SHOTS])
+    kept = KeptBatches("questions", model, [_VERSION, seed, writer.size, WRITTEN, TOP_K, LONGEST, SHOTS, TEMPERATURE])
 
     def found(batches: list[Any]) -> dict[str, str]:
         pairs: dict[str, str] = {}
