@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, required=True)
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--layout", default="uniform", help="as of `shrink`")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of the data; default: %(default)s")
     parser.add_argument("--shares", type=float, nargs=3, help="of chats, web pages and Wikipedia; default: the same")
     parser.add_argument("--vocabulary-size", type=int, help="as of `shrink`")
     parser.add_argument("--vocabulary-text", nargs="+", help="as of `shrink`")
@@ -68,7 +69,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    arguments.tokens = TOKENS
     rows, texts = read_data(arguments, AutoTokenizer.from_pretrained(arguments.dense))
     texts = {name: texts[name] for name in ("WikiText-2", "C4", "Dolly")}
     out, line = Path(arguments.output_dir), ["shrink", arguments.dense]
@@ -94,6 +94,7 @@ def main() -> None:
         results = {key: found for key, found in results.items() if key not in (name, "dense")}
     run = results.setdefault(name, {"ratio": arguments.ratio, "minutes": arguments.minutes})
     run["commit"] = commit()
+    run |= {"data_tokens": arguments.tokens} if arguments.tokens != TOKENS else {}
     run |= {"threads": arguments.threads} if arguments.threads > 1 else {}
     run |= {"shares": arguments.shares} if arguments.shares else {}
     if not out.is_dir():
