@@ -38,6 +38,8 @@ from .losses import Head, Targets
 from .teacher import find_transform, load_teacher_model, run
 
 
+# Peak learning rate of the projections, which begin at random: that of the paper's code for every student.
+PROJECTION_RATE = 1e-3
 PROJECTIONS = "dual_space_projections.safetensors"  # beside the optimiser's state, to go on from
 
 

@@ -19,7 +19,7 @@ from trl import SFTTrainer
 from ...errors import ConfigurationError
 from ...quantization.four_bit import compute_as_stored
 from ..configuration import DistillationConfig
-from .dual_space import DualSpaceTeacher
+from .dual_space import PROJECTION_RATE, DualSpaceTeacher
 from .fewer_tokens import known_targets
 from .losses import LogitTransform, Targets, batch_targets, distillation_loss
 from .teacher import KINDS, CachedTeacher, ModelTeacher, cached_teacher, find_transform, record_outputs, run
@@ -161,11 +161,11 @@ class DistillationSFTTrainer(SFTTrainer):
         return batches, items
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The optimiser of the student and, of a teacher in another space, of the projections."""
+        """The optimiser of the student and, at a rate of their own, of projections of a teacher in another space."""
         there, optimizer = self.optimizer is not None, super().create_optimizer(*args, **kwargs)
         if isinstance(self.teacher, DualSpaceTeacher) and not there:
             projections = list(self.teacher.projections.parameters())
-            optimizer.add_param_group({"params": projections, "lr": self.args.learning_rate, "weight_decay": 0.0})
+            optimizer.add_param_group({"params": projections, "lr": PROJECTION_RATE, "weight_decay": 0.0})
         return optimizer
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_structprune.errors import ConfigurationError
 from hf_structprune.recovery import DistillationConfig, LoraRecoveryCallback, RecoveryConfig, recover
 from hf_structprune.recovery.distillation.dual_space import (
+    PROJECTION_RATE,
     PROJECTIONS,
     DualSpaceTeacher,
     Projections,
@@ -171,6 +172,9 @@ def test_an_interrupted_training_goes_on_with_its_projections(folders, tmp_path,
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert not any(torch.equal(whole[1][name], start) for name, start in Projections(32, 32, 42).state_dict().items())
     assert any(not torch.equal(whole[0][name], start) for name, start in before.items())
+    groups = torch.load(tmp_path / "whole-training" / "checkpoint-4" / "optimizer.pt")["param_groups"]
+    assert groups[-1]["initial_lr"] == PROJECTION_RATE != groups[0]["initial_lr"] == OPTIONS["learning_rate"]
+    assert len(groups[-1]["params"]) == 6  # of three maps with biases
 
 
 def test_adapters_learn_in_bfloat16_and_are_merged(folders, tmp_path):
