@@ -45,6 +45,7 @@ from .plan import PruningPlan
 from .planner import Planner
 from .proof.guarantee import kinds_in, prove, prove_decoder
 from .prune import Execution, check_plan
+from .recovery.own_questions import own_documents
 from .refit.price import Prices
 from .refit.reconstruction import why_not_trained
 from .stats.gradients import try_gradients
@@ -134,6 +135,7 @@ class StructuredPruner:
         self._chosen_for: PruningConfig | None = None
         self._of_tokens = ""  # why gradients have no part in which tokens go
         self._trimmed_from: Any = None  # the tokenizer before tokens went
+        self._asked: tuple[Any, list[Any]] | None = None  # what the model asked itself was asked for by, and that
         self._seen: tuple[Any, SeenRows] | None = None  # what rows with images were drawn by, and the rows
 
     @classmethod
@@ -302,6 +304,7 @@ class StructuredPruner:
             check_finite(dense)
             if self._processes.count > 1:
                 self._check_divided(_SOME if size else ratio)
+            self._questions()
             decoder, ratio = self._decide(ratio, size)
             try:
                 self._prune(decoder, ratio)
@@ -650,11 +653,21 @@ class StructuredPruner:
         """
         if self.config.calibration.image_column is not None:
             return self._rows()
-        tokens = load_tokens(self.config.calibration, self.tokenizer)
+        tokens = load_tokens(self.config.calibration, self.tokenizer, self._questions())
         if self.config.calibration.tokens is not None and self._trimmed_from is not None:
             tokens = respelled(tokens, self._trimmed_from, self.tokenizer)
         check_token_ids(tokens, self.model.get_input_embeddings().weight.shape[0])
         return tokens
+
+    def _questions(self) -> list[Any] | None:
+        """What the model asks itself and answers, written while it is dense, for all steps; `None` for none."""
+        calibration = self.config.calibration
+        if not calibration.dense_questions or self.tokenizer is None:
+            return None
+        key = calibration.dense_questions, calibration.seed
+        if self._asked is None or self._asked[0] != key:
+            self._asked = key, own_documents(self.model, self.tokenizer, key[0], seed=key[1])
+        return self._asked[1]
 
     def _check_images(self) -> None:
         """Refuses rows with images that nothing could be done with."""

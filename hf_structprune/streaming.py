@@ -64,6 +64,8 @@ def needs_whole(config: PruningConfig, ratio: float | PruningPlan | None, by_lay
     plan = ratio if isinstance(ratio, PruningPlan) else None
     chosen = plan is not None and plan.chosen
     reasons = []
+    if config.calibration.dense_questions:
+        reasons.append("`dense_questions` of the calibration, which the whole model writes")
     planned = config.kinds(kinds_of(SharedKind)) if plan is None else [decision.kind for decision in plan.shared]
     if plan is None and config.measures_split:
         reasons.append(f"`split` {config.split!r}, which tries what each kind costs on the whole model")

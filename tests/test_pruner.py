@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hf_structprune import CalibrationConfig, PruningConfig, PruningPlan, StructuredPruner
+from hf_structprune import pruner as pruner_module
 from hf_structprune.errors import ConfigurationError, StructPruneError, UnsupportedModelError
 from hf_structprune.model.structure import ModelStructure
 from hf_structprune.units import WidthKind, level_criteria
@@ -373,3 +374,33 @@ def test_tokens_outside_the_vocabulary_raise_before_anything_changes():
     with pytest.raises(StructPruneError, match="vocabulary"):
         pruner.prune(0.2)
     assert same_weights(before, weights(model))
+
+
+def test_questions_are_asked_once_and_of_the_dense_model(tiny_tokenizer, tiny_llama, monkeypatch, tmp_path):
+    asked, dense = [], families.count(tiny_llama)
+    documents = [f"Question: is it {i:04d}?\nAnswer: {i:04d}" for i in range(300)]
+
+    def own_documents(model, tokenizer, count, *, seed):
+        asked.append((families.count(model), count, seed, tokenizer is tiny_tokenizer, model.training))
+        return documents
+
+    monkeypatch.setattr(pruner_module, "own_documents", own_documents)
+    calibration = CalibrationConfig(num_samples=6, length=32, dense_questions=5, seed=3)
+    config = PruningConfig(round_to=1, iterative_steps=2, criterion="obs", calibration=calibration)
+    pruner = StructuredPruner(tiny_llama, config, tiny_tokenizer)
+    pruner.prune(0.2)
+    assert asked == [(dense, 5, 3, True, False)]  # before the first of two steps
+    seen = tiny_tokenizer.batch_decode(pruner.calibration_tokens())
+    assert [("Question" in text or "Answer" in text) for text in seen] == [True, False] * 3
+    pruner.save_pretrained(tmp_path / "small")
+    assert PruningConfig.load(tmp_path / "small").calibration.dense_questions == 5
+    again = StructuredPruner.from_pretrained(str(tmp_path / "small"), PruningConfig(calibration=calibration))
+    assert len(asked) == 1 and again.plan(0.1) and len(asked) == 1  # a plan that needs no text asks nothing
+
+
+def test_questions_need_the_whole_model(tiny_llama, tmp_path):
+    tiny_llama.save_pretrained(tmp_path)
+    config = PruningConfig(criterion="obs", calibration=CalibrationConfig(dense_questions=5))
+    pruner = StructuredPruner.from_pretrained(str(tmp_path), config, stream=True)
+    with pytest.raises(ConfigurationError, match="`dense_questions` of the calibration, which the whole model writes"):
+        pruner.prune(0.1, tmp_path / "small")

@@ -27,6 +27,7 @@ from .run import run_recipe
 MAX_WINDOWS = 6  # of the packaged text
 LABEL_WEIGHT = 0.3  # see docs/recover.md
 CALIBRATION = {"num_samples": 128}  # half of the default: the time is better spent on the training
+QUESTIONS = 200  # that it is calibrated on, where some are asked for
 # Measuring in between must not take the time away: 3 times 4,096 tokens.
 TRAINING = {"prompt_loss": True, "evaluations": 3, "max_windows": 8}
 TRAINED_BYTES = 18  # of a parameter: 4 of weight, gradient and each moment, and 2 of the dense model
@@ -63,6 +64,9 @@ def recipe_of(options: ShrinkArguments, context: int | None = None, full: bool =
         recover["distillation"] = distillation
     # Training all layers together brings back more than one after the other.
     prune = {"ratio": options.ratio, "reconstruct": False, "calibration": dict(CALIBRATION)}
+    if options.dense_questions:  # of the seed of the training, which finds them there
+        asked = min(options.dense_questions, QUESTIONS)
+        prune["calibration"] |= {"dense_questions": asked, "seed": RecoveryConfig().seed}
     if options.dataset:  # half of it is text of the kinds that the model is for
         prune["calibration"]["dataset"] = [*without_shares(list(options.dataset)), PACKAGED]
     if options.layout == "per_layer":

@@ -125,18 +125,20 @@ def calibration_datasets(calibration: CalibrationConfig) -> list[str]:
 def calibration_in_words(calibration: CalibrationConfig) -> str:
     """A calibration text; of local files the name only, since the card is public."""
     size, sources = f"{calibration.num_samples} x {calibration.length} tokens", sources_of(calibration)
+    asked = calibration.dense_questions
+    own = f", in turns with {asked:,} questions at most that the dense model made up and answered" if asked else ""
     if calibration.image_column is not None:
         size = f"{calibration.num_samples} rows of text and images"
     if calibration.fingerprint is not None:
-        return f"{size}, given in memory (SHA-256 begins with `{calibration.fingerprint}`)"
+        return f"{size}, given in memory (SHA-256 begins with `{calibration.fingerprint}`){own}"
     if not sources or sources == [PACKAGED]:
-        return f"{size} of {_PACKAGED}"
+        return f"{size} of {_PACKAGED}{own}"
     sources, beside = [s for s in sources if s != PACKAGED], PACKAGED in sources
     hub = [s for s in calibration_datasets(calibration) if s in sources]
     names = [f"[{s}](https://huggingface.co/datasets/{s})" if s in hub else f"`{Path(s).name}`" for s in sources]
     names += [f"configuration `{calibration.name}`"] if hub and calibration.name else []
     names += [f"split `{calibration.split}`"] if hub and calibration.split else []
-    return f"{size} of {', '.join(names)}" + (f", in turns with {_PACKAGED}" if beside else "")
+    return f"{size} of {', '.join(names)}" + (f", in turns with {_PACKAGED}" if beside else "") + own
 
 
 # Options of loading that the commands have.

@@ -54,6 +54,11 @@ class QuantizationConfig:
         if self.bits not in BITS[self.method]:
             allowed = ", ".join(map(str, BITS[self.method]))
             raise ConfigurationError(f"`bits` is {self.bits!r}; {self.method} can store weights in {allowed} bits.")
+        if self.calibration.dense_questions:
+            raise ConfigurationError(
+                f"`dense_questions` of the calibration is {self.calibration.dense_questions}, which is for pruning: "
+                "leave it out."
+            )
         if self.group_size == 0:
             raise ConfigurationError("`group_size` is 0; give a number of weights, or -1 for a whole row.")
 

@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..errors import CalibrationError
 from ..evaluation.answers import words_of
 from ..evaluation.questions import closed_questions
 from ..hardware import cuda_devices, process_state
@@ -206,6 +207,26 @@ def chats_of(
             if text := text if ended else whole_sentences(text):
                 rows.append({"prompt": encoded[number][0], "completion": [{"role": "assistant", "content": text}]})
     return rows
+
+
+def own_documents(model: PreTrainedModel, tokenizer: Any, count: int, *, seed: int) -> list[Any]:
+    """Questions with their answers to calibrate on: chats, or texts, lists of some, where there is no chat template.
+
+    Args:
+        model, tokenizer: The dense model and its own tokenizer.
+        count: Questions at most.
+        seed: Of what is written.
+
+    Raises:
+        CalibrationError: The model makes up no questions.
+    """
+    pairs, found = made_up(model, tokenizer, count, seed=seed), []
+    if pairs and getattr(tokenizer, "chat_template", None):
+        found = [row["prompt"] + row["completion"] for row in chats_of(model, tokenizer, list(pairs))]
+    found = found or [row["text"] for row in lists_of(pairs, seed)]
+    if not found:
+        raise CalibrationError("The model makes up no questions to calibrate on: leave `dense_questions` out.")
+    return found
 
 
 def with_questions(

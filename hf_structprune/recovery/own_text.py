@@ -54,7 +54,7 @@ def calibration_rows(
     config = PruningConfig.load(path.parent).calibration if path is not None and path.is_file() else None
     if config is not None and config.image_column is None and config.fingerprint is None and config.dataset:
         try:
-            tokens = load_tokens(replace(config, tokens=None), tokenizer)
+            tokens = load_tokens(replace(config, tokens=None, dense_questions=0), tokenizer)
         except CalibrationError as error:  # of files a checkpoint has the names alone
             raise TextError(
                 f"The pruning was calibrated on text that cannot be read here: {error} Give a `dataset`."

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from hf_structprune import PruningPlan  # noqa: E402
 from hf_structprune.commands import cli, run, shrink, time_budget  # noqa: E402
 from hf_structprune.evaluation import EvaluationResult  # noqa: E402
-from hf_structprune.recovery import kept_batches, save  # noqa: E402
+from hf_structprune.recovery import RecoveryConfig, kept_batches, save  # noqa: E402
 
 
 SMALL = {
@@ -154,8 +154,13 @@ def test_questions_of_the_dense_model_go_with_data_and_without():
     options.dataset = ["d.jsonl"]
     both = {"dense_questions": 300, "label_weight": shrink.LABEL_WEIGHT}
     assert made(options)["recover"]["distillation"] == both
+    about = {**shrink.CALIBRATION, "dense_questions": shrink.QUESTIONS, "seed": RecoveryConfig().seed}  # less than 300
+    assert made(options)["prune"]["calibration"] == {**about, "dataset": ["d.jsonl", "packaged"]}
+    options.dense_questions = shrink.QUESTIONS - 1
+    assert made(options)["prune"]["calibration"]["dense_questions"] == shrink.QUESTIONS - 1
     options.dense_questions = 0
     assert made(options)["recover"]["distillation"] == {"label_weight": shrink.LABEL_WEIGHT}
+    assert not {"dense_questions", "seed"} & made(options)["prune"]["calibration"].keys()
 
 
 def test_sequences_are_no_longer_than_the_model_takes():

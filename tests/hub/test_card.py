@@ -372,6 +372,12 @@ def test_own_calibration_files_are_named_without_their_paths(tiny_llama, tiny_to
     assert "`my.txt`, in turns with the sample of hf_structprune" in said
     assert "secret" not in said and "split" not in said
     assert calibration_datasets(beside) == calibration_datasets(CalibrationConfig())
+    for known in ({}, {"dataset": str(text)}, {"texts": ["text"]}):
+        asked = calibration_in_words(CalibrationConfig(dense_questions=200, **known))
+        assert asked == (
+            calibration_in_words(CalibrationConfig(**known))
+            + ", in turns with 200 questions at most that the dense model made up and answered"
+        )
     assert calibration_datasets(CalibrationConfig(dataset=["org/data", "packaged"]))[0] == "org/data"
 
 

@@ -19,6 +19,10 @@ from hf_structprune.quantization.quantizing import BACKENDS
         ({"bits": 2}, "`bits` is 2; bitsandbytes can store weights in 4, 8 bits"),
         ({"bits": True}, "`bits` is True"),
         ({"group_size": 0}, "`group_size` is 0"),
+        (
+            {"calibration": CalibrationConfig(dense_questions=3)},
+            "`dense_questions` of the calibration is 3, which is for pruning",
+        ),
         ({"group_size": -2}, "`group_size` is -2"),
         ({"four_bit_type": "int4"}, "`four_bit_type` is 'int4'; allowed values are nf4, fp4"),
         ({"iterations": -1}, "`iterations` is -1"),

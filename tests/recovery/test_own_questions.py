@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("trl")
 
-from hf_structprune.errors import ConfigurationError  # noqa: E402
+from hf_structprune.errors import CalibrationError, ConfigurationError  # noqa: E402
 from hf_structprune.evaluation.answers import words_of  # noqa: E402
 from hf_structprune.evaluation.questions import closed_questions  # noqa: E402
 from hf_structprune.recovery import (  # noqa: E402
@@ -32,6 +32,7 @@ from hf_structprune.recovery.own_questions import (  # noqa: E402
     is_packaged,
     lists_of,
     made_up,
+    own_documents,
     pairs_in,
     whole_sentences,
     with_questions,
@@ -187,6 +188,24 @@ def test_they_are_sources_beside_the_others(written, tiny_llama, make_tokenizer)
     assert CHATS not in mixed or {row["prompt"][0]["content"] for row in mixed[CHATS]} <= asked
     plain = with_questions(rows, tiny_llama, make_tokenizer(), 3, seed=0)
     assert list(plain) == [*rows, LISTS]  # no chat template, no chats
+
+
+def test_they_can_be_calibrated_on(written, tiny_llama, make_tokenizer, monkeypatch):
+    asked = {question: answer for batch in reversed(BATCHES[:2]) for question, answer in reversed(batch)}
+    texts = own_documents(tiny_llama, make_tokenizer(), 3, seed=0)
+    read = [pair for text in texts for pair in pairs_in(text + "\n")]
+    assert Counter(read) == dict.fromkeys(asked.items(), ROUNDS)
+    found = [{"prompt": [{"content": question}], "completion": [{"content": "this"}]} for question in asked]
+    monkeypatch.setattr(own_questions, "chats_of", lambda model, tokenizer, questions: found[: len(questions)])
+    chats = own_documents(tiny_llama, make_tokenizer(chat_template=TEMPLATE), 3, seed=0)
+    assert chats == [[{"content": question}, {"content": "this"}] for question in asked]
+    found.clear()  # it has nothing to say to any of them
+    assert own_documents(tiny_llama, make_tokenizer(chat_template=TEMPLATE), 3, seed=0) == texts
+
+
+def test_a_model_that_makes_none_up_is_not_calibrated_on_any(place, tiny_llama, make_tokenizer):
+    with pytest.raises(CalibrationError, match="makes up no questions to calibrate on"):
+        own_documents(tiny_llama, make_tokenizer(), 3, seed=0)
 
 
 def test_a_model_that_makes_none_up_is_trained_without(place, tiny_llama, make_tokenizer, caplog):

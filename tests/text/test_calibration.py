@@ -8,7 +8,7 @@ from tokenizers.processors import TemplateProcessing
 
 from hf_structprune.config import CalibrationConfig
 from hf_structprune.data import calibration_sample, chat_sample, code_sample, wikitext2_sample
-from hf_structprune.errors import CalibrationError
+from hf_structprune.errors import CalibrationError, ConfigurationError
 from hf_structprune.text import calibration, reading
 from hf_structprune.text.calibration import check_token_ids, load_tokens, rendered, respelled, without_beginning
 from hf_structprune.text.formats import ALPACA
@@ -521,3 +521,43 @@ def test_packaged_text_takes_the_place_of_what_is_missing(tmp_path, make_tokeniz
     assert len({tuple(row) for row in tokens.tolist()}) == 16 and "word.jsonl has text for 0 of 8" in caplog.text
     assert (tokens == 2).any(1).sum() == 4  # of chats, as without it
     check_error("need", tokenizer, dataset=[path, path])
+
+
+# ------------------------------------------------------------------------------------- the model's own questions
+
+
+def test_questions_are_a_source_more(make_tokenizer, tmp_path):
+    plain, asked = make_tokenizer(), [f"Question: number {i:05d}?\nAnswer: {i:05d}" for i in range(800)]
+    file = write_jsonl(tmp_path / "d.jsonl", [{"text": text} for text in words(800)])
+    alone = load_tokens(CalibrationConfig(texts=asked, num_samples=4, length=64), plain)
+
+    def shares(dataset, count=8):
+        config = CalibrationConfig(dataset=dataset, num_samples=count, length=64, dense_questions=7)
+        return [
+            "Question" in text or "Answer" in text for text in plain.batch_decode(load_tokens(config, plain, asked))
+        ]
+
+    assert shares(file) == [False, True] * 4
+    assert shares(None) == [True, False] * 4  # before the packaged text, as other sources
+    assert shares([file, "packaged"], 6) == [False, True, False] * 2
+    both = CalibrationConfig(dataset=file, num_samples=8, length=64, dense_questions=7)
+    assert torch.equal(load_tokens(both, plain, asked)[1::2], alone)
+    texts = CalibrationConfig(texts=words(800), num_samples=8, length=64, dense_questions=7)
+    assert torch.equal(load_tokens(texts, plain, asked)[1::2], alone)
+    chatty = make_tokenizer(chat_template=CHAT_TEMPLATE)
+    chats = [
+        [{"role": "user", "content": f"number {i}?"}, {"role": "assistant", "content": "Yes."}] for i in range(400)
+    ]
+    found = chatty.batch_decode(load_tokens(both, chatty, chats))
+    assert [("[user]" in text or "[assistant]" in text) for text in found] == [False, True] * 4
+
+
+def test_questions_need_a_model_and_text():
+    with pytest.raises(CalibrationError, match="`dense_questions` is 3, but no dense model is here"):
+        load_tokens(CalibrationConfig(dense_questions=3), object())
+    with pytest.raises(ConfigurationError, match="`tokens` and `dense_questions` are both given"):
+        CalibrationConfig(tokens=torch.ones(2, 8, dtype=torch.long), dense_questions=3)
+    with pytest.raises(ConfigurationError, match="`image_column` and `dense_questions` are both given"):
+        CalibrationConfig(image_column="image", dense_questions=3)
+    with pytest.raises(CalibrationError, match="`num_samples` is 1, but there are 2 datasets"):
+        load_tokens(CalibrationConfig(num_samples=1, dense_questions=3), object(), ["a question"])
