@@ -337,7 +337,7 @@ def _turns(config: CalibrationConfig, tokenizer: Any, questions: Sequence[Any]) 
 
     Without anything the packaged text, with chats that the tokenizer can write. Questions come before it.
     """
-    asked = [_Source("the model's own questions", questions, isinstance(questions[0], list))] if questions else []
+    asked = [_Source("what the model asks itself", questions, isinstance(questions[0], list))] if questions else []
     if config.texts is not None:
         return [_Source("`texts`", config.texts, config.chat_template, config.chat_template), *asked]
     datasets = [config.dataset] if isinstance(config.dataset, str) else config.dataset
