@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--vocabulary-size", type=int, help="as of `shrink`")
     parser.add_argument("--vocabulary-text", nargs="+", help="as of `shrink`")
     parser.add_argument("--dense-questions", type=int, help="as of `shrink`")
-    parser.add_argument("--threads", type=int, default=1, help="more than one: by the clock on the wall")
+    parser.add_argument("--threads", type=int, default=1, help="by the clock on the wall; default: one, by its own")
     parser.add_argument("--no-data", action="store_true", help="without a data set")
     parser.add_argument("--anew", action="store_true", help="also what is in the file already")
     parser.add_argument("--name", help="default: of ratio, minutes and layout")
