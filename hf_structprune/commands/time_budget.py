@@ -37,6 +37,7 @@ GRADIENTS = 2.5  # the same with the head, of the sequences that gradients for "
 HEADS = 128  # sequences for which the head runs while kinds of units are measured: 16 for each of eight ways
 TOKENS = 7  # the same, of the sequences that tokens are ranked by, counting them and all else included
 RECONSTRUCTING = 2.5  # the same, of all tokens that layers are trained on after their re-fit: not all layers are
+ASKED = 140  # tokens of a pass with the head that take as long as a question that the model makes up and answers
 SAMPLES, GENERATION = 4, 20  # windows that take as long as sample texts, and as questions and requests
 _OVERDUE = 1.25  # times what was foretold
 _ENDING, _ENDING_SECONDS = 0.02, 15.0  # of all minutes, and beside: the last step of a training, and saving
@@ -224,6 +225,7 @@ def pruning_seconds(config: PruningConfig, chooses: bool, each: tuple[float, flo
     """
     text = config.calibration
     whole, of_sequence = (seconds * text.length / window for seconds in each)
+    asking = each[0] * ASKED * text.dense_questions / window
     minutes = (config.search_minutes if config.allocation == "evolution" else 0) + (config.reconstruct_minutes or 0)
     allocating = ALLOCATING.get(config.allocation, PRUNING)
     passes = (CHOOSING if chooses else allocating) * text.num_samples
@@ -236,7 +238,7 @@ def pruning_seconds(config: PruningConfig, chooses: bool, each: tuple[float, flo
     if asked and config.reconstruct_minutes is None:
         passes += RECONSTRUCTING * STEPS * STEP_TOKENS / text.length
     heads = HEADS if chooses else 0
-    return of_sequence * passes + whole * with_head + (whole - of_sequence) * heads + 60 * minutes
+    return of_sequence * passes + whole * with_head + (whole - of_sequence) * heads + asking + 60 * minutes
 
 
 def account(started: float, steps: Sequence[tuple[str, float]]) -> str:

@@ -8,6 +8,7 @@ import pytest
 
 from hf_structprune.commands import time_budget
 from hf_structprune.commands.time_budget import (
+    ASKED,
     GRADIENTS,
     HEADS,
     LEAST,
@@ -131,6 +132,8 @@ def test_what_pruning_takes_goes_with_its_text_and_the_minutes_it_is_given():
         > named + trained - plain - 1
     )
     assert pruning_seconds(PruningConfig(reconstruct_minutes=3), False, TIMES, 2048) == plain + 180
+    asked = PruningConfig(calibration={"dense_questions": 200}, **alone)
+    assert pruning_seconds(asked, False, TIMES, 2048) == pytest.approx(plain + 2.5 * ASKED * 200 / 2048)
     for tokens in ({"vocabulary_text": "t.txt"}, {"keep": {"vocabulary": 64}, "vocabulary_text": "t.txt"}):
         beside = pruning_seconds(PruningConfig("auto", **tokens, **alone), False, TIMES, 2048)
         assert beside == pytest.approx(plain + 2.0 * TOKENS * 64 * 256 / 2048)
