@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from huggingface_hub import cached_assets_path
 from transformers import PreTrainedModel
 
@@ -39,6 +40,11 @@ def batch_of(model: PreTrainedModel, length: int) -> int:
     if not each:
         return FEWEST
     return max(FEWEST, min(MOST, CACHE // each))
+
+
+def batch_seed(seed: int, number: int) -> int:
+    """A seed of a batch alone: two seeds have no batch in common, also if they are neighbours."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
 
 
 Write = Callable[[int, float | None], list[Any]]

@@ -25,7 +25,7 @@ from ..evaluation.questions import closed_questions
 from ..hardware import cuda_devices, process_state
 from ..model.measuring import context_length, measuring
 from ..progress import tqdm
-from .kept_batches import KeptBatches, batch_of, until_then
+from .kept_batches import KeptBatches, batch_of, batch_seed, until_then
 from .own_answers import Answers
 
 
@@ -57,7 +57,7 @@ _COMMON = {
     "have", "how", "i", "in", "is", "it", "many", "most", "of", "often", "on", "or", "s", "the", "their",
     "there", "to", "used", "was", "we", "what", "when", "where", "which", "who", "with", "you", "your",
 }  # fmt: skip
-_VERSION = 2  # of what is written by the same model and seed
+_VERSION = 3  # of what is written by the same model and seed
 
 
 def _listed(pairs: list[Any]) -> str:
@@ -83,7 +83,7 @@ class Writer:
 
         With a time, by `time.monotonic`, the lists are cut off then.
         """
-        rng = random.Random(self.seed + number)
+        rng = random.Random(batch_seed(self.seed, number))
         starts = [f"{_listed(rng.sample(SHOTS, BEFORE))}\n\nQuestion:" for _ in range(self.size)]
         encoded = [self.tokenizer(text)["input_ids"] for text in starts]
         longest = max(map(len, encoded))
@@ -92,7 +92,7 @@ class Writer:
         ids = torch.tensor([[self.pad] * (longest - len(one)) + one for one in encoded], device=self.model.device)
         mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in encoded], device=ids.device)
         with measuring(self.model), torch.random.fork_rng(cuda_devices([self.model.device])):
-            torch.manual_seed(self.seed + number)
+            torch.manual_seed(batch_seed(self.seed, number))
             output = self.model.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=WRITTEN, do_sample=True, temperature=TEMPERATURE,
                 top_k=TOP_K, top_p=1.0, pad_token_id=self.pad, **until_then(until),

@@ -29,7 +29,7 @@ from ..model.measuring import context_length, measuring
 from ..progress import tqdm
 from ..text.calibration import load_tokens, packaged_chats, without_beginning
 from ..text.reading import read_rows
-from .kept_batches import KeptBatches, batch_of, until_then
+from .kept_batches import KeptBatches, batch_of, batch_seed, until_then
 
 
 logger = logging.get_logger(__name__)
@@ -40,7 +40,7 @@ OPENING = 16  # tokens of the calibration text that are gone on from
 QUESTION = 64  # tokens of a question at most
 PLAIN = 15  # rows of English for each of code, as in the calibration; with all of them code would be a fifth
 _MARK = "QUESTION"  # a user's turn, to see what the template writes before it
-_VERSION = 1  # of what is generated from the same model, seed and settings
+_VERSION = 2  # of what is generated from the same model, seed and settings
 
 
 def calibration_rows(
@@ -96,9 +96,9 @@ class Writer:
         With a time, by `time.monotonic`, they are cut off then; chats whose questions took that long are left out.
         """
         with measuring(self.model), torch.random.fork_rng(cuda_devices([self.model.device])):
-            torch.manual_seed(self.seed + number)
+            torch.manual_seed(batch_seed(self.seed, number))
             if self.before is None or number % 2 == 0:
-                drawn = random.Random(self.seed + number).choices(self.openings, k=self.size)
+                drawn = random.Random(batch_seed(self.seed, number)).choices(self.openings, k=self.size)
                 return self._go_on(drawn, self.length, until)
             starts = [self.before] * self.size
             asked = self._go_on(starts, len(self.before) + QUESTION, until)

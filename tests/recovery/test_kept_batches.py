@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hf_structprune.recovery.kept_batches import CACHE, FEWEST, MOST, batch_of
+from hf_structprune.recovery.kept_batches import CACHE, FEWEST, MOST, batch_of, batch_seed
 
 
 pytest.importorskip("transformers")
@@ -33,3 +33,9 @@ def test_a_model_whose_cache_is_not_known_writes_few():
     for config in (layers_differ, SimpleNamespace()):  # all heads are counted; nothing is known
         assert batch_of(writer(SimpleNamespace(get_text_config=lambda config=config: config)), 256) == FEWEST
     assert FEWEST <= batch_of(writer(MambaConfig()), 256) <= MOST
+
+
+def test_neighbouring_seeds_have_no_batch_in_common():
+    seeds = {batch_seed(seed, number) for seed in (0, 1, 42, 43) for number in range(250)}
+    assert len(seeds) == 4 * 250 and all(0 <= one < 2**32 for one in seeds)
+    assert batch_seed(42, 3) == batch_seed(42, 3)
