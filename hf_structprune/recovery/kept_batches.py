@@ -51,8 +51,8 @@ Write = Callable[[int, float | None], list[Any]]
 
 
 def until_then(until: float | None) -> dict[str, float]:
-    """The option of `generate` that ends it at a time, by `time.monotonic`."""
-    return {} if until is None else {"max_time": max(until - time.monotonic(), 1e-3)}
+    """The option of `generate` that ends it at a time, by `time.monotonic`: after one token where that is over."""
+    return {} if until is None else {"max_time": max(until - time.monotonic(), 0.0)}
 
 
 class KeptBatches:
