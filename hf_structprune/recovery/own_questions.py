@@ -210,7 +210,7 @@ def chats_of(
 
 
 def own_documents(model: PreTrainedModel, tokenizer: Any, count: int, *, seed: int) -> list[Any]:
-    """Questions with their answers to calibrate on: chats, or texts, lists of some, where there is no chat template.
+    """Questions with their answers to calibrate on: texts, lists of some, and chats where there is a chat template.
 
     Args:
         model, tokenizer: The dense model and its own tokenizer.
@@ -223,7 +223,7 @@ def own_documents(model: PreTrainedModel, tokenizer: Any, count: int, *, seed: i
     pairs, found = made_up(model, tokenizer, count, seed=seed), []
     if pairs and getattr(tokenizer, "chat_template", None):
         found = [row["prompt"] + row["completion"] for row in chats_of(model, tokenizer, list(pairs))]
-    found = found or [row["text"] for row in lists_of(pairs, seed)]
+    found += [row["text"] for row in lists_of(pairs, seed)]
     if not found:
         raise CalibrationError("The model makes up no questions to calibrate on: leave `dense_questions` out.")
     return found

@@ -86,9 +86,10 @@ class CalibrationConfig:
         chat_template (`bool`): Render rows that are lists of chat messages (or plain texts, as one user turn) with
             the tokenizer's chat template.
         dense_questions (`int`): So many short questions, in English, that the model makes up and answers before
-            anything is cut are a source more, in turns with the others: as chats, or as lists where there is no chat
-            template. Pruned by them a model keeps more of its answers, for a little of its perplexity. About a minute
-            for 200 questions of a small model on a processor core; they are kept for the next time.
+            anything is cut are a source more, in turns with the others: as lists and, where there is a chat template,
+            as chats, half of them each. Pruned by them a model keeps more of its answers, for a little of its
+            perplexity. About a minute for 200 questions of a small model on a processor core; they are kept for the
+            next time.
     """
 
     dataset: str | list[str] | None = None
@@ -335,9 +336,17 @@ def _all_tokens(config: CalibrationConfig, tokenizer: Any, questions: Sequence[A
 def _turns(config: CalibrationConfig, tokenizer: Any, questions: Sequence[Any]) -> list[_Source]:
     """What the configuration names, in the order of the sequences, and from the beginning again after the last one.
 
-    Without anything the packaged text, with chats that the tokenizer can write. Questions come before it.
+    Without anything the packaged text, with chats that the tokenizer can write. Questions come before it; chats of
+    them and lists take turns where there are both.
     """
-    asked = [_Source("what the model asks itself", questions, isinstance(questions[0], list))] if questions else []
+    kinds = ((chats, [row for row in questions if isinstance(row, list) is chats]) for chats in (True, False))
+    asked, *others = [_Source("what the model asks itself", rows, chats) for chats, rows in kinds if rows] or [None]
+    turns = _turns_with(config, tokenizer, [asked] if asked else [])
+    return turns + [other if source is asked else source for other in others for source in turns]
+
+
+def _turns_with(config: CalibrationConfig, tokenizer: Any, asked: list[_Source]) -> list[_Source]:
+    """The same with one source of questions, or none."""
     if config.texts is not None:
         return [_Source("`texts`", config.texts, config.chat_template, config.chat_template), *asked]
     datasets = [config.dataset] if isinstance(config.dataset, str) else config.dataset

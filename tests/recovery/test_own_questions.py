@@ -200,7 +200,7 @@ def test_they_can_be_calibrated_on(written, tiny_llama, make_tokenizer, monkeypa
     found = [{"prompt": [{"content": question}], "completion": [{"content": "this"}]} for question in asked]
     monkeypatch.setattr(own_questions, "chats_of", lambda model, tokenizer, questions: found[: len(questions)])
     chats = own_documents(tiny_llama, make_tokenizer(chat_template=TEMPLATE), 3, seed=0)
-    assert chats == [[{"content": question}, {"content": "this"}] for question in asked]
+    assert chats == [*([{"content": question}, {"content": "this"}] for question in asked), *texts]
     found.clear()  # it has nothing to say to any of them
     assert own_documents(tiny_llama, make_tokenizer(chat_template=TEMPLATE), 3, seed=0) == texts
 

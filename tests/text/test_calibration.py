@@ -550,6 +550,10 @@ def test_questions_are_a_source_more(make_tokenizer, tmp_path):
     ]
     found = chatty.batch_decode(load_tokens(both, chatty, chats))
     assert [("[user]" in text or "[assistant]" in text) for text in found] == [False, True] * 4
+    mixed = chatty.batch_decode(load_tokens(both, chatty, [*chats, *asked]))  # in turns, in the share of one source
+    assert [("[user]" in text or "[assistant]" in text) for text in mixed] == [False, True, False, False] * 2
+    assert [("Question" in text or "Answer" in text) for text in mixed] == [False, False, False, True] * 2
+    assert len(set(mixed)) == 8  # nothing of the others is taken twice
 
 
 def test_questions_need_a_model_and_text():
