@@ -6,8 +6,9 @@
 Trains on `--tokens` tokens, a third each of chats, web pages and Wikipedia (`recovery_settings.py`), with `--answers`
 beside short questions and the dense model's own answers, by distillation of all weights. Measured are the dense, the
 pruned and the recovered model: perplexity of text that was not trained on over that of the dense model, and the
-packaged closed questions, of which every fifth is counted by itself. Results are added to
-benchmarks/results/recovered.json under `--name`; what was measured there already is not measured again.
+packaged closed questions, of which every fifth is counted by itself, and once more after four examples
+(`short_answers`), for answers of a few words. Results are added to benchmarks/results/recovered.json under `--name`;
+what was measured there already is not measured again.
 """
 
 from __future__ import annotations
@@ -29,10 +30,13 @@ from hf_structprune.files.writing import write_text
 from hf_structprune.installed import versions
 from hf_structprune.model.loading import load_model
 from hf_structprune.recovery import DistillationConfig, RecoveryConfig, recover
+from hf_structprune.recovery.own_answers import Answers
+from hf_structprune.recovery.own_questions import SHOTS
 
 
 RESULTS = Path(__file__).parent / "results" / "recovered.json"
 WINDOWS, EVERY = 12, 5
+EXAMPLES, SHORT_TOKENS = 4, 16
 SETTINGS = {
     "method": "distill", "weights": "full", "learning_rate": 2e-4, "warmup": 0.1, "batch_size": 6,
     "micro_batch_size": 3, "max_length": 512, "packing": True, "prompt_loss": True, "epochs": 1.0, "evaluations": 2,
@@ -50,9 +54,22 @@ def measure(folder: str | Path, tokenizer: Any, texts: dict[str, str]) -> dict[s
     said = answer_all(model, tokenizer, [one.text for one in asked], QUESTION_TOKENS)
     found["answers"] = [one.text for one in said]
     found["right"] = [is_right(one.text, about.answers) for one, about in zip(said, asked, strict=True)]
+    found["short"] = short_answers(model, tokenizer, [one.text for one in asked])
+    found["short right"] = [is_right(one, about.answers) for one, about in zip(found["short"], asked, strict=True)]
     del model
     gc.collect()
     return found
+
+
+def short_answers(model: Any, tokenizer: Any, questions: list[str]) -> list[str]:
+    """What the model says to each question after four examples, up to the end of the line: a few words."""
+    examples = "\n\n".join(f"Question: {question}\nAnswer: {answer}" for question, answer in SHOTS[:EXAMPLES])
+    asked = [tokenizer(f"{examples}\n\nQuestion: {question}\nAnswer:")["input_ids"] for question in questions]
+    answers, texts = Answers(model, tokenizer, asked, SHORT_TOKENS, len(asked)), {}
+    for number, places in enumerate(answers.batches):
+        for place, (ids, _) in zip(places, answers.said(number), strict=True):
+            texts[place] = tokenizer.decode(ids, skip_special_tokens=True).split("\n")[0].strip()
+    return [texts[place] for place in range(len(questions))]
 
 
 def row(name: str, found: dict[str, Any], dense: dict[str, Any], texts: list[str]) -> str:

@@ -8,10 +8,12 @@ computes, so that what else the machine does takes nothing away. It is given a f
 a third of the tokens each or by `--shares`, none of which is measured (`recovery_settings.py`); with `--no-data` it is
 given none. Measured are 12 windows of 2048 tokens of each text that was held out, pruned and recovered over dense, and
 right answers to the packaged closed questions (`recovered.py`), in all and of those that the dense model answers
-right, and answers in its words. With `--threads N` it takes so many threads and the clock on the wall: nothing else
-may run then. With `--vocabulary-size N --vocabulary-text FILE ...` tokens go, too; perplexity is of the dense model's
-tokens (`vocabulary.py`). Results are added to benchmarks/results/shrunk.json under `--name`; with `--anew` what was
-there under this name, and of the dense model, is measured anew. What lies in OUT is measured as it is.
+right, and answers in its words, asked as chats and after four examples. With `--threads N` it takes so many threads
+and the clock on the wall: nothing else may run then. With `--vocabulary-size N --vocabulary-text FILE ...` tokens go,
+too; perplexity is of the dense model's tokens (`vocabulary.py`). Results are added to `--output`, by default
+benchmarks/results/shrunk.json, under `--name`; with `--anew` what was there under this name, and of the dense model,
+is measured anew. Answers are compared with what the dense model said on the same machine: another one rounds in
+another way, and some answers differ. What lies in OUT is measured as it is.
 """
 
 from __future__ import annotations
@@ -116,12 +118,14 @@ def main() -> None:
                 kept[state] |= of_dense_tokens(folder, tokenizer, texts)
             write_text(arguments.output, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     dense = results["dense"]
-    columns = [*texts, "right", "of the dense model's", "in its words"]
+    columns = [*texts, "right", "of the dense model's", "in its words", "in its words after examples"]
     print(f"| | {' | '.join(columns)} |\n| --- |{' ---: |' * len(columns)}")
     for title, found in (("dense", dense), (f"{name}, pruned", run["pruned"]), (name, run["recovered"])):
         cells = [f"{found[text]:.1f} ({found[text] / dense[text]:.3f})" for text in texts]
         cells += [str(sum(found["right"])), str(sum(map(min, found["right"], dense["right"])))]
-        cells.append(str(sum(map(same_words, found["answers"], dense["answers"]))))
+        for answers in ("answers", "short"):  # of older results there are no short ones
+            both = answers in found and answers in dense
+            cells.append(str(sum(map(same_words, found[answers], dense[answers]))) if both else "")
         print(f"| {title} | {' | '.join(cells)} |")
 
 
