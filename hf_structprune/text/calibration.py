@@ -339,10 +339,14 @@ def _turns(config: CalibrationConfig, tokenizer: Any, questions: Sequence[Any]) 
     Without anything the packaged text, with chats that the tokenizer can write. Questions come before it; chats of
     them and lists take turns where there are both.
     """
-    kinds = ((chats, [row for row in questions if isinstance(row, list) is chats]) for chats in (True, False))
-    asked, *others = [_Source("what the model asks itself", rows, chats) for chats, rows in kinds if rows] or [None]
-    turns = _turns_with(config, tokenizer, [asked] if asked else [])
-    return turns + [other if source is asked else source for other in others for source in turns]
+    asked = []
+    for chats in (True, False):
+        if rows := [row for row in questions if isinstance(row, list) is chats]:
+            asked.append(_Source("what the model asks itself", rows, chats))
+    turns = _turns_with(config, tokenizer, asked[:1])
+    if len(asked) == 2:
+        turns += [asked[1] if source is asked[0] else source for source in turns]
+    return turns
 
 
 def _turns_with(config: CalibrationConfig, tokenizer: Any, asked: list[_Source]) -> list[_Source]:
