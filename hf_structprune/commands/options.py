@@ -462,8 +462,8 @@ class ShrinkArguments:
         vocabulary_text (list of `str`, *optional*): With `--vocabulary-size`: text like what the model is to read and
             write, some million tokens, in which its tokens are counted; as `prune` takes it.
         dense_questions (`int`): Short questions, in English, that the dense model makes up and answers, learned beside
-            all else, as `recover` takes it: 1500 where an hour is given and facts matter. The pruning is calibrated on
-            the first 200 of them, too.
+            all else, as `recover` takes it: 1500 where an hour is given and facts matter, without a data set 25 for
+            each minute. The pruning is calibrated on the first 200 of them, too.
         overwrite (`bool`): Do everything again even if the folders hold checkpoints.
         dry_run (`bool`): Print the recipe and its plan; loads no weights.
     """
