@@ -309,8 +309,9 @@ def _all_tokens(config: CalibrationConfig, tokenizer: Any, questions: Sequence[A
     for i, source in enumerate(turns):
         count[source] += len(range(i, config.num_samples, len(turns)))
     packaged = [source for source in turns if source.packaged]
+    others = [source for source in count if count[source] and not source.packaged]
     found, missing = {}, 0
-    for source in (one for one in count if not one.packaged):
+    for source in others:
         found[source] = _source_tokens(source, count[source], config, tokenizer, fewer=bool(packaged))
         missing += count[source] - len(found[source])
     for i, source in enumerate(packaged):
@@ -321,7 +322,7 @@ def _all_tokens(config: CalibrationConfig, tokenizer: Any, questions: Sequence[A
     places: dict[_Source, list[int]] = {source: [] for source in turns}
     for place in range(config.num_samples):
         places[turns[place % len(turns)]].append(place)
-    for source in (one for one in places if not one.packaged):
+    for source in others:
         own, some = places[source], len(found[source])
         filled = [own[i * len(own) // some] for i in range(some)]
         tokens[filled] = found[source]

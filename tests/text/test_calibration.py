@@ -554,6 +554,8 @@ def test_questions_are_a_source_more(make_tokenizer, tmp_path):
     assert [("[user]" in text or "[assistant]" in text) for text in mixed] == [False, True, False, False] * 2
     assert [("Question" in text or "Answer" in text) for text in mixed] == [False, False, False, True] * 2
     assert len(set(mixed)) == 8  # nothing of the others is taken twice
+    two = CalibrationConfig(dataset=file, num_samples=2, length=64, dense_questions=7)
+    assert "[user]" in chatty.decode(load_tokens(two, chatty, [*chats, *asked])[1])  # no sequence is left for a list
 
 
 def test_questions_need_a_model_and_text():
