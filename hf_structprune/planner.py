@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -98,10 +99,15 @@ class Planner:
         shared, shell = self._shared(ratio)
         budget = None if ratio is None else round(ratio * total)
         stating = [option for kind in kinds_of(SharedKind) for option in KINDS[kind].options]
-        left = self._left(budget, total - self._narrow.total_parameters, *stating, "keep")
+        sizes = [*(before.total_parameters for _, before in shared), self._narrow.total_parameters]
+        steps = zip((decision.kind for decision, _ in shared), itertools.pairwise(sizes), strict=True)
+        kept = config.keep or {}
+        stated = sum(before - after for kind, (before, after) in steps if kind in kept)
+        left = self._left(budget, total - sizes[-1], stated, *stating)
         evolves = config.allocation == EVOLUTION and bool(config.kinds(kinds_of(WidthKind)))
         dropped = {} if evolves else self._dropped(left)
-        left = self._left(left, removed_by(dropped, self._narrow), "num_layers", "keep_first", "keep")
+        stated = removed_by({kind: gone for kind, gone in dropped.items() if kind in kept}, self._narrow)
+        left = self._left(left, removed_by(dropped, self._narrow), stated, "num_layers", "keep_first")
         counts: Counts = {}
         if evolves:
             counts, dropped = self._evolved(ratio)
@@ -139,15 +145,20 @@ class Planner:
             "or cut finer units"
         )
 
-    def _left(self, budget: int | None, gone: int, *options: str) -> int | None:
-        """What is left of a budget; refuses that one of these options, which say how much goes, takes more."""
+    def _left(self, budget: int | None, gone: int, stated: int, *options: str) -> int | None:
+        """What is left of a budget of which so much is gone, `stated` of it by kinds that `keep` names.
+
+        Refuses that `keep`, or one of these options, which say how much goes, takes more. What was rounded to whole
+        units may.
+        """
         if budget is None:
             return None
-        for option in options:
-            value, total = getattr(self.config, option), self.structure.total_parameters
-            if value is not None and gone > budget:
+        total = self.structure.total_parameters
+        for option, taken in (*((option, gone) for option in options), ("keep", stated)):
+            value = getattr(self.config, option)
+            if value is not None and taken > budget:
                 raise RatioError(
-                    f"`{option}` is {value}, which alone removes {gone / total:.2%} of all parameters: more than the "
+                    f"`{option}` is {value}, which alone removes {taken / total:.2%} of all parameters: more than the "
                     f"{budget / total:.2%} that are to go. Ask for more, or change `{option}`."
                 )
         return max(0, budget - gone)

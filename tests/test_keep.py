@@ -54,6 +54,20 @@ def test_sublayers_are_counted_by_those_that_stay(kind):
     assert sum(layer.sublayer(kind) is not None for layer in pruner.structure.layers) == 2
 
 
+def test_what_other_kinds_are_rounded_to_is_not_what_keep_asks_for():
+    """Halves of layers go whole, here one more than half of one: `keep`, of other units, is not to blame for it."""
+    pruner = make_pruner(units=("hidden", "attention"), keep={"hidden": 28}, layout="per_layer",
+                         depth_criterion="magnitude", compensation=False)  # fmt: skip
+    total = pruner.structure.total_parameters
+    narrow = make_pruner(keep={"hidden": 28}).plan()
+    half = make_pruner(keep={"hidden": 28, "attention": 2}, layout="per_layer", depth_criterion="magnitude").plan()
+    step = narrow.parameters_after - half.parameters_after
+    plan = pruner.plan((narrow.parameters_before - narrow.parameters_after + 0.9 * step) / total)
+    assert plan.parameters_after == half.parameters_after
+    with pytest.raises(RatioError, match="`keep` is .* alone removes"):
+        pruner.plan((narrow.parameters_before - narrow.parameters_after - step) / total)
+
+
 def test_a_ratio_is_reached_by_the_units_that_are_not_named():
     pruner = make_pruner(units=("layers", "mlp_neurons"), keep={"layers": 2}, depth_criterion="magnitude",
                          compensation=False)  # fmt: skip
