@@ -78,7 +78,7 @@ def main() -> None:
     line += ["--layout", arguments.layout]
     if arguments.vocabulary_size:
         line += ["--vocabulary-size", str(arguments.vocabulary_size), "--vocabulary-text", *arguments.vocabulary_text]
-    if arguments.dense_questions:
+    if arguments.dense_questions is not None:
         line += ["--dense-questions", str(arguments.dense_questions)]
     if not arguments.no_data:
         file = arguments.data / "shrunk_train.jsonl"

@@ -461,9 +461,10 @@ class ShrinkArguments:
         vocabulary_size (`int`, *optional*): Tokens that stay; other units take the rest of the ratio. Default: all.
         vocabulary_text (list of `str`, *optional*): With `--vocabulary-size`: text like what the model is to read and
             write, some million tokens, in which its tokens are counted; as `prune` takes it.
-        dense_questions (`int`): Short questions, in English, that the dense model makes up and answers, learned beside
-            all else, as `recover` takes it: 1500 where an hour is given and facts matter, without a data set 25 for
-            each minute. The pruning is calibrated on the first 200 of them, too.
+        dense_questions (`int`, *optional*): Short questions, in English, that the dense model makes up and answers,
+            learned beside all else, as `recover` takes it; the pruning is calibrated on the first 200 of them, too.
+            Default: 25 for each minute without a data set and with a chat template, else none; 1500 where an hour is
+            given and facts matter.
         overwrite (`bool`): Do everything again even if the folders hold checkpoints.
         dry_run (`bool`): Print the recipe and its plan; loads no weights.
     """
@@ -476,7 +477,7 @@ class ShrinkArguments:
     layout: Annotated[str, OneOf(LAYOUTS)] = "uniform"
     vocabulary_size: Count | None = None
     vocabulary_text: Sequence[str] | None = None
-    dense_questions: Number = 0
+    dense_questions: Number | None = None
     overwrite: bool = False
     dry_run: bool = False
 

@@ -11,7 +11,7 @@ import yaml
 from ..errors import ConfigurationError
 from ..hardware import cpu_has_bf16, has_accelerator, memory_in_all
 from ..hub.words import RECOVERY_NAME
-from ..model.loading import load_config
+from ..model.loading import load_config, load_tokenizer
 from ..recovery.configuration import RecoveryConfig
 from ..recovery.data import without_shares
 from ..recovery.recovering import newest_whole, training_folder
@@ -28,6 +28,7 @@ MAX_WINDOWS = 6  # of the packaged text
 LABEL_WEIGHT = 0.3  # see docs/recover.md
 CALIBRATION = {"num_samples": 128}  # half of the default: the time is better spent on the training
 QUESTIONS = 200  # that it is calibrated on, where some are asked for
+A_MINUTE = 25  # questions for each, where nothing says what a model that chats is for
 # Measuring in between must not take the time away: 3 times 4,096 tokens.
 TRAINING = {"prompt_loss": True, "evaluations": 3, "max_windows": 8}
 TRAINED_BYTES = 18  # of a parameter: 4 of weight, gradient and each moment, and 2 of the dense model
@@ -39,34 +40,40 @@ def shrink_command(argv: Sequence[str]) -> None:
     folder = Path(options.output_dir)
     if not (folder / RECOVERY_NAME).is_file() and newest_whole(training_folder(folder))[0] is None:
         check_output(options.output_dir, options.overwrite)
-    content = recipe_of(options, context_of(options.model), has_room(options.model))
+    known = context_of(options.model), has_room(options.model), is_asked(options.model)
+    content = recipe_of(options, *known)
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     if options.dry_run:
         print(text)
     run_recipe(Recipe.from_dict(content, text), again=options.overwrite, dry_run=options.dry_run)
 
 
-def recipe_of(options: ShrinkArguments, context: int | None = None, full: bool = False) -> dict[str, Any]:
+def recipe_of(
+    options: ShrinkArguments, context: int | None = None, full: bool = False, chats: bool = False
+) -> dict[str, Any]:
     """The recipe that does it, as a file of `hf-structprune run` would say it, for a model of this context.
 
     With `full` all weights are trained. Labels count where there is a data set: what the dense model writes has none
-    that it does not say better itself.
+    that it does not say better itself. A model that `chats` makes up questions where there is none: answers go before
+    perplexity does, and little text asks for them.
     """
     recover = {"output_dir": options.output_dir, **distilling(context), **TRAINING}
     if full:
         recover["weights"] = "full"
     distillation = {"label_weight": LABEL_WEIGHT} if options.dataset else {}
-    if options.dense_questions:
-        distillation["dense_questions"] = options.dense_questions
+    questions = options.dense_questions
+    if questions is None:
+        questions = 0 if options.dataset or not chats else round(A_MINUTE * options.minutes)
+    if questions:
+        distillation["dense_questions"] = questions
     if options.dataset:
         recover["dataset"] = list(options.dataset)
     if distillation:
         recover["distillation"] = distillation
     # Training all layers together brings back more than one after the other.
     prune = {"ratio": options.ratio, "reconstruct": False, "calibration": dict(CALIBRATION)}
-    if options.dense_questions:  # of the seed of the training, which finds them there
-        asked = min(options.dense_questions, QUESTIONS)
-        prune["calibration"] |= {"dense_questions": asked, "seed": RecoveryConfig().seed}
+    if questions:  # of the seed of the training, which finds them there
+        prune["calibration"] |= {"dense_questions": min(questions, QUESTIONS), "seed": RecoveryConfig().seed}
     if options.dataset:  # half of it is text of the kinds that the model is for
         prune["calibration"]["dataset"] = [*without_shares(list(options.dataset)), PACKAGED]
     if options.layout == "per_layer":
@@ -98,6 +105,11 @@ def context_of(model: str) -> int | None:
     """Tokens that a model of the Hub or of a folder has positions for, if it says so."""
     config = load_config(find_model(model).model).get_text_config()
     return getattr(config, "max_position_embeddings", None)
+
+
+def is_asked(model: str) -> bool:
+    """Whether a model of the Hub or of a folder chats: its tokenizer has a template."""
+    return bool(getattr(load_tokenizer(find_model(model).model), "chat_template", None))
 
 
 def loading(model: str) -> dict[str, str]:

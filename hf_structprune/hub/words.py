@@ -126,7 +126,7 @@ def calibration_in_words(calibration: CalibrationConfig) -> str:
     """A calibration text; of local files the name only, since the card is public."""
     size, sources = f"{calibration.num_samples} x {calibration.length} tokens", sources_of(calibration)
     asked = calibration.dense_questions
-    own = f", in turns with {asked:,} questions at most that the dense model made up and answered" if asked else ""
+    own = f"; every fourth one is of {asked:,} questions at most that the dense model asked itself" if asked else ""
     if calibration.image_column is not None:
         size = f"{calibration.num_samples} rows of text and images"
     if calibration.fingerprint is not None:

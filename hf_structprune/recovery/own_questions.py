@@ -19,7 +19,6 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..errors import CalibrationError
 from ..evaluation.answers import words_of
 from ..evaluation.questions import closed_questions
 from ..hardware import cuda_devices, process_state
@@ -214,18 +213,15 @@ def own_documents(model: PreTrainedModel, tokenizer: Any, count: int, *, seed: i
 
     Args:
         model, tokenizer: The dense model and its own tokenizer.
-        count: Questions at most.
+        count: Questions at most. Of a model that writes none there is nothing, and a warning says so.
         seed: Of what is written.
-
-    Raises:
-        CalibrationError: The model makes up no questions.
     """
     pairs, found = made_up(model, tokenizer, count, seed=seed), []
     if pairs and getattr(tokenizer, "chat_template", None):
         found = [row["prompt"] + row["completion"] for row in chats_of(model, tokenizer, list(pairs))]
     found += [row["text"] for row in lists_of(pairs, seed)]
     if not found:
-        raise CalibrationError("The model makes up no questions to calibrate on: leave `dense_questions` out.")
+        logger.warning("The model makes up no questions: there are none to calibrate on (`dense_questions`).")
     return found
 
 

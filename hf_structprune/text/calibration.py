@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, cycle, islice
 from operator import itemgetter
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,6 +33,7 @@ CHARACTERS_PER_TOKEN = 64  # that are tokenised of a source with far more text t
 # In the place of the function of the same name; the day is that of Llama 3.1's template where it knows no other.
 _SAME_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"  # templates drop the break after a tag
 PACKAGED = "packaged"  # names the packaged sample beside other sources
+OF_QUESTIONS = 4  # every so many sequences one is of the model's own questions, where it is asked for some
 PEEK_ROWS = 1000  # looked at to tell lines of one text from documents
 # No text has more tokens: a character has four bytes at most; a row gets some special tokens or a separator.
 _TOKENS_PER_CHARACTER, _SEPARATORS = 8, 16
@@ -86,10 +88,10 @@ class CalibrationConfig:
         chat_template (`bool`): Render rows that are lists of chat messages (or plain texts, as one user turn) with
             the tokenizer's chat template.
         dense_questions (`int`): So many short questions, in English, that the model makes up and answers before
-            anything is cut are a source more, in turns with the others: as lists and, where there is a chat template,
-            as chats, half of them each. Pruned by them a model keeps more of its answers, for a little of its
-            perplexity. About a minute for 200 questions of a small model on a processor core; they are kept for the
-            next time.
+            anything is cut are every fourth sequence: as lists and, where there is a chat template, as chats, half of
+            them each. Pruned by them a model keeps more of its answers, for a little of its perplexity. About a
+            minute for 200 questions of a small model on a processor core; they are kept for the next time. A model
+            that makes up none is calibrated on the rest alone.
     """
 
     dataset: str | list[str] | None = None
@@ -337,28 +339,32 @@ def _all_tokens(config: CalibrationConfig, tokenizer: Any, questions: Sequence[A
 def _turns(config: CalibrationConfig, tokenizer: Any, questions: Sequence[Any]) -> list[_Source]:
     """What the configuration names, in the order of the sequences, and from the beginning again after the last one.
 
-    Without anything the packaged text, with chats that the tokenizer can write. Questions come before it; chats of
-    them and lists take turns where there are both.
+    Without anything the packaged text, with chats that the tokenizer can write. Every fourth sequence is of questions
+    where there are some; chats of them and lists take turns where there are both.
     """
     asked = []
     for chats in (True, False):
         if rows := [row for row in questions if isinstance(row, list) is chats]:
             asked.append(_Source("what the model asks itself", rows, chats))
-    turns = _turns_with(config, tokenizer, asked[:1])
-    if len(asked) == 2:
-        turns += [asked[1] if source is asked[0] else source for source in turns]
+    others = _named(config, tokenizer, len(asked[:1]))
+    if not asked:
+        return others
+    times = math.lcm(len(others) // math.gcd(len(others), OF_QUESTIONS - 1), len(asked))  # until all begin anew
+    turns, further = [], cycle(others)
+    for number in range(times):
+        turns += [asked[number % len(asked)], *islice(further, OF_QUESTIONS - 1)]
     return turns
 
 
-def _turns_with(config: CalibrationConfig, tokenizer: Any, asked: list[_Source]) -> list[_Source]:
-    """The same with one source of questions, or none."""
+def _named(config: CalibrationConfig, tokenizer: Any, beside: int) -> list[_Source]:
+    """The same without questions; `beside` so many sources of them there are to be sequences of each."""
     if config.texts is not None:
-        return [_Source("`texts`", config.texts, config.chat_template, config.chat_template), *asked]
+        return [_Source("`texts`", config.texts, config.chat_template, config.chat_template)]
     datasets = [config.dataset] if isinstance(config.dataset, str) else config.dataset
     datasets = [PACKAGED] if datasets is None else datasets
     if not datasets:
         raise CalibrationError("`dataset` is an empty list: name at least one, or None for the packaged sample.")
-    if config.num_samples < (several := len(datasets) + len(asked)):
+    if config.num_samples < (several := len(datasets) + beside):
         raise CalibrationError(
             f"`num_samples` is {config.num_samples}, but there are {several} datasets to take a sequence of."
         )
@@ -369,7 +375,6 @@ def _turns_with(config: CalibrationConfig, tokenizer: Any, asked: list[_Source])
             known = isinstance(rows, Documents)
             chats = rows.are_chats() if known else config.chat_template
             others.append(_Source(str(one), rows, chats, config.chat_template and not known))
-    others += asked
     if PACKAGED not in datasets:
         return others
     written, chats = config.chat_template, packaged_chats(tokenizer)

@@ -163,6 +163,24 @@ def test_questions_of_the_dense_model_go_with_data_and_without():
     assert not {"dense_questions", "seed"} & made(options)["prune"]["calibration"].keys()
 
 
+def test_a_model_that_chats_asks_itself_where_there_is_no_data(place, make_tokenizer, capsys, monkeypatch):
+    options = shrink.ShrinkArguments("m", 0.2, 6.0, "o")
+    chats, base = made(options, chats=True), made(options)
+    assert chats["recover"]["distillation"] == {"dense_questions": 6 * shrink.A_MINUTE}
+    assert chats["prune"]["calibration"]["dense_questions"] == 6 * shrink.A_MINUTE < shrink.QUESTIONS
+    assert "distillation" not in base["recover"] and base["prune"]["calibration"] == shrink.CALIBRATION
+    options.dataset = ["d.jsonl"]
+    assert made(options, chats=True)["recover"]["distillation"] == {"label_weight": shrink.LABEL_WEIGHT}
+    options.dataset, options.dense_questions = None, 0
+    assert made(options, chats=True) == base
+    monkeypatch.setattr(shrink, "recipe_of", made)  # as it is
+    line = ["shrink", str(place / "dense"), "--ratio", "0.2", "--minutes", "2", "--output-dir", str(place / "out")]
+    assert cli.main([*line, "--dry-run"]) == 0 and "dense_questions" not in capsys.readouterr().out
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    make_tokenizer(chat_template=template).save_pretrained(place / "dense")
+    assert cli.main([*line, "--dry-run"]) == 0 and "dense_questions: 50" in capsys.readouterr().out
+
+
 def test_sequences_are_no_longer_than_the_model_takes():
     lengths = [shrink.recipe_of(shrink.ShrinkArguments("m", 0.2, 1.0, "o"), n)["recover"] for n in (128, 2048, None)]
     assert [recover.get("max_length") for recover in lengths] == [128, None, None]

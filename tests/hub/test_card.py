@@ -376,7 +376,7 @@ def test_own_calibration_files_are_named_without_their_paths(tiny_llama, tiny_to
         asked = calibration_in_words(CalibrationConfig(dense_questions=200, **known))
         assert asked == (
             calibration_in_words(CalibrationConfig(**known))
-            + ", in turns with 200 questions at most that the dense model made up and answered"
+            + "; every fourth one is of 200 questions at most that the dense model asked itself"
         )
     assert calibration_datasets(CalibrationConfig(dataset=["org/data", "packaged"]))[0] == "org/data"
 

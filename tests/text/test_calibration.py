@@ -537,25 +537,37 @@ def test_questions_are_a_source_more(make_tokenizer, tmp_path):
             "Question" in text or "Answer" in text for text in plain.batch_decode(load_tokens(config, plain, asked))
         ]
 
-    assert shares(file) == [False, True] * 4
-    assert shares(None) == [True, False] * 4  # before the packaged text, as other sources
-    assert shares([file, "packaged"], 6) == [False, True, False] * 2
-    both = CalibrationConfig(dataset=file, num_samples=8, length=64, dense_questions=7)
-    assert torch.equal(load_tokens(both, plain, asked)[1::2], alone)
-    texts = CalibrationConfig(texts=words(800), num_samples=8, length=64, dense_questions=7)
-    assert torch.equal(load_tokens(texts, plain, asked)[1::2], alone)
+    every_fourth = [True, False, False, False]
+    assert shares(file) == shares(None) == shares([file, "packaged"]) == every_fourth * 2
+    assert shares(file, 3) == every_fourth[:3] and shares([file, "packaged"], 48) == every_fourth * 12
+    both = CalibrationConfig(dataset=file, num_samples=16, length=64, dense_questions=7)
+    assert torch.equal(load_tokens(both, plain, asked)[::4], alone)
+    texts = CalibrationConfig(texts=words(800), num_samples=16, length=64, dense_questions=7)
+    assert torch.equal(load_tokens(texts, plain, asked)[::4], alone)
     chatty = make_tokenizer(chat_template=CHAT_TEMPLATE)
     chats = [
         [{"role": "user", "content": f"number {i}?"}, {"role": "assistant", "content": "Yes."}] for i in range(400)
     ]
     found = chatty.batch_decode(load_tokens(both, chatty, chats))
-    assert [("[user]" in text or "[assistant]" in text) for text in found] == [False, True] * 4
+    assert [("[user]" in text or "[assistant]" in text) for text in found] == every_fourth * 4
     mixed = chatty.batch_decode(load_tokens(both, chatty, [*chats, *asked]))  # in turns, in the share of one source
-    assert [("[user]" in text or "[assistant]" in text) for text in mixed] == [False, True, False, False] * 2
-    assert [("Question" in text or "Answer" in text) for text in mixed] == [False, False, False, True] * 2
-    assert len(set(mixed)) == 8  # nothing of the others is taken twice
+    assert [("[user]" in text or "[assistant]" in text) for text in mixed] == [*every_fourth, *[False] * 4] * 2
+    assert [("Question" in text or "Answer" in text) for text in mixed] == [*[False] * 4, *every_fourth] * 2
+    assert len(set(mixed)) == 16  # nothing of the others is taken twice
     two = CalibrationConfig(dataset=file, num_samples=2, length=64, dense_questions=7)
-    assert "[user]" in chatty.decode(load_tokens(two, chatty, [*chats, *asked])[1])  # no sequence is left for a list
+    assert "[user]" in chatty.decode(load_tokens(two, chatty, [*chats, *asked])[0])  # no sequence is left for a list
+
+
+def test_beside_questions_the_others_keep_their_turns(make_tokenizer, tmp_path):
+    """What is left of each four sequences is what there would be without questions."""
+    plain, file = make_tokenizer(), write_jsonl(tmp_path / "d.jsonl", [{"text": text} for text in words(800)])
+    for dataset in (None, "packaged", [file, "packaged"], [file, "packaged", file]):
+        config = CalibrationConfig(dataset=dataset, num_samples=64, length=32)
+        alone = [one.name for one in calibration._turns(config, plain, [])]
+        turns = [one.name for one in calibration._turns(config, plain, ["Question: 1?\nAnswer: 1"])]
+        others = [name for number, name in enumerate(turns) if number % 4]
+        assert len(turns) % 4 == 0 and not len(others) % len(alone)
+        assert others == alone * (len(others) // len(alone))
 
 
 def test_questions_need_a_model_and_text():
