@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 
 from ..errors import ConfigurationError
 from ..model.measuring import measuring
+from ..model.writing import for_text, padding_of
 from ..progress import tqdm
 from .comparison import Parts, fingerprint
-from .generation import encode_prompt, padding_of
+from .generation import encode_prompt
 from .questions import Question, closed_questions, open_requests
 from .results import Figure
 
@@ -91,6 +92,7 @@ def answer_all(
     found: dict[int, Generated] = {}
     options = {"do_sample": False, "num_beams": 1, "pad_token_id": padding_of(tokenizer), "max_new_tokens": new_tokens}
     ends = _ends(model, tokenizer)
+    model = for_text(model)
     with measuring(model), tqdm(total=len(prompts), desc=desc) as bar:
         for length in sorted(by_length):
             numbers = by_length[length]

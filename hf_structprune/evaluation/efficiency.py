@@ -34,6 +34,7 @@ from ..hardware import cuda_devices, device_name, synchronize
 from ..model.loading import load_model
 from ..model.measuring import context_length, measuring
 from ..model.structure import ModelStructure
+from ..model.writing import for_text
 from ..plan import PruningPlan
 from ..progress import tqdm
 from .results import Figure
@@ -119,6 +120,7 @@ def _size_figures(model: PreTrainedModel, config: EfficiencyConfig, ids: torch.L
 
 
 def _speed_figures(model: PreTrainedModel, config: EfficiencyConfig, ids: torch.LongTensor) -> list[Figure]:
+    model = for_text(model)
     with measuring(model):
         times = [
             (time_prefill(model, ids), *time_generation(model, ids, config.new_tokens))
@@ -162,6 +164,7 @@ def count_macs_with_attention(model: PreTrainedModel, ids: torch.LongTensor) -> 
     values over the full square, whatever the mask leaves out. Norms, activations and other element-wise operations
     are not counted. The model runs once, on `ids` of shape `(batch_size, length)`.
     """
+    model = for_text(model)
     # Fused attention of the CPU is unknown to the counter; the plain kind consists of products that it knows.
     plain = sdpa_kernel(SDPBackend.MATH)
     # So are products of rows, shape `(n, k)`, with the matrix of their expert: one of `(groups, k, m)`.
@@ -213,6 +216,8 @@ def cache_growth(model: PreTrainedModel) -> list[tuple[int, int | None]]:
     For each layer its bytes, and the length of its sliding window (it stops growing when that is full), `None` where
     it attends to everything; nothing if the model has no cache with keys and values.
     """
+
+    model = for_text(model)
 
     def held(tokens: int) -> list[tuple[int, int | None]]:
         ids = torch.zeros((1, tokens), dtype=torch.long, device=model.device)

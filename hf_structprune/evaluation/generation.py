@@ -17,6 +17,7 @@ from ..errors import ConfigurationError
 from ..files.writing import write_text
 from ..hardware import cuda_devices, synchronize
 from ..model.measuring import context_length, measuring
+from ..model.writing import for_text, padding_of
 from ..progress import tqdm
 from ..text.calibration import same_day
 from .efficiency import devices_of, memory_in_use, where
@@ -110,6 +111,7 @@ def generate_samples(
     """
     max_new_tokens = checked("max_new_tokens", max_new_tokens, Count)
     prompts = PROMPTS if prompts is None else [prompts] if isinstance(prompts, str) else prompts
+    model = for_text(model)
     with measuring(model):
         answers = [
             _answer(model, tokenizer, prompt, encode_prompt(model, tokenizer, prompt), max_new_tokens, seed, **options)
@@ -142,6 +144,7 @@ def question_protocol(
     if min(room) < 1:
         longest = questions[room.index(min(room))]
         raise ConfigurationError(f"`max_length` is {max_length}, and {longest!r} alone has {max_length - min(room)}.")
+    model = for_text(model)
     with measuring(model):
         _answer(model, tokenizer, questions[0], encoded[0], min(_WARMUP_TOKENS, room[0]))
         runs = tqdm(list(zip(questions, encoded, room, strict=True)), desc="Questions")
@@ -160,11 +163,6 @@ def encode_prompt(model: PreTrainedModel, tokenizer: Any, prompt: str) -> dict[s
     if inputs["input_ids"].shape[1] == 0:
         raise ConfigurationError(f"The prompt {prompt!r} has no token; write something in it.")
     return {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
-
-
-def padding_of(tokenizer: Any) -> int | None:
-    """The token that answers which have ended are filled up with."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def _answer(

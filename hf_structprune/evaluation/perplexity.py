@@ -25,6 +25,7 @@ from ..model.loading import as_tokenizer
 from ..model.measuring import context_length, has_plain_head, measuring, positions_at_once
 from ..model.store import OnDisk
 from ..model.structure import ModelStructure
+from ..model.writing import for_text
 from ..progress import tqdm
 from ..stats.stream import layer_by_layer, without_layers
 from ..streaming import check_measuring
@@ -426,6 +427,7 @@ def window_losses(
     `ids` are of shape `(windows, window)`, and at most `window - 1` tokens of each count. Of `autocast` see
     `measuring`; of `store`, `measure_perplexity`.
     """
+    model = model if store is not None else for_text(model)
     ids, sums = ids if store is not None else ids.to(model.device), []
     with measuring(model, autocast=autocast):
         structure = None if store is None else ModelStructure.of(model, whole=False)

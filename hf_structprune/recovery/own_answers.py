@@ -20,6 +20,7 @@ from transformers.utils import logging
 from ..errors import ConfigurationError
 from ..hardware import process_state
 from ..model.measuring import measuring
+from ..model.writing import for_text, padding_of
 from ..progress import tqdm
 from ..text.formats import parts_of, recognise
 from .data import Encoder
@@ -84,8 +85,8 @@ class Answers:
     def __init__(
         self, model: PreTrainedModel, tokenizer: Any, prompts: list[list[int]], new_tokens: int, size: int
     ) -> None:
-        self.model, self.prompts, self.new_tokens = model, prompts, new_tokens
-        self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.model, self.prompts, self.new_tokens = for_text(model), prompts, new_tokens
+        self.pad = padding_of(tokenizer)
         ends = model.generation_config.eos_token_id
         self.ends = {*(ends if isinstance(ends, (list, tuple)) else [ends]), tokenizer.eos_token_id} - {None}
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

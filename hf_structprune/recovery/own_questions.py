@@ -23,6 +23,7 @@ from ..evaluation.answers import words_of
 from ..evaluation.questions import closed_questions
 from ..hardware import cuda_devices, process_state
 from ..model.measuring import context_length, measuring
+from ..model.writing import for_text, padding_of
 from ..progress import tqdm
 from .kept_batches import KeptBatches, batch_of, batch_seed, until_then
 from .own_answers import Answers
@@ -72,9 +73,9 @@ class Writer:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, seed: int) -> None:
-        self.model, self.tokenizer, self.seed = model, tokenizer, seed
+        self.model, self.tokenizer, self.seed = for_text(model), tokenizer, seed
         self.size = batch_of(model, 4 * WRITTEN)
-        self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.pad = padding_of(tokenizer)
 
     @torch.no_grad()
     def batch(self, number: int, until: float | None = None) -> list[tuple[str, str]]:

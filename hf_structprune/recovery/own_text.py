@@ -26,6 +26,7 @@ from ..data import calibration_sample, code_sample
 from ..errors import CalibrationError, TextError
 from ..hardware import cuda_devices, process_state
 from ..model.measuring import context_length, measuring
+from ..model.writing import for_text, padding_of
 from ..progress import tqdm
 from ..text.calibration import load_tokens, packaged_chats, without_beginning
 from ..text.reading import read_rows
@@ -82,13 +83,13 @@ class Writer:
     def __init__(
         self, model: PreTrainedModel, tokenizer: Any, openings: Sequence[str], length: int, seed: int
     ) -> None:
-        self.model, self.tokenizer, self.seed = model, tokenizer, seed
+        self.model, self.tokenizer, self.seed = for_text(model), tokenizer, seed
         self.length = min(length, context_length(model) or length)
         self.size = batch_of(model, self.length)
         encoded = (tokenizer(text, verbose=False)["input_ids"][:OPENING] for text in openings)
         self.openings = [ids for ids in encoded if ids]
         self.before = _before_question(tokenizer)
-        self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.pad = padding_of(tokenizer)
 
     def batch(self, number: int, until: float | None = None) -> list[list[int]]:
         """Token ids of `size` sequences: chats if the number is odd and there is a template, else plain text.
