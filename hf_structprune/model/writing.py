@@ -21,7 +21,8 @@ def for_text(model: PreTrainedModel) -> PreTrainedModel:
     causal language model with the same tensors, of which none is copied, and the same generation configuration. Models
     that are quantised, or whose decoder is not understood, are left as they are.
     """
-    if not has_towers(model.config) or getattr(model, "hf_quantizer", None) is not None:
+    # What stands for a model whose weights are sharded has no configuration.
+    if not has_towers(getattr(model, "config", None)) or getattr(model, "hf_quantizer", None) is not None:
         return model
     needed = {
         name for name, parameter in inspect.signature(model.forward).parameters.items()
