@@ -364,9 +364,11 @@ def _named(config: CalibrationConfig, tokenizer: Any, beside: int) -> list[_Sour
     datasets = [PACKAGED] if datasets is None else datasets
     if not datasets:
         raise CalibrationError("`dataset` is an empty list: name at least one, or None for the packaged sample.")
-    if config.num_samples < (several := len(datasets) + beside):
+    several, room = len(datasets) + beside, config.num_samples - beside * -(-config.num_samples // OF_QUESTIONS)
+    if room < len(datasets):
         raise CalibrationError(
             f"`num_samples` is {config.num_samples}, but there are {several} datasets to take a sequence of."
+            + (f" (Every {OF_QUESTIONS}th is of its own questions.)" if beside else "")
         )
     has_chats, others = bool(getattr(tokenizer, "chat_template", None)), []
     for one in datasets:

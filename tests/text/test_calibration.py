@@ -579,3 +579,6 @@ def test_questions_need_a_model_and_text():
         CalibrationConfig(image_column="image", dense_questions=3)
     with pytest.raises(CalibrationError, match="`num_samples` is 1, but there are 2 datasets"):
         load_tokens(CalibrationConfig(num_samples=1, dense_questions=3), object(), ["a question"])
+    four = CalibrationConfig(dataset=["a.txt", "b.txt", "c.txt", "d.txt"], num_samples=5, dense_questions=3)
+    with pytest.raises(CalibrationError, match="`num_samples` is 5, but there are 5 datasets"):
+        load_tokens(four, object(), ["a question"])  # two of the five are questions: nothing would be of the last one
